@@ -1,0 +1,144 @@
+"""Answer extraction, as a table of what models really write."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from qtool.evaluate.extract import program_from_chat, program_from_completion, stop_at_end_of_function
+
+PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
+WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
+FULL = "def double(x: int) -> int:\n    return 2 * x\n"
+
+
+def run(program: str) -> Callable[[int], Any]:
+    namespace: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(program, namespace)
+    function: Callable[[int], Any] = namespace["double"]
+    return function
+
+
+COMPLETIONS = {
+    "plain": "    return 2 * x\n",
+    "next function": "    return 2 * x\n\n\ndef other(y):\n    return broken(",
+    "class": "    return 2 * x\nclass A:\n    x = (",
+    "comment at column 0": "    return 2 * x\n# test\nassert double(2) == 5",
+    "comment in the body": "    # double it\n    return 2 * x\n",
+    "main guard": "    return 2 * x\n\nif __name__ == '__main__':\n    raise SystemExit(1)\n",
+    "print": "    return 2 * x\n\nprint(double(3)",
+    "assert": "    return 2 * x\n\nassert double(2) == 5",
+    "fence": "    return 2 * x\n```\nThis function doubles.",
+    "decorator": "    return 2 * x\n\n@cache\ndef f(",
+    "nested function": "    def twice(y):\n        return 2 * y\n    return twice(x)\n\ndef junk(",
+    "helper below": "    return twice(x)\n\n\n"
+    "def twice(y):\n    return _two() * y\n\ndef _two():\n    return 2\n",
+    "helper below, cut": "    return twice(x)\n\n"
+    "def twice(y):\n    return 2 * y\n\ndef more(z):\n    ret = (",
+    "string at column 0": '    s = """\ndef no\n# no\n"""\n    return 2 * x if s else 0\n\ndef junk(',
+    "bracket at column 0": "    v = [\n2,\n# two\n]\n    return v[0] * x\n\nprint(",
+    "quote in comment": "    # don't\n    return 2 * x\n\ndef junk(",
+    "windows lines": "    return 2 * x\r\n\r\ndef junk(",
+    "special token": "    return 2 * x<|endoftext|>import os\nraise",
+    "fim token": "    return 2 * x\n<|fim_middle|>zzz",
+    "another docstring": '    return 2 * x\n\n"""\nExample\n',
+    "regex escape": "    import re\n    re.compile('\\d')\n    return 2 * x\n\ndef junk(",
+    "redefinition below is dropped": "    return 2 * x\n\ndef double(x):\n    return 0\n",
+}
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_completion(name: str) -> None:
+    program = program_from_completion(PROMPT, COMPLETIONS[name], "double")
+    assert program.startswith(PROMPT.rstrip())
+    assert run(program)(21) == 42
+
+
+def test_wrong_completions_stay_wrong() -> None:
+    assert run(program_from_completion(PROMPT, "    return 3 * x\n", "double"))(1) == 3
+    assert run(program_from_completion(PROMPT, "", "double"))(1) is None
+    with pytest.raises(SyntaxError):
+        run(program_from_completion(PROMPT, "    return (", "double"))
+
+
+def test_stop_is_before_the_line() -> None:
+    assert stop_at_end_of_function("    return 1\n\ndef f():") == "    return 1\n"
+    assert stop_at_end_of_function("    return 1") == "    return 1"
+
+
+CHATS = {
+    "fence": f"Here it is:\n```python\n{FULL}```\nIt doubles.",
+    "fence with prompt repeated": f"```python\n{PROMPT}    return 2 * x\n```",
+    "no language": f"```\n{FULL}```",
+    "upper-case language": f"```Python\n{FULL}```",
+    "tildes": f"~~~python\n{FULL}~~~",
+    "four ticks": f"````python\n{FULL}````",
+    "unclosed fence": f"Sure!\n```python\n{FULL}",
+    "body in a fence": "The body is\n```python\n    return 2 * x\n```",
+    "body in a fence, not indented": "```python\nif x is None:\n    return 0\nreturn 2 * x\n```",
+    "body, first line stripped": "```python\ny = x\n    return 2 * y\n```",
+    "body with tabs": "```python\n\ty = x\n\treturn 2 * y\n```",
+    "bare body": "    return 2 * x",
+    "bare body, stripped": "return 2 * x",
+    "bare function": FULL,
+    "bare function in prose": f"Of course.\n\n{FULL}\nThis works because 2 * x is twice x.",
+    "bare, import above": f"Of course.\n\nimport math\n\n{FULL}\nThat's it!",
+    "test after": f"```python\n{FULL}```\nTry it:\n```python\nprint(double(2))\n```",
+    "test before": f"```python\nassert double(2) == 4\n```\nPasses with\n```python\n{FULL}```",
+    "shell block": f"```bash\npip install x\n```\n```python\n{FULL}```",
+    "wrong language name": f"```py3\n{FULL}```",
+    "labelled as text": f"```text\n{FULL}```",
+    "corrected answer is last": "```python\ndef double(x):\n    return x\n```\n"
+    f"Wait, no:\n```python\n{FULL}```",
+    "helper in another block": "```python\ndef two():\n    return 2\n```\nand\n"
+    "```python\ndef double(x):\n    return two() * x\n```",
+    "example in the answer's block": f"```python\n{FULL}\nassert double(2) == 4\n```",
+    "thoughts": f"<think>Maybe\n```python\ndef double(x): return x\n```\n</think>\n```python\n{FULL}```",
+    "thoughts without opening tag": f"hmm ```x``` so\n</think>\n\n```python\n{FULL}```",
+    "windows lines": f"```python\n{FULL}```".replace("\n", "\r\n"),
+    "indented fence": "1. Do\n\n   ```python\ndef double(x):\n    return 2 * x\n   ```",
+    "special token": f"```python\n{FULL}```<|im_end|>",
+    "lambda": "```python\ndouble = lambda x: 2 * x\n```",
+    "future import": f"```python\nfrom __future__ import annotations\n{FULL}```",
+    "class above": f"```python\nclass A:\n    pass\n\n{FULL}```",
+}
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, WITH_IMPORT], ids=["plain", "imports"])
+@pytest.mark.parametrize("name", CHATS)
+def test_chat(name: str, prompt: str) -> None:
+    assert run(program_from_chat(CHATS[name], prompt, "double"))(21) == 42
+
+
+def test_chat_answer_may_use_what_the_prompt_defines() -> None:
+    body = "    v: List = [helper(x)]\n    return math.floor(v[0])\n"
+    reply = f"```python\ndef double(x: int) -> int:\n{body}```"
+    assert run(program_from_chat(reply, WITH_IMPORT, "double"))(3) == 6
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "I cannot help with that.",
+        "<think>still thinking ```python\ndef double(x):\n    return 2 * x\n```",
+        "```python\ndef triple(x):\n    return 3 * x\n```",
+        "```python\n```",
+        "The answer = 42.",
+    ],
+)
+def test_chat_without_an_answer_defines_nothing(reply: str) -> None:
+    with pytest.raises((SyntaxError, KeyError)):
+        run(program_from_chat(reply, PROMPT, "double"))
+
+
+def test_broken_code_is_shown_as_it_was() -> None:
+    program = program_from_chat("```python\ndef double(x):\n    return (2 * x\n```", PROMPT, "double")
+    assert "return (2 * x" in program
+
+
+def test_long_prose_is_fast() -> None:
+    reply = "\n".join(["def double(x):", "    return 2 * x", *["import this, please? def x"] * 3000])
+    assert run(program_from_chat(reply, PROMPT, "double"))(1) == 2
