@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Quantize a local model folder with GPTQModel, on the very calibration tokens that qtool used.
+
+Run it with the Python of an environment that holds GPTQModel, not with qtool's own (GPTQModel pins its own
+numpy). Seen with GPTQModel 7.6.0, transformers 5.23, torch 2.13 on a CPU with 2 cores. It prints one JSON
+object on standard output: wall seconds (loading and quantization apart), peak resident memory, versions.
+
+What this script has to know about GPTQModel on a CPU:
+- below 3 pool workers it deadlocks or crashes on 2 cores, so GPTQMODEL_CPU_WORKERS=3 is set unless given;
+- AWQ quantizes only with backend=AWQ_TORCH (the default packs through a GPU kernel);
+- its AWQConfig is symmetric unless told otherwise, while everybody's AWQ GEMM kernels expect zero points;
+
+Example: PEER/bin/python scripts/peer_gptqmodel.py models/smollm2 --method awq --tokens tokens.safetensors \\
+             --out peer-awq
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # read when gptqmodel is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+KIB_PER_GIB = 2**20
+
+
+def read_tokens(path: Path, limit: int | None) -> list[list[int]]:
+    """Read token ids [sequences, length] from a .npy file, or from key `tokens` of a .safetensors file."""
+    import numpy
+    from safetensors.numpy import load_file
+
+    if path.suffix == ".npy":
+        tokens = numpy.load(path, allow_pickle=False)
+    else:
+        tensors = load_file(path)
+        if "tokens" not in tensors:
+            raise SystemExit(f"{path}: no tensor named 'tokens' (found {', '.join(sorted(tensors))})")
+        tokens = tensors["tokens"]
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise SystemExit(
+            f"{path}: expected integers [sequences, length], found {tokens.dtype} {tokens.shape}"
+        )
+    rows: list[list[int]] = tokens[:limit].tolist()
+    return rows
+
+
+def make_config(method: str, bits: int, group_size: int) -> Any:
+    """Build GPTQModel's own configuration: its defaults, but asymmetric AWQ, and GPTQ without act-order."""
+    from gptqmodel.quantization import AWQConfig, GPTQConfig
+
+    if method == "awq":
+        return AWQConfig(bits=bits, group_size=group_size, sym=False, device="cpu")
+    return GPTQConfig(bits=bits, group_size=group_size, sym=True, desc_act=False, device="cpu")
+
+
+def quantize(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, quantize and save; return the measurements."""
+    started = time.perf_counter()
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = read_tokens(args.tokens, args.sequences)
+    calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+    imported = time.perf_counter()
+    model = GPTQModel.load(str(args.model), make_config(args.method, args.bits, args.group_size))
+    loaded = time.perf_counter()
+    backend = BACKEND.AWQ_TORCH if args.method == "awq" else BACKEND.AUTO
+    model.quantize(calibration, batch_size=args.batch_size, backend=backend)
+    quantized = time.perf_counter()
+    model.save(str(args.out))
+    saved = time.perf_counter()
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    packages = ("gptqmodel", "torch", "transformers", "numpy")
+    return {
+        "method": args.method,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "sequences": len(rows),
+        "length": len(rows[0]),
+        "import_s": round(imported - started, 2),
+        "load_s": round(loaded - imported, 2),
+        "quantize_s": round(quantized - loaded, 2),
+        "save_s": round(saved - quantized, 2),
+        "wall_s": round(saved - started, 2),
+        "peak_rss_gib": round(peak / KIB_PER_GIB, 3),
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="source folder: config.json, safetensors, tokenizer")
+    parser.add_argument("--method", choices=("awq", "gptq"), required=True)
+    parser.add_argument(
+        "--tokens",
+        type=Path,
+        required=True,
+        help="token ids [sequences, length]: .npy, or .safetensors with the key `tokens`",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences in one forward")
+    parser.add_argument("--sequences", type=int, help="use only the first so many sequences")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    args = parser.parse_args()
+    for path in (args.model / "config.json", args.tokens):
+        if not path.is_file():
+            parser.error(f"{path}: no such file")
+    if args.out.exists():
+        parser.error(f"{args.out}: exists")
+    return args
+
+
+def main() -> None:
+    """Quantize; what GPTQModel prints goes to standard error, the JSON result to standard output."""
+    args = parse_arguments()
+    with contextlib.redirect_stdout(sys.stderr):
+        result = quantize(args)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
