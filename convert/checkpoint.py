@@ -1,0 +1,152 @@
+"""A folder of safetensors shards, opened without reading a weight; tensors are then read one by one.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qtool import QtoolError
+
+TensorStream = Iterator[tuple[str, torch.Tensor]]
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class Checkpoint:
+    """Names, dtypes and shapes of every tensor in a folder; `tensor()` reads one."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read and validate every shard's header.
+
+        Raises QtoolError naming the file: no safetensors (pickle-only folders get the command that converts them),
+        a shard that is missing or truncated, a tensor the index promises and no shard holds.
+        """
+        if not path.is_dir():
+            raise QtoolError(f"{path}: no such folder.")
+        shards = sorted(path.glob("*.safetensors"))
+        promised: dict[str, str] = {}
+        if (path / INDEX).exists():
+            promised = read_json(path / INDEX).get("weight_map", {})
+            shards = [path / name for name in sorted(set(promised.values()))]
+        if not shards:
+            raise QtoolError(_no_safetensors(path))
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            tensors |= _read_header(shard)
+        missing = sorted(set(promised) - set(tensors))
+        if missing:
+            raise QtoolError(f"{path / INDEX}: lists {missing[0]} ({len(missing)} such), which no shard holds.")
+        return cls(path, tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in the dtype it was stored in."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise QtoolError(f"{self.path}: no tensor {name}.")
+        if info.file not in self._open:
+            self._open = {info.file: safe_open(info.file, framework="pt")}  # one shard mapped at a time
+        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
+        return tensor
+
+    def read(self, names: Iterable[str] | None = None) -> TensorStream:
+        """Every tensor (or those named), shard by shard."""
+        for name in names if names is not None else self.tensors:
+            yield name, self.tensor(name)
+
+    def close(self) -> None:
+        """Let go of the mapped shard."""
+        self._open = {}
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()) -> None:
+        """Compare with what config.json implies. Raises QtoolError naming the tensor, its shard and both shapes."""
+        for name, shape in expected.items():
+            info = self.tensors.get(name)
+            if info is None:
+                if name in set(tied):
+                    continue
+                raise QtoolError(f"{self.path}: config.json implies a tensor {name} {list(shape)}, which no shard holds.")
+            if info.shape != shape:
+                raise QtoolError(
+                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
+                    "Weights and config.json are not of one model."
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; QtoolError naming the file when it is missing or is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QtoolError(f"{path}: no such file. Is this a model folder?") from error
+    except ValueError as error:
+        raise QtoolError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise QtoolError(f"{path}: expected a JSON object.")
+    return data
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            infos = {}
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
+                view = file.get_slice(name)
+                dtype = DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    raise QtoolError(
+                        f"{shard}: {name} is stored as {view.get_dtype()}; qtool starts from FP16, BF16 or FP32 "
+                        "weights. Take the unquantized release of this model."
+                    )
+                infos[name] = TensorInfo(shard, dtype, tuple(view.get_shape()))
+            return infos
+    except FileNotFoundError as error:
+        raise QtoolError(f"{shard}: the shard is missing. Download the model again.") from error
+    except SafetensorError as error:
+        raise QtoolError(f"{shard}: not a whole safetensors file ({error}). Download the shard again.") from error
+
+
+def _no_safetensors(path: Path) -> str:
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        return (
+            f"{path}: holds only pickle weights ({pickles[0].name}), which can run code when opened, so qtool refuses "
+            "them. Convert where you trust the file: `python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{path.name}', torch_dtype='auto').save_pretrained('{path.name}-safetensors')\"`"
+        )
+    return f"{path}: no *.safetensors in this folder. Name a folder that holds a Hugging Face model."

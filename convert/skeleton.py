@@ -1,0 +1,66 @@
+"""transformers' own model classes without their weights: every parameter on the meta device, rotary buffers real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool import QtoolError
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """config.json as transformers reads it, without the quantization section (dequantized weights are loaded).
+
+    Raises QtoolError when the config is unreadable or wants custom code that the recipe does not allow.
+    """
+    from transformers import AutoConfig
+
+    from qtool.convert.checkpoint import read_json
+
+    raw = read_json(path / "config.json")
+    if "auto_map" in raw and not trust_remote_code:
+        raise QtoolError(
+            f"{path}: config.json asks to run the model's own code (auto_map). Read that code, then set "
+            "`trust_remote_code: true` under `model:` in the recipe."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise QtoolError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """An AutoModelForCausalLM whose parameters take no memory. Non-persistent buffers (rotary tables) are real."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, _rebuild(name, module))
+    model.eval()
+    return model.requires_grad_(False)
+
+
+def _rebuild(name: str, module: nn.Module) -> nn.Module:
+    """A module made of buffers only (a rotary embedding) is made again, on the CPU, from its own config."""
+    config = getattr(module, "config", None)
+    if config is None or next(module.parameters(), None) is not None:
+        raise QtoolError(f"{type(module).__name__} ({name}) holds buffers that cannot be made from config.json alone.")
+    with torch.device("cpu"):
+        rebuilt: nn.Module = type(module)(config=config)
+    return rebuilt
+
+
+def expected_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """(name -> shape of every tensor a checkpoint must hold, the names that may be absent because they are tied)."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    return shapes, set(tied) if getattr(model.config, "tie_word_embeddings", False) else set()

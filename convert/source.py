@@ -1,0 +1,82 @@
+"""Where a model comes from: a local folder, or a Hub id at a revision, resolved to a local snapshot and a commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool import QtoolError
+
+# Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as files on this machine. ``commit`` is the Hub commit, or ``sha256:…`` over a local folder's files."""
+
+    name: str
+    path: Path
+    commit: str
+    license: str | None = None
+
+
+def resolve(model: str, revision: str | None = None) -> ModelSource:
+    """Find ``model`` on disk or download its snapshot from the Hub (cached copies serve offline).
+
+    Raises QtoolError: exit 2 for a missing folder or an unknown id, exit 3 when the network is missing.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
+    if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
+        raise QtoolError(f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe.")
+    return _snapshot(model, revision)
+
+
+def _snapshot(model: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    except RevisionNotFoundError as error:
+        raise QtoolError(f"model: {model} has no revision {revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise QtoolError(f"model: {model} is not on the Hub, or is private: log in with `hf auth login`.") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise QtoolError(
+            f"model: {model} is not in the local cache and the Hub cannot be reached ({type(error).__name__}). "
+            "Download it elsewhere with `hf download`, copy the folder here and name the folder as `model:`.",
+            exit_code=3,
+        ) from error
+    return ModelSource(model.split("/")[-1], path, path.name)  # a snapshot folder is named by its commit
+
+
+def _digest_folder(folder: Path) -> str:
+    """sha256 over names and contents of the files that decide what the model is."""
+    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".py"})
+    digest = hashlib.sha256()
+    for path in names:
+        digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
+    return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of one file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path], on_file: Callable[[Path], None] | None = None) -> dict[str, str]:
+    """File name -> hex sha256, sorted by name."""
+    digests = {}
+    for path in sorted(paths):
+        digests[path.name] = sha256_file(path)
+        if on_file:
+            on_file(path)
+    return digests

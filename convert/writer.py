@@ -1,0 +1,165 @@
+"""Safetensors shards written in place: headers first (the plan knows every shape), then tensors as they come.
+
+A journal line follows each fsynced step, so that a killed run continues after the last one and ends with the same bytes.
+Format: https://github.com/huggingface/safetensors#format (u64 little-endian header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.checkpoint import DTYPE_NAMES, INDEX
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+JOURNAL = "journal.jsonl"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class ShardWriter:
+    """Writes the tensors of ``specs`` (in that order) into ``folder``; steps already in the journal are kept.
+
+    ``key`` identifies the work: a folder with another key's journal is started over.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, Spec], key: str, max_shard: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.steps: list[dict[str, Any]] = []
+        self._layout = _Layout(specs, max_shard)
+        self._specs = specs
+        self._files: dict[str, BinaryIO] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._resume(key):
+            self._start(key)
+        self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor at its place. Raises ValueError when it is not what the plan says."""
+        dtype, shape = self._specs[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: planned {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+        shard, offset = self._layout.places[name]
+        file = self._file(shard)
+        file.seek(offset)
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            file.write(data.data)
+        except OSError as error:
+            raise QtoolError(f"{self.folder / shard}: {error.strerror}. Free some space and run again.", 3) from error
+
+    def commit(self, step: dict[str, Any]) -> None:
+        """Make everything written so far durable, then note the step in the journal."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._journal.write(json.dumps(step) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self.steps.append(step)
+
+    def close(self) -> None:
+        """Close the files and write the index that loaders follow when there are several shards."""
+        for file in self._files.values():
+            file.close()
+        self._journal.close()
+        if len(self._layout.headers) > 1:
+            weight_map = {name: shard for name, (shard, _) in self._layout.places.items()}
+            index = {"metadata": {"total_size": self._layout.total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _file(self, shard: str) -> BinaryIO:
+        if shard not in self._files:
+            self._files[shard] = (self.folder / shard).open("r+b")
+        return self._files[shard]
+
+    def _resume(self, key: str) -> bool:
+        """True when the folder holds this very work, begun; loads its finished steps."""
+        try:
+            lines = (self.folder / JOURNAL).read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return False
+        whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line was never finished
+        if not whole or json.loads(whole[0]).get("key") != key:
+            return False
+        for shard, header in self._layout.headers.items():
+            path = self.folder / shard
+            if not path.exists() or path.stat().st_size != self._layout.sizes[shard]:
+                return False
+            with path.open("rb") as file:
+                if file.read(len(header)) != header:
+                    return False
+        (self.folder / JOURNAL).write_bytes(b"".join(whole))
+        self.steps = [json.loads(line) for line in whole[1:]]
+        return True
+
+    def _start(self, key: str) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+        try:
+            for shard, header in self._layout.headers.items():
+                with (self.folder / shard).open("wb") as file:
+                    file.write(header)
+                    os.posix_fallocate(file.fileno(), 0, self._layout.sizes[shard])  # a full disk shows now
+        except OSError as error:
+            raise QtoolError(
+                f"{self.folder}: cannot reserve {self._layout.total / 1e9:.2f} GB: {error.strerror}. "
+                "Free some space, or set `output_dir:` to another disk.",
+                exit_code=3,
+            ) from error
+        (self.folder / JOURNAL).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+
+class _Layout:
+    """Which shard and which byte offset each tensor gets."""
+
+    def __init__(self, specs: Mapping[str, Spec], max_shard: int) -> None:
+        shards: list[list[str]] = [[]]
+        used = 0
+        for name, spec in specs.items():
+            size = _nbytes(spec)
+            if shards[-1] and used + size > max_shard:
+                shards.append([])
+                used = 0
+            shards[-1].append(name)
+            used += size
+        self.places: dict[str, tuple[str, int]] = {}
+        self.headers: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
+        for number, names in enumerate(shards, 1):
+            single = len(shards) == 1
+            shard = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            header, offsets, end = _header(names, specs)
+            self.headers[shard] = header
+            self.sizes[shard] = len(header) + end
+            self.places |= {name: (shard, len(header) + offset) for name, offset in offsets.items()}
+        self.total = sum(_nbytes(spec) for spec in specs.values())
+
+
+def _header(names: Iterable[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    # larger elements first keeps every tensor aligned to its own size, as safetensors' own writer does
+    for name in sorted(names, key=lambda n: (-specs[n][0].itemsize, n)):
+        dtype, shape = specs[name]
+        offsets[name] = end
+        end += _nbytes(specs[name])
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body, offsets, end
+
+
+def _nbytes(spec: Spec) -> int:
+    dtype, shape = spec
+    n = dtype.itemsize
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,159 @@
+"""One decoder layer for one output: search scales, fold them into their producers, choose codes, record the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qtool.convert.codes import UniformCodes
+from qtool.quantize import awq, gptq
+from qtool.quantize import grid as grids
+from qtool.quantize.architectures import Architecture, InputGroup
+from qtool.quantize.methods import AwqMethod
+from qtool.quantize.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention geometry: each of ``kv`` key/value heads of ``dim`` rows feeds ``repeat`` query heads."""
+
+    kv: int
+    repeat: int
+    dim: int
+
+
+@dataclass
+class LayerOutput:
+    """What one output keeps of one layer; names are relative to the layer.
+
+    codes: linear -> UniformCodes. tensors: every other tensor, float32, folded. scales: group -> the scale its linears'
+    columns were multiplied by, ``[in]``. records: linear -> error figures.
+    """
+
+    codes: dict[str, UniformCodes] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    records: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
+        """The layer's state dict as a reader of the artifact gets it."""
+        state = {name: tensor.to(stored).to(dtype) for name, tensor in self.tensors.items()}
+        return state | {f"{linear}.weight": codes.dequantize(dtype) for linear, codes in self.codes.items()}
+
+
+def quantize_layer(
+    method: AwqMethod,
+    architecture: Architecture,
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, InputStatistics],
+    heads: Heads,
+) -> LayerOutput:
+    """``weights``: tensor name -> float32 tensor (left unchanged); ``statistics``: group name -> its input's."""
+    folded = dict(weights)
+    output = LayerOutput()
+    for group in architecture.groups:
+        stats = statistics[group.name]
+        columns = stats.gram.shape[0]
+        tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
+        search = awq.ScaleSearch(None, 1.0, 1.0)
+        if method.scaling == "awq":
+            originals = [weights[f"{linear}.weight"] for linear in group.linears]
+            search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec, tie)
+        if search.scale is None:
+            output.scales[group.name] = torch.ones(columns, device=stats.gram.device)
+        else:
+            output.scales[group.name] = _fold(group, search.scale, folded, tie, method.spec.dtype)
+    for group in architecture.groups:
+        _round_group(method, group, weights, folded, statistics[group.name], output)
+    output.tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
+    return output
+
+
+def kv_rows(heads: Heads, device: torch.device) -> Tensor:
+    """For each input column of o_proj, the row of v_proj that feeds it: int64 ``[heads * dim]``."""
+    column = torch.arange(heads.kv * heads.repeat * heads.dim, device=device)
+    return column // (heads.dim * heads.repeat) * heads.dim + column % heads.dim
+
+
+def _fold(
+    group: InputGroup, scale: Tensor, folded: dict[str, Tensor], tie: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Divide the producer by ``scale`` and multiply the linears' columns by what the producer, as stored, leaves over."""
+    name = f"{group.producer}.weight"
+    if group.kind == "norm":
+        norm = folded[name]
+        folded[name] = (norm / scale).to(dtype).float()
+        scale = torch.where(folded[name] == 0, scale, norm / folded[name])
+    else:
+        rows = scale if tie is None else torch.empty_like(folded[name][:, 0]).index_copy_(0, tie, scale)
+        folded[name] = folded[name] / rows.unsqueeze(1)
+        bias = f"{group.producer}.bias"
+        if bias in folded:
+            folded[bias] = folded[bias] / rows
+    for linear in group.linears:
+        folded[f"{linear}.weight"] = folded[f"{linear}.weight"] * scale
+    return scale
+
+
+def _round_group(
+    method: AwqMethod,
+    group: InputGroup,
+    weights: Mapping[str, Tensor],
+    folded: Mapping[str, Tensor],
+    stats: InputStatistics,
+    output: LayerOutput,
+) -> None:
+    """Choose codes for the linears of one group together (they share the Gram matrix) and record their errors."""
+    spec = method.spec
+    scale = output.scales[group.name]
+    names = [f"{linear}.weight" for linear in group.linears]
+    sizes = [folded[name].shape[0] for name in names]
+    target = torch.cat([folded[name] for name in names])
+    gram = awq.scaled_gram(stats.gram, scale)
+    damp = 0.0
+    if method.rounding == "gptq":
+        goal = target.clone()
+        if stats.cross is not None:
+            cross = awq.scaled_gram(stats.cross, scale)
+            goal = gptq.propagated_target(target, gram, cross, method.damp_percent, method.propagate_strength)
+            del cross
+        factor = gptq.factorize(gram, method.damp_percent)
+        rounded = gptq.gptq(goal, factor, spec, method.clip)
+        damp = factor.damp
+        del factor, goal
+    else:
+        fitted = (
+            grids.fit_clipped(target, grids.diagonal_blocks(gram, spec.group_size), spec)
+            if method.clip
+            else grids.fit_minmax(target, spec)
+        )
+        rounded = gptq.Rounded(grids.quantize(target, fitted, spec), fitted)
+    parts = zip(
+        group.linears, target.split(sizes), rounded.codes.split(sizes),
+        rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
+    )  # fmt: skip
+    for linear, wanted, codes, scales, zeros in parts:
+        grid = grids.Grid(scales, zeros)
+        output.codes[linear] = grids.to_codes(codes, grid, spec)
+        error = grids.dequantize(codes, grid, spec).sub_(wanted)
+        output.records[linear] = _record(weights[f"{linear}.weight"], wanted, error, stats.gram, gram, method, damp)
+
+
+def _record(
+    source: Tensor, wanted: Tensor, error: Tensor, gram: Tensor, scaled: Tensor, method: AwqMethod, damp: float
+) -> dict[str, float]:
+    """Relative output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and |W - Ŵ| / |W|."""
+    energy = awq.output_error(wanted, scaled).clamp_min(1e-30)
+    plain = grids.round_to_nearest(source, method.spec).sub_(source)
+    figures = torch.stack(
+        [
+            (awq.output_error(plain, gram).clamp_min(0) / energy).sqrt(),
+            (awq.output_error(error, scaled).clamp_min(0) / energy).sqrt(),
+            error.norm() / wanted.norm().clamp_min(1e-30),
+        ]
+    ).tolist()
+    rtn, result, frobenius = (float(f"{figure:.6g}") for figure in figures)
+    return {"rtn_error": rtn, "error": result, "frobenius": frobenius, "damp": damp}

@@ -1,0 +1,123 @@
+"""Uniform grids: fit a scale and a zero to each group of weights, round to nearest, dequantize.
+
+``w ~ (q - zero) * scale`` with integer q in 0 .. 2**bits - 1. Shapes: weights ``[out, in]``, scale and zero
+``[out, in / group_size]`` float32; the scale is always rounded to the dtype it is stored in before a code is chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.convert.codes import UniformCodes
+
+CLIP_RATIOS = tuple(1.0 - 0.03 * step for step in range(14))  # the range shrinks to no less than 0.61
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """What a container can store."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    dtype: torch.dtype
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero of each group, float32 ``[out, groups]``."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+def fit_minmax(weight: Tensor, spec: GridSpec, ratio: float = 1.0) -> Grid:
+    """The grid that covers each group's range (shrunk by ``ratio``). Asymmetric ranges contain zero, as AutoAWQ's do;
+    symmetric ones are ``2 * absmax / levels`` wide with the zero in the middle, as AutoGPTQ's are."""
+    grouped = weight.unflatten(1, (-1, spec.group_size))
+    low, high = torch.aminmax(grouped, dim=-1)
+    return _grid_from_range(low * ratio, high * ratio, spec)
+
+
+def _grid_from_range(low: Tensor, high: Tensor, spec: GridSpec) -> Grid:
+    if spec.sym:
+        high = torch.maximum(high, -low).clamp_min(0)
+        low = -high
+    else:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = stored((high - low).clamp_min(1e-5) / spec.levels, spec.dtype)
+    if spec.sym:
+        zero = torch.full_like(scale, (spec.levels + 1) // 2)
+    else:
+        zero = torch.round(-low / scale).clamp_(0, spec.levels)
+    return Grid(scale, zero)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale as a reader will see it, float32; never zero, so that a group of tiny weights stays finite."""
+    return scale.to(dtype).float().clamp_min(torch.finfo(dtype).smallest_normal)
+
+
+def quantize(weight: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
+    """Nearest codes, float32 ``[out, in]`` holding integers."""
+    grouped = weight.unflatten(1, (-1, spec.group_size))
+    codes = grouped / grid.scale.unsqueeze(-1)
+    return codes.round_().add_(grid.zero.unsqueeze(-1)).clamp_(0, spec.levels).flatten(1)
+
+
+def dequantize(codes: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
+    """Weights back, float32 ``[out, in]``."""
+    grouped = codes.unflatten(1, (-1, spec.group_size))
+    return ((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1)).flatten(1)
+
+
+def round_to_nearest(weight: Tensor, spec: GridSpec) -> Tensor:
+    """Quantize and dequantize on the min/max grid, float32 ``[out, in]``."""
+    grid = fit_minmax(weight, spec)
+    return dequantize(quantize(weight, grid, spec), grid, spec)
+
+
+def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec, ratios: tuple[float, ...] = CLIP_RATIOS) -> Grid:
+    """The grid, of those on ranges shrunk by ``ratios``, with the least output error of its own group.
+
+    ``blocks [groups, group_size, group_size]``: the diagonal blocks of the Gram matrix; the error of a group with
+    residual e is ``e B eᵀ``. The search of AWQ (arXiv 2306.00978, §3.2, weight clipping) without running a forward.
+    """
+    best: Grid | None = None
+    best_loss: Tensor | None = None
+    grouped = weight.unflatten(1, (-1, spec.group_size))
+    low, high = torch.aminmax(grouped, dim=-1)
+    for ratio in ratios:
+        grid = _grid_from_range(low * ratio, high * ratio, spec)
+        error = dequantize(quantize(weight, grid, spec), grid, spec).sub_(weight)
+        grouped_error = error.unflatten(1, (-1, spec.group_size)).transpose(0, 1)  # [groups, out, g]
+        loss = torch.bmm(grouped_error, blocks).mul_(grouped_error).sum(-1).t()  # [out, groups]
+        if best is None or best_loss is None:
+            best, best_loss = grid, loss
+            continue
+        better = loss < best_loss
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        best_loss = torch.minimum(loss, best_loss)
+    assert best is not None
+    return best
+
+
+def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
+    """``[in, in]`` -> ``[in / g, g, g]``."""
+    groups = gram.shape[0] // group_size
+    view = gram.view(groups, group_size, groups, group_size)
+    return torch.diagonal(view, dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def to_codes(codes: Tensor, grid: Grid, spec: GridSpec) -> UniformCodes:
+    """Float integers and a grid -> what the writers take."""
+    return UniformCodes(
+        codes.to(torch.uint8), grid.scale.to(spec.dtype), grid.zero.to(torch.uint8), spec.bits, spec.group_size
+    )

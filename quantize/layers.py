@@ -1,0 +1,254 @@
+"""The walk: one decoder layer at a time is loaded, calibrated, quantized for every output, and let go.
+
+A hidden-state stream is a column of the walk. The source's stream passes through source weights; an output that rounds
+with compensation has its own, passing through its quantized layers, so that its statistics are of the inputs it will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool import QtoolError
+from qtool.convert.checkpoint import Checkpoint
+from qtool.quantize.architectures import Architecture, architecture_of
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
+from qtool.quantize.methods import AwqMethod
+from qtool.quantize.statistics import InputStatistics
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
+FLOAT16_MAX = 65504.0
+
+Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Layer ``index`` as every output will store it."""
+
+    index: int
+    outputs: dict[str, LayerOutput]
+
+
+@dataclass
+class Walk:
+    """What the walk needs: the model's skeleton, its weights, the calibration tokens and the outputs to make.
+
+    ``restore(name, index)`` gives back a finished layer's state dict (as its artifact holds it) when a run resumes.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    calibration: CalibrationSet
+    outputs: Sequence[AwqMethod]
+    device: torch.device
+    restore: Callable[[str, int], Mapping[str, Tensor]] | None = None
+    architecture: Architecture = field(init=False)
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        config: Any = self.model.config
+        self.architecture = architecture_of(config)
+        embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
+        self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv = config.num_key_value_heads
+        self.heads = Heads(kv, config.num_attention_heads // kv, dim)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        decoder: Any = self.model.get_submodule(self.architecture.prefix.rstrip("."))
+        return decoder  # type: ignore[no-any-return]  # get_submodule is typed as Module
+
+    @torch.inference_mode()
+    def run(self, start: int = 0) -> Iterator[LayerResult]:
+        """Results of layers ``start`` onward; earlier ones are replayed forward without being quantized again.
+
+        Raises QtoolError naming the layer for NaN/Inf in weights or activations, and for activations that the dtype of
+        an output cannot hold.
+        """
+        hidden, calls = self._record_inputs()
+        streams = {method.name: list(hidden) for method in self.outputs if method.own_stream}
+        for index in range(len(self.layers)):
+            weights = self._load(index)
+            if index < start:
+                self._replay(index, weights, hidden, streams, calls)
+                continue
+            yield LayerResult(index, self._visit(index, weights, hidden, streams, calls))
+            del weights
+
+    def _visit(
+        self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+    ) -> dict[str, LayerOutput]:
+        """Advance every stream through layer ``index``; returns each output's version of it."""
+        layer = self._fill(index, weights)
+        last = index == len(self.layers) - 1
+        shared, own = self._collect(layer, hidden, streams, calls)
+        full = {name: tensor.float() for name, tensor in weights.items()}
+        results = {}
+        for method in self.outputs:
+            statistics = own.pop(method.name, shared)
+            self._check_range(index, method, statistics, hidden)
+            result = quantize_layer(method, self.architecture, full, statistics, self.heads)
+            results[method.name] = result
+            del statistics
+            if method.own_stream and not last:
+                self._fill(index, result.dequantized(self.dtype, method.spec.dtype))
+                _advance(layer, streams[method.name], calls)
+        layer.to("meta")
+        return results
+
+    def _collect(
+        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+    ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
+        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs."""
+        wants_source = any(not method.own_stream for method in self.outputs)
+        shared = {group.name: InputStatistics() for group in self.architecture.groups}
+        own = {name: {g.name: InputStatistics() for g in self.architecture.groups} for name in streams}
+        for number, states in enumerate(hidden):
+            inputs: dict[str, Tensor] = {}
+            with self._captured(layer, inputs.__setitem__):
+                hidden[number] = _run(layer, states, calls)
+            if wants_source:
+                for name, x in inputs.items():
+                    shared[name].add(x)
+            for stream, batches in streams.items():
+                into = own[stream]
+                with self._captured(layer, lambda name, x, into=into, inputs=inputs: into[name].add(x, inputs[name])):
+                    _run(layer, batches[number], calls)
+        for statistics in (shared, *own.values()):
+            for stats in statistics.values():
+                if stats.tokens:
+                    stats.finish()
+        return shared, own
+
+    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], Any]) -> _Hooks:
+        """While open, ``take(group name, input)`` is called for every distinct linear input of a forward."""
+        hooks = []
+        for group in self.architecture.groups:
+            linear = layer.get_submodule(group.linears[0])
+            hooks.append(
+                linear.register_forward_pre_hook(lambda _module, args, name=group.name: take(name, args[0]) and None)
+            )
+        return _Hooks(hooks)
+
+    def _check_range(
+        self, index: int, method: AwqMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
+    ) -> None:
+        prefix = f"{self.architecture.prefix}{index}"
+        peaks = {f"the input of {g.linears[0]}": statistics[g.name].absmax.max() for g in self.architecture.groups}
+        peaks["its output"] = torch.stack([states.abs().amax() for states in hidden]).amax()
+        values = torch.stack([peak.float() for peak in peaks.values()]).tolist()
+        for (what, _), value in zip(peaks.items(), values, strict=True):
+            if not value < float("inf"):
+                raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
+            if method.dtype == "float16" and value > FLOAT16_MAX:
+                raise QtoolError(
+                    f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this model "
+                    f"would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
+                )
+
+    def _load(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.architecture.prefix}{index}."
+        weights = {}
+        for name in self.layers[index].state_dict():
+            tensor = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
+            weights[name] = tensor
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+        broken = [name for name, ok in zip(weights, finite, strict=True) if not ok]
+        if broken:
+            raise QtoolError(f"{prefix}{broken[0]}: the source weight holds NaN or Inf. Download the model again.")
+        return weights
+
+    def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+        layer = self.layers[index]
+        layer.load_state_dict(dict(state), assign=True)
+        return layer
+
+    def _replay(
+        self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+    ) -> None:
+        layer = self._fill(index, weights)
+        _advance(layer, hidden, calls)
+        for name, states in streams.items():
+            assert self.restore is not None
+            restored = self.restore(name, index)
+            self._fill(index, {key: tensor.to(self.device, self.dtype) for key, tensor in restored.items()})
+            _advance(layer, states, calls)
+        layer.to("meta")
+
+    def _record_inputs(self) -> tuple[Hidden, Calls]:
+        """Run the model's own forward with recorders in place of the layers: what the first layer is fed, and the other
+        arguments (masks, positions, rotary tables) of every layer."""
+        decoder: Any = self.model.get_submodule(self.architecture.prefix.split(".layers")[0])
+        layers, norm = decoder.layers, decoder.norm
+        recorders = [_Recorder(layer) for layer in layers]
+        decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
+        state = {}
+        for name, tensor in decoder.state_dict().items():
+            if not name.startswith("layers.") and tensor.is_meta:
+                full = self.architecture.prefix.removesuffix("layers.") + name
+                state[name] = self.checkpoint.tensor(full).to(self.device, self.dtype)
+        decoder.load_state_dict(state, assign=True, strict=False)
+        for module in decoder.children():
+            if module is not decoder.layers:
+                module.to(self.device)
+        size = max(1, BATCH_TOKENS[self.device.type] // self.calibration.tokens.shape[1])
+        hidden: Hidden = []
+        try:
+            for tokens in self.calibration.batches(size):
+                decoder(input_ids=tokens.to(self.device), use_cache=False)
+                hidden.append(recorders[0].hidden)
+        finally:
+            decoder.layers, decoder.norm = layers, norm
+            decoder.embed_tokens.to("meta")
+        calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
+        return hidden, calls
+
+
+Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[int, dict[str, Any]] = {}
+        self.hidden = torch.empty(0)
+        # some models ask a layer for its kind before they call it
+        for name in ("attention_type", "layer_type", "is_sliding"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden = hidden_states
+        self.calls[hidden_states.shape[0]] = kwargs
+        return hidden_states
+
+
+class _Hooks:
+    def __init__(self, handles: list[Any]) -> None:
+        self.handles = handles
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _run(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:
+    output = layer(states, **calls[id(layer)][states.shape[0]])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _advance(layer: nn.Module, hidden: Hidden, calls: Calls) -> None:
+    for number, states in enumerate(hidden):
+        hidden[number] = _run(layer, states, calls)

@@ -1,0 +1,72 @@
+"""What calibration keeps of the inputs of a linear: Gram matrices in float32, channel means and maxima."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CPU_BLOCK = 384  # columns of a Gram block on the CPU: only blocks on or above the diagonal are computed
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one distinct linear input X ``[tokens, in]``, accumulated batch by batch.
+
+    gram: XᵀX ``[in, in]``; cross: SᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the source's own
+    stream); abs_sum, absmax ``[in]``. All float32.
+    """
+
+    tokens: int = 0
+    gram: Tensor = field(default_factory=lambda: torch.empty(0))
+    cross: Tensor | None = None
+    abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    absmax: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, inputs: Tensor, source: Tensor | None = None) -> None:
+        """Count a batch ``[..., in]``; ``source``: the source's inputs for the same tokens."""
+        x = inputs.flatten(0, -2)
+        if not self.tokens:
+            columns = x.shape[1]
+            self.gram = torch.zeros(columns, columns, device=x.device)
+            self.abs_sum = torch.zeros(columns, device=x.device)
+            self.absmax = torch.zeros(columns, device=x.device)
+            if source is not None:
+                self.cross = torch.zeros(columns, columns, device=x.device)
+        self.tokens += x.shape[0]
+        magnitude = x.abs()
+        self.abs_sum += magnitude.sum(0, dtype=torch.float32)
+        torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
+        del magnitude
+        _accumulate_gram(self.gram, x)
+        if self.cross is not None and source is not None:
+            _accumulate(self.cross, source.flatten(0, -2), x)
+
+    def finish(self) -> None:
+        """Make the Gram matrix whole (on the CPU only its upper blocks were summed)."""
+        if not self.gram.is_cuda:
+            upper = torch.triu(self.gram)
+            self.gram = upper + torch.triu(upper, 1).t()
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """mean|x| ``[in]``."""
+        return self.abs_sum / self.tokens
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right, in float32 whatever the inputs' dtype."""
+    if left.is_cuda and left.dtype != torch.float32:
+        total += torch.mm(left.t(), right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.t().float(), right.float())
+
+
+def _accumulate_gram(total: Tensor, x: Tensor) -> None:
+    if x.is_cuda:
+        _accumulate(total, x, x)
+        return
+    for start in range(0, x.shape[1], CPU_BLOCK):
+        stop = min(start + CPU_BLOCK, x.shape[1])
+        total[start:stop, start:].addmm_(x[:, start:stop].t().float(), x[:, start:].float())
