@@ -77,19 +77,19 @@ def forbidden_texts(problems: list[dict[str, object]]) -> frozenset[str]:
     return frozenset(str(p[key]) for p in problems for key in ("prompt", "canonical_solution"))
 
 
-def text_rows(texts: Iterator[str], size: int, seed: str, held_out: bool) -> list[dict[str, str]]:
-    """Rows of about 1.5 kB: mostly programs, every third row other code; `size` bytes in all."""
+def text_rows(texts: Iterator[str], size: int, seed: str, held_out: bool, row: int) -> list[dict[str, str]]:
+    """Rows of at least `row` characters: mostly programs, every fourth row other code; `size` characters in all."""
     rng = random.Random(seed)
     other = (text for key, text in snippets(rng) if is_held_out(key) == held_out)
     rows: list[dict[str, str]] = []
     written = 0
     while written < size:
-        stream, separator = (other, "\n\n") if len(rows) % 3 == 2 else (texts, "\n\n")
-        parts: list[str] = []
-        while sum(map(len, parts)) < 1200:
-            parts.append(next(stream))
-        rows.append({"text": separator.join(parts)})
-        written += len(rows[-1]["text"])
+        stream = other if len(rows) % 4 == 3 else texts
+        text = next(stream)
+        while len(text) < row:
+            text += "\n" + next(stream)  # a blank line between two
+        rows.append({"text": text})
+        written += len(text)
     return rows
 
 
@@ -105,9 +105,9 @@ def main() -> None:
     HELD_OUT.write_bytes(gzip.compress(text.encode(), mtime=0))
     forbidden = forbidden_texts(problems)
     others = (p.prompt + p.body for p in programs("heldout/code", held_out=True) if p.prompt not in forbidden)
-    write_lines(HELD_OUT_CODE, text_rows(others, HELD_OUT_CODE_BYTES, "heldout/other", held_out=True))
+    write_lines(HELD_OUT_CODE, text_rows(others, HELD_OUT_CODE_BYTES, "heldout/other", True, row=1))
     training = training_texts("calibration", forbidden)
-    write_lines(CALIBRATION, text_rows(training, CALIBRATION_BYTES, "calibration/other", held_out=False))
+    write_lines(CALIBRATION, text_rows(training, CALIBRATION_BYTES, "calibration/other", False, row=1200))
     for path in (HELD_OUT, HELD_OUT_CODE, CALIBRATION):
         print(path.relative_to(ROOT), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
 

@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 END = "<|endoftext|>"  # token 0: ends every document
 PADDING = -1  # in rows only; never fed to the model
-ROW = 256  # tokens; every document fits into one row
+ROW = 512  # tokens; a few documents fit into one row
 CHUNK = 10_000  # documents in one token file
+BLANK_LINE_ROWS = 8  # one row in so many separates its documents by a blank line, as text files do
 
 
 def new_tokenizer() -> Tokenizer:
@@ -90,13 +91,13 @@ def prepare(folder: Path, documents: int, vocabulary: int, workers: int) -> None
             write_chunk(task)
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
         for done, _ in enumerate(pool.imap_unordered(write_chunk, missing), 1):
             if done % 16 == 0 or done == len(missing):
                 print(f"data: {done} of {len(missing)} token files", flush=True)
 
 
-def pack(tokens: np.ndarray) -> np.ndarray:
+def pack(tokens: np.ndarray, line_break: int) -> np.ndarray:
     """Whole documents put into rows of ROW tokens, best fit first, int16 [rows, ROW], PADDING behind.
 
     Every row begins with a document, as every prompt does.
@@ -118,9 +119,12 @@ def pack(tokens: np.ndarray) -> np.ndarray:
         order = sorted(parts, key=lambda part: int(part[:8].astype(np.int64).sum()) * 7919 % 97)
         flat = np.concatenate(order)
         line[: flat.size] = flat
+    some = packed[::BLANK_LINE_ROWS]
+    some[some == 0] = line_break
     return packed
 
 
 def load_rows(folder: Path) -> np.ndarray:
     """All token files, packed."""
-    return np.concatenate([pack(np.load(path)) for path in sorted(folder.glob("tokens-*.npy"))])
+    line_break = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("\n").ids[0]
+    return np.concatenate([pack(np.load(path), line_break) for path in sorted(folder.glob("tokens-*.npy"))])

@@ -86,10 +86,9 @@ def mean_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> flo
     """Mean next-token loss over the held-out code, nats."""
     total, count = 0.0, 0
     for line in HELD_OUT_CODE.read_text(encoding="utf-8").splitlines():
-        for document in json.loads(line)["text"].split("\n\n\n"):
-            ids = tokenizer(document, return_tensors="pt", truncation=True)["input_ids"].to(model.device)
-            total += float(cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
-            count += ids.shape[1] - 1
+        ids = tokenizer(json.loads(line)["text"], return_tensors="pt", truncation=True)["input_ids"].to(model.device)
+        total += float(cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
     return total / count
 
 

@@ -35,8 +35,8 @@ class Plan:
     layers: int = 6
     vocabulary: int = 1536
     documents: int = 600_000
-    steps: int = 5000
-    rows: int = 256  # of ROW tokens, in one step
+    steps: int = 4000
+    rows: int = 128  # of ROW tokens, in one step
     peak_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup: int = 200
