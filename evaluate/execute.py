@@ -1,0 +1,312 @@
+"""Judge programs that nobody trusts: each runs in a sandbox, and the asserts run in a process it cannot reach.
+
+A worker (see worker) is a bare interpreter in namespaces of its own; for every job it forks a candidate, which
+gets the program, and a checker, which gets the test and calls the candidate over a pipe. This side only hands out
+jobs, collects outcomes and replaces workers that stopped answering.
+"""
+
+import functools
+import itertools
+import os
+import queue
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from qtool import QtoolError
+from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack
+
+OutcomeName = Literal["passed", "failed", "timeout", "error"]
+TIERS = ("namespaces", "bubblewrap", "landlock")
+
+# Runs before anything of qtool is imported: two hollow packages stand for the real ones, whose root imports click.
+_BOOT = """
+import sys, types
+for name in ("qtool", "qtool.evaluate"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [sys.argv[1]]
+from qtool.evaluate.worker import main
+main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
+"""
+_START_SECONDS = 30.0
+_GRACE_SECONDS = 10.0
+# User ids that candidates of a root user's run take; 65536 ids are what containers usually map.
+_FIRST_UID, _UIDS = 60_000, 5_000
+_worker_numbers = itertools.count(os.getpid())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program to judge. ``test`` defines ``check(candidate)`` or holds bare asserts on ``entry_point``.
+
+    ``setup`` is trusted code that the test may use (the problem's prompt with its helper functions); it runs in
+    the checker, never in the candidate.
+    """
+
+    task_id: str
+    program: str
+    test: str
+    entry_point: str
+    setup: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the checker found. "error" is the sandbox's or the test's failure: neither right nor wrong."""
+
+    task_id: str
+    outcome: OutcomeName
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+
+def run_programs(
+    jobs: Sequence[Job],
+    *,
+    timeout: float = 5.0,
+    workers: int | None = None,
+    sandbox: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> list[Outcome]:
+    """Outcomes in the order of ``jobs``.
+
+    ``timeout``: wall seconds for one job. ``workers``: jobs at a time, default one for each core. ``sandbox``:
+    "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none" (resource limits
+    only: for programs you would run yourself). ``progress`` is called in this thread with the number of jobs done.
+    Raises QtoolError: exit 3 where the sandbox is not available, exit 2 for a senseless argument.
+    """
+    if timeout <= 0:
+        raise QtoolError(f"timeout must be above 0 seconds, got {timeout:g}.")
+    if workers is not None and workers < 1:
+        raise QtoolError(f"workers must be at least 1, got {workers}.")
+    tier = _choose(sandbox)[0]
+    if not jobs:
+        return []
+    count = min(workers or _cores(), len(jobs))
+    results: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+    pending = iter(list(enumerate(jobs)))
+    lock, stop = threading.Lock(), threading.Event()
+
+    def take() -> tuple[int, Job] | None:
+        with lock:
+            return None if stop.is_set() else next(pending, None)
+
+    threads = [
+        threading.Thread(target=_work, args=(tier, timeout, take, results, stop), daemon=True)
+        for _ in range(count)
+    ]
+    outcomes: dict[int, Outcome] = {}
+    try:
+        for thread in threads:
+            thread.start()
+        while len(outcomes) < len(jobs):
+            index, outcome = results.get()
+            outcomes[index] = outcome
+            if progress is not None:
+                progress(len(outcomes))
+    finally:
+        # On an interrupt too: every worker ends with its thread.
+        stop.set()
+        for thread in threads:
+            thread.join()
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def detect_sandbox(sandbox: str = "auto") -> str:
+    """The measures that ``run_programs`` would take here, in words, for the scorecard. Raises as it does."""
+    return _choose(sandbox)[1]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _choose(sandbox: str) -> tuple[str, str]:
+    """(tier, description) of the strongest tier that really judges a right and a wrong program here."""
+    if sandbox not in ("auto", "none", *TIERS):
+        raise QtoolError(f"sandbox must be one of auto, {', '.join(TIERS)}, none; got {sandbox!r}.")
+    reasons = []
+    for tier in TIERS if sandbox == "auto" else (sandbox,):
+        try:
+            with Worker(tier, _START_SECONDS) as worker:
+                _probe(worker)
+                return tier, worker.description
+        except WorkerLost as error:
+            reasons.append(f"{tier}: {error}")
+    raise QtoolError(
+        "no sandbox for judging generated programs on this machine (" + "; ".join(reasons) + "). "
+        "Install bubblewrap or allow user namespaces or Landlock (in a container: its seccomp profile), "
+        "or set `sandbox: none` to run them with resource limits only, at your own risk.",
+        exit_code=3,
+    )
+
+
+class WorkerLost(Exception):
+    """The worker could not start, or stopped answering."""
+
+
+class Worker:
+    """One child program that judges one job at a time; a context manager that leaves no process behind."""
+
+    def __init__(self, tier: str, timeout: float) -> None:
+        self._timeout = timeout
+        self._folder = tempfile.mkdtemp(prefix="qtool-cell-")
+        os.chmod(self._folder, 0o711)
+        # Not -I but its parts without -E: the hash seed makes the order of sets the same in every run.
+        python = [sys.executable, "-s", "-P", "-S", "-B", "-c", _BOOT, str(Path(__file__).parent)]
+        uid = _FIRST_UID + next(_worker_numbers) % _UIDS
+        inner = "landlock" if tier == "bubblewrap" else tier
+        command = [*python, inner, self._folder, str(uid), repr(timeout)]
+        if tier == "bubblewrap":
+            command = [*_bubblewrap(self._folder), *command]
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={"PYTHONHASHSEED": "0"},
+            cwd="/",
+            bufsize=0,
+            start_new_session=True,
+        )
+        try:
+            greeting = self._answer(_START_SECONDS)
+            if not isinstance(greeting, dict) or "sandbox" not in greeting:
+                missing = greeting.get("missing") if isinstance(greeting, dict) else None
+                raise WorkerLost(str(missing or "the worker does not answer"))
+        except BaseException:
+            self.close()
+            raise
+        self.description: str = ("bubblewrap + " if tier == "bubblewrap" else "") + greeting["sandbox"]
+
+    def judge(self, job: Job) -> Outcome:
+        """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
+        program = pack({"program": job.program, "entry_point": job.entry_point})
+        question = pack({"test": job.test, "entry_point": job.entry_point, "setup": job.setup})
+        data = b"J" + b"".join(len(part).to_bytes(4, "big") + part for part in (program, question))
+        deadline = time.monotonic() + self._timeout + _GRACE_SECONDS
+        self._send(data, deadline)
+        answer = self._answer(deadline - time.monotonic())
+        if not (isinstance(answer, list) and len(answer) == 2):
+            raise WorkerLost("the worker answered nonsense")
+        return Outcome(job.task_id, answer[0], answer[1])
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        assert self._process.stdin is not None
+        fd = self._process.stdin.fileno()
+        os.set_blocking(fd, False)
+        view = memoryview(data)
+        while view:
+            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise WorkerLost("the worker does not read")
+            try:
+                view = view[os.write(fd, view) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise WorkerLost(f"the worker ended ({error.strerror})") from error
+
+    def _answer(self, seconds: float) -> object:
+        assert self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        if not select.select([fd], [], [], max(0.0, seconds))[0]:
+            raise WorkerLost("the worker does not answer")
+        try:
+            data = read_frame(fd, limit=8192)
+            answer: object = None if data is None else unpack(data)
+        except NotPlain as error:
+            raise WorkerLost(f"the worker answered {error}") from error
+        if data is None:
+            self._errors.seek(0)
+            last = self._errors.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+            raise WorkerLost("the worker ended" + (f" ({last[-1][:300]})" if last else ""))
+        return answer
+
+    def close(self) -> None:
+        """End the worker and everything in it: closing its input ends it, the kill is for one that is stuck."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        try:
+            self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _work(
+    tier: str,
+    timeout: float,
+    take: Callable[[], tuple[int, Job] | None],
+    results: "queue.SimpleQueue[tuple[int, Outcome]]",
+    stop: threading.Event,
+) -> None:
+    """Judge jobs until there are none. A lost worker is replaced and its job tried once more."""
+    worker: Worker | None = None
+    try:
+        for index, job in iter(take, None):
+            outcome = Outcome(job.task_id, "error", "not run")
+            for _ in range(2):
+                if stop.is_set():
+                    break
+                try:
+                    worker = worker or Worker(tier, timeout)
+                    outcome = worker.judge(job)
+                    break
+                except (WorkerLost, NotPlain, OSError) as error:
+                    outcome = Outcome(job.task_id, "error", f"sandbox: {error}")
+                    if worker is not None:
+                        worker.close()
+                    worker = None
+            results.put((index, outcome))
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+def _probe(worker: Worker) -> None:
+    """The worker judges one right and one wrong answer, and can still import: or it is of no use."""
+    test = "def check(candidate):\n    assert candidate(20) == 21\n"
+    for step, expected in ((1, "passed"), (2, "failed")):
+        # colorsys: some module that no worker has imported beforehand.
+        program = f"def f(x):\n    import colorsys\n    return x + {step}\n"
+        outcome = worker.judge(Job("probe", program, test, "f"))
+        if outcome.outcome != expected:
+            raise WorkerLost(
+                f"a probe that should have {expected} ended with {outcome.outcome} ({outcome.detail})"
+            )
+
+
+def _bubblewrap(folder: str) -> list[str]:
+    """bwrap's command line for a worker. Raises WorkerLost where it is not installed."""
+    program = shutil.which("bwrap")
+    if program is None:
+        raise WorkerLost("bwrap is not installed")
+    shown = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent, Path(__file__).parent]
+    shown += [Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
+    binds = itertools.chain.from_iterable(
+        ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
+    )
+    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    return [program, *options, *binds, "--dev", "/dev", "--tmpfs", "/tmp", "--bind", folder, folder]
