@@ -19,7 +19,6 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import DTYPE_NAMES, INDEX
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
-JOURNAL = "journal.jsonl"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -29,16 +28,19 @@ class ShardWriter:
     ``key`` identifies the work: a folder with another key's journal is started over.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, Spec], key: str, max_shard: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, specs: Mapping[str, Spec], key: str, stem: str = "model", max_shard: int = MAX_SHARD_BYTES
+    ) -> None:
         self.folder = folder
         self.steps: list[dict[str, Any]] = []
-        self._layout = _Layout(specs, max_shard)
+        self._layout = _Layout(specs, stem, max_shard)
         self._specs = specs
+        self.journal_path = folder / f"{stem}.journal.jsonl"
         self._files: dict[str, BinaryIO] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not self._resume(key):
             self._start(key)
-        self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
+        self._journal = self.journal_path.open("a", encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor at its place. Raises ValueError when it is not what the plan says."""
@@ -56,13 +58,18 @@ class ShardWriter:
 
     def commit(self, step: dict[str, Any]) -> None:
         """Make everything written so far durable, then note the step in the journal."""
+        self.flush()
         for file in self._files.values():
-            file.flush()
             os.fsync(file.fileno())
         self._journal.write(json.dumps(step) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
         self.steps.append(step)
+
+    def flush(self) -> None:
+        """Let readers of the same files see what was written."""
+        for file in self._files.values():
+            file.flush()
 
     def close(self) -> None:
         """Close the files and write the index that loaders follow when there are several shards."""
@@ -82,7 +89,7 @@ class ShardWriter:
     def _resume(self, key: str) -> bool:
         """True when the folder holds this very work, begun; loads its finished steps."""
         try:
-            lines = (self.folder / JOURNAL).read_bytes().splitlines(keepends=True)
+            lines = self.journal_path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return False
         whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line was never finished
@@ -95,13 +102,14 @@ class ShardWriter:
             with path.open("rb") as file:
                 if file.read(len(header)) != header:
                     return False
-        (self.folder / JOURNAL).write_bytes(b"".join(whole))
+        self.journal_path.write_bytes(b"".join(whole))
         self.steps = [json.loads(line) for line in whole[1:]]
         return True
 
     def _start(self, key: str) -> None:
         for path in self.folder.iterdir():
-            path.unlink()
+            if path.is_file():
+                path.unlink()
         try:
             for shard, header in self._layout.headers.items():
                 with (self.folder / shard).open("wb") as file:
@@ -113,17 +121,17 @@ class ShardWriter:
                 "Free some space, or set `output_dir:` to another disk.",
                 exit_code=3,
             ) from error
-        (self.folder / JOURNAL).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        self.journal_path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
 
 
 class _Layout:
     """Which shard and which byte offset each tensor gets."""
 
-    def __init__(self, specs: Mapping[str, Spec], max_shard: int) -> None:
+    def __init__(self, specs: Mapping[str, Spec], stem: str, max_shard: int) -> None:
         shards: list[list[str]] = [[]]
         used = 0
         for name, spec in specs.items():
-            size = _nbytes(spec)
+            size = nbytes(spec)
             if shards[-1] and used + size > max_shard:
                 shards.append([])
                 used = 0
@@ -133,13 +141,14 @@ class _Layout:
         self.headers: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
         for number, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            shard = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            shard = f"{stem}.safetensors"
+            if len(shards) > 1:
+                shard = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             header, offsets, end = _header(names, specs)
             self.headers[shard] = header
             self.sizes[shard] = len(header) + end
             self.places |= {name: (shard, len(header) + offset) for name, offset in offsets.items()}
-        self.total = sum(_nbytes(spec) for spec in specs.values())
+        self.total = sum(nbytes(spec) for spec in specs.values())
 
 
 def _header(names: Iterable[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
@@ -150,14 +159,15 @@ def _header(names: Iterable[str], specs: Mapping[str, Spec]) -> tuple[bytes, dic
     for name in sorted(names, key=lambda n: (-specs[n][0].itemsize, n)):
         dtype, shape = specs[name]
         offsets[name] = end
-        end += _nbytes(specs[name])
+        end += nbytes(specs[name])
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
     body = json.dumps(entries, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return struct.pack("<Q", len(body)) + body, offsets, end
 
 
-def _nbytes(spec: Spec) -> int:
+def nbytes(spec: Spec) -> int:
+    """Bytes of one tensor."""
     dtype, shape = spec
     n = dtype.itemsize
     for size in shape:

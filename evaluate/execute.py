@@ -309,4 +309,4 @@ def _bubblewrap(folder: str) -> list[str]:
         ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
     )
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    return [program, *options, *binds, "--dev", "/dev", "--tmpfs", "/tmp", "--bind", folder, folder]
+    return [program, *options, "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--bind", folder, folder]

@@ -37,11 +37,11 @@ _PRELOADED = (
 class Cell:
     """What every job of this worker shares: tier, time limit, user to become, folder for candidates' files."""
 
-    def __init__(self, tier: str, folder: str, uid: int, timeout: float) -> None:
+    def __init__(self, tier: str, folder: str, uid: int, timeout: float, null: int) -> None:
         self.tier = tier
         self.timeout = timeout
         self.folder = folder
-        self.null = os.open(os.devnull, os.O_RDWR)
+        self.null = null
         self.uid: int | None = None
         self.use_landlock = tier != "none" and isolation.landlock_version() > 0
         self.use_seccomp = tier != "none" and seccomp.available()
@@ -103,12 +103,13 @@ def main(tier: str, folder: str, uid: int, timeout: float) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     isolation.die_with_parent()
+    # Opened while there is a /dev.
+    null = os.open(os.devnull, os.O_RDWR)
     if tier == "namespaces":
         try:
-            null = os.open(os.devnull, os.O_RDWR)
             isolation.enter_namespaces(folder)
         except OSError as error:
-            write_frame(1, pack({"missing": str(error.strerror or error)}))
+            write_frame(1, pack({"missing": str(error)}))
             os._exit(1)
         # Only children are in the new PID namespace: the first of them, PID 1, is the zygote.
         pid = os.fork()
@@ -119,9 +120,9 @@ def main(tier: str, folder: str, uid: int, timeout: float) -> None:
         isolation.die_with_parent()
         os.dup2(null, 2)
     try:
-        cell = Cell(tier, folder, uid, timeout)
+        cell = Cell(tier, folder, uid, timeout, null)
     except OSError as error:
-        write_frame(1, pack({"missing": str(error.strerror or error)}))
+        write_frame(1, pack({"missing": str(error)}))
         os._exit(1)
     write_frame(1, pack({"sandbox": cell.describe()}))
     # Pages shared with children stay shared: the collector leaves what exists now alone.
@@ -171,8 +172,7 @@ def _supervise(cell: Cell) -> None:
     outcome = _follow(cell.timeout, test_out, calls_out, verdict_in)
     _end(cell, answerer)
     _end(cell, judge)
-    if cell.tier != "namespaces" and writable:
-        shutil.rmtree(writable, ignore_errors=True)
+    shutil.rmtree(writable, ignore_errors=True)
     write_frame(1, pack(list(outcome)))
 
 
@@ -219,10 +219,10 @@ def _become(cell: Cell, kept: list[int], writable: str | None) -> None:
 
 
 def _writable(cell: Cell) -> str:
+    """A new folder for the candidate's files; with namespaces, also its PID namespace."""
     if cell.tier == "namespaces":
-        isolation.own_view()
-        return "/tmp"
-    folder = os.path.join(cell.folder, str(os.getpid()))
+        isolation.own_pid_namespace()
+    folder = os.path.join("/tmp" if cell.tier == "namespaces" else cell.folder, str(os.getpid()))
     os.mkdir(folder, 0o700)
     if cell.uid is not None:
         os.chown(folder, cell.uid, cell.uid)

@@ -29,13 +29,14 @@ class Heads:
 class LayerOutput:
     """What one output keeps of one layer; names are relative to the layer.
 
-    codes: linear -> UniformCodes. tensors: every other tensor, float32, folded. scales: group -> the scale its linears'
-    columns were multiplied by, ``[in]``. records: linear -> error figures.
+    codes: linear -> UniformCodes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns
+    were multiplied by ``[in]`` and its rows divided by ``[out]``. records: linear -> error figures.
     """
 
     codes: dict[str, UniformCodes] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
@@ -55,17 +56,17 @@ def quantize_layer(
     folded = dict(weights)
     output = LayerOutput()
     for group in architecture.groups:
+        for linear in group.linears:
+            out, columns = weights[f"{linear}.weight"].shape
+            output.columns[linear] = weights[f"{linear}.weight"].new_ones(columns)
+            output.rows[linear] = weights[f"{linear}.weight"].new_ones(out)
+    for group in architecture.groups if method.scaling == "awq" else ():
         stats = statistics[group.name]
-        columns = stats.gram.shape[0]
         tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
-        search = awq.ScaleSearch(None, 1.0, 1.0)
-        if method.scaling == "awq":
-            originals = [weights[f"{linear}.weight"] for linear in group.linears]
-            search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec, tie)
-        if search.scale is None:
-            output.scales[group.name] = torch.ones(columns, device=stats.gram.device)
-        else:
-            output.scales[group.name] = _fold(group, search.scale, folded, tie, method.spec.dtype)
+        originals = [weights[f"{linear}.weight"] for linear in group.linears]
+        search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec, tie)
+        if search.scale is not None:
+            _fold(group, search.scale, folded, tie, method.spec.dtype, output)
     for group in architecture.groups:
         _round_group(method, group, weights, folded, statistics[group.name], output)
     output.tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
@@ -79,8 +80,8 @@ def kv_rows(heads: Heads, device: torch.device) -> Tensor:
 
 
 def _fold(
-    group: InputGroup, scale: Tensor, folded: dict[str, Tensor], tie: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    group: InputGroup, scale: Tensor, folded: dict[str, Tensor], tie: Tensor | None, dtype: torch.dtype, output: LayerOutput
+) -> None:
     """Divide the producer by ``scale`` and multiply the linears' columns by what the producer, as stored, leaves over."""
     name = f"{group.producer}.weight"
     if group.kind == "norm":
@@ -93,9 +94,10 @@ def _fold(
         bias = f"{group.producer}.bias"
         if bias in folded:
             folded[bias] = folded[bias] / rows
+        output.rows[group.producer] = rows
     for linear in group.linears:
         folded[f"{linear}.weight"] = folded[f"{linear}.weight"] * scale
-    return scale
+        output.columns[linear] = scale
 
 
 def _round_group(
@@ -108,7 +110,7 @@ def _round_group(
 ) -> None:
     """Choose codes for the linears of one group together (they share the Gram matrix) and record their errors."""
     spec = method.spec
-    scale = output.scales[group.name]
+    scale = output.columns[group.linears[0]]
     names = [f"{linear}.weight" for linear in group.linears]
     sizes = [folded[name].shape[0] for name in names]
     target = torch.cat([folded[name] for name in names])
@@ -139,21 +141,20 @@ def _round_group(
         grid = grids.Grid(scales, zeros)
         output.codes[linear] = grids.to_codes(codes, grid, spec)
         error = grids.dequantize(codes, grid, spec).sub_(wanted)
-        output.records[linear] = _record(weights[f"{linear}.weight"], wanted, error, stats.gram, gram, method, damp)
+        # undo the fold: the error of this linear as if the source's own weight had been replaced
+        error.div_(scale).mul_(output.rows[linear].unsqueeze(1))
+        output.records[linear] = _record(weights[f"{linear}.weight"], error, stats.gram, spec) | {"damp": damp}
 
 
-def _record(
-    source: Tensor, wanted: Tensor, error: Tensor, gram: Tensor, scaled: Tensor, method: AwqMethod, damp: float
-) -> dict[str, float]:
+def _record(source: Tensor, error: Tensor, gram: Tensor, spec: grids.GridSpec) -> dict[str, float]:
     """Relative output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and |W - Ŵ| / |W|."""
-    energy = awq.output_error(wanted, scaled).clamp_min(1e-30)
-    plain = grids.round_to_nearest(source, method.spec).sub_(source)
+    energy = awq.output_error(source, gram).clamp_min(1e-30)
+    plain = grids.round_to_nearest(source, spec).sub_(source)
     figures = torch.stack(
         [
             (awq.output_error(plain, gram).clamp_min(0) / energy).sqrt(),
-            (awq.output_error(error, scaled).clamp_min(0) / energy).sqrt(),
-            error.norm() / wanted.norm().clamp_min(1e-30),
+            (awq.output_error(error, gram).clamp_min(0) / energy).sqrt(),
+            error.norm() / source.norm().clamp_min(1e-30),
         ]
     ).tolist()
-    rtn, result, frobenius = (float(f"{figure:.6g}") for figure in figures)
-    return {"rtn_error": rtn, "error": result, "frobenius": frobenius, "damp": damp}
+    return {key: float(f"{figure:.6g}") for key, figure in zip(("rtn_error", "error", "frobenius"), figures, strict=True)}

@@ -7,6 +7,7 @@ with compensation has its own, passing through its quantized layers, so that its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,14 @@ from qtool.convert.checkpoint import Checkpoint
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
+from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods import AwqMethod
 from qtool.quantize.statistics import InputStatistics
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 FLOAT16_MAX = 65504.0
 
 Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
+Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,7 @@ class Walk:
                 for name, x in inputs.items():
                     shared[name].add(x)
             for stream, batches in streams.items():
-                into = own[stream]
-                with self._captured(layer, lambda name, x, into=into, inputs=inputs: into[name].add(x, inputs[name])):
+                with self._captured(layer, _adder(own[stream], inputs)):
                     _run(layer, batches[number], calls)
         for statistics in (shared, *own.values()):
             for stats in statistics.values():
@@ -127,15 +128,22 @@ class Walk:
                     stats.finish()
         return shared, own
 
-    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], Any]) -> _Hooks:
+    @contextmanager
+    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """While open, ``take(group name, input)`` is called for every distinct linear input of a forward."""
-        hooks = []
-        for group in self.architecture.groups:
-            linear = layer.get_submodule(group.linears[0])
-            hooks.append(
-                linear.register_forward_pre_hook(lambda _module, args, name=group.name: take(name, args[0]) and None)
-            )
-        return _Hooks(hooks)
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, inputs: take(name, inputs[0])
+
+        handles = [
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook(group.name))
+            for group in self.architecture.groups
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check_range(
         self, index: int, method: AwqMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
@@ -211,9 +219,6 @@ class Walk:
         return hidden, calls
 
 
-Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
-
-
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
 
@@ -232,16 +237,8 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _Hooks:
-    def __init__(self, handles: list[Any]) -> None:
-        self.handles = handles
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+def _adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) -> Callable[[str, Tensor], None]:
+    return lambda name, x: into[name].add(x, source[name])
 
 
 def _run(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:

@@ -1,0 +1,165 @@
+"""A finished artifact: a folder that loaders understand, plus `qtool.json`, the manifest that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qtool import QtoolError
+from qtool.convert import autoawq
+from qtool.convert.checkpoint import Checkpoint, TensorStream, read_json
+from qtool.convert.codes import UniformCodes
+from qtool.convert.source import sha256_file
+
+MANIFEST = "qtool.json"
+EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
+FOLD_SCALES = "fold_scales"
+PARTIAL = ".partial"
+# Carried byte for byte. config.json is edited, not carried; weights and the source's card are left behind.
+SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_SIDECARS = {"config.json", "model.safetensors.index.json", MANIFEST, "quantize_config.json"}
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What is in the folder, how it was made, and what each linear lost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    qtool: str
+    key: str
+    output: dict[str, Any]
+    source: dict[str, Any]
+    calibration: dict[str, Any]
+    device: str
+    versions: dict[str, str]
+    parameters: int
+    tensor_bytes: int
+    bits_per_weight: float
+    ledger: dict[str, dict[str, float]]
+    files: dict[str, FileEntry]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole folder, without the manifest itself."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+class Artifact:
+    """An artifact on disk. A folder made by another tool opens too (``manifest`` is None then)."""
+
+    def __init__(self, path: Path, config: dict[str, Any], manifest: Manifest | None, checkpoint: Checkpoint) -> None:
+        self.path = path
+        self.config = config
+        self.manifest = manifest
+        self.checkpoint = checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Raises QtoolError when the folder is unfinished, is no model, or its manifest is not qtool's."""
+        if not path.is_dir():
+            raise QtoolError(f"{path}: no such folder.")
+        if path.name.endswith(PARTIAL):
+            raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
+        manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+        return cls(path, read_json(path / "config.json"), manifest, Checkpoint.open(path))
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """``quantization_config``; empty for an unquantized model."""
+        section: dict[str, Any] = self.config.get("quantization_config") or {}
+        return section
+
+    def linears(self) -> list[str]:
+        """Names of the quantized linears, in file order."""
+        return [name.removesuffix(".qweight") for name in self.checkpoint.tensors if name.endswith(".qweight")]
+
+    def codes(self, linear: str) -> UniformCodes:
+        """One linear as codes, scales and zeros."""
+        return read_codes(self.checkpoint, linear, int(self.quantization["group_size"]))
+
+    def read(self) -> TensorStream:
+        """Every tensor of the model under its Hugging Face name; quantized linears dequantized to float32."""
+        method = self.quantization.get("quant_method")
+        if method not in (None, "awq"):
+            raise QtoolError(f"{self.path}: quant_method {method!r} cannot be read back yet.")
+        for name in self.checkpoint.tensors:
+            if name.endswith(".qweight"):
+                linear = name.removesuffix(".qweight")
+                yield f"{linear}.weight", self.codes(linear).dequantize()
+            elif not name.endswith((".qzeros", ".scales")):
+                yield name, self.checkpoint.tensor(name)
+
+
+def read_codes(checkpoint: Checkpoint, linear: str, group_size: int) -> UniformCodes:
+    """One AutoAWQ linear out of an open folder, finished or not."""
+    tensors = {suffix: checkpoint.tensor(f"{linear}.{suffix}") for suffix in autoawq.SUFFIXES}
+    return autoawq.unpack(tensors, tensors["qweight"].shape[0] if group_size == -1 else group_size)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault."""
+    file = path / MANIFEST
+    try:
+        return Manifest.model_validate(read_json(file))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise QtoolError(f"{file}: not a manifest this qtool understands ({place}: {fault['msg']}).") from error
+
+
+def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
+    """Carry tokenizer, generation config, chat template and licence along byte for byte."""
+    patterns = (*SIDECARS, "*.py") if with_code else SIDECARS
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _NOT_SIDECARS:
+                shutil.copyfile(path, target / path.name)
+
+
+def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """The source's own config.json plus ``quantization_config``; its dtype key follows the stored tensors.
+
+    Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
+    """
+    config = read_json(source / "config.json")
+    key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = dict(quantization)
+    write_json(target / "config.json", config)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Two-space JSON with a final newline."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file but the manifest and journals -> size and sha256; names relative to the folder."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and not name.endswith("journal.jsonl"):
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+    return entries
+
+
+def seal(partial: Path, final: Path, manifest: Manifest) -> Artifact:
+    """Write the manifest, drop the journals and give the folder its name: from here on it exists."""
+    write_json(partial / MANIFEST, manifest.model_dump())
+    for journal in partial.rglob("*journal.jsonl"):
+        journal.unlink()
+    partial.rename(final)
+    return Artifact.open(final)

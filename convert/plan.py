@@ -1,0 +1,107 @@
+"""What an output will be, tensor by tensor, from shapes alone: names, dtypes, bytes, bits per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert import autoawq
+from qtool.convert.checkpoint import TensorInfo
+from qtool.convert.writer import Spec, nbytes
+
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One quantized linear: shape ``[out, in]``, its group size and the bytes it will take."""
+
+    name: str
+    out: int
+    columns: int
+    group_size: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """``specs``: every tensor of the artifact in walk order. ``parameters``: weights of the source model."""
+
+    specs: dict[str, Spec]
+    linears: list[LinearPlan]
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all stored tensors over the source's parameters."""
+        return 8 * self.nbytes / self.parameters
+
+
+def plan_awq(
+    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], group_size: int, dtype: torch.dtype
+) -> OutputPlan:
+    """The AutoAWQ container: ``linears`` of every layer below ``prefix`` are packed, the rest is stored in ``dtype``.
+
+    Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit.
+    """
+    specs: dict[str, Spec] = {}
+    plans: list[LinearPlan] = []
+    for name in walk_order(tensors, prefix):
+        shape = tensors[name].shape
+        module = name.removesuffix(".weight")
+        if not is_linear(name, prefix, linears):
+            specs[name] = (dtype, shape)
+            continue
+        out, columns = shape
+        if columns % group_size == 0 and out % 8 == 0:
+            packed = autoawq.specs(out, columns, group_size, dtype)
+            specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
+            plans.append(LinearPlan(module, out, columns, group_size, sum(nbytes(spec) for spec in packed.values())))
+        else:
+            plans.append(LinearPlan(module, out, columns, group_size, -1))
+    _refuse_unfit([plan for plan in plans if plan.nbytes < 0], plans, group_size)
+    parameters = sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
+    return OutputPlan(specs, plans, parameters, sum(nbytes(spec) for spec in specs.values()))
+
+
+def is_linear(name: str, prefix: str, linears: Sequence[str]) -> bool:
+    """Whether a checkpoint tensor is one of ``linears`` inside a layer."""
+    return name.startswith(prefix) and any(name.endswith(f".{linear}.weight") for linear in linears)
+
+
+def layer_of(name: str, prefix: str) -> int | None:
+    """The layer index in a tensor's name, None outside the layers."""
+    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+
+
+def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
+    """Embeddings, then layer 0, 1, 2 …, then the rest: the order in which tensors are written."""
+
+    def key(name: str) -> tuple[int, int, str]:
+        layer = layer_of(name, prefix)
+        if layer is not None:
+            return 1, layer, name
+        return (0 if "embed" in name else 2), 0, name
+
+    return sorted(tensors, key=key)
+
+
+def _refuse_unfit(unfit: list[LinearPlan], plans: list[LinearPlan], group_size: int) -> None:
+    if not unfit:
+        return
+    fitting = [size for size in GROUP_SIZES if all(plan.columns % size == 0 for plan in plans)]
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for plan in unfit:
+        kinds.setdefault((plan.name.rsplit(".", 1)[-1], plan.columns), []).append(plan.name)
+    listed = "; ".join(
+        f"{kind} ({columns} columns, {len(names)} layers, first {names[0]})" for (kind, columns), names in kinds.items()
+    )
+    odd = [plan for plan in unfit if plan.out % 8]
+    if odd:
+        raise QtoolError(f"group_size: {odd[0].name} has {odd[0].out} rows; AWQ packs rows in eights.")
+    advice = f"Sizes that fit every linear: {', '.join(map(str, fitting))}." if fitting else "No group size fits."
+    raise QtoolError(f"group_size: {group_size} does not divide the inputs of {listed}. {advice}")

@@ -1,0 +1,134 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qtool import QtoolError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+GATE_FAILED = 1
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="qtool-llm", prog_name="qtool")
+def main() -> None:
+    """Quantize a code model, and know what it cost.
+
+    \b
+    Examples:
+      qtool run recipes/demo.yaml              convert, verify, score, judge
+      qtool run recipes/awq.yaml --dry-run     the plan: sizes, bits per weight, memory, disk
+      qtool verify artifacts/My-Model-awq      re-open an artifact and check it
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
+
+    Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something.
+    """
+
+
+def _device_option(command: click.decorators.FC) -> click.decorators.FC:
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    )(command)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
+@click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
+@click.option(
+    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
+)
+@_device_option
+def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
+    """Turn the model of RECIPE into verified artifacts and score them against it.
+
+    Run again after an interruption and it continues after the last finished layer; what is finished is reused.
+
+    \b
+    Examples:
+      qtool run recipes/demo.yaml
+      qtool run recipes/awq.yaml --dry-run
+      qtool run my-recipe.yaml --only awq --device cuda
+    """
+    from qtool import report
+    from qtool.run import prepare
+    from qtool.run import run as run_recipe
+
+    if dry_run:
+        report.print_plan(prepare(recipe, device, only))
+        return
+    result = run_recipe(recipe, runs, device, only)
+    report.print_run(result)
+    if result.failed:
+        raise SystemExit(GATE_FAILED)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="The source model's folder: also recompute each linear's error.")
+def verify(artifact: Path, source: Path | None) -> None:
+    """Re-open ARTIFACT: sha256, shapes, finiteness, and the loading rules of transformers, vLLM and SGLang.
+
+    \b
+    Examples:
+      qtool verify artifacts/My-Model-awq
+      qtool verify artifacts/My-Model-awq --source ./My-Model
+    """
+    from qtool import report
+    from qtool.convert.verify import verify as verify_artifact
+
+    result = verify_artifact(artifact, source)
+    report.print_verification(result)
+    if not result.sound:
+        raise SystemExit(GATE_FAILED)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="The unquantized model: scored too, and compared with.")
+@click.option("--task", "tasks", multiple=True, help="handwritten, heldout, humaneval or a HumanEval-format file.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
+@click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
+@click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
+@click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
+@_device_option
+def evaluate(
+    model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, prompt: str,
+    max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path, device: str,
+) -> None:  # fmt: skip
+    """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
+
+    \b
+    Examples:
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten --text heldout-code
+      qtool evaluate ./My-Model --task humaneval --limit 40 --prompt completion
+    """
+    from pydantic import ValidationError
+
+    from qtool import report
+    from qtool.recipe import EvaluateSection
+    from qtool.run import evaluate_folders
+
+    if not tasks and not text:
+        raise QtoolError("nothing to measure: give --task, --text or both. Example: --task handwritten --text heldout-code")
+    try:
+        section = EvaluateSection.model_validate(
+            {
+                "tasks": [{"task": task, "limit": limit} for task in tasks],
+                "text": {"text": text, "samples": 16} if text else None,
+                "prompt": prompt,
+                "max_new_tokens": max_new_tokens,
+                "batch_size": batch_size,
+                "sandbox": sandbox,
+            }
+        )
+    except ValidationError as error:
+        raise QtoolError(str(error)) from error
+    report.print_scores(evaluate_folders(model, source, section, runs, device, trust_remote_code))

@@ -1,0 +1,136 @@
+"""Recipes: YAML in, one checked object out; every error at once, each with its path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qtool import QtoolError
+from qtool.convert.text import TextSource
+from qtool.quantize.methods import AwqMethod
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(_Section):
+    """`model:` a local folder or Hub id; as a string, or with a revision and leave to run the model's own code."""
+
+    id: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class TaskSection(_Section):
+    """One coding task: a shipped name, `humaneval`, or a HumanEval-format file; ``limit`` picks evenly over levels."""
+
+    task: str
+    limit: Annotated[int, Field(gt=0)] | None = None
+
+
+class EvaluateSection(_Section):
+    """`evaluate:` what source and artifacts are asked, identically."""
+
+    tasks: tuple[TaskSection, ...] = ()
+    text: TextSource | None = None
+    prompt: Literal["auto", "completion", "chat"] = "auto"
+    max_new_tokens: Annotated[int, Field(gt=0)] = 384
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    timeout: Annotated[float, Field(gt=0)] = 5.0
+    sandbox: Literal["auto", "none"] = "auto"
+
+
+class GateSection(_Section):
+    """One condition an output must meet; ``output`` and ``task`` omitted mean every one."""
+
+    output: str | None = None
+    task: str | None = None
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_recovery: Annotated[float, Field(gt=0, le=2)] | None = None
+    max_kld: Annotated[float, Field(gt=0)] | None = None
+    max_size: Annotated[float, Field(gt=0)] | None = None
+    on_undecided: Literal["warn", "fail"] = "warn"
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> GateSection:
+        given = [self.max_drop, self.min_recovery, self.max_kld, self.max_size]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("a gate states exactly one of max_drop, min_recovery, max_kld, max_size (GB)")
+        return self
+
+
+class Recipe(_Section):
+    """One conversion: source, calibration, outputs, evaluation, gates."""
+
+    model: ModelSection
+    calibration: TextSource = TextSource(text="qtool-code")
+    outputs: Annotated[tuple[AwqMethod, ...], Field(min_length=1)]
+    evaluate: EvaluateSection = EvaluateSection()
+    gates: tuple[GateSection, ...] = ()
+    output_dir: str = "artifacts"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _plain_id(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [output.name for output in self.outputs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two outputs are named {name!r}; give each its own `name:`")
+        for gate in self.gates:
+            if gate.output not in (None, *names):
+                raise ValueError(f"a gate names output {gate.output!r}; the recipe has {', '.join(names)}")
+            if gate.task not in (None, *(task.task for task in self.evaluate.tasks)):
+                raise ValueError(f"a gate names task {gate.task!r}, which `evaluate:` does not run")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Identifies the work: everything but the gates, which only judge it."""
+        return digest_of(self.model_dump(mode="json", exclude={"gates"}))
+
+
+def digest_of(data: Any) -> str:
+    """sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises QtoolError listing every fault with its path in the file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}. Recipes that ship with qtool: `qtool recipes`.") from error
+    except yaml.YAMLError as error:
+        raise QtoolError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`.")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [f"  {_place(fault['loc'])}: {_say(fault)}" for fault in error.errors()]
+        raise QtoolError(f"{path}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".") or "recipe"
+
+
+def _say(fault: Any) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "unknown key"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = fault.get("input")
+    return message if isinstance(given, dict | list) else f"{message} (got {given!r})"

@@ -1,0 +1,182 @@
+"""What a person reads: the plan, the checks, the score table, the verdicts; in the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from qtool.convert.verify import Verification
+from qtool.evaluate.regression import bootstrap_mean, paired_difference, wilson
+
+if TYPE_CHECKING:
+    from qtool.outputs import Job
+    from qtool.run import Run
+    from qtool.scores import Scores
+
+console = Console()
+MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "undecided": "[yellow]undecided[/]", "not made": "[dim]not made[/]"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject of the score table, as text."""
+
+    cells: dict[str, str]
+
+
+def print_run(run: Run) -> None:
+    """The end of `qtool run`: table, checks, verdicts, where the log is; report.md beside the log."""
+    rows = score_rows(run.scores, sizes(run))
+    console.print(table_of(rows, title=f"{run.job.source.name} · {run.job.recipe.digest[:8]}"))
+    for name, checked in run.verifications.items():
+        _print_summary(name, checked)
+    for verdict in run.verdicts:
+        console.print(f"{MARKS[verdict.verdict]}  {verdict.output}: {verdict.gate}: {verdict.reason}", highlight=False)
+    for name, artifact in run.artifacts.items():
+        console.print(f"{name}: {artifact.path}", highlight=False, soft_wrap=True)
+    path = run.folder / "report.md"
+    path.write_text(markdown(run, rows), encoding="utf-8")
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def sizes(run: Run) -> dict[str, tuple[int, float]]:
+    """Subject -> (bytes of tensors, bits per weight)."""
+    plan = next(iter(run.job.plans.values()))
+    source = sum(info.nbytes for info in run.job.checkpoint.tensors.values())
+    found = {"source": (source, 8 * source / plan.parameters)}
+    for name, artifact in run.artifacts.items():
+        if artifact.manifest:
+            found[name] = (artifact.manifest.tensor_bytes, artifact.manifest.bits_per_weight)
+    return found
+
+
+def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict[str, str]]:
+    """One row for each subject: size, perplexity, KL, and each task with its interval and its paired loss."""
+    names = list(dict.fromkeys([*known, *scores.fidelity, *scores.tasks]))
+    rows = []
+    for name in names:
+        row = {"model": name}
+        if name in known:
+            nbytes, bpw = known[name]
+            row |= {"size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB", "bits/weight": f"{bpw:.2f} bpw"}
+        if name in scores.fidelity:
+            row |= _fidelity_cells(name, scores)
+        for task, score in scores.tasks.get(name, {}).items():
+            passed = score.passed
+            interval = wilson(sum(passed), len(passed))
+            row[task] = f"{sum(passed) / len(passed):.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+            source = scores.tasks.get("source", {}).get(task)
+            if source is not None and name != "source":
+                difference = paired_difference(source.passed, passed)
+                row[f"{task}: loss"] = (
+                    f"{100 * difference.loss:+.1f} pt [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+                    f" p={difference.p_value:.2g}"
+                )
+        rows.append(row)
+    return rows
+
+
+def _fidelity_cells(name: str, scores: Scores) -> dict[str, str]:
+    import math
+
+    score = scores.fidelity[name]
+    cells = {"perplexity": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
+    if name != "source":
+        interval = bootstrap_mean(score.kl)
+        cells["KL to source"] = f"{sum(score.kl) / len(score.kl):.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+        cells["top-1 agreement"] = f"{sum(score.top1) / len(score.top1):.1%}"
+    return cells
+
+
+def table_of(rows: list[dict[str, str]], title: str = "") -> Table:
+    """A rich table; a cell nobody measured stays empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*(row.get(column, "") for column in columns))
+    return table
+
+
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """The same rows as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def markdown(run: Run, rows: list[dict[str, str]]) -> str:
+    """report.md: table, verdicts, checks, the worst linears, the recipe."""
+    parts = [f"# {run.job.source.name}", f"Source commit `{run.job.source.commit}`.", markdown_table(rows)]
+    if run.verdicts:
+        parts.append("## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts))
+    for name, artifact in run.artifacts.items():
+        if artifact.manifest:
+            worst = sorted(artifact.manifest.ledger.items(), key=lambda item: -item[1]["error"])[:10]
+            lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]
+            lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
+            parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
+    for name, checked in run.verifications.items():
+        lines = [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
+        parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
+    recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8").strip()
+    parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def print_scores(scores: Scores) -> None:
+    """`qtool evaluate`'s table."""
+    console.print(table_of(score_rows(scores, {})))
+
+
+def print_verification(result: Verification) -> None:
+    """Every check of `qtool verify`."""
+    table = Table(title=str(result.path), title_justify="left")
+    for column in ("check", "result", "detail"):
+        table.add_column(column, overflow="fold")
+    for check in result.checks:
+        table.add_row(check.name, MARKS[check.status], check.detail)
+    console.print(table)
+    console.print("sound" if result.sound else "[red]NOT sound[/]: a required check failed")
+
+
+def _print_summary(name: str, result: Verification) -> None:
+    rules = [check for check in result.checks if not check.required]
+    broken = [check.name for check in rules if check.status == "fail"]
+    state = "verified" if result.sound else "[red]NOT sound[/]"
+    notes = f"; {len(rules) - len(broken)} of {len(rules)} runtime rules hold" if rules else ""
+    console.print(f"{name}: {state}{notes} (`qtool verify {result.path}` lists them)", highlight=False, soft_wrap=True)
+
+
+def print_plan(job: Job) -> None:
+    """`--dry-run`: what each linear becomes, then totals, memory and disk."""
+    from qtool.quantize.memory import peak_bytes
+
+    for name, plan in job.plans.items():
+        table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
+        for column in ("linear", "layers", "shape [out, in]", "group size", "bytes each"):
+            table.add_column(column, justify="left" if column == "linear" else "right")
+        kinds: dict[tuple[str, int, int, int, int], int] = {}
+        for linear in plan.linears:
+            kind = linear.name[len(job.architecture.prefix) :].split(".", 1)[1]
+            key = (kind, linear.out, linear.columns, linear.group_size, linear.nbytes)
+            kinds[key] = kinds.get(key, 0) + 1
+        for (kind, out, columns, group, nbytes), count in kinds.items():
+            table.add_row(kind, str(count), f"[{out}, {columns}]", str(group), f"{nbytes:,}")
+        console.print(table)
+        console.print(
+            f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
+            f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
+            highlight=False,
+        )
+    recipe = job.recipe
+    methods = [method for method in recipe.outputs if method.name in job.plans]
+    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    memory = peak_bytes(job.architecture, shapes, methods, tokens, job.device.type)
+    console.print(f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False)
