@@ -23,9 +23,10 @@ HELD_OUT = ROOT / "evaluate/data/heldout.jsonl.gz"
 HELD_OUT_CODE = ROOT / "evaluate/data/heldout_code.jsonl"
 CALIBRATION = ROOT / "quantize/data/calibration.jsonl"
 
-PROBLEMS = {1: 100, 2: 250, 3: 300, 4: 300, 5: 250}  # level = number of operations
+PROBLEMS = {1: 80, 2: 160, 3: 220, 4: 240, 5: 240, 6: 160, 7: 100}  # number of operations -> problems
+LEVELS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # number of operations -> level
 MOST_PER_COMPOSITION = 6  # few single operations are held out; longer chains hardly ever repeat
-LONGEST_SOLUTION = 190  # characters; about 60 tokens of the demo model
+LONGEST_SOLUTION = 200  # characters; about 60 tokens of the demo model
 CALIBRATION_BYTES, HELD_OUT_CODE_BYTES = 400_000, 120_000
 
 
@@ -41,7 +42,7 @@ def problem(program: Program, number: int) -> dict[str, object]:
         "entry_point": program.entry_point,
         "canonical_solution": program.body,
         "test": "def check(candidate):\n" + "".join(asserts),
-        "level": len(program.operations),
+        "level": LEVELS[len(program.operations)],
         "composition": list(program.composition),
     }
 
@@ -51,12 +52,12 @@ def held_out_problems() -> list[dict[str, object]]:
     problems: list[dict[str, object]] = []
     prompts: set[str] = set()
     uses: Counter[tuple[str, ...]] = Counter()
-    for level, wanted in PROBLEMS.items():
+    for length, wanted in PROBLEMS.items():
         found = 0
-        for program in programs(f"heldout/{level}", held_out=True, lengths={level: 1}):
+        for program in programs(f"heldout/{length}", held_out=True, lengths={length: 1}):
             if program.prompt in prompts or len(program.body) > LONGEST_SOLUTION:
                 continue
-            if uses[program.composition] >= (MOST_PER_COMPOSITION if level == 1 else 1):
+            if uses[program.composition] >= (MOST_PER_COMPOSITION if length == 1 else 1):
                 continue
             prompts.add(program.prompt)
             uses[program.composition] += 1

@@ -21,7 +21,7 @@ from demo_snippets import snippets
 from demo_text_operations import BY_NAME, OPERATIONS
 
 HELD_OUT_SHARE = 8  # one composition in eight is held out
-LENGTHS = {1: 8, 2: 20, 3: 26, 4: 24, 5: 22}  # how often a chain has this many operations
+LENGTHS = {1: 6, 2: 14, 3: 20, 4: 20, 5: 18, 6: 13, 7: 9}  # how often a chain has this many operations
 STARTS = {NUMBERS: 40, WORDS: 22, TEXT: 20, NUMBER: 10, TABLE: 8}
 LARGEST_NUMBER, LONGEST_VALUE = 1_000_000, 60
 

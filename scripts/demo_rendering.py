@@ -39,7 +39,7 @@ WHOLE = {
     NUMBERS: ("the list",),
     WORDS: ("the list",),
 }
-MOST_CHARACTERS = 88  # of one line
+MOST_CHARACTERS = 96  # of one line
 
 
 class Names:
@@ -176,7 +176,8 @@ def render_body(
     loop = loop_body(rng, operations, units, names) if len(operations) <= 3 and rng.random() < 0.3 else ""
     if loop:
         return loop
-    nesting = rng.choice((0.0, 0.5, 1.0)) if len(operations) <= 3 else rng.choice((0.5, 1.0))
+    # short programs in every style; long ones nested where possible, which keeps them short and is the harder way
+    nesting = rng.choice((0.0, 0.5, 1.0) if len(operations) <= 2 else (0.5, 1.0, 1.0, 1.0, 1.0))
     lines, current, variable = [], "", names.source
     for template, takes, _ in units:
         if current:

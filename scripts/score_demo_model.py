@@ -112,10 +112,10 @@ def main() -> None:
     if options.problems:
         problems = problems[:: len(problems) // options.problems][: options.problems]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     source: list[bool] = []
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    with multiprocessing.get_context("fork").Pool(min(8, multiprocessing.cpu_count())) as pool:
         for bits in (0, *options.bits):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device).eval()
             if bits:
                 quantize_layers(model, bits)

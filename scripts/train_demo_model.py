@@ -34,8 +34,8 @@ class Plan:
     intermediate: int = 768
     layers: int = 6
     vocabulary: int = 1536
-    documents: int = 600_000
-    steps: int = 4000
+    documents: int = 400_000
+    steps: int = 4500
     rows: int = 128  # of ROW tokens, in one step
     peak_rate: float = 3e-3
     weight_decay: float = 0.1
