@@ -1,6 +1,7 @@
-"""The process that runs the model's program: nothing it does or says is believed, its return values are compared.
+"""The process that runs the model's program: nothing it says is believed, its return values are compared.
 
-It holds two pipe ends and no secret: it was forked before the job was read, so the tests were never in its memory.
+It holds two pipe ends and no secret: it was forked before the job was read, so the tests were never in its
+memory.
 """
 
 import os
@@ -16,8 +17,9 @@ _MUTABLE = (list, dict, set, bytearray)
 def serve(calls: int, replies: int) -> None:
     """Load the program in the first frame of ``calls``, say ready, then answer calls until the pipe closes.
 
-    Frames in: ``{program, entry_point}``, then ``[args, kwargs]`` each. Frames out: ``{ready: True}`` or ``{raised}``
-    once, then ``{value, changed}``, ``{raised: [builtin type name, message]}`` or ``{refused: why}`` for each call.
+    Frames in: ``{program, entry_point}``, then ``[args, kwargs]`` each. Frames out: ``{ready: True}`` or
+    ``{raised}`` once, then ``{value, changed}``, ``{raised: [builtin type name, message]}`` or ``{refused:
+    why}`` for each call.
     """
     write_frame(replies, pack({"alive": True}))
     data = read_frame(calls)

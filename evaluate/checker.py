@@ -1,4 +1,4 @@
-"""The process that runs the benchmark's asserts and alone decides. ``candidate(...)`` here is a call over a pipe.
+"""The process that runs the benchmark's asserts and alone decides. ``candidate(...)`` is a call over a pipe.
 
 What comes back is decoded to plain builtin values (see wire), so a comparison in the test is Python's own.
 """
@@ -15,7 +15,7 @@ from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack, write_frame
 
 
 class CandidateLost(BaseException):
-    """The candidate died or broke the protocol. Not an Exception: `except Exception` in a test must not hide it."""
+    """The candidate died or broke the protocol. Not an Exception: a test's `except` must not hide it."""
 
 
 class BrokenTest(BaseException):
@@ -97,7 +97,7 @@ class Candidate:
 
 
 def judge(job: dict[str, str], candidate: Candidate) -> tuple[str, str]:
-    """("passed" | "failed" | "error", short reason) for the test in ``job`` (keys test, entry_point, setup)."""
+    """("passed" | "failed" | "error", short reason) for ``job`` (keys test, entry_point, setup)."""
     module = types.ModuleType("test")
     space = module.__dict__
     _define_setup(job["setup"], space)
@@ -125,7 +125,7 @@ def judge(job: dict[str, str], candidate: Candidate) -> tuple[str, str]:
 
 
 def _define_setup(setup: str, space: dict[str, Any]) -> None:
-    """Run the prompt (imports, helpers, the function's header), so that tests may use its helpers as published."""
+    """Run the prompt (imports, helpers, the function's header): published tests use its helpers."""
     for ending in ("", "\n    pass\n", "\n\tpass\n"):
         try:
             code = compile(setup + ending, "prompt.py", "exec")

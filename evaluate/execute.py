@@ -1,8 +1,8 @@
-"""Judge programs that nobody trusts: each runs in a sandbox, and the asserts run in a process it cannot reach.
+"""Judge programs that nobody trusts: each in a sandbox, with the asserts in a process it cannot reach.
 
-A worker (see worker) is a bare interpreter in namespaces of its own; for every job it forks a candidate, which
-gets the program, and a checker, which gets the test and calls the candidate over a pipe. This side only hands out
-jobs, collects outcomes and replaces workers that stopped answering.
+A worker (see worker) is a bare interpreter in namespaces of its own; for every job it forks a candidate,
+which gets the program, and a checker, which gets the test and calls the candidate over a pipe. This side only
+hands out jobs, collects outcomes and replaces workers that stopped answering.
 """
 
 import functools
@@ -27,7 +27,7 @@ from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack
 OutcomeName = Literal["passed", "failed", "timeout", "error"]
 TIERS = ("namespaces", "bubblewrap", "landlock")
 
-# Runs before anything of qtool is imported: two hollow packages stand for the real ones, whose root imports click.
+# Two hollow packages stand for the real ones, whose root imports click.
 _BOOT = """
 import sys, types
 for name in ("qtool", "qtool.evaluate"):
@@ -47,8 +47,8 @@ _worker_numbers = itertools.count(os.getpid())
 class Job:
     """One program to judge. ``test`` defines ``check(candidate)`` or holds bare asserts on ``entry_point``.
 
-    ``setup`` is trusted code that the test may use (the problem's prompt with its helper functions); it runs in
-    the checker, never in the candidate.
+    ``setup`` is trusted code that the test may use (the problem's prompt with its helper functions); it runs
+    in the checker, never in the candidate.
     """
 
     task_id: str
@@ -81,9 +81,10 @@ def run_programs(
 ) -> list[Outcome]:
     """Outcomes in the order of ``jobs``.
 
-    ``timeout``: wall seconds for one job. ``workers``: jobs at a time, default one for each core. ``sandbox``:
-    "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none" (resource limits
-    only: for programs you would run yourself). ``progress`` is called in this thread with the number of jobs done.
+    ``timeout``: wall seconds for one job. ``workers``: jobs at a time, default one for each core.
+    ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
+    (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
+    the number of jobs done.
     Raises QtoolError: exit 3 where the sandbox is not available, exit 2 for a senseless argument.
     """
     if timeout <= 0:
@@ -171,7 +172,7 @@ class Worker:
         command = [*python, inner, self._folder, str(uid), repr(timeout)]
         if tier == "bubblewrap":
             command = [*_bubblewrap(self._folder), *command]
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -236,7 +237,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the worker and everything in it: closing its input ends it, the kill is for one that is stuck."""
+        """End the worker and all in it: closing its input ends it, the kill is for one that is stuck."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()

@@ -1,8 +1,8 @@
 """What Linux offers to hold a hostile process: namespaces, Landlock, resource limits, dropped privileges.
 
-Runs only in the child programs of execute.py; every call is made through ctypes, so nothing has to be installed.
-Sources: namespaces(7), user_namespaces(7), pivot_root(2), landlock(7), capabilities(7). Functions raise OSError
-naming the call that the machine refused.
+Runs only in the child programs of execute.py; every call is made through ctypes, so nothing has to be
+installed. Sources: namespaces(7), user_namespaces(7), pivot_root(2), landlock(7), capabilities(7). Functions
+raise OSError naming the call that the machine refused.
 """
 
 import ctypes
@@ -68,7 +68,7 @@ def standard_library() -> list[Path]:
 
 
 def enter_namespaces(root: str) -> None:
-    """Leave the machine: own user (unless root), mount, net, ipc and uts namespaces, and a root without its files.
+    """Leave the machine: own user (unless root), mount, net, ipc, uts namespaces, a root without its files.
 
     ``root`` is an empty folder that becomes ``/``: a read-only tmpfs holding the standard library (bound
     read-only) and an empty ``/tmp``. Processes forked afterwards are in a PID namespace of their own.
@@ -108,7 +108,7 @@ def _bind(source: Path, target: Path) -> None:
 
 
 def own_pid_namespace() -> None:
-    """The next fork of this process is PID 1 of a namespace: it sees no other process, and all below it die with it."""
+    """The next fork is PID 1 of a new namespace: it sees no other process, and all below it die with it."""
     _unshare(_NEWPID, "pid for a job")
 
 
@@ -131,7 +131,7 @@ def hide() -> None:
 
 
 def limit_resources(seconds: float, threads: int | None) -> None:
-    """Limits on memory (address space), CPU, file size, open files, core dumps; ``threads`` binds only non-root."""
+    """Limits on address space, CPU, file size, open files, core dumps; ``threads`` does not bind root."""
     limits = [
         ("RLIMIT_AS", MEMORY_LIMIT),
         ("RLIMIT_CPU", int(seconds) + 2),
@@ -181,7 +181,7 @@ def landlock_version() -> int:
 
 
 def landlock(readable: list[Path], writable: list[Path]) -> None:
-    """No file but these, no TCP, no signal and no abstract socket out of this process (as far as the ABI goes)."""
+    """No file but these, no TCP, no signal or abstract socket to others, as far as the ABI goes."""
     version = landlock_version()
     files = 0x1FFF | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
     files |= 1 << 15 if version >= 5 else 0

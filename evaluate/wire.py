@@ -2,12 +2,13 @@
 
 A frame is a 4-byte big-endian length and that many bytes of JSON. Values that JSON lacks are one-key objects:
 
-    {"t": [..]} tuple   {"s": [..]} set   {"z": [..]} frozenset   {"d": [[k, v], ..]} dict   {"g": [..]} iterator
-    {"b": hex} bytes    {"y": hex} bytearray   {"c": [re, im]} complex   {"r": [start, stop, step]} range
-    {"i": hex} int beyond 64 bits   {"f": "nan"} float that JSON cannot spell   {"o": [name, value]} collections.*
+    {"t": [..]} tuple      {"s": [..]} set     {"z": [..]} frozenset    {"d": [[k, v], ..]} dict
+    {"g": [..]} iterator   {"b": hex} bytes    {"y": hex} bytearray     {"c": [re, im]} complex
+    {"r": [start, stop, step]} range   {"i": hex} int beyond 64 bits   {"f": "nan"} float JSON cannot spell
+    {"o": [name, value]} a container of the collections module
 
-Decoding builds builtin values (and four containers of the standard library) and nothing else, whatever the bytes
-say: an object with its own ``__eq__`` cannot reach the checker. Never pickle.
+Decoding builds builtin values (and four containers of the standard library) and nothing else, whatever the
+bytes say: an object with its own ``__eq__`` cannot reach the checker. Never pickle.
 """
 
 import collections
@@ -61,7 +62,7 @@ def write_frame(fd: int, data: bytes) -> None:
 
 
 def read_frame(fd: int, limit: int = MAX_FRAME) -> bytes | None:
-    """The next frame's content, None at the end of the stream. Raises NotPlain for a frame above ``limit``."""
+    """The next frame's content, None at the end of the stream. Raises NotPlain above ``limit`` bytes."""
     header = _read_exactly(fd, 4)
     if header is None:
         return None

@@ -5,8 +5,9 @@
            ├─ checker    has the test and the verdict pipe
            └─ candidate  has the program; forked BEFORE the job is read, PID 1 of its own namespace
 
-The standard input carries jobs: the byte ``J``, then two frames (the candidate's, the checker's). The standard
-output carries frames: one greeting ``{sandbox}`` or ``{missing}``, then ``[outcome, detail]`` for each job.
+The standard input carries jobs: the byte ``J``, then two frames (the candidate's, the checker's). The
+standard output carries frames: one greeting ``{sandbox}`` or ``{missing}``, then ``[outcome, detail]`` for
+each job.
 """
 
 import contextlib
@@ -28,14 +29,14 @@ THREADS = 64
 _PARKED = 128
 # Imported once here, so that a job does not spend its time on them.
 _PRELOADED = (
-    "abc array ast bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools "
-    "hashlib heapq inspect io itertools json math operator random re statistics string textwrap types typing "
-    "unicodedata"
+    "abc array ast bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions "
+    "functools hashlib heapq inspect io itertools json math operator random re statistics string textwrap "
+    "types typing unicodedata"
 )
 
 
 class Cell:
-    """What every job of this worker shares: tier, time limit, user to become, folder for candidates' files."""
+    """What all jobs of this worker share: tier, time limit, user to become, folder for candidates' files."""
 
     def __init__(self, tier: str, folder: str, uid: int, timeout: float, null: int) -> None:
         self.tier = tier
@@ -203,7 +204,7 @@ def _follow(timeout: float, test: int, calls: int, verdict: int) -> tuple[str, s
 
 
 def _become(cell: Cell, kept: list[int], writable: str | None) -> None:
-    """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, locked down."""
+    """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights."""
     try:
         os.setsid()
         parked = [fcntl.fcntl(fd, fcntl.F_DUPFD, _PARKED) for fd in kept]
@@ -243,7 +244,8 @@ def _end(cell: Cell, pid: int) -> None:
 
 
 def _end_orphans() -> None:
-    # A candidate that forks faster than this loop kills still ends: orphans come here, one generation a round.
+    # A candidate that forks faster than this loop kills still ends: orphans come here, one generation a
+    # round.
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     for _ in range(200):
         listed = children.read_text().split() if children.exists() else []

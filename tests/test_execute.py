@@ -1,0 +1,613 @@
+"""Judging untrusted programs: right ones pass, wrong ones fail, hostile ones are held and never pass."""
+
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from qtool import QtoolError
+from qtool.evaluate import execute
+from qtool.evaluate.execute import TIERS, Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
+
+SECRET = "only the test knows 9731"
+TEST = f'''
+def check(candidate):
+    """{SECRET}"""
+    assert candidate(2) == 4
+    assert candidate(21) == 42
+    assert candidate(-3) == -6
+'''
+
+
+def available(tier: str) -> bool:
+    try:
+        return bool(detect_sandbox(tier))
+    except QtoolError:
+        return False
+
+
+HERE = [tier for tier in TIERS if available(tier)]
+pytestmark = pytest.mark.skipif(not HERE, reason="no sandbox on this machine")
+
+
+def job(program: str, test: str = TEST, name: str = "job", setup: str = "") -> Job:
+    return Job(name, textwrap.dedent(program), textwrap.dedent(test), "f", setup)
+
+
+def judge(program: str, test: str = TEST, setup: str = "") -> Outcome:
+    return run_programs([job(program, test, setup=setup)], timeout=20.0, workers=1)[0]
+
+
+# Programs that are right only if the attack worked: {free} names a folder outside, {port} a listening socket.
+ATTACKS = {
+    "fork bomb": """
+        import os
+        def f(x):
+            while True:
+                os.fork()
+    """,
+    "fork": """
+        import os
+        def f(x):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            return 2 * x
+    """,
+    "thread bomb": """
+        import threading, time
+        def f(x):
+            for _ in range(2000):
+                threading.Thread(target=time.sleep, args=(100,)).start()
+            return 2 * x
+    """,
+    "10 GB": "def f(x):\n    block = bytearray(10 * 2**30)\n    return 2 * x",
+    "10 GB in pieces": "def f(x):\n    blocks = [bytearray(2**24) for _ in range(640)]\n    return 2 * x",
+    "infinite loop": "def f(x):\n    while True:\n        pass",
+    "infinite loop while loading": "while True:\n    pass\ndef f(x):\n    return 2 * x",
+    "loop in C": "def f(x):\n    return 9 ** 9 ** 9",
+    "infinite output": "def f(x):\n    while True:\n        print('x' * 10000)",
+    "infinite output to every descriptor": """
+        import os
+        def f(x):
+            while True:
+                for fd in range(256):
+                    try:
+                        os.write(fd, b'x' * 65536)
+                    except OSError:
+                        pass
+    """,
+    "infinite answer": "def f(x):\n    n = 0\n    while True:\n        yield n",
+    "huge answer": "def f(x):\n    return 'x' * 10**8",
+    "deep answer": "def f(x):\n    a = []\n    for _ in range(10**5):\n        a = [a]\n    return a",
+    "cyclic answer": "def f(x):\n    a = []\n    a.append(a)\n    return a",
+    "token": "import os\ndef f(x):\n    return 2 * x if os.environ else None",
+    "token in memory": """
+        def f(x):
+            return 2 * x if b'HF_TOKEN' in open('/proc/self/environ', 'rb').read() else None
+    """,
+    "parent's environment": """
+        import os
+        def f(x):
+            return 2 * x if open(f'/proc/{os.getppid()}/environ', 'rb').read() else None
+    """,
+    "ssh": """
+        import os, pathlib
+        def f(x):
+            homes = [pathlib.Path(os.path.expanduser(name)) for name in ('~', '{home}', '/root', '{free}')]
+            return 2 * x if [key for home in homes for key in home.glob('.ssh/*')] else None
+    """,
+    "read outside": "def f(x):\n    return 2 * x if open('{free}/private').read() else None",
+    "list outside": "import os\ndef f(x):\n    return 2 * x if os.listdir('{free}') else None",
+    "read passwd": "def f(x):\n    return 2 * x if open('/etc/passwd').read() else None",
+    "write outside": "def f(x):\n    open('{free}/written', 'w').write('x')\n    return 2 * x",
+    "overwrite the standard library": "import os\ndef f(x):\n    open(os.__file__, 'a')\n    return 2 * x",
+    "remove outside": "import os\ndef f(x):\n    os.unlink('{free}/private')\n    return 2 * x",
+    "link outside": """
+        import os
+        def f(x):
+            os.symlink('{free}', 'd')
+            open('d/written', 'w')
+            return 2 * x
+    """,
+    "big file": "def f(x):\n    open('big', 'wb').write(bytes(2**26))\n    return 2 * x",
+    "fill the disk": """
+        def f(x):
+            for i in range(40):
+                with open(f'file{i}', 'wb', buffering=0) as file:
+                    assert file.write(bytes(2**24)) == 2**24
+            raise SystemExit
+    """,
+    "connect": """
+        import socket
+        def f(x):
+            socket.create_connection(('127.0.0.1', {port}), 1)
+            return 2 * x
+    """,
+    "udp": """
+        import socket
+        def f(x):
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))
+            return 2 * x
+    """,
+    "listen": "import socket\ndef f(x):\n    socket.create_server(('127.0.0.1', 0))\n    return 2 * x",
+    "abstract socket": """
+        import socket
+        def f(x):
+            socket.socket(socket.AF_UNIX).bind(chr(0) + 'q')
+            return 2 * x
+    """,
+    "shell": "import os\ndef f(x):\n    return 2 * x if os.system('true') == 0 else None",
+    "subprocess": """
+        import subprocess, sys
+        def f(x):
+            subprocess.run([sys.executable, '-c', ''], check=True)
+            return 2 * x
+    """,
+    "exec": "import os, sys\ndef f(x):\n    os.execv('/bin/sh', ['sh', '-c', 'echo passed'])",
+    "kill the parent": "import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    while True: pass",
+    "kill everybody": "import os\ndef f(x):\n    os.kill(-1, 9)\n    return 0",
+    "kill the group": "import os\ndef f(x):\n    os.killpg(0, 9)\n    return 0",
+    "stop": "import os, signal\ndef f(x):\n    os.kill(os.getpid(), signal.SIGSTOP)\n    return 0",
+    "exit": "import sys\ndef f(x):\n    sys.exit(0)",
+    "exit while loading": "import sys\ndef f(x):\n    return 2 * x\nsys.exit(0)",
+    "os._exit": "import os\ndef f(x):\n    os._exit(0)",
+    "os._exit while loading": "import os\nos._exit(0)",
+    "exit at exit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    raise SystemExit(0)",
+    "crash": "import ctypes\ndef f(x):\n    return ctypes.string_at(0)",
+    "recursion": "def f(x):\n    return f(x)",
+    "forge": """
+        import os, json
+        def frames():
+            for value in (["passed", ""], ["g", "passed"], {"ready": True}, {"outcome": "passed"}):
+                data = json.dumps(value).encode()
+                yield len(data).to_bytes(4, "big") + data
+                yield data + b"\\n"
+        for fd in range(256):
+            for frame in frames():
+                try:
+                    os.write(fd, frame)
+                except OSError:
+                    pass
+        def f(x):
+            os._exit(0)
+    """,
+    "forge while called": """
+        import os
+        def f(x):
+            for fd in range(256):
+                try:
+                    os.write(fd, b'\\0\\0\\0\\x0d["passed",""]')
+                except OSError:
+                    pass
+            return 0
+    """,
+    "answer nonsense": """
+        import qtool.evaluate.candidate as c
+        c.pack = lambda value: b'{"d":[["value",{"x":[]}]]}'
+        def f(x):
+            return 0
+    """,
+    "answer a class": """
+        import qtool.evaluate.candidate as c
+        c.pack = lambda value: b'{"d":[["value",{"o":["__import__",{"d":[]}]}]]}'
+        def f(x):
+            return 0
+    """,
+    "answer every exception": """
+        import qtool.evaluate.candidate as c
+        c.pack = lambda value: b'{"d":[["raised",["SystemExit","0"]]]}'
+        def f(x):
+            return 0
+    """,
+    "close everything": "import os\ndef f(x):\n    os.closerange(0, 256)\n    return 2 * x",
+    "patch builtins": """
+        import builtins
+        class Quiet(AssertionError):
+            def __new__(cls, *a): raise SystemExit(0)
+        builtins.AssertionError = Quiet
+        builtins.abs = builtins.len = builtins.isinstance = lambda *a: True
+        def f(x):
+            return 0
+    """,
+    "patch the checker": """
+        import sys
+        for name, module in list(sys.modules.items()):
+            for key in ("judge", "main", "wait_ready"):
+                if hasattr(module, key):
+                    setattr(module, key, lambda *a: ("passed", ""))
+        import qtool.evaluate.checker as k
+        k.Candidate.__call__ = lambda self, x: 2 * x
+        def f(x):
+            return 0
+    """,
+    "patch numbers": """
+        import ctypes
+        def f(x):
+            for n in range(-5, 200):
+                ctypes.c_long.from_address(id(n) + 24).value = 4
+            return 4
+    """,
+    "frames": """
+        import sys, gc
+        def f(x):
+            frame, seen = sys._getframe(), []
+            while frame:
+                seen.append(repr(frame.f_locals) + repr(frame.f_globals))
+                frame = frame.f_back
+            seen += [repr(o) for o in gc.get_objects() if type(o) in (dict, list, tuple, str)]
+            # Backwards, so that it does not find itself.
+            mark = ''.join(reversed('1379 swonk tset eht ylno'))
+            return 2 * x if any(mark in text for text in seen) else None
+    """,
+    "memory": """
+        import ctypes, re
+        def f(x):
+            mark = bytes(reversed(b'1379 swonk tset eht ylno'))
+            for line in open('/proc/self/maps'):
+                low, high = (int(part, 16) for part in line.split()[0].split('-'))
+                if 'rw' in line and mark in ctypes.string_at(low, high - low):
+                    return 2 * x
+    """,
+    "another's memory": """
+        import os
+        def f(x):
+            for pid in range(1, 2000):
+                try:
+                    open(f'/proc/{pid}/mem', 'rb')
+                    return 2 * x
+                except OSError:
+                    pass
+    """,
+    "ptrace": """
+        import ctypes, os
+        def f(x):
+            libc = ctypes.CDLL(None)
+            return 2 * x if libc.ptrace(16, os.getppid() or 1, 0, 0) == 0 else None
+    """,
+    "namespaces": """
+        import ctypes
+        def f(x):
+            libc = ctypes.CDLL(None)
+            ok = libc.unshare(0x10000000) == 0 or libc.mount(b'a', b'/tmp', b'tmpfs', 0, None) == 0
+            return 2 * x if ok else None
+    """,
+    "become root": "import os\ndef f(x):\n    os.setgroups([0])\n    os.setuid(0)\n    return 2 * x",
+    "raise the limits": """
+        import resource
+        def f(x):
+            resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+            return 2 * x
+    """,
+    "descriptors": """
+        import os
+        def f(x):
+            for fd in range(3, 256):
+                try:
+                    os.set_blocking(fd, False)
+                    if bytes(reversed(b'1379')) in os.read(fd, 10**6):
+                        return 2 * x
+                except OSError:
+                    pass
+    """,
+    "threads that stay": """
+        import threading
+        def spin():
+            while True:
+                pass
+        def f(x):
+            for _ in range(4):
+                threading.Thread(target=spin).start()
+            return 0
+    """,
+    "stdin": "import sys\ndef f(x):\n    return 2 * x if sys.stdin.read() else None",
+    "input": "def f(x):\n    return 2 * x if input() else None",
+    "unreadable exception": """
+        class Evil(Exception):
+            def __str__(self): raise SystemExit(0)
+        def f(x):
+            raise Evil
+    """,
+    "unreadable folder": "import os\ndef f(x):\n    os.mkdir('d')\n    os.chmod('.', 0)\n    return 0",
+    "no such function": "def g(x):\n    return 2 * x",
+    "not a program": "def f(x:\n",
+    "null byte": "def f(x):\n    return 2 * x\0",
+    "surrogate": "def f(x):\n    return '\ud800'",
+    "nothing": "",
+}
+EQUAL = """
+    class {name}({base}):
+        def __eq__(self, other): return True
+        def __ne__(self, other): return False
+        def __hash__(self): return 0
+        def __bool__(self): return True
+        __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    def f(x):
+        return {value}
+"""
+for base in ("object", "int", "float", "str", "bytes", "list", "tuple", "dict", "set", "frozenset"):
+    ATTACKS[f"always equal {base}"] = EQUAL.format(name="Same", base=base, value="Same()")
+ATTACKS["always equal, inside a list"] = EQUAL.format(name="Same", base="int", value="[Same()]")
+ATTACKS["always equal, named int"] = EQUAL.format(name="int", base="int", value="int()")
+ATTACKS["always equal, lies about its class"] = EQUAL.format(
+    name="Same", base="object", value="type('Same', (Same,), {'__class__': int})()"
+)
+
+
+@pytest.fixture
+def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Workers' folders, and so their command lines, carry this path: afterwards no process may."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield str(tmp_path)
+    deadline = time.monotonic() + 5
+    while running(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running(str(tmp_path)) == []
+    assert list(tmp_path.glob("qtool-cell-*")) == []
+
+
+def running(mark: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark.encode() in entry.read_bytes():
+                found.append(entry.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("tier", HERE)
+def test_attacks_are_held_and_never_pass(tier: str, marked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = Path(marked, "free")
+    free.mkdir(mode=0o777)
+    free.chmod(0o777)
+    (free / "private").write_text("secret")
+    (free / ".ssh").mkdir()
+    (free / ".ssh" / "id_ed25519").write_text("secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        values = {"{free}": str(free), "{home}": str(Path.home()), "{port}": str(server.getsockname()[1])}
+        jobs = []
+        for name, program in ATTACKS.items():
+            for key, value in values.items():
+                program = program.replace(key, value)
+            jobs.append(job(program, name=name))
+        # A right program after every attack: the worker must be as good as new.
+        calm = [job("def f(x):\n    return 2 * x", name=f"after {attack.task_id}") for attack in jobs]
+        order = [one for pair in zip(jobs, calm, strict=True) for one in pair]
+        outcomes = run_programs(order, timeout=1.0, sandbox=tier)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert [outcome.task_id for outcome in outcomes] == [one.task_id for one in order]
+    assert [outcome for outcome in outcomes[::2] if outcome.outcome not in ("failed", "timeout")] == []
+    assert [outcome for outcome in outcomes[1::2] if not outcome.passed] == []
+    assert sorted(path.name for path in free.iterdir()) == [".ssh", "private"]
+    late = {outcome.task_id for outcome in outcomes if outcome.outcome == "timeout"}
+    assert {"infinite loop", "infinite loop while loading", "infinite output"} <= late
+
+
+RIGHT = {
+    "plain": ("def f(x):\n    return 2 * x", TEST),
+    "bare asserts": ("def f(x):\n    return 2 * x", "assert f(2) == 4\nassert f(0) == 0"),
+    "exception": (
+        "def f(x):\n    raise ValueError('no')",
+        """
+        def check(candidate):
+            try:
+                candidate(1)
+            except ValueError as error:
+                assert 'no' in str(error)
+            else:
+                assert False
+        """,
+    ),
+    "own exception": (
+        "class Odd(KeyError):\n    pass\ndef f(x):\n    raise Odd(x)",
+        "try:\n    f(1)\n    assert False\nexcept LookupError:\n    pass",
+    ),
+    "in place": ("def f(x):\n    x.sort()", "a = [3, 1, 2]\nassert f(a) is None\nassert a == [1, 2, 3]"),
+    "in place, dict": ("def f(x):\n    x[1] = (2,)", "a = {}\nf(a)\nassert a == {1: (2,)}"),
+    "types": (
+        "def f(x):\n    return x",
+        """
+        def check(candidate):
+            for value in (None, True, 0, -1, 2**100, 1.5, 1e308, 'é\\ud800', b'\\0', (1, (2,)), [], {},
+                          {1: 'a', (2, 3): []}, {1, 2}, frozenset({'a'}), 1j, range(3), bytearray(b'x'),
+                          float('inf'), '', [None]):
+                back = candidate(value)
+                assert back == value and type(back) is type(value), value
+            assert candidate(float('nan')) != candidate(float('nan'))
+            assert candidate(True) is True
+            assert str(candidate(-0.0)) == '-0.0'
+        """,
+    ),
+    "keywords": ("def f(x, *, y=1):\n    return x + y", "assert f(1) == 2\nassert f(x=1, y=5) == 6"),
+    "counter": (
+        "from collections import Counter\ndef f(x):\n    return Counter(x)",
+        "assert f('aab') == {'a': 2, 'b': 1}",
+    ),
+    "namedtuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x):\n    return P(x, 2)",
+        "assert f(1) == (1, 2)",
+    ),
+    "generator": ("def f(x):\n    yield from range(x)", "assert list(f(3)) == [0, 1, 2]"),
+    "dataclass": (
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    v: 'int'\ndef f(x):\n    return A(x).v",
+        "assert f(3) == 3",
+    ),
+    "state": ("s = []\ndef f(x):\n    s.append(x)\n    return len(s)", "assert [f(0), f(0)] == [1, 2]"),
+    "prints": ("def f(x):\n    print('hello')\n    return 2 * x", TEST),
+    "temporary file": (
+        "def f(x):\n    with open('a', 'w+') as h:\n        h.write('x')\n    return len(open('a').read())",
+        "assert f(0) == 1",
+    ),
+    "thread": (
+        "import threading\ndef f(x):\n    r = []\n    t = threading.Thread(target=r.append, args=(x,))\n"
+        "    t.start()\n    t.join()\n    return r",
+        "assert f(3) == [3]",
+    ),
+    "asyncio": (
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x\n"
+        "def f(x):\n    return asyncio.run(g(x))",
+        "assert f(3) == 3",
+    ),
+    "late import": (
+        "def f(x):\n    import zlib, sqlite3, lzma, zoneinfo\n    return zlib.crc32(b'')",
+        "assert f(1) == 0",
+    ),
+    "main guard": ("def f(x):\n    return 2 * x\nif __name__ == '__main__':\n    raise SystemExit", TEST),
+    "class as entry": ("class f(int):\n    pass", "assert f(3) == 3"),
+}
+
+
+@pytest.mark.parametrize("tier", [*HERE, "none"])
+def test_right_programs_pass(tier: str, marked: str) -> None:
+    jobs = [job(program, test, name) for name, (program, test) in RIGHT.items()]
+    seen: list[int] = []
+    outcomes = run_programs(jobs, timeout=20.0, sandbox=tier, progress=seen.append)
+    assert [outcome for outcome in outcomes if not outcome.passed] == []
+    assert seen == list(range(1, len(jobs) + 1))
+
+
+@pytest.mark.parametrize(
+    ("program", "test", "detail"),
+    [
+        ("def f(x):\n    return x", TEST, "AssertionError at `assert candidate(2) == 4`"),
+        ("def f(x):\n    return [2 * x]", TEST, "AssertionError"),
+        ("def f(x):\n    return None", "assert abs(f(1) - 1) < 1", "TypeError"),
+        ("def f(x):\n    return 1 / 0", TEST, "ZeroDivisionError"),
+        ("def f(x):\n    raise ValueError", "try:\n    f(1)\nexcept KeyError:\n    pass", "ValueError"),
+        ("def f(x):\n    return (1, 2)", "assert f(1) == [1, 2]", "AssertionError"),
+        ("def f(x):\n    return object()", "f(1)", "returned a object"),
+        ("import os\ndef f(x):\n    os._exit(0)", "try:\n    f(1)\nexcept BaseException:\n    pass", "ended"),
+        ("import nothing_like_it", TEST, "ModuleNotFoundError"),
+        ("def f(x)\n", TEST, "while loading, SyntaxError"),
+    ],
+)
+def test_wrong_programs_fail_and_say_why(program: str, test: str, detail: str) -> None:
+    outcome = judge(program, test)
+    assert outcome.outcome == "failed"
+    assert detail in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("test", "detail"),
+    [
+        ("def check(candidate:\n", "not Python"),
+        ("x = 1", "never called"),
+        ("f(lambda: 1)", "a function"),
+    ],
+)
+def test_a_bad_test_is_an_error_not_a_wrong_answer(test: str, detail: str) -> None:
+    outcome = judge("def f(x):\n    return x", test)
+    assert outcome.outcome == "error"
+    assert detail in outcome.detail
+
+
+def test_helpers_of_the_prompt_come_from_the_prompt() -> None:
+    setup = 'def twice(x):\n    return 2 * x\n\n\ndef f(x):\n    """Doubled."""\n'
+    test = "def check(candidate):\n    assert candidate(3) == twice(3)\n"
+    assert judge(setup + "    return 2 * x", test, setup).passed
+    # The program's own idea of the helper does not count.
+    forged = "def twice(x):\n    return 0\ndef f(x):\n    return 0"
+    assert judge(forged, test, setup).outcome == "failed"
+    unfinished = "def twice(x):\n    return 2 * x\n\ndef f(x):\n"
+    assert judge("def f(x):\n    return 2 * x", test, unfinished).passed
+
+
+def test_a_slow_test_is_a_timeout() -> None:
+    outcome = run_programs([job("def f(x):\n    return x", "f(1)\nwhile True:\n    pass")], timeout=0.5)[0]
+    assert outcome.outcome == "timeout"
+
+
+def test_a_lost_worker_is_an_error_and_is_replaced(marked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detect_sandbox()
+    judge_really, calls = Worker.judge, []
+
+    def judge_killed(self: Worker, one: Job) -> Outcome:
+        calls.append(one.task_id)
+        if one.task_id == "unlucky" or calls.count(one.task_id) == 1:
+            self._process.kill()
+            self._process.wait()
+        return judge_really(self, one)
+
+    monkeypatch.setattr(Worker, "judge", judge_killed)
+    jobs = [job("def f(x):\n    return 2 * x", name=name) for name in ("lucky", "unlucky", "lucky too")]
+    outcomes = run_programs(jobs, workers=1)
+    assert [outcome.outcome for outcome in outcomes] == ["passed", "error", "passed"]
+    assert outcomes[1].detail.startswith("sandbox: ")
+
+
+def test_an_interrupt_leaves_nothing_behind(marked: str) -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    jobs = [job("def f(x):\n    return 2 * x"), *[job("def f(x):\n    while True: pass")] * 20]
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_programs(jobs, timeout=1.0, progress=interrupt)
+    assert time.monotonic() - started < 15
+
+
+def test_a_killed_host_leaves_nothing_behind(marked: str) -> None:
+    program = (
+        f"import tempfile; tempfile.tempdir = {marked!r}\n"
+        "from qtool.evaluate.execute import Job, run_programs\n"
+        "loop = Job('a', 'def f(x):\\n    while True: pass', 'f(1)', 'f')\n"
+        "print('go', flush=True)\n"
+        "run_programs([loop] * 4, timeout=60.0)\n"
+    )
+    host = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert host.stdout is not None
+    with host.stdout:
+        assert host.stdout.readline() == b"go\n"
+        deadline = time.monotonic() + 10
+        while len(list(Path(marked).glob("qtool-cell-*"))) < 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        host.kill()
+        host.wait()
+    deadline = time.monotonic() + 10
+    while running(marked) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(marked) == []
+    for folder in Path(marked).glob("qtool-cell-*"):
+        folder.rmdir()
+
+
+def test_what_is_wrong_with_the_arguments_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = [job("def f(x):\n    return x")]
+    with pytest.raises(QtoolError, match="sandbox must be one of auto"):
+        run_programs(one, sandbox="docker")
+    with pytest.raises(QtoolError, match="timeout"):
+        run_programs(one, timeout=0)
+    with pytest.raises(QtoolError, match="workers"):
+        run_programs(one, workers=0)
+    assert run_programs([]) == []
+
+    def nothing(tier: str, timeout: float) -> None:
+        raise WorkerLost("not on this machine")
+
+    monkeypatch.setattr(execute, "Worker", nothing)
+    with pytest.raises(QtoolError, match="not on this machine") as caught:
+        execute._choose.__wrapped__("auto")
+    assert caught.value.exit_code == 3
+    assert "sandbox: none" in caught.value.message
+
+
+def test_the_sandbox_is_described() -> None:
+    assert "seccomp" in detect_sandbox()
+    assert detect_sandbox("none").startswith("none")
+
+
+def test_hash_order_is_the_same_in_every_run() -> None:
+    program = "def f(x):\n    raise KeyError(''.join(set('abcdefghij')))"
+    assert len({judge(program, "f(1)").detail for _ in range(3)}) == 1
