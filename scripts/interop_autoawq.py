@@ -2,8 +2,8 @@
 """Unpack every linear of an AWQ artifact with AutoAWQ's own code, and print what came out.
 
 Runs in an environment of its own that holds AutoAWQ (installed without its dependencies), torch and
-safetensors; scripts/check_interop.py starts it. AutoAWQ itself is not imported: its `__init__` wants triton and an old
-transformers, so only the module that unpacks, `awq/utils/packing_utils.py`, is loaded, unchanged.
+safetensors; scripts/check_interop.py starts it. AutoAWQ itself is not imported (its `__init__` wants triton
+and an old transformers): only the module that unpacks, `awq/utils/packing_utils.py`, is loaded, unchanged.
 
 Prints one JSON object: linear -> {"shape": [out, in], "sha256": of the float16 weight, row by row}.
 """
@@ -47,7 +47,7 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
 
 
 def unpack_linears(folder: Path, only: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, float16 weight [out, in]) of every quantized linear; scales become float16, as in AutoAWQ."""
+    """Yield (name, float16 weight [out, in]) of every linear; scales become float16, as in AutoAWQ."""
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     dequantize = load_dequantize()
     places = locate_tensors(folder)

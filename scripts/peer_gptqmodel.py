@@ -61,6 +61,17 @@ def make_config(method: str, bits: int, group_size: int) -> Any:
     return GPTQConfig(bits=bits, group_size=group_size, sym=True, desc_act=False, device="cpu")
 
 
+def allow_float32_awq() -> None:
+    """Let AWQ's forward run in float32: the packing kernel's list of dtypes refuses it, its `pack` can do it.
+
+    The stored scales become float16 then, as AutoAWQ's are.
+    """
+    import torch
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]
+
+
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """Load, quantize and save; return the measurements."""
     started = time.perf_counter()
@@ -72,6 +83,8 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     rows = read_tokens(args.tokens, args.sequences)
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     imported = time.perf_counter()
+    if args.method == "awq" and args.dtype == "float32":
+        allow_float32_awq()
     config = make_config(args.method, args.bits, args.group_size)
     model = GPTQModel.load(str(args.model), config, dtype=getattr(torch, args.dtype, args.dtype))
     loaded = time.perf_counter()
