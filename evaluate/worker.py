@@ -173,7 +173,7 @@ def _supervise(cell: Cell) -> None:
     outcome = _follow(cell.timeout, test_out, calls_out, verdict_in)
     _end(cell, answerer)
     _end(cell, judge)
-    shutil.rmtree(writable, ignore_errors=True)
+    _remove(writable)
     write_frame(1, pack(list(outcome)))
 
 
@@ -201,6 +201,17 @@ def _follow(timeout: float, test: int, calls: int, verdict: int) -> tuple[str, s
         return "error", "the checker's process ended without a verdict"
     outcome, detail = unpack(data)
     return outcome, detail
+
+
+def _remove(folder: str) -> None:
+    """Delete what the (ended) candidate wrote, folders it made unreadable included."""
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+    for parent, names, _ in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _become(cell: Cell, kept: list[int], writable: str | None) -> None:

@@ -108,24 +108,27 @@ def _round_group(
     stats: InputStatistics,
     output: LayerOutput,
 ) -> None:
-    """Choose codes for the linears of one group together (they share the Gram matrix) and record their errors."""
+    """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
+    output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
     spec = method.spec
     scale = output.columns[group.linears[0]]
     names = [f"{linear}.weight" for linear in group.linears]
     sizes = [folded[name].shape[0] for name in names]
     target = torch.cat([folded[name] for name in names])
-    gram = awq.scaled_gram(stats.gram, scale)
+    gram = awq.scale_gram(stats.gram, scale, in_place=stats.cross is not None)
     damp = 0.0
     if method.rounding == "gptq":
-        goal = target.clone()
+        drift = None
         if stats.cross is not None:
-            cross = awq.scaled_gram(stats.cross, scale)
-            goal = gptq.propagated_target(target, gram, cross, method.damp_percent, method.propagate_strength)
-            del cross
+            drift = target @ awq.scale_gram(stats.cross, scale, in_place=True).sub_(gram)
+            stats.cross = None  # as large as the Gram matrix, and not needed again
         factor = gptq.factorize(gram, method.damp_percent)
+        goal = target.clone()
+        if drift is not None:
+            goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
         rounded = gptq.gptq(goal, factor, spec, method.clip)
         damp = factor.damp
-        del factor, goal
+        del factor, goal, drift
     else:
         fitted = (
             grids.fit_clipped(target, grids.diagonal_blocks(gram, spec.group_size), spec)
@@ -140,21 +143,16 @@ def _round_group(
     for linear, wanted, codes, scales, zeros in parts:
         grid = grids.Grid(scales, zeros)
         output.codes[linear] = grids.to_codes(codes, grid, spec)
-        error = grids.dequantize(codes, grid, spec).sub_(wanted)
-        # undo the fold: the error of this linear as if the source's own weight had been replaced
-        error.div_(scale).mul_(output.rows[linear].unsqueeze(1))
-        output.records[linear] = _record(weights[f"{linear}.weight"], error, stats.gram, spec) | {"damp": damp}
-
-
-def _record(source: Tensor, error: Tensor, gram: Tensor, spec: grids.GridSpec) -> dict[str, float]:
-    """Relative output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and |W - Ŵ| / |W|."""
-    energy = awq.output_error(source, gram).clamp_min(1e-30)
-    plain = grids.round_to_nearest(source, spec).sub_(source)
-    figures = torch.stack(
-        [
+        rows = output.rows[linear].unsqueeze(1)
+        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(rows)
+        source = weights[f"{linear}.weight"]
+        plain = grids.round_to_nearest(source, spec).sub_(source).mul_(scale)
+        # in the scaled inputs' terms: W c meets X / c, so output errors are those of the source's own weights and inputs
+        energy = awq.output_error(wanted * rows, gram).clamp_min(1e-30)
+        figures = [
             (awq.output_error(plain, gram).clamp_min(0) / energy).sqrt(),
             (awq.output_error(error, gram).clamp_min(0) / energy).sqrt(),
-            error.norm() / source.norm().clamp_min(1e-30),
+            error.div_(scale).norm() / source.norm().clamp_min(1e-30),
         ]
-    ).tolist()
-    return {key: float(f"{figure:.6g}") for key, figure in zip(("rtn_error", "error", "frobenius"), figures, strict=True)}
+        rtn, result, frobenius = (float(f"{figure:.6g}") for figure in torch.stack(figures).tolist())
+        output.records[linear] = {"rtn_error": rtn, "error": result, "frobenius": frobenius, "damp": damp}

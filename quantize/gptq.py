@@ -71,9 +71,9 @@ def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True) -> R
         upper = factor.upper[start:end, start:end]
         block = weight[:, start:end]
         if clip:
-            grid = grids.fit_clipped(block.contiguous(), residual_metric(upper).unsqueeze(0), spec)
+            grid = grids.fit_clipped(block, residual_metric(upper).unsqueeze(0), spec)
         else:
-            grid = grids.fit_minmax(block.contiguous(), spec)
+            grid = grids.fit_minmax(block, spec)
         scales.append(grid.scale)
         zeros.append(grid.zero)
         block_codes, errors = _round_block(block.t().contiguous(), upper, grid, spec)
@@ -95,7 +95,7 @@ def _round_block(block: Tensor, upper: Tensor, grid: Grid, spec: GridSpec) -> tu
     if block.is_cuda:
         from qtool.quantize.kernels import round_block
 
-        return round_block(block, upper, grid, spec)
+        return round_block(block, upper, grid.scale, grid.zero, spec.levels)
     scale, zero = grid.scale[:, 0], grid.zero[:, 0]
     inverse_scale = 1.0 / scale
     codes, errors = torch.empty_like(block), torch.empty_like(block)
@@ -108,13 +108,7 @@ def _round_block(block: Tensor, upper: Tensor, grid: Grid, spec: GridSpec) -> tu
     return codes, errors
 
 
-def propagated_target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float, alpha: float) -> Tensor:
-    """``W + alpha * W (C - G) (G + lambda I)^-1``: what to aim at so that the quantized prefix's inputs X̂ reproduce the
-    source's outputs W X. ``gram`` = X̂ᵀX̂, ``cross`` = XᵀX̂, lambda = damp * mean(diag G). float32 ``[out, in]``."""
-    damped = gram.clone()
-    damped.diagonal().add_(damp * gram.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed):
-        return weight.clone()
-    shift = torch.cholesky_solve((weight @ (cross - gram)).t(), factor).t()
-    return weight + alpha * shift
+def propagated_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """``W + alpha * D (G + lambda I)^-1`` with ``drift`` D = W (C - G): what to aim at so that the quantized prefix's inputs
+    X̂ reproduce the source's outputs W X. G = X̂ᵀX̂, C = XᵀX̂; the factor holds the damped inverse as UᵀU."""
+    return torch.addmm(weight, drift @ factor.upper.t(), factor.upper, alpha=alpha)

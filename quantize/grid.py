@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.convert.codes import UniformCodes
 
-CLIP_RATIOS = tuple(1.0 - 0.03 * step for step in range(14))  # the range shrinks to no less than 0.61
+CLIP_STEP, CLIP_STEPS = 0.03, 14  # the range shrinks to no less than 0.61
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,27 @@ def round_to_nearest(weight: Tensor, spec: GridSpec) -> Tensor:
     return dequantize(quantize(weight, grid, spec), grid, spec)
 
 
-def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec, ratios: tuple[float, ...] = CLIP_RATIOS) -> Grid:
-    """The grid, of those on ranges shrunk by ``ratios``, with the least output error of its own group.
+def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Grid:
+    """The grid, of those on ranges shrunk step by step, with the least output error of its own group.
 
     ``blocks [groups, group_size, group_size]``: the diagonal blocks of the Gram matrix; the error of a group with
     residual e is ``e B eᵀ``. The search of AWQ (arXiv 2306.00978, §3.2, weight clipping) without running a forward.
     """
+    if weight.is_cuda:
+        from qtool.quantize.kernels import fit_clipped as fit_group
+
+        half = spec.dtype == torch.float16
+        fits = [
+            fit_group(part, block, spec.levels, spec.sym, half, CLIP_STEPS, CLIP_STEP)
+            for part, block in zip(weight.split(spec.group_size, dim=1), blocks, strict=True)
+        ]
+        return Grid(torch.cat([scale for scale, _ in fits], 1), torch.cat([zero for _, zero in fits], 1))
     best: Grid | None = None
     best_loss: Tensor | None = None
     grouped = weight.unflatten(1, (-1, spec.group_size))
     low, high = torch.aminmax(grouped, dim=-1)
-    for ratio in ratios:
+    for step in range(CLIP_STEPS):
+        ratio = 1.0 - CLIP_STEP * step
         grid = _grid_from_range(low * ratio, high * ratio, spec)
         error = dequantize(quantize(weight, grid, spec), grid, spec).sub_(weight)
         grouped_error = error.unflatten(1, (-1, spec.group_size)).transpose(0, 1)  # [groups, out, g]

@@ -314,7 +314,14 @@ ATTACKS = {
         def f(x):
             raise Evil
     """,
-    "unreadable folder": "import os\ndef f(x):\n    os.mkdir('d')\n    os.chmod('.', 0)\n    return 0",
+    "unreadable folders": """
+        import os
+        def f(x):
+            os.makedirs('a/b')
+            for folder in ('a/b', 'a', '.'):
+                os.chmod(folder, 0)
+            return 0
+    """,
     "no such function": "def g(x):\n    return 2 * x",
     "not a program": "def f(x:\n",
     "null byte": "def f(x):\n    return 2 * x\0",

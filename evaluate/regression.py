@@ -1,0 +1,254 @@
+"""Did it get worse? Intervals, paired tests and verdicts: pure functions of numbers.
+
+Sources: Wilson 1927 (score interval); McNemar 1947, exact as a binomial test of the discordant pairs; Newcombe
+1998, Statistics in Medicine 17:2635 (interval for paired proportions, his method 10); Connor 1987, Biometrics
+43:207 (power of McNemar's test); Efron & Tibshirani 1993 (percentile bootstrap). Losses are in points: 1 point
+is 1 % of the problems; positive means that the quantized model is worse.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Result = Literal["pass", "fail", "undecided"]
+
+RESAMPLES = 10_000
+SEED = 20_240_229
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its two-sided confidence interval, both in the estimate's own unit."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Source against quantized model on the same problems.
+
+    ``loss``: points lost (source minus quantized), with Newcombe's interval. ``lost`` and ``gained``: problems
+    that only the source, only the quantized model solved. ``p``: exact two-sided McNemar. ``detectable``: the
+    smallest loss in points that this many problems show with 80 % power at the interval's level, given the
+    discordance seen; None where no loss could be shown.
+    """
+
+    problems: int
+    loss: Interval
+    lost: int
+    gained: int
+    p: float
+    detectable: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A gate's result and the sentence that says why."""
+
+    result: Result
+    reason: str
+
+
+def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval for k successes in n trials, as fractions. ValueError unless 0 <= k <= n > 0."""
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"{k} of {n} is not a count of successes")
+    z = _z(confidence)
+    rate, spread = k / n, z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    low = 0.0 if k == 0 else max(0.0, centre - half)
+    high = 1.0 if k == n else min(1.0, centre + half)
+    return Interval(rate, low, high, confidence)
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided exact p of b against c discordant pairs: binomial test of b in b + c at 1/2; 1.0 for none."""
+    if b < 0 or c < 0:
+        raise ValueError(f"{b} and {c} are not counts")
+    total, smaller = b + c, min(b, c)
+    tail = sum(math.comb(total, i) for i in range(smaller + 1))
+    # Integers until the end: no underflow for thousands of pairs.
+    return float(min(1.0, 2 * tail / 2**total))
+
+
+def paired_difference(
+    source: Sequence[bool], quantized: Sequence[bool], confidence: float = 0.95
+) -> Difference:
+    """The loss on the same problems in the same order. ValueError for unequal lengths or no problems."""
+    n = len(source)
+    if n != len(quantized):
+        raise ValueError(f"{n} and {len(quantized)} outcomes are not of the same problems")
+    if n == 0:
+        raise ValueError("no problems: nothing to compare")
+    pairs = [(bool(a), bool(b)) for a, b in zip(source, quantized, strict=True)]
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
+    both = pairs.count((True, True))
+    low, high = _newcombe(both, lost, gained, n - both - lost - gained, confidence)
+    loss = Interval(100 * (lost - gained) / n, 100 * low, 100 * high, confidence)
+    detectable = _detectable(lost + gained, n, confidence)
+    return Difference(n, loss, lost, gained, mcnemar_exact(lost, gained), detectable)
+
+
+def bootstrap_mean(
+    values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES
+) -> Interval:
+    """Mean of independent values (one for each sequence) with its percentile bootstrap interval; fixed seed.
+
+    One value alone has no spread to resample: its interval is infinite. ValueError for none, or a NaN.
+    """
+    array = _finite(values)
+    if len(array) == 1:
+        return Interval(float(array[0]), -math.inf, math.inf, confidence)
+    means = np.concatenate([array[rows].mean(axis=1) for rows in _resamples(len(array), resamples)])
+    return _percentiles(float(array.mean()), means, confidence)
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """sum(numerators) / sum(denominators) with a PAIRED percentile bootstrap: both drawn by the same index.
+
+    For mean KL of two artifacts on the same sequences, or recovery problem by problem. Resamples whose
+    denominator is 0 count as infinite. ValueError for unequal lengths, none, NaN, or a denominator of 0.
+    """
+    top, bottom = _finite(numerators), _finite(denominators)
+    if len(top) != len(bottom):
+        raise ValueError(f"{len(top)} and {len(bottom)} values are not pairs")
+    if bottom.sum() == 0:
+        raise ValueError("the denominators add up to 0: no ratio")
+    estimate = float(top.sum() / bottom.sum())
+    if len(top) == 1:
+        return Interval(estimate, -math.inf, math.inf, confidence)
+    ratios = []
+    for rows in _resamples(len(top), resamples):
+        below = bottom[rows].sum(axis=1)
+        infinite = np.full(len(rows), np.inf)
+        ratios.append(np.divide(top[rows].sum(axis=1), below, out=infinite, where=below != 0))
+    return _percentiles(estimate, np.concatenate(ratios), confidence)
+
+
+def judge_max_drop(difference: Difference, d: float) -> Verdict:
+    """Whether at most ``d`` points were lost."""
+    loss, n = difference.loss, difference.problems
+    seen = f"lost {loss.estimate:.1f} points [{loss.low:.1f}, {loss.high:.1f}] on {n} problems"
+    verdict = _judge_upper(loss, d, seen, f"max_drop {d:g}")
+    if verdict.result == "undecided" and difference.detectable is not None:
+        power = f"; {n} problems show losses from {difference.detectable:.1f} points on"
+        return Verdict("undecided", verdict.reason + power)
+    return verdict
+
+
+def judge_max_kld(interval: Interval, limit: float) -> Verdict:
+    """Whether the mean KL divergence to the source (nats a token) is at most ``limit``."""
+    return _judge_upper(interval, limit, f"mean KL {_show(interval)}", f"max_kld {limit:g}")
+
+
+def judge_min_recovery(interval: Interval, limit: float) -> Verdict:
+    """Whether quantized score / source score (a fraction) is at least ``limit``."""
+    mirrored = Interval(-interval.estimate, -interval.high, -interval.low, interval.confidence)
+    return _judge_upper(mirrored, -limit, f"recovery {_show(interval)}", f"min_recovery {limit:g}")
+
+
+def judge_max_size(size: int, limit: int) -> Verdict:
+    """Whether the artifact's files (bytes) are at most ``limit`` bytes. A size is exact: never undecided."""
+    compared = "at most" if size <= limit else "above"
+    reason = f"{size / 1e9:.3f} GB is {compared} max_size {limit / 1e9:.3f} GB"
+    return Verdict("pass" if size <= limit else "fail", reason)
+
+
+def _judge_upper(interval: Interval, limit: float, seen: str, gate: str) -> Verdict:
+    level = f"{100 * interval.confidence:g} % sure"
+    if math.isnan(interval.low) or math.isnan(interval.high):
+        return Verdict("undecided", f"{seen}: not a number")
+    if interval.high < limit:
+        return Verdict("pass", f"{seen}: within {gate} ({level})")
+    if interval.low > limit:
+        return Verdict("fail", f"{seen}: beyond {gate} ({level})")
+    return Verdict("undecided", f"{seen}: the interval includes {gate}")
+
+
+def _show(interval: Interval) -> str:
+    return f"{interval.estimate:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _z(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence of {confidence} is not between 0 and 1")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _newcombe(both: int, lost: int, gained: int, neither: int, confidence: float) -> tuple[float, float]:
+    """Newcombe's method 10: two Wilson intervals joined by the (continuity corrected) correlation of the pairs.
+
+    It keeps its coverage for the few discordant pairs that quantization leaves, where the bootstrap and Wald's
+    interval collapse to a point.
+    """
+    n = both + lost + gained + neither
+    first, second = wilson(both + lost, n, confidence), wilson(both + gained, n, confidence)
+    margins = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    product = float(both * neither - lost * gained)
+    if product > 0:
+        product = max(product - n / 2, 0.0)
+    phi = product / math.sqrt(margins) if margins else 0.0
+    theta = first.estimate - second.estimate
+    down_1, up_1 = first.estimate - first.low, first.high - first.estimate
+    down_2, up_2 = second.estimate - second.low, second.high - second.estimate
+    delta = math.sqrt(max(0.0, down_1**2 - 2 * phi * down_1 * up_2 + up_2**2))
+    epsilon = math.sqrt(max(0.0, up_1**2 - 2 * phi * up_1 * down_2 + down_2**2))
+    return max(-1.0, theta - delta), min(1.0, theta + epsilon)
+
+
+def _detectable(discordant: int, n: int, confidence: float, power: float = 0.8) -> float | None:
+    """Points. Connor's difference d solves n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2.
+
+    psi, the share of discordant pairs, is the one seen, but at least what makes any loss detectable at all:
+    a larger loss brings discordant pairs of its own.
+    """
+    z_alpha, z_beta = _z(confidence), NormalDist().inv_cdf(power)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        psi = max(discordant / n, middle)
+        if math.sqrt(n) * middle < z_alpha * math.sqrt(psi) + z_beta * math.sqrt(psi - middle * middle):
+            low = middle
+        else:
+            high = middle
+    return 100 * high if high < 1.0 else None
+
+
+def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError("no values")
+    if not np.isfinite(array).all():
+        raise ValueError("a value is NaN or infinite")
+    return array
+
+
+def _resamples(n: int, count: int) -> list[npt.NDArray[np.int64]]:
+    """Row indices [draws, n] in blocks of bounded memory; the same for every call with the same n."""
+    generator = np.random.default_rng(SEED)
+    block = max(1, min(count, 2**21 // n))
+    sizes = [block] * (count // block) + ([count % block] if count % block else [])
+    return [generator.integers(0, n, size=(size, n)) for size in sizes]
+
+
+def _percentiles(estimate: float, draws: npt.NDArray[np.float64], confidence: float) -> Interval:
+    _z(confidence)
+    tail = (1 - confidence) / 2
+    # "inverted_cdf" never interpolates, so that infinite draws stay infinite and do not become NaN.
+    low, high = np.quantile(draws, [tail, 1 - tail], method="inverted_cdf")
+    return Interval(estimate, float(low), float(high), confidence)

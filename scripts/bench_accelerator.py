@@ -1,0 +1,115 @@
+"""Seconds a layer and peak memory of the walk on an accelerator: random weights of a known geometry, no download.
+
+    python scripts/bench_accelerator.py [--layers 4] [--samples 128] [--length 2048] [--profile]
+
+Llama-3.1-8B geometry (hidden 4096, intermediate 14336, 32 heads over 8, a small vocabulary), bf16; calibration forward
+included. The first layer carries one-time costs (kernel compilation, cuBLAS handles) and is shown apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.skeleton import build_skeleton, load_config
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.layers import Walk
+from qtool.quantize.methods import AwqMethod
+
+CASES = {
+    "AWQ, rtn rounding": AwqMethod(method="awq", rounding="rtn"),
+    "AWQ, gptq rounding, source inputs": AwqMethod(method="awq", propagate_error=False),
+    "AWQ, gptq rounding, propagated inputs": AwqMethod(method="awq"),
+}
+
+
+def make_checkpoint(folder: Path, layers: int) -> Path:
+    """Random bf16 weights, one shard a layer."""
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=131072, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in build_skeleton(config).state_dict().items()}
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        if name == "lm_head.weight":
+            continue
+        scale = 0.02 if len(shape) == 2 else 0.0
+        tensor = (torch.randn(shape, device="cuda") * scale + (len(shape) == 1)).to(torch.bfloat16).cpu()
+        shards.setdefault(".".join(name.split(".")[:3]), {})[name] = tensor
+    for number, tensors in enumerate(shards.values()):
+        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+    return folder
+
+
+def measure(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> dict[str, float]:
+    """Walk all layers once."""
+    config = load_config(folder)
+    walk = Walk(build_skeleton(config), Checkpoint.open(folder), CalibrationSet(tokens, "random"), [method], torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    seconds, errors = [], []
+    start = time.perf_counter()
+    for result in walk.run():
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        errors += [record["error"] / record["rtn_error"] for record in result.outputs[method.name].records.values()]
+        del result
+        start = time.perf_counter()
+    return {
+        "first layer s": seconds[0],
+        "median of the others s": statistics.median(seconds[1:]) if len(seconds) > 1 else seconds[0],
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "output error over rtn": statistics.mean(errors),
+    }
+
+
+def profile(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> None:
+    """Where one warm layer's time goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    config = load_config(folder)
+    walk = Walk(build_skeleton(config), Checkpoint.open(folder), CalibrationSet(tokens, "random"), [method], torch.device("cuda"))
+    results = walk.run()
+    next(results)
+    with trace(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        next(results)
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=60))
+
+
+def main() -> None:
+    """Print one JSON line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    print(torch.__version__, torch.cuda.get_device_name())
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder), options.layers)
+        tokens = torch.randint(0, 4096, (options.samples, options.length))
+        for name, method in CASES.items():
+            if options.profile:
+                print(name)
+                profile(Path(folder), method, tokens)
+            else:
+                figures = {key: round(value, 3) for key, value in measure(Path(folder), method, tokens).items()}
+                print(json.dumps({"case": name} | figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

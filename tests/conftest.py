@@ -1,0 +1,79 @@
+"""Two-layer models with random weights and a small tokenizer: the real pipeline runs on them in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(400))
+
+
+def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", **changes: Any) -> Path:
+    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    settings: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{architecture}Config")(**(settings | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # outlier channels, as trained models have them
+                parameter.copy_(1 + torch.rand_like(parameter) + 6 * (torch.rand_like(parameter) > 0.95))
+            elif parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.08)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in several shards."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Text long enough for a few windows."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny: Path, text_file: Path) -> Callable[..., Path]:
+    """``write_recipe(key=value…)`` writes a small recipe for `tiny` (YAML values replace its sections)."""
+    import yaml
+
+    def write(**changes: Any) -> Path:
+        recipe: dict[str, Any] = {
+            "model": str(tiny),
+            "calibration": {"text": str(text_file), "samples": 8, "length": 64},
+            "outputs": [{"method": "awq", "group_size": 32}],
+            "output_dir": str(tmp_path / "artifacts"),
+        }
+        recipe |= changes
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+        return path
+
+    return write

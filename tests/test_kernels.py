@@ -1,0 +1,63 @@
+"""The accelerator's kernels against their plain twins. They need an accelerator; CI has none and skips this file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtool.quantize import awq, gptq, grid
+from qtool.quantize.grid import GridSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels run on an accelerator only")
+SPECS = [
+    GridSpec(4, 128, False, torch.float16), GridSpec(4, 64, True, torch.float16),
+    GridSpec(4, 32, False, torch.bfloat16), GridSpec(8, 128, True, torch.float16),
+]  # fmt: skip
+
+
+def correlated(columns: int, tokens: int = 4096) -> torch.Tensor:
+    """A Gram matrix with correlated columns of very different sizes."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mix * torch.rand(columns, generator=generator).exp()
+    return x.t() @ x
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gptq_agrees_with_the_cpu(spec: GridSpec) -> None:
+    """Nearly every code equal, and the loss within 0.3 %: a tie decided the other way moves what follows it."""
+    weight = torch.randn(200, 512, generator=torch.Generator().manual_seed(2))
+    gram = correlated(512)
+    results = []
+    for device in ("cpu", "cuda"):
+        factor = gptq.factorize(gram.to(device), 0.05)
+        rounded = gptq.gptq(weight.clone().to(device), factor, spec)
+        error = grid.dequantize(rounded.codes, rounded.grid, spec).cpu() - weight
+        results.append((rounded.codes.cpu(), float(awq.output_error(error, gram))))
+    (codes, loss), (cuda_codes, cuda_loss) = results
+    assert (codes == cuda_codes).float().mean() > 0.97
+    assert abs(loss - cuda_loss) < 0.003 * loss
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_scaled_error_agrees_with_the_cpu(spec: GridSpec) -> None:
+    """Elementwise, up to codes on a tie."""
+    weight = torch.randn(77, 256, generator=torch.Generator().manual_seed(3))
+    scale = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.5
+    plain = awq._scaled_error(weight, scale, spec)
+    kernel = awq._scaled_error(weight.cuda(), scale.cuda(), spec).cpu()
+    assert (torch.isclose(plain, kernel, atol=1e-5).float().mean()) > 0.999
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_clipping_finds_grids_as_good_as_the_cpus(spec: GridSpec) -> None:
+    """Same search, so the total loss is the same to rounding."""
+    weight = torch.randn(100, 256, generator=torch.Generator().manual_seed(5))
+    blocks = grid.diagonal_blocks(correlated(256), spec.group_size)
+    losses = []
+    for device in ("cpu", "cuda"):
+        fitted = grid.fit_clipped(weight.to(device), blocks.to(device), spec)
+        error = grid.dequantize(grid.quantize(weight.to(device), fitted, spec), fitted, spec).cpu() - weight
+        grouped = error.unflatten(1, (-1, spec.group_size)).transpose(0, 1)
+        losses.append(float((torch.bmm(grouped, blocks) * grouped).sum()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
