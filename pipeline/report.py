@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 console = Console()
 MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "undecided": "[yellow]undecided[/]", "not made": "[dim]not made[/]"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One subject of the score table, as text."""
-
-    cells: dict[str, str]
 
 
 def print_run(run: Run) -> None:
@@ -71,17 +64,13 @@ def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict
             source = scores.tasks.get("source", {}).get(task)
             if source is not None and name != "source":
                 difference = paired_difference(source.passed, passed)
-                row[f"{task}: loss"] = (
-                    f"{100 * difference.loss:+.1f} pt [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-                    f" p={difference.p_value:.2g}"
-                )
+                loss = difference.loss
+                row[f"{task}: points lost"] = f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}], p={difference.p:.2g}"
         rows.append(row)
     return rows
 
 
 def _fidelity_cells(name: str, scores: Scores) -> dict[str, str]:
-    import math
-
     score = scores.fidelity[name]
     cells = {"perplexity": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
     if name != "source":

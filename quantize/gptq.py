@@ -40,6 +40,8 @@ def factorize(gram: Tensor, damp: float) -> Factor:
     J H J = L Lᵀ  =>  U = J L^-1 J.
     """
     mean = gram.diagonal().mean()
+    if not bool(mean.isfinite()):
+        raise ArithmeticError("the Gram matrix holds NaN or Inf")
     if not bool(mean > 0):  # inputs that are all zero: any rounding is as good
         return Factor(torch.eye(gram.shape[0], device=gram.device), damp)
     while True:
@@ -51,7 +53,7 @@ def factorize(gram: Tensor, damp: float) -> Factor:
             break
         damp = max(damp, 1e-4) * 10
         if damp > MAX_DAMP:
-            raise ArithmeticError("the Gram matrix stays singular at any damping: it holds NaN or Inf")
+            raise ArithmeticError("the Gram matrix stays singular at any damping")
     eye = torch.eye(gram.shape[0], device=gram.device)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     return Factor(inverse.flip(0, 1).contiguous(), damp)

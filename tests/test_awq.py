@@ -1,0 +1,136 @@
+"""The closed-form search against real forwards, and folding against the unfolded layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtool.quantize import awq, grid
+from qtool.quantize.architectures import LLAMA
+from qtool.quantize.folding import Heads, kv_rows, quantize_layer
+from qtool.quantize.grid import GridSpec
+from qtool.quantize.methods import AwqMethod
+from qtool.quantize.statistics import InputStatistics
+
+SPEC = GridSpec(4, 32, False, torch.float16)
+
+
+def inputs(tokens: int = 400, columns: int = 128) -> torch.Tensor:
+    """Correlated inputs with a few loud channels."""
+    x = torch.randn(tokens, columns) @ (torch.eye(columns) + torch.randn(columns, columns) / columns**0.5)
+    x[:, ::17] *= 12
+    return x
+
+
+def statistics(x: torch.Tensor, source: torch.Tensor | None = None) -> InputStatistics:
+    stats = InputStatistics()
+    stats.add(x, source)
+    stats.finish()
+    return stats
+
+
+def test_closed_form_loss_is_the_forward_loss() -> None:
+    x, weight = inputs().double(), torch.randn(64, 128).double()
+    error = torch.randn(64, 128).double() * 0.01
+    forward = (x @ (weight + error).t() - x @ weight.t()).square().sum()
+    assert float(awq.output_error(error, x.t() @ x)) == pytest.approx(float(forward), rel=1e-9)
+    closed = awq.output_error(error.float(), (x.t() @ x).float())
+    assert float(closed) == pytest.approx(float(forward), rel=1e-5)
+
+
+def test_search_equals_brute_force_over_all_candidates() -> None:
+    """Every candidate run through a real forward in float64: the search must find one as good as the best."""
+    x = inputs()
+    weights = [torch.randn(64, 128), torch.randn(32, 128)]
+    found = awq.search_scale(weights, x.t() @ x, x.abs().mean(0), SPEC)
+    assert found.scale is not None
+    candidates = [torch.ones(128), *awq.candidate_scales(x.abs().mean(0), weights, SPEC)]
+
+    def loss(scale: torch.Tensor) -> float:
+        total = 0.0
+        for weight in weights:
+            quantized = grid.round_to_nearest(weight * scale, SPEC) / scale
+            total += float((x.double() @ (quantized - weight).double().t()).square().sum())
+        return total
+
+    losses = [loss(scale) for scale in candidates]
+    assert loss(found.scale) <= min(losses) * 1.02  # every fourth row ranks; the finalists are judged exactly
+    assert found.loss < found.loss_unscaled
+
+
+def test_no_scaling_when_nothing_beats_it() -> None:
+    """Weights that already lie on the grid lose nothing unscaled."""
+    weight = torch.randint(-7, 8, (64, 128)).float()
+    weight[:, ::32], weight[:, 1::32] = 7.0, -8.0
+    x = inputs()
+    assert awq.search_scale([weight], x.t() @ x, x.abs().mean(0), SPEC).scale is None
+
+
+def test_scaled_gram_is_the_gram_of_scaled_inputs() -> None:
+    x, scale = inputs(), torch.rand(128) + 0.5
+    expected = (x / scale).t() @ (x / scale)
+    assert torch.allclose(awq.scale_gram(x.t() @ x, scale), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_repeated_heads_share_their_scales() -> None:
+    tie = kv_rows(Heads(kv=2, repeat=2, dim=32), torch.device("cpu"))
+    # columns 0-31 and 32-63 are two query heads fed by key/value head 0
+    assert tie.tolist() == [*range(32), *range(32), *range(32, 64), *range(32, 64)]
+    x = inputs()
+    scale = awq.search_scale([torch.randn(64, 128)], x.t() @ x, x.abs().mean(0), SPEC, tie).scale
+    assert scale is not None
+    assert torch.equal(scale[:32], scale[32:64])
+    assert torch.equal(scale[64:96], scale[96:])
+
+
+def test_statistics_in_batches_equal_one_product() -> None:
+    x, source = inputs(700, 500), inputs(700, 500)
+    stats = InputStatistics()
+    for part, other in zip(x.split(300), source.split(300), strict=True):
+        stats.add(part.unsqueeze(0), other.unsqueeze(0))
+    stats.finish()
+    assert stats.tokens == 700
+    assert torch.allclose(stats.gram, x.t() @ x, rtol=1e-4, atol=1e-1)
+    assert torch.equal(stats.gram, stats.gram.t())
+    assert stats.cross is not None
+    assert torch.allclose(stats.cross, source.t() @ x, rtol=1e-4, atol=1e-1)
+    assert torch.allclose(stats.mean_abs, x.abs().mean(0), rtol=1e-5)
+    assert torch.equal(stats.absmax, x.abs().amax(0))
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_folding_leaves_the_function_alone(rounding: str) -> None:
+    """With the fold undone, the folded weights are the source's: only rounding changes the layer."""
+    heads = Heads(kv=2, repeat=2, dim=32)
+    rows = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    weights = {f"self_attn.{name}.weight": torch.randn(out, 128) * 0.1 for name, out in rows.items()}
+    weights |= {f"self_attn.{name}.bias": torch.randn(out) for name, out in rows.items()}
+    weights |= {
+        "self_attn.o_proj.weight": torch.randn(128, 128) * 0.1,
+        "mlp.gate_proj.weight": torch.randn(256, 128) * 0.1,
+        "mlp.up_proj.weight": torch.randn(256, 128) * 0.1,
+        "mlp.down_proj.weight": torch.randn(128, 256) * 0.1,
+        "input_layernorm.weight": torch.rand(128) + 0.5,
+        "post_attention_layernorm.weight": torch.rand(128) + 0.5,
+    }
+    stats = {group.name: statistics(inputs(columns=256 if group.name == "down" else 128)) for group in LLAMA.groups}
+    method = AwqMethod(method="awq", group_size=32, rounding=rounding)
+    output = quantize_layer(method, LLAMA, weights, stats, heads)
+    assert set(output.codes) == set(LLAMA.linears)
+    for group in LLAMA.groups:
+        for linear in group.linears:
+            restored = output.codes[linear].dequantize() / output.columns[linear] * output.rows[linear].unsqueeze(1)
+            source = weights[f"{linear}.weight"]
+            assert float((restored - source).norm() / source.norm()) == pytest.approx(
+                output.records[linear]["frobenius"], rel=1e-4
+            )
+            assert output.records[linear]["error"] < output.records[linear]["rtn_error"]
+    for norm, linear in (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.up_proj")):
+        product = output.tensors[f"{norm}.weight"] * output.columns[linear]
+        assert torch.allclose(product, weights[f"{norm}.weight"], rtol=1e-6)
+    # what v_proj's rows and bias lost, o_proj's columns gained, head by head
+    gained = output.columns["self_attn.o_proj"]
+    assert torch.equal(output.rows["self_attn.v_proj"][kv_rows(heads, torch.device("cpu"))], gained)
+    bias = output.tensors["self_attn.v_proj.bias"] * output.rows["self_attn.v_proj"]
+    assert torch.allclose(bias, weights["self_attn.v_proj.bias"], rtol=1e-5)
+    assert torch.equal(output.tensors["self_attn.q_proj.bias"], weights["self_attn.q_proj.bias"])
