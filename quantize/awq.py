@@ -6,7 +6,8 @@ search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,17 @@ class ScaleSearch:
     scale: Tensor | None
     loss: float
     loss_unscaled: float
+
+
+@contextmanager
+def tensor_float32() -> Iterator[None]:
+    """TF32 products on an accelerator: 2e-4 off, enough for losses of plain roundings, not of compensated ones."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
@@ -66,13 +78,12 @@ def search_scale(
     candidates = candidate_scales(mean_abs, weights, spec)
     if tie is not None:
         candidates = torch.stack([_pool(c, tie) for c in candidates])
-    torch.set_float32_matmul_precision("high")  # TF32 on an accelerator: 2e-4 off, enough to rank plain roundings
     preview = stacked[::PREVIEW_ROWS].contiguous()
-    ranks = torch.stack([_scaled_loss(preview, gram, scale, spec) for scale in candidates]).argsort()
-    finalists = candidates[ranks[:FINALISTS]]
-    losses = torch.stack([_scaled_loss(stacked, gram, scale, spec) for scale in (None, *finalists)])
-    total = output_error(stacked, gram).clamp_min(1e-30)
-    torch.set_float32_matmul_precision("highest")
+    with tensor_float32():
+        ranks = torch.stack([_scaled_loss(preview, gram, scale, spec) for scale in candidates]).argsort()
+        finalists = candidates[ranks[:FINALISTS]]
+        losses = torch.stack([_scaled_loss(stacked, gram, scale, spec) for scale in (None, *finalists)])
+        total = output_error(stacked, gram).clamp_min(1e-30)
     relative = (losses / total).tolist()  # the one wait for the device
     best = min(range(len(relative)), key=relative.__getitem__)
     scale = None if best == 0 else finalists[best - 1]

@@ -51,24 +51,27 @@ def quantize_layer(
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
     heads: Heads,
+    owned: bool = False,
 ) -> LayerOutput:
-    """``weights``: tensor name -> float32 tensor (left unchanged); ``statistics``: group name -> its input's."""
-    folded = dict(weights)
+    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its input's,
+    used up to spare memory where ``owned``, left unchanged otherwise."""
+    folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
     output = LayerOutput()
     for group in architecture.groups:
         for linear in group.linears:
             out, columns = weights[f"{linear}.weight"].shape
-            output.columns[linear] = weights[f"{linear}.weight"].new_ones(columns)
-            output.rows[linear] = weights[f"{linear}.weight"].new_ones(out)
+            device = weights[f"{linear}.weight"].device
+            output.columns[linear] = torch.ones(columns, device=device)
+            output.rows[linear] = torch.ones(out, device=device)
     for group in architecture.groups if method.scaling == "awq" else ():
         stats = statistics[group.name]
         tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
-        originals = [weights[f"{linear}.weight"] for linear in group.linears]
+        originals = [weights[f"{linear}.weight"].float() for linear in group.linears]
         search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec, tie)
         if search.scale is not None:
             _fold(group, search.scale, folded, tie, method.spec.dtype, output)
     for group in architecture.groups:
-        _round_group(method, group, weights, folded, statistics[group.name], output)
+        _round_group(method, group, weights, statistics[group.name], output, owned)
     output.tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
     return output
 
@@ -82,21 +85,22 @@ def kv_rows(heads: Heads, device: torch.device) -> Tensor:
 def _fold(
     group: InputGroup, scale: Tensor, folded: dict[str, Tensor], tie: Tensor | None, dtype: torch.dtype, output: LayerOutput
 ) -> None:
-    """Divide the producer by ``scale`` and multiply the linears' columns by what the producer, as stored, leaves over."""
-    name = f"{group.producer}.weight"
+    """Divide the producer by ``scale``; the linears' columns get what the producer, as stored, leaves over.
+
+    Norms and biases are folded here; rows and columns of linears are noted and applied when they are rounded.
+    """
     if group.kind == "norm":
+        name = f"{group.producer}.weight"
         norm = folded[name]
         folded[name] = (norm / scale).to(dtype).float()
         scale = torch.where(folded[name] == 0, scale, norm / folded[name])
     else:
-        rows = scale if tie is None else torch.empty_like(folded[name][:, 0]).index_copy_(0, tie, scale)
-        folded[name] = folded[name] / rows.unsqueeze(1)
+        rows = scale if tie is None else torch.empty_like(output.rows[group.producer]).index_copy_(0, tie, scale)
         bias = f"{group.producer}.bias"
         if bias in folded:
             folded[bias] = folded[bias] / rows
         output.rows[group.producer] = rows
     for linear in group.linears:
-        folded[f"{linear}.weight"] = folded[f"{linear}.weight"] * scale
         output.columns[linear] = scale
 
 
@@ -104,28 +108,32 @@ def _round_group(
     method: AwqMethod,
     group: InputGroup,
     weights: Mapping[str, Tensor],
-    folded: Mapping[str, Tensor],
     stats: InputStatistics,
     output: LayerOutput,
+    owned: bool,
 ) -> None:
     """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
     output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
     spec = method.spec
     scale = output.columns[group.linears[0]]
-    names = [f"{linear}.weight" for linear in group.linears]
-    sizes = [folded[name].shape[0] for name in names]
-    target = torch.cat([folded[name] for name in names])
-    gram = awq.scale_gram(stats.gram, scale, in_place=stats.cross is not None)
+    sources = [weights[f"{linear}.weight"].float() for linear in group.linears]
+    sizes = [source.shape[0] for source in sources]
+    rows = torch.cat([output.rows[linear] for linear in group.linears]).unsqueeze(1)
+    target = torch.cat(sources).mul_(scale).div_(rows)
+    gram = awq.scale_gram(stats.gram, scale, in_place=owned)
     damp = 0.0
     if method.rounding == "gptq":
         drift = None
         if stats.cross is not None:
-            drift = target @ awq.scale_gram(stats.cross, scale, in_place=True).sub_(gram)
-            stats.cross = None  # as large as the Gram matrix, and not needed again
+            with awq.tensor_float32():
+                drift = target @ awq.scale_gram(stats.cross, scale, in_place=owned).sub_(gram)
+            if owned:
+                stats.cross = None  # as large as the Gram matrix, and not needed again
         factor = gptq.factorize(gram, method.damp_percent)
         goal = target.clone()
         if drift is not None:
-            goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
+            with awq.tensor_float32():
+                goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
         rounded = gptq.gptq(goal, factor, spec, method.clip)
         damp = factor.damp
         del factor, goal, drift
@@ -137,22 +145,26 @@ def _round_group(
         )
         rounded = gptq.Rounded(grids.quantize(target, fitted, spec), fitted)
     parts = zip(
-        group.linears, target.split(sizes), rounded.codes.split(sizes),
+        group.linears, sources, target.split(sizes), rounded.codes.split(sizes),
         rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
     )  # fmt: skip
-    for linear, wanted, codes, scales, zeros in parts:
+    for linear, source, wanted, codes, scales, zeros in parts:
         grid = grids.Grid(scales, zeros)
         output.codes[linear] = grids.to_codes(codes, grid, spec)
-        rows = output.rows[linear].unsqueeze(1)
-        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(rows)
-        source = weights[f"{linear}.weight"]
-        plain = grids.round_to_nearest(source, spec).sub_(source).mul_(scale)
-        # in the scaled inputs' terms: W c meets X / c, so output errors are those of the source's own weights and inputs
-        energy = awq.output_error(wanted * rows, gram).clamp_min(1e-30)
-        figures = [
-            (awq.output_error(plain, gram).clamp_min(0) / energy).sqrt(),
-            (awq.output_error(error, gram).clamp_min(0) / energy).sqrt(),
-            error.div_(scale).norm() / source.norm().clamp_min(1e-30),
-        ]
-        rtn, result, frobenius = (float(f"{figure:.6g}") for figure in torch.stack(figures).tolist())
-        output.records[linear] = {"rtn_error": rtn, "error": result, "frobenius": frobenius, "damp": damp}
+        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
+        output.records[linear] = _record(source, error, gram, scale, spec) | {"damp": damp}
+
+
+def _record(source: Tensor, error: Tensor, gram: Tensor, scale: Tensor, spec: grids.GridSpec) -> dict[str, float]:
+    """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are those of
+    the source's own weights and inputs."""
+    with awq.tensor_float32():
+        energy = awq.output_error(source * scale, gram).clamp_min(1e-30)
+        plain = awq.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
+    figures = [
+        (plain.clamp_min(0) / energy).sqrt(),
+        (awq.output_error(error, gram).clamp_min(0) / energy).sqrt(),
+        error.div_(scale).norm() / source.norm().clamp_min(1e-30),
+    ]
+    rtn, result, frobenius = (float(f"{figure:.6g}") for figure in torch.stack(figures).tolist())
+    return {"rtn_error": rtn, "error": result, "frobenius": frobenius}

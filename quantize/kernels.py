@@ -7,8 +7,6 @@ scaled_error   awq._scaled_error      W - Q(W s)/s without writing what lies bet
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +16,14 @@ ROWS = 32
 
 
 @triton.jit
-def _nearest(x: Any) -> Any:
+def _nearest(x):  # type: ignore[no-untyped-def]  # annotations would be compiled
     """Round half to even, as torch.round: adding and taking away 1.5 * 2**23 leaves an integer for |x| < 2**22."""
     magic = 12582912.0
     return tl.where(tl.abs(x) < 4194304.0, (x + magic) - magic, x)
 
 
 @triton.jit
-def _store_scale(scale: Any, half: tl.constexpr) -> Any:
+def _store_scale(scale, half: tl.constexpr):  # type: ignore[no-untyped-def]
     """The scale as float16 or bfloat16 will hold it, never zero."""
     if half:
         rounded = tl.maximum(scale.to(tl.float16).to(tl.float32), 6.103515625e-05)
@@ -35,7 +33,7 @@ def _store_scale(scale: Any, half: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _fit(low: Any, high: Any, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr) -> Any:
+def _fit(low, high, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scale and zero of a range, as grid._grid_from_range."""
     if sym:
         high = tl.maximum(tl.maximum(high, -low), 0.0)
@@ -43,11 +41,11 @@ def _fit(low: Any, high: Any, levels: tl.constexpr, sym: tl.constexpr, half: tl.
     else:
         low = tl.minimum(low, 0.0)
         high = tl.maximum(high, 0.0)
-    scale = _store_scale(tl.maximum(high - low, 1e-5) / levels, half)
+    scale = _store_scale(tl.div_rn(tl.maximum(high - low, 1e-5), tl.zeros_like(low) + levels), half)
     if sym:
         zero = tl.zeros_like(scale) + (levels + 1) // 2
     else:
-        zero = tl.minimum(tl.maximum(_nearest(-low / scale), 0.0), levels)
+        zero = tl.minimum(tl.maximum(_nearest(tl.div_rn(-low, scale)), 0.0), levels)
     return scale, zero
 
 
@@ -64,7 +62,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
     z = tl.load(zero + row, mask=inside, other=0.0)
     for i in range(columns):
         weight = tl.sum(tl.where(column[:, None] == i, tile, 0.0), axis=0)
-        code = tl.minimum(tl.maximum(_nearest(weight / s) + z, 0.0), levels)
+        code = tl.minimum(tl.maximum(_nearest(tl.div_rn(weight, s)) + z, 0.0), levels)
         pivot = tl.load(upper + i * columns + i)
         error = (weight - (code - z) * s) / pivot
         tl.store(codes + i * out + row, code, mask=inside)
@@ -100,7 +98,7 @@ def _fit_clipped_kernel(  # type: ignore[no-untyped-def]
     for number in range(ratios):
         ratio = 1.0 - step * number
         s, z = _fit(low * ratio, high * ratio, levels, sym, half)
-        code = tl.minimum(tl.maximum(_nearest(tile / s[:, None]) + z[:, None], 0.0), levels)
+        code = tl.minimum(tl.maximum(_nearest(tl.div_rn(tile, s[:, None] + tl.zeros_like(tile))) + z[:, None], 0.0), levels)
         error = (code - z[:, None]) * s[:, None] - tile
         loss = tl.sum(tl.dot(error, m, input_precision="tf32x3") * error, axis=1)
         better = loss < best_loss
@@ -137,7 +135,7 @@ def _scaled_error_kernel(  # type: ignore[no-untyped-def]
     factors = tl.load(factor + column)[None, :]
     scaled = tile * factors
     s, z = _fit(tl.min(scaled, axis=1), tl.max(scaled, axis=1), levels, sym, half)
-    code = tl.minimum(tl.maximum(_nearest(scaled / s[:, None]) + z[:, None], 0.0), levels)
+    code = tl.minimum(tl.maximum(_nearest(tl.div_rn(scaled, s[:, None] + tl.zeros_like(scaled))) + z[:, None], 0.0), levels)
     tl.store(error + place, (code - z[:, None]) * s[:, None] / factors - tile, mask=inside)
 
 

@@ -91,12 +91,12 @@ class Walk:
         layer = self._fill(index, weights)
         last = index == len(self.layers) - 1
         shared, own = self._collect(layer, hidden, streams, calls)
-        full = {name: tensor.float() for name, tensor in weights.items()}
         results = {}
-        for method in self.outputs:
+        for number, method in enumerate(self.outputs):
+            owned = method.own_stream or not any(not other.own_stream for other in self.outputs[number + 1 :])
             statistics = own.pop(method.name, shared)
             self._check_range(index, method, statistics, hidden)
-            result = quantize_layer(method, self.architecture, full, statistics, self.heads)
+            result = quantize_layer(method, self.architecture, weights, statistics, self.heads, owned)
             results[method.name] = result
             del statistics
             if method.own_stream and not last:

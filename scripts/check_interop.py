@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Prove that an artifact means the same to other people's software as it does to qtool.
 
-Each peer runs in a virtual environment of its own (made under --peers when it is missing, about 1.7 GB and a few
-minutes for the first), as a child process that knows nothing of qtool. For AWQ:
+Each peer runs in a virtual environment of its own (made under --peers when it is missing: 1.7 GB, a few
+minutes), as a child process that knows nothing of qtool. For AWQ:
 
 - transformers with GPTQModel loads the folder on the CPU and computes logits; they must agree with qtool's
   reference engine, which dequantizes the artifact into transformers' float32 model;
-- AutoAWQ's own unpacking code turns every quantized linear into float16 weights; they must be qtool's, bit for bit.
+- AutoAWQ's own unpacking code turns every quantized linear into float16 weights; they must equal qtool's.
 
 Exit codes: 0 all agree, 1 something disagrees, 2 wrong input, 3 an environment could not be made.
 
@@ -32,34 +32,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from safetensors.torch import load_file, save_file
-
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.skeleton import load_config
 from qtool.evaluate.generate import load_model
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"  # installed first; the constraint for everything else
 BATCH, LENGTH = 4, 128
 
 # An exact kernel multiplies by the very float16 weights that the codes stand for, with activations rounded to
-# float16 (11 bits) in each linear: through 30 layers about 1e-3 of the logits. A misread nibble gives 0.5 and more.
+# float16 (11 bits) in each linear: @@MEAS@@ A wrong nibble order gives 0.5 and more.
 MAX_RELATIVE_ERROR = 1e-2
 MIN_TOP1 = 0.995
-# GPTQModel's default CPU kernel rounds scales, zero offsets and activations to bfloat16 (8 bits). How much that
-# costs depends on the model, so it is measured: the reference engine runs in plain bfloat16 too, and the kernel may
-# be at most this many times as far from the float32 logits (bfloat16 scales add to bfloat16 activations).
+# GPTQModel's default CPU kernel rounds scales, zero offsets and activations to bfloat16 (8 bits). What that
+# costs depends on the model, so it is measured: the reference engine runs in bfloat16 too, and the kernel may
+# be at most this many times as far from the float32 logits (it rounds scales as well; seen: 2 times).
 BFLOAT16_FACTOR = 3.0
 BFLOAT16_TOP1_LOSS = 0.03
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment: distribution -> version prefix that must be there, and what pip installs for it."""
+    """A virtual environment: distribution -> version prefix that must be there; what pip installs for it."""
 
     needs: dict[str, str]
     installs: tuple[tuple[str, ...], ...]
@@ -99,7 +98,7 @@ class Context:
 
 
 def run_child(python: Path, script: str, *arguments: str | Path, scratch: Path) -> Any:
-    """Run a script beside this one in a peer's Python, isolated from ours; return the JSON object that it prints."""
+    """Run a script of this folder in a peer's Python, isolated from ours; return the JSON that it prints."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [str(python), "-I", str(HERE / script), *map(str, arguments)]
     log = scratch / f"{Path(script).stem}.log"
@@ -154,7 +153,7 @@ def make_tokens(folder: Path) -> torch.Tensor:
 
 
 def compute_reference(artifact: Artifact, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [batch, length, vocabulary] of the reference engine; `dtype` float32 is what it evaluates with."""
+    """Logits [batch, length, vocabulary] of the reference engine; float32 is what it evaluates with."""
     model = load_model(artifact.read(), load_config(artifact.path), torch.device("cpu")).to(dtype)
     with torch.inference_mode():
         logits: torch.Tensor = model(tokens, use_cache=False).logits.float()
@@ -163,7 +162,7 @@ def compute_reference(artifact: Artifact, tokens: torch.Tensor, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Distance:
-    """How far logits are from the reference: largest difference, relative error (Frobenius), top-1 agreement."""
+    """How far logits are from the reference: largest difference, relative error (Frobenius), same top-1."""
 
     largest: float
     relative: float
@@ -182,7 +181,7 @@ class Distance:
 
 
 def check_gptqmodel(context: Context) -> list[Row]:
-    """Load in transformers with GPTQModel: nothing missing, all linears quantized, logits as the reference's."""
+    """Load in transformers with GPTQModel: nothing missing, all linears quantized, the reference's logits."""
     exact, default = "torch_awq:float32", "auto:auto"
     tokens, out = context.scratch / "tokens.safetensors", context.scratch / "logits.safetensors"
     save_file({"tokens": make_tokens(context.artifact.path)}, tokens)
@@ -215,8 +214,8 @@ def check_gptqmodel(context: Context) -> list[Row]:
 def check_autoawq(context: Context) -> list[Row]:
     """Compare AutoAWQ's unpacked float16 weights with qtool's, bit for bit.
 
-    Tolerance 0: (q - z) * s has at most 4 + 11 significant bits, exact in float32, so that both sides round the same
-    number to float16 once.
+    Tolerance 0: (q - z) * s has at most 4 + 11 significant bits, exact in float32, so that both sides round
+    the same number to float16 once.
     """
     python = context.peers / "autoawq" / "bin" / "python"
     theirs = run_child(python, "interop_autoawq.py", context.artifact.path, scratch=context.scratch)

@@ -32,7 +32,7 @@ class Plan:
 
     hidden: int = 256
     intermediate: int = 768
-    layers: int = 6
+    layers: int = 2
     vocabulary: int = 1536
     documents: int = 400_000
     steps: int = 4500

@@ -1,0 +1,66 @@
+"""Wall time and peak memory of a conversion on the CPU, as a user runs it.
+
+    python scripts/bench_text.py BENCH MODEL              # once: the calibration text
+    python scripts/bench_cpu.py BENCH MODEL --out DIR [--case awq|awq-source|awq-rtn|rtn] [--threads 2]
+
+64 x 512 tokens, group 64. Prints one JSON line. A peer on the same tokens: scripts/peer_gptqmodel.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from qtool.convert.source import resolve
+from qtool.convert.text import load_tokenizer, token_windows
+from qtool.outputs import make_artifacts, open_job
+from qtool.quantize.calibration import CalibrationSet
+from qtool.recipe import Recipe
+
+CASES = {
+    "awq": {"method": "awq"},
+    "awq-source": {"method": "awq", "propagate_error": False},
+    "awq-rtn": {"method": "awq", "rounding": "rtn"},
+    "rtn": {"method": "awq", "scaling": "none", "rounding": "rtn", "clip": False},
+}
+
+
+def main() -> None:
+    """Convert and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", choices=CASES, default="awq")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the output")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    changes = {key: json.loads(value) for key, value in (item.split("=", 1) for item in options.set)}
+    recipe = Recipe.model_validate(
+        {
+            "model": str(options.model),
+            "calibration": {"text": str(options.bench / "calibration.jsonl"), "samples": 64, "length": 512},
+            "outputs": [CASES[options.case] | {"name": options.case, "group_size": 64} | changes],
+            "output_dir": str(options.out),
+        }
+    )
+    start = time.perf_counter()
+    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
+    shutil.rmtree(job.folder(recipe.outputs[0]), ignore_errors=True)
+    tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path))
+    artifacts = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    for name, artifact in artifacts.items():
+        print(json.dumps({"case": name, "path": str(artifact.path), "seconds": round(seconds, 1), "peak GiB": round(peak, 2)}))
+
+
+if __name__ == "__main__":
+    main()
