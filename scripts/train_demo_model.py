@@ -41,9 +41,10 @@ class Plan:
     weight_decay: float = 0.1
     warmup: int = 200
     seed: int = 3
+    report: int = 50  # steps between two looks at the clock
 
 
-SMOKE = Plan(hidden=256, intermediate=256, layers=2, documents=200, steps=6, rows=4, warmup=2)
+SMOKE = Plan(hidden=256, intermediate=256, layers=2, documents=200, steps=6, rows=2, warmup=2, report=2)
 
 
 def build_model(plan: Plan) -> LlamaForCausalLM:
@@ -137,7 +138,7 @@ def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tupl
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.detach())
-        if (step + 1) % 50 and step + 1 < plan.steps:
+        if (step + 1) % plan.report and step + 1 < plan.steps:
             continue
         losses += torch.stack(recent).tolist()
         recent.clear()
