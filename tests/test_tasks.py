@@ -1,11 +1,10 @@
-"""Task files: read, refused with a reason, sampled; and the shipped problems: references pass, mutants fail."""
+"""Task files: read, refused with a reason, sampled. Shipped problems: references pass, mutants fail."""
 
 import ast
-import copy
+import functools
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,7 +94,7 @@ def test_humaneval_without_its_package_names_the_offline_way(monkeypatch: pytest
 
     monkeypatch.setattr(tasks.importlib.metadata, "files", missing)
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(QtoolError, match="HumanEval.jsonl.gz") as caught:
+    with pytest.raises(QtoolError, match=r"HumanEval.jsonl.gz") as caught:
         load_task("humaneval")
     assert caught.value.exit_code == 3
 
@@ -136,7 +135,7 @@ def test_subset_keeps_the_levels_shares_and_the_order() -> None:
         subset(task, 0)
 
 
-# --- the shipped problems --------------------------------------------------------------------------------------
+# --- the shipped problems ---
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -191,33 +190,35 @@ EQUIVALENT: dict[tuple[str, str], str] = {
 }
 
 
-def mutants(program: str, entry_point: str) -> Iterator[tuple[str, str]]:
-    """(description, program) for every single mutation of the function's body, docstring left alone."""
-    tree = ast.parse(program)
-    function = next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry_point
-    )
-    count = len(list(ast.walk(function)))
-    seen = set()
-    for position in range(count):
+MUTABLE = (
+    *(ast.Compare, ast.BinOp, ast.AugAssign, ast.BoolOp, ast.Constant, ast.Call),
+    *(ast.Return, ast.If, ast.IfExp, ast.While),
+)
+
+
+def function_in(tree: ast.Module, entry_point: str) -> ast.FunctionDef:
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry_point]
+    return found[0]
+
+
+@functools.cache
+def mutants(problem: Problem) -> list[tuple[str, str]]:
+    """(description, program) for every single mutation of the reference solution, docstring left alone."""
+    program = problem.prompt + problem.canonical_solution
+    function = function_in(ast.parse(program), problem.entry_point)
+    first_line = function.body[1].lineno
+    made = {ast.unparse(ast.parse(program)): ""}
+    for position, original in enumerate(ast.walk(function)):
+        if not isinstance(original, MUTABLE) or original.lineno < first_line:
+            continue
         for variant in (0, 1):
-            changed = copy.deepcopy(tree)
-            body = next(
-                node
-                for node in changed.body
-                if isinstance(node, ast.FunctionDef) and node.name == entry_point
-            )
-            node = list(ast.walk(body))[position]
-            if not isinstance(node, (ast.expr, ast.stmt)) or node.lineno < body.body[1].lineno:
-                continue
-            before = ast.unparse(node)
-            if not mutate(node, variant):
-                continue
-            text = ast.unparse(ast.fix_missing_locations(changed))
-            if text not in seen:
-                seen.add(text)
-                where = f"{node.lineno - body.body[1].lineno + 1}:{node.col_offset}"
-                yield f"{where} {before} -> {ast.unparse(node)}", text
+            changed = ast.parse(program)
+            node = list(ast.walk(function_in(changed, problem.entry_point)))[position]
+            if mutate(node, variant):
+                where = f"{original.lineno - first_line + 1}:{original.col_offset}"
+                description = f"{where} {ast.unparse(original)} -> {ast.unparse(node)}"
+                made.setdefault(ast.unparse(ast.fix_missing_locations(changed)), description)
+    return [(description, text) for text, description in made.items() if description]
 
 
 def mutate(node: ast.AST, variant: int) -> bool:
@@ -302,15 +303,11 @@ def test_every_reference_solution_passes() -> None:
 def test_every_mutated_solution_fails() -> None:
     jobs = []
     for problem in HANDWRITTEN.problems:
-        reference = ast.unparse(ast.parse(problem.prompt + problem.canonical_solution))
-        made = [
+        judged = [
             as_job(problem, program, f"{problem.entry_point} {description}")
-            for description, program in mutants(
-                problem.prompt + problem.canonical_solution, problem.entry_point
-            )
-            if program != reference
+            for description, program in mutants(problem)
+            if (problem.entry_point, description) not in EQUIVALENT
         ]
-        judged = [job for job in made if tuple(job.task_id.split(" ", 1)) not in EQUIVALENT]
         assert len(judged) >= 3, problem.entry_point
         jobs += judged
     outcomes = run_programs(jobs, timeout=0.5, sandbox=sandbox())
@@ -320,9 +317,5 @@ def test_every_mutated_solution_fails() -> None:
 
 
 def test_no_equivalent_is_listed_in_vain() -> None:
-    descriptions = {
-        (problem.entry_point, description)
-        for problem in HANDWRITTEN.problems
-        for description, _ in mutants(problem.prompt + problem.canonical_solution, problem.entry_point)
-    }
-    assert set(EQUIVALENT) <= descriptions
+    known = {(p.entry_point, description) for p in HANDWRITTEN.problems for description, _ in mutants(p)}
+    assert set(EQUIVALENT) <= known
