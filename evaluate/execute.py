@@ -95,7 +95,7 @@ def run_programs(
     if not jobs:
         return []
     count = min(workers or _cores(), len(jobs))
-    results: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
     pending = iter(list(enumerate(jobs)))
     lock, stop = threading.Lock(), threading.Event()
 
@@ -113,6 +113,8 @@ def run_programs(
             thread.start()
         while len(outcomes) < len(jobs):
             index, outcome = results.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
             outcomes[index] = outcome
             if progress is not None:
                 progress(len(outcomes))
@@ -120,7 +122,8 @@ def run_programs(
         # On an interrupt too: every worker ends with its thread.
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     return [outcomes[index] for index in range(len(jobs))]
 
 
@@ -164,25 +167,24 @@ class Worker:
     def __init__(self, tier: str, timeout: float) -> None:
         self._timeout = timeout
         self._folder = tempfile.mkdtemp(prefix="qtool-cell-")
-        os.chmod(self._folder, 0o711)
-        # Not -I but its parts without -E: the hash seed makes the order of sets the same in every run.
-        python = [sys.executable, "-s", "-P", "-S", "-B", "-c", _BOOT, str(Path(__file__).parent)]
-        uid = _FIRST_UID + next(_worker_numbers) % _UIDS
-        inner = "landlock" if tier == "bubblewrap" else tier
-        command = [*python, inner, self._folder, str(uid), repr(timeout)]
-        if tier == "bubblewrap":
-            command = [*_bubblewrap(self._folder), *command]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={"PYTHONHASHSEED": "0"},
-            cwd="/",
-            bufsize=0,
-            start_new_session=True,
-        )
+        try:
+            os.chmod(self._folder, 0o711)
+            self._process = subprocess.Popen(
+                self._command(tier),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={"PYTHONHASHSEED": "0"},
+                cwd="/",
+                bufsize=0,
+                start_new_session=True,
+            )
+        except BaseException as error:
+            self._clean()
+            if isinstance(error, OSError):
+                raise WorkerLost(f"the worker cannot start ({error})") from error
+            raise
         try:
             greeting = self._answer(_START_SECONDS)
             if not isinstance(greeting, dict) or "sandbox" not in greeting:
@@ -192,6 +194,15 @@ class Worker:
             self.close()
             raise
         self.description: str = ("bubblewrap + " if tier == "bubblewrap" else "") + greeting["sandbox"]
+
+    def _command(self, tier: str) -> list[str]:
+        # Not -I but its parts without -E: the hash seed makes the order of sets the same in every run.
+        python = [sys.executable, "-s", "-P", "-S", "-B", "-c", _BOOT, str(Path(__file__).parent)]
+        uid = str(_FIRST_UID + next(_worker_numbers) % _UIDS)
+        if tier == "bubblewrap":
+            inside = [*python, "landlock", self._folder, uid, repr(self._timeout)]
+            return [*_bubblewrap(self._folder), *inside]
+        return [*python, tier, self._folder, uid, repr(self._timeout)]
 
     def judge(self, job: Job) -> Outcome:
         """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
@@ -246,6 +257,9 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._clean()
+
+    def _clean(self) -> None:
         self._errors.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -260,11 +274,12 @@ def _work(
     tier: str,
     timeout: float,
     take: Callable[[], tuple[int, Job] | None],
-    results: "queue.SimpleQueue[tuple[int, Outcome]]",
+    results: "queue.SimpleQueue[tuple[int, Outcome | BaseException]]",
     stop: threading.Event,
 ) -> None:
     """Judge jobs until there are none. A lost worker is replaced and its job tried once more."""
     worker: Worker | None = None
+    index = -1
     try:
         for index, job in iter(take, None):
             outcome = Outcome(job.task_id, "error", "not run")
@@ -281,6 +296,9 @@ def _work(
                         worker.close()
                     worker = None
             results.put((index, outcome))
+    except BaseException as error:
+        # Raised again in the caller's thread, which would wait for this result for ever.
+        results.put((index, error))
     finally:
         if worker is not None:
             worker.close()

@@ -209,7 +209,9 @@ def _is_body(prompt: str, text: str) -> bool:
 
 def _indented(body: str) -> str:
     """``body`` four columns in. A first line that lost its indent (stripped reply) is put back in step."""
-    lines = body.strip("\n").expandtabs(4).split("\n")
+    lines = body.rstrip().expandtabs(4).split("\n")
+    while not lines[0].strip():
+        lines.pop(0)
     rest = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
     first = len(lines[0]) - len(lines[0].lstrip())
     if first == 0 and rest and min(rest) >= 4:

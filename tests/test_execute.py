@@ -553,6 +553,26 @@ def test_a_lost_worker_is_an_error_and_is_replaced(marked: str, monkeypatch: pyt
     assert outcomes[1].detail.startswith("sandbox: ")
 
 
+def test_a_bug_in_a_thread_reaches_the_caller(marked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detect_sandbox()
+
+    def broken(self: Worker, one: Job) -> Outcome:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Worker, "judge", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_programs([job("")] * 3)
+
+
+def test_a_missing_program_leaves_nothing_behind(marked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute.shutil, "which", lambda name: None)
+    with pytest.raises(WorkerLost, match="bwrap is not installed"):
+        Worker("bubblewrap", 1.0)
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(WorkerLost, match="cannot start"):
+        Worker("landlock", 1.0)
+
+
 def test_an_interrupt_leaves_nothing_behind(marked: str) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt

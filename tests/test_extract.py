@@ -79,6 +79,7 @@ CHATS = {
     "body in a fence": "The body is\n```python\n    return 2 * x\n```",
     "body in a fence, not indented": "```python\nif x is None:\n    return 0\nreturn 2 * x\n```",
     "body, first line stripped": "```python\ny = x\n    return 2 * y\n```",
+    "body below blank lines": "```python\n \n   \n    y = x\n    return 2 * y\n   \n```",
     "body with tabs": "```python\n\ty = x\n\treturn 2 * y\n```",
     "bare body": "    return 2 * x",
     "bare body, stripped": "return 2 * x",
