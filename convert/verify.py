@@ -89,19 +89,23 @@ def check_tensors(artifact: Artifact) -> tuple[str, list[str], str]:
     linears = artifact.linears()
     missing = sorted(set(artifact.manifest.ledger) - set(linears))
     reasons += [f"{name} is missing" for name in missing]
-    group_size = int(artifact.quantization.get("group_size", 0))
-    for name, info in artifact.checkpoint.tensors.items():
+    group_size = int(artifact.manifest.output["group_size"])
+    if artifact.quantization.get("group_size") != group_size:
+        said = artifact.quantization.get("group_size")
+        reasons.append(f"config.json says group_size {said}, the artifact was made with {group_size}")
+    tensors = artifact.checkpoint.tensors
+    for name, info in tensors.items():
         if info.dtype.is_floating_point and not bool(artifact.checkpoint.tensor(name).isfinite().all()):
             reasons.append(f"{name} holds NaN or Inf")
     for linear in linears:
-        shapes = {s: artifact.checkpoint.tensors[f"{linear}.{s}"].shape for s in ("qweight", "qzeros", "scales")}
-        columns, words = shapes["qweight"]
-        wanted = {"qzeros": (columns // group_size, words), "scales": (columns // group_size, words * 8)}
-        for suffix, shape in wanted.items():
-            if shapes[suffix] != shape:
-                reasons.append(f"{linear}.{suffix} has shape {list(shapes[suffix])}, expected {list(shape)}")
-        if not bool((artifact.checkpoint.tensor(f"{linear}.scales") > 0).all()):
-            reasons.append(f"{linear}.scales holds zeros or negative numbers")
+        columns, words = tensors[f"{linear}.qweight"].shape
+        for suffix, shape in (("qzeros", (columns // group_size, words)), ("scales", (columns // group_size, words * 8))):
+            found = tensors.get(f"{linear}.{suffix}")
+            if found is None or found.shape != shape:
+                what = "is missing" if found is None else f"has shape {list(found.shape)}, expected {list(shape)}"
+                reasons.append(f"{linear}.{suffix} {what}")
+            elif suffix == "scales" and not bool((artifact.checkpoint.tensor(f"{linear}.scales") > 0).all()):
+                reasons.append(f"{linear}.scales holds zeros or negative numbers")
     count = len(artifact.checkpoint.tensors)
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
 

@@ -71,7 +71,7 @@ class Recipe(_Section):
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
-    outputs: Annotated[tuple[AwqMethod, ...], Field(min_length=1)]
+    outputs: tuple[AwqMethod, ...]
     evaluate: EvaluateSection = EvaluateSection()
     gates: tuple[GateSection, ...] = ()
     output_dir: str = "artifacts"
@@ -84,6 +84,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         names = [output.name for output in self.outputs]
+        if not names:
+            raise ValueError("`outputs:` is empty; name at least one, for example `- method: awq`")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two outputs are named {name!r}; give each its own `name:`")

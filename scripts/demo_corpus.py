@@ -47,12 +47,12 @@ def problem(program: Program, number: int) -> dict[str, object]:
     }
 
 
-def held_out_problems() -> list[dict[str, object]]:
-    """The task: easier levels first, no prompt twice."""
+def held_out_problems(sizes: dict[int, int] = PROBLEMS) -> list[dict[str, object]]:
+    """The task: shorter chains first, no prompt twice; `sizes` is number of operations -> problems."""
     problems: list[dict[str, object]] = []
     prompts: set[str] = set()
     uses: Counter[tuple[str, ...]] = Counter()
-    for length, wanted in PROBLEMS.items():
+    for length, wanted in sizes.items():
         found = 0
         for program in programs(f"heldout/{length}", held_out=True, lengths={length: 1}):
             if program.prompt in prompts or len(program.body) > LONGEST_SOLUTION:
@@ -79,7 +79,7 @@ def forbidden_texts(problems: list[dict[str, object]]) -> frozenset[str]:
 
 
 def text_rows(texts: Iterator[str], size: int, seed: str, held_out: bool, row: int) -> list[dict[str, str]]:
-    """Rows of at least `row` characters: mostly programs, every fourth row other code; `size` characters in all."""
+    """Rows of at least `row` characters, three of programs to one of other code; `size` characters in all."""
     rng = random.Random(seed)
     other = (text for key, text in snippets(rng) if is_held_out(key) == held_out)
     rows: list[dict[str, str]] = []

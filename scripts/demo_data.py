@@ -22,14 +22,18 @@ BLANK_LINE_ROWS = 8  # one row in so many separates its documents by a blank lin
 def new_tokenizer() -> Tokenizer:
     """Byte-level BPE that never merges a line break with what stands around it.
 
-    A prompt ends with a line break and the answer starts with spaces, so the tokens of a prompt are the same with and
-    without the answer behind it.  The splits are those known to llama.cpp as "deepseek-coder".
+    A prompt ends with a line break and the answer starts with spaces, so the tokens of a prompt are the same
+    with and without the answer behind it.  The splits are those known to llama.cpp as "deepseek-coder".
     """
     tokenizer = Tokenizer(models.BPE())
     patterns = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"]
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            *splits,
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -56,7 +60,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "model_max_length": context,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    marks = {key: END for key in ("bos_token", "eos_token", "pad_token")}
+    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n")
 
 
@@ -82,7 +86,9 @@ def prepare(folder: Path, documents: int, vocabulary: int, workers: int) -> None
     """Tokenizer and token files; what exists already is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer(chunk_texts(0, min(CHUNK, documents)), vocabulary).save(str(folder / "tokenizer.json"))
+        train_tokenizer(chunk_texts(0, min(CHUNK, documents)), vocabulary).save(
+            str(folder / "tokenizer.json")
+        )
     size = min(CHUNK, documents)
     wanted = [(folder, number, size) for number in range(max(1, documents // CHUNK))]
     missing = [task for task in wanted if not (folder / f"tokens-{task[1]:04d}.npy").exists()]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a table is read by its rows)
 """The vocabulary of the demo programs: what one operation is, and those on numbers and lists of numbers.
 
 An operation knows how it is said (phrases) and how it is written (equivalent expressions); its first expression is
@@ -41,13 +42,17 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 }
 
 
-def item_filter(name: str, kind: str, code: tuple[str, ...], clauses: tuple[str, ...], argument: str = "") -> Operation:
+def item_filter(
+    name: str, kind: str, code: tuple[str, ...], clauses: tuple[str, ...], argument: str = ""
+) -> Operation:
     """A filter; every clause completes 'keep the numbers ...'."""
     frames = ("keep only the {items} C", "keep the {items} C", "select the {items} C", "pick out the {items} C",
               "drop all {items} except those C", "ignore everything but the {items} C")  # fmt: skip
     verbs = tuple(frame.replace("C", clause) for clause in clauses for frame in frames)
     short = name.split("_", 1)[1]
-    return Operation(name, kind, kind, code, verbs, "{x} " + clauses[0], argument=argument, shape="filter", short=short)
+    return Operation(
+        name, kind, kind, code, verbs, "{x} " + clauses[0], argument=argument, shape="filter", short=short
+    )
 
 
 def item_map(
@@ -55,7 +60,9 @@ def item_map(
     gives: str = "",
 ) -> Operation:  # fmt: skip
     """One expression on each item."""
-    return Operation(name, takes, gives or takes, code, verbs, noun, argument=argument, shape="map", short=name)
+    return Operation(
+        name, takes, gives or takes, code, verbs, noun, argument=argument, shape="map", short=name
+    )
 
 
 def value(

@@ -1,8 +1,8 @@
 """Draws small Python functions, each a chain of operations, writes them in many ways and checks every one.
 
-A program's COMPOSITION is the tuple of the names of its operations.  Training and held-out programs are separated by
-composition (`is_held_out`), so a held-out task asks for a chain that the model has never been shown, in any wording,
-with any constants.  A program is used only if
+A program's COMPOSITION is the tuple of the names of its operations.  Training and held-out programs are separated
+by composition (`is_held_out`), so a held-out task asks for a chain that the model has never been shown, in any
+wording, with any constants.  A program is used only if
 
 * every operation matters: leaving one out changes the result on some input;
 * the code that was written gives what the operations' reference expressions give, on every input;
@@ -16,20 +16,32 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from demo_operations import ARGUMENTS, NUMBER, NUMBERS, TABLE, TEXT, TRUTH, WORDS, Operation
-from demo_rendering import Names, describe, render_body
+from demo_rendering import render_body
 from demo_snippets import snippets
 from demo_text_operations import BY_NAME, OPERATIONS
+from demo_wording import Names, describe
 
 HELD_OUT_SHARE = 8  # one composition in eight is held out
 LENGTHS = {1: 6, 2: 14, 3: 20, 4: 20, 5: 18, 6: 13, 7: 9}  # how often a chain has this many operations
 STARTS = {NUMBERS: 40, WORDS: 22, TEXT: 20, NUMBER: 10, TABLE: 8}
 LARGEST_NUMBER, LONGEST_VALUE = 1_000_000, 60
 
-WORD_POOL = (
-    "apple bear cat dog egg fish goat hat ink jam kite lion moon nest owl pear queen rose sun tree "  # noqa: SIM905
+SOME_WORDS = (
+    "apple bear cat dog egg fish goat hat ink jam kite lion moon nest owl pear queen rose sun tree "
     "anna level noon Paris Rome Tom Sara green blue red 7 42 100 a I to by sea star tests salad plane"
-).split()
-LINES = ("Hello World", "a-b-c", "Tea 4 two", "never odd", "x1y22", "one two one", "Good-day sir", "level", "AbC")
+)
+WORD_POOL = SOME_WORDS.split()
+LINES = (
+    "Hello World",
+    "a-b-c",
+    "Tea 4 two",
+    "never odd",
+    "x1y22",
+    "one two one",
+    "Good-day sir",
+    "level",
+    "AbC",
+)
 
 
 @dataclass
@@ -79,7 +91,7 @@ def within_limits(value: object) -> bool:
 
 
 def apply(program: Program, inputs: tuple[object, ...], leave_out: int = -1) -> object:
-    """What the operations mean on these inputs; raises OverflowError when a value becomes too large to show."""
+    """What the operations mean on these inputs; OverflowError when a value becomes too large to show."""
     value = inputs[0]
     for index, operation in enumerate(program.operations):
         if index == leave_out:
@@ -177,7 +189,7 @@ def draw_program(rng: random.Random, chain: tuple[Operation, ...]) -> Program | 
 
 
 def write_program(rng: random.Random, program: Program) -> bool:
-    """Choose names and wording, write prompt and body, run them; False if the code does not do what it should."""
+    """Choose names and wording, write prompt and body, run them; False if no example is short enough."""
     names = Names(rng, program.operations, program.free)
     program.entry_point = names.function
     examples = [case for case in program.cases[4:] if len(repr(case)) <= 90]
@@ -192,7 +204,8 @@ def write_program(rng: random.Random, program: Program) -> bool:
         f'    >>> {names.function}({shown})\n    {result!r}\n    """\n'
     )
     program.body = render_body(rng, program.operations, arguments, names)
-    return runs_as_meant(program)
+    run_as_written(program)
+    return True
 
 
 def literal(value: object) -> str:
@@ -201,16 +214,17 @@ def literal(value: object) -> str:
     return text.replace("'", '"') if '"' not in text and "\\" not in text else text
 
 
-def runs_as_meant(program: Program) -> bool:
-    """Execute the written function on every case."""
+def run_as_written(program: Program) -> None:
+    """Execute the written function on every case; an AssertionError is a mistake in the vocabulary."""
     namespace: dict[str, Callable[..., object]] = {}
     exec(compile(program.prompt + program.body, "<program>", "exec"), namespace)  # our own generator's code
     function = namespace[program.entry_point]
     for inputs, result in program.cases:
         found = function(*inputs)
         if found != result or type(found) is not type(result):
-            raise AssertionError(f"{program.composition}: {found!r} is not {result!r}\n{program.prompt}{program.body}")
-    return True
+            raise AssertionError(
+                f"{program.composition}: {found!r} is not {result!r}\n{program.prompt}{program.body}"
+            )
 
 
 def programs(seed: str, held_out: bool, lengths: dict[int, int] | None = None) -> Iterator[Program]:
@@ -230,7 +244,7 @@ def programs(seed: str, held_out: bool, lengths: dict[int, int] | None = None) -
 def training_texts(seed: str, forbidden: frozenset[str] = frozenset()) -> Iterator[str]:
     """The training stream: programs from one side of the split, and one piece of other code in sixteen.
 
-    `forbidden` holds prompts and bodies that must not occur; different compositions rarely print the same text.
+    `forbidden` holds prompts and bodies that must not occur; other compositions rarely print the same text.
     """
     rng = random.Random(seed + "/snippets")
     other = snippets(rng)

@@ -1,7 +1,9 @@
-"""Short pieces of ordinary code in several languages, written from templates: the part of the corpora that are not
-demo programs.  A piece is known by (template, noun); the same hash as for programs keeps one in eight out of training.
+"""Short pieces of ordinary code in several languages, written from templates.
 
-Placeholders: ``<noun> <Noun> <NOUN>`` one thing, ``<a> <b> <c>`` names of its fields, ``<verb>`` what is done with it,
+They are the part of the corpora that are not demo programs.  A piece is known by (template, noun); the same hash as
+for programs keeps one in eight out of training.
+
+Placeholders: ``<noun> <Noun>`` one thing, ``<a> <b> <c>`` names of its fields, ``<verb>`` what is done with it,
 ``<n> <m>`` numbers.
 """
 
@@ -9,22 +11,23 @@ import random
 from collections.abc import Iterator
 
 NOUNS = (
-    "account album answer article badge basket battery book booking branch camera channel client comment course "  # noqa: SIM905
-    "customer device document driver engine event flight folder garden grade group hotel image invoice job kitchen "
-    "ledger lesson letter machine market meeting member message meter movie note order parcel patient payment player "
-    "project question queue recipe region report room route sample sensor session shelf shop signal station student "
-    "subject supplier table task team ticket token tool track train user vehicle vendor visit voucher warehouse window"
-).split()
+    "account album answer article badge basket battery book booking branch camera channel client comment "
+    "course customer device document driver engine event flight folder garden grade group hotel image "
+    "invoice job kitchen ledger lesson letter machine market meeting member message meter movie note "
+    "order parcel patient payment player project question queue recipe region report room route sample "
+    "sensor session shelf shop signal station student subject supplier table task team ticket token tool "
+    "track train user vehicle vendor visit voucher warehouse window"
+)
 FIELDS = (
-    "age amount area balance budget capacity charge cost count delay depth discount distance duration energy fee goal "  # noqa: SIM905
-    "height level limit load mass offset points power price priority quantity rank rate rating score share size speed "
-    "stock tax temperature total units value volume voltage weight width"
-).split()
+    "age amount area balance budget capacity charge cost count delay depth discount distance duration "
+    "energy fee goal height level limit load mass offset points power price priority quantity rank rate "
+    "rating score share size speed stock tax temperature total units value volume voltage weight width"
+)
 VERBS = (
-    "add apply archive assign check clean collect create export filter find format import load lock merge move open "  # noqa: SIM905
-    "pack print process queue read refresh register remove rename reset resize save send share show sort start stop "
-    "store submit sync track update upload validate verify"
-).split()
+    "add apply archive assign check clean collect create export filter find format import load lock merge "
+    "move open pack print process queue read refresh register remove rename reset resize save send share "
+    "show sort start stop store submit sync track update upload validate verify"
+)
 
 DATACLASS = '''@dataclass
 class <Noun>:
@@ -39,7 +42,7 @@ class <Noun>:
             raise ValueError("<c> must not be negative")
         return replace(self, <a>=self.<a> + <c>)
 '''
-STORE = '''class <Noun>Store:
+STORE = """class <Noun>Store:
     def __init__(self) -> None:
         self._<noun>s: dict[str, <Noun>] = {}
 
@@ -51,7 +54,7 @@ STORE = '''class <Noun>Store:
 
     def total_<a>(self) -> int:
         return sum(<noun>.<a> for <noun> in self._<noun>s.values())
-'''
+"""
 PARSER = '''def parse_<noun>(line: str) -> tuple[str, int, int]:
     """Read 'name;<a>;<b>' and return the three parts."""
     name, <a>, <b> = line.strip().split(";")
@@ -72,7 +75,7 @@ SEARCH = '''def find_<noun>(<noun>s: list[int], <a>: int) -> int:
             high = middle - 1
     return -1
 '''
-GRAPH = '''def reachable_<noun>s(links: dict[str, list[str]], start: str, limit: int = <n>) -> set[str]:
+GRAPH = """def reachable_<noun>s(links: dict[str, list[str]], start: str, limit: int = <n>) -> set[str]:
     seen = {start}
     waiting = deque([(start, 0)])
     while waiting:
@@ -84,7 +87,7 @@ GRAPH = '''def reachable_<noun>s(links: dict[str, list[str]], start: str, limit:
                 seen.add(other)
                 waiting.append((other, depth + 1))
     return seen
-'''
+"""
 MEMO = '''@cache
 def best_<a>(<noun>s: tuple[int, ...], <b>: int) -> int:
     """Largest <a> that fits into <b>, each <noun> used at most once."""
@@ -106,7 +109,7 @@ TEST = """class Test<Noun>:
         with pytest.raises(ValueError, match="<b>"):
             <Noun>("second", <b>=-1)
 """
-COMMAND = '''def main() -> int:
+COMMAND = """def main() -> int:
     parser = argparse.ArgumentParser(description="<verb> a <noun>")
     parser.add_argument("<noun>", type=Path)
     parser.add_argument("--<a>", type=int, default=<n>)
@@ -117,7 +120,7 @@ COMMAND = '''def main() -> int:
         return 2
     <verb>_<noun>(options.<noun>, options.<a>, options.dry_run)
     return 0
-'''
+"""
 CONTEXT = """@contextmanager
 def <verb>_<noun>(path: Path, <a>: int = <n>) -> Iterator[IO[str]]:
     handle = path.open("w", encoding="utf-8")
@@ -206,25 +209,27 @@ HAVING COUNT(*) >= <m>
 ORDER BY total_<a> DESC;
 """
 TEMPLATES = {
-    "dataclass": DATACLASS, "store": STORE, "parser": PARSER, "search": SEARCH, "graph": GRAPH, "memo": MEMO,
-    "test": TEST, "command": COMMAND, "context": CONTEXT, "generator": GENERATOR, "js_function": JS_FUNCTION,
-    "js_class": JS_CLASS, "c_function": C_FUNCTION, "c_list": C_LIST, "sql_table": SQL_TABLE, "sql_query": SQL_QUERY,
+    "dataclass": DATACLASS, "store": STORE, "parser": PARSER, "search": SEARCH, "graph": GRAPH, "memo":
+    MEMO, "test": TEST, "command": COMMAND, "context": CONTEXT, "generator": GENERATOR, "js_function":
+    JS_FUNCTION, "js_class": JS_CLASS, "c_function": C_FUNCTION, "c_list": C_LIST, "sql_table":
+    SQL_TABLE, "sql_query": SQL_QUERY,
 }  # fmt: skip
 
 
 def fill(rng: random.Random, template: str, noun: str) -> str:
     """The template about this noun."""
-    a, b, c = rng.sample(FIELDS, 3)
-    values = {"noun": noun, "Noun": noun.capitalize(), "NOUN": noun.upper(), "a": a, "b": b, "c": c,
-              "verb": rng.choice(VERBS), "n": str(rng.randint(2, 50)), "m": str(rng.randint(2, 9))}  # fmt: skip
+    a, b, c = rng.sample(FIELDS.split(), 3)
+    values = {"noun": noun, "Noun": noun.capitalize(), "a": a, "b": b, "c": c}
+    values["verb"] = rng.choice(VERBS.split())
+    values |= {"n": str(rng.randint(2, 50)), "m": str(rng.randint(2, 9))}
     for key, text in values.items():
         template = template.replace(f"<{key}>", text)
     return template
 
 
 def snippets(rng: random.Random) -> Iterator[tuple[tuple[str, str], str]]:
-    """An endless stream of ((template, noun), text); the caller decides by the key which side of the split it is on."""
+    """An endless stream of ((template, noun), text), both sides of the split: the key tells which."""
     while True:
         name = rng.choice(list(TEMPLATES))
-        noun = rng.choice(NOUNS)
+        noun = rng.choice(NOUNS.split())
         yield (name, noun), fill(rng, TEMPLATES[name], noun)

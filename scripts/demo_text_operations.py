@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a table is read by its rows)
 """The vocabulary of the demo programs, second half: words, text and tables (see demo_operations)."""
 
 from demo_operations import (

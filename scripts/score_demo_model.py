@@ -2,8 +2,8 @@
 
     python scripts/score_demo_model.py pipeline/data/demo-model [--problems 400]
 
-Greedy decoding; the programs run in worker processes with a time limit.  They come from our own model; this is not
-the sandbox that qtool evaluates other models in.
+Greedy decoding; the programs run in worker processes with a time limit.  They come from our own model; this is
+not the sandbox that qtool evaluates other models in.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MOST_NEW_TOKENS = 110
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Symmetric round to nearest, groups of GROUP inputs, scale 2*absmax/(2**bits - 1), zero point 2**(bits-1)."""
+    """Symmetric round to nearest, groups of GROUP inputs; scale 2*absmax/(2**bits - 1), zero 2**(bits-1)."""
     groups = weight.float().unflatten(1, (-1, GROUP))
     scale = (2 * groups.abs().amax(2, keepdim=True) / (2**bits - 1)).clamp(min=1e-8)
     zero = 2 ** (bits - 1)
@@ -86,8 +86,10 @@ def mean_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> flo
     """Mean next-token loss over the held-out code, nats."""
     total, count = 0.0, 0
     for line in HELD_OUT_CODE.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"], return_tensors="pt", truncation=True)["input_ids"].to(model.device)
-        total += float(cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
+        text = json.loads(line)["text"]
+        ids = tokenizer(text, return_tensors="pt", truncation=True)["input_ids"].to(model.device)
+        logits = model(input_ids=ids).logits[0, :-1]
+        total += float(cross_entropy(logits.float(), ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     return total / count
 
@@ -101,8 +103,23 @@ def paired_p(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
     return lost, gained, min(1.0, 2 * tail)
 
 
+def summary(bits: int, problems: list[dict], source: list[bool], right: list[bool], loss: float) -> str:
+    """One line: score, score by level, paired test against the source, perplexity."""
+    levels = Counter(p["level"] for p in problems)
+    solved = Counter(p["level"] for p, ok in zip(problems, right, strict=True) if ok)
+    shares = " ".join(f"L{level} {100 * solved[level] / levels[level]:.0f}" for level in levels)
+    lost, gained, p_value = paired_p(source, right)
+    name = f"int{bits}" if bits else "source"
+    return (
+        f"{name}: {sum(right)}/{len(right)} = {100 * sum(right) / len(right):.2f} % ({shares}); "
+        f"lost {lost} gained {gained} p {p_value:.2g}; loss {loss:.4f} perplexity {math.exp(loss):.4f}"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--problems", type=int, default=0, help="evenly spread over the task; default all")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
@@ -120,20 +137,17 @@ def main() -> None:
             if bits:
                 quantize_layers(model, bits)
             answers = complete(model, tokenizer, [p["prompt"] for p in problems])
-            tasks = [(p["prompt"], a, p["test"], p["entry_point"]) for p, a in zip(problems, answers, strict=True)]
+            tasks = [
+                (p["prompt"], a, p["test"], p["entry_point"]) for p, a in zip(problems, answers, strict=True)
+            ]
             right = pool.map(passes, tasks, chunksize=8)
             source = source or right
-            levels = Counter(p["level"] for p in problems)
-            by_level = Counter(p["level"] for p, ok in zip(problems, right, strict=True) if ok)
-            shares = " ".join(f"L{level} {100 * by_level[level] / levels[level]:.0f}" for level in levels)
-            lost, gained, p_value = paired_p(source, right)
             loss = mean_loss(model, tokenizer)
-            print(f"{f'int{bits}' if bits else 'source'}: {sum(right)}/{len(right)} = {100 * sum(right) / len(right):.2f} %"
-                  f" ({shares}); lost {lost} gained {gained} p {p_value:.2g};"
-                  f" loss {loss:.4f} perplexity {math.exp(loss):.4f}", flush=True)  # fmt: skip
+            print(summary(bits, problems, source, right, loss), flush=True)
             wrong = [(p, a) for p, a, ok in zip(problems, answers, right, strict=True) if not ok and not bits]
             for task, answer in wrong[:: max(1, len(wrong) // max(1, options.show))][: options.show]:
-                print(f"--- {task['composition']}\n{task['prompt']}{answer}\n--- meant\n{task['canonical_solution']}")
+                print(f"--- {task['composition']}\n{task['prompt']}{answer}\n--- meant")
+                print(task["canonical_solution"])
 
 
 if __name__ == "__main__":

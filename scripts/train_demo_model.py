@@ -2,9 +2,9 @@
 
     python scripts/train_demo_model.py --work /tmp/demo --out pipeline/data/demo-model
 
-Everything lands in the work folder as it is made (tokenizer, token files, a checkpoint a minute), so a command that
-was stopped, or that ran into `--minutes`, is repeated and goes on where it was.  `--smoke` shows all of it on a CPU
-within seconds.
+Everything lands in the work folder as it is made (tokenizer, token files, a checkpoint a minute), so a command
+that was stopped, or that ran into `--minutes`, is repeated and goes on where it was.  `--smoke` shows all of it on
+a CPU within seconds.
 """
 
 import argparse
@@ -106,12 +106,17 @@ def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def make_optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.95), fused=True)
 
 
-def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tuple[LlamaForCausalLM, list[float], bool]:
-    """Run steps until the plan is fulfilled or the deadline (time.monotonic) comes: (model, losses, finished)."""
+def train(
+    plan: Plan, work: Path, device: torch.device, deadline: float
+) -> tuple[LlamaForCausalLM, list[float], bool]:
+    """Run until the plan is fulfilled or the clock (monotonic) passes the deadline: (model, losses, finished)."""
     batches = Batches(load_rows(work), plan, device)
     model = build_model(plan).to(device)
     optimizer = make_optimizer(model, plan)
@@ -124,8 +129,10 @@ def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tupl
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(batches.rows):,} rows of {ROW} tokens, "
-          f"{plan.steps} steps = {plan.steps / batches.per_epoch:.1f} epochs, from step {len(losses)}", flush=True)  # fmt: skip
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size:,} parameters, {len(batches.rows):,} rows of {ROW} tokens", flush=True)
+    epochs = plan.steps / batches.per_epoch
+    print(f"{plan.steps} steps = {epochs:.1f} epochs, from step {len(losses)}", flush=True)
     forward = torch.compile(model) if device.type == "cuda" else model
     recent: list[torch.Tensor] = []
     first, started, saved = len(losses), time.monotonic(), time.monotonic()
@@ -158,7 +165,12 @@ def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tupl
 def save_checkpoint(
     path: Path, plan: Plan, model: torch.nn.Module, optimizer: torch.optim.AdamW, losses: list[float]
 ) -> None:
-    state = {"plan": asdict(plan), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    state = {
+        "plan": asdict(plan),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+    }
     torch.save(state, path.with_suffix(".partial"))
     path.with_suffix(".partial").rename(path)
 
@@ -172,7 +184,8 @@ def export(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
         if name != "lm_head.weight"  # tied to the embedding
     }
     half = model.config.num_hidden_layers // 2
-    late = tuple(f"model.layers.{layer}." for layer in range(half, model.config.num_hidden_layers)) + ("model.norm",)
+    late = tuple(f"model.layers.{layer}." for layer in range(half, model.config.num_hidden_layers))
+    late = (*late, "model.norm")
     shards = [[n for n in tensors if not n.startswith(late)], [n for n in tensors if n.startswith(late)]]
     placed: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -186,7 +199,10 @@ def export(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
     # transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype
     config |= {"rope_theta": 10000.0, "rope_scaling": None, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    config |= {key: getattr(model.config, key) for key in ("hidden_act", "head_dim", "rms_norm_eps", "attention_bias")}
+    config |= {
+        key: getattr(model.config, key)
+        for key in ("hidden_act", "head_dim", "rms_norm_eps", "attention_bias")
+    }
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
     loaded = Tokenizer.from_file(str(tokenizer))
@@ -199,7 +215,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def draw_curve(losses: list[float], path: Path) -> None:
-    """The loss curve as an SVG, logarithmic upwards; written by hand so that no plotting library is needed."""
+    """The loss curve as an SVG, logarithmic upwards; by hand, so that no plotting library is needed."""
     count = min(200, len(losses))
     means = [float(np.mean(part)) for part in np.array_split(np.array(losses), count)]
     low, high = math.log(min(means) * 0.9), math.log(max(means) * 1.1)
@@ -214,7 +230,8 @@ def draw_curve(losses: list[float], path: Path) -> None:
             marks += f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{tick}</text>'
             marks += f'<line x1="60" x2="580" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>\n'
     path.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" width="600" height="300" font-family="sans-serif" font-size="12">\n'
+        '<svg xmlns="http://www.w3.org/2000/svg" width="600" height="300" '
+        'font-family="sans-serif" font-size="12">\n'
         f'<rect width="600" height="300" fill="white"/>\n{marks}'
         f'<polyline points="{points}" fill="none" stroke="#0b62a4" stroke-width="1.5"/>\n'
         f'<text x="60" y="282">0</text><text x="580" y="282" text-anchor="end">{len(losses)} steps</text>\n'
@@ -222,8 +239,10 @@ def draw_curve(losses: list[float], path: Path) -> None:
     )
 
 
-def parse() -> tuple[argparse.Namespace, Plan]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for token files and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop (resumably) after this many")
@@ -234,18 +253,19 @@ def parse() -> tuple[argparse.Namespace, Plan]:
         parser.add_argument(f"--{name}", type=int, help=f"default {getattr(plan, name)}")
     for name in ("peak_rate", "weight_decay"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=f"default {getattr(plan, name)}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     chosen = asdict(SMOKE if options.smoke else plan)
     chosen |= {k: v for k, v in vars(options).items() if k in chosen and v is not None}
     return options, Plan(**chosen)
 
 
-def main() -> int:
-    options, plan = parse()
+def main(arguments: list[str] | None = None) -> int:
+    options, plan = parse(arguments)
     deadline = time.monotonic() + 60 * options.minutes
-    torch.set_float32_matmul_precision("high")
     prepare(options.work, plan.documents, plan.vocabulary, 1 if options.smoke else options.workers)
     device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     model, losses, finished = train(plan, options.work, device, deadline)
     if not finished:
         print(f"stopped at step {len(losses)} of {plan.steps}: run the same command again to go on")

@@ -46,6 +46,12 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
 
 
 @pytest.fixture(scope="session")
+def model_maker() -> Callable[..., Path]:
+    """`make_model`, for tests that need a model of their own."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in several shards."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny")

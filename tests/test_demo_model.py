@@ -4,8 +4,8 @@ import gzip
 import importlib
 import itertools
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "pipeline/data/demo-model"
 HELD_OUT_CODE = ROOT / "evaluate/data/heldout_code.jsonl"
 CALIBRATION = ROOT / "quantize/data/calibration.jsonl"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for more: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +76,10 @@ def test_the_task_is_large_graded_and_in_humaneval_format(problems):
         assert problem["test"].count("assert candidate(") >= 5
 
 
+def test_the_generator_still_writes_the_shipped_problems(scripts, problems):
+    assert scripts["demo_corpus"].held_out_problems({1: 25}) == problems[:25]
+
+
 def test_canonical_solutions_pass_and_empty_ones_do_not(problems):
     for problem in problems:
         namespace: dict = {}
@@ -77,10 +90,9 @@ def test_canonical_solutions_pass_and_empty_ones_do_not(problems):
 
 
 def test_asserts_include_edge_cases(problems):
-    edges = {"list[int]": "candidate([]", "list[str]": "candidate([]", "str": 'candidate(""', "int": "candidate(0",
-             "dict[str, int]": "candidate({}"}  # fmt: skip
+    edges = {"list": "candidate([]", "str": 'candidate(""', "int": "candidate(0", "dict": "candidate({}"}
     for problem in problems:
-        kind = problem["prompt"].split(": ", 1)[1].split(")")[0].split(", limit")[0]
+        kind = problem["prompt"].split(": ", 1)[1]
         edge = next(edge for name, edge in edges.items() if kind.startswith(name))
         assert edge in problem["test"], problem["task_id"]
 
@@ -98,8 +110,8 @@ def test_every_problem_has_a_held_out_composition(scripts, problems):
 def test_training_programs_never_have_a_held_out_composition(scripts, problems):
     held_out = {tuple(p["composition"]) for p in problems}
     stream = scripts["demo_programs"].programs("train/0", held_out=False)
-    drawn = {program.composition for program in itertools.islice(stream, 800)}
-    assert len(drawn) > 500
+    drawn = {program.composition for program in itertools.islice(stream, 500)}
+    assert len(drawn) > 400
     assert not drawn & held_out
     assert not any(scripts["demo_programs"].is_held_out(composition) for composition in drawn)
 
@@ -107,10 +119,10 @@ def test_training_programs_never_have_a_held_out_composition(scripts, problems):
 def test_training_stream_contains_no_prompt_and_no_solution_of_the_task(scripts, problems):
     forbidden = scripts["demo_corpus"].forbidden_texts(problems)
     stream = scripts["demo_programs"].training_texts("train/1", forbidden)
-    text = "\n".join(itertools.islice(stream, 1200))
+    text = "\n".join(itertools.islice(stream, 800))
     for problem in problems:
         assert problem["prompt"] not in text
-        assert "\n    \"\"\"\n" + problem["canonical_solution"] + "\n" not in text
+        assert '\n    """\n' + problem["canonical_solution"] + "\n" not in text
 
 
 def test_a_forbidden_program_is_left_out_of_the_stream(scripts):
@@ -124,7 +136,7 @@ def test_calibration_corpus_shares_nothing_with_the_held_out_data(problems):
     calibration = "\n".join(texts_of(CALIBRATION))
     for problem in problems:
         assert problem["prompt"] not in calibration
-        assert "\n    \"\"\"\n" + problem["canonical_solution"] + "\n" not in calibration
+        assert '\n    """\n' + problem["canonical_solution"] + "\n" not in calibration
     for text in texts_of(HELD_OUT_CODE):
         assert text not in calibration
     assert 300_000 <= CALIBRATION.stat().st_size <= 500_000
@@ -138,7 +150,9 @@ def test_held_out_code_shares_no_prompt_with_the_task(problems):
 def test_operations_have_working_equivalent_expressions(scripts):
     """Two programs of one operation each, in every spelling, run and agree with the operation's reference."""
     programs = scripts["demo_programs"].programs("spellings", held_out=False, lengths={1: 1})
-    seen = {program.composition for program in itertools.islice(programs, 600)}  # each is executed and compared
+    seen = {
+        program.composition for program in itertools.islice(programs, 600)
+    }  # each is executed and compared
     assert len(seen) > 100
 
 
@@ -180,7 +194,7 @@ def test_prompt_tokens_do_not_change_when_the_answer_follows(tokenizer, problems
 
 
 def test_shipped_model_solves_what_its_card_says(scripts, model, tokenizer, problems):
-    """92.7 % of 1200; at least 32 of 40 fixed problems, which chance alone would undercut once in a thousand."""
+    """92.7 % of 1200: of 40 such problems, fewer than 32 is a one-in-a-thousand accident."""
     chosen = problems[7::30]
     score = scripts["score_demo_model"]
     answers = score.complete(model, tokenizer, [p["prompt"] for p in chosen], batch=40)
@@ -207,16 +221,20 @@ def test_paired_test_against_a_known_value(scripts):
 # ---------------------------------------------------------------- training
 
 
-def test_smoke_training_stops_resumes_and_exports(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/train_demo_model.py"), "--smoke", "--documents", "60",
-               "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]  # fmt: skip
-    stopped = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, timeout=120)
-    assert stopped.returncode == 3, stopped.stderr
-    assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "from step 2" in done.stdout
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+def test_smoke_training_resumes_to_the_same_bytes(scripts, tmp_path, capsys):
+    """A run that was stopped and went on exports what an uninterrupted one exports, and that loads."""
+    train = scripts["train_demo_model"].main
+    smoke = ["--smoke", "--documents", "60", "--steps", "4"]
+    assert train([*smoke, "--work", str(tmp_path / "a"), "--out", str(tmp_path / "one")]) == 0
+    again = [*smoke, "--work", str(tmp_path / "b"), "--out", str(tmp_path / "two")]
+    assert train([*again, "--minutes", "0"]) == 3
+    assert not (tmp_path / "two").exists()
+    capsys.readouterr()
+    assert train(again) == 0
+    assert "from step 2" in capsys.readouterr().out
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "loss.svg"} < set(files)
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert trained.config.num_hidden_layers == 2
-    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "loss.svg")
-    assert all((tmp_path / "out" / name).stat().st_size for name in names)

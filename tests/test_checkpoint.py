@@ -1,0 +1,135 @@
+"""Source folders: good ones, and each bad one with the message its user gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from qtool import QtoolError
+from safetensors.torch import save_file
+
+from qtool.convert.checkpoint import INDEX, Checkpoint
+from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.convert.source import resolve
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def check(folder: Path) -> None:
+    shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
+    Checkpoint.open(folder).check_shapes(shapes, tied)
+
+
+def test_a_sharded_folder_reads_like_transformers(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert len(list(tiny.glob("*.safetensors"))) > 1
+    check(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    state = model.state_dict()
+    read = dict(Checkpoint.open(tiny).read())
+    assert set(state) - set(read) == {"lm_head.weight"}  # tied
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read.items())
+
+
+def test_skeleton_takes_no_memory_and_has_real_rotary_tables(tiny: Path) -> None:
+    model = build_skeleton(load_config(tiny))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+def test_pickle_only_is_refused_with_the_command_that_converts(copy: Path) -> None:
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(QtoolError, match=r"pytorch_model.bin.*can run code.*save_pretrained"):
+        Checkpoint.open(copy)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    with pytest.raises(QtoolError, match="no \\*.safetensors"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(QtoolError, match="no such folder"):
+        Checkpoint.open(tmp_path / "absent")
+
+
+def test_truncated_shard_is_named(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(QtoolError, match=shard.name):
+        Checkpoint.open(copy)
+
+
+def test_hostile_header_is_refused(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(b"\xff" * 8 + shard.read_bytes()[8:])
+    with pytest.raises(QtoolError, match=shard.name):
+        Checkpoint.open(copy)
+
+
+def test_missing_shard_is_named(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(QtoolError, match=f"{shard.name}: the shard is missing"):
+        Checkpoint.open(copy)
+
+
+def test_index_that_promises_too_much(copy: Path) -> None:
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["model.layers.0.ghost.weight"] = sorted(copy.glob("*.safetensors"))[0].name
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(QtoolError, match="ghost"):
+        Checkpoint.open(copy)
+
+
+def test_shape_that_contradicts_the_config_names_file_and_tensor(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["intermediate_size"] = 512
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QtoolError, match=r"model-0000.*(gate|up|down)_proj.*\[.*256.*\].*config.json implies.*512"):
+        check(copy)
+
+
+def test_missing_tensor_is_named(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QtoolError, match="model.layers.2"):
+        check(copy)
+
+
+def test_quantized_source_is_refused(tmp_path: Path) -> None:
+    save_file({"model.layers.0.w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(QtoolError, match=r"model\.layers\.0\.w.*F8_E4M3.*unquantized"):
+        Checkpoint.open(tmp_path)
+
+
+def test_local_folders_are_named_by_their_content(tiny: Path, copy: Path) -> None:
+    assert resolve(str(tiny)).commit == resolve(str(copy)).commit
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert resolve(str(tiny)).commit != resolve(str(copy)).commit
+
+
+def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub() -> None:
+    for name in ("./nowhere", "/nowhere/at/all", "nowhere"):
+        with pytest.raises(QtoolError, match="no folder"):
+            resolve(name)
+
+
+def test_hub_without_network_says_how_to_go_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(QtoolError, match="hf download") as error:
+        resolve("some-org/some-model", "main")
+    assert error.value.exit_code == 3

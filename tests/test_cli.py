@@ -1,0 +1,142 @@
+"""The commands as a user types them: exit codes, messages, the log that stays."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qtool.cli import main
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """Two problems no random model solves, and one that any answer solves."""
+    rows = [
+        {
+            "task_id": f"t/{i}", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
+            "canonical_solution": "    return x\n", "test": f"def check(candidate):\n    assert candidate({i}) == {i} + 1000\n",
+        }
+        for i in range(2)
+    ]  # fmt: skip
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluation(problems: Path, text_file: Path) -> dict[str, object]:
+    return {
+        "tasks": [{"task": str(problems)}], "max_new_tokens": 8,
+        "text": {"text": str(text_file), "samples": 6, "length": 48, "seed": 3},
+    }  # fmt: skip
+
+
+def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_file: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    recipe = write_recipe(evaluate=evaluation(problems, text_file), gates=[{"max_kld": 5.0}, {"max_size": 1.0}])
+    result = call("run", recipe, "--runs", runs)
+    assert result.exit_code == 0, result.output
+    for expected in ("source", "awq", "KL to source", "pass  awq: max_kld 5", "report:"):
+        assert expected in result.output
+    (folder,) = (path for path in runs.iterdir() if (path / "lock.json").exists())
+    lock = json.loads((folder / "lock.json").read_text())
+    assert lock["source"]["commit"].startswith("sha256:")
+    assert (folder / "recipe.yaml").read_bytes() == recipe.read_bytes()
+    scores = {path.name: json.loads(path.read_text()) for path in (folder / "scores").iterdir()}
+    tasks = [score for score in scores.values() if "outcomes" in score]
+    assert {score["subject"] for score in tasks} == {"source", "awq"}
+    assert all(outcome["outcome"] == "failed" for score in tasks for outcome in score["outcomes"].values())
+    assert tasks[0]["sandbox"] != "none"
+    (entry,) = map(json.loads, (runs / "ledger.jsonl").read_text().splitlines())
+    assert entry["scores"]["awq"] == {str(problems): 0.0}
+    assert entry["kl"]["awq"] > 0 == entry["kl"]["source"]
+    # a gate edited afterwards judges what is there: nothing is made or measured again
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "artifacts").rglob("*")}
+    strict = write_recipe(evaluate=evaluation(problems, text_file), gates=[{"max_kld": 1e-6}])
+    result = call("run", strict, "--runs", runs)
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "artifacts").rglob("*")}
+    assert len((runs / "ledger.jsonl").read_text().splitlines()) == 2
+
+
+def test_undecided_fails_only_where_the_gate_says_so(
+    write_recipe: Callable[..., Path], problems: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Two problems decide nothing."""
+    for on_undecided, code in (("warn", 0), ("fail", 1)):
+        gate = {"max_drop": 1, "on_undecided": on_undecided}
+        recipe = write_recipe(evaluate=evaluation(problems, text_file), gates=[gate])
+        result = call("run", recipe, "--runs", tmp_path / "runs")
+        assert result.exit_code == code, result.output
+        assert "undecided" in result.output
+
+
+def test_dry_run_reads_no_weight_and_writes_nothing(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    result = call("run", write_recipe(), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "self_attn.q_proj" in result.output
+    assert "bpw" in result.output
+    assert "peak memory" in result.output
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_input_errors_exit_2(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    assert call("run", tmp_path / "absent.yaml").exit_code == 2
+    result = call("run", write_recipe(), "--only", "gguf")
+    assert result.exit_code == 2
+    assert "--only gguf: the recipe's outputs are awq" in result.output
+    assert call("verify", tmp_path).exit_code == 2
+    assert call("evaluate", tmp_path).exit_code == 2
+    result = call("run", write_recipe(), "--device", "cuda", "--dry-run")
+    assert result.exit_code in (0, 3)
+
+
+def test_only_one_output(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    outputs = [{"method": "awq", "group_size": 32}, {"method": "awq", "name": "rtn", "group_size": 32, "scaling": "none"}]
+    result = call("run", write_recipe(outputs=outputs), "--only", "rtn", "--runs", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["tiny-rtn"]
+
+
+def test_verify_and_evaluate_commands(write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, text_file: Path) -> None:
+    assert call("run", write_recipe(), "--runs", tmp_path / "runs").exit_code == 0
+    artifact = tmp_path / "artifacts" / "tiny-awq"
+    result = call("verify", artifact, "--source", tiny)
+    assert result.exit_code == 0
+    assert "sound" in result.output
+    result = call("evaluate", artifact, "--source", tiny, "--text", text_file, "--runs", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert "tiny-awq" in result.output
+    (artifact / "model.safetensors").write_bytes(b"")
+    assert call("verify", artifact).exit_code == 2  # not even a safetensors file
+    (artifact / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["verify"], ["evaluate"]])
+def test_help_shows_examples(command: list[str]) -> None:
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.output
+    assert "qtool " in result.output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`qtool --help` must be quick: torch alone takes seconds."""
+    code = "import sys; from qtool.cli import main; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_m_qtool() -> None:
+    done = subprocess.run([sys.executable, "-m", "qtool", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qtool, version")

@@ -1,0 +1,183 @@
+"""Artifacts on disk: whole or absent, resumed after a kill with the same bytes, reused, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from qtool import QtoolError
+
+from qtool.convert.artifact import MANIFEST, Artifact
+from qtool.convert.source import resolve
+from qtool.outputs import Job, make_artifacts, open_job
+from qtool.quantize.calibration import CalibrationSet
+from qtool.recipe import load_recipe
+
+CALIBRATION = CalibrationSet(torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
+
+
+def job_of(recipe: Path) -> Job:
+    loaded = load_recipe(recipe)
+    return open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
+
+
+def make(recipe: Path) -> dict[str, Artifact]:
+    job = job_of(recipe)
+    return make_artifacts(job, job.recipe.outputs, CALIBRATION)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_artifact_is_a_whole_model(write_recipe: Callable[..., Path], tiny: Path) -> None:
+    artifact = make(write_recipe())["awq"]
+    files = contents(artifact.path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert files[name] == (tiny / name).read_bytes()
+    config, source = json.loads(files["config.json"]), json.loads((tiny / "config.json").read_text())
+    section = config.pop("quantization_config")
+    assert section["quant_method"] == "awq"
+    changed = {key for key in config if config[key] != source.get(key)}
+    assert changed == {"dtype"}  # float16, as stored; everything else is the source's own
+    assert list(config) == list(source)
+    assert artifact.manifest is not None
+    assert set(artifact.manifest.files) == set(files) - {MANIFEST}
+    state = dict(artifact.read())
+    from safetensors import safe_open
+
+    names = set()
+    for shard in tiny.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            names |= set(file.keys())
+    assert set(state) == names
+    assert not list(artifact.path.rglob("*journal*"))
+
+
+def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
+    job = job_of(write_recipe())
+    artifact = make_artifacts(job, job.recipe.outputs, CALIBRATION)["awq"]
+    plan = job.plans["awq"]
+    found = {name: (info.dtype, info.shape) for name, info in artifact.checkpoint.tensors.items()}
+    assert found == plan.specs
+    assert sum(info.nbytes for info in artifact.checkpoint.tensors.values()) == plan.nbytes
+
+
+def test_a_finished_artifact_is_reused(write_recipe: Callable[..., Path]) -> None:
+    first = make(write_recipe())["awq"]
+    stamp = (first.path / "model.safetensors").stat().st_mtime_ns
+    assert (make(write_recipe())["awq"].path / "model.safetensors").stat().st_mtime_ns == stamp
+    gated = write_recipe(gates=[{"max_size": 1.0}])
+    assert (make(gated)["awq"].path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_what_is_not_ours_is_refused(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts" / "tiny-awq"
+    folder.mkdir(parents=True)
+    with pytest.raises(QtoolError, match="not written by qtool"):
+        make(write_recipe())
+    folder.rmdir()
+    make(write_recipe())
+    with pytest.raises(QtoolError, match="another recipe"):
+        make(write_recipe(outputs=[{"method": "awq", "group_size": 64}]))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(QtoolError, match=r"tokenizer\.json has"):
+        make(write_recipe())
+
+
+def test_group_size_that_does_not_divide_names_linears_and_sizes(
+    write_recipe: Callable[..., Path], model_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_maker(tmp_path / "odd", hidden_size=192, intermediate_size=256, head_dim=48)
+    with pytest.raises(QtoolError) as error:
+        job_of(write_recipe(model=str(model), outputs=[{"method": "awq", "group_size": 128}]))
+    assert "128 does not divide the inputs of" in error.value.message
+    assert "q_proj (192 columns, 2 layers, first model.layers.0.self_attn.q_proj)" in error.value.message
+    assert "down_proj" not in error.value.message
+    assert "Sizes that fit every linear: 64, 32" in error.value.message
+
+
+def test_a_full_disk_is_said_before_the_work(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(QtoolError, match="0.00 GB free") as error:
+        make(write_recipe())
+    assert error.value.exit_code == 3
+
+
+def test_an_unfinished_folder_does_not_open(tmp_path: Path) -> None:
+    folder = tmp_path / "x-awq.partial"
+    folder.mkdir()
+    with pytest.raises(QtoolError, match="unfinished"):
+        Artifact.open(folder)
+
+
+KILL = """
+import os, signal, sys, torch
+from pathlib import Path
+from qtool.convert import writer
+from qtool.outputs import make_artifacts, open_job, _OutputWriter
+from qtool.quantize.calibration import CalibrationSet
+from qtool.recipe import load_recipe
+from qtool.convert.source import resolve
+
+where, number = sys.argv[2], int(sys.argv[3])
+target = {"write": writer.ShardWriter, "commit": writer.ShardWriter, "seal": _OutputWriter}[where]
+original, count = getattr(target, where), 0
+
+def deadly(*args, **kwargs):
+    global count
+    count += 1
+    if count == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    return result
+
+setattr(target, where, deadly)
+recipe = load_recipe(Path(sys.argv[1]))
+tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
+job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
+make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
+"""
+OUTPUTS: list[dict[str, Any]] = [
+    {"method": "awq", "group_size": 32},
+    {"method": "awq", "name": "rtn", "group_size": 32, "rounding": "rtn"},
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = {"model": str(tiny), "outputs": OUTPUTS, "output_dir": str(folder / "artifacts")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return {name: contents(artifact.path) for name, artifact in make(folder / "recipe.yaml").items()}
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "layers_done"),
+    # each layer: two outputs, each 37 writes and two commits (scales, then weights)
+    [("write", 20, 0), ("commit", 6, 1), ("write", 130, 1), ("seal", 2, 2)],
+)
+def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
+    where: str, number: int, layers_done: int, write_recipe: Callable[..., Path], tmp_path: Path,
+    uninterrupted: dict[str, dict[str, bytes]],
+) -> None:
+    recipe = write_recipe(outputs=OUTPUTS, calibration=None)  # the default, as `uninterrupted` has it
+    killed = subprocess.run([sys.executable, "-c", KILL, str(recipe), where, str(number)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    artifacts = tmp_path / "artifacts"
+    left = [p.name for p in artifacts.iterdir() if not p.name.endswith(".partial")]
+    assert left == ([] if (where, number) != ("seal", 2) else ["tiny-awq"])
+    journal = artifacts / "tiny-rtn.partial" / "model.journal.jsonl"
+    done = len(journal.read_text().splitlines()) - 1
+    assert done == layers_done
+    again = {name: contents(a.path) for name, a in make(recipe).items()}
+    assert again == uninterrupted

@@ -1,0 +1,166 @@
+"""The streamed walk against the whole model: same inputs at every linear, for every architecture in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qtool import QtoolError
+
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.skeleton import build_skeleton, load_config
+from qtool.quantize import layers
+from qtool.quantize.architectures import LLAMA, architecture_of
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layers import Walk
+from qtool.quantize.methods import AwqMethod
+from qtool.quantize.statistics import InputStatistics
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Mistral": {"sliding_window": 24}, "Qwen2": {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
+    "Qwen3": {},
+}  # fmt: skip
+TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
+
+
+def walk_of(folder: Path, methods: list[AwqMethod]) -> Walk:
+    model = build_skeleton(load_config(folder))
+    return Walk(model, Checkpoint.open(folder), CalibrationSet(TOKENS, "test"), methods, torch.device("cpu"))
+
+
+def whole_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def inputs_of(model: Any) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, group) -> the input of its linears ``[tokens, in]``, from one ordinary forward."""
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        for group in LLAMA.groups:
+
+            def keep(_: Any, args: Any, key: tuple[int, str] = (index, group.name)) -> None:
+                found[key] = args[0].flatten(0, 1)
+
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(keep)
+    with torch.inference_mode():
+        model(input_ids=TOKENS)
+    return found
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]:
+    """Statistics of each layer as the quantizer is given them (copied: it may use them up)."""
+    calls: list[Mapping[str, InputStatistics]] = []
+    original = layers.quantize_layer
+
+    def spy(method: AwqMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
+        copies = {}
+        for name, stats in statistics.items():
+            copies[name] = InputStatistics(stats.tokens, stats.gram.clone(), None, stats.abs_sum, stats.absmax)
+            copies[name].cross = None if stats.cross is None else stats.cross.clone()
+        calls.append(copies)
+        return original(method, architecture, weights, statistics, *rest)
+
+    monkeypatch.setattr(layers, "quantize_layer", spy)
+    return calls
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_inputs_equal_the_whole_models(
+    architecture: str, tmp_path: Path, seen: list[Mapping[str, InputStatistics]], monkeypatch: pytest.MonkeyPatch,
+    model_maker: Callable[..., Path],
+) -> None:
+    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)  # two batches, the last one smaller
+    folder = model_maker(tmp_path / "model", architecture, **ARCHITECTURES[architecture])
+    results = list(walk_of(folder, [AwqMethod(method="awq", group_size=32, rounding="rtn")]).run())
+    assert [result.index for result in results] == [0, 1]
+    expected = inputs_of(whole_model(folder))
+    for (index, group), x in expected.items():
+        stats = seen[index][group]
+        assert stats.tokens == TOKENS.numel()
+        assert torch.allclose(stats.gram, x.t() @ x, rtol=2e-3, atol=2e-3 * float((x.t() @ x).abs().max())), (index, group)
+        assert torch.allclose(stats.absmax, x.abs().amax(0), rtol=1e-3, atol=1e-4)
+
+
+def test_own_stream_sees_the_quantized_prefix(tiny: Path, seen: list[Mapping[str, InputStatistics]]) -> None:
+    """Layer 1's statistics come from inputs that layer 0, as stored, produces; cross pairs them with the source's."""
+    results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
+    source = inputs_of(whole_model(tiny))
+    model = whole_model(tiny)
+    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16)
+    model.model.layers[0].load_state_dict(state)
+    quantized = inputs_of(model)
+    for group in LLAMA.groups:
+        x, other = source[1, group.name], quantized[1, group.name]
+        stats = seen[1][group.name]
+        assert torch.allclose(stats.gram, other.t() @ other, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
+        assert stats.cross is not None
+        assert torch.allclose(stats.cross, x.t() @ other, rtol=1e-3, atol=1e-3 * float(stats.cross.abs().max()))
+        assert not torch.allclose(stats.gram, x.t() @ x, rtol=1e-3)
+    assert torch.allclose(seen[0]["qkv"].cross, seen[0]["qkv"].gram, rtol=1e-4)  # nothing is quantized before layer 0
+
+
+def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
+    """Several outputs in one walk: each the same, bit for bit, as alone."""
+    methods = [
+        AwqMethod(method="awq", name="a", group_size=32),
+        AwqMethod(method="awq", name="b", group_size=64, propagate_error=False),
+        AwqMethod(method="awq", name="c", group_size=32, rounding="rtn"),
+    ]
+    together = list(walk_of(tiny, methods).run())
+    for method in methods:
+        for alone, result in zip(walk_of(tiny, [method]).run(), together, strict=True):
+            for linear, codes in alone.outputs[method.name].codes.items():
+                assert result.outputs[method.name].codes[linear].equals(codes), (method.name, linear)
+
+
+def test_no_layer_is_kept(tiny: Path) -> None:
+    walk = walk_of(tiny, [AwqMethod(method="awq", group_size=32)])
+    for _ in walk.run():
+        pass
+    assert all(parameter.is_meta for parameter in walk.model.parameters())
+
+
+def test_nan_in_a_weight_stops_at_its_layer(tiny: Path) -> None:
+    walk = walk_of(tiny, [AwqMethod(method="awq", group_size=32)])
+    read = walk.checkpoint.tensor
+
+    def broken(name: str) -> torch.Tensor:
+        tensor = read(name)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            tensor[3, 5] = float("nan")
+        return tensor
+
+    walk.checkpoint.tensor = broken  # type: ignore[method-assign]
+    results = walk.run()
+    next(results)
+    with pytest.raises(QtoolError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
+        next(results)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1e6, "more than float16 holds"), (1e38, "NaN or Inf")])
+def test_activations_that_do_not_fit(tiny: Path, factor: float, expected: str) -> None:
+    walk = walk_of(tiny, [AwqMethod(method="awq", group_size=32)])
+    read = walk.checkpoint.tensor
+
+    def loud(name: str) -> torch.Tensor:
+        scale = factor if name == "model.layers.0.post_attention_layernorm.weight" else 1.0
+        return (read(name).float() * scale).to(torch.bfloat16)
+
+    walk.checkpoint.tensor = loud  # type: ignore[method-assign]
+    with pytest.raises(QtoolError, match=rf"model\.layers\.0.*{expected}"):
+        next(walk.run())
+
+
+def test_an_unknown_architecture_says_what_is_missing() -> None:
+    class Config:
+        architectures = ("FooForCausalLM",)
+
+    with pytest.raises(QtoolError, match=r"FooForCausalLM is not known.*LlamaForCausalLM.*ARCHITECTURES"):
+        architecture_of(Config())
