@@ -214,7 +214,9 @@ class Worker:
         answer = self._answer(deadline - time.monotonic())
         if not (isinstance(answer, list) and len(answer) == 2):
             raise WorkerLost("the worker answered nonsense")
-        return Outcome(job.task_id, answer[0], answer[1])
+        # The detail quotes the candidate: no escape sequence reaches a terminal, no surrogate a file.
+        detail = "".join(letter if letter.isprintable() else " " for letter in answer[1])
+        return Outcome(job.task_id, answer[0], detail)
 
     def _send(self, data: bytes, deadline: float) -> None:
         assert self._process.stdin is not None

@@ -99,9 +99,7 @@ def paired_difference(
     return Difference(n, loss, lost, gained, mcnemar_exact(lost, gained), detectable)
 
 
-def bootstrap_mean(
-    values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES
-) -> Interval:
+def bootstrap_mean(values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES) -> Interval:
     """Mean of independent values (one for each sequence) with its percentile bootstrap interval; fixed seed.
 
     One value alone has no spread to resample: its interval is infinite. ValueError for none, or a NaN.

@@ -505,6 +505,12 @@ def test_wrong_programs_fail_and_say_why(program: str, test: str, detail: str) -
     assert detail in outcome.detail
 
 
+def test_a_detail_is_fit_to_print() -> None:
+    outcome = judge("def f(x):\n    raise ValueError('a\\x1b[31m\\ud800\\nb')", "f(1)")
+    assert outcome.outcome == "failed"
+    assert "a [31m  b" in outcome.detail
+
+
 @pytest.mark.parametrize(
     ("test", "detail"),
     [
