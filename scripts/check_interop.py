@@ -46,11 +46,11 @@ TORCH = "torch==2.13.0"  # installed first; the constraint for everything else
 BATCH, LENGTH = 4, 128
 
 # An exact kernel multiplies by the very float16 weights that the codes stand for, with activations rounded to
-# float16 (11 bits) in each linear. Seen on SmolLM2-135M: 8e-4 after 30 layers, 2.5e-4 after 2; zero points read one
-# too high in a single group of each row give 0.4, a wrong nibble order 2.
+# float16 (11 bits) in each linear. Seen on SmolLM2-135M: 8e-4 after 30 layers, 2.5e-4 after 2; 0.4 when zero
+# points are read one too high in one group of each row, 2 with a wrong nibble order.
 MAX_RELATIVE_ERROR = 1e-2
-# The same next token, at positions where the reference prefers it by more than the error allowed above (of the
-# logits' root mean square): a flip between two tokens closer than that says nothing (seen: 1 in 512).
+# The same next token, wherever the reference prefers it by more than the error allowed above (of the logits'
+# root mean square): a flip between two tokens closer than that says nothing (seen: 1 in 512).
 MIN_TOP1 = 0.995
 # GPTQModel's default CPU kernel rounds scales, zero offsets and activations to bfloat16 (8 bits). What that
 # costs depends on the model, so it is measured: the reference engine runs in bfloat16 too, and the kernel may
@@ -173,7 +173,7 @@ class Distance:
 
     @classmethod
     def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> Distance:
-        """Compare [batch, length, vocabulary] with its reference; a near tie counts as agreement in `top1`."""
+        """Compare [batch, length, vocabulary] with its reference; near ties count as the same top-1."""
         difference = logits - reference
         loss = reference.amax(-1) - reference.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
         tie = MAX_RELATIVE_ERROR * reference.square().mean().sqrt()
