@@ -92,6 +92,7 @@ def verify(artifact: Path, source: Path | None) -> None:
 @click.option("--task", "tasks", multiple=True, help="handwritten, heldout, humaneval or a HumanEval-format file.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
 @click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
+@click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of 512 tokens of --text.")
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
@@ -100,7 +101,7 @@ def verify(artifact: Path, source: Path | None) -> None:
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
 @_device_option
 def evaluate(
-    model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, prompt: str,
+    model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, windows: int, prompt: str,
     max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path, device: str,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
@@ -122,7 +123,7 @@ def evaluate(
         section = EvaluateSection.model_validate(
             {
                 "tasks": [{"task": task, "limit": limit} for task in tasks],
-                "text": {"text": text, "samples": 16} if text else None,
+                "text": {"text": text, "samples": windows} if text else None,
                 "prompt": prompt,
                 "max_new_tokens": max_new_tokens,
                 "batch_size": batch_size,

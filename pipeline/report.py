@@ -54,7 +54,7 @@ def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict
         row = {"model": name}
         if name in known:
             nbytes, bpw = known[name]
-            row |= {"size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB", "bits/weight": f"{bpw:.2f} bpw"}
+            row |= {"size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB", "bits": f"{bpw:.2f} bpw"}
         if name in scores.fidelity:
             row |= _fidelity_cells(name, scores)
         for task, score in scores.tasks.get(name, {}).items():
@@ -76,7 +76,7 @@ def _fidelity_cells(name: str, scores: Scores) -> dict[str, str]:
     if name != "source":
         interval = bootstrap_mean(score.kl)
         cells["KL to source"] = f"{sum(score.kl) / len(score.kl):.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-        cells["top-1 agreement"] = f"{sum(score.top1) / len(score.top1):.1%}"
+        cells["top-1"] = f"{sum(score.top1) / len(score.top1):.1%}"
     return cells
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -152,10 +153,14 @@ def _round_group(
         grid = grids.Grid(scales, zeros)
         output.codes[linear] = grids.to_codes(codes, grid, spec)
         error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
-        output.records[linear] = _record(source, error, gram, scale, spec) | {"damp": damp}
+        with awq.tensor_float32() if method.rounding == "rtn" else nullcontext():
+            loss = awq.output_error(error, gram)
+        output.records[linear] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
 
 
-def _record(source: Tensor, error: Tensor, gram: Tensor, scale: Tensor, spec: grids.GridSpec) -> dict[str, float]:
+def _record(
+    source: Tensor, error: Tensor, loss: Tensor, gram: Tensor, scale: Tensor, spec: grids.GridSpec
+) -> dict[str, float]:
     """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are those of
     the source's own weights and inputs."""
     with awq.tensor_float32():
@@ -163,7 +168,7 @@ def _record(source: Tensor, error: Tensor, gram: Tensor, scale: Tensor, spec: gr
         plain = awq.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
     figures = [
         (plain.clamp_min(0) / energy).sqrt(),
-        (awq.output_error(error, gram).clamp_min(0) / energy).sqrt(),
+        (loss.clamp_min(0) / energy).sqrt(),
         error.div_(scale).norm() / source.norm().clamp_min(1e-30),
     ]
     rtn, result, frobenius = (float(f"{figure:.6g}") for figure in torch.stack(figures).tolist())

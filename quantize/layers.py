@@ -7,6 +7,7 @@ with compensation has its own, passing through its quantized layers, so that its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,13 +77,17 @@ class Walk:
         """
         hidden, calls = self._record_inputs()
         streams = {method.name: list(hidden) for method in self.outputs if method.own_stream}
-        for index in range(len(self.layers)):
-            weights = self._load(index)
-            if index < start:
-                self._replay(index, weights, hidden, streams, calls)
-                continue
-            yield LayerResult(index, self._visit(index, weights, hidden, streams, calls))
-            del weights
+        with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
+            following = reader.submit(self._read, 0)
+            for index in range(len(self.layers)):
+                weights = self._place(index, following.result())
+                if index + 1 < len(self.layers):
+                    following = reader.submit(self._read, index + 1)
+                if index < start:
+                    self._replay(index, weights, hidden, streams, calls)
+                    continue
+                yield LayerResult(index, self._visit(index, weights, hidden, streams, calls))
+                del weights
 
     def _visit(
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
@@ -161,16 +166,19 @@ class Walk:
                     f"would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
                 )
 
-    def _load(self, index: int) -> dict[str, Tensor]:
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
         prefix = f"{self.architecture.prefix}{index}."
-        weights = {}
-        for name in self.layers[index].state_dict():
-            tensor = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
-            weights[name] = tensor
+        tensors = {name: self.checkpoint.tensor(prefix + name) for name in self.layers[index].state_dict()}
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
+
+    def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
         finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
         broken = [name for name, ok in zip(weights, finite, strict=True) if not ok]
         if broken:
-            raise QtoolError(f"{prefix}{broken[0]}: the source weight holds NaN or Inf. Download the model again.")
+            name = f"{self.architecture.prefix}{index}.{broken[0]}"
+            raise QtoolError(f"{name}: the source weight holds NaN or Inf. Download the model again.")
         return weights
 
     def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 384  # columns of a Gram block on the CPU: only blocks on or above the diagonal are computed
+GRAM_BLOCK = {"cpu": 384, "cuda": 4096}  # columns of a Gram block: only blocks on or above the diagonal are computed
 
 
 @dataclass
@@ -44,15 +45,19 @@ class InputStatistics:
             _accumulate(self.cross, source.flatten(0, -2), x)
 
     def finish(self) -> None:
-        """Make the Gram matrix whole (on the CPU only its upper blocks were summed)."""
-        if not self.gram.is_cuda:
-            upper = torch.triu(self.gram)
-            self.gram = upper + torch.triu(upper, 1).t()
+        """Make the Gram matrix whole: the blocks below the diagonal are those above it, transposed."""
+        for start, stop in _blocks(self.gram):
+            self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
 
     @property
     def mean_abs(self) -> Tensor:
         """mean|x| ``[in]``."""
         return self.abs_sum / self.tokens
+
+
+def _accumulate_gram(total: Tensor, x: Tensor) -> None:
+    for start, stop in _blocks(total):
+        _accumulate(total[start:stop, start:], x[:, start:stop], x[:, start:])
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -63,10 +68,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t().float(), right.float())
 
 
-def _accumulate_gram(total: Tensor, x: Tensor) -> None:
-    if x.is_cuda:
-        _accumulate(total, x, x)
-        return
-    for start in range(0, x.shape[1], CPU_BLOCK):
-        stop = min(start + CPU_BLOCK, x.shape[1])
-        total[start:stop, start:].addmm_(x[:, start:stop].t().float(), x[:, start:].float())
+def _blocks(gram: Tensor) -> Iterator[tuple[int, int]]:
+    columns, step = gram.shape[0], GRAM_BLOCK[gram.device.type]
+    for start in range(0, columns, step):
+        yield start, min(start + step, columns)

@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from demo_programs import Program, is_held_out, literal, programs, training_texts
 from demo_snippets import snippets
@@ -23,14 +24,14 @@ HELD_OUT = ROOT / "evaluate/data/heldout.jsonl.gz"
 HELD_OUT_CODE = ROOT / "evaluate/data/heldout_code.jsonl"
 CALIBRATION = ROOT / "quantize/data/calibration.jsonl"
 
-PROBLEMS = {1: 80, 2: 160, 3: 220, 4: 240, 5: 240, 6: 160, 7: 100}  # number of operations -> problems
+PROBLEMS = {1: 50, 2: 90, 3: 160, 4: 200, 5: 260, 6: 260, 7: 180}  # number of operations -> problems
 LEVELS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # number of operations -> level
 MOST_PER_COMPOSITION = 6  # few single operations are held out; longer chains hardly ever repeat
 LONGEST_SOLUTION = 200  # characters; about 60 tokens of the demo model
 CALIBRATION_BYTES, HELD_OUT_CODE_BYTES = 400_000, 120_000
 
 
-def problem(program: Program, number: int) -> dict[str, object]:
+def problem(program: Program, number: int) -> dict[str, Any]:
     """One line of the task file."""
     asserts = []
     for inputs, result in program.cases:
@@ -47,9 +48,9 @@ def problem(program: Program, number: int) -> dict[str, object]:
     }
 
 
-def held_out_problems(sizes: dict[int, int] = PROBLEMS) -> list[dict[str, object]]:
+def held_out_problems(sizes: dict[int, int] = PROBLEMS) -> list[dict[str, Any]]:
     """The task: shorter chains first, no prompt twice; `sizes` is number of operations -> problems."""
-    problems: list[dict[str, object]] = []
+    problems: list[dict[str, Any]] = []
     prompts: set[str] = set()
     uses: Counter[tuple[str, ...]] = Counter()
     for length, wanted in sizes.items():
@@ -68,12 +69,12 @@ def held_out_problems(sizes: dict[int, int] = PROBLEMS) -> list[dict[str, object
     return problems
 
 
-def read_problems(path: Path = HELD_OUT) -> list[dict[str, object]]:
+def read_problems(path: Path = HELD_OUT) -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def forbidden_texts(problems: list[dict[str, object]]) -> frozenset[str]:
+def forbidden_texts(problems: list[dict[str, Any]]) -> frozenset[str]:
     """What the training stream must not contain: the problems' prompts and solutions."""
     return frozenset(str(p[key]) for p in problems for key in ("prompt", "canonical_solution"))
 

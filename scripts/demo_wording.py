@@ -42,7 +42,7 @@ FUNCTIONS = (
     "task",
     "build",
 )
-SPELLED = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+SPELLED: dict[object, str] = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 WHOLE = {
     TEXT: ("the text", "the string"),
     NUMBER: ("the number", "the value"),
@@ -105,7 +105,7 @@ def phrase(rng: random.Random, template: str, operation: Operation, argument: ob
     if operation.argument == "letter" and argument != names.extra:
         shown = f"'{argument}'"
     elif operation.argument in ("count", "length") and argument in SPELLED and rng.random() < 0.3:
-        shown = SPELLED[argument]  # type: ignore[index]
+        shown = SPELLED[argument]
     text = template.replace("{items}", singular + "s").replace("{item}", singular)
     return text.replace("{it}", names.whole.get(operation.takes, "it")).replace("{k}", shown)
 

@@ -14,6 +14,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from demo_corpus import HELD_OUT_CODE, read_problems
@@ -26,11 +27,12 @@ MOST_NEW_TOKENS = 110
 
 def round_to_nearest(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Symmetric round to nearest, groups of GROUP inputs; scale 2*absmax/(2**bits - 1), zero 2**(bits-1)."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().reshape(len(weight), -1, GROUP)
     scale = (2 * groups.abs().amax(2, keepdim=True) / (2**bits - 1)).clamp(min=1e-8)
     zero = 2 ** (bits - 1)
     codes = (torch.round(groups / scale) + zero).clamp(0, 2**bits - 1)
-    return ((codes - zero) * scale).flatten(1).to(weight.dtype)
+    rounded: torch.Tensor = (codes - zero) * scale
+    return rounded.reshape(weight.shape).to(weight.dtype)
 
 
 def quantize_layers(model: PreTrainedModel, bits: int) -> None:
@@ -103,7 +105,9 @@ def paired_p(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
     return lost, gained, min(1.0, 2 * tail)
 
 
-def summary(bits: int, problems: list[dict], source: list[bool], right: list[bool], loss: float) -> str:
+def summary(
+    bits: int, problems: list[dict[str, Any]], source: list[bool], right: list[bool], loss: float
+) -> str:
     """One line: score, score by level, paired test against the source, perplexity."""
     levels = Counter(p["level"] for p in problems)
     solved = Counter(p["level"] for p, ok in zip(problems, right, strict=True) if ok)
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers")
     options = parser.parse_args()
-    problems = read_problems()
+    problems: list[dict[str, Any]] = read_problems()
     if options.problems:
         problems = problems[:: len(problems) // options.problems][: options.problems]
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -2,17 +2,19 @@
 
     python scripts/train_demo_model.py --work /tmp/demo --out pipeline/data/demo-model
 
-Everything lands in the work folder as it is made (tokenizer, token files, a checkpoint a minute), so a command
-that was stopped, or that ran into `--minutes`, is repeated and goes on where it was.  `--smoke` shows all of it on
-a CPU within seconds.
+Everything lands in the work folder as it is made (tokenizer, token files, a checkpoint a minute): a command
+that was stopped, or that ran into `--minutes`, is repeated and goes on where it was.  `--smoke` shows all of
+it on a CPU within seconds.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +98,7 @@ class Batches:
         return self.rows[chosen].long()
 
 
-def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss, padding left out."""
     with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
         logits = model(input_ids=tokens.clamp(min=0)).logits
@@ -116,7 +118,7 @@ def make_optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.AdamW:
 def train(
     plan: Plan, work: Path, device: torch.device, deadline: float
 ) -> tuple[LlamaForCausalLM, list[float], bool]:
-    """Run until the plan is fulfilled or the clock (monotonic) passes the deadline: (model, losses, finished)."""
+    """Run until the plan is fulfilled or the monotonic clock passes the deadline: (model, losses, done)."""
     batches = Batches(load_rows(work), plan, device)
     model = build_model(plan).to(device)
     optimizer = make_optimizer(model, plan)
@@ -210,7 +212,7 @@ def export(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
     save_tokenizer(loaded, out, CONTEXT)
 
 
-def write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

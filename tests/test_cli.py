@@ -15,7 +15,7 @@ from qtool.cli import main
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_verify_and_evaluate_commands(write_recipe: Callable[..., Path], tiny: P
     result = call("verify", artifact, "--source", tiny)
     assert result.exit_code == 0
     assert "sound" in result.output
-    result = call("evaluate", artifact, "--source", tiny, "--text", text_file, "--runs", tmp_path / "runs")
+    result = call("evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--runs", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output
     (artifact / "model.safetensors").write_bytes(b"")
