@@ -2,8 +2,8 @@
 
     python scripts/score_demo_model.py pipeline/data/demo-model [--problems 400]
 
-Greedy decoding; the programs run in worker processes with a time limit.  They come from our own model; this is
-not the sandbox that qtool evaluates other models in.
+Greedy decoding; the programs run in worker processes with a time limit.  They come from our own model;
+this is not the sandbox that qtool evaluates other models in.
 """
 
 import argparse

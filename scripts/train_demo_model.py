@@ -142,7 +142,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, step)
         loss = loss_of(forward, batches.at(step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
