@@ -1,8 +1,8 @@
 """Draws small Python functions, each a chain of operations, writes them in many ways and checks every one.
 
 A program's COMPOSITION is the tuple of the names of its operations.  Training and held-out programs are
-separated by composition (`is_held_out`), so a held-out task asks for a chain that the model has never been shown,
-in any wording, with any constants.  A program is used only if
+separated by composition (`is_held_out`), so a held-out task asks for a chain that the model has never been
+shown, in any wording, with any constants.  A program is used only if
 
 * every operation matters: leaving one out changes the result on some input;
 * the code that was written gives what the operations' reference expressions give, on every input;

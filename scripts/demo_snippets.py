@@ -1,7 +1,7 @@
 """Short pieces of ordinary code in several languages, written from templates.
 
-They are the part of the corpora that are not demo programs.  A piece is known by (template, noun); the same hash
-as for programs keeps one in eight out of training.
+They are the part of the corpora that are not demo programs.  A piece is known by (template, noun); the same
+hash as for programs keeps one in eight out of training.
 
 Placeholders: ``<noun> <Noun>`` one thing, ``<a> <b> <c>`` names of its fields, ``<verb>`` what is done with
 it, ``<n> <m>`` numbers.

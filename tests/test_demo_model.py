@@ -194,7 +194,7 @@ def test_prompt_tokens_do_not_change_when_the_answer_follows(tokenizer, problems
 
 
 def test_shipped_model_solves_what_its_card_says(scripts, model, tokenizer, problems):
-    """92.7 % of 1200: of 40 such problems, fewer than 32 is a one-in-a-thousand accident."""
+    """90.2 % of 1200: of 40 such problems, fewer than 30 is a one-in-a-thousand accident."""
     chosen = problems[7::30]
     score = scripts["score_demo_model"]
     answers = score.complete(model, tokenizer, [p["prompt"] for p in chosen], batch=40)
@@ -203,7 +203,7 @@ def test_shipped_model_solves_what_its_card_says(scripts, model, tokenizer, prob
         for p, answer in zip(chosen, answers, strict=True)
     ]
     assert len(chosen) == 40
-    assert sum(right) >= 32
+    assert sum(right) >= 30
 
 
 def test_rounding_is_the_textbook_one(scripts):
