@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md"]
+SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -22,15 +23,18 @@ class ModelSource:
     name: str
     path: Path
     commit: str
-    license: str | None = None
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:
-    """Find ``model`` on disk or download its snapshot from the Hub (cached copies serve offline).
+    """Find ``model`` among the shipped ones, on disk or on the Hub (cached copies serve offline).
 
     Raises QtoolError: exit 2 for a missing folder or an unknown id, exit 3 when the network is missing.
     """
     path = Path(model).expanduser()
+    if model in SHIPPED:
+        package, folder = SHIPPED[model]
+        path = Path(str(files(package).joinpath(folder)))
+        return ModelSource(model, path, "sha256:" + _digest_folder(path))
     if path.is_dir():
         return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
     if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
@@ -70,13 +74,3 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of one file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_files(paths: Iterable[Path], on_file: Callable[[Path], None] | None = None) -> dict[str, str]:
-    """File name -> hex sha256, sorted by name."""
-    digests = {}
-    for path in sorted(paths):
-        digests[path.name] = sha256_file(path)
-        if on_file:
-            on_file(path)
-    return digests

@@ -163,7 +163,7 @@ class Evaluation:
         started = time.monotonic()
         texts = self._answers(model, subject, task, bar)
         programs = [
-            Program(p.task_id, prompts.program(p, text, self.style), p.test, p.entry_point)
+            Program(p.task_id, prompts.program(p, text, self.style), p.test, p.entry_point, setup=p.prompt)
             for p, text in zip(task.problems, texts, strict=True)
         ]
         row = bar.add_task(f"{subject.name}: running {task.name}", total=len(programs))
