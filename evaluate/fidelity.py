@@ -1,7 +1,7 @@
 """How far a quantized model's next-token distribution moved from its source's, on held-out text.
 
-KL(source || quantized) in nats per token, over the source's ``TOP`` most likely tokens plus one bucket for the rest: a
-lower bound of the full divergence (exact when the vocabulary is no larger), whose storage does not grow with the vocabulary.
+KL(source || quantized) in nats per token, over the source's ``TOP`` most likely tokens plus one bucket for the rest:
+a lower bound of the full divergence (exact when the vocabulary is no larger), whose storage does not grow with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOP = 2048
 
 @dataclass(frozen=True)
 class Reference:
-    """The source's distribution at each position: ``tokens`` int32 and ``logprobs`` float32 ``[windows, length, top]``."""
+    """The source's distribution at each position: ``tokens`` int32, ``logprobs`` float32 ``[windows, length, top]``."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -58,7 +58,9 @@ def reference(model: nn.Module, windows: Tensor, progress: Callable[[], None] = 
 
 
 @torch.inference_mode()
-def diverge(model: nn.Module, windows: Tensor, source: Reference, progress: Callable[[], None] = lambda: None) -> Divergence:
+def diverge(
+    model: nn.Module, windows: Tensor, source: Reference, progress: Callable[[], None] = lambda: None
+) -> Divergence:
     """Perplexity (as mean negative log-likelihood), KL to the source and top-1 agreement of ``model``."""
     nll, kl, top1, every = [], [], [], []
     for number, window in enumerate(windows):
@@ -76,7 +78,7 @@ def diverge(model: nn.Module, windows: Tensor, source: Reference, progress: Call
 
 
 def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
-    """KL over the listed tokens plus one bucket for all others. Log-probabilities ``[positions, top]`` -> ``[positions]``."""
+    """KL over the listed tokens plus one bucket for the others: log-probabilities ``[n, top]`` -> ``[n]``."""
     p = p_log.exp()
     listed = (p * (p_log - q_log)).sum(-1)
     p_rest = (1 - p.sum(-1)).clamp_min(0)

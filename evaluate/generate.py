@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
 from qtool.convert.skeleton import build_skeleton, expected_shapes
-from torch import Tensor, nn
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it is still running
@@ -42,7 +43,7 @@ def generate(
     finished: Callable[[str], bool],
     on_text: Callable[[int, str], None],
 ) -> None:
-    """Greedy continuations of ``prompts``: ``on_text(index, text)`` as each is done, batches of similar length together.
+    """Greedy continuations of ``prompts``: ``on_text(index, text)`` as each is done, similar lengths batched together.
 
     ``finished(text so far)`` stops a row early; an end-of-text token always does.
     """

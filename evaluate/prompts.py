@@ -8,7 +8,9 @@ from qtool.evaluate.extract import program_from_chat, program_from_completion, s
 from qtool.evaluate.tasks import Problem
 
 Style = Literal["completion", "chat"]
-CHAT = "Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{prompt}```"
+CHAT = (
+    "Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{prompt}```"
+)
 
 
 def choose_style(asked: str, tokenizer: Any) -> Style:

@@ -49,7 +49,9 @@ class TaskScore(_Record):
         """In the order of the task's problems. Raises ValueError if the sandbox failed on one: that is no score."""
         broken = [name for name, o in self.outcomes.items() if o.outcome == "error"]
         if broken:
-            raise ValueError(f"{len(broken)} problems could not be run ({broken[0]}: {self.outcomes[broken[0]].detail})")
+            raise ValueError(
+                f"{len(broken)} problems could not be run ({broken[0]}: {self.outcomes[broken[0]].detail})"
+            )
         return [o.outcome == "passed" for o in self.outcomes.values()]
 
 

@@ -68,7 +68,9 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
 
 @main.command(context_settings=CONTEXT)
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="The source model's folder: also recompute each linear's error.")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The source model's folder: also recompute each linear's error."
+)
 def verify(artifact: Path, source: Path | None) -> None:
     """Re-open ARTIFACT: sha256, shapes, finiteness, and the loading rules of transformers, vLLM and SGLang.
 
@@ -92,7 +94,9 @@ def verify(artifact: Path, source: Path | None) -> None:
 @click.option("--task", "tasks", multiple=True, help="handwritten, heldout, humaneval or a HumanEval-format file.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
 @click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
-@click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of 512 tokens of --text.")
+@click.option(
+    "--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of 512 tokens of --text."
+)
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
@@ -118,7 +122,7 @@ def evaluate(
     from qtool.run import evaluate_folders
 
     if not tasks and not text:
-        raise QtoolError("nothing to measure: give --task, --text or both. Example: --task handwritten --text heldout-code")
+        raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
     try:
         section = EvaluateSection.model_validate(
             {

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from qtool.scores import Scores
 
 console = Console()
-MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "undecided": "[yellow]undecided[/]", "not made": "[dim]not made[/]"}
+MARKS = {
+    "pass": "[green]pass[/]",
+    "fail": "[red]FAIL[/]",
+    "undecided": "[yellow]undecided[/]",
+    "not made": "[dim]not made[/]",
+}
 
 
 def print_run(run: Run) -> None:
@@ -54,7 +59,10 @@ def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict
         row = {"model": name}
         if name in known:
             nbytes, bpw = known[name]
-            row |= {"size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB", "bits": f"{bpw:.2f} bpw"}
+            row |= {
+                "size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB",
+                "bits": f"{bpw:.2f} bpw",
+            }
         if name in scores.fidelity:
             row |= _fidelity_cells(name, scores)
         for task, score in scores.tasks.get(name, {}).items():
@@ -65,7 +73,9 @@ def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict
             if source is not None and name != "source":
                 difference = paired_difference(source.passed, passed)
                 loss = difference.loss
-                row[f"{task}: points lost"] = f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}], p={difference.p:.2g}"
+                row[f"{task}: points lost"] = (
+                    f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}], p={difference.p:.2g}"
+                )
         rows.append(row)
     return rows
 
@@ -103,7 +113,9 @@ def markdown(run: Run, rows: list[dict[str, str]]) -> str:
     """report.md: table, verdicts, checks, the worst linears, the recipe."""
     parts = [f"# {run.job.source.name}", f"Source commit `{run.job.source.commit}`.", markdown_table(rows)]
     if run.verdicts:
-        parts.append("## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts))
+        parts.append(
+            "## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts)
+        )
     for name, artifact in run.artifacts.items():
         if artifact.manifest:
             worst = sorted(artifact.manifest.ledger.items(), key=lambda item: -item[1]["error"])[:10]
@@ -168,4 +180,6 @@ def print_plan(job: Job) -> None:
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
     tokens = recipe.calibration.samples * recipe.calibration.length
     memory = peak_bytes(job.architecture, shapes, methods, tokens, job.device.type)
-    console.print(f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False)
+    console.print(
+        f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
+    )

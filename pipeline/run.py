@@ -58,7 +58,9 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
     unknown = [name for name in only if name not in names]
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
-    return open_job(recipe, resolve(recipe.model.id, recipe.model.revision), choose_device(device), _chosen(recipe, only))
+    return open_job(
+        recipe, resolve(recipe.model.id, recipe.model.revision), choose_device(device), _chosen(recipe, only)
+    )
 
 
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> Run:
@@ -132,7 +134,11 @@ def _log(result: Run, runs: Path) -> None:
         "commit": result.job.source.commit,
         "device": device_kind(result.job.device),
         "seconds": round(result.seconds, 1),
-        "artifacts": {n: {"bytes": a.manifest.file_bytes, "bpw": a.manifest.bits_per_weight} for n, a in result.artifacts.items() if a.manifest},
+        "artifacts": {
+            n: {"bytes": a.manifest.file_bytes, "bpw": a.manifest.bits_per_weight}
+            for n, a in result.artifacts.items()
+            if a.manifest
+        },
         "scores": scores,
         "kl": kl,
         "verdicts": verdicts,

@@ -77,7 +77,9 @@ class Evaluation:
         scores = Scores()
         reference: fidelity.Reference | None = None
         for number, subject in enumerate(subjects):
-            pending = {label: task for label, task in self.tasks.items() if not self._load(scores, subject, label, task)}
+            pending = {
+                label: task for label, task in self.tasks.items() if not self._load(scores, subject, label, task)
+            }
             wants_fidelity = self.windows is not None and self._load_fidelity(scores, subject) is None
             if self.windows is not None and number == 0:
                 reference = self._load_reference(subject)
@@ -98,7 +100,9 @@ class Evaluation:
         return digest_of([subject.key, task.digest, self.settings.model_dump(), self.section.timeout, self.sandbox])
 
     def _fidelity_key(self, subject: Subject) -> str:
-        return digest_of([subject.key, self._text_digest(), self.settings.model_dump(include={"engine", "dtype", "device"})])
+        return digest_of(
+            [subject.key, self._text_digest(), self.settings.model_dump(include={"engine", "dtype", "device"})]
+        )
 
     def _text_digest(self) -> str:
         assert self.windows is not None

@@ -57,7 +57,13 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
 def measure(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> dict[str, float]:
     """Walk all layers once."""
     config = load_config(folder)
-    walk = Walk(build_skeleton(config), Checkpoint.open(folder), CalibrationSet(tokens, "random"), [method], torch.device("cuda"))
+    walk = Walk(
+        build_skeleton(config),
+        Checkpoint.open(folder),
+        CalibrationSet(tokens, "random"),
+        [method],
+        torch.device("cuda"),
+    )
     torch.cuda.reset_peak_memory_stats()
     seconds, errors = [], []
     start = time.perf_counter()
@@ -81,7 +87,13 @@ def profile(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> None:
     from torch.profiler import profile as trace
 
     config = load_config(folder)
-    walk = Walk(build_skeleton(config), Checkpoint.open(folder), CalibrationSet(tokens, "random"), [method], torch.device("cuda"))
+    walk = Walk(
+        build_skeleton(config),
+        Checkpoint.open(folder),
+        CalibrationSet(tokens, "random"),
+        [method],
+        torch.device("cuda"),
+    )
     results = walk.run()
     next(results)
     with trace(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:

@@ -59,7 +59,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
     for name, artifact in artifacts.items():
-        print(json.dumps({"case": name, "path": str(artifact.path), "seconds": round(seconds, 1), "peak GiB": round(peak, 2)}))
+        print(
+            json.dumps(
+                {"case": name, "path": str(artifact.path), "seconds": round(seconds, 1), "peak GiB": round(peak, 2)}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main() -> None:
     print("|---|---|---|---|---|" + ("---|" if options.against else ""))
     for name, figures in found.items():
         kl = bootstrap_mean(figures.kl)
-        row = f"| {name} | {math.exp(sum(figures.nll) / len(figures.nll)):.3f} | {kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}]"
+        perplexity = math.exp(sum(figures.nll) / len(figures.nll))
+        row = f"| {name} | {perplexity:.3f} | {kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}]"
         row += f" | {figures.kl_p999:.3f} | {sum(figures.top1) / len(figures.top1):.3%} |"
         if options.against and name != "source":
             ratio = bootstrap_ratio(figures.kl, found[options.against].kl)

@@ -2,8 +2,8 @@
 
     python scripts/bench_text.py OUT_DIR MODEL_DIR
 
-writes calibration.jsonl, heldout.jsonl and the very tokens, calibration_tokens.safetensors (int64 ``[64, 512]``), so that
-a peer quantizes with what qtool quantizes with.
+writes calibration.jsonl, heldout.jsonl and the very tokens, calibration_tokens.safetensors (int64 ``[64, 512]``), so
+that a peer quantizes with what qtool quantizes with.
 """
 
 from __future__ import annotations

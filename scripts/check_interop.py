@@ -32,14 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qtool import QtoolError
-from qtool.convert.artifact import Artifact
-from qtool.convert.skeleton import load_config
-from qtool.evaluate.generate import load_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact
+from qtool.convert.skeleton import load_config
+from qtool.evaluate.generate import load_model
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"  # installed first; the constraint for everything else
@@ -106,9 +107,7 @@ def run_child(python: Path, script: str, *arguments: str | Path, scratch: Path) 
     command = [str(python), "-I", str(HERE / script), *map(str, arguments)]
     log = scratch / f"{Path(script).stem}.log"
     with log.open("w") as errors:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=scratch, check=False
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=scratch, check=False)
     if done.returncode != 0:
         tail = "\n".join(re.split(r"[\r\n]+", log.read_text(errors="replace"))[-15:])
         raise ChildProcessError(f"{script} ended with {done.returncode}:\n{tail}")
@@ -234,9 +233,7 @@ def check_autoawq(context: Context) -> list[Row]:
     if different:
         found += f"; {different[0]}: {measure_difference(context, python, different[0])}"
     agrees = bool(linears) and not different and set(theirs) == set(linears)
-    return [
-        Row("AutoAWQ 0.2.9", "unpacked float16 weights", found, f"{len(linears)} equal, bit for bit", agrees)
-    ]
+    return [Row("AutoAWQ 0.2.9", "unpacked float16 weights", found, f"{len(linears)} equal, bit for bit", agrees)]
 
 
 def measure_difference(context: Context, python: Path, name: str) -> str:
@@ -248,9 +245,7 @@ def measure_difference(context: Context, python: Path, name: str) -> str:
     ours = context.artifact.codes(name).dequantize()
     if theirs is None or theirs.shape != ours.shape:
         return f"shape {None if theirs is None else list(theirs.shape)}, qtool's {list(ours.shape)}"
-    return (
-        f"largest difference {(theirs.float() - ours).abs().max():.3e}, largest weight {ours.abs().max():.3e}"
-    )
+    return f"largest difference {(theirs.float() - ours).abs().max():.3e}, largest weight {ours.abs().max():.3e}"
 
 
 @dataclass(frozen=True)
@@ -312,16 +307,10 @@ def check_artifact(args: argparse.Namespace) -> int:
 
 def main() -> None:
     """Parse the command line and exit with the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder of the artifact")
-    parser.add_argument(
-        "--source", type=Path, help="the model that it was made from: compares config.json too"
-    )
-    parser.add_argument(
-        "--peers", type=Path, default=Path("~/.cache/qtool-peers"), help="default: %(default)s"
-    )
+    parser.add_argument("--source", type=Path, help="the model that it was made from: compares config.json too")
+    parser.add_argument("--peers", type=Path, default=Path("~/.cache/qtool-peers"), help="default: %(default)s")
     parser.add_argument(
         "--torch-index",
         metavar="URL",

@@ -86,9 +86,7 @@ def prepare(folder: Path, documents: int, vocabulary: int, workers: int) -> None
     """Tokenizer and token files; what exists already is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer(chunk_texts(0, min(CHUNK, documents)), vocabulary).save(
-            str(folder / "tokenizer.json")
-        )
+        train_tokenizer(chunk_texts(0, min(CHUNK, documents)), vocabulary).save(str(folder / "tokenizer.json"))
     size = min(CHUNK, documents)
     wanted = [(folder, number, size) for number in range(max(1, documents // CHUNK))]
     missing = [task for task in wanted if not (folder / f"tokens-{task[1]:04d}.npy").exists()]

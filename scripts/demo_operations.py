@@ -42,17 +42,13 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 }
 
 
-def item_filter(
-    name: str, kind: str, code: tuple[str, ...], clauses: tuple[str, ...], argument: str = ""
-) -> Operation:
+def item_filter(name: str, kind: str, code: tuple[str, ...], clauses: tuple[str, ...], argument: str = "") -> Operation:
     """A filter; every clause completes 'keep the numbers ...'."""
     frames = ("keep only the {items} C", "keep the {items} C", "select the {items} C", "pick out the {items} C",
               "drop all {items} except those C", "ignore everything but the {items} C")  # fmt: skip
     verbs = tuple(frame.replace("C", clause) for clause in clauses for frame in frames)
     short = name.split("_", 1)[1]
-    return Operation(
-        name, kind, kind, code, verbs, "{x} " + clauses[0], argument=argument, shape="filter", short=short
-    )
+    return Operation(name, kind, kind, code, verbs, "{x} " + clauses[0], argument=argument, shape="filter", short=short)
 
 
 def item_map(
@@ -60,9 +56,7 @@ def item_map(
     gives: str = "",
 ) -> Operation:  # fmt: skip
     """One expression on each item."""
-    return Operation(
-        name, takes, gives or takes, code, verbs, noun, argument=argument, shape="map", short=name
-    )
+    return Operation(name, takes, gives or takes, code, verbs, noun, argument=argument, shape="map", short=name)
 
 
 def value(
@@ -77,9 +71,7 @@ def list_operations(kind: str) -> list[Operation]:
     """What works on any list."""
     mark = "numbers" if kind == NUMBERS else "words"
 
-    def same(
-        name: str, code: tuple[str, ...], verbs: tuple[str, ...], noun: str = "", argument: str = ""
-    ) -> Operation:
+    def same(name: str, code: tuple[str, ...], verbs: tuple[str, ...], noun: str = "", argument: str = "") -> Operation:
         return Operation(f"{name}_{mark}", kind, kind, code, verbs, noun, argument=argument, short=name)
 
     up = "in ascending order" if kind == NUMBERS else "alphabetically"

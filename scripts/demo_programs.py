@@ -222,9 +222,7 @@ def run_as_written(program: Program) -> None:
     for inputs, result in program.cases:
         found = function(*inputs)
         if found != result or type(found) is not type(result):
-            raise AssertionError(
-                f"{program.composition}: {found!r} is not {result!r}\n{program.prompt}{program.body}"
-            )
+            raise AssertionError(f"{program.composition}: {found!r} is not {result!r}\n{program.prompt}{program.body}")
 
 
 def programs(seed: str, held_out: bool, lengths: dict[int, int] | None = None) -> Iterator[Program]:

@@ -15,9 +15,7 @@ def source_of(argument: object, names: Names) -> str:
     return str(argument)
 
 
-def render_body(
-    rng: random.Random, operations: tuple[Operation, ...], arguments: list[object], names: Names
-) -> str:
+def render_body(rng: random.Random, operations: tuple[Operation, ...], arguments: list[object], names: Names) -> str:
     """The function's body, four spaces deep, ending in a newline."""
     units = make_units(rng, operations, arguments, names)
     loop = loop_body(rng, operations, units, names) if len(operations) <= 3 and rng.random() < 0.3 else ""
@@ -73,11 +71,7 @@ def nest(rng: random.Random, template: str, inner: str) -> str:
         return ""
     if inner.count(" for ") and " for " in template:
         return ""  # comprehensions inside comprehensions are hard to read
-    if (
-        template in ("sum({v})", '"".join({v})', '" ".join({v})')
-        and is_comprehension(inner)
-        and rng.random() < 0.6
-    ):
+    if template in ("sum({v})", '"".join({v})', '" ".join({v})') and is_comprehension(inner) and rng.random() < 0.6:
         inner = inner[1:-1]
     if re.search(r"\w\({v}[,)]", template) or is_atomic(inner):
         return template.replace("{v}", inner)
@@ -124,9 +118,7 @@ def loop_body(
     kind = units[0][2]
     tail = units[1][0] if len(units) == 2 else "{v}"
     total = names.results[NUMBER] if tail in ("sum({v})", "len({v})") else names.results[kind]
-    add = {"sum({v})": f"{total} += {element}", "len({v})": f"{total} += 1"}.get(
-        tail, f"{total}.append({element})"
-    )
+    add = {"sum({v})": f"{total} += {element}", "len({v})": f"{total} += 1"}.get(tail, f"{total}.append({element})")
     start = "0" if tail in ("sum({v})", "len({v})") else "[]"
     lines = [f"    {total} = {start}", f"    for {item} in {names.source}:"]
     lines += [f"        if {condition}:", f"            {add}"] if condition else [f"        {add}"]

@@ -110,17 +110,13 @@ def phrase(rng: random.Random, template: str, operation: Operation, argument: ob
     return text.replace("{it}", names.whole.get(operation.takes, "it")).replace("{k}", shown)
 
 
-def describe(
-    rng: random.Random, operations: tuple[Operation, ...], arguments: list[object], names: Names
-) -> str:
+def describe(rng: random.Random, operations: tuple[Operation, ...], arguments: list[object], names: Names) -> str:
     """What the function does, in one or two sentences."""
     if len(operations) <= 3 and rng.random() < 0.35:
         nested = describe_nested(rng, operations, arguments, names)
         if nested:
             return nested
-    steps = [
-        phrase(rng, rng.choice(o.verbs), o, a, names) for o, a in zip(operations, arguments, strict=True)
-    ]
+    steps = [phrase(rng, rng.choice(o.verbs), o, a, names) for o, a in zip(operations, arguments, strict=True)]
     last = operations[-1]
     closing = ""
     if last.final and (last.gives == TRUTH or rng.random() < 0.6):
@@ -142,11 +138,7 @@ def join_steps(rng: random.Random, steps: list[str], closing: str) -> str:
     if style == 1:
         return capital(", then ".join(parts)) + "."
     if style == 2:
-        return (
-            f"First {parts[0]}, "
-            + "".join(f"next {part}, " for part in parts[1:-1])
-            + f"finally {parts[-1]}."
-        )
+        return f"First {parts[0]}, " + "".join(f"next {part}, " for part in parts[1:-1]) + f"finally {parts[-1]}."
     if style == 3:
         return ". ".join(capital(part) for part in parts) + "."
     return capital(parts[0]) + "; " + "; ".join(parts[1:]) + "."

@@ -108,9 +108,7 @@ def convert(gguf: Path, out: Path, shard_size: str) -> None:
 
 def main() -> None:
     """Parse the command line, and make the folder unless it is there already."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make; a finished one is left as it is")
     parser.add_argument("--shard-size", default="200MB", help="largest shard (default: %(default)s)")
     args = parser.parse_args()

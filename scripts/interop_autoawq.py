@@ -62,9 +62,7 @@ def unpack_linears(folder: Path, only: str | None) -> Iterator[tuple[str, torch.
         group_size = quantization["group_size"]
         if group_size == -1:
             group_size = parts["qweight"].shape[0]
-        weight = dequantize(
-            parts["qweight"], parts["qzeros"], parts["scales"].half(), quantization["bits"], group_size
-        )
+        weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"].half(), quantization["bits"], group_size)
         if weight.dtype != torch.float16:
             raise SystemExit(f"{name}: AutoAWQ made {weight.dtype}, expected torch.float16")
         yield name, (weight.t().contiguous() + 0.0)  # + 0.0: a negative zero becomes a plain one
@@ -72,9 +70,7 @@ def unpack_linears(folder: Path, only: str | None) -> Iterator[tuple[str, torch.
 
 def main() -> None:
     """Print the digests, or write one weight to a file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder of the artifact")
     parser.add_argument("--only", metavar="LINEAR", help="this linear only")
     parser.add_argument("--dump", type=Path, help="also write the weights to this .safetensors file")

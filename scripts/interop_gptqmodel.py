@@ -51,9 +51,7 @@ def run_model(folder: Path, backend: str, dtype: str, tokens: Any) -> tuple[Any,
 
 def main() -> None:
     """Run each kernel choice; what the libraries print goes to standard error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="folder of the artifact")
     parser.add_argument("--tokens", type=Path, required=True, help=".safetensors with int64 `tokens`")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors to write")

@@ -45,9 +45,7 @@ def read_tokens(path: Path, limit: int | None) -> list[list[int]]:
             raise SystemExit(f"{path}: no tensor named 'tokens' (found {', '.join(sorted(tensors))})")
         tokens = tensors["tokens"]
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise SystemExit(
-            f"{path}: expected integers [sequences, length], found {tokens.dtype} {tokens.shape}"
-        )
+        raise SystemExit(f"{path}: expected integers [sequences, length], found {tokens.dtype} {tokens.shape}")
     rows: list[list[int]] = tokens[:limit].tolist()
     return rows
 
@@ -149,9 +147,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="source folder: config.json, safetensors, tokenizer")
     parser.add_argument("--method", choices=("awq", "gptq"), required=True)
     parser.add_argument(

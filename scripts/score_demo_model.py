@@ -105,9 +105,7 @@ def paired_p(before: list[bool], after: list[bool]) -> tuple[int, int, float]:
     return lost, gained, min(1.0, 2 * tail)
 
 
-def summary(
-    bits: int, problems: list[dict[str, Any]], source: list[bool], right: list[bool], loss: float
-) -> str:
+def summary(bits: int, problems: list[dict[str, Any]], source: list[bool], right: list[bool], loss: float) -> str:
     """One line: score, score by level, paired test against the source, perplexity."""
     levels = Counter(p["level"] for p in problems)
     solved = Counter(p["level"] for p, ok in zip(problems, right, strict=True) if ok)
@@ -121,9 +119,7 @@ def summary(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--problems", type=int, default=0, help="evenly spread over the task; default all")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3])
@@ -141,9 +137,7 @@ def main() -> None:
             if bits:
                 quantize_layers(model, bits)
             answers = complete(model, tokenizer, [p["prompt"] for p in problems])
-            tasks = [
-                (p["prompt"], a, p["test"], p["entry_point"]) for p, a in zip(problems, answers, strict=True)
-            ]
+            tasks = [(p["prompt"], a, p["test"], p["entry_point"]) for p, a in zip(problems, answers, strict=True)]
             right = pool.map(passes, tasks, chunksize=8)
             source = source or right
             loss = mean_loss(model, tokenizer)

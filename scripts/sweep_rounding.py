@@ -1,6 +1,6 @@
 """Which strength of propagation, damping and clipping costs least: mean KL of many settings on one model in one run.
 
-    python scripts/sweep_rounding.py MODEL CALIBRATION HELDOUT [--group-size 128] [--samples 128] [--length 256] [--quick]
+    python scripts/sweep_rounding.py MODEL CALIBRATION HELDOUT [--group-size N] [--samples N] [--length N] [--quick]
 
 MODEL: a folder or `qtool-demo`; CALIBRATION and HELDOUT: texts as a recipe names them. Prints a Markdown table.
 """
@@ -38,7 +38,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "awq + gptq, propagated, damp .01": {"damp_percent": 0.01},
     "awq + gptq, propagated, damp .1": {"damp_percent": 0.1},
 }
-QUICK = ("awq + rtn", "awq + gptq, source inputs", "awq + gptq, propagated, strength .5", "awq + gptq, propagated, strength .75")
+QUICK = (
+    "awq + rtn",
+    "awq + gptq, source inputs",
+    "awq + gptq, propagated, strength .5",
+    "awq + gptq, propagated, strength .75",
+)
 
 
 def main() -> None:

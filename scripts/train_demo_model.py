@@ -115,9 +115,7 @@ def make_optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.95), fused=True)
 
 
-def train(
-    plan: Plan, work: Path, device: torch.device, deadline: float
-) -> tuple[LlamaForCausalLM, list[float], bool]:
+def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tuple[LlamaForCausalLM, list[float], bool]:
     """Run until the plan is fulfilled or the monotonic clock passes the deadline: (model, losses, done)."""
     batches = Batches(load_rows(work), plan, device)
     model = build_model(plan).to(device)
@@ -201,10 +199,7 @@ def export(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
     # transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype
     config |= {"rope_theta": 10000.0, "rope_scaling": None, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    config |= {
-        key: getattr(model.config, key)
-        for key in ("hidden_act", "head_dim", "rms_norm_eps", "attention_bias")
-    }
+    config |= {key: getattr(model.config, key) for key in ("hidden_act", "head_dim", "rms_norm_eps", "attention_bias")}
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
     loaded = Tokenizer.from_file(str(tokenizer))
@@ -242,9 +237,7 @@ def draw_curve(losses: list[float], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for token files and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop (resumably) after this many")

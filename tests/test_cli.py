@@ -24,7 +24,7 @@ def problems(tmp_path: Path) -> Path:
     rows = [
         {
             "task_id": f"t/{i}", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-            "canonical_solution": "    return x\n", "test": f"def check(candidate):\n    assert candidate({i}) == {i} + 1000\n",
+            "canonical_solution": "    return x\n", "test": f"def check(candidate):\n    assert candidate({i}) == {i + 1000}\n",
         }
         for i in range(2)
     ]  # fmt: skip
@@ -102,19 +102,26 @@ def test_input_errors_exit_2(write_recipe: Callable[..., Path], tmp_path: Path) 
 
 
 def test_only_one_output(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    outputs = [{"method": "awq", "group_size": 32}, {"method": "awq", "name": "rtn", "group_size": 32, "scaling": "none"}]
+    outputs = [
+        {"method": "awq", "group_size": 32},
+        {"method": "awq", "name": "rtn", "group_size": 32, "scaling": "none"},
+    ]
     result = call("run", write_recipe(outputs=outputs), "--only", "rtn", "--runs", tmp_path / "runs")
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["tiny-rtn"]
 
 
-def test_verify_and_evaluate_commands(write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, text_file: Path) -> None:
+def test_verify_and_evaluate_commands(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, text_file: Path
+) -> None:
     assert call("run", write_recipe(), "--runs", tmp_path / "runs").exit_code == 0
     artifact = tmp_path / "artifacts" / "tiny-awq"
     result = call("verify", artifact, "--source", tiny)
     assert result.exit_code == 0
     assert "sound" in result.output
-    result = call("evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--runs", tmp_path / "runs")
+    result = call(
+        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--runs", tmp_path / "runs"
+    )
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output
     (artifact / "model.safetensors").write_bytes(b"")
@@ -132,7 +139,8 @@ def test_help_shows_examples(command: list[str]) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     """`qtool --help` must be quick: torch alone takes seconds."""
-    code = "import sys; from qtool.cli import main; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "transformers", "pydantic")
+    code = f"import sys; from qtool.cli import main; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qtool import QtoolError
 
+from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text import load_tokenizer
@@ -52,7 +52,9 @@ def test_batched_greedy_equals_transformers_one_by_one(model: Any, tokenizer: An
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False, pad_token_id=0)
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False, pad_token_id=0
+        )
         expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     for batch in (1, 2, 4):
         assert answers(model, tokenizer, batch) == expected
@@ -69,7 +71,7 @@ def test_rows_stop_when_they_are_done(model: Any, tokenizer: Any) -> None:
 
 def test_a_model_with_a_missing_tensor_is_refused(tiny: Path) -> None:
     stream = ((name, tensor) for name, tensor in Checkpoint.open(tiny).read() if "up_proj" not in name)
-    with pytest.raises(QtoolError, match="lacks model.layers.0.mlp.up_proj"):
+    with pytest.raises(QtoolError, match=r"lacks model\.layers\.0\.mlp\.up_proj"):
         load_model(stream, load_config(tiny), torch.device("cpu"))
 
 

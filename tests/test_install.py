@@ -11,7 +11,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_everything_imports_below_qtool() -> None:
-    for folder, package in (("convert", "qtool.convert"), ("quantize", "qtool.quantize"), ("evaluate", "qtool.evaluate")):
+    for folder, package in (
+        ("convert", "qtool.convert"),
+        ("quantize", "qtool.quantize"),
+        ("evaluate", "qtool.evaluate"),
+    ):
         for path in (ROOT / folder).glob("*.py"):
             assert importlib.util.find_spec(f"{package}.{path.stem}"), f"{path}: install again after adding a file"
 

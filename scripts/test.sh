@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything CI checks: ruff, mypy --strict, pytest. Arguments go to pytest: scripts/test.sh tests/test_gptq.py -x
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment
+.venv/bin/ruff check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -q "$@"
