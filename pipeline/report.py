@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -68,12 +70,13 @@ def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict
         for task, score in scores.tasks.get(name, {}).items():
             passed = score.passed
             interval = wilson(sum(passed), len(passed))
-            row[task] = f"{sum(passed) / len(passed):.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+            label = Path(task).name
+            row[label] = f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
             source = scores.tasks.get("source", {}).get(task)
             if source is not None and name != "source":
                 difference = paired_difference(source.passed, passed)
                 loss = difference.loss
-                row[f"{task}: points lost"] = (
+                row[f"{label}: points lost"] = (
                     f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}], p={difference.p:.2g}"
                 )
         rows.append(row)
@@ -90,10 +93,15 @@ def _fidelity_cells(name: str, scores: Scores) -> dict[str, str]:
     return cells
 
 
+def _columns(rows: list[dict[str, str]]) -> list[str]:
+    """Every column, in the order of the fullest row."""
+    return list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
+
+
 def table_of(rows: list[dict[str, str]], title: str = "") -> Table:
     """A rich table; a cell nobody measured stays empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
+    columns = _columns(rows)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
@@ -103,7 +111,7 @@ def table_of(rows: list[dict[str, str]], title: str = "") -> Table:
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
     """The same rows as a Markdown table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = _columns(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows]
     return "\n".join(lines)
