@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
-from qtool.convert import autoawq
 from qtool.convert.checkpoint import Checkpoint, TensorStream, read_json
-from qtool.convert.codes import UniformCodes
+from qtool.convert.codes import Codes
+from qtool.convert.containers import Linears
 from qtool.convert.source import sha256_file
 
 MANIFEST = "qtool.json"
@@ -23,7 +23,8 @@ FOLD_SCALES = "fold_scales"
 PARTIAL = ".partial"
 # Carried byte for byte. config.json is edited, not carried; weights and the source's card are left behind.
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_SIDECARS = {"config.json", "model.safetensors.index.json", MANIFEST, "quantize_config.json"}
+QUANTIZE_CONFIG = "quantize_config.json"
+_NOT_SIDECARS = {"config.json", "model.safetensors.index.json", MANIFEST, QUANTIZE_CONFIG}
 
 
 class FileEntry(BaseModel):
@@ -82,31 +83,33 @@ class Artifact:
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
 
+    @property
+    def packed(self) -> Linears:
+        """The quantized linears. Raises QtoolError for a container that qtool does not read."""
+        return Linears(self.checkpoint, self.quantization)
+
     def linears(self) -> list[str]:
         """Names of the quantized linears, in file order."""
-        return [name.removesuffix(".qweight") for name in self.checkpoint.tensors if name.endswith(".qweight")]
+        return self.packed.names() if self.quantization else []
 
-    def codes(self, linear: str) -> UniformCodes:
-        """One linear as codes, scales and zeros."""
-        return read_codes(self.checkpoint, linear, int(self.quantization["group_size"]))
+    def codes(self, linear: str) -> Codes:
+        """One linear as codes and scales."""
+        return self.packed.codes(linear)
 
     def read(self) -> TensorStream:
         """Every tensor of the model under its Hugging Face name; quantized linears dequantized to float32."""
-        method = self.quantization.get("quant_method")
-        if method not in (None, "awq"):
-            raise QtoolError(f"{self.path}: quant_method {method!r} cannot be read back yet.")
+        if not self.quantization:
+            yield from self.checkpoint.read()
+            return
+        packed = self.packed
+        mark = f".{packed.container.MARK}"
+        parts = {f"{linear}.{suffix}" for linear in packed.names() for suffix in packed.parts(linear)}
         for name in self.checkpoint.tensors:
-            if name.endswith(".qweight"):
-                linear = name.removesuffix(".qweight")
-                yield f"{linear}.weight", self.codes(linear).dequantize()
-            elif not name.endswith((".qzeros", ".scales")):
+            if name.endswith(mark):
+                linear = name.removesuffix(mark)
+                yield f"{linear}.weight", packed.codes(linear).dequantize()
+            elif name not in parts:
                 yield name, self.checkpoint.tensor(name)
-
-
-def read_codes(checkpoint: Checkpoint, linear: str, group_size: int) -> UniformCodes:
-    """One AutoAWQ linear out of an open folder, finished or not."""
-    tensors = {suffix: checkpoint.tensor(f"{linear}.{suffix}") for suffix in autoawq.SUFFIXES}
-    return autoawq.unpack(tensors, tensors["qweight"].shape[0] if group_size == -1 else group_size)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -129,16 +132,20 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """The source's own config.json plus ``quantization_config``; its dtype key follows the stored tensors.
+def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """The source's own config.json plus ``quantization_config``; its dtype key follows the stored tensors (None: the
+    source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """
     config = read_json(source / "config.json")
-    key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    if dtype is not None:
+        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+        config[key] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = dict(quantization)
     write_json(target / "config.json", config)
+    if quantization["quant_method"] == "gptq":
+        write_json(target / QUANTIZE_CONFIG, dict(quantization))
 
 
 def write_json(path: Path, data: Any) -> None:

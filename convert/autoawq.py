@@ -7,20 +7,35 @@ both packed along OUT in AWQ order; ``w = (q - z) * s``; zeros stored as they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from qtool.convert.codes import UniformCodes
+from qtool.convert.codes import Codes, UniformCodes
 from qtool.convert.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
 
-SUFFIXES = ("qweight", "qzeros", "scales")
+MARK = "qweight"
+SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
+POSITIVE: tuple[str, ...] = ("scales",)
+BY_ROW = True
 
 
-def specs(out: int, columns: int, group_size: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
+    """group_size."""
+    return {"group_size": section.get("group_size")}
+
+
+def multiples(section: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows are packed in eights."""
+    return 8, 1
+
+
+def specs(
+    out: int, columns: int, section: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix -> (dtype, shape) of the tensors that replace one ``.weight``."""
-    groups = columns // group_size
+    groups = columns // _group_size(section, columns)
     return {
         "qweight": (torch.int32, (columns, out // 8)),
         "qzeros": (torch.int32, (groups, out // 8)),
@@ -28,8 +43,9 @@ def specs(out: int, columns: int, group_size: int, dtype: torch.dtype) -> dict[s
     }
 
 
-def pack(codes: UniformCodes) -> dict[str, torch.Tensor]:
+def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Suffix -> tensor for one linear."""
+    assert isinstance(codes, UniformCodes)
     return {
         "qweight": pack_nibbles(codes.codes.t().contiguous(), AWQ_ORDER),
         "qzeros": pack_nibbles(codes.zero.t().contiguous(), AWQ_ORDER),
@@ -37,15 +53,21 @@ def pack(codes: UniformCodes) -> dict[str, torch.Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, torch.Tensor], group_size: int) -> UniformCodes:
+def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> UniformCodes:
     """Inverse of `pack`."""
     return UniformCodes(
         codes=unpack_nibbles(tensors["qweight"], AWQ_ORDER).t().contiguous(),
         scale=tensors["scales"].t().contiguous(),
         zero=unpack_nibbles(tensors["qzeros"], AWQ_ORDER).t().contiguous(),
         bits=4,
-        group_size=group_size,
+        group_size=_group_size(section, tensors["qweight"].shape[0]),
     )
+
+
+def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+    """``(out, in)``."""
+    columns, words = tensor("qweight").shape
+    return words * 8, columns
 
 
 def quantization_config(group_size: int, skipped: list[str]) -> dict[str, Any]:
@@ -58,3 +80,8 @@ def quantization_config(group_size: int, skipped: list[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": skipped or None,
     }
+
+
+def _group_size(section: Mapping[str, Any], columns: int) -> int:
+    size = int(section["group_size"])
+    return columns if size == -1 else size

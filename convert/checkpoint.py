@@ -100,7 +100,9 @@ class Checkpoint:
             if info is None:
                 if name in set(tied):
                     continue
-                raise QtoolError(f"{self.path}: config.json implies a tensor {name} {list(shape)}, which no shard holds.")
+                raise QtoolError(
+                    f"{self.path}: config.json implies a tensor {name} {list(shape)}, which no shard holds."
+                )
             if info.shape != shape:
                 raise QtoolError(
                     f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
@@ -146,7 +148,7 @@ def _no_safetensors(path: Path) -> str:
     if pickles:
         return (
             f"{path}: holds only pickle weights ({pickles[0].name}), which can run code when opened, so qtool refuses "
-            "them. Convert where you trust the file: `python -c \"from transformers import AutoModelForCausalLM as M; "
+            'them. Convert where you trust the file: `python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{path.name}', torch_dtype='auto').save_pretrained('{path.name}-safetensors')\"`"
         )
     return f"{path}: no *.safetensors in this folder. Name a folder that holds a Hugging Face model."

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class UniformCodes:
-    """A linear on a uniform grid: ``w[o, i] = (codes[o, i] - zero[o, g(i)]) * scale[o, g(i)]``, g(i) = i // group_size.
+    """A linear on a uniform grid: ``w[o, i] = (codes[o, i] - zero[o, g(i)]) * scale[o, g(i)]``, g(i) = i // group_size
+    unless ``g_idx`` says otherwise.
 
-    codes uint8 ``[out, in]`` in 0 .. 2**bits - 1; scale (as stored: float16 or bfloat16) and zero uint8 ``[out, groups]``.
+    codes uint8 ``[out, in]`` in 0 .. 2**bits - 1; scale (as stored: float16 or bfloat16) and zero uint8 ``[out,
+    groups]``; group_size: columns to a group, ``in`` where a row is one group; g_idx int64 ``[in]`` (None: the
+    columns in order).
     """
 
     codes: torch.Tensor
@@ -19,24 +22,110 @@ class UniformCodes:
     zero: torch.Tensor
     bits: int
     group_size: int
+    g_idx: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Weight ``[out, in]``: computed in float32, then rounded once to ``dtype``."""
         out, columns = self.codes.shape
+        if self.g_idx is not None:
+            weight = (self.codes.float() - self.zero[:, self.g_idx].float()).mul_(self.scale[:, self.g_idx].float())
+            return weight.to(dtype)
         grouped = self.codes.view(out, -1, self.group_size).float()
         weight = (grouped - self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1))
         return weight.view(out, columns).to(dtype)
 
     def cpu(self) -> UniformCodes:
         """The same codes in host memory."""
-        return UniformCodes(self.codes.cpu(), self.scale.cpu(), self.zero.cpu(), self.bits, self.group_size)
+        g_idx = None if self.g_idx is None else self.g_idx.cpu()
+        return replace(self, codes=self.codes.cpu(), scale=self.scale.cpu(), zero=self.zero.cpu(), g_idx=g_idx)
 
-    def equals(self, other: UniformCodes) -> bool:
+    def equals(self, other: UniformCodes | Nf4Blocks) -> bool:
         """Bit for bit: codes, scales, zeros and geometry."""
         return (
-            (self.bits, self.group_size) == (other.bits, other.group_size)
+            isinstance(other, UniformCodes)
+            and (self.bits, self.group_size) == (other.bits, other.group_size)
             and torch.equal(self.codes, other.codes)
             and self.scale.dtype == other.scale.dtype
             and torch.equal(self.scale, other.scale)
             and torch.equal(self.zero, other.zero)
+            and _same(self.g_idx, other.g_idx)
         )
+
+
+@dataclass(frozen=True)
+class Nested:
+    """The second quantization of NF4's block maxima: ``absmax = table[codes] * scale[block] + offset``.
+
+    scale float32 ``[ceil(blocks / block)]``, table float32 ``[256]``, block: block maxima to a scale.
+    """
+
+    scale: torch.Tensor
+    table: torch.Tensor
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class Nf4Blocks:
+    """A linear in NF4: blocks of ``block`` consecutive weights (row-major), each a 4-bit index into ``table`` times the
+    block's largest magnitude. Dettmers et al., "QLoRA", arXiv 2305.14314; bitsandbytes' functional.py (QuantState).
+
+    packed uint8 ``[out * in / 2, 1]``, the first of two weights in the high nibble; absmax float32 ``[blocks]``, or
+    uint8 with ``nested``; table float32 ``[16]``; dtype: of the source weight, which dequantizing rounds to.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    table: torch.Tensor
+    shape: tuple[int, int]
+    block: int
+    dtype: torch.dtype
+    nested: Nested | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Weight ``[out, in]`` as bitsandbytes' dequantize_4bit gives it (rounded to the source's dtype), in
+        ``dtype``."""
+        flat = self.packed.flatten()
+        values = self.table[torch.stack((flat >> 4, flat & 15), dim=-1).flatten().int()]
+        count = self.shape[0] * self.shape[1]
+        scales = self.block_maxima().repeat_interleave(self.block)[:count]
+        return values[:count].mul_(scales).to(self.dtype).view(self.shape).to(dtype)
+
+    def block_maxima(self) -> torch.Tensor:
+        """float32 ``[blocks]``."""
+        if self.nested is None:
+            return self.absmax.float()
+        scales = self.nested.scale.repeat_interleave(self.nested.block)[: self.absmax.numel()]
+        return self.nested.table[self.absmax.int()].mul_(scales).add_(self.nested.offset)
+
+    def cpu(self) -> Nf4Blocks:
+        """The same blocks in host memory."""
+        nested = self.nested
+        if nested is not None:
+            nested = replace(nested, scale=nested.scale.cpu(), table=nested.table.cpu())
+        return replace(self, packed=self.packed.cpu(), absmax=self.absmax.cpu(), table=self.table.cpu(), nested=nested)
+
+    def equals(self, other: UniformCodes | Nf4Blocks) -> bool:
+        """Bit for bit."""
+        if not isinstance(other, Nf4Blocks) or (self.nested is None) != (other.nested is None):
+            return False
+        if (self.shape, self.block, self.dtype) != (other.shape, other.block, other.dtype):
+            return False
+        pairs = [(self.packed, other.packed), (self.absmax, other.absmax), (self.table, other.table)]
+        if self.nested is not None and other.nested is not None:
+            pairs += [(self.nested.scale, other.nested.scale), (self.nested.table, other.nested.table)]
+            if (self.nested.block, self.nested.offset) != (other.nested.block, other.nested.offset):
+                return False
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+Codes = UniformCodes | Nf4Blocks
+
+
+def ordered_groups(columns: int, group_size: int) -> torch.Tensor:
+    """``i // group_size`` for every column: int64 ``[columns]``."""
+    return torch.arange(columns) // group_size
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qtool import QtoolError
-from qtool.convert import autoawq
 from qtool.convert.checkpoint import TensorInfo
+from qtool.convert.containers import Section, container_of
 from qtool.convert.writer import Spec, nbytes
 
 GROUP_SIZES = (128, 64, 32)
@@ -41,29 +41,44 @@ class OutputPlan:
         return 8 * self.nbytes / self.parameters
 
 
-def plan_awq(
-    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], group_size: int, dtype: torch.dtype
+def plan_output(
+    tensors: Mapping[str, TensorInfo],
+    prefix: str,
+    linears: Sequence[str],
+    section: Section,
+    dtype: torch.dtype | None,
+    group_size: int,
 ) -> OutputPlan:
-    """The AutoAWQ container: ``linears`` of every layer below ``prefix`` are packed, the rest is stored in ``dtype``.
+    """``linears`` of every layer below ``prefix`` go into the container that ``section`` speaks of, the rest is
+    stored in ``dtype`` (None: each tensor in its own). ``group_size``: weights to a scale, -1 for whole rows.
 
     Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit.
     """
+    container = container_of(section)
+    rows_multiple, columns_multiple = container.multiples(section)
     specs: dict[str, Spec] = {}
     plans: list[LinearPlan] = []
     for name in walk_order(tensors, prefix):
-        shape = tensors[name].shape
+        info = tensors[name]
+        stored = dtype or info.dtype
         module = name.removesuffix(".weight")
         if not is_linear(name, prefix, linears):
-            specs[name] = (dtype, shape)
+            specs[name] = (stored, info.shape)
             continue
-        out, columns = shape
-        if columns % group_size == 0 and out % 8 == 0:
-            packed = autoawq.specs(out, columns, group_size, dtype)
-            specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
-            plans.append(LinearPlan(module, out, columns, group_size, sum(nbytes(spec) for spec in packed.values())))
-        else:
-            plans.append(LinearPlan(module, out, columns, group_size, -1))
-    _refuse_unfit([plan for plan in plans if plan.nbytes < 0], plans, group_size)
+        out, columns = info.shape
+        size = columns if group_size == -1 else group_size
+        fits = (
+            (not container.BY_ROW or columns % size == 0)
+            and out % rows_multiple == 0
+            and columns % columns_multiple == 0
+        )
+        packed = container.specs(out, columns, section, stored) if fits else {}
+        specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
+        taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
+        plans.append(LinearPlan(module, out, columns, size, taken))
+    unfit = [plan for plan in plans if plan.nbytes < 0]
+    if unfit:
+        raise QtoolError(_why_unfit(unfit, plans, group_size, rows_multiple, columns_multiple))
     parameters = sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
     return OutputPlan(specs, plans, parameters, sum(nbytes(spec) for spec in specs.values()))
 
@@ -90,9 +105,14 @@ def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
     return sorted(tensors, key=key)
 
 
-def _refuse_unfit(unfit: list[LinearPlan], plans: list[LinearPlan], group_size: int) -> None:
-    if not unfit:
-        return
+def _why_unfit(
+    unfit: list[LinearPlan], plans: list[LinearPlan], group_size: int, rows_multiple: int, columns_multiple: int
+) -> str:
+    for plan in unfit:
+        if plan.out % rows_multiple:
+            return f"{plan.name} has {plan.out} rows; this format packs rows in groups of {rows_multiple}."
+        if plan.columns % columns_multiple:
+            return f"{plan.name} has {plan.columns} columns; this format packs columns in groups of {columns_multiple}."
     fitting = [size for size in GROUP_SIZES if all(plan.columns % size == 0 for plan in plans)]
     kinds: dict[tuple[str, int], list[str]] = {}
     for plan in unfit:
@@ -100,8 +120,5 @@ def _refuse_unfit(unfit: list[LinearPlan], plans: list[LinearPlan], group_size: 
     listed = "; ".join(
         f"{kind} ({columns} columns, {len(names)} layers, first {names[0]})" for (kind, columns), names in kinds.items()
     )
-    odd = [plan for plan in unfit if plan.out % 8]
-    if odd:
-        raise QtoolError(f"group_size: {odd[0].name} has {odd[0].out} rows; AWQ packs rows in eights.")
     advice = f"Sizes that fit every linear: {', '.join(map(str, fitting))}." if fitting else "No group size fits."
-    raise QtoolError(f"group_size: {group_size} does not divide the inputs of {listed}. {advice}")
+    return f"group_size: {group_size} does not divide the inputs of {listed}. {advice}"

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from qtool.convert.containers import container_of
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
 ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is split along OUT
 AWQ_KEYS = ("quant_method", "bits", "group_size", "zero_point", "version")
+GPTQ_KEYS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
+MARLIN_GROUPS = (-1, 32, 64, 128)
+QUANTIZED = (".qweight", ".weight_packed", ".absmax")  # how the tensors of a quantized module end
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``."""
+    """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``; for GPTQ also each
+    linear's least and greatest zero point as decoded; the names of all tensors; quantize_config.json."""
 
     config: dict[str, Any]
     linears: dict[str, tuple[int, int]]
+    zeros: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
+    quantize_config: dict[str, Any] | None = None
 
     @property
     def quantization(self) -> dict[str, Any]:
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
 
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """bits, group_size, sym, as the container's config says them."""
+        return container_of(self.quantization).geometry(self.quantization)
+
 
 @dataclass(frozen=True)
 class RuntimeRule:
-    """``broken(subject, tp)`` yields a reason for every way the rule is broken at that tensor-parallel size."""
+    """``broken(subject, tp)`` yields a reason for every way the rule is broken at that tensor-parallel size. A
+    ``required`` rule tells a fault of the artifact; the others tell what a kernel does not take, a fact about the
+    model."""
 
     name: str
     runtime: str
@@ -34,6 +50,7 @@ class RuntimeRule:
     source: str
     broken: Callable[[Subject, int], Iterator[str]]
     tensor_parallel: bool = False
+    required: bool = False
 
 
 def _awq_keys(subject: Subject, _: int) -> Iterator[str]:
@@ -55,13 +72,124 @@ def _vllm_plain(subject: Subject, tp: int) -> Iterator[str]:
     yield from _shards(subject, tp, multiple_out=8, multiple_in=1)
 
 
-def _marlin(subject: Subject, tp: int) -> Iterator[str]:
+def _awq_marlin(subject: Subject, tp: int) -> Iterator[str]:
     if not subject.quantization.get("zero_point"):
         yield "zero_point is not true"
-    if subject.quantization.get("group_size") not in (-1, 32, 64, 128):
-        yield f"group_size {subject.quantization.get('group_size')} is not one of -1, 32, 64, 128"
+    yield from _marlin(subject, tp)
+
+
+def _marlin(subject: Subject, tp: int) -> Iterator[str]:
+    if subject.geometry["group_size"] not in MARLIN_GROUPS:
+        yield f"group_size {subject.geometry['group_size']} is not one of -1, 32, 64, 128"
     yield from _heads(subject, tp)
     yield from _shards(subject, tp, multiple_out=64, multiple_in=128)
+
+
+def _symmetric_marlin(subject: Subject, tp: int) -> Iterator[str]:
+    if not subject.geometry["sym"]:
+        yield "the grid is asymmetric (sym: false); Marlin takes symmetric ones"
+    if subject.geometry["bits"] not in (4, 8):
+        yield f"bits is {subject.geometry['bits']}; Marlin takes 4 and 8"
+    yield from _marlin(subject, tp)
+
+
+def _compressed_marlin(subject: Subject, tp: int) -> Iterator[str]:
+    if not subject.geometry["sym"] and subject.geometry["bits"] != 4:
+        yield "the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
+    yield from _marlin(subject, tp)
+
+
+def _gptq_keys(subject: Subject, _: int) -> Iterator[str]:
+    section = subject.quantization
+    for key in GPTQ_KEYS:
+        if key not in section:
+            yield f"quantization_config lacks {key!r}"
+    if section.get("bits") not in (4, 8, None):
+        yield f"bits is {section['bits']!r}, expected 4 or 8"
+    if section.get("checkpoint_format") not in ("gptq", "gptq_v2", None):
+        yield f"checkpoint_format is {section['checkpoint_format']!r}, expected 'gptq' or 'gptq_v2'"
+    if section.get("lm_head"):
+        yield "lm_head is true, but the head is not quantized"
+
+
+def _gptq_zeros(subject: Subject, _: int) -> Iterator[str]:
+    """Kernels that ignore the zeros of symmetric files (Marlin) never notice; all others print nonsense."""
+    section = subject.quantization
+    middle = 2 ** (int(section.get("bits") or 4) - 1)
+    version = section.get("checkpoint_format")
+    for name, (low, high) in subject.zeros.items():
+        if section.get("sym") and (low, high) != (middle, middle):
+            found = str(low) if low == high else f"{low} to {high}"
+            yield f"{name}: zero points are {found} in checkpoint_format {version!r}, a symmetric grid has {middle}"
+        elif not section.get("sym") and version == "gptq" and low == 0:
+            yield f"{name}: a zero point of 0 cannot be told in version 1; write checkpoint_format 'gptq_v2'"
+
+
+def _gptq_side(subject: Subject, _: int) -> Iterator[str]:
+    side = subject.quantize_config
+    if side is None:
+        yield "quantize_config.json is missing"
+        return
+    keys = sorted(key for key in {*side, *subject.quantization} if side.get(key) != subject.quantization.get(key))
+    if keys:
+        yield f"quantize_config.json and config.json disagree on {', '.join(keys)}"
+
+
+def _autogptq(subject: Subject, _: int) -> Iterator[str]:
+    if subject.quantization.get("checkpoint_format") != "gptq":
+        yield "it reads version 1 only (checkpoint_format: gptq)"
+    yield from _shards(subject, 1, multiple_out=32, multiple_in=32)
+
+
+def _gptq_shapes(subject: Subject, _: int) -> Iterator[str]:
+    yield from _shards(subject, 1, multiple_out=8, multiple_in=8)
+
+
+def _compressed_keys(subject: Subject, _: int) -> Iterator[str]:
+    section = subject.quantization
+    if section.get("format") != "pack-quantized":
+        yield f"format is {section.get('format')!r}, expected 'pack-quantized'"
+    if section.get("quantization_status") != "compressed":
+        yield f"quantization_status is {section.get('quantization_status')!r}, expected 'compressed'"
+    if "lm_head" not in (section.get("ignore") or ()):
+        yield "ignore lacks 'lm_head'"
+    for key, value in subject.geometry.items():
+        if value is None:
+            yield f"config_groups does not say {key}"
+
+
+def _nf4_keys(subject: Subject, _: int) -> Iterator[str]:
+    section = subject.quantization
+    expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    for key, value in expected.items():
+        if section.get(key) != value:
+            yield f"{key} is {section.get(key)!r}, expected {value!r}"
+    if section.get("bnb_4bit_compute_dtype") not in ("bfloat16", "float16", "float32"):
+        yield f"bnb_4bit_compute_dtype is {section.get('bnb_4bit_compute_dtype')!r}"
+    if "lm_head" not in (section.get("llm_int8_skip_modules") or ()):
+        yield "llm_int8_skip_modules lacks 'lm_head'"
+    nested = section.get("bnb_4bit_use_double_quant")
+    for name in subject.linears:
+        if (f"{name}.weight.nested_absmax" in subject.tensors) != bool(nested):
+            yield f"{name}: bnb_4bit_use_double_quant is {nested}, the tensors say otherwise"
+
+
+def _nf4_shapes(subject: Subject, _: int) -> Iterator[str]:
+    yield from _shards(subject, 1, multiple_out=32, multiple_in=64)
+
+
+def _head(subject: Subject, _: int) -> Iterator[str]:
+    """No loader of these formats is told of a quantized head or embedding; a tied head lives in the embedding."""
+    for name in subject.tensors:
+        module = name.split(".weight")[0].rsplit(".", 1)[0] if name.endswith(QUANTIZED) else ""
+        if module.endswith(("lm_head", "embed_tokens")):
+            yield f"{name}: {module} is quantized, and no loader expects that"
+    if (
+        subject.tensors
+        and "lm_head.weight" not in subject.tensors
+        and subject.config.get("tie_word_embeddings") is False
+    ):
+        yield "lm_head.weight is missing, and tie_word_embeddings is false"
 
 
 def _heads(subject: Subject, tp: int) -> Iterator[str]:
@@ -75,7 +203,7 @@ def _heads(subject: Subject, tp: int) -> Iterator[str]:
 
 def _shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> Iterator[str]:
     """One reason for each kind of linear (all layers have the same shapes) whose shard breaks a multiple."""
-    group = int(subject.quantization.get("group_size", 0))
+    group = int(subject.geometry.get("group_size") or 0)
     seen: set[tuple[str, int, int]] = set()
     for name, (out, columns) in subject.linears.items():
         kind = name.rsplit(".", 1)[-1]
@@ -96,13 +224,62 @@ def _shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> I
             yield f"{kind}: in {columns} is not a multiple of the group size {group}"
 
 
-_VLLM_AWQ = "vllm/model_executor/layers/quantization/awq.py"
-_VLLM_MARLIN = "vllm/model_executor/layers/quantization/awq_marlin.py, utils/marlin_utils.py"
+_TRANSFORMERS = "transformers/utils/quantization_config.py"
+_QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
+_VLLM = "vllm/model_executor/layers/quantization"
+_HEAD = RuntimeRule("embeddings and head", "all", "any", "tie_word_embeddings in config.json", _head, required=True)
 AWQ_RULES = (
-    RuntimeRule("keys", "transformers", "5.23", "transformers/utils/quantization_config.py (AwqConfig)", _awq_keys),
-    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", "gptqmodel/nn_modules/qlinear", _awq_shapes),
-    RuntimeRule("plain kernel", "vLLM", "0.33", _VLLM_AWQ, _vllm_plain, tensor_parallel=True),
-    RuntimeRule("Marlin kernel", "vLLM", "0.33", _VLLM_MARLIN, _marlin, tensor_parallel=True),
-    RuntimeRule("Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/awq.py", _marlin, tensor_parallel=True),
+    RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (AwqConfig)", _awq_keys, required=True),
+    _HEAD,
+    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _awq_shapes),
+    RuntimeRule("plain kernel", "vLLM", "0.33", f"{_VLLM}/awq.py", _vllm_plain, tensor_parallel=True),
+    RuntimeRule(
+        "Marlin kernel",
+        "vLLM",
+        "0.33",
+        f"{_VLLM}/awq_marlin.py, utils/marlin_utils.py",
+        _awq_marlin,
+        tensor_parallel=True,
+    ),
+    RuntimeRule(
+        "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/awq.py", _awq_marlin, tensor_parallel=True
+    ),
 )
-RULES = {"awq": AWQ_RULES}
+GPTQ_RULES = (
+    RuntimeRule("keys", "transformers, vLLM", "5.23, 0.33", f"{_TRANSFORMERS} (GPTQConfig)", _gptq_keys, required=True),
+    RuntimeRule("zero points", "GPTQModel", "7.6", "gptqmodel/utils/model.py", _gptq_zeros, required=True),
+    RuntimeRule(
+        "quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _gptq_side, required=True
+    ),
+    _HEAD,
+    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _gptq_shapes),
+    RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
+    RuntimeRule(
+        "Marlin kernel", "vLLM", "0.33", f"{_VLLM}/gptq_marlin.py, utils/marlin_utils.py", _symmetric_marlin,
+        tensor_parallel=True,
+    ),
+    RuntimeRule(
+        "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/gptq.py", _symmetric_marlin,
+        tensor_parallel=True,
+    ),
+)  # fmt: skip
+COMPRESSED_RULES = (
+    RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _compressed_keys, required=True),
+    _HEAD,
+    RuntimeRule(
+        "Marlin kernel", "vLLM", "0.33", f"{_VLLM}/compressed_tensors/schemes/compressed_tensors_wNa16.py",
+        _compressed_marlin,
+        tensor_parallel=True,
+    ),
+)  # fmt: skip
+NF4_RULES = (
+    RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (BitsAndBytesConfig)", _nf4_keys, required=True),
+    _HEAD,
+    RuntimeRule("CPU and GEMV kernels", "bitsandbytes", "0.50.2", "bitsandbytes/functional.py", _nf4_shapes),
+)
+RULES = {
+    "awq": AWQ_RULES,
+    "gptq": GPTQ_RULES,
+    "compressed-tensors": COMPRESSED_RULES,
+    "bitsandbytes": NF4_RULES,
+}

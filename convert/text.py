@@ -22,7 +22,8 @@ Row = str | list[dict[str, str]]  # plain text, or chat messages
 
 
 class TextSource(BaseModel):
-    """``text``: a name in SHIPPED, a .txt/.jsonl/.parquet file, or a Hub data set with its ``split`` and ``revision``."""
+    """``text``: a name in SHIPPED, a .txt/.jsonl/.parquet file, or a Hub data set with its ``split`` and
+    ``revision``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,8 +72,8 @@ def token_windows(source: TextSource, tokenizer: Any) -> torch.Tensor:
     if not rows:
         raise QtoolError(f"text {source.text!r}: no rows.")
     raise QtoolError(
-        f"text {source.text!r}: fills {len(windows)} windows of {source.length} tokens, {source.samples} were asked for. "
-        f"Lower `samples` to {len(windows)} or less, or name a longer text."
+        f"text {source.text!r}: fills {len(windows)} windows of {source.length} tokens; {source.samples} are asked for."
+        f" Lower `samples` to {len(windows)} or less, or name a longer text."
     )
 
 
@@ -119,7 +120,7 @@ def _dataset(name: str, source: TextSource, **options: Any) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         raise QtoolError(
             f"text: the data set {name!r} (split {split!r}) cannot be fetched ({type(error).__name__}). Offline, save "
-            "rows as {\"text\": …} lines in a .jsonl file and name that file.",
+            'rows as {"text": …} lines in a .jsonl file and name that file.',
             exit_code=3,
         ) from error
 
@@ -141,5 +142,3 @@ def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
         return "\n\n".join(message["content"] for message in messages)
     rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
     return rendered
-
-

@@ -1,8 +1,9 @@
-"""Re-open an artifact and check it: files, tensors, the loading rules of each runtime, and the error against its source."""
+"""Re-open an artifact and check it: files, tensors, the loading rules of each runtime, and the error against its
+source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,11 @@ from typing import Literal
 import torch
 
 from qtool import QtoolError
-from qtool.convert import runtimes
-from qtool.convert.artifact import EXTRAS, MANIFEST, Artifact, Manifest
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert import autogptq, runtimes
+from qtool.convert.artifact import EXTRAS, MANIFEST, QUANTIZE_CONFIG, Artifact, Manifest
+from qtool.convert.checkpoint import Checkpoint, TensorInfo, read_json
 from qtool.convert.source import sha256_file
+from qtool.convert.writer import Spec
 
 Status = Literal["pass", "fail", "not made"]
 FROBENIUS_TOLERANCE = 1e-3  # relative; float32 sums in another order move the sixth digit
@@ -85,54 +87,82 @@ def check_files(path: Path, manifest: Manifest) -> tuple[str, list[str], str]:
 def check_tensors(artifact: Artifact) -> tuple[str, list[str], str]:
     """Every linear of the manifest unpacks to its shape with finite, positive scales; every other tensor is finite."""
     assert artifact.manifest is not None
-    reasons = []
-    linears = artifact.linears()
-    missing = sorted(set(artifact.manifest.ledger) - set(linears))
-    reasons += [f"{name} is missing" for name in missing]
-    group_size = int(artifact.manifest.output["group_size"])
-    if artifact.quantization.get("group_size") != group_size:
-        said = artifact.quantization.get("group_size")
-        reasons.append(f"config.json says group_size {said}, the artifact was made with {group_size}")
-    tensors = artifact.checkpoint.tensors
+    packed, tensors = artifact.packed, artifact.checkpoint.tensors
+    try:
+        linears = packed.names()
+    except QtoolError as error:
+        return "tensors", [f"config.json: {error.message}"], ""
+    reasons = [f"{name} is missing" for name in sorted(set(artifact.manifest.ledger) - set(linears))]
+    made = artifact.manifest.output
+    for key, said in packed.container.geometry(packed.section).items():
+        if key in made and said != made[key]:
+            reasons.append(f"config.json says {key} {said}, the artifact was made with {made[key]}")
     for name, info in tensors.items():
         if info.dtype.is_floating_point and not bool(artifact.checkpoint.tensor(name).isfinite().all()):
             reasons.append(f"{name} holds NaN or Inf")
+    dtype = getattr(torch, made.get("dtype", "float32"))
     for linear in linears:
-        columns, words = tensors[f"{linear}.qweight"].shape
-        for suffix, shape in (("qzeros", (columns // group_size, words)), ("scales", (columns // group_size, words * 8))):
-            found = tensors.get(f"{linear}.{suffix}")
-            if found is None or found.shape != shape:
-                what = "is missing" if found is None else f"has shape {list(found.shape)}, expected {list(shape)}"
-                reasons.append(f"{linear}.{suffix} {what}")
-            elif suffix == "scales" and not bool((artifact.checkpoint.tensor(f"{linear}.scales") > 0).all()):
-                reasons.append(f"{linear}.scales holds zeros or negative numbers")
-    count = len(artifact.checkpoint.tensors)
+        try:
+            expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
+        except (KeyError, ValueError, TypeError, QtoolError) as error:
+            reasons.append(f"{linear} cannot be read: {error}")
+            continue
+        reasons += _misfits(linear, expected, tensors)
+        for suffix in packed.container.POSITIVE:
+            name = f"{linear}.{suffix}"
+            if name in tensors and not bool((artifact.checkpoint.tensor(name) > 0).all()):
+                reasons.append(f"{name} holds zeros or negative numbers")
+    count = len(tensors)
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
 
 
+def _misfits(linear: str, expected: Mapping[str, Spec], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for suffix, (dtype, shape) in expected.items():
+        found = tensors.get(f"{linear}.{suffix}")
+        if found is None:
+            yield f"{linear}.{suffix} is missing"
+        elif found.shape != shape:
+            yield f"{linear}.{suffix} has shape {list(found.shape)}, expected {list(shape)}"
+        elif found.dtype != dtype:
+            yield f"{linear}.{suffix} is {found.dtype}, expected {dtype}"
+
+
 def subject_of(artifact: Artifact) -> runtimes.Subject:
-    """Config and linear shapes, for the loading rules."""
-    shapes = {}
-    for linear in artifact.linears():
-        columns, words = artifact.checkpoint.tensors[f"{linear}.qweight"].shape
-        shapes[linear] = (words * 8, columns)
-    return runtimes.Subject(artifact.config, shapes)
+    """What the loading rules look at."""
+    packed, checkpoint = artifact.packed, artifact.checkpoint
+    shapes, zeros = {}, {}
+    for linear in packed.names():
+        try:
+            shapes[linear] = packed.shape(linear)
+            if packed.section["quant_method"] == "gptq":
+                low, high = autogptq.zero_points(checkpoint.tensor(f"{linear}.qzeros"), packed.section).aminmax()
+                zeros[linear] = (int(low), int(high))
+        except (QtoolError, ValueError):
+            continue  # named by the check of the tensors
+    side = artifact.path / QUANTIZE_CONFIG
+    return runtimes.Subject(
+        artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None
+    )
 
 
 def check_runtimes(artifact: Artifact, result: Verification) -> None:
     """Static loading rules, one line for each runtime and tensor-parallel size."""
+    rules = runtimes.RULES.get(str(artifact.quantization.get("quant_method")), ())
+    if not rules:
+        return  # the check of the tensors has said so
     subject = subject_of(artifact)
-    for rule in runtimes.RULES.get(str(artifact.quantization.get("quant_method")), ()):
+    for rule in rules:
         for tp in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (1,):
             label = f"{rule.runtime} {rule.version}: {rule.name}" + (f", TP {tp}" if rule.tensor_parallel else "")
-            # keys are a fault of the artifact; a kernel that does not take these shapes is a fact about the model
-            result.add(label, list(rule.broken(subject, tp)), "loads by the rules", required=rule.name == "keys")
+            result.add(label, list(rule.broken(subject, tp)), "loads by the rules", required=rule.required)
 
 
 def check_against_source(artifact: Artifact, source: Checkpoint) -> tuple[str, list[str], str]:
-    """Each linear's |W - Ŵ| / |W| with fold scales undone, against the figure the manifest recorded when it was made."""
+    """Each linear's |W - Ŵ| / |W| with fold scales undone, against the figure the manifest recorded when it was
+    made."""
     assert artifact.manifest is not None
-    scales = Checkpoint.open(artifact.path / EXTRAS)
+    folder = artifact.path / EXTRAS
+    scales = Checkpoint.open(folder) if folder.exists() else None  # nothing was folded where there is none
     reasons = []
     for linear, record in artifact.manifest.ledger.items():
         weight = source.tensor(f"{linear}.weight").float()
@@ -142,12 +172,17 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> tuple[str, l
     return "error against the source", reasons, f"{len(artifact.manifest.ledger)} linears as recorded"
 
 
-def relative_frobenius(weight: torch.Tensor, quantized: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor]) -> float:
+def relative_frobenius(
+    weight: torch.Tensor, quantized: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None
+) -> float:
     """``|W - Ŵ| / |W|`` in the source's own scaling: Ŵ's columns divided by, its rows multiplied by the fold scales."""
-    columns, rows = scales
-    restored = quantized / columns * rows.unsqueeze(1)
-    return float((restored - weight).norm() / weight.norm().clamp_min(1e-30))
+    if scales is not None:
+        columns, rows = scales
+        quantized = quantized / columns * rows.unsqueeze(1)
+    return float((quantized - weight).norm() / weight.norm().clamp_min(1e-30))
 
 
-def _scales_of(scales: Checkpoint, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _scales_of(scales: Checkpoint | None, linear: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if scales is None:
+        return None
     return scales.tensor(f"{linear}.columns"), scales.tensor(f"{linear}.rows")

@@ -1,7 +1,7 @@
 """Safetensors shards written in place: headers first (the plan knows every shape), then tensors as they come.
 
-A journal line follows each fsynced step, so that a killed run continues after the last one and ends with the same bytes.
-Format: https://github.com/huggingface/safetensors#format (u64 little-endian header length, JSON header, data).
+A journal line follows each fsynced step, so that a killed run continues after the last one and ends with the same
+bytes. Format: https://github.com/huggingface/safetensors#format (u64 little-endian header length, JSON header, data).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qtool import QtoolError
 from qtool.convert.text import TextSource
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import Method
 
 
 class _Section(BaseModel):
@@ -71,7 +71,7 @@ class Recipe(_Section):
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
-    outputs: tuple[AwqMethod, ...]
+    outputs: tuple[Method, ...]
     evaluate: EvaluateSection = EvaluateSection()
     gates: tuple[GateSection, ...] = ()
     output_dir: str = "artifacts"
@@ -125,6 +125,8 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
+    if loc[:1] == ("outputs",):
+        loc = (*loc[:2], *loc[3:])  # the third part is the method, which chose the model, not a key
     text = ""
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"

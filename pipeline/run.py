@@ -20,7 +20,7 @@ from qtool.convert.verify import Verification, verify
 from qtool.gates import GateResult, judge
 from qtool.outputs import Job, device_kind, make_artifacts, open_job, progress_bar, versions
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.scores import Evaluation, Scores, Subject, artifact_subject, source_subject
 
@@ -85,7 +85,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     return result
 
 
-def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[AwqMethod]:
+def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
     return [output for output in recipe.outputs if not only or output.name in only]
 
 

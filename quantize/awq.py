@@ -1,7 +1,7 @@
 """AWQ's scale search on Gram matrices: no forward is repeated for a grid point.
 
-Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv 2306.00978. For inputs X ``[tokens, in]`` with G = XᵀX the
-search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone.
+Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv 2306.00978. For inputs X ``[tokens, in]`` with G = XᵀX
+the search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FINALISTS = 4  # the best few are then judged on all rows
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """``scale [in]`` or None when no candidate beat leaving the weights alone; losses as fractions of ``tr(W G Wᵀ)``."""
+    """``scale [in]`` or None when no candidate beat leaving the weights alone; losses as fractions
+    of ``tr(W G Wᵀ)``."""
 
     scale: Tensor | None
     loss: float
@@ -97,7 +98,7 @@ def _scaled_loss(weight: Tensor, gram: Tensor, scale: Tensor | None, spec: GridS
 
 def _scaled_error(weight: Tensor, scale: Tensor | None, spec: GridSpec) -> Tensor:
     """``Q(W s)/s - W``, round to nearest on the min/max grid; ``scale`` None is s = 1."""
-    if weight.is_cuda:
+    if weight.is_cuda and spec.group_size <= grids.KERNEL_GROUP:
         from qtool.quantize.kernels import scaled_error
 
         factor = torch.ones_like(weight[0]) if scale is None else scale
@@ -109,7 +110,8 @@ def _scaled_error(weight: Tensor, scale: Tensor | None, spec: GridSpec) -> Tenso
 
 
 def _group_max(weight: Tensor, group_size: int) -> Tensor:
-    return weight.abs().unflatten(1, (-1, group_size)).amax(-1, keepdim=True).clamp_min(1e-8)
+    grouped: Tensor = weight.abs().unflatten(1, (-1, group_size))
+    return grouped.amax(-1, keepdim=True).clamp_min(1e-8)
 
 
 def _pool(values: Tensor, tie: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qtool.convert.codes import UniformCodes
+from qtool.convert.codes import Codes
 from qtool.quantize import awq, gptq
 from qtool.quantize import grid as grids
 from qtool.quantize.architectures import Architecture, InputGroup
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import GridMethod
 from qtool.quantize.statistics import InputStatistics
 
 
@@ -30,11 +30,11 @@ class Heads:
 class LayerOutput:
     """What one output keeps of one layer; names are relative to the layer.
 
-    codes: linear -> UniformCodes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns
-    were multiplied by ``[in]`` and its rows divided by ``[out]``. records: linear -> error figures.
+    codes: linear -> codes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns were
+    multiplied by ``[in]`` and its rows divided by ``[out]`` (empty where nothing is folded). records: linear -> errors.
     """
 
-    codes: dict[str, UniformCodes] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -47,15 +47,15 @@ class LayerOutput:
 
 
 def quantize_layer(
-    method: AwqMethod,
+    method: GridMethod,
     architecture: Architecture,
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
     heads: Heads,
     owned: bool = False,
 ) -> LayerOutput:
-    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its input's,
-    used up to spare memory where ``owned``, left unchanged otherwise."""
+    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its
+    input's, used up to spare memory where ``owned``, left unchanged otherwise."""
     folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
     output = LayerOutput()
     for group in architecture.groups:
@@ -68,7 +68,8 @@ def quantize_layer(
         stats = statistics[group.name]
         tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
         originals = [weights[f"{linear}.weight"].float() for linear in group.linears]
-        search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec, tie)
+        spec = method.spec.for_columns(originals[0].shape[1])
+        search = awq.search_scale(originals, stats.gram, stats.mean_abs, spec, tie)
         if search.scale is not None:
             _fold(group, search.scale, folded, tie, method.spec.dtype, output)
     for group in architecture.groups:
@@ -84,7 +85,12 @@ def kv_rows(heads: Heads, device: torch.device) -> Tensor:
 
 
 def _fold(
-    group: InputGroup, scale: Tensor, folded: dict[str, Tensor], tie: Tensor | None, dtype: torch.dtype, output: LayerOutput
+    group: InputGroup,
+    scale: Tensor,
+    folded: dict[str, Tensor],
+    tie: Tensor | None,
+    dtype: torch.dtype,
+    output: LayerOutput,
 ) -> None:
     """Divide the producer by ``scale``; the linears' columns get what the producer, as stored, leaves over.
 
@@ -106,7 +112,7 @@ def _fold(
 
 
 def _round_group(
-    method: AwqMethod,
+    method: GridMethod,
     group: InputGroup,
     weights: Mapping[str, Tensor],
     stats: InputStatistics,
@@ -115,8 +121,8 @@ def _round_group(
 ) -> None:
     """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
     output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
-    spec = method.spec
     scale = output.columns[group.linears[0]]
+    spec = method.spec.for_columns(scale.shape[0])
     sources = [weights[f"{linear}.weight"].float() for linear in group.linears]
     sizes = [source.shape[0] for source in sources]
     rows = torch.cat([output.rows[linear] for linear in group.linears]).unsqueeze(1)
@@ -130,12 +136,13 @@ def _round_group(
                 drift = target @ awq.scale_gram(stats.cross, scale, in_place=owned).sub_(gram)
             if owned:
                 stats.cross = None  # as large as the Gram matrix, and not needed again
-        factor = gptq.factorize(gram, method.damp_percent)
+        order = gptq.activation_order(gram) if method.act_order else None
+        factor = gptq.factorize(gram, method.damp_percent, order)
         goal = target.clone()
         if drift is not None:
             with awq.tensor_float32():
                 goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
-        rounded = gptq.gptq(goal, factor, spec, method.clip)
+        rounded = gptq.gptq(goal, factor, spec, method.clip, gram)
         damp = factor.damp
         del factor, goal, drift
     else:
@@ -161,8 +168,8 @@ def _round_group(
 def _record(
     source: Tensor, error: Tensor, loss: Tensor, gram: Tensor, scale: Tensor, spec: grids.GridSpec
 ) -> dict[str, float]:
-    """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are those of
-    the source's own weights and inputs."""
+    """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are
+    those of the source's own weights and inputs."""
     with awq.tensor_float32():
         energy = awq.output_error(source * scale, gram).clamp_min(1e-30)
         plain = awq.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from torch import Tensor
 from qtool.convert.codes import UniformCodes
 
 CLIP_STEP, CLIP_STEPS = 0.03, 14  # the range shrinks to no less than 0.61
+KERNEL_GROUP = 128  # the accelerator's kernels hold a whole group in registers; larger ones take plain PyTorch
 
 
 @dataclass(frozen=True)
 class GridSpec:
-    """What a container can store."""
+    """What a container can store. ``group_size`` -1: a row is one group; `for_columns` says how many that are."""
 
     bits: int
     group_size: int
@@ -27,7 +28,11 @@ class GridSpec:
 
     @property
     def levels(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
+
+    def for_columns(self, columns: int) -> GridSpec:
+        """The same with the group size in columns."""
+        return self if self.group_size > 0 else replace(self, group_size=columns)
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ def quantize(weight: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     """Nearest codes, float32 ``[out, in]`` holding integers."""
     grouped = weight.unflatten(1, (-1, spec.group_size))
     codes = grouped / grid.scale.unsqueeze(-1)
-    return codes.round_().add_(grid.zero.unsqueeze(-1)).clamp_(0, spec.levels).flatten(1)
+    return torch.flatten(codes.round_().add_(grid.zero.unsqueeze(-1)).clamp_(0, spec.levels), 1)
 
 
 def dequantize(codes: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     """Weights back, float32 ``[out, in]``."""
     grouped = codes.unflatten(1, (-1, spec.group_size))
-    return ((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1)).flatten(1)
+    return torch.flatten((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1), 1)
 
 
 def round_to_nearest(weight: Tensor, spec: GridSpec) -> Tensor:
@@ -90,7 +95,7 @@ def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Grid:
     ``blocks [groups, group_size, group_size]``: the diagonal blocks of the Gram matrix; the error of a group with
     residual e is ``e B eᵀ``. The search of AWQ (arXiv 2306.00978, §3.2, weight clipping) without running a forward.
     """
-    if weight.is_cuda:
+    if weight.is_cuda and spec.group_size <= KERNEL_GROUP:
         from qtool.quantize.kernels import fit_clipped as fit_group
 
         half = spec.dtype == torch.float16

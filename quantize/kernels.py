@@ -51,33 +51,38 @@ def _fit(low, high, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr)
 
 @triton.jit
 def _round_block_kernel(  # type: ignore[no-untyped-def]
-    block, upper, scale, zero, codes, errors, out, columns: tl.constexpr, levels: tl.constexpr, rows: tl.constexpr
-):
+    block, upper, scale, zero, codes, errors, out, count,
+    columns: tl.constexpr, levels: tl.constexpr, rows: tl.constexpr, by_column: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     column = tl.arange(0, columns)
     inside = row < out
     place = column[:, None] * out + row[None, :]
-    tile = tl.load(block + place, mask=inside[None, :], other=0.0)
+    tile = tl.load(block + place, mask=(column < count)[:, None] & inside[None, :], other=0.0)
     s = tl.load(scale + row, mask=inside, other=1.0)
     z = tl.load(zero + row, mask=inside, other=0.0)
-    for i in range(columns):
+    for i in range(count):
+        if by_column:
+            s = tl.load(scale + i * out + row, mask=inside, other=1.0)
+            z = tl.load(zero + i * out + row, mask=inside, other=0.0)
         weight = tl.sum(tl.where(column[:, None] == i, tile, 0.0), axis=0)
         code = tl.minimum(tl.maximum(_nearest(tl.div_rn(weight, s)) + z, 0.0), levels)
-        pivot = tl.load(upper + i * columns + i)
+        pivot = tl.load(upper + i * count + i)
         error = (weight - (code - z) * s) / pivot
         tl.store(codes + i * out + row, code, mask=inside)
         tl.store(errors + i * out + row, error, mask=inside)
-        following = tl.load(upper + i * columns + column)
+        following = tl.load(upper + i * count + column, mask=column < count, other=0.0)
         tile -= following[:, None] * error[None, :]
 
 
 def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """``block [g, out]``, ``upper [g, g]``, ``scale``, ``zero [out]`` -> codes and scaled errors ``[g, out]``."""
-    columns, out = block.shape
+    """``block [n, out]``, ``upper [n, n]``, ``scale`` and ``zero`` ``[1, out]`` or ``[n, out]`` -> codes and scaled
+    errors ``[n, out]``."""
+    count, out = block.shape
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     _round_block_kernel[(triton.cdiv(out, ROWS),)](
-        block, upper.contiguous(), scale.contiguous(), zero.contiguous(), codes, errors, out, columns, levels, ROWS,
-        num_warps=4,
+        block, upper.contiguous(), scale.contiguous(), zero.contiguous(), codes, errors, out, count,
+        triton.next_power_of_2(count), levels, ROWS, scale.shape[0] > 1, num_warps=4,
     )  # fmt: skip
     return codes, errors
 
@@ -98,7 +103,9 @@ def _fit_clipped_kernel(  # type: ignore[no-untyped-def]
     for number in range(ratios):
         ratio = 1.0 - step * number
         s, z = _fit(low * ratio, high * ratio, levels, sym, half)
-        code = tl.minimum(tl.maximum(_nearest(tl.div_rn(tile, s[:, None] + tl.zeros_like(tile))) + z[:, None], 0.0), levels)
+        code = tl.minimum(
+            tl.maximum(_nearest(tl.div_rn(tile, s[:, None] + tl.zeros_like(tile))) + z[:, None], 0.0), levels
+        )
         error = (code - z[:, None]) * s[:, None] - tile
         loss = tl.sum(tl.dot(error, m, input_precision="tf32x3") * error, axis=1)
         better = loss < best_loss
@@ -135,7 +142,9 @@ def _scaled_error_kernel(  # type: ignore[no-untyped-def]
     factors = tl.load(factor + column)[None, :]
     scaled = tile * factors
     s, z = _fit(tl.min(scaled, axis=1), tl.max(scaled, axis=1), levels, sym, half)
-    code = tl.minimum(tl.maximum(_nearest(tl.div_rn(scaled, s[:, None] + tl.zeros_like(scaled))) + z[:, None], 0.0), levels)
+    code = tl.minimum(
+        tl.maximum(_nearest(tl.div_rn(scaled, s[:, None] + tl.zeros_like(scaled))) + z[:, None], 0.0), levels
+    )
     tl.store(error + place, (code - z[:, None]) * s[:, None] / factors - tile, mask=inside)
 
 

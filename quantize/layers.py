@@ -1,7 +1,8 @@
 """The walk: one decoder layer at a time is loaded, calibrated, quantized for every output, and let go.
 
 A hidden-state stream is a column of the walk. The source's stream passes through source weights; an output that rounds
-with compensation has its own, passing through its quantized layers, so that its statistics are of the inputs it will see.
+with compensation has its own, passing through its quantized layers, so that its statistics are of the inputs it will
+see.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
+from qtool.quantize import nf4
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
@@ -48,15 +50,17 @@ class Walk:
     model: nn.Module
     checkpoint: Checkpoint
     calibration: CalibrationSet
-    outputs: Sequence[AwqMethod]
+    outputs: Sequence[Method]
     device: torch.device
     restore: Callable[[str, int], Mapping[str, Tensor]] | None = None
     architecture: Architecture = field(init=False)
+    on_grid: list[GridMethod] = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         config: Any = self.model.config
         self.architecture = architecture_of(config)
+        self.on_grid = [method for method in self.outputs if isinstance(method, AwqMethod | GptqMethod)]
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -75,30 +79,36 @@ class Walk:
         Raises QtoolError naming the layer for NaN/Inf in weights or activations, and for activations that the dtype of
         an output cannot hold.
         """
-        hidden, calls = self._record_inputs()
-        streams = {method.name: list(hidden) for method in self.outputs if method.own_stream}
+        # outputs that need no calibration cause no forward
+        hidden, calls = self._record_inputs() if self.on_grid else ([], {})
+        streams = {method.name: list(hidden) for method in self.on_grid if method.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
             following = reader.submit(self._read, 0)
             for index in range(len(self.layers)):
-                weights = self._place(index, following.result())
+                tensors = following.result()
+                weights = self._place(index, tensors)
                 if index + 1 < len(self.layers):
                     following = reader.submit(self._read, index + 1)
                 if index < start:
                     self._replay(index, weights, hidden, streams, calls)
                     continue
-                yield LayerResult(index, self._visit(index, weights, hidden, streams, calls))
-                del weights
+                outputs = self._visit(index, weights, hidden, streams, calls) if self.on_grid else {}
+                for method in self.outputs:
+                    if isinstance(method, Nf4Method):
+                        outputs[method.name] = nf4.quantize_layer(method, self.architecture, tensors, self.device)
+                yield LayerResult(index, outputs)
+                del weights, tensors, outputs
 
     def _visit(
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> dict[str, LayerOutput]:
-        """Advance every stream through layer ``index``; returns each output's version of it."""
+        """Advance every stream through layer ``index``; returns the version of each output on a uniform grid."""
         layer = self._fill(index, weights)
         last = index == len(self.layers) - 1
         shared, own = self._collect(layer, hidden, streams, calls)
         results = {}
-        for number, method in enumerate(self.outputs):
-            owned = method.own_stream or not any(not other.own_stream for other in self.outputs[number + 1 :])
+        for number, method in enumerate(self.on_grid):
+            owned = method.own_stream or not any(not other.own_stream for other in self.on_grid[number + 1 :])
             statistics = own.pop(method.name, shared)
             self._check_range(index, method, statistics, hidden)
             result = quantize_layer(method, self.architecture, weights, statistics, self.heads, owned)
@@ -114,7 +124,7 @@ class Walk:
         self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
         """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs."""
-        wants_source = any(not method.own_stream for method in self.outputs)
+        wants_source = any(not method.own_stream for method in self.on_grid)
         shared = {group.name: InputStatistics() for group in self.architecture.groups}
         own = {name: {g.name: InputStatistics() for g in self.architecture.groups} for name in streams}
         for number, states in enumerate(hidden):
@@ -151,7 +161,7 @@ class Walk:
                 handle.remove()
 
     def _check_range(
-        self, index: int, method: AwqMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
+        self, index: int, method: GridMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
     ) -> None:
         prefix = f"{self.architecture.prefix}{index}"
         peaks = {f"the input of {g.linears[0]}": statistics[g.name].absmax.max() for g in self.architecture.groups}
@@ -162,15 +172,17 @@ class Walk:
                 raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
             if method.dtype == "float16" and value > FLOAT16_MAX:
                 raise QtoolError(
-                    f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this model "
-                    f"would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
+                    f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
+                    f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
                 )
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
         prefix = f"{self.architecture.prefix}{index}."
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in self.layers[index].state_dict()}
-        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
+        return (
+            {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
+        )
 
     def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
@@ -251,7 +263,8 @@ def _adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) ->
 
 def _run(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:
     output = layer(states, **calls[id(layer)][states.shape[0]])
-    return output[0] if isinstance(output, tuple) else output
+    states = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _advance(layer: nn.Module, hidden: Hidden, calls: Calls) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import Method, needs_calibration
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -13,7 +13,7 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to f
 def peak_bytes(
     architecture: Architecture,
     shapes: Mapping[str, tuple[int, ...]],
-    methods: Sequence[AwqMethod],
+    methods: Sequence[Method],
     tokens: int,
     device: str,
 ) -> int:
@@ -22,8 +22,12 @@ def peak_bytes(
     width = 4 if device == "cpu" else 2
     layer = {name: shape for name, shape in shapes.items() if name.startswith(f"{architecture.prefix}0.")}
     parameters = sum(_count(shape) for shape in layer.values())
-    own = sum(method.own_stream for method in methods)
-    shared = any(not method.own_stream for method in methods)
+    embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
+    calibrated = [method for method in methods if needs_calibration(method)]
+    if not calibrated:
+        return max(parameters * (width + 4), embedding)
+    own = sum(method.own_stream for method in calibrated)
+    shared = any(not method.own_stream for method in calibrated)
     group_shapes = []
     for group in architecture.groups:
         linears = [layer[f"{architecture.prefix}0.{linear}.weight"] for linear in group.linears]
@@ -33,7 +37,6 @@ def peak_bytes(
     workspace = max(4 * (4 * columns**2 + 4 * out * columns) for out, columns in group_shapes)
     widest = max(columns for _, columns in group_shapes)
     activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest
-    embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
     states = width * tokens * hidden * (1 + own)
     walking = parameters * (width + 4) + grams + max(workspace, activations)
     return states + max(walking, embedding)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from qtool.convert import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.quantize.grid import GridSpec
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SKIPPED = ["lm_head"]  # never quantized
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class AwqMethod(BaseModel):
-    """AWQ into the AutoAWQ GEMM container. ``scaling: none`` with ``rounding: rtn`` is plain round-to-nearest."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["awq"]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "awq"
-    bits: Literal[4] = 4
-    group_size: Literal[32, 64, 128] = 128
-    zero_point: Literal[True] = True
-    scaling: Literal["none", "awq"] = "awq"
-    rounding: Literal["rtn", "gptq"] = "gptq"
+
+class _OnGrid(_Section):
+    """What AWQ and GPTQ outputs have in common: integer codes on a uniform grid, chosen on calibration statistics."""
+
     clip: bool = True
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.05
     propagate_error: bool = True
@@ -32,13 +29,113 @@ class AwqMethod(BaseModel):
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of scales and of everything that is not quantized."""
+        return DTYPES[self.dtype]
+
+
+class AwqMethod(_OnGrid):
+    """AWQ into the AutoAWQ GEMM container. ``scaling: none`` with ``rounding: rtn`` is plain round-to-nearest."""
+
+    method: Literal["awq"]
+    name: Name = "awq"
+    bits: Literal[4] = 4
+    group_size: Literal[32, 64, 128] = 128
+    zero_point: Literal[True] = True
+    scaling: Literal["none", "awq"] = "awq"
+    rounding: Literal["rtn", "gptq"] = "gptq"
+
+    @property
     def spec(self) -> GridSpec:
-        return GridSpec(self.bits, self.group_size, sym=False, dtype=DTYPES[self.dtype])
+        return GridSpec(self.bits, self.group_size, sym=False, dtype=self.stored_dtype)
+
+    @property
+    def act_order(self) -> bool:
+        return False
 
     @property
     def own_stream(self) -> bool:
         """Whether this output is calibrated on the inputs that its own quantized prefix produces."""
         return self.rounding == "gptq" and self.propagate_error
 
+    def quantization_config(self) -> dict[str, Any]:
+        """The section that loaders read."""
+        return autoawq.quantization_config(self.group_size, SKIPPED)
 
-Method = Annotated[AwqMethod, Field()]
+
+class GptqMethod(_OnGrid):
+    """GPTQ into the GPTQ container (version 1 for symmetric grids, 2 for asymmetric ones) or into compressed-tensors.
+
+    ``desc_act`` rounds columns by descending ``diag(G)``, on grids fitted before (static groups of neighbouring
+    columns), so that every kernel can run the result.
+    """
+
+    method: Literal["gptq"]
+    name: Name = "gptq"
+    format: Literal["gptq", "compressed-tensors"] = "gptq"
+    bits: Literal[4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: Literal[True] = True
+    scaling: Literal["none", "awq"] = "none"
+
+    @property
+    def rounding(self) -> Literal["gptq"]:
+        return "gptq"
+
+    @property
+    def spec(self) -> GridSpec:
+        return GridSpec(self.bits, self.group_size, self.sym, self.stored_dtype)
+
+    @property
+    def act_order(self) -> bool:
+        """Whether columns are rounded by descending ``diag(G)``."""
+        return self.desc_act
+
+    @property
+    def own_stream(self) -> bool:
+        """Whether this output is calibrated on the inputs that its own quantized prefix produces."""
+        return self.propagate_error
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The section that loaders read."""
+        if self.format == "compressed-tensors":
+            return compressed_tensors.quantization_config(self.bits, self.group_size, self.sym, self.desc_act)
+        return autogptq.quantization_config(self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent)
+
+
+class Nf4Method(_Section):
+    """NF4 by bitsandbytes; needs no calibration. What is not quantized keeps the source's dtype."""
+
+    method: Literal["nf4"]
+    name: Name = "nf4"
+    double_quant: bool = True
+    blocksize: Literal[64] = 64
+
+    @property
+    def own_stream(self) -> bool:
+        return False
+
+    @property
+    def stored_dtype(self) -> None:
+        """None: each tensor keeps its own."""
+        return None
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The section that loaders read."""
+        return bnb_nf4.quantization_config(self.double_quant, SKIPPED)
+
+
+GridMethod = AwqMethod | GptqMethod
+Method = Annotated[AwqMethod | GptqMethod | Nf4Method, Field(discriminator="method")]
+
+
+def weights_per_scale(method: AwqMethod | GptqMethod | Nf4Method) -> int:
+    """Group size (-1 for whole rows) or block size."""
+    return method.blocksize if isinstance(method, Nf4Method) else method.group_size
+
+
+def needs_calibration(method: AwqMethod | GptqMethod | Nf4Method) -> bool:
+    """Whether the output depends on the calibration set."""
+    return not isinstance(method, Nf4Method)

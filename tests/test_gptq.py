@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -16,28 +18,38 @@ def correlated(columns: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:
     return x.t() @ x
 
 
-def slow_gptq(weight: torch.Tensor, gram: torch.Tensor, damp: float, spec: GridSpec) -> tuple[torch.Tensor, Grid]:
+def slow_gptq(
+    weight: torch.Tensor, gram: torch.Tensor, damp: float, spec: GridSpec, order: list[int] | None = None
+) -> tuple[torch.Tensor, Grid]:
     """Optimal brain surgeon, one column at a time: quantize, spread the error by H^-1, take the column out of H^-1.
 
-    Written from the paper's equations (2) and (3) with explicit inverse updates; no Cholesky factor, no blocks.
+    Written from the paper's equations (2) and (3) with explicit inverse updates; no Cholesky factor, no blocks. With
+    ``order`` columns are taken in that order, on grids fitted before.
     """
     w = weight.double().clone()
     h = gram.double()
     h = h + damp * h.diagonal().mean() * torch.eye(h.shape[0], dtype=torch.float64)
     inverse = torch.linalg.inv(h)
     codes = torch.zeros_like(w)
-    scales, zeros = [], []
-    for column in range(w.shape[1]):
-        if column % spec.group_size == 0:
-            group = grid.fit_minmax(w[:, column : column + spec.group_size].float(), spec)
-            scales.append(group.scale)
-            zeros.append(group.zero)
-        scale, zero = scales[-1][:, 0].double(), zeros[-1][:, 0].double()
+    groups = w.shape[1] // spec.group_size
+    fitted: dict[int, Grid] = {}
+    if order is not None:
+        fitted = dict(enumerate(fit_groups(weight, spec)))
+    for column in order or range(w.shape[1]):
+        number = column // spec.group_size
+        if number not in fitted:
+            fitted[number] = fit_groups(w.float(), spec)[number]
+        scale, zero = fitted[number].scale[:, 0].double(), fitted[number].zero[:, 0].double()
         codes[:, column] = ((w[:, column] / scale).round() + zero).clamp(0, spec.levels)
         error = (w[:, column] - (codes[:, column] - zero) * scale) / inverse[column, column]
-        w[:, column:] -= error.unsqueeze(1) * inverse[column, column:].unsqueeze(0)
+        w -= error.unsqueeze(1) * inverse[column].unsqueeze(0)
         inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    return codes.float(), Grid(torch.cat(scales, 1), torch.cat(zeros, 1))
+    parts = [fitted[number] for number in range(groups)]
+    return codes.float(), Grid(torch.cat([p.scale for p in parts], 1), torch.cat([p.zero for p in parts], 1))
+
+
+def fit_groups(weight: torch.Tensor, spec: GridSpec) -> list[Grid]:
+    return [grid.fit_minmax(part, spec) for part in weight.split(spec.group_size, dim=1)]
 
 
 def loss(codes: torch.Tensor, fitted: Grid, weight: torch.Tensor, gram: torch.Tensor, spec: GridSpec) -> float:
@@ -45,18 +57,73 @@ def loss(codes: torch.Tensor, fitted: Grid, weight: torch.Tensor, gram: torch.Te
     return float(awq.output_error(error.double(), gram.double()))
 
 
+@pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_equals_the_slow_reference(sym: bool, group_size: int) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (4, 128), (4, -1), (8, 64), (8, -1)])
+def test_equals_the_slow_reference(sym: bool, bits: int, group_size: int, order: bool) -> None:
     """Updates that stop at the wrong column (a fault a peer shipped) change most codes after the first block."""
-    spec = GridSpec(4, group_size, sym, torch.float16)
+    spec = GridSpec(bits, group_size, sym, torch.float16)
+    whole = spec.for_columns(256)
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
     gram = correlated(256)
-    codes, fitted = slow_gptq(weight, gram, 0.05, spec)
-    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05), spec, clip=False)
+    ranks = gptq.activation_order(gram) if order else None
+    codes, fitted = slow_gptq(weight, gram, 0.05, whole, None if ranks is None else ranks.tolist())
+    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05, ranks), spec, clip=False)
     assert (rounded.codes == codes).float().mean() >= 0.98
-    reference = loss(codes, fitted, weight, gram, spec)
-    assert loss(rounded.codes, rounded.grid, weight, gram, spec) == pytest.approx(reference, rel=0.003)
+    reference = loss(codes, fitted, weight, gram, whole)
+    assert loss(rounded.codes, rounded.grid, weight, gram, whole) == pytest.approx(reference, rel=0.003)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_where_all_numbers_are_integers(seed: int) -> None:
+    """H^-1 = UᵀU with integer U and ones on its diagonal; weights are quarters on a grid of ones: float32 is exact,
+    so the codes must equal those of exact fractions."""
+    generator = torch.Generator().manual_seed(seed)
+    size, rows = 8, 6
+    upper = torch.randint(-1, 2, (size, size), generator=generator).triu(1) + torch.eye(size, dtype=torch.int64)
+    inverse = upper.t() @ upper
+    gram = torch.linalg.inv(inverse.double()).round().float()
+    assert torch.equal(gram @ inverse.float(), torch.eye(size))
+    weight = torch.randint(-28, 29, (rows, size), generator=generator).float() / 4
+    weight[:, 0], weight[:, 1] = -8, 7  # the range is 15 steps of 1, the zero 8
+    spec = GridSpec(4, size, False, torch.float16)
+    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.0), spec, clip=False)
+    assert rounded.grid.scale.unique().tolist() == [1.0]
+    assert rounded.grid.zero.unique().tolist() == [8.0]
+    for row in range(rows):
+        assert rounded.codes[row].tolist() == exact_codes(weight[row].tolist(), inverse.tolist())
+
+
+def exact_codes(weights: list[float], inverse: list[list[int]]) -> list[int]:
+    w = [Fraction(value) for value in weights]
+    h = [[Fraction(value) for value in row] for row in inverse]
+    codes = []
+    for i in range(len(w)):
+        codes.append(min(max(round(w[i]) + 8, 0), 15))
+        error = (w[i] - (codes[i] - 8)) / h[i][i]
+        w = [w[j] - error * h[i][j] for j in range(len(w))]
+        h = [[h[a][b] - h[a][i] * h[i][b] / h[i][i] for b in range(len(w))] for a in range(len(w))]
+    return codes
+
+
+def test_act_order_helps_where_inputs_differ_in_size() -> None:
+    """Large inputs first: their errors are the ones that all other columns can still absorb."""
+    spec = GridSpec(4, 64, True, torch.float16)
+    gram = correlated(256)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    losses = []
+    for order in (None, gptq.activation_order(gram)):
+        rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05, order), spec, True, gram)
+        losses.append(loss(rounded.codes, rounded.grid, weight, gram, spec))
+    assert losses[1] < losses[0]
+
+
+def test_propagated_target_does_not_depend_on_the_order() -> None:
+    gram = correlated(64)
+    weight, drift = torch.randn(8, 64), torch.randn(8, 64)
+    plain = gptq.propagated_target(weight, drift, gptq.factorize(gram, 0.05), 0.5)
+    ordered = gptq.propagated_target(weight, drift, gptq.factorize(gram, 0.05, gptq.activation_order(gram)), 0.5)
+    assert torch.allclose(plain, ordered, atol=1e-5)
 
 
 def test_identity_gram_gives_round_to_nearest() -> None:
@@ -96,7 +163,9 @@ def test_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     factor = gptq.factorize(gram, 0.01)
     damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(64)
     assert torch.equal(factor.upper, factor.upper.triu())
-    assert torch.allclose(factor.upper.double().t() @ factor.upper.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-9)
+    assert torch.allclose(
+        factor.upper.double().t() @ factor.upper.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-9
+    )
 
 
 def test_singular_gram_raises_the_damping_and_says_so() -> None:

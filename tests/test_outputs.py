@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from qtool import QtoolError
 
+from qtool import QtoolError
 from qtool.convert.artifact import MANIFEST, Artifact
 from qtool.convert.source import resolve
 from qtool.outputs import Job, make_artifacts, open_job
@@ -106,9 +106,11 @@ def test_group_size_that_does_not_divide_names_linears_and_sizes(
     assert "Sizes that fit every linear: 64, 32" in error.value.message
 
 
-def test_a_full_disk_is_said_before_the_work(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before_the_work(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    with pytest.raises(QtoolError, match="0.00 GB free") as error:
+    with pytest.raises(QtoolError, match=r"0\.00 GB free") as error:
         make(write_recipe())
     assert error.value.exit_code == 3
 
@@ -167,11 +169,17 @@ def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     [("write", 20, 0), ("commit", 6, 1), ("write", 130, 1), ("seal", 2, 2)],
 )
 def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
-    where: str, number: int, layers_done: int, write_recipe: Callable[..., Path], tmp_path: Path,
+    where: str,
+    number: int,
+    layers_done: int,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
     uninterrupted: dict[str, dict[str, bytes]],
 ) -> None:
     recipe = write_recipe(outputs=OUTPUTS, calibration=None)  # the default, as `uninterrupted` has it
-    killed = subprocess.run([sys.executable, "-c", KILL, str(recipe), where, str(number)], capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL, str(recipe), where, str(number)], capture_output=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     artifacts = tmp_path / "artifacts"
     left = [p.name for p in artifacts.iterdir() if not p.name.endswith(".partial")]

@@ -46,10 +46,11 @@ def test_gemm_container_shapes_and_values() -> None:
         bits=4,
         group_size=32,
     )
-    packed = autoawq.pack(codes)
-    planned = autoawq.specs(16, 64, 32, torch.float16)
+    section = autoawq.quantization_config(32, [])
+    packed = autoawq.pack(codes, section)
+    planned = autoawq.specs(16, 64, section, torch.float16)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()} == planned
-    assert autoawq.unpack(packed, 32).equals(codes)
+    assert autoawq.unpack(packed, section).equals(codes)
     weight = codes.dequantize()
     row, column = 3, 40
     expected = (int(codes.codes[row, column]) - int(codes.zero[row, 1])) * float(codes.scale[row, 1])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qtool import QtoolError
 
+from qtool import QtoolError
 from qtool.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,12 @@ gates:
         ("model: [unclosed", "not valid YAML"),
         ("model: x/y\noutputs: []", "`outputs:` is empty"),
         ("model: x/y\noutputs: [{method: awq}, {method: awq}]", "two outputs are named 'awq'"),
-        ("model: x/y\noutputs: [{method: gguff}]", "outputs[0]"),
+        ("model: x/y\noutputs: [{method: gguff}]", "outputs[0]: Input tag 'gguff'"),
+        ("model: x/y\noutputs: [{bits: 4}]", "outputs[0]"),
+        (
+            "model: x/y\noutputs: [{method: gptq, group_size: 100, zero_point: true}]",
+            "outputs[0].zero_point: unknown key",
+        ),
         ("model: x/y\noutputs: [{method: awq}]\ngates: [{output: b, max_kld: 1}]", "a gate names output 'b'"),
         ("model: x/y\noutputs: [{method: awq}]\ngates: [{task: b, max_drop: 1}]", "a gate names task 'b'"),
         ("model: !!python/object/apply:os.system ['true']\noutputs: [{method: awq}]", "not valid YAML"),

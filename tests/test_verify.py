@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from qtool import QtoolError
 from safetensors.torch import load_file, save_file
 
+from qtool import QtoolError
 from qtool.convert import runtimes
 from qtool.convert.artifact import MANIFEST, Artifact, file_entries, read_manifest
 from qtool.convert.source import resolve
@@ -80,15 +80,22 @@ Q = "model.layers.1.mlp.up_proj"
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing file": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "one flipped bit": (
-        lambda p: change_tensor(p, f"{Q}.qweight", lambda t: t ^ 1, resign=False), "model.safetensors has changed (sha256)",
+        lambda p: change_tensor(p, f"{Q}.qweight", lambda t: t ^ 1, resign=False),
+        "model.safetensors has changed (sha256)",
     ),
     "shorter file": (lambda p: (p / "config.json").write_text("{}"), "config.json has 2 bytes"),
     "a stranger among the weights": (
         lambda p: save_file({"x": torch.zeros(1)}, p / "extra.safetensors"), "extra.safetensors is not in the manifest",
     ),
-    "NaN": (lambda p: change_tensor(p, "model.norm.weight", lambda t: t * float("nan")), "model.norm.weight holds NaN or Inf"),
+    "NaN": (
+        lambda p: change_tensor(p, "model.norm.weight", lambda t: t * float("nan")),
+        "model.norm.weight holds NaN or Inf",
+    ),
     "zero scale": (lambda p: change_tensor(p, f"{Q}.scales", lambda t: t * 0), f"{Q}.scales holds zeros"),
-    "wrong shape": (lambda p: change_tensor(p, f"{Q}.qzeros", lambda t: t[:-1]), f"{Q}.qzeros has shape [3, 32], expected [4, 32]"),
+    "wrong shape": (
+        lambda p: change_tensor(p, f"{Q}.qzeros", lambda t: t[:-1]),
+        f"{Q}.qzeros has shape [3, 32], expected [4, 32]",
+    ),
     "lost key": (lambda p: edit_config(p, zero_point=None), "quantization_config lacks 'zero_point'"),
     "wrong group size": (lambda p: edit_config(p, group_size=64), "config.json says group_size 64"),
     "wrong version": (lambda p: edit_config(p, version="gemv"), "version is 'gemv'"),
@@ -158,4 +165,6 @@ def test_runtime_rules() -> None:
     assert broken("vLLM", "plain kernel", 8, LLAMA_8B | {"down_proj": (3584, 18944)}) == [
         "down_proj: in 2368 is not a multiple of the group size 128"
     ]
-    assert broken("vLLM", "plain kernel", 1, LLAMA_8B | {"k_proj": (1020, 4096)}) == ["k_proj: out 1020 is not a multiple of 8"]
+    assert broken("vLLM", "plain kernel", 1, LLAMA_8B | {"k_proj": (1020, 4096)}) == [
+        "k_proj: out 1020 is not a multiple of 8"
+    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from qtool import QtoolError
 
+from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize import layers
@@ -17,17 +17,18 @@ from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
 from qtool.quantize.layers import Walk
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.statistics import InputStatistics
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Llama": {}, "Mistral": {"sliding_window": 24}, "Qwen2": {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
+    "Llama": {}, "Mistral": {"sliding_window": 24},
+    "Qwen2": {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
     "Qwen3": {},
 }  # fmt: skip
 TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
 
 
-def walk_of(folder: Path, methods: list[AwqMethod]) -> Walk:
+def walk_of(folder: Path, methods: Sequence[Method]) -> Walk:
     model = build_skeleton(load_config(folder))
     return Walk(model, Checkpoint.open(folder), CalibrationSet(TOKENS, "test"), methods, torch.device("cpu"))
 
@@ -59,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]
     calls: list[Mapping[str, InputStatistics]] = []
     original = layers.quantize_layer
 
-    def spy(method: AwqMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
+    def spy(method: GridMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
         copies = {}
         for name, stats in statistics.items():
             copies[name] = InputStatistics(stats.tokens, stats.gram.clone(), None, stats.abs_sum, stats.absmax)
@@ -73,7 +74,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_streamed_inputs_equal_the_whole_models(
-    architecture: str, tmp_path: Path, seen: list[Mapping[str, InputStatistics]], monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    tmp_path: Path,
+    seen: list[Mapping[str, InputStatistics]],
+    monkeypatch: pytest.MonkeyPatch,
     model_maker: Callable[..., Path],
 ) -> None:
     monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)  # two batches, the last one smaller
@@ -84,7 +88,10 @@ def test_streamed_inputs_equal_the_whole_models(
     for (index, group), x in expected.items():
         stats = seen[index][group]
         assert stats.tokens == TOKENS.numel()
-        assert torch.allclose(stats.gram, x.t() @ x, rtol=2e-3, atol=2e-3 * float((x.t() @ x).abs().max())), (index, group)
+        assert torch.allclose(stats.gram, x.t() @ x, rtol=2e-3, atol=2e-3 * float((x.t() @ x).abs().max())), (
+            index,
+            group,
+        )
         assert torch.allclose(stats.absmax, x.abs().amax(0), rtol=1e-3, atol=1e-4)
 
 
@@ -108,9 +115,12 @@ def test_own_stream_sees_the_quantized_prefix(tiny: Path, seen: list[Mapping[str
 
 def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
     """Several outputs in one walk: each the same, bit for bit, as alone."""
-    methods = [
+    methods: list[Method] = [
+        Nf4Method(method="nf4"),
+        GptqMethod(method="gptq", name="g", group_size=32),
         AwqMethod(method="awq", name="a", group_size=32),
         AwqMethod(method="awq", name="b", group_size=64, propagate_error=False),
+        GptqMethod(method="gptq", name="h", group_size=-1, bits=8, desc_act=True, propagate_error=False),
         AwqMethod(method="awq", name="c", group_size=32, rounding="rtn"),
     ]
     together = list(walk_of(tiny, methods).run())
@@ -118,6 +128,12 @@ def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
         for alone, result in zip(walk_of(tiny, [method]).run(), together, strict=True):
             for linear, codes in alone.outputs[method.name].codes.items():
                 assert result.outputs[method.name].codes[linear].equals(codes), (method.name, linear)
+
+
+def test_nf4_alone_runs_no_forward(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Walk, "_record_inputs", lambda _: pytest.fail("a forward was run"))
+    results = list(walk_of(tiny, [Nf4Method(method="nf4")]).run())
+    assert [list(result.outputs) for result in results] == [["nf4"], ["nf4"]]
 
 
 def test_no_layer_is_kept(tiny: Path) -> None:
