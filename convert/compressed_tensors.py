@@ -27,7 +27,7 @@ FORMAT = "pack-quantized"
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """bits, group_size, sym."""
-    scheme = _scheme(section)
+    scheme = _scheme(section) if len(section.get("config_groups") or {}) == 1 else {}
     size = -1 if scheme.get("strategy") == "channel" else scheme.get("group_size")
     return {"bits": scheme.get("num_bits"), "group_size": size, "sym": scheme.get("symmetric")}
 

@@ -227,7 +227,7 @@ def _shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> I
 _TRANSFORMERS = "transformers/utils/quantization_config.py"
 _QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
 _VLLM = "vllm/model_executor/layers/quantization"
-_HEAD = RuntimeRule("embeddings and head", "all", "any", "tie_word_embeddings in config.json", _head, required=True)
+_HEAD = RuntimeRule("embeddings and head", "all", "loaders", "tie_word_embeddings in config.json", _head, required=True)
 AWQ_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (AwqConfig)", _awq_keys, required=True),
     _HEAD,

@@ -63,13 +63,48 @@ def test_an_artifact_is_a_whole_model(write_recipe: Callable[..., Path], tiny: P
     assert not list(artifact.path.rglob("*journal*"))
 
 
+EVERY: list[dict[str, Any]] = [
+    {"method": "awq", "group_size": 32},
+    {"method": "gptq", "group_size": 32},
+    {"method": "gptq", "name": "v2", "bits": 8, "group_size": 64, "sym": False, "propagate_error": False},
+    {"method": "gptq", "name": "order", "desc_act": True, "group_size": -1, "dtype": "bfloat16", "scaling": "awq"},
+    {"method": "gptq", "name": "ct", "format": "compressed-tensors", "group_size": 128, "propagate_error": False},
+    {"method": "gptq", "name": "cta", "format": "compressed-tensors", "bits": 8, "sym": False, "group_size": 32},
+    {"method": "nf4"},
+    {"method": "nf4", "name": "single", "double_quant": False},
+]
+
+
 def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
-    job = job_of(write_recipe())
-    artifact = make_artifacts(job, job.recipe.outputs, CALIBRATION)["awq"]
-    plan = job.plans["awq"]
-    found = {name: (info.dtype, info.shape) for name, info in artifact.checkpoint.tensors.items()}
-    assert found == plan.specs
-    assert sum(info.nbytes for info in artifact.checkpoint.tensors.values()) == plan.nbytes
+    job = job_of(write_recipe(outputs=EVERY))
+    artifacts = make_artifacts(job, job.recipe.outputs, CALIBRATION)
+    assert len(artifacts) == len(EVERY)
+    for name, artifact in artifacts.items():
+        plan = job.plans[name]
+        found = {tensor: (info.dtype, info.shape) for tensor, info in artifact.checkpoint.tensors.items()}
+        assert found == plan.specs, name
+        assert sum(info.nbytes for info in artifact.checkpoint.tensors.values()) == plan.nbytes
+        header = int.from_bytes((artifact.path / "model.safetensors").read_bytes()[:8], "little")
+        assert (artifact.path / "model.safetensors").stat().st_size == 8 + header + plan.nbytes
+
+
+def test_nf4_does_not_depend_on_the_calibration(write_recipe: Callable[..., Path]) -> None:
+    """Other tokens, same key: the artifact is reused."""
+    job = job_of(write_recipe(outputs=[{"method": "nf4"}]))
+    first = make_artifacts(job, job.recipe.outputs, CALIBRATION)["nf4"]
+    stamp = (first.path / "model.safetensors").stat().st_mtime_ns
+    other = CalibrationSet(CALIBRATION.tokens + 1, "other")
+    second = make_artifacts(job, job.recipe.outputs, other)["nf4"]
+    assert (second.path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_rows_that_do_not_fill_words_are_refused(
+    write_recipe: Callable[..., Path], model_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_maker(tmp_path / "odd", intermediate_size=260)
+    with pytest.raises(QtoolError, match=r"down_proj has 260 columns; this format packs columns in groups of 8"):
+        job_of(write_recipe(model=str(model), outputs=[{"method": "gptq", "group_size": -1}]))
+    assert job_of(write_recipe(model=str(model), outputs=[{"method": "nf4"}])).plans["nf4"].nbytes
 
 
 def test_a_finished_artifact_is_reused(write_recipe: Callable[..., Path]) -> None:
@@ -151,6 +186,8 @@ make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
 """
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32},
+    {"method": "gptq", "group_size": 32, "desc_act": True},
+    {"method": "nf4"},
     {"method": "awq", "name": "rtn", "group_size": 32, "rounding": "rtn"},
 ]
 
@@ -165,8 +202,9 @@ def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize(
     ("where", "number", "layers_done"),
-    # each layer: two outputs, each 37 writes and two commits (scales, then weights)
-    [("write", 20, 0), ("commit", 6, 1), ("write", 130, 1), ("seal", 2, 2)],
+    # 8 writes outside the layers; each layer: 37 writes for awq, 44 for gptq, 37 for rtn, 44 for nf4, and two
+    # commits for each (scales, then weights), but one for nf4
+    [("write", 20, 0), ("commit", 12, 1), ("write", 270, 1), ("seal", 2, 2)],
 )
 def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     where: str,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert import runtimes
+from qtool.convert import bnb_nf4, compressed_tensors, runtimes
 from qtool.convert.artifact import MANIFEST, Artifact, file_entries, read_manifest
 from qtool.convert.source import resolve
 from qtool.convert.verify import Verification, verify
@@ -21,21 +21,30 @@ from qtool.outputs import make_artifacts, open_job
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
 
+OUTPUTS: list[dict[str, Any]] = [
+    {"method": "awq", "group_size": 32},
+    {"method": "gptq", "group_size": 32, "propagate_error": False},
+    {"method": "gptq", "name": "v2", "group_size": 64, "sym": False, "propagate_error": False},
+    {"method": "gptq", "name": "ct", "group_size": -1, "format": "compressed-tensors", "propagate_error": False},
+    {"method": "nf4"},
+]
+
 
 @pytest.fixture(scope="module")
-def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("verify")
     path = folder / "recipe.yaml"
-    path.write_text(f"model: {tiny}\noutputs: [{{method: awq, group_size: 32}}]\noutput_dir: {folder}/artifacts\n")
+    path.write_text(json.dumps({"model": str(tiny), "outputs": OUTPUTS, "output_dir": f"{folder}/artifacts"}))
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    return make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))["awq"].path
+    made = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
+    return {name: artifact.path for name, artifact in made.items()}
 
 
 @pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+def copy(artifacts: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifacts["awq"], tmp_path / "copy"))
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], resign: bool = True) -> None:
@@ -57,12 +66,17 @@ def failures(result: Verification) -> str:
     return "\n".join(f"{c.name}: {c.detail}" for c in result.checks if c.status == "fail" and c.required)
 
 
-def test_a_good_artifact_is_sound_and_unmade_checks_are_listed(artifact: Path, tiny: Path) -> None:
-    result = verify(artifact)
+@pytest.mark.parametrize("name", [output.get("name", output["method"]) for output in OUTPUTS])
+def test_a_good_artifact_is_sound_and_unmade_checks_are_listed(
+    name: str, artifacts: dict[str, Path], tiny: Path
+) -> None:
+    result = verify(artifacts[name])
     assert result.sound
     assert [c.name for c in result.checks if c.status == "not made"] == ["error against the source"]
-    assert verify(artifact, tiny).sound
-    assert not [c for c in verify(artifact, tiny).checks if c.status == "not made"]
+    with_source = verify(artifacts[name], tiny)
+    assert with_source.sound
+    assert not [c for c in with_source.checks if c.status == "not made"]
+    assert [c.detail for c in with_source.checks if c.name == "error against the source"] == ["14 linears as recorded"]
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -112,10 +126,118 @@ def test_each_planted_fault_is_named(fault: str, copy: Path) -> None:
     assert expected in failures(result)
 
 
-def test_codes_of_another_linear_pass_everything_but_the_source(copy: Path, tiny: Path) -> None:
+def rename(folder: Path, old: str, new: str | None) -> None:
+    """Rename a tensor, or drop it."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensor = tensors.pop(old)
+    if new is not None:
+        tensors[new] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    sign(folder)
+
+
+def edit_weights(folder: Path, **changes: Any) -> None:
+    """Change what a compressed-tensors config says of the weights; None: say nothing."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights.update(changes)
+    for key in [key for key, value in changes.items() if value is None]:
+        del weights[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder)
+
+
+def untie(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    sign(folder)
+
+
+def edit_side(folder: Path, **changes: Any) -> None:
+    side = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(side | changes))
+    sign(folder)
+
+
+def drop_side(folder: Path) -> None:
+    (folder / "quantize_config.json").unlink()
+    sign(folder)
+
+
+def scramble_state(folder: Path) -> None:
+    change_tensor(folder, f"{Q}.weight.quant_state.bitsandbytes__nf4", lambda t: t ^ 0x55)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+FORMAT_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("awq", lambda p: rename(p, EMBEDDING, "model.embed_tokens.qweight"), "model.embed_tokens is quantized"),
+    ("awq", untie, "lm_head.weight is missing, and tie_word_embeddings is false"),
+    ("awq", lambda p: edit_config(p, quant_method="hqq"), "quant_method 'hqq' cannot be read back"),
+    *(("gptq", lambda p, k=key: edit_config(p, **{k: None}), f"quantization_config lacks {key!r}")
+      for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")),
+    ("gptq", lambda p: edit_config(p, checkpoint_format="gptq_v2"), "zero points are 7 in checkpoint_format 'gptq_v2'"),
+    ("gptq", lambda p: change_tensor(p, f"{Q}.qzeros", lambda t: t * 0 - 0x77777778), "zero points are 9 in"),
+    ("gptq", lambda p: edit_config(p, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
+    ("gptq", lambda p: edit_config(p, bits=3), "bits is 3"),
+    ("gptq", lambda p: edit_config(p, bits=8), "config.json says bits 8, the artifact was made with 4"),
+    ("gptq", lambda p: edit_config(p, sym=False), "config.json says sym False, the artifact was made with True"),
+    ("gptq", lambda p: edit_config(p, desc_act=True), "config.json says desc_act True"),
+    ("gptq", lambda p: edit_config(p, lm_head=True), "lm_head is true, but the head is not quantized"),
+    ("gptq", lambda p: edit_side(p, group_size=128), "disagree on group_size"),
+    ("gptq", drop_side, "quantize_config.json is missing"),
+    ("gptq", lambda p: rename(p, f"{Q}.g_idx", None), f"{Q}.g_idx is missing"),
+    ("gptq", lambda p: rename(p, f"{Q}.qweight", f"{Q}.weight"), f"{Q} is missing"),
+    ("gptq", lambda p: change_tensor(p, f"{Q}.scales", lambda t: t.float()), f"{Q}.scales is torch.float32"),
+    ("v2", lambda p: edit_config(p, checkpoint_format="gptq"), "disagree on checkpoint_format"),
+    ("ct", lambda p: edit_config(p, format="int-quantized"), "format is 'int-quantized'"),
+    ("ct", lambda p: edit_config(p, quantization_status="frozen"), "quantization_status is 'frozen'"),
+    ("ct", lambda p: edit_config(p, ignore=[]), "ignore lacks 'lm_head'"),
+    ("ct", lambda p: edit_config(p, config_groups={}), "config_groups does not say bits"),
+    ("ct", lambda p: edit_weights(p, symmetric=None), "config_groups does not say sym"),
+    ("ct", lambda p: edit_weights(p, num_bits=8), "config.json says bits 8"),
+    ("ct", lambda p: edit_weights(p, strategy="group", group_size=32), "config.json says group_size 32"),
+    ("ct", lambda p: change_tensor(p, f"{Q}.weight_shape", lambda t: t.flip(0)), f"{Q}.weight_packed has shape"),
+    ("ct", lambda p: change_tensor(p, f"{Q}.weight_scale", lambda t: -t), f"{Q}.weight_scale holds zeros or negative"),
+    ("nf4", lambda p: edit_config(p, load_in_4bit=False), "load_in_4bit is False"),
+    ("nf4", lambda p: edit_config(p, bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type is 'fp4'"),
+    ("nf4", lambda p: edit_config(p, bnb_4bit_quant_storage="bfloat16"), "bnb_4bit_quant_storage is 'bfloat16'"),
+    ("nf4", lambda p: edit_config(p, bnb_4bit_compute_dtype=None), "bnb_4bit_compute_dtype is None"),
+    ("nf4", lambda p: edit_config(p, llm_int8_skip_modules=[]), "llm_int8_skip_modules lacks 'lm_head'"),
+    ("nf4", lambda p: edit_config(p, bnb_4bit_use_double_quant=False), "config.json says double_quant False"),
+    ("nf4", lambda p: rename(p, f"{Q}.weight.nested_absmax", None), "the tensors say otherwise"),
+    ("nf4", scramble_state, "is not the JSON of a bitsandbytes QuantState"),
+    ("nf4", lambda p: change_tensor(p, f"{Q}.weight", lambda t: t[:-1]), f"{Q}.weight has shape [16383, 1]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "plant", "expected"), FORMAT_FAULTS, ids=[f"{name}: {expected}" for name, _, expected in FORMAT_FAULTS]
+)
+def test_each_planted_fault_of_a_format_is_named(
+    name: str, plant: Callable[[Path], Any], expected: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifacts[name], tmp_path / "copy"))
+    plant(folder)
+    result = verify(folder)
+    assert not result.sound
+    assert expected in failures(result)
+
+
+SAME_SHAPE = {
+    "gptq": ".qweight", "v2": ".qzeros", "ct": ".weight_packed", "nf4": ".weight", "awq": ".qweight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_SHAPE)
+def test_codes_of_another_linear_pass_everything_but_the_source(
+    name: str, artifacts: dict[str, Path], tmp_path: Path, tiny: Path
+) -> None:
     """Well-formed and wrong: only the error against the source can tell."""
-    other = load_file(copy / "model.safetensors")[f"{Q.replace('up', 'gate')}.qweight"]
-    change_tensor(copy, f"{Q}.qweight", lambda _: other)
+    copy = Path(shutil.copytree(artifacts[name], tmp_path / "copy"))
+    suffix = SAME_SHAPE[name]
+    other = load_file(copy / "model.safetensors")[f"{Q.replace('up', 'gate')}{suffix}"]
+    change_tensor(copy, f"{Q}{suffix}", lambda _: other)
     assert verify(copy).sound
     result = verify(copy, tiny)
     assert not result.sound
@@ -168,3 +290,51 @@ def test_runtime_rules() -> None:
     assert broken("vLLM", "plain kernel", 1, LLAMA_8B | {"k_proj": (1020, 4096)}) == [
         "k_proj: out 1020 is not a multiple of 8"
     ]
+
+
+def gptq_subject(linears: dict[str, tuple[int, int]], **quantization: Any) -> runtimes.Subject:
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    return runtimes.Subject(heads | {"quantization_config": section | quantization}, linears)
+
+
+def reasons(rules: tuple[runtimes.RuntimeRule, ...], runtime: str, subject: runtimes.Subject, tp: int = 1) -> list[str]:
+    rule = next(rule for rule in rules if rule.runtime == runtime and not rule.required)
+    return list(rule.broken(subject, tp))
+
+
+def test_gptq_kernels() -> None:
+    for tp in runtimes.TENSOR_PARALLEL:
+        for group_size in (-1, 32, 64, 128):
+            assert not reasons(runtimes.GPTQ_RULES, "vLLM", gptq_subject(LLAMA_8B, group_size=group_size), tp)
+    asymmetric = reasons(runtimes.GPTQ_RULES, "vLLM", gptq_subject(LLAMA_8B, sym=False))
+    assert asymmetric == ["the grid is asymmetric (sym: false); Marlin takes symmetric ones"]
+    assert not reasons(runtimes.GPTQ_RULES, "SGLang", gptq_subject(LLAMA_8B, bits=8))
+    narrow = reasons(runtimes.GPTQ_RULES, "vLLM", gptq_subject({"q_proj": (96, 192)}, group_size=32))
+    assert narrow == ["q_proj: out 96 is not a multiple of 64", "q_proj: in 192 is not a multiple of 128"]
+    assert not reasons(runtimes.GPTQ_RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq"))
+    assert reasons(runtimes.GPTQ_RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq_v2"))
+
+
+def test_zero_points_that_a_version_cannot_hold() -> None:
+    rule = next(rule for rule in runtimes.GPTQ_RULES if rule.name == "zero points")
+    for sym, version, zeros, good in (
+        (True, "gptq", (8, 8), True), (True, "gptq_v2", (8, 9), False), (False, "gptq_v2", (0, 15), True),
+        (False, "gptq", (0, 15), False), (False, "gptq", (1, 15), True),
+    ):  # fmt: skip
+        subject = gptq_subject(LLAMA_8B, sym=sym, checkpoint_format=version)
+        subject.zeros["q_proj"] = zeros
+        assert (not list(rule.broken(subject, 1))) == good
+
+
+def test_compressed_tensors_and_nf4_kernels() -> None:
+    config = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    for sym, bits, good in ((True, 4, True), (True, 8, True), (False, 4, True), (False, 8, False)):
+        section = compressed_tensors.quantization_config(bits, 128, sym, False)
+        subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B)
+        assert (not reasons(runtimes.COMPRESSED_RULES, "vLLM", subject)) == good
+    section = bnb_nf4.quantization_config(True, ["lm_head"])
+    subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B | {"k_proj": (1000, 4128)})
+    assert reasons(runtimes.NF4_RULES, "bitsandbytes", subject) == [
+        "k_proj: out 1000 is not a multiple of 32", "k_proj: in 4128 is not a multiple of 64"
+    ]  # fmt: skip
