@@ -15,6 +15,12 @@ from qtool.convert import autogptq, compressed_tensors, packing
 from qtool.convert.artifact import Artifact, write_json
 from qtool.convert.codes import UniformCodes
 from qtool.convert.containers import CONTAINERS, container_of
+from qtool.convert.skeleton import load_config
+from qtool.convert.source import resolve
+from qtool.evaluate.generate import load_model
+from qtool.outputs import make_artifacts, open_job
+from qtool.quantize.calibration import CalibrationSet
+from qtool.recipe import load_recipe
 
 OUT, IN = 64, 128
 
@@ -197,3 +203,19 @@ def test_the_table_names_every_container() -> None:
 def test_what_does_not_fill_a_word_is_refused(pack: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="do not pack"):
         pack(torch.zeros(2, 6, dtype=torch.uint8))
+
+
+def test_transformers_loads_compressed_tensors(write_recipe: Callable[..., Path]) -> None:
+    """Its own decompression of a whole artifact gives the reference engine's logits, to the last bit."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    output = {"method": "gptq", "format": "compressed-tensors", "group_size": 32, "scaling": "awq"}
+    recipe = load_recipe(write_recipe(outputs=[output]))
+    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
+    tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
+    artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))["gptq"]
+    theirs = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
+    ours = load_model(artifact.read(), load_config(artifact.path), torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
