@@ -257,9 +257,8 @@ class _OutputWriter:
         linears = [name for name in self.linears.names() if name.startswith(prefix)]
         parts = {f"{linear}.{suffix}" for linear in linears for suffix in self.linears.parts(linear)}
         state = {f"{linear}.weight": self.linears.codes(linear).dequantize() for linear in linears}
-        for name in self.plan.specs:
-            if name.startswith(prefix) and name not in parts:
-                state[name] = self.written.tensor(name)
+        others = [name for name in self.plan.specs if name.startswith(prefix) and name not in parts]
+        state |= {name: self.written.tensor(name) for name in others}
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
     def seal(self, calibration: CalibrationSet) -> None:
@@ -270,9 +269,7 @@ class _OutputWriter:
         job, method = self.job, self.method
         copy_sidecars(job.source.path, self.partial, job.recipe.model.trust_remote_code)
         write_config(job.source.path, self.partial, self.section, method.stored_dtype)
-        ledger: dict[str, dict[str, float]] = {}
-        for step in self.weights.steps:
-            ledger |= step["records"]
+        ledger = {linear: record for step in self.weights.steps for linear, record in step["records"].items()}
         used = job.recipe.calibration.model_dump(mode="json") | {"digest": calibration.digest}
         manifest = Manifest(
             qtool=version("qtool-llm"),

@@ -125,7 +125,8 @@ def markdown(run: Run, rows: list[dict[str, str]]) -> str:
             "## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts)
         )
     for name, artifact in run.artifacts.items():
-        measured = [item for item in artifact.manifest.ledger.items() if "error" in item[1]] if artifact.manifest else []
+        records = artifact.manifest.ledger if artifact.manifest else {}
+        measured = [item for item in records.items() if "error" in item[1]]
         if measured:  # NF4 is made without inputs, so nobody knows its output errors
             worst = sorted(measured, key=lambda item: -item[1]["error"])[:10]
             lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]

@@ -2,11 +2,12 @@
 """Prove that an artifact means the same to other people's software as it does to qtool.
 
 Each peer runs in a virtual environment of its own (made under --peers when it is missing: 1.7 GB, a few
-minutes), as a child process that knows nothing of qtool. For AWQ:
+minutes), as a child process that knows nothing of qtool. Logits must agree with those of qtool's reference engine,
+which dequantizes the artifact into transformers' float32 model:
 
-- transformers with GPTQModel loads the folder on the CPU and computes logits; they must agree with qtool's
-  reference engine, which dequantizes the artifact into transformers' float32 model;
-- AutoAWQ's own unpacking code turns every quantized linear into float16 weights; they must equal qtool's.
+- AWQ and GPTQ (v1, v2, 4 and 8 bits, act-order): transformers with GPTQModel loads the folder on the CPU; for AWQ,
+  AutoAWQ's own unpacking code also turns every quantized linear into float16 weights, which must equal qtool's;
+- compressed-tensors and NF4: transformers with compressed-tensors or bitsandbytes, in qtool's own environment.
 
 Exit codes: 0 all agree, 1 something disagrees, 2 wrong input, 3 an environment could not be made.
 
@@ -28,6 +29,7 @@ import tempfile
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,8 @@ class Distance:
 
 def check_gptqmodel(context: Context) -> list[Row]:
     """Load in transformers with GPTQModel: nothing missing, all linears quantized, the reference's logits."""
-    exact, default = "torch_awq:float32", "auto:auto"
+    method = context.artifact.quantization["quant_method"]
+    exact, default = ("torch_awq:float32" if method == "awq" else "torch:float32"), "auto:auto"
     tokens, out = context.scratch / "tokens.safetensors", context.scratch / "logits.safetensors"
     save_file({"tokens": make_tokens(context.artifact.path)}, tokens)
     arguments = (context.artifact.path, "--tokens", tokens, "--out", out, "--run", exact, "--run", default)
@@ -248,17 +251,55 @@ def measure_difference(context: Context, python: Path, name: str) -> str:
     return f"largest difference {(theirs.float() - ours).abs().max():.3e}, largest weight {ours.abs().max():.3e}"
 
 
+def check_transformers(context: Context) -> list[Row]:
+    """Load in transformers, in this very environment: nothing missing, all linears quantized, the reference's logits.
+
+    compressed-tensors decompresses to the weights that the codes stand for, in float32. bitsandbytes computes in
+    bfloat16, so it may be as far from the float32 logits as a few times the reference engine in bfloat16 is.
+    """
+    from transformers import AutoModelForCausalLM
+
+    artifact, tokens = context.artifact, make_tokens(context.artifact.path)
+    method = artifact.quantization["quant_method"]
+    exact = method == "compressed-tensors"
+    options = {"dtype": torch.float32} if exact else {}
+    model, info = AutoModelForCausalLM.from_pretrained(artifact.path, output_loading_info=True, **options)
+    kind = ("weight_packed", None) if exact else (None, "Linear4bit")
+    packed = [m for m in model.modules() if (kind[0] and hasattr(m, kind[0])) or type(m).__name__ == kind[1]]
+    faults = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    with torch.inference_mode():
+        logits = model.eval()(tokens, use_cache=False).logits.float()
+    reference = compute_reference(artifact, tokens, torch.float32)
+    plain = Distance.between(compute_reference(artifact, tokens, torch.bfloat16), reference)
+    distance = Distance.between(logits, reference)
+    limit = MAX_RELATIVE_ERROR if exact else max(MAX_RELATIVE_ERROR, BFLOAT16_FACTOR * plain.relative)
+    top1 = MIN_TOP1 if exact else plain.top1 - BFLOAT16_TOP1_LOSS
+    linears = len(artifact.linears())
+    package = "compressed-tensors" if exact else "bitsandbytes"
+    peer = f"transformers {metadata.version('transformers')}, {package} {metadata.version(package)}"
+    found = f"{len(packed)} packed" + (f", faults {faults}" if faults else "")
+    wanted = f"relative <= {limit:.1e}, top-1 >= {top1:.2%}"
+    return [
+        Row(peer, "loads", found, f"{linears} linears, no fault", not faults and len(packed) == linears),
+        Row(peer, "logits", str(distance), wanted, distance.relative <= limit and distance.top1 >= top1),
+        Row("reference engine", "bfloat16 logits", str(plain), "for comparison", True),
+    ]
+
+
 @dataclass(frozen=True)
 class Check:
-    """A comparison and the environment that it needs (None: qtool's own)."""
+    """A comparison and the environment that it needs (None: qtool's own, with the extras `nf4` and `test`)."""
 
-    environment: str
+    environment: str | None
     compare: Callable[[Context], list[Row]]
 
 
 # quant_method in config.json -> what is checked. Other formats join here.
 CHECKS: dict[str, tuple[Check, ...]] = {
     "awq": (Check("autoawq", check_autoawq), Check("gptqmodel", check_gptqmodel)),
+    "gptq": (Check("gptqmodel", check_gptqmodel),),
+    "compressed-tensors": (Check(None, check_transformers),),
+    "bitsandbytes": (Check(None, check_transformers),),
 }
 
 
@@ -289,6 +330,8 @@ def check_artifact(args: argparse.Namespace) -> int:
     peers = args.peers.expanduser().resolve()
     rows = [check_config(artifact, args.source)] if args.source else []
     for check in CHECKS[kind]:
+        if check.environment is None:
+            continue
         try:
             prepare_environment(check.environment, peers, args.torch_index)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -300,7 +343,7 @@ def check_artifact(args: argparse.Namespace) -> int:
             try:
                 rows += check.compare(context)
             except ChildProcessError as error:
-                rows.append(Row(check.environment, "runs", str(error), "a result", False))
+                rows.append(Row(str(check.environment), "runs", str(error), "a result", False))
     print_table(f"{args.artifact} ({kind})", rows)
     return 0 if all(row.agrees for row in rows) else 1
 
