@@ -38,7 +38,9 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if path.is_dir():
         return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
     if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
-        raise QtoolError(f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe.")
+        raise QtoolError(
+            f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
+        )
     return _snapshot(model, revision)
 
 

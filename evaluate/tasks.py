@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from qtool import QtoolError
 
 SHIPPED = {"handwritten": "handwritten.jsonl", "heldout": "heldout.jsonl.gz"}

@@ -9,8 +9,6 @@ class QtoolError(click.ClickException):
     ``exit_code``: 2 the input is wrong (default), 3 the machine lacks something.
     """
 
-    exit_code = 2
-
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click types it as a class variable and reads the instance

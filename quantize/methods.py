@@ -23,9 +23,9 @@ class _OnGrid(_Section):
     """What AWQ and GPTQ outputs have in common: integer codes on a uniform grid, chosen on calibration statistics."""
 
     clip: bool = True
-    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[float, Field(gt=0, le=1)] = 0.5
+    propagate_strength: Annotated[float, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property

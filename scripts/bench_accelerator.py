@@ -23,12 +23,25 @@ from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.layers import Walk
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import AwqMethod, GptqMethod, Nf4Method
 
-CASES = {
-    "AWQ, rtn rounding": AwqMethod(method="awq", rounding="rtn"),
-    "AWQ, gptq rounding, source inputs": AwqMethod(method="awq", propagate_error=False),
-    "AWQ, gptq rounding, propagated inputs": AwqMethod(method="awq"),
+Methods = list[AwqMethod | GptqMethod | Nf4Method]
+CASES: dict[str, Methods] = {
+    "AWQ, rtn rounding": [AwqMethod(method="awq", rounding="rtn")],
+    "AWQ, gptq rounding, source inputs": [AwqMethod(method="awq", propagate_error=False)],
+    "AWQ, gptq rounding, propagated inputs": [AwqMethod(method="awq")],
+    "GPTQ, source inputs": [GptqMethod(method="gptq", propagate_error=False)],
+    "GPTQ, propagated inputs": [GptqMethod(method="gptq")],
+    "AWQ + GPTQ + NF4, source inputs": [
+        AwqMethod(method="awq", propagate_error=False),
+        GptqMethod(method="gptq", propagate_error=False),
+        Nf4Method(method="nf4"),
+    ],
+    "AWQ + GPTQ + NF4, propagated inputs": [
+        AwqMethod(method="awq"),
+        GptqMethod(method="gptq"),
+        Nf4Method(method="nf4"),
+    ],
 }
 
 
@@ -54,34 +67,32 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     return folder
 
 
-def measure(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> dict[str, float]:
+def measure(folder: Path, methods: Methods, tokens: torch.Tensor) -> dict[str, float]:
     """Walk all layers once."""
     config = load_config(folder)
     walk = Walk(
         build_skeleton(config),
         Checkpoint.open(folder),
         CalibrationSet(tokens, "random"),
-        [method],
+        methods,
         torch.device("cuda"),
     )
     torch.cuda.reset_peak_memory_stats()
-    seconds, errors = [], []
+    seconds = []
     start = time.perf_counter()
     for result in walk.run():
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        errors += [record["error"] / record["rtn_error"] for record in result.outputs[method.name].records.values()]
         del result
         start = time.perf_counter()
     return {
         "first layer s": seconds[0],
         "median of the others s": statistics.median(seconds[1:]) if len(seconds) > 1 else seconds[0],
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
-        "output error over rtn": statistics.mean(errors),
     }
 
 
-def profile(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> None:
+def profile(folder: Path, methods: Methods, tokens: torch.Tensor) -> None:
     """Where one warm layer's time goes."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
@@ -91,7 +102,7 @@ def profile(folder: Path, method: AwqMethod, tokens: torch.Tensor) -> None:
         build_skeleton(config),
         Checkpoint.open(folder),
         CalibrationSet(tokens, "random"),
-        [method],
+        methods,
         torch.device("cuda"),
     )
     results = walk.run()
@@ -109,17 +120,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this case (repeatable)")
     options = parser.parse_args()
     print(torch.__version__, torch.cuda.get_device_name())
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), options.layers)
         tokens = torch.randint(0, 4096, (options.samples, options.length))
-        for name, method in CASES.items():
+        for name, methods in CASES.items():
+            if options.case and name not in options.case:
+                continue
             if options.profile:
                 print(name)
-                profile(Path(folder), method, tokens)
+                profile(Path(folder), methods, tokens)
             else:
-                figures = {key: round(value, 3) for key, value in measure(Path(folder), method, tokens).items()}
+                figures = {key: round(value, 3) for key, value in measure(Path(folder), methods, tokens).items()}
                 print(json.dumps({"case": name} | figures), flush=True)
 
 

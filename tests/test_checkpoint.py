@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qtool import QtoolError
 from safetensors.torch import save_file
 
+from qtool import QtoolError
 from qtool.convert.checkpoint import INDEX, Checkpoint
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
@@ -53,7 +53,7 @@ def test_pickle_only_is_refused_with_the_command_that_converts(copy: Path) -> No
 
 
 def test_no_weights_at_all(tmp_path: Path) -> None:
-    with pytest.raises(QtoolError, match="no \\*.safetensors"):
+    with pytest.raises(QtoolError, match=r"no \*\.safetensors"):
         Checkpoint.open(tmp_path)
     with pytest.raises(QtoolError, match="no such folder"):
         Checkpoint.open(tmp_path / "absent")
@@ -100,7 +100,7 @@ def test_missing_tensor_is_named(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QtoolError, match="model.layers.2"):
+    with pytest.raises(QtoolError, match=r"model\.layers\.2"):
         check(copy)
 
 

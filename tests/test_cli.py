@@ -20,11 +20,12 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """Two problems no random model solves, and one that any answer solves."""
+    """Two problems that no random model solves."""
     rows = [
         {
             "task_id": f"t/{i}", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-            "canonical_solution": "    return x\n", "test": f"def check(candidate):\n    assert candidate({i}) == {i + 1000}\n",
+            "canonical_solution": "    return x\n",
+            "test": f"def check(candidate):\n    assert candidate({i}) == {i + 1000}\n",
         }
         for i in range(2)
     ]  # fmt: skip

@@ -150,9 +150,7 @@ def test_held_out_code_shares_no_prompt_with_the_task(problems):
 def test_operations_have_working_equivalent_expressions(scripts):
     """Two programs of one operation each, in every spelling, run and agree with the operation's reference."""
     programs = scripts["demo_programs"].programs("spellings", held_out=False, lengths={1: 1})
-    seen = {
-        program.composition for program in itertools.islice(programs, 600)
-    }  # each is executed and compared
+    seen = {program.composition for program in itertools.islice(programs, 600)}  # each is executed and compared
     assert len(seen) > 100
 
 

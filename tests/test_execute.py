@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from qtool import QtoolError
 from qtool.evaluate import execute
 from qtool.evaluate.execute import TIERS, Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs

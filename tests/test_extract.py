@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from qtool.evaluate.extract import program_from_chat, program_from_completion, stop_at_end_of_function
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
@@ -33,10 +34,8 @@ COMPLETIONS = {
     "fence": "    return 2 * x\n```\nThis function doubles.",
     "decorator": "    return 2 * x\n\n@cache\ndef f(",
     "nested function": "    def twice(y):\n        return 2 * y\n    return twice(x)\n\ndef junk(",
-    "helper below": "    return twice(x)\n\n\n"
-    "def twice(y):\n    return _two() * y\n\ndef _two():\n    return 2\n",
-    "helper below, cut": "    return twice(x)\n\n"
-    "def twice(y):\n    return 2 * y\n\ndef more(z):\n    ret = (",
+    "helper below": "    return twice(x)\n\n\ndef twice(y):\n    return _two() * y\n\ndef _two():\n    return 2\n",
+    "helper below, cut": "    return twice(x)\n\ndef twice(y):\n    return 2 * y\n\ndef more(z):\n    ret = (",
     "string at column 0": '    s = """\ndef no\n# no\n"""\n    return 2 * x if s else 0\n\ndef junk(',
     "bracket at column 0": "    v = [\n2,\n# two\n]\n    return v[0] * x\n\nprint(",
     "quote in comment": "    # don't\n    return 2 * x\n\ndef junk(",
@@ -91,8 +90,7 @@ CHATS = {
     "shell block": f"```bash\npip install x\n```\n```python\n{FULL}```",
     "wrong language name": f"```py3\n{FULL}```",
     "labelled as text": f"```text\n{FULL}```",
-    "corrected answer is last": "```python\ndef double(x):\n    return x\n```\n"
-    f"Wait, no:\n```python\n{FULL}```",
+    "corrected answer is last": f"```python\ndef double(x):\n    return x\n```\nWait, no:\n```python\n{FULL}```",
     "helper in another block": "```python\ndef two():\n    return 2\n```\nand\n"
     "```python\ndef double(x):\n    return two() * x\n```",
     "example in the answer's block": f"```python\n{FULL}\nassert double(2) == 4\n```",

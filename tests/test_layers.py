@@ -23,7 +23,11 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "qtool"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qtool":
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "qtool" else {node.module or ""}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "qtool"
+                else {node.module or ""}
+            )
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
     return {name.split(".")[1] if "." in name else "" for name in found}

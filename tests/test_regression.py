@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from qtool.evaluate import regression
 from qtool.evaluate.regression import (
     Interval,
@@ -18,7 +20,6 @@ from qtool.evaluate.regression import (
     paired_difference,
     wilson,
 )
-from scipy import stats
 
 
 def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -46,9 +47,7 @@ def test_wilson_at_the_ends() -> None:
         wilson(1, 2, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("b", "c"), [(0, 1), (1, 0), (5, 5), (0, 6), (12, 3), (40, 41), (300, 200), (2000, 1000)]
-)
+@pytest.mark.parametrize(("b", "c"), [(0, 1), (1, 0), (5, 5), (0, 6), (12, 3), (40, 41), (300, 200), (2000, 1000)])
 def test_mcnemar_is_the_binomial_test(b: int, c: int) -> None:
     assert mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c).pvalue, rel=1e-9, abs=1e-300)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from qtool import QtoolError
 from qtool.evaluate import tasks
 from qtool.evaluate.execute import Job, detect_sandbox, run_programs
@@ -28,9 +29,7 @@ def write(path: Path, *rows: object) -> str:
 
 
 def test_a_file_in_humaneval_format_loads(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "mine.jsonl", {**ROW, "plus_input": [1]}, "", {**ROW, "task_id": "x/1", "level": 3}
-    )
+    path = write(tmp_path / "mine.jsonl", {**ROW, "plus_input": [1]}, "", {**ROW, "task_id": "x/1", "level": 3})
     task = load_task(path)
     assert task.name == "mine"
     assert [problem.task_id for problem in task.problems] == ["x/0", "x/1"]

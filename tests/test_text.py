@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qtool import QtoolError
 
+from qtool import QtoolError
 from qtool.convert.text import TextSource, load_tokenizer, read_rows, token_windows
 from qtool.quantize.calibration import CalibrationSet
 

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import pytest
+
 from qtool.evaluate.wire import MAX_FRAME, NotPlain, pack, read_frame, unpack, write_frame
 
 VALUES: list[Any] = [
