@@ -112,7 +112,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise QtoolError(f"{path}: {error.strerror}. Recipes that ship with qtool: `qtool recipes`.") from error
+        raise QtoolError(f"{path}: {error.strerror}. Check the path; the folder recipes/ has examples.") from error
     except yaml.YAMLError as error:
         raise QtoolError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):

@@ -67,16 +67,15 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     return folder
 
 
+def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor) -> Walk:
+    """A walk over the checkpoint in ``folder``."""
+    model = build_skeleton(load_config(folder))
+    return Walk(model, Checkpoint.open(folder), CalibrationSet(tokens, "random"), methods, torch.device("cuda"))
+
+
 def measure(folder: Path, methods: Methods, tokens: torch.Tensor) -> dict[str, float]:
     """Walk all layers once."""
-    config = load_config(folder)
-    walk = Walk(
-        build_skeleton(config),
-        Checkpoint.open(folder),
-        CalibrationSet(tokens, "random"),
-        methods,
-        torch.device("cuda"),
-    )
+    walk = walk_of(folder, methods, tokens)
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     start = time.perf_counter()
@@ -97,14 +96,7 @@ def profile(folder: Path, methods: Methods, tokens: torch.Tensor) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
 
-    config = load_config(folder)
-    walk = Walk(
-        build_skeleton(config),
-        Checkpoint.open(folder),
-        CalibrationSet(tokens, "random"),
-        methods,
-        torch.device("cuda"),
-    )
+    walk = walk_of(folder, methods, tokens)
     results = walk.run()
     next(results)
     with trace(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:

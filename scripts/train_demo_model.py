@@ -1,6 +1,6 @@
 """Trains the demo model that ships with qtool, from scratch, on one accelerator.
 
-    python scripts/train_demo_model.py --work /tmp/demo --out pipeline/data/demo-model
+    python scripts/train_demo_model.py --work demo-work --out pipeline/data/demo-model
 
 Everything lands in the work folder as it is made (tokenizer, token files, a checkpoint a minute): a command
 that was stopped, or that ran into `--minutes`, is repeated and goes on where it was.  `--smoke` shows all of
