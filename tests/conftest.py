@@ -47,6 +47,12 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random numbers in every run and in any order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def model_maker() -> Callable[..., Path]:
     """`make_model`, for tests that need a model of their own."""
