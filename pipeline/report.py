@@ -14,7 +14,7 @@ from qtool.convert.verify import Verification
 from qtool.evaluate.regression import bootstrap_mean, paired_difference, wilson
 
 if TYPE_CHECKING:
-    from qtool.outputs import Job
+    from qtool.job import Job
     from qtool.run import Run
     from qtool.scores import Scores
 

@@ -18,7 +18,8 @@ from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import Verification, verify
 from qtool.gates import GateResult, judge
-from qtool.outputs import Job, device_kind, make_artifacts, open_job, progress_bar, versions
+from qtool.job import Job, device_kind, open_job, versions
+from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe

@@ -19,7 +19,8 @@ import torch
 
 from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
-from qtool.outputs import make_artifacts, open_job
+from qtool.job import open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import Recipe
 

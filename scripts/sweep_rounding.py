@@ -20,7 +20,8 @@ from qtool.convert.text import TextSource, load_tokenizer, token_windows
 from qtool.evaluate import fidelity
 from qtool.evaluate.generate import load_model
 from qtool.evaluate.regression import bootstrap_mean
-from qtool.outputs import make_artifacts, open_job
+from qtool.job import open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import Recipe
 

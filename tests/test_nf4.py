@@ -20,7 +20,8 @@ from qtool.convert.codes import Nf4Blocks
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve
 from qtool.evaluate.generate import load_model
-from qtool.outputs import make_artifacts, open_job
+from qtool.job import open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.nf4 import quantize_nf4
 from qtool.recipe import load_recipe

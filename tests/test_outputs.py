@@ -18,7 +18,8 @@ import yaml
 from qtool import QtoolError
 from qtool.convert.artifact import MANIFEST, Artifact
 from qtool.convert.source import resolve
-from qtool.outputs import Job, make_artifacts, open_job
+from qtool.job import Job, open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
 
@@ -161,13 +162,15 @@ KILL = """
 import os, signal, sys, torch
 from pathlib import Path
 from qtool.convert import writer
-from qtool.outputs import make_artifacts, open_job, _OutputWriter
+from qtool.job import open_job
+from qtool.outputs import make_artifacts
+from qtool.writers import SafetensorsOutput
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
 from qtool.convert.source import resolve
 
 where, number = sys.argv[2], int(sys.argv[3])
-target = {"write": writer.ShardWriter, "commit": writer.ShardWriter, "seal": _OutputWriter}[where]
+target = {"write": writer.ShardWriter, "commit": writer.ShardWriter, "seal": SafetensorsOutput}[where]
 original, count = getattr(target, where), 0
 
 def deadly(*args, **kwargs):

@@ -13,7 +13,8 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.source import resolve
-from qtool.outputs import Job, make_artifacts, open_job
+from qtool.job import Job, open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
 

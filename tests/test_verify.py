@@ -17,7 +17,8 @@ from qtool.convert import bnb_nf4, compressed_tensors, runtimes
 from qtool.convert.artifact import MANIFEST, Artifact, file_entries, read_manifest
 from qtool.convert.source import resolve
 from qtool.convert.verify import Verification, verify
-from qtool.outputs import make_artifacts, open_job
+from qtool.job import open_job
+from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
 

@@ -1,0 +1,96 @@
+"""A job: a recipe whose source was opened and checked, the plan of each output, and the key that names its bytes."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool.convert.artifact import PARTIAL
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.plan import OutputPlan, plan_output
+from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.convert.source import ModelSource
+from qtool.quantize.architectures import Architecture, architecture_of
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.methods import Method, Nf4Method, needs_calibration, weights_per_scale
+from qtool.quantize.nf4 import load_bitsandbytes
+from qtool.recipe import Recipe, digest_of
+
+PACKAGES = ("qtool-llm", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source model, opened and checked, with what every stage needs of it."""
+
+    recipe: Recipe
+    source: ModelSource
+    checkpoint: Checkpoint
+    config: Any
+    architecture: Architecture
+    plans: Mapping[str, OutputPlan]
+    device: torch.device
+
+    def folder(self, method: Method) -> Path:
+        """Where an output's artifact goes."""
+        return Path(self.recipe.output_dir).expanduser() / f"{self.source.name}-{method.name}"
+
+    def partial(self, method: Method) -> Path:
+        """Where it grows."""
+        folder = self.folder(method)
+        return folder.with_name(folder.name + PARTIAL)
+
+
+def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs: Sequence[Method]) -> Job:
+    """Validate everything that can be validated without reading a weight. Raises QtoolError."""
+    trusted = recipe.model.trust_remote_code
+    checkpoint = Checkpoint.open(source.path)
+    config = load_config(source.path, trusted)
+    architecture = architecture_of(config)
+    shapes, tied = expected_shapes(build_skeleton(config, trusted))
+    checkpoint.check_shapes(shapes, tied)
+    if any(isinstance(method, Nf4Method) for method in outputs):
+        load_bitsandbytes()  # said now, not after hours
+    plans = {
+        method.name: plan_output(
+            checkpoint.tensors,
+            architecture.prefix,
+            architecture.linears,
+            method.quantization_config(),
+            method.stored_dtype,
+            weights_per_scale(method),
+        )
+        for method in outputs
+    }
+    return Job(recipe, source, checkpoint, config, architecture, plans, device)
+
+
+def versions(method: Method | None = None) -> dict[str, str]:
+    """Of the packages that decide the bytes (of ``method``'s output)."""
+    names = (*PACKAGES, "bitsandbytes") if isinstance(method, Nf4Method) else PACKAGES
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
+    """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section, device kind,
+    versions."""
+    return digest_of(
+        {
+            "source": job.source.commit,
+            "calibration": calibration.digest if needs_calibration(method) else None,
+            "output": method.model_dump(mode="json"),
+            "device": device_kind(job.device),
+            "versions": versions(method),
+        }
+    )
+
+
+def device_kind(device: torch.device) -> str:
+    """`cpu`, or the accelerator's name."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
