@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.methods import Method, needs_calibration
+from qtool.quantize.methods import GgufMethod, Method, needs_calibration
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -27,7 +27,7 @@ def peak_bytes(
     if not calibrated:
         return max(parameters * (width + 4), embedding)
     own = sum(method.own_stream for method in calibrated)
-    shared = any(not method.own_stream for method in calibrated)
+    shared = any(not method.own_stream and not isinstance(method, GgufMethod) for method in calibrated)
     group_shapes = []
     for group in architecture.groups:
         linears = [layer[f"{architecture.prefix}0.{linear}.weight"] for linear in group.linears]

@@ -127,15 +127,49 @@ class Nf4Method(_Section):
         return bnb_nf4.quantization_config(self.double_quant, SKIPPED)
 
 
+class GgufMethod(_Section):
+    """A .gguf file for llama.cpp, each tensor in the type that llama.cpp's own rules give it.
+
+    ``imatrix``: weigh errors by the mean square of each input channel over the calibration text (true), by a file that
+    llama.cpp's llama-imatrix made (its path), or by nothing but the weights (false).
+    """
+
+    method: Literal["gguf"]
+    name: Name = "gguf"
+    type: Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"] = "Q4_K_M"
+    imatrix: bool | Annotated[str, Field(min_length=1)] = True
+    pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
+
+    @property
+    def own_stream(self) -> bool:
+        return False
+
+    @property
+    def takes_importance(self) -> bool:
+        """Whether the blocks of this type depend on an importance matrix (llama.cpp's Q8_0 and floats do not)."""
+        return self.type not in ("Q8_0", "F16", "BF16")
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether the walk must measure the mean square of every input channel."""
+        return self.imatrix is True and self.takes_importance
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What identifies the container; no loader reads it."""
+        return {"quant_method": "gguf", "type": self.type}
+
+
 GridMethod = AwqMethod | GptqMethod
-Method = Annotated[AwqMethod | GptqMethod | Nf4Method, Field(discriminator="method")]
+Method = Annotated[AwqMethod | GptqMethod | Nf4Method | GgufMethod, Field(discriminator="method")]
+
+
+def needs_calibration(method: Method) -> bool:
+    """Whether the output depends on the calibration set."""
+    if isinstance(method, GgufMethod):
+        return method.needs_importance
+    return not isinstance(method, Nf4Method)
 
 
 def weights_per_scale(method: AwqMethod | GptqMethod | Nf4Method) -> int:
     """Group size (-1 for whole rows) or block size."""
     return method.blocksize if isinstance(method, Nf4Method) else method.group_size
-
-
-def needs_calibration(method: AwqMethod | GptqMethod | Nf4Method) -> bool:
-    """Whether the output depends on the calibration set."""
-    return not isinstance(method, Nf4Method)

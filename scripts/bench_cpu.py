@@ -1,7 +1,7 @@
 """Wall time and peak memory of a conversion on the CPU, as a user runs it.
 
     python scripts/bench_text.py BENCH MODEL              # once: the calibration text
-    python scripts/bench_cpu.py BENCH MODEL --out DIR [--case awq|awq-source|awq-rtn|rtn] [--threads 2]
+    python scripts/bench_cpu.py BENCH MODEL --out DIR [--case all|awq|gptq|…] [--threads 2]
 
 64 x 512 tokens, group 64. Prints one JSON line. A peer on the same tokens: scripts/peer_gptqmodel.py.
 """
@@ -14,6 +14,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,12 +25,25 @@ from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import Recipe
 
-CASES = {
-    "awq": {"method": "awq"},
-    "awq-source": {"method": "awq", "propagate_error": False},
-    "awq-rtn": {"method": "awq", "rounding": "rtn"},
-    "rtn": {"method": "awq", "scaling": "none", "rounding": "rtn", "clip": False},
+CASES: dict[str, list[dict[str, Any]]] = {
+    "awq": [{"method": "awq"}],
+    "awq-source": [{"method": "awq", "propagate_error": False}],
+    "awq-rtn": [{"method": "awq", "rounding": "rtn"}],
+    "rtn": [{"method": "awq", "scaling": "none", "rounding": "rtn", "clip": False}],
+    "gptq": [{"method": "gptq"}],
+    "gptq-awq": [{"method": "gptq", "scaling": "awq"}],
+    "all": [{"method": "awq"}, {"method": "gptq"}, {"method": "nf4"}],
+    "all-source": [
+        {"method": "awq", "propagate_error": False},
+        {"method": "gptq", "propagate_error": False},
+        {"method": "nf4"},
+    ],
 }
+
+
+def _section(case: str, section: dict[str, Any]) -> dict[str, Any]:
+    size = {} if section["method"] == "nf4" else {"group_size": 64}
+    return section | size | {"name": f"{case}-{section['method']}"}
 
 
 def main() -> None:
@@ -48,13 +62,14 @@ def main() -> None:
         {
             "model": str(options.model),
             "calibration": {"text": str(options.bench / "calibration.jsonl"), "samples": 64, "length": 512},
-            "outputs": [CASES[options.case] | {"name": options.case, "group_size": 64} | changes],
+            "outputs": [_section(options.case, section) | changes for section in CASES[options.case]],
             "output_dir": str(options.out),
         }
     )
     start = time.perf_counter()
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    shutil.rmtree(job.folder(recipe.outputs[0]), ignore_errors=True)
+    for output in recipe.outputs:
+        shutil.rmtree(job.folder(output), ignore_errors=True)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path))
     artifacts = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))
     seconds = time.perf_counter() - start
