@@ -32,7 +32,8 @@ TOKENS = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(96, 160), (33, 50)])
+# not (96, 160): bitsandbytes' kernel for AVX512 reads rows of broken blocks wrongly (0.50.2), which verify's rules name
+@pytest.mark.parametrize("shape", [(96, 192), (33, 50)])
 def test_equals_bitsandbytes(dtype: torch.dtype, double_quant: bool, shape: tuple[int, int]) -> None:
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
     packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
@@ -101,7 +102,8 @@ def test_transformers_loads_it(artifact: Artifact) -> None:
     assert model.dtype == quantized[0].compute_dtype == torch.bfloat16
     expected = logits(reference(artifact))
     plain = (logits(reference(artifact).to(torch.bfloat16)) - expected).norm()
-    assert (logits(model) - expected).norm() <= 1.5 * plain
+    # where processors have bfloat16, bitsandbytes rounds the block maxima to it as well
+    assert (logits(model) - expected).norm() <= (2 if functional.has_avx512bf16() else 1.5) * plain
     if functional.has_avx512bf16():
         return  # its kernel for such processors computes in bfloat16 whatever is asked
     for module in quantized:
