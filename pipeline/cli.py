@@ -97,6 +97,10 @@ def verify(artifact: Path, source: Path | None) -> None:
 @click.option(
     "--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of 512 tokens of --text."
 )
+@click.option(
+    "--engine", type=click.Choice(["reference", "llama.cpp"]), default="reference", show_default=True,
+    help="What runs the model; llama.cpp takes .gguf artifacts.",
+)
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
@@ -106,7 +110,7 @@ def verify(artifact: Path, source: Path | None) -> None:
 @_device_option
 def evaluate(
     model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, windows: int,
-    prompt: str, max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path, device: str,
+    engine: str, prompt: str, max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path, device: str,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
 
@@ -128,6 +132,7 @@ def evaluate(
             {
                 "tasks": [{"task": task, "limit": limit} for task in tasks],
                 "text": {"text": text, "samples": windows} if text else None,
+                "engine": engine,
                 "prompt": prompt,
                 "max_new_tokens": max_new_tokens,
                 "batch_size": batch_size,

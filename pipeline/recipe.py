@@ -39,6 +39,7 @@ class EvaluateSection(_Section):
 
     tasks: tuple[TaskSection, ...] = ()
     text: TextSource | None = None
+    engine: Literal["reference", "llama.cpp"] = "reference"
     prompt: Literal["auto", "completion", "chat"] = "auto"
     max_new_tokens: Annotated[int, Field(gt=0)] = 384
     batch_size: Annotated[int, Field(gt=0)] = 32

@@ -17,15 +17,13 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.text import load_tokenizer, token_windows
-from qtool.evaluate import fidelity, prompts
+from qtool.evaluate import fidelity, llama_cpp, prompts
 from qtool.evaluate.execute import Job as Program
 from qtool.evaluate.execute import detect_sandbox, run_programs
 from qtool.evaluate.generate import generate, load_model
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore, save
 from qtool.evaluate.tasks import Task, load_task, subset
 from qtool.recipe import EvaluateSection, digest_of
-
-ENGINE = "reference"
 
 
 @dataclass
@@ -35,6 +33,7 @@ class Subject:
     name: str
     key: str
     stream: Callable[[], TensorStream]
+    gguf: Path | None = None  # what the engine llama.cpp loads
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Evaluation:
         self.tasks = {t.task: subset(load_task(t.task), t.limit) for t in self.section.tasks}
         self.windows = token_windows(self.section.text, self.tokenizer) if self.section.text else None
         self.settings = Settings(
-            engine=ENGINE,
+            engine=self.section.engine,
             dtype="float32" if self.device.type == "cpu" else "bfloat16",
             device=self.device.type,
             prompt=self.style,
@@ -86,15 +85,25 @@ class Evaluation:
                 wants_fidelity = wants_fidelity or reference is None
             if not pending and not wants_fidelity:
                 continue
-            model = load_model(subject.stream(), self.config, self.device, self.trust_remote_code)
-            if wants_fidelity and number == 0:
+            model = self._model(subject)
+            if model is not None and wants_fidelity and number == 0:
                 reference = self._make_reference(model, subject, bar)
-            if wants_fidelity and reference is not None:
+            if model is not None and wants_fidelity and reference is not None:
                 scores.fidelity[subject.name] = self._fidelity(model, subject, reference, bar)
             for label, task in pending.items():
                 scores.tasks.setdefault(subject.name, {})[label] = self._task(model, subject, task, bar)
             del model
         return scores
+
+    def _model(self, subject: Subject) -> nn.Module | None:
+        """The model in this process; None where an engine of its own loads the file."""
+        if self.section.engine == "reference":
+            return load_model(subject.stream(), self.config, self.device, self.trust_remote_code)
+        if subject.gguf is None:
+            raise QtoolError(f"{subject.name}: engine llama.cpp runs .gguf files; use `engine: reference` for this one.")
+        if self.windows is not None:
+            raise QtoolError("perplexity and KL are measured by the reference engine; leave out `text:` or `engine:`.")
+        return None
 
     def _task_key(self, subject: Subject, task: Task) -> str:
         return digest_of([subject.key, task.digest, self.settings.model_dump(), self.section.timeout, self.sandbox])
@@ -163,7 +172,7 @@ class Evaluation:
         save(self.run / "scores" / f"fidelity-{key[:16]}.json", score)
         return score
 
-    def _task(self, model: nn.Module, subject: Subject, task: Task, bar: Progress) -> TaskScore:
+    def _task(self, model: nn.Module | None, subject: Subject, task: Task, bar: Progress) -> TaskScore:
         started = time.monotonic()
         texts = self._answers(model, subject, task, bar)
         programs = [
@@ -192,7 +201,7 @@ class Evaluation:
         save(self.run / "scores" / f"{_file_name(task)}-{key[:16]}.json", score)
         return score
 
-    def _answers(self, model: nn.Module, subject: Subject, task: Task, bar: Progress) -> list[str]:
+    def _answers(self, model: nn.Module | None, subject: Subject, task: Task, bar: Progress) -> list[str]:
         row = bar.add_task(f"{subject.name}: answering {task.name}", total=len(task.problems))
         texts = [""] * len(task.problems)
 
@@ -200,15 +209,19 @@ class Evaluation:
             texts[index] = text
             bar.advance(row)
 
-        generate(
-            model,
-            self.tokenizer,
-            [prompts.render(problem, self.style, self.tokenizer) for problem in task.problems],
-            max_new_tokens=self.section.max_new_tokens,
-            batch_size=self.section.batch_size,
-            finished=lambda text: prompts.finished(text, self.style),
-            on_text=take,
-        )
+        asked = [prompts.render(problem, self.style, self.tokenizer) for problem in task.problems]
+        options: dict[str, Any] = {
+            "max_new_tokens": self.section.max_new_tokens,
+            "batch_size": self.section.batch_size,
+            "finished": lambda text: prompts.finished(text, self.style),
+            "on_text": take,
+        }
+        if model is not None:
+            generate(model, self.tokenizer, asked, **options)
+        else:
+            assert subject.gguf is not None
+            ids = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in asked]
+            llama_cpp.generate(subject.gguf, ids, **options)
         return texts
 
 
@@ -224,4 +237,4 @@ def source_subject(checkpoint: Checkpoint, commit: str) -> Subject:
 def artifact_subject(name: str, artifact: Artifact) -> Subject:
     """A finished artifact."""
     key = artifact.manifest.key if artifact.manifest else f"unsigned:{artifact.path.resolve()}"
-    return Subject(name, key, artifact.read)
+    return Subject(name, key, artifact.read, artifact.gguf)

@@ -32,6 +32,7 @@ class LayerOutput:
 
     codes: linear -> codes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns were
     multiplied by ``[in]`` and its rows divided by ``[out]`` (empty where nothing is folded). records: linear -> errors.
+    importance: linear -> mean square of its input channels ``[in]`` (only where blocks were weighed by it).
     """
 
     codes: dict[str, Codes] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class LayerOutput:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, float]] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
 
     def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
         """The layer's state dict as a reader of the artifact gets it."""

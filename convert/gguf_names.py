@@ -1,0 +1,94 @@
+"""Hugging Face tensors as llama.cpp wants them: names through the gguf package's map, and the rows of q and k in the
+order that llama's interleaved rotation expects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.ggml import load_gguf
+
+# config.json's architecture -> general.architecture
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "IQuestCoderForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+PERMUTED = ("llama",)
+ROPE_FREQS = "rope_freqs.weight"
+
+
+def gguf_architecture(config: Mapping[str, Any]) -> str:
+    """`general.architecture` of a config.json. Raises QtoolError naming the architecture and those known."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise QtoolError(
+        f"architecture {', '.join(names) or '(none named in config.json)'} cannot be written as GGUF yet. Known: "
+        f"{', '.join(ARCHITECTURES)}."
+    )
+
+
+def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """HF tensor name -> GGUF name; a tied head is left out. Raises QtoolError for a tensor llama.cpp has no name for."""
+    gguf = load_gguf()
+    architecture = getattr(gguf.MODEL_ARCH, gguf_architecture(config).upper())
+    table = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
+    tied = bool(config.get("tie_word_embeddings"))
+    found = {}
+    for name in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if mapped is None:
+            raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {architecture.name.lower()}.")
+        found[name] = mapped
+    return found
+
+
+def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor | None:
+    """For a GGUF tensor whose rows are reordered: source row of each stored row, int64 ``[rows]``; None for others.
+
+    HF rotates halves of a head, llama.cpp's arch llama neighbouring pairs: head rows (2, dim / 2) become (dim / 2, 2).
+    """
+    if gguf_architecture(config) not in PERMUTED:
+        return None
+    heads = int(config["num_attention_heads"])
+    if ".attn_k." in name:
+        heads = int(config.get("num_key_value_heads") or heads)
+    elif ".attn_q." not in name:
+        return None
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+
+
+def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
+    """`rope_freqs.weight`, float32 ``[head_dim / 2]``: what llama-3 scaling divides each frequency by; None without.
+
+    Llama 3.1's rule (transformers modeling_rope_utils.py, `_compute_llama3_parameters`)."""
+    rope = rope_parameters(config)
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    base, factor = float(rope.get("rope_theta", 10000.0)), float(rope["factor"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    context = float(rope["original_max_position_embeddings"])
+    lengths = 2 * math.pi * base ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    smooth = (context / lengths - low) / (high - low)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    factors = torch.where(lengths > context / low, factor, torch.where(lengths < context / high, 1.0, factors))
+    return factors.float()
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of either generation of config.json, `rope_theta` included."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if "rope_theta" not in rope and config.get("rope_theta") is not None:
+        rope["rope_theta"] = config["rope_theta"]
+    return rope

@@ -1,0 +1,46 @@
+"""One decoder layer in llama.cpp's block formats: each linear in its planned type, weighed by channel importance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qtool.quantize.architectures import Architecture
+from qtool.quantize.folding import LayerOutput
+from qtool.quantize.ggml import quantize_ggml
+
+
+def quantize_layer(
+    architecture: Architecture,
+    weights: Mapping[str, Tensor],
+    types: Mapping[str, str],
+    importance: Mapping[str, Tensor],
+    device: torch.device,
+) -> LayerOutput:
+    """``weights``: tensor name -> tensor in the dtype of the checkpoint; ``types``: linear -> ggml type;
+    ``importance``: linear -> mean square of each input channel, float32 ``[in]`` (empty: errors count alike).
+
+    Records ``|W - Ŵ| / |W|`` and, where importance is known, the same with every column weighed by it: the relative
+    output error on inputs whose channels are uncorrelated.
+    """
+    output = LayerOutput(importance=dict(importance))
+    for linear in architecture.linears:
+        weight = weights[f"{linear}.weight"].to(device)
+        row = importance.get(linear)
+        blocks = quantize_ggml(weight, types[linear], None if row is None else row.to(device))
+        output.codes[linear] = blocks
+        source = weight.float()
+        error = blocks.dequantize().sub_(source).square_()
+        power = source.square_()
+        figures = {"frobenius": _ratio(error, power)}
+        if row is not None:
+            figures["weighted_error"] = _ratio(error * row.to(device), power * row.to(device))
+        output.records[linear] = figures
+    output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
+    return output
+
+
+def _ratio(error: Tensor, power: Tensor) -> float:
+    return float(f"{float((error.sum() / power.sum().clamp_min(1e-30)).sqrt()):.6g}")
