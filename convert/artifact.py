@@ -15,11 +15,13 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint, TensorStream, read_json
 from qtool.convert.codes import Codes
 from qtool.convert.containers import Linears
+from qtool.convert.gguf_file import GgufFile
 from qtool.convert.source import sha256_file
 
 MANIFEST = "qtool.json"
 EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
+IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
 # Carried byte for byte. config.json is edited, not carried; weights and the source's card are left behind.
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -51,6 +53,7 @@ class Manifest(BaseModel):
     bits_per_weight: float
     ledger: dict[str, dict[str, float]]
     files: dict[str, FileEntry]
+    notes: list[str] = []
 
     @property
     def file_bytes(self) -> int:
@@ -61,11 +64,13 @@ class Manifest(BaseModel):
 class Artifact:
     """An artifact on disk. A folder made by another tool opens too (``manifest`` is None then)."""
 
-    def __init__(self, path: Path, config: dict[str, Any], manifest: Manifest | None, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], manifest: Manifest | None, weights: Checkpoint | GgufFile
+    ) -> None:
         self.path = path
         self.config = config
         self.manifest = manifest
-        self.checkpoint = checkpoint
+        self.weights = weights
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
@@ -75,11 +80,25 @@ class Artifact:
         if path.name.endswith(PARTIAL):
             raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
-        return cls(path, read_json(path / "config.json"), manifest, Checkpoint.open(path))
+        config = read_json(path / "config.json")
+        files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
+        return cls(path, config, manifest, GgufFile.open(files[0], config) if files else Checkpoint.open(path))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The safetensors shards. Raises QtoolError for a .gguf artifact, which has none."""
+        if isinstance(self.weights, GgufFile):
+            raise QtoolError(f"{self.path}: holds {self.weights.path.name}, no safetensors.")
+        return self.weights
+
+    @property
+    def gguf(self) -> Path | None:
+        """The .gguf file, where the artifact is one."""
+        return self.weights.path if isinstance(self.weights, GgufFile) else None
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """``quantization_config``; empty for an unquantized model."""
+        """``quantization_config``; empty for an unquantized model and for a .gguf file, which says it itself."""
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
 
@@ -90,16 +109,18 @@ class Artifact:
 
     def linears(self) -> list[str]:
         """Names of the quantized linears, in file order."""
+        if isinstance(self.weights, GgufFile):
+            return [name.removesuffix(".weight") for name in self.weights.hf_names() if name.endswith("_proj.weight")]
         return self.packed.names() if self.quantization else []
 
     def codes(self, linear: str) -> Codes:
         """One linear as codes and scales."""
-        return self.packed.codes(linear)
+        return self.weights.codes(linear) if isinstance(self.weights, GgufFile) else self.packed.codes(linear)
 
     def read(self) -> TensorStream:
         """Every tensor of the model under its Hugging Face name; quantized linears dequantized to float32."""
-        if not self.quantization:
-            yield from self.checkpoint.read()
+        if isinstance(self.weights, GgufFile) or not self.quantization:
+            yield from self.weights.read()
             return
         packed = self.packed
         mark = f".{packed.container.MARK}"
@@ -133,7 +154,7 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
 
 
 def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The source's own config.json plus ``quantization_config``; its dtype key follows the stored tensors (None: the
+    """The source's own config.json plus ``quantization_config``, if any; its dtype follows the stored tensors (None: the
     source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
@@ -142,9 +163,10 @@ def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dt
     if dtype is not None:
         key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
         config[key] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = dict(quantization)
+    if quantization:
+        config["quantization_config"] = dict(quantization)
     write_json(target / "config.json", config)
-    if quantization["quant_method"] == "gptq":
+    if quantization.get("quant_method") == "gptq":
         write_json(target / QUANTIZE_CONFIG, dict(quantization))
 
 

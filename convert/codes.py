@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qtool.convert.ggml import GgmlBlocks
+
 
 @dataclass(frozen=True)
 class UniformCodes:
@@ -39,7 +41,7 @@ class UniformCodes:
         g_idx = None if self.g_idx is None else self.g_idx.cpu()
         return replace(self, codes=self.codes.cpu(), scale=self.scale.cpu(), zero=self.zero.cpu(), g_idx=g_idx)
 
-    def equals(self, other: UniformCodes | Nf4Blocks) -> bool:
+    def equals(self, other: object) -> bool:
         """Bit for bit: codes, scales, zeros and geometry."""
         return (
             isinstance(other, UniformCodes)
@@ -105,7 +107,7 @@ class Nf4Blocks:
             nested = replace(nested, scale=nested.scale.cpu(), table=nested.table.cpu())
         return replace(self, packed=self.packed.cpu(), absmax=self.absmax.cpu(), table=self.table.cpu(), nested=nested)
 
-    def equals(self, other: UniformCodes | Nf4Blocks) -> bool:
+    def equals(self, other: object) -> bool:
         """Bit for bit."""
         if not isinstance(other, Nf4Blocks) or (self.nested is None) != (other.nested is None):
             return False
@@ -119,7 +121,7 @@ class Nf4Blocks:
         return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-Codes = UniformCodes | Nf4Blocks
+Codes = UniformCodes | Nf4Blocks | GgmlBlocks
 
 
 def ordered_groups(columns: int, group_size: int) -> torch.Tensor:

@@ -21,6 +21,12 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 PERMUTED = ("llama",)
+SUFFIXES = (".weight", ".bias")
+PARTS = (
+    "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+    "self_attn.k_norm",
+)  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -37,20 +43,34 @@ def gguf_architecture(config: Mapping[str, Any]) -> str:
 
 
 def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """HF tensor name -> GGUF name; a tied head is left out. Raises QtoolError for a tensor llama.cpp has no name for."""
-    gguf = load_gguf()
-    architecture = getattr(gguf.MODEL_ARCH, gguf_architecture(config).upper())
-    table = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
+    """HF name -> GGUF name, a tied head left out. Raises QtoolError for a tensor that llama.cpp does not know."""
+    table = _name_map(config)
     tied = bool(config.get("tie_word_embeddings"))
     found = {}
     for name in tensors:
         if tied and name == "lm_head.weight":
             continue
-        mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        mapped = table.get_name(name, try_suffixes=SUFFIXES)
         if mapped is None:
-            raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {architecture.name.lower()}.")
+            raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {gguf_architecture(config)}.")
         found[name] = mapped
     return found
+
+
+def possible_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """HF name -> GGUF name of every tensor that a model of this config may have."""
+    table = _name_map(config)
+    modules = ["model.embed_tokens", "model.norm", "lm_head"]
+    modules += [f"model.layers.{index}.{part}" for index in range(int(config["num_hidden_layers"])) for part in PARTS]
+    names = [module + suffix for module in modules for suffix in SUFFIXES]
+    mapped = {name: table.get_name(name, try_suffixes=SUFFIXES) for name in names}
+    return {name: found for name, found in mapped.items() if found is not None}
+
+
+def _name_map(config: Mapping[str, Any]) -> Any:
+    gguf = load_gguf()
+    architecture = getattr(gguf.MODEL_ARCH, gguf_architecture(config).upper())
+    return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
 
 
 def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor | None:

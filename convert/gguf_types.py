@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qtool.convert.ggml import BLOCKS
+from qtool.convert.gguf_names import gguf_architecture
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
     "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
@@ -47,6 +49,13 @@ def tensor_types(
         wanted = _rule(name, file_type, layers, tied, large_gqa)
         found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
     return found
+
+
+def is_large_gqa(config: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp takes a config.json's model for its "70B" (any arch-llama model of 80 layers)."""
+    heads = config["num_attention_heads"]
+    llama = gguf_architecture(config) == "llama"
+    return llama and config["num_hidden_layers"] == 80 and heads != config.get("num_key_value_heads", heads)
 
 
 def _rule(name: str, file_type: str, layers: int, tied: bool, large_gqa: bool) -> str:

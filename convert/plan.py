@@ -17,13 +17,14 @@ GROUP_SIZES = (128, 64, 32)
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One quantized linear: shape ``[out, in]``, its group size and the bytes it will take."""
+    """One quantized linear: shape ``[out, in]``, its group size, the bytes it will take and, in GGUF, its type."""
 
     name: str
     out: int
     columns: int
     group_size: int
     nbytes: int
+    type: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from qtool import QtoolError
 from qtool.convert import autogptq, runtimes
 from qtool.convert.artifact import EXTRAS, MANIFEST, QUANTIZE_CONFIG, Artifact, Manifest
 from qtool.convert.checkpoint import Checkpoint, TensorInfo, read_json
+from qtool.convert.gguf_file import GgufFile
+from qtool.convert.gguf_metadata import required_keys
+from qtool.convert.gguf_names import ROPE_FREQS
+from qtool.convert.gguf_types import is_large_gqa, tensor_types
 from qtool.convert.source import sha256_file
 from qtool.convert.writer import Spec
 
@@ -58,7 +62,7 @@ def verify(path: Path, source: Path | None = None, progress: Callable[[str], Non
     progress("files")
     result.add(*check_files(path, artifact.manifest))
     progress("tensors")
-    result.add(*check_tensors(artifact))
+    result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
     check_runtimes(artifact, result)
     if source is None:
         result.checks.append(Check("error against the source", "not made", "no --source given"))
@@ -79,7 +83,8 @@ def check_files(path: Path, manifest: Manifest) -> tuple[str, list[str], str]:
             reasons.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
         elif sha256_file(file) != entry.sha256:
             reasons.append(f"{name} has changed (sha256)")
-    strangers = {file.name for file in path.glob("*.safetensors")} - set(manifest.files)
+    weights = {file.name for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)}
+    strangers = weights - set(manifest.files)
     reasons += [f"{name} is not in the manifest" for name in sorted(strangers)]
     return "files and sha256", reasons, f"{len(manifest.files)} files as written"
 
@@ -114,6 +119,31 @@ def check_tensors(artifact: Artifact) -> tuple[str, list[str], str]:
                 reasons.append(f"{name} holds zeros or negative numbers")
     count = len(tensors)
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
+
+
+def check_gguf(artifact: Artifact) -> tuple[str, list[str], str]:
+    """Every tensor that the linears of the manifest imply, with the type of llama.cpp's rule and finite; the keys that
+    llama.cpp cannot do without."""
+    assert artifact.manifest is not None
+    assert isinstance(artifact.weights, GgufFile)
+    file, config = artifact.weights, artifact.config
+    wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {"model.embed_tokens.weight"}
+    reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
+    shapes = {name: shape for name, (_, shape) in file.layout.items()}
+    made = artifact.manifest.output["type"]
+    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_large_gqa(config)).items():
+        found = file.layout[name][0]
+        if name != ROPE_FREQS and found != typed.type:
+            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
+        elif not bool(file.blocks(name).dequantize().isfinite().all()):
+            reasons.append(f"{name} holds NaN or Inf")
+    architecture = file.metadata("general.architecture")
+    reasons += [f"the key {key} is missing" for key in required_keys(str(architecture)) if file.metadata(key) is None]
+    tokens = file.metadata("tokenizer.ggml.tokens") or []
+    rows = shapes.get("token_embd.weight", (len(tokens),))[0]
+    if len(tokens) != rows:
+        reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")
+    return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
 
 
 def _misfits(linear: str, expected: Mapping[str, Spec], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -183,6 +213,6 @@ def relative_frobenius(
 
 
 def _scales_of(scales: Checkpoint | None, linear: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if scales is None:
+    if scales is None or f"{linear}.columns" not in scales.tensors:
         return None
     return scales.tensor(f"{linear}.columns"), scales.tensor(f"{linear}.rows")

@@ -39,6 +39,31 @@ def serve(file: Path, context: int, slots: int = 1) -> Iterator[str]:
         del server
 
 
+TOKEN_CORPUS = (
+    "def f(x, y=1):\n\treturn x**2 + y  # square\n\n\nclass A(B):\n    pass\n",
+    "  leading,   inner and trailing spaces   \n\n\n\t\t\tmixed \t \n \r\n end",
+    "for (int i = 0; i < 1000000; ++i) { a[i] ^= 0xDEADBEEF >> 3; } // 3.14159e-10 1234567890",
+    "I've they'RE we'Ll don't 'quoted' \"double\" `back` $HOME && || != == => -> ::",
+    "na\u00efve caf\u00e9 \u03a9\u2248\u00e7 \u4f60\u597d\u4e16\u754c "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f680 \U0001f9d1\u200d\U0001f4bb e\u0301 \u00a0 \u3000 end",
+    "snake_case camelCase SCREAMING_CASE kebab-case x1y2z3 http://example.org/a?b=c&d=%20#e",
+)  # code, white space, digits, contractions, scripts, emoji, combining marks
+
+
+def token_difference(file: Path, tokenizer: Any) -> str | None:
+    """The first text that llama.cpp, reading ``file``, splits into other token ids than ``tokenizer`` does; None when
+    all agree. Special tokens are tried one by one between words. Raises QtoolError as `serve` does."""
+    special = [f"a {token} b{token}c" for token in tokenizer.all_special_tokens]
+    with serve(file, 512) as url:
+        for text in (*TOKEN_CORPUS, *special):
+            expected = tokenizer(text, add_special_tokens=False).input_ids
+            found = served.tokenize(url, text)
+            if found != expected:
+                return f"{text!r}: {found} instead of {expected}"
+    return None
+
+
 def generate(
     file: Path,
     prompts: Sequence[list[int]],

@@ -55,6 +55,14 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
     return {entry["id"]: entry["logprob"] for entry in first}
 
 
+def tokenize(base_url: str, text: str) -> list[int]:
+    """llama-server only: token ids of ``text``, special tokens recognized, none added."""
+    url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
+    with _open(url, {"content": text, "add_special": False, "parse_special": True}, None) as answer:
+        ids: list[int] = json.load(answer)["tokens"]
+    return ids
+
+
 def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[str]:
     """Text pieces of a streamed completion (server-sent events)."""
     with _open(url, request | {"stream": True}, api_key) as answer:

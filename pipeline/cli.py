@@ -110,7 +110,8 @@ def verify(artifact: Path, source: Path | None) -> None:
 @_device_option
 def evaluate(
     model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, windows: int,
-    engine: str, prompt: str, max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path, device: str,
+    engine: str, prompt: str, max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path,
+    device: str,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
 

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 
 from qtool.convert.artifact import PARTIAL
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.checkpoint import Checkpoint, read_json
+from qtool.convert.ggml import FLOATS, load_gguf
+from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods import Method, Nf4Method, needs_calibration, weights_per_scale
+from qtool.quantize.ggml import load_library, quantizer_package
+from qtool.quantize.methods import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
 from qtool.quantize.nf4 import load_bitsandbytes
 from qtool.recipe import Recipe, digest_of
 
-PACKAGES = ("qtool-llm", "torch", "transformers", "safetensors")
+PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,34 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint.check_shapes(shapes, tied)
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
-    plans = {
-        method.name: plan_output(
-            checkpoint.tensors,
-            architecture.prefix,
-            architecture.linears,
-            method.quantization_config(),
-            method.stored_dtype,
-            weights_per_scale(method),
-        )
-        for method in outputs
-    }
+    plans = {method.name: _plan(method, checkpoint, architecture) for method in outputs}
     return Job(recipe, source, checkpoint, config, architecture, plans, device)
+
+
+def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture) -> OutputPlan:
+    if isinstance(method, GgufMethod):
+        load_gguf()  # said now, not after hours
+        if method.type not in FLOATS:
+            load_library()
+        config = read_json(checkpoint.path / "config.json")
+        return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)
+    return plan_output(
+        checkpoint.tensors,
+        architecture.prefix,
+        architecture.linears,
+        method.quantization_config(),
+        method.stored_dtype,
+        weights_per_scale(method),
+    )
 
 
 def versions(method: Method | None = None) -> dict[str, str]:
     """Of the packages that decide the bytes (of ``method``'s output)."""
-    names = (*PACKAGES, "bitsandbytes") if isinstance(method, Nf4Method) else PACKAGES
+    names = PACKAGES
+    if isinstance(method, Nf4Method):
+        names = (*names, "bitsandbytes")
+    elif isinstance(method, GgufMethod):
+        names = (*names, "gguf", *quantizer_package())
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

@@ -8,16 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
+from qtool.convert.gguf_plan import GgufPlan
+from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify import check_files
+from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.layers import Walk
-from qtool.quantize.methods import Method
+from qtool.quantize.methods import GgufMethod, Method
 from qtool.writers import SafetensorsOutput
+
+Writer = SafetensorsOutput | GgufOutput
 
 
 def finished(folder: Path, key: str) -> bool:
@@ -43,7 +49,7 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
     _check_disk(job, pending)
-    writers = {method.name: SafetensorsOutput(job, method, keys[method.name]) for method in pending}
+    writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
     if writers:
         _walk(job, pending, writers, calibration)
     for method in pending:
@@ -51,14 +57,44 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
 
 
+def _writer(job: Job, method: Method, key: str) -> Writer:
+    if isinstance(method, GgufMethod):
+        return GgufOutput(job, method, key)
+    return SafetensorsOutput(job, method, key)
+
+
+def _importance(job: Job, methods: Sequence[Method]) -> dict[str, dict[str, Tensor]]:
+    """Output -> linear -> mean squares, for outputs whose recipe names an importance matrix's file."""
+    found = {}
+    for method in methods:
+        plan = job.plans[method.name]
+        if isinstance(method, GgufMethod) and isinstance(method.imatrix, str) and isinstance(plan, GgufPlan):
+            found[method.name] = _rows(plan, Path(method.imatrix).expanduser())
+    return found
+
+
+def _rows(plan: GgufPlan, path: Path) -> dict[str, Tensor]:
+    rows = read_imatrix(path)
+    named = {linear: plan.names[f"{linear.name}.weight"] for linear in plan.linears}
+    wrong = [name for linear, name in named.items() if name in rows and rows[name].numel() != linear.columns]
+    if wrong or not any(name in rows for name in named.values()):
+        raise QtoolError(f"{path}: made for another model: {wrong[0] if wrong else 'none of its names'} fits.")
+    return {linear.name: rows[name] for linear, name in named.items() if name in rows}
+
+
 def _walk(
-    job: Job, methods: Sequence[Method], writers: Mapping[str, SafetensorsOutput], calibration: CalibrationSet
+    job: Job,
+    methods: Sequence[Method],
+    writers: Mapping[str, SafetensorsOutput | GgufOutput],
+    calibration: CalibrationSet,
 ) -> None:
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     start = min(writer.layers_done for writer in writers.values())
+    types = {name: {linear.name: linear.type for linear in plan.linears} for name, plan in job.plans.items()}
     walk = Walk(
-        model, job.checkpoint, calibration, methods, job.device, lambda name, index: writers[name].restore(index)
-    )
+        model, job.checkpoint, calibration, methods, job.device, lambda name, index: writers[name].restore(index),
+        types, _importance(job, methods),
+    )  # fmt: skip
     for writer in writers.values():
         writer.write_outside_layers()
     with progress_bar() as bar:

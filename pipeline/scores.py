@@ -100,7 +100,7 @@ class Evaluation:
         if self.section.engine == "reference":
             return load_model(subject.stream(), self.config, self.device, self.trust_remote_code)
         if subject.gguf is None:
-            raise QtoolError(f"{subject.name}: engine llama.cpp runs .gguf files; use `engine: reference` for this one.")
+            raise QtoolError(f"{subject.name}: engine llama.cpp runs .gguf files only; use engine reference.")
         if self.windows is not None:
             raise QtoolError("perplexity and KL are measured by the reference engine; leave out `text:` or `engine:`.")
         return None

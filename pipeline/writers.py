@@ -1,8 +1,10 @@
-"""One output on its way to disk, a layer at a time: in safetensors shards, or in a .gguf file."""
+"""One output on its way to disk in safetensors shards, a layer at a time; and the manifest of any output."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -23,13 +25,13 @@ from qtool.convert.writer import ShardWriter, Spec
 from qtool.job import Job, device_kind, versions
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
-from qtool.quantize.methods import Method, Nf4Method, needs_calibration
+from qtool.quantize.methods import AwqMethod, GptqMethod, Method, Nf4Method, needs_calibration
 
 
 class SafetensorsOutput:
     """One output on disk: its weights, its fold scales, its journal, and finally its manifest."""
 
-    def __init__(self, job: Job, method: Method, key: str) -> None:
+    def __init__(self, job: Job, method: AwqMethod | GptqMethod | Nf4Method, key: str) -> None:
         self.job, self.method, self.key = job, method, key
         self.plan = job.plans[method.name]
         self.section = method.quantization_config()
@@ -101,22 +103,36 @@ class SafetensorsOutput:
         copy_sidecars(job.source.path, self.partial, job.recipe.model.trust_remote_code)
         write_config(job.source.path, self.partial, self.section, method.stored_dtype)
         ledger = {linear: record for step in self.weights.steps for linear, record in step["records"].items()}
-        used = job.recipe.calibration.model_dump(mode="json") | {"digest": calibration.digest}
-        manifest = Manifest(
-            qtool=version("qtool-llm"),
-            key=self.key,
-            output=method.model_dump(mode="json"),
-            source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit},
-            calibration=used if needs_calibration(method) else {},
-            device=device_kind(job.device),
-            versions=versions(method),
-            parameters=self.plan.parameters,
-            tensor_bytes=self.plan.nbytes,
-            bits_per_weight=round(self.plan.bits_per_weight, 4),
-            ledger=ledger,
-            files=file_entries(self.partial),
-        )
-        seal(self.partial, job.folder(method), manifest)
+        seal(self.partial, job.folder(method), manifest_of(job, method, self.key, calibration, ledger, self.partial))
+
+
+def manifest_of(
+    job: Job,
+    method: Method,
+    key: str,
+    calibration: CalibrationSet,
+    ledger: dict[str, dict[str, float]],
+    folder: Path,
+    notes: Sequence[str] = (),
+) -> Manifest:
+    """What `qtool.json` says of the files in ``folder``."""
+    plan = job.plans[method.name]
+    used = job.recipe.calibration.model_dump(mode="json") | {"digest": calibration.digest}
+    return Manifest(
+        qtool=version("qtool-llm"),
+        key=key,
+        output=method.model_dump(mode="json"),
+        source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit},
+        calibration=used if needs_calibration(method) else {},
+        device=device_kind(job.device),
+        versions=versions(method),
+        parameters=plan.parameters,
+        tensor_bytes=plan.nbytes,
+        bits_per_weight=round(plan.bits_per_weight, 4),
+        ledger=ledger,
+        files=file_entries(folder),
+        notes=list(notes),
+    )
 
 
 def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from qtool import QtoolError
 from qtool.convert.ggml import FLOATS, INSTALL, GgmlBlocks, load_gguf, row_bytes
 
+PACKAGES = {"xllamacpp": "xllamacpp", "libggml": "libggml-python"}  # module -> distribution, the first found is used
 CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its cache's neighbourhood
 
 
@@ -73,8 +74,14 @@ def load_library() -> Any:
     raise QtoolError(f"GGUF's block types need ggml's quantizer, which is not installed here. Run: {INSTALL}", 3)
 
 
+def quantizer_package() -> tuple[str, ...]:
+    """The distribution whose C code makes the blocks; empty where none is installed."""
+    installed = [name for module, name in PACKAGES.items() if find_spec(module)]
+    return tuple(installed[:1])
+
+
 def _candidates() -> Iterator[Path]:
-    for package, pattern in (("xllamacpp", "xllamacpp*.so"), ("libggml", "**/libggml-base.so")):
+    for package, pattern in zip(PACKAGES, ("xllamacpp*.so", "**/libggml-base.so"), strict=True):
         spec = find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
             yield from Path(folder).glob(pattern)

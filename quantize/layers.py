@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
-from qtool.quantize import nf4
+from qtool.quantize import gguf, nf4
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
@@ -45,6 +45,8 @@ class Walk:
     """What the walk needs: the model's skeleton, its weights, the calibration tokens and the outputs to make.
 
     ``restore(name, index)`` gives back a finished layer's state dict (as its artifact holds it) when a run resumes.
+    For outputs in llama.cpp's formats, ``types``: output -> linear -> ggml type; ``importance``: output -> linear ->
+    mean square of its input channels, where a file said so.
     """
 
     model: nn.Module
@@ -53,14 +55,18 @@ class Walk:
     outputs: Sequence[Method]
     device: torch.device
     restore: Callable[[str, int], Mapping[str, Tensor]] | None = None
+    types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     architecture: Architecture = field(init=False)
     on_grid: list[GridMethod] = field(init=False)
+    weighing: bool = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         config: Any = self.model.config
         self.architecture = architecture_of(config)
         self.on_grid = [method for method in self.outputs if isinstance(method, AwqMethod | GptqMethod)]
+        self.weighing = any(isinstance(method, GgufMethod) and method.needs_importance for method in self.outputs)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -80,7 +86,8 @@ class Walk:
         an output cannot hold.
         """
         # outputs that need no calibration cause no forward
-        hidden, calls = self._record_inputs() if self.on_grid else ([], {})
+        calibrated = bool(self.on_grid) or self.weighing
+        hidden, calls = self._record_inputs() if calibrated else ([], {})
         streams = {method.name: list(hidden) for method in self.on_grid if method.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
             following = reader.submit(self._read, 0)
@@ -92,17 +99,20 @@ class Walk:
                 if index < start:
                     self._replay(index, weights, hidden, streams, calls)
                     continue
-                outputs = self._visit(index, weights, hidden, streams, calls) if self.on_grid else {}
+                outputs, squares = self._visit(index, weights, hidden, streams, calls) if calibrated else ({}, {})
                 for method in self.outputs:
                     if isinstance(method, Nf4Method):
                         outputs[method.name] = nf4.quantize_layer(method, self.architecture, tensors, self.device)
+                    elif isinstance(method, GgufMethod):
+                        outputs[method.name] = self._in_blocks(method, index, tensors, squares)
                 yield LayerResult(index, outputs)
                 del weights, tensors, outputs
 
     def _visit(
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
-    ) -> dict[str, LayerOutput]:
-        """Advance every stream through layer ``index``; returns the version of each output on a uniform grid."""
+    ) -> tuple[dict[str, LayerOutput], dict[str, Tensor]]:
+        """Advance every stream through layer ``index``; returns the version of each output on a uniform grid, and each
+        linear's mean squares of the source's inputs."""
         layer = self._fill(index, weights)
         last = index == len(self.layers) - 1
         shared, own = self._collect(layer, hidden, streams, calls)
@@ -118,20 +128,40 @@ class Walk:
                 self._fill(index, result.dequantized(self.dtype, method.spec.dtype))
                 _advance(layer, streams[method.name], calls)
         layer.to("meta")
-        return results
+        squares: dict[str, Tensor] = {}
+        for group in self.architecture.groups if self.weighing else ():
+            row = shared[group.name].mean_square
+            if not bool(row.isfinite().all()):
+                raise QtoolError(
+                    f"{self.architecture.prefix}{index}: the input of {group.linears[0]} is NaN or Inf on the "
+                    "calibration text; the source model is broken."
+                )
+            squares |= dict.fromkeys(group.linears, row)
+        return results, squares
+
+    def _in_blocks(
+        self, method: GgufMethod, index: int, tensors: Mapping[str, Tensor], squares: Mapping[str, Tensor]
+    ) -> LayerOutput:
+        prefix = f"{self.architecture.prefix}{index}."
+        types = {linear: self.types[method.name][prefix + linear] for linear in self.architecture.linears}
+        rows: Mapping[str, Tensor] = squares if method.needs_importance else {}
+        given = self.importance.get(method.name)
+        if given is not None:
+            rows = {linear: given[prefix + linear] for linear in self.architecture.linears if prefix + linear in given}
+        return gguf.quantize_layer(self.architecture, tensors, types, rows, self.device)
 
     def _collect(
         self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
         """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs."""
         wants_source = any(not method.own_stream for method in self.on_grid)
-        shared = {group.name: InputStatistics() for group in self.architecture.groups}
+        shared = {group.name: InputStatistics(channels_only=not wants_source) for group in self.architecture.groups}
         own = {name: {g.name: InputStatistics() for g in self.architecture.groups} for name in streams}
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
             with self._captured(layer, inputs.__setitem__):
                 hidden[number] = _run(layer, states, calls)
-            if wants_source:
+            if wants_source or self.weighing:
                 for name, x in inputs.items():
                     shared[name].add(x)
             for stream, batches in streams.items():

@@ -16,13 +16,16 @@ class InputStatistics:
     """Statistics of one distinct linear input X ``[tokens, in]``, accumulated batch by batch.
 
     gram: XᵀX ``[in, in]``; cross: SᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the source's own
-    stream); abs_sum, absmax ``[in]``. All float32.
+    stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``channels_only``: nothing of size ``[in, in]``.
     """
+
+    channels_only: bool = False
 
     tokens: int = 0
     gram: Tensor = field(default_factory=lambda: torch.empty(0))
     cross: Tensor | None = None
     abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
     absmax: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def add(self, inputs: Tensor, source: Tensor | None = None) -> None:
@@ -30,7 +33,9 @@ class InputStatistics:
         x = inputs.flatten(0, -2)
         if not self.tokens:
             columns = x.shape[1]
-            self.gram = torch.zeros(columns, columns, device=x.device)
+            if not self.channels_only:
+                self.gram = torch.zeros(columns, columns, device=x.device)
+            self.square_sum = torch.zeros(columns, device=x.device)
             self.abs_sum = torch.zeros(columns, device=x.device)
             self.absmax = torch.zeros(columns, device=x.device)
             if source is not None:
@@ -40,19 +45,26 @@ class InputStatistics:
         self.abs_sum += magnitude.sum(0, dtype=torch.float32)
         torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
         del magnitude
-        _accumulate_gram(self.gram, x)
+        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        if not self.channels_only:
+            _accumulate_gram(self.gram, x)
         if self.cross is not None and source is not None:
             _accumulate(self.cross, source.flatten(0, -2), x)
 
     def finish(self) -> None:
         """Make the Gram matrix whole: the blocks below the diagonal are those above it, transposed."""
-        for start, stop in _blocks(self.gram):
+        for start, stop in [] if self.channels_only else _blocks(self.gram):
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
 
     @property
     def mean_abs(self) -> Tensor:
         """mean|x| ``[in]``."""
         return self.abs_sum / self.tokens
+
+    @property
+    def mean_square(self) -> Tensor:
+        """mean x² ``[in]``: what an importance matrix holds, and the Gram matrix's diagonal over the tokens."""
+        return self.square_sum / self.tokens
 
 
 def _accumulate_gram(total: Tensor, x: Tensor) -> None:

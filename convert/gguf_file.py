@@ -1,0 +1,204 @@
+"""A .gguf file, written in place and read back. Header, keys and tensor table are the `gguf` package's work.
+
+Every shape is known from the plan, so the header is written first and each tensor then at its own offset, in any
+order; a journal line follows each fsynced step, so that a killed run continues after the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.checkpoint import TensorStream
+from qtool.convert.ggml import GgmlBlocks, load_gguf, row_bytes
+from qtool.convert.gguf_names import possible_names, row_order
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""GGUF name -> (ggml type, shape in torch order), in file order."""
+
+
+class GgufWriter:
+    """Writes the tensors of ``layout`` into ``path``; steps already in the journal are kept.
+
+    ``describe(writer)`` adds the keys to a `gguf.GGUFWriter`. ``key`` identifies the work: a file with another key's
+    journal, or another header, is started over.
+    """
+
+    def __init__(
+        self, path: Path, architecture: str, describe: Callable[[Any], None], layout: Layout, key: str
+    ) -> None:
+        self.path, self._layout = path, layout
+        self.steps: list[dict[str, Any]] = []
+        self.journal_path = path.with_name(path.name + ".journal.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header, self._offsets, self._size = _header(path, architecture, describe, layout)
+        if not self._resume(header, key):
+            self._start(header, key)
+        self._file = path.open("r+b")
+        self._journal = self.journal_path.open("a", encoding="utf-8")
+
+    def write(self, name: str, data: torch.Tensor) -> None:
+        """Put one tensor's bytes (uint8, any shape) at its place. Raises ValueError when there are not as many as
+        planned."""
+        type_name, shape = self._layout[name]
+        planned = _nbytes(type_name, shape)
+        if data.dtype != torch.uint8 or data.numel() != planned:
+            raise ValueError(f"{name}: planned {planned} bytes, got {data.numel()} of {data.dtype}")
+        self._file.seek(self._offsets[name])
+        try:
+            self._file.write(data.contiguous().numpy().data)
+        except OSError as error:
+            raise QtoolError(f"{self.path}: {error.strerror}. Free some space and run again.", 3) from error
+
+    def flush(self) -> None:
+        """Let readers of the same file see what was written."""
+        self._file.flush()
+
+    def commit(self, step: dict[str, Any]) -> None:
+        """Make everything written so far durable, then note the step in the journal."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._journal.write(json.dumps(step) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self.steps.append(step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._journal.close()
+
+    def _resume(self, header: bytes, key: str) -> bool:
+        if not self.path.exists() or not self.journal_path.exists() or self.path.stat().st_size != self._size:
+            return False
+        lines = self.journal_path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line was never finished
+        with self.path.open("rb") as file:
+            same = bool(whole) and json.loads(whole[0]).get("key") == key and file.read(len(header)) == header
+        if same:
+            self.journal_path.write_bytes(b"".join(whole))
+            self.steps = [json.loads(line) for line in whole[1:]]
+        return same
+
+    def _start(self, header: bytes, key: str) -> None:
+        try:
+            with self.path.open("wb") as file:
+                file.write(header)
+                os.posix_fallocate(file.fileno(), 0, self._size)  # a full disk shows now
+        except OSError as error:
+            raise QtoolError(
+                f"{self.path}: cannot reserve {self._size / 1e9:.2f} GB: {error.strerror}. Free some space, or set "
+                "`output_dir:` to another disk.",
+                exit_code=3,
+            ) from error
+        self.journal_path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+
+def _header(
+    path: Path, architecture: str, describe: Callable[[Any], None], layout: Layout
+) -> tuple[bytes, dict[str, int], int]:
+    """(everything before the first tensor, padding included; tensor name -> offset in the file; size of the file)."""
+    import numpy
+
+    gguf = load_gguf()
+    writer = gguf.GGUFWriter(path, architecture)
+    describe(writer)
+    for name, (type_name, shape) in layout.items():
+        size = _nbytes(type_name, shape)
+        rows = shape[:-1]
+        writer.add_tensor_info(
+            name, (*rows, row_bytes(type_name, shape[-1])), numpy.dtype("uint8"), size,
+            gguf.GGMLQuantizationType[type_name],
+        )  # fmt: skip
+    scratch = path.with_name(path.name + ".header")
+    writer.write_header_to_file(scratch)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = scratch.read_bytes()
+    scratch.unlink()
+    alignment = writer.data_alignment
+    header += bytes(-len(header) % alignment)
+    offsets, end = {}, len(header)
+    for name, (type_name, shape) in layout.items():
+        offsets[name] = end
+        end += gguf.GGUFWriter.ggml_pad(_nbytes(type_name, shape), alignment)
+    return header, offsets, end
+
+
+def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows * row_bytes(type_name, shape[-1])
+
+
+class GgufFile:
+    """A .gguf file opened for reading; nothing is loaded before it is asked for."""
+
+    def __init__(self, path: Path, reader: Any, config: Mapping[str, Any]) -> None:
+        self.path, self.config = path, config
+        self._reader = reader
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] = {
+            name: (tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape)))
+            for name, tensor in self.tensors.items()
+        }
+
+    @classmethod
+    def open(cls, path: Path, config: Mapping[str, Any]) -> GgufFile:
+        """``config``: config.json of the model, which the rows' order follows. Raises QtoolError for a file that is no
+        whole GGUF file."""
+        gguf = load_gguf()
+        try:
+            reader = gguf.GGUFReader(path)
+            end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
+        except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise QtoolError(f"{path}: not a whole GGUF file ({error}).") from error
+        if end > path.stat().st_size:
+            raise QtoolError(f"{path}: truncated: its tensors end at byte {end}, the file at {path.stat().st_size}.")
+        return cls(path, reader, config)
+
+    def metadata(self, key: str) -> Any:
+        """A key's value, None where the file does not have it."""
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    def blocks(self, name: str) -> GgmlBlocks:
+        """A tensor as stored, in llama.cpp's row order; vectors become one row."""
+        type_name, shape = self.layout[name]
+        rows = shape[0] if len(shape) > 1 else 1
+        raw = torch.from_numpy(self.tensors[name].data.copy()).contiguous().view(torch.uint8)
+        return GgmlBlocks(raw.view(rows, -1), type_name, (rows, shape[-1]))
+
+    def hf_names(self) -> dict[str, str]:
+        """HF name -> GGUF name of every tensor that the model has."""
+        return {hf: name for hf, name in possible_names(self.config).items() if name in self.tensors}
+
+    def codes(self, linear: str) -> GgmlBlocks:
+        """A linear (HF name, without `.weight`) as blocks in the source's row order."""
+        name = self.hf_names()[f"{linear}.weight"]
+        blocks = self.blocks(name)
+        order = row_order(name, blocks.shape[0], self.config)
+        if order is None:
+            return blocks
+        data = torch.empty_like(blocks.data)
+        data[order] = blocks.data
+        return GgmlBlocks(data, blocks.type, blocks.shape)
+
+    def read(self) -> TensorStream:
+        """Every tensor of the model under its Hugging Face name, dequantized to float32."""
+        for hf, name in self.hf_names().items():
+            values = self.blocks(name).dequantize()
+            order = row_order(name, self.layout[name][1][0], self.config)
+            values = values.view(self.layout[name][1])
+            if order is not None:
+                restored = torch.empty_like(values)
+                restored[order] = values
+                values = restored
+            yield hf, values

@@ -1,0 +1,69 @@
+"""What a .gguf file will hold, tensor by tensor, from shapes and config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.convert.checkpoint import TensorInfo
+from qtool.convert.ggml import BLOCKS, row_bytes
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_names, rope_factors
+from qtool.convert.gguf_types import Typed, is_large_gqa, tensor_types
+from qtool.convert.plan import LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.writer import Spec
+
+
+@dataclass(frozen=True)
+class GgufPlan(OutputPlan):
+    """``names``: HF name -> GGUF name. ``types``: GGUF name -> type, and what the rule wanted before a row's length
+    forced another. ``shapes``: GGUF name -> shape (torch order), in file order."""
+
+    names: dict[str, str]
+    types: dict[str, Typed]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each kind of tensor that could not get the type of its rule."""
+        kinds: dict[tuple[str, int, str, str], int] = {}
+        for name, typed in self.types.items():
+            if typed.fell_back:
+                kind = (name.split(".", 2)[-1], self.shapes[name][-1], typed.wanted, typed.type)
+                kinds[kind] = kinds.get(kind, 0) + 1
+        return [
+            f"{kind} ({count} tensors): {columns} columns do not divide by {BLOCKS[wanted][0]}: {wanted} -> {given}"
+            for (kind, columns, wanted, given), count in kinds.items()
+        ]
+
+
+def plan_gguf(
+    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
+) -> GgufPlan:
+    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know."""
+    names = gguf_names(walk_order(tensors, prefix), config)
+    shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
+    factors = rope_factors(config)
+    if factors is not None:
+        shapes[ROPE_FREQS] = tuple(factors.shape)
+    layers = int(config["num_hidden_layers"])
+    types = tensor_types(shapes, file_type, layers, is_large_gqa(config))
+    if ROPE_FREQS in types:
+        types[ROPE_FREQS] = Typed("F32", "F32")
+    sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
+    plans = []
+    for hf, name in names.items():
+        if is_linear(hf, prefix, linears):
+            out, columns = shapes[name]
+            block = BLOCKS[types[name].type][0]
+            plans.append(LinearPlan(hf.removesuffix(".weight"), out, columns, block, sizes[name], types[name].type))
+    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in names.items()}
+    tied = [name for name in tensors if name not in names]
+    parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
+    return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) > 1 else 1

@@ -1,0 +1,131 @@
+"""The tokenizer as llama.cpp wants it: token texts, their types, merges or scores, special ids, and the name of the
+rules that split text before merging.
+
+The name is found by the hash of a check text's token ids (llama.cpp's own way) and, for vocabularies nobody has hashed,
+by comparing tokenizer.json's split rules with those that llama.cpp implements (src/llama-vocab.cpp).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.checkpoint import read_json
+from qtool.convert.ggml import load_gguf
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.h, llama_token_type
+_GPT2 = ("ByteLevel", True)
+_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_PLAIN = ("ByteLevel", False)
+# steps of tokenizer.json's pre_tokenizer -> llama.cpp's name
+RULES: dict[tuple[tuple[str, Any], ...], str] = {
+    (_GPT2,): "gpt-2",
+    (("Digits", True), _GPT2): "smollm",
+    (("Split", _WORDS + "\\p{N}{1,3}" + _REST), _PLAIN): "llama-bpe",
+    (("Split", _WORDS + "\\p{N}" + _REST), _PLAIN): "qwen2",
+    (
+        ("Split", "[\r\n]"),
+        ("Split", "\\s?\\p{L}+"),
+        ("Split", "\\s?\\p{P}+"),
+        ("Split", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
+        ("Digits", True),
+        _PLAIN,
+    ): "deepseek-coder",
+}
+
+
+def pre_tokenizer(folder: Path, tokenizer: Any) -> str:
+    """llama.cpp's name of the split rules. Raises QtoolError where no rule of llama.cpp is known to equal them."""
+    table = json.loads(files("qtool.convert").joinpath("pre_tokenizers.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(str(tokenizer.encode(table["check_text"])).encode()).hexdigest()
+    if digest in table["names"]:
+        return str(table["names"][digest])
+    steps = _steps(read_json(folder / "tokenizer.json").get("pre_tokenizer"))
+    if steps in RULES:
+        return RULES[steps]
+    raise QtoolError(
+        f"{folder / 'tokenizer.json'}: llama.cpp has no name that qtool knows for these split rules ({steps}). If it "
+        "implements them, give its name as `pre_tokenizer:` of this output; its token ids are then proved."
+    )
+
+
+def _steps(rules: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    if rules is None:
+        return ()
+    found = []
+    for step in rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]:
+        kind = step["type"]
+        if kind == "Split":
+            found.append((kind, step["pattern"].get("Regex") or step["pattern"].get("String")))
+        elif kind == "Digits":
+            found.append((kind, step.get("individual_digits")))
+        elif kind == "ByteLevel":
+            found.append((kind, step.get("use_regex", True)))
+        else:
+            found.append((kind, None))
+    return tuple(found)
+
+
+def add_vocabulary(
+    writer: Any, folder: Path, tokenizer: Any, config: Mapping[str, Any], pre: str | None = None
+) -> None:
+    """Write every tokenizer key into a `gguf.GGUFWriter`. ``pre``: name of the split rules (None: find it).
+
+    Raises QtoolError for a tokenizer that is neither byte-level BPE nor SentencePiece, or larger than the embedding.
+    """
+    gguf = load_gguf()
+    size = int(config["vocab_size"])
+    raw = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
+    model = raw.get("model", {})
+    if model and (model.get("type") != "BPE"):
+        raise QtoolError(f"{folder / 'tokenizer.json'}: a {model.get('type')} vocabulary cannot be written as GGUF.")
+    sentencepiece = not model or bool(model.get("byte_fallback"))
+    tokens, types = bpe_tokens(tokenizer, size, folder)
+    if sentencepiece:
+        vocabulary = gguf.LlamaHfVocab(folder)
+        found = list(vocabulary.all_tokens())
+        tokens = [text for text, _, _ in found] + [f"[PAD{i}]".encode() for i in range(len(found), size)]
+        types = [int(kind) for _, _, kind in found] + [UNUSED] * (size - len(found))
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([score for _, score, _ in found] + [-10000.0] * (size - len(found)))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre or pre_tokenizer(folder, tokenizer))
+        writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size).add_to_gguf(writer)
+
+
+def bpe_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list[int]]:
+    """(text of every id, its type), padded with unused tokens up to ``size``."""
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    if max(texts) >= size:
+        raise QtoolError(f"{folder}: the tokenizer has token {max(texts)}, config.json's vocab_size is {size}.")
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for number in range(size):
+        text = texts.get(number, f"[PAD{number}]")
+        if number not in texts:
+            types.append(UNUSED)
+        elif number in added:
+            # llama.cpp matches added tokens against plain text, so the tokenizer's own changes to it are made here
+            if not added[number].normalized:
+                text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) or text
+            types.append(CONTROL if added[number].special or _looks_special(text) else USER_DEFINED)
+        else:
+            types.append(NORMAL)
+        tokens.append(text)
+    return tokens, types
+
+
+def _looks_special(text: str) -> bool:
+    """Control tokens that some tokenizers forget to mark: <|...|> and fill-in-the-middle marks."""
+    return (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<\uff5c") and text.endswith("\uff5c>"))

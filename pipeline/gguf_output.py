@@ -1,0 +1,146 @@
+"""One output on its way into a .gguf file, a layer at a time; beside it the importance matrix and a Modelfile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.artifact import EXTRAS, IMATRIX, copy_sidecars, seal, write_config
+from qtool.convert.checkpoint import Checkpoint, read_json
+from qtool.convert.ggml import FLOATS, GgmlBlocks
+from qtool.convert.gguf_file import GgufFile, GgufWriter
+from qtool.convert.gguf_metadata import add_metadata
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, rope_factors, row_order
+from qtool.convert.gguf_plan import GgufPlan
+from qtool.convert.gguf_vocab import add_vocabulary
+from qtool.convert.imatrix import write_imatrix
+from qtool.convert.modelfile import modelfile
+from qtool.convert.plan import layer_of
+from qtool.convert.text import load_tokenizer
+from qtool.convert.writer import ShardWriter
+from qtool.evaluate.llama_cpp import token_difference
+from qtool.job import Job
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.folding import LayerOutput
+from qtool.quantize.ggml import quantize_ggml
+from qtool.quantize.methods import GgufMethod
+from qtool.writers import manifest_of
+
+IMPORTANCE = "importance"
+
+
+class GgufOutput:
+    """The file as it grows, its importance rows, its journal, and finally its manifest."""
+
+    def __init__(self, job: Job, method: GgufMethod, key: str) -> None:
+        plan = job.plans[method.name]
+        assert isinstance(plan, GgufPlan)
+        self.job, self.method, self.key, self.plan = job, method, key, plan
+        self.config = read_json(job.source.path / "config.json")
+        self.tokenizer = load_tokenizer(job.source.path, job.recipe.model.trust_remote_code)
+        self.partial = job.partial(method)
+        self.path = self.partial / f"{job.source.name}-{method.type}.gguf"
+        self.squares: ShardWriter | None = None
+        if method.needs_importance:
+            specs = {p.name: (torch.float32, (p.columns,)) for p in plan.linears}
+            self.squares = ShardWriter(self.partial / EXTRAS, specs, key, IMPORTANCE)
+        layout = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
+        self.file = GgufWriter(self.path, gguf_architecture(self.config), self._describe, layout, key)
+        self.written = GgufFile.open(self.path, self.config)
+
+    def _describe(self, writer: object) -> None:
+        add_metadata(writer, self.config, self.job.source.name, self.method.type)
+        add_vocabulary(writer, self.job.source.path, self.tokenizer, self.config, self.method.pre_tokenizer)
+
+    @property
+    def layers_done(self) -> int:
+        """Layers whose weights and importance both reached the disk."""
+        steps = len(self.file.steps)
+        return steps if self.squares is None else min(steps, len(self.squares.steps))
+
+    def write_outside_layers(self) -> None:
+        """Embeddings, final norm and head; llama.cpp's importance matrices do not weigh them either."""
+        for hf in self.plan.names:
+            if layer_of(hf, self.job.architecture.prefix) is None:
+                self._write(hf, self.job.checkpoint.tensor(hf))
+        factors = rope_factors(self.config)
+        if factors is not None:
+            self.file.write(ROPE_FREQS, factors.view(torch.uint8))
+
+    def write_layer(self, index: int, output: LayerOutput) -> None:
+        """Write, make durable, read back and compare bit for bit, then note the layer as done."""
+        prefix = f"{self.job.architecture.prefix}{index}."
+        for name, tensor in output.tensors.items():
+            self._write(prefix + name, tensor)
+        for linear, codes in output.codes.items():
+            assert isinstance(codes, GgmlBlocks)
+            self._write_blocks(f"{prefix}{linear}.weight", codes)
+            if self.squares is not None:
+                self.squares.write(prefix + linear, output.importance[linear].float().cpu())
+        self.file.flush()
+        for linear, codes in output.codes.items():
+            if not self.written.codes(prefix + linear).equals(codes):
+                raise QtoolError(f"{self.path}: {prefix}{linear} does not read back as it was written.", 3)
+        if self.squares is not None and index >= len(self.squares.steps):
+            self.squares.commit({"layer": index})
+        if index >= len(self.file.steps):
+            records = {prefix + linear: record for linear, record in output.records.items()}
+            self.file.commit({"layer": index, "records": records})
+
+    def restore(self, index: int) -> Mapping[str, torch.Tensor]:
+        """Never asked for: no stream passes through this output."""
+        raise NotImplementedError
+
+    def seal(self, calibration: CalibrationSet) -> None:
+        """Close the file, prove its tokenizer, write what lies beside it, describe all, rename."""
+        self.file.close()
+        if self.squares is not None:
+            self.squares.close()
+            self._write_imatrix()
+        notes = [*self.plan.notes, self._token_proof()]
+        copy_sidecars(self.job.source.path, self.partial, self.job.recipe.model.trust_remote_code)
+        write_config(self.job.source.path, self.partial, {}, None)
+        template = getattr(self.tokenizer, "chat_template", None)
+        stops = [token for token in (self.tokenizer.eos_token,) if token]
+        (self.partial / "Modelfile").write_text(modelfile(self.path.name, template, stops), encoding="utf-8")
+        ledger = {linear: record for step in self.file.steps for linear, record in step["records"].items()}
+        manifest = manifest_of(self.job, self.method, self.key, calibration, ledger, self.partial, notes)
+        seal(self.partial, self.job.folder(self.method), manifest)
+
+    def _write(self, hf: str, tensor: torch.Tensor) -> None:
+        type_name = self.plan.types[self.plan.names[hf]].type
+        if not bool(tensor.isfinite().all()):
+            raise QtoolError(f"{hf}: holds NaN or Inf.")
+        matrix = tensor.view(-1, tensor.shape[-1])
+        blocks = quantize_ggml(matrix, type_name)
+        if type_name in FLOATS and not bool(blocks.dequantize().isfinite().all()):
+            raise QtoolError(f"{hf}: does not fit {type_name}; set `type: BF16`.")
+        self._write_blocks(hf, blocks)
+
+    def _write_blocks(self, hf: str, blocks: GgmlBlocks) -> None:
+        name = self.plan.names[hf]
+        data = blocks.cpu().data
+        order = row_order(name, self.plan.shapes[name][0], self.config)
+        if order is not None:
+            data = data.view(order.numel(), -1)[order]  # a bias is one row of blocks, but as many numbers
+        self.file.write(name, data)
+
+    def _write_imatrix(self) -> None:
+        rows = Checkpoint.open(self.partial / EXTRAS)
+        source = self.job.recipe.calibration
+        named = {self.plan.names[f"{linear}.weight"]: rows.tensor(linear) for linear in rows.tensors}
+        write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, source.text)
+
+    def _token_proof(self) -> str:
+        """Raises QtoolError showing the first text that llama.cpp splits otherwise."""
+        try:
+            difference = token_difference(self.path, self.tokenizer)
+        except QtoolError as error:
+            if error.exit_code != 3:
+                raise
+            return f"token ids: not compared with llama.cpp's ({error.message})"
+        if difference is not None:
+            raise QtoolError(f"{self.path}: llama.cpp's token ids differ from the tokenizer's: {difference}")
+        return "token ids: equal to llama.cpp's on code, white space, unicode and special tokens"
