@@ -92,6 +92,11 @@ class Artifact:
         return self.weights
 
     @property
+    def notes(self) -> list[str]:
+        """What the maker of the artifact had to say: fallback types, proofs made and not made."""
+        return self.manifest.notes if self.manifest else []
+
+    @property
     def gguf(self) -> Path | None:
         """The .gguf file, where the artifact is one."""
         return self.weights.path if isinstance(self.weights, GgufFile) else None
@@ -154,8 +159,8 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
 
 
 def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The source's own config.json plus ``quantization_config``, if any; its dtype follows the stored tensors (None: the
-    source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
+    """The source's own config.json plus ``quantization_config``, if any; its dtype key follows the stored tensors
+    (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """

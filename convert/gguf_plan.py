@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,10 @@ class GgufPlan(OutputPlan):
         kinds: dict[tuple[str, int, str, str], int] = {}
         for name, typed in self.types.items():
             if typed.fell_back:
-                kind = (name.split(".", 2)[-1], self.shapes[name][-1], typed.wanted, typed.type)
+                kind = (re.sub(r"^blk\.\d+\.", "", name), self.shapes[name][-1], typed.wanted, typed.type)
                 kinds[kind] = kinds.get(kind, 0) + 1
         return [
-            f"{kind} ({count} tensors): {columns} columns do not divide by {BLOCKS[wanted][0]}: {wanted} -> {given}"
+            f"{kind} ({count} of them): {columns} columns do not divide by {BLOCKS[wanted][0]}: {wanted} -> {given}"
             for (kind, columns, wanted, given), count in kinds.items()
         ]
 

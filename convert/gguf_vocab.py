@@ -46,13 +46,22 @@ def pre_tokenizer(folder: Path, tokenizer: Any) -> str:
     digest = hashlib.sha256(str(tokenizer.encode(table["check_text"])).encode()).hexdigest()
     if digest in table["names"]:
         return str(table["names"][digest])
-    steps = _steps(read_json(folder / "tokenizer.json").get("pre_tokenizer"))
+    steps = _steps(tokenizer_json(folder, tokenizer).get("pre_tokenizer"))
     if steps in RULES:
         return RULES[steps]
     raise QtoolError(
         f"{folder / 'tokenizer.json'}: llama.cpp has no name that qtool knows for these split rules ({steps}). If it "
         "implements them, give its name as `pre_tokenizer:` of this output; its token ids are then proved."
     )
+
+
+def tokenizer_json(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """tokenizer.json as the tokenizer in use has it: some classes of transformers replace the file's split rules."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        found: dict[str, Any] = json.loads(backend.to_str())
+        return found
+    return read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
 
 
 def _steps(rules: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
@@ -81,8 +90,7 @@ def add_vocabulary(
     """
     gguf = load_gguf()
     size = int(config["vocab_size"])
-    raw = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
-    model = raw.get("model", {})
+    model = tokenizer_json(folder, tokenizer).get("model", {})
     if model and (model.get("type") != "BPE"):
         raise QtoolError(f"{folder / 'tokenizer.json'}: a {model.get('type')} vocabulary cannot be written as GGUF.")
     sentencepiece = not model or bool(model.get("byte_fallback"))

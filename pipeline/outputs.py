@@ -49,9 +49,10 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
     _check_disk(job, pending)
+    importance = _importance(job, pending)
     writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
     if writers:
-        _walk(job, pending, writers, calibration)
+        _walk(job, pending, writers, calibration, importance)
     for method in pending:
         writers[method.name].seal(calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
@@ -93,7 +94,7 @@ def _walk(
     types = {name: {linear.name: linear.type for linear in plan.linears} for name, plan in job.plans.items()}
     walk = Walk(
         model, job.checkpoint, calibration, methods, job.device, lambda name, index: writers[name].restore(index),
-        types, _importance(job, methods),
+        types, importance,
     )  # fmt: skip
     for writer in writers.values():
         writer.write_outside_layers()

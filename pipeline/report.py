@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
 from qtool.evaluate.regression import bootstrap_mean, paired_difference, wilson
 
@@ -33,6 +34,8 @@ def print_run(run: Run) -> None:
     console.print(table_of(rows, title=f"{run.job.source.name} · {run.job.recipe.digest[:8]}"))
     for name, checked in run.verifications.items():
         _print_summary(name, checked)
+        for note in run.artifacts[name].notes:
+            console.print(f"  {note}", highlight=False, soft_wrap=True)
     for verdict in run.verdicts:
         console.print(f"{MARKS[verdict.verdict]}  {verdict.output}: {verdict.gate}: {verdict.reason}", highlight=False)
     for name, artifact in run.artifacts.items():
@@ -133,7 +136,8 @@ def markdown(run: Run, rows: list[dict[str, str]]) -> str:
             lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
             parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
     for name, checked in run.verifications.items():
-        lines = [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
+        lines = [f"- {note}" for note in run.artifacts[name].notes]
+        lines += [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
         parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
     recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8").strip()
     parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
@@ -170,16 +174,19 @@ def print_plan(job: Job) -> None:
 
     for name, plan in job.plans.items():
         table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
-        for column in ("linear", "layers", "shape [out, in]", "group size", "bytes each"):
+        grouped = "type" if isinstance(plan, GgufPlan) else "group size"
+        for column in ("linear", "layers", "shape [out, in]", grouped, "bytes each"):
             table.add_column(column, justify="left" if column == "linear" else "right")
-        kinds: dict[tuple[str, int, int, int, int], int] = {}
+        kinds: dict[tuple[str, int, int, str, int], int] = {}
         for linear in plan.linears:
             kind = linear.name[len(job.architecture.prefix) :].split(".", 1)[1]
-            key = (kind, linear.out, linear.columns, linear.group_size, linear.nbytes)
+            key = (kind, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
             kinds[key] = kinds.get(key, 0) + 1
         for (kind, out, columns, group, nbytes), count in kinds.items():
-            table.add_row(kind, str(count), f"[{out}, {columns}]", str(group), f"{nbytes:,}")
+            table.add_row(kind, str(count), f"[{out}, {columns}]", group, f"{nbytes:,}")
         console.print(table)
+        for note in plan.notes if isinstance(plan, GgufPlan) else ():
+            console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
         console.print(
             f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
             f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",

@@ -1,0 +1,251 @@
+"""GGUF outputs through the whole pipeline, judged by llama.cpp itself and by the gguf package's reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact, Manifest
+from qtool.convert.gguf_file import GgufFile, GgufWriter
+from qtool.convert.imatrix import read_imatrix, write_imatrix
+from qtool.convert.skeleton import load_config
+from qtool.convert.source import resolve, sha256_file
+from qtool.convert.text import token_windows
+from qtool.convert.verify import verify
+from qtool.evaluate import llama_cpp, served
+from qtool.evaluate.generate import load_model
+from qtool.job import Job, open_job
+from qtool.outputs import make_artifacts
+from qtool.quantize.ggml import quantize_ggml
+from qtool.recipe import load_recipe
+from qtool.run import _calibrate
+
+gguf: Any = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
+    loaded = load_recipe(recipe)
+    job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
+    return job, make_artifacts(job, loaded.outputs, _calibrate(job))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Llama", {}),
+        ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {"vocab_size": 384}),  # more rows than tokens: the vocabulary is padded
+        ("Qwen3", {"vocab_size": 384}),
+    ],
+)
+def test_llama_cpp_computes_what_transformers_does(
+    architecture: str, changes: dict[str, Any], model_maker: Callable[..., Path], write_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Names, row order, rotary settings, biases, head: a mistake in any of them moves the distribution."""
+    model = model_maker(tmp_path / "model", architecture, **changes)
+    _, artifacts = convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
+    artifact = artifacts["gguf"]
+    reference = load_model(artifact.read(), load_config(model), torch.device("cpu"))
+    ids = torch.randint(3, 320, (48,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert artifact.gguf is not None
+    with llama_cpp.serve(artifact.gguf, 128) as url:
+        for position in (3, 20, 47):
+            found = torch.full((expected.shape[1],), -torch.inf)
+            for token, value in served.top_logprobs(url, ids[: position + 1], expected.shape[1]).items():
+                found[token] = value
+            row = expected[position]
+            assert int(found.argmax()) == int(row.argmax())
+            assert float((row.exp() * (row - found)).sum()) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, dict[str, Artifact]]:
+    folder = tmp_path_factory.mktemp("gguf")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "model: qtool-demo\ncalibration: {text: qtool-code, samples: 8, length: 128}\noutputs:\n"
+        "  - {method: gguf, name: q4}\n  - {method: gguf, name: plain, imatrix: false}\n"
+        f"  - {{method: gguf, name: q8, type: Q8_0}}\noutput_dir: {folder}/artifacts\n"
+    )
+    return convert(path)
+
+
+def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    _, artifacts = demo
+    for artifact in artifacts.values():
+        assert verify(artifact.path).sound
+        assert artifact.notes[-1].startswith("token ids: equal")
+    q4 = artifacts["q4"]
+    assert q4.gguf is not None
+    file = GgufFile.open(q4.gguf, q4.config)
+    assert file.metadata("tokenizer.ggml.pre") == "deepseek-coder"
+    assert file.metadata("general.file_type") == 15
+    texts: dict[int, str] = {}
+    llama_cpp.generate(
+        q4.gguf, [[5, 6, 7], [9, 10]], max_new_tokens=8, batch_size=2, finished=lambda text: False,
+        on_text=texts.__setitem__,
+    )  # fmt: skip
+    assert set(texts) == {0, 1}
+
+
+def test_blocks_are_the_c_codes_with_the_importance_of_the_pass(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    """The stored blocks equal a fresh quantization weighed by the published imatrix.gguf, row order included."""
+    job, artifacts = demo
+    rows = read_imatrix(artifacts["q4"].path / "imatrix.gguf")
+    linear = "model.layers.1.self_attn.q_proj"
+    weight = job.checkpoint.tensor(f"{linear}.weight")
+    stored = artifacts["q4"].codes(linear)
+    assert stored.equals(quantize_ggml(weight, "Q4_K", rows["blk.1.attn_q.weight"]))
+    assert artifacts["plain"].codes(linear).equals(quantize_ggml(weight, "Q4_K"))
+    assert not stored.equals(artifacts["plain"].codes(linear))
+
+
+def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    job, artifacts = demo
+    rows = read_imatrix(artifacts["q4"].path / "imatrix.gguf")
+    model = load_model(job.checkpoint.read(), job.config, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, -2))
+    )
+    from qtool.convert.text import load_tokenizer
+
+    tokens = token_windows(job.recipe.calibration, load_tokenizer(job.source.path, False))
+    with torch.inference_mode():
+        model(tokens)
+    handle.remove()
+    expected = torch.cat(seen).square().mean(0)
+    torch.testing.assert_close(rows["blk.1.ffn_down.weight"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_imatrix_file_is_used_and_a_wrong_one_refused(
+    demo: tuple[Job, dict[str, Artifact]], tmp_path: Path
+) -> None:
+    _, artifacts = demo
+    file = artifacts["q4"].path / "imatrix.gguf"
+    recipe = tmp_path / "recipe.yaml"
+    text = f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: {file}}}]\noutput_dir: {tmp_path}/artifacts\n"
+    recipe.write_text(text)
+    _, made = convert(recipe)
+    linear = "model.layers.0.mlp.up_proj"
+    assert made["gguf"].codes(linear).equals(artifacts["q4"].codes(linear))
+    other = tmp_path / "other.gguf"
+    write_imatrix(other, {"blk.0.attn_q.weight": torch.ones(7)}, 1, 8, "x")
+    recipe.write_text(text.replace(str(file), str(other)).replace("/artifacts", "/more"))
+    with pytest.raises(QtoolError, match="made for another model"):
+        convert(recipe)
+
+
+def test_fallbacks_are_told(write_recipe: Callable[..., Path]) -> None:
+    _, artifacts = convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))
+    notes = artifacts["gguf"].notes
+    assert any("attn_q.weight" in note and "128 columns" in note and "Q4_K -> Q5_0" in note for note in notes)
+    assert artifacts["gguf"].codes("model.layers.0.self_attn.q_proj").type == "Q5_0"
+    assert artifacts["gguf"].codes("model.layers.1.mlp.down_proj").type == "Q6_K"
+
+
+def test_planted_faults_are_found(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
+    import shutil
+
+    _, artifacts = demo
+    for number, fault in enumerate(("nan", "truncated", "missing key")):
+        folder = tmp_path / str(number)
+        shutil.copytree(artifacts["q8"].path, folder)
+        file = next(folder.glob("*.gguf"))
+        opened = GgufFile.open(file, artifacts["q8"].config)
+        if fault == "nan":
+            offset = int(opened.tensors["blk.1.ffn_up.weight"].data_offset)
+            with file.open("r+b") as stream:
+                stream.seek(offset)
+                stream.write(b"\x00\x7e")  # a NaN for the first block's scale
+        elif fault == "truncated":
+            with file.open("r+b") as stream:
+                stream.truncate(file.stat().st_size - 4096)
+        else:
+            data = file.read_bytes()
+            file.write_bytes(data.replace(b"llama.block_count", b"llama.block_cound"))
+        manifest = json.loads((folder / "qtool.json").read_text())
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        (folder / "qtool.json").write_text(json.dumps(manifest))
+        if fault == "truncated":
+            with pytest.raises(QtoolError, match=r"whole GGUF file|truncated"):
+                verify(folder)
+            continue
+        result = verify(folder)
+        assert not result.sound
+        told = " ".join(check.detail for check in result.checks)
+        assert ("blk.1.ffn_up.weight holds NaN" if fault == "nan" else "llama.block_count is missing") in told
+
+
+def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    layout = {"a.weight": ("Q8_0", (3, 64)), "b": ("F32", (5,))}
+    first, second = torch.randint(0, 255, (3, 68), dtype=torch.uint8), torch.arange(5.0).view(torch.uint8)
+
+    def begin(folder: Path, key: str = "k") -> GgufWriter:
+        return GgufWriter(folder / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, key)
+
+    whole = begin(tmp_path / "whole")
+    whole.write("a.weight", first)
+    whole.write("b", second)
+    whole.close()
+    killed = begin(tmp_path / "killed")
+    killed.write("a.weight", first)
+    killed.commit({"layer": 0})
+    killed.close()
+    again = begin(tmp_path / "killed")
+    assert again.steps == [{"layer": 0}]
+    again.write("b", second)
+    again.close()
+    assert (tmp_path / "killed/m.gguf").read_bytes() == (tmp_path / "whole/m.gguf").read_bytes()
+    other = begin(tmp_path / "killed", "other")
+    assert other.steps == []
+    with pytest.raises(ValueError, match=r"a\.weight: planned 204 bytes"):
+        other.write("a.weight", second)
+    other.close()
+
+
+def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
+    from qtool.convert.gguf_names import gguf_architecture
+
+    with pytest.raises(QtoolError, match=r"PhiForCausalLM cannot be written as GGUF yet\. Known: LlamaForCausalLM"):
+        gguf_architecture({"architectures": ["PhiForCausalLM"]})
+
+
+def test_an_unknown_pre_tokenizer_is_refused(
+    model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_maker(tmp_path / "model")
+    path = model / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, raw["pre_tokenizer"]]}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(QtoolError, match="no name that qtool knows for these split rules"):
+        convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "imatrix": False}]))
+    with pytest.raises(QtoolError, match="token ids differ from the tokenizer's: "):
+        convert(
+            write_recipe(
+                model=str(model), outputs=[{"method": "gguf", "imatrix": False, "pre_tokenizer": "deepseek-coder"}]
+            )
+        )
+
+
+def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    manifest = demo[1]["q4"].manifest
+    assert isinstance(manifest, Manifest)
+    assert {"frobenius", "weighted_error"} <= set(manifest.ledger["model.layers.0.mlp.up_proj"])
+    assert "gguf" in manifest.versions
