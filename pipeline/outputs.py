@@ -86,8 +86,9 @@ def _rows(plan: GgufPlan, path: Path) -> dict[str, Tensor]:
 def _walk(
     job: Job,
     methods: Sequence[Method],
-    writers: Mapping[str, SafetensorsOutput | GgufOutput],
+    writers: Mapping[str, Writer],
     calibration: CalibrationSet,
+    importance: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     start = min(writer.layers_done for writer in writers.values())
