@@ -68,7 +68,9 @@ class Walk:
         self.on_grid = [method for method in self.outputs if isinstance(method, AwqMethod | GptqMethod)]
         self.weighing = any(isinstance(method, GgufMethod) and method.needs_importance for method in self.outputs)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
-        self.dtype = torch.float32 if self.device.type == "cpu" else embedding.dtype
+        self.dtype = embedding.dtype
+        if self.device.type == "cpu" and (self.on_grid or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            self.dtype = torch.float32  # Gram matrices want it; channel means alone bear bfloat16 where it is fast
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv = config.num_key_value_heads
         self.heads = Heads(kv, config.num_attention_heads // kv, dim)
