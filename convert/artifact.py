@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ class Artifact:
     """An artifact on disk. A folder made by another tool opens too (``manifest`` is None then)."""
 
     def __init__(
-        self, path: Path, config: dict[str, Any], manifest: Manifest | None, weights: Checkpoint | GgufFile
+        self, path: Path, config: dict[str, Any], manifest: Manifest | None, weights: Checkpoint | Path
     ) -> None:
         self.path = path
         self.config = config
         self.manifest = manifest
-        self.weights = weights
+        self._weights = weights
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
@@ -82,14 +83,20 @@ class Artifact:
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_json(path / "config.json")
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
-        return cls(path, config, manifest, GgufFile.open(files[0], config) if files else Checkpoint.open(path))
+        return cls(path, config, manifest, files[0] if files else Checkpoint.open(path))
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The safetensors shards. Raises QtoolError for a .gguf artifact, which has none."""
-        if isinstance(self.weights, GgufFile):
-            raise QtoolError(f"{self.path}: holds {self.weights.path.name}, no safetensors.")
-        return self.weights
+        if isinstance(self._weights, Path):
+            raise QtoolError(f"{self.path}: holds {self._weights.name}, no safetensors.")
+        return self._weights
+
+    @cached_property
+    def weights(self) -> Checkpoint | GgufFile:
+        """Where the tensors are; a .gguf file is opened here, because reading its vocabulary takes seconds. Raises
+        QtoolError for a file that is no whole GGUF file."""
+        return GgufFile.open(self._weights, self.config) if isinstance(self._weights, Path) else self._weights
 
     @property
     def notes(self) -> list[str]:
@@ -99,7 +106,7 @@ class Artifact:
     @property
     def gguf(self) -> Path | None:
         """The .gguf file, where the artifact is one."""
-        return self.weights.path if isinstance(self.weights, GgufFile) else None
+        return self._weights if isinstance(self._weights, Path) else None
 
     @property
     def quantization(self) -> dict[str, Any]:

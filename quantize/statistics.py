@@ -16,7 +16,7 @@ class InputStatistics:
     """Statistics of one distinct linear input X ``[tokens, in]``, accumulated batch by batch.
 
     gram: XᵀX ``[in, in]``; cross: SᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the source's own
-    stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``channels_only``: nothing of size ``[in, in]``.
+    stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``channels_only``: square_sum alone.
     """
 
     channels_only: bool = False
@@ -41,13 +41,14 @@ class InputStatistics:
             if source is not None:
                 self.cross = torch.zeros(columns, columns, device=x.device)
         self.tokens += x.shape[0]
+        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        if self.channels_only:
+            return
         magnitude = x.abs()
         self.abs_sum += magnitude.sum(0, dtype=torch.float32)
         torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
         del magnitude
-        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
-        if not self.channels_only:
-            _accumulate_gram(self.gram, x)
+        _accumulate_gram(self.gram, x)
         if self.cross is not None and source is not None:
             _accumulate(self.cross, source.flatten(0, -2), x)
 
