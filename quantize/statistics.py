@@ -19,14 +19,13 @@ class InputStatistics:
     stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``channels_only``: square_sum alone.
     """
 
-    channels_only: bool = False
-
     tokens: int = 0
     gram: Tensor = field(default_factory=lambda: torch.empty(0))
     cross: Tensor | None = None
     abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
-    square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
     absmax: Tensor = field(default_factory=lambda: torch.empty(0))
+    square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    channels_only: bool = False
 
     def add(self, inputs: Tensor, source: Tensor | None = None) -> None:
         """Count a batch ``[..., in]``; ``source``: the source's inputs for the same tokens."""

@@ -130,7 +130,9 @@ def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, 
         model(tokens)
     handle.remove()
     expected = torch.cat(seen).square().mean(0)
-    torch.testing.assert_close(rows["blk.1.ffn_down.weight"], expected, rtol=1e-3, atol=1e-6)
+    # where the processor has bfloat16, means of squares alone are taken in it
+    precision = 0.05 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1e-3
+    torch.testing.assert_close(rows["blk.1.ffn_down.weight"], expected, rtol=precision, atol=1e-6)
 
 
 def test_an_imatrix_file_is_used_and_a_wrong_one_refused(
