@@ -155,7 +155,9 @@ def evaluate_folders(
     artifact = Artifact.open(model)
     config = load_config(model, trust_remote_code)
     subjects = [artifact_subject(model.resolve().name, artifact)]
-    if source is not None:
+    if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
+        subjects.insert(0, artifact_subject("source", Artifact.open(source)))
+    elif source is not None:
         resolved = resolve(str(source))
         subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
     elif section.text is not None:

@@ -251,3 +251,19 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
     assert isinstance(manifest, Manifest)
     assert {"frobenius", "weighted_error"} <= set(manifest.ledger["model.layers.0.mlp.up_proj"])
     assert "gguf" in manifest.versions
+
+
+def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
+    from qtool.recipe import EvaluateSection
+    from qtool.run import evaluate_folders
+
+    asked = {"tasks": [{"task": "heldout", "limit": 6}], "engine": "llama.cpp", "max_new_tokens": 64}
+    section = EvaluateSection.model_validate(asked)
+    q4, q8 = demo[1]["q4"].path, demo[1]["q8"].path
+    scores = evaluate_folders(q4, q8, section, tmp_path, "cpu", False)
+    for name in ("source", q4.name):
+        score = scores.tasks[name]["heldout"]
+        assert score.settings.engine == "llama.cpp"
+        assert sum(score.passed) >= 3
+    with pytest.raises(QtoolError, match=r"engine llama\.cpp runs \.gguf files only"):
+        evaluate_folders(demo[0].source.path, None, section, tmp_path, "cpu", False)
