@@ -16,7 +16,7 @@ from qtool.evaluate.regression import bootstrap_mean, paired_difference, wilson
 
 if TYPE_CHECKING:
     from qtool.job import Job
-    from qtool.run import Run
+    from qtool.record import RunRecord, Sizes
     from qtool.scores import Scores
 
 console = Console()
@@ -28,13 +28,13 @@ MARKS = {
 }
 
 
-def print_run(run: Run) -> None:
+def print_run(run: RunRecord) -> None:
     """The end of `qtool run`: table, checks, verdicts, where the log is; report.md beside the log."""
-    rows = score_rows(run.scores, sizes(run))
-    console.print(table_of(rows, title=f"{run.job.source.name} · {run.job.recipe.digest[:8]}"))
-    for name, checked in run.verifications.items():
+    rows = score_rows(run.scores, run.sizes)
+    console.print(table_of(rows, title=f"{run.lock.source.name} · {run.lock.recipe[:8]}"))
+    for name, checked in run.checks.items():
         _print_summary(name, checked)
-        for note in run.artifacts[name].notes:
+        for note in run.manifests[name].notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True)
     for verdict in run.verdicts:
         console.print(f"{MARKS[verdict.verdict]}  {verdict.output}: {verdict.gate}: {verdict.reason}", highlight=False)
@@ -45,18 +45,7 @@ def print_run(run: Run) -> None:
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-def sizes(run: Run) -> dict[str, tuple[int, float]]:
-    """Subject -> (bytes of tensors, bits per weight)."""
-    plan = next(iter(run.job.plans.values()))
-    source = sum(info.nbytes for info in run.job.checkpoint.tensors.values())
-    found = {"source": (source, 8 * source / plan.parameters)}
-    for name, artifact in run.artifacts.items():
-        if artifact.manifest:
-            found[name] = (artifact.manifest.tensor_bytes, artifact.manifest.bits_per_weight)
-    return found
-
-
-def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict[str, str]]:
+def score_rows(scores: Scores, known: Sizes) -> list[dict[str, str]]:
     """One row for each subject: size, perplexity, KL, and each task with its interval and its paired loss."""
     names = list(dict.fromkeys([*known, *scores.fidelity, *scores.tasks]))
     rows = []
@@ -120,27 +109,25 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def markdown(run: Run, rows: list[dict[str, str]]) -> str:
+def markdown(run: RunRecord, rows: list[dict[str, str]]) -> str:
     """report.md: table, verdicts, checks, the worst linears, the recipe."""
-    parts = [f"# {run.job.source.name}", f"Source commit `{run.job.source.commit}`.", markdown_table(rows)]
+    parts = [f"# {run.lock.source.name}", f"Source commit `{run.lock.source.commit}`.", markdown_table(rows)]
     if run.verdicts:
         parts.append(
             "## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts)
         )
-    for name, artifact in run.artifacts.items():
-        records = artifact.manifest.ledger if artifact.manifest else {}
-        measured = [item for item in records.items() if "error" in item[1]]
+    for name, manifest in run.manifests.items():
+        measured = [item for item in manifest.ledger.items() if "error" in item[1]]
         if measured:  # NF4 is made without inputs, so nobody knows its output errors
             worst = sorted(measured, key=lambda item: -item[1]["error"])[:10]
             lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]
             lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
             parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
-    for name, checked in run.verifications.items():
-        lines = [f"- {note}" for note in run.artifacts[name].notes]
+    for name, checked in run.checks.items():
+        lines = [f"- {note}" for note in run.manifests[name].notes]
         lines += [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
         parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
-    recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8").strip()
-    parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
+    parts.append(f"## Recipe\n\n```yaml\n{run.recipe_text.strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -71,6 +71,10 @@ class Evaluation:
         if self.tasks:  # say so before any work if hostile code cannot be contained here
             self.sandbox = detect_sandbox() if self.section.sandbox == "auto" else "none"
 
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Task -> problem -> its prompt, for readers of the answers."""
+        return {label: {p.task_id: p.prompt for p in task.problems} for label, task in self.tasks.items()}
+
     def score(self, subjects: list[Subject], bar: Progress) -> Scores:
         """Scores of all subjects; the first is the source, whose distribution the others are compared with."""
         scores = Scores()
