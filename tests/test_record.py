@@ -89,7 +89,7 @@ def test_a_run_is_named_by_its_beginning(copied: Path) -> None:
     runs, name = copied.parent, copied.name
     assert find_run(name[:3], runs) == copied
     assert find_run(str(copied), runs) == copied
-    with pytest.raises(QtoolError, match="latest: .* has no finished run"):
+    with pytest.raises(QtoolError, match=r"latest: .* has no finished run"):
         find_run("latest", runs)
     ledger.append(runs, {"run": name})
     ledger.append(runs, {"run": "deleted"})
