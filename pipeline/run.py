@@ -23,7 +23,8 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.record import RunRecord
-from qtool.scores import Evaluation, Scores, Subject, artifact_subject, source_subject
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject, artifact_subject, source_subject
 
 
 def choose_device(asked: str) -> torch.device:
