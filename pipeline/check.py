@@ -40,7 +40,7 @@ def _against(run: RunRecord, baseline: Baseline) -> list[GateResult]:
     if not pairs:
         raise QtoolError(f"the baseline has {', '.join(baseline.subjects)}; this run {', '.join(now.subjects)}.")
     changes = compare(pairs, baseline.source == now.source)
-    results = [_result(change) for change in changes if change.what != "size"]
+    results = [_result(change) for change in changes if change.shown != "not judged"]
     gone = [name for name in baseline.subjects if name not in now.subjects]
     return results + [GateResult(name, "in the baseline", "fail", "this run did not make it", "fail") for name in gone]
 

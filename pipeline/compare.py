@@ -18,12 +18,13 @@ KL_RISE = 0.05  # a rise of the mean KL by less than this share of it is no regr
 KL_FLOOR = 1e-4  # nats a token: below it lies the noise of another order of summation
 NLL_RISE = 0.01  # nats a token, about 1 % of perplexity; judged where no KL can be
 
-Shown = Literal["worse", "better", "no loss shown", "not compared"]
+Shown = Literal["worse", "better", "no loss shown", "not compared", "not judged"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One measurement of two models. ``shown`` is "worse" only where the data show it; ``p`` after Holm, if tested."""
+    """One measurement of two models. ``shown`` is "worse" only where the data show it, "not judged" where it
+    only informs; ``p`` after Holm, if tested."""
 
     model: str
     what: str
@@ -102,7 +103,7 @@ def _size(label: str, a: Measured, b: Measured) -> list[Change]:
     if a.nbytes is None or b.nbytes is None:
         return []
     change = f"{100 * (b.nbytes / a.nbytes - 1):+.1f} %"
-    return [Change(label, "size", size_text(a.nbytes), size_text(b.nbytes), change, "no loss shown")]
+    return [Change(label, "size", size_text(a.nbytes), size_text(b.nbytes), change, "not judged")]
 
 
 def _tasks(label: str, a: Measured, b: Measured) -> list[Change]:
@@ -140,7 +141,7 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
     if judged:
         changes.append(_kl(label, a.text, b.text))
     elif not same_source:
-        changes.append(Change(label, "KL to source", "", "", "the sources differ", "no loss shown"))
+        changes.append(Change(label, "KL to source", "", "", "the sources differ", "not judged"))
     return changes
 
 
@@ -156,7 +157,7 @@ def _perplexity(label: str, a: TextResult, b: TextResult, informs_only: bool) ->
     rise = bootstrap_mean([y - x for x, y in zip(a.nll, b.nll, strict=True)])
     before, after = (f"{math.exp(_mean(values)):.3f}" for values in (a.nll, b.nll))
     ratio = [f"{math.exp(x):.4f}" if math.isfinite(x) else str(x) for x in (rise.estimate, rise.low, rise.high)]
-    shown = "no loss shown" if informs_only else _beyond(rise, NLL_RISE)
+    shown: Shown = "not judged" if informs_only else _beyond(rise, NLL_RISE)
     return Change(label, "perplexity", before, after, f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]", shown)
 
 

@@ -28,7 +28,7 @@ MARKS = {
     "undecided": "[yellow]undecided[/]",
     "not made": "[dim]not made[/]",
 }
-SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]"}
+SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": ""}
 
 
 def print_run(run: RunRecord) -> None:
@@ -101,7 +101,7 @@ def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
         table.add_column(column, overflow="fold")
     for change in changes:
         p = "" if change.p is None else f"{change.p:.2g}"
-        shown = SHOWN.get(change.shown, change.shown) if change.what != "size" else ""
+        shown = SHOWN.get(change.shown, change.shown)
         cells = (change.model, change.what, change.before, change.after, change.change, p)
         table.add_row(*map(escape, cells), shown)
     console.print(table)
