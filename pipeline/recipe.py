@@ -102,7 +102,7 @@ class EvaluateSection(_Section):
 
 class GateSection(_Section):
     """One condition an output must meet; ``output`` and ``task`` omitted mean every one. max_drop in points (1 % of the
-    problems), max_kld in nats per token, max_size in GB."""
+    problems), max_kld in nats per token, max_size in GB, min_bits_saved in bits per weight against the source."""
 
     output: str | None = None
     task: str | None = None
@@ -110,13 +110,14 @@ class GateSection(_Section):
     min_recovery: Annotated[float, Field(gt=0, le=2)] | None = None
     max_kld: Annotated[float, Field(gt=0)] | None = None
     max_size: Annotated[float, Field(gt=0)] | None = None
+    min_bits_saved: Annotated[float, Field(gt=0, lt=64)] | None = None
     on_undecided: Literal["warn", "fail"] = "warn"
 
     @model_validator(mode="after")
     def _one_condition(self) -> GateSection:
-        given = [self.max_drop, self.min_recovery, self.max_kld, self.max_size]
+        given = [self.max_drop, self.min_recovery, self.max_kld, self.max_size, self.min_bits_saved]
         if sum(value is not None for value in given) != 1:
-            raise ValueError("a gate states exactly one of max_drop, min_recovery, max_kld, max_size (GB)")
+            raise ValueError("a gate states exactly one of max_drop, min_recovery, max_kld, max_size, min_bits_saved")
         return self
 
 

@@ -60,7 +60,9 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     write_json(folder / record.QUESTIONS, evaluation.questions())
     artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
     checks = {name: verify(artifact.path) for name, artifact in artifacts.items()}
-    record.write_lock(folder, _lock(folder, job, calibration, artifacts), artifacts)
+    lock = _lock(folder, job, calibration, artifacts)
+    record.write_lock(folder, lock, artifacts)
+    manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
     subjects = _subjects(job, artifacts)
     with progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
@@ -69,7 +71,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 1),
         checks={name: found.checks for name, found in checks.items()},
-        verdicts=judge(recipe.gates, artifacts, scores),
+        verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
     )
     record.write_result(folder, result)
     finished = record.load_run(folder)
@@ -124,7 +126,7 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "seconds": run.seconds,
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
         "scores": {
-            name: {task: sum(score.passed) / len(score.passed) for task, score in tasks.items()}
+            name: {task: sum(score.rates) / len(score.rates) for task, score in tasks.items()}
             for name, tasks in run.scores.tasks.items()
         },
         "kl": {name: sum(f.kl) / len(f.kl) for name, f in run.scores.fidelity.items()},
