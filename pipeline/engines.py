@@ -47,8 +47,8 @@ def open_engine(
     section: EvaluateSection, subject: Subject, config: Any, tokenizer: Any, device: torch.device, trusted: bool,
     prompts: Sequence[str],
 ) -> Iterator[Engine]:  # fmt: skip
-    """Load ``subject``; it is let go when the block ends. ``prompts`` tell how long a context must be. Raises QtoolError
-    where this engine cannot run this model."""
+    """Load ``subject``; it is let go when the block ends. ``prompts`` tell how long a context must be. Raises
+    QtoolError where this engine cannot run this model."""
     if section.engine == "reference":
         yield TorchEngine("reference", load_model(_stream(subject), config, device, trusted), tokenizer)
     elif section.engine == "openai":

@@ -16,12 +16,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
-from qtool.convert.text import TextSource
 from qtool.gates import GateResult, judge
-from qtool.recipe import EvaluateSection, GateSection, TaskSection
+from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
 from qtool.run import run
-from qtool.scores import Evaluation, Scores, Subject
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject
 
 
 def call(*arguments: object) -> Result:
@@ -59,7 +59,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = resolve("qtool-demo")
     section = EvaluateSection(
         tasks=(TaskSection(task="heldout", limit=60),), max_new_tokens=120, batch_size=60,
-        text=TextSource(text="heldout-code", samples=8, length=128),
+        text=FidelitySection(text="heldout-code", samples=8, length=128),
     )  # fmt: skip
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
