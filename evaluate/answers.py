@@ -1,10 +1,10 @@
-"""From a task to outcomes: prompts to the engine, its texts to the sandbox while it goes on, all in a journal."""
+"""From a task to outcomes: prompts to the engine, its texts to the sandbox, everything in a journal."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,10 @@ def answer_task(
         progress(answered, len(journal.judged))
 
     with ThreadPoolExecutor(max_workers=1) as judge:
-        judging = judge.submit(_judge_all, texts, problems, asking, journal, say)
+        # A model on the CPU needs every core itself: torch's threads wait for each other, and programs beside them
+        # slow it several times over. There the programs run when it is done; elsewhere, while it writes.
+        wait = engine.device == "cpu"
+        judging: Future[None] = Future() if wait else judge.submit(_judge_all, texts, problems, asking, journal, say)
         try:
             for number, text in engine.generate(requests, asking.decoding, done):
                 journal.answered(places[number], text)
@@ -67,6 +70,8 @@ def answer_task(
                     break
         finally:
             texts.put(None)
+        if wait:
+            judging = judge.submit(_judge_all, texts, problems, asking, journal, say)
         judging.result()
     missing = [name for name, sample in places if (name, sample) not in journal.judged]
     if missing:
