@@ -133,11 +133,11 @@ def _round_group(
     damp = 0.0
     if method.rounding == "gptq":
         drift = None
-        if stats.cross is not None:
+        if stats.drift is not None:
             with awq.tensor_float32():
-                drift = target @ awq.scale_gram(stats.cross, scale, in_place=owned).sub_(gram)
+                drift = stats.output_drift(torch.cat(sources)) / rows / scale
             if owned:
-                stats.cross = None  # as large as the Gram matrix, and not needed again
+                stats.drift = None  # can be as large as the Gram matrix, and is not needed again
         order = gptq.activation_order(gram) if method.act_order else None
         factor = gptq.factorize(gram, method.damp_percent, order)
         goal = target.clone()
