@@ -23,7 +23,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
 from qtool.quantize.nf4 import load_bitsandbytes
-from qtool.quantize.statistics import fast_bfloat16
+from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")

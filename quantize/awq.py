@@ -6,8 +6,8 @@ the search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.quantize import grid as grids
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.statistics import bfloat16_products
+from qtool.quantize.precision import bfloat16_products, float32_product, tensor_float32
 
 POINTS = 20
 PREVIEW_ROWS = 4  # every fourth row ranks the candidates
@@ -33,44 +33,16 @@ class ScaleSearch:
     loss_unscaled: float
 
 
-@contextmanager
-def tensor_float32() -> Iterator[None]:
-    """TF32 products on an accelerator: 2e-4 off, enough for losses of plain roundings, not of compensated ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E G Eᵀ)``, a scalar: the squared output error of a weight error ``[out, in]``, summed over all tokens."""
     if not error.is_cuda:
         return torch.dot((error @ gram).flatten(), error.flatten())
     step = LOSS_COLUMNS
     parts = [
-        (_product(error, gram[:, start : start + step]) * error[:, start : start + step]).sum()
+        (float32_product(error, gram[:, start : start + step]) * error[:, start : start + step]).sum()
         for start in range(0, gram.shape[1], step)
     ]
     return torch.stack(parts).sum()
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """On an accelerator. Unless TF32 was asked for: float32's accuracy from three TF32 products, of the factors' first
-    eleven bits and of what these leave over."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return left @ right
-    left_high, right_high = _first_bits(left), _first_bits(right)
-    with tensor_float32():
-        product = (left - left_high) @ right_high
-        product.addmm_(left_high, right - right_high)
-        return product.addmm_(left_high, right_high)
-
-
-def _first_bits(values: Tensor) -> Tensor:
-    """What TF32 holds of float32 values."""
-    return (values.view(torch.int32) & -0x2000).view(torch.float32)
 
 
 def candidate_scales(mean_abs: Tensor, weights: Sequence[Tensor], spec: GridSpec) -> Tensor:

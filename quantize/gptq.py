@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.quantize import grid as grids
 from qtool.quantize.grid import Grid, GridSpec
+from qtool.quantize.precision import subtract_product
 
 MAX_DAMP = 1e3
 BLOCK = 128  # columns whose errors are spread over the columns behind them in one product
@@ -127,7 +128,7 @@ def _round_columns(
             Grid(grid.scale[rows], grid.zero[rows]), levels,
         )  # fmt: skip
         codes[:, first:last] = block_codes.t()
-        weight[:, last:].addmm_(errors.t(), upper[first:last, last:], alpha=-1)
+        subtract_product(weight[:, last:], errors.t(), upper[first:last, last:])
 
 
 def residual_metric(upper: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
-from qtool.quantize.statistics import InputStatistics, fast_bfloat16
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
 

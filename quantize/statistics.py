@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qtool.quantize.precision import bfloat16_products
 
 GRAM_BLOCK = {"cpu": 384, "cuda": 4096}  # columns of a Gram block: only blocks on or above the diagonal are computed
 
@@ -93,22 +95,6 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.t(), right, out_dtype=torch.float32)
     else:
         total.addmm_(left.t(), right)
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """While open, products of float32 matrices on the CPU may round their factors (not their sums) to bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _blocks(gram: Tensor) -> Iterator[tuple[int, int]]:

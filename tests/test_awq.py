@@ -10,7 +10,8 @@ from qtool.quantize.architectures import LLAMA
 from qtool.quantize.folding import Heads, kv_rows, quantize_layer
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import AwqMethod
-from qtool.quantize.statistics import InputStatistics, fast_bfloat16
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.statistics import InputStatistics
 
 SPEC = GridSpec(4, 32, False, torch.float16)
 
