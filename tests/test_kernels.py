@@ -76,3 +76,13 @@ def test_losses_are_float32s() -> None:
     expected = float(((error @ gram.double()) * error).sum())
     found = float(awq.output_error(error.float().cuda(), gram.cuda()))
     assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_errors_spread_as_in_float32() -> None:
+    from qtool.quantize.precision import subtract_product
+
+    total, left, right = torch.randn(300, 700), torch.randn(300, 128), torch.randn(128, 700)
+    expected = total.double() - left.double() @ right.double()
+    found = total.cuda()
+    subtract_product(found, left.cuda(), right.cuda())
+    assert float((found.cpu() - expected).norm() / expected.norm()) < 1e-6
