@@ -2,7 +2,8 @@
 
     python scripts/bench_accelerator.py [--geometry 8b|40b] [--layers 4] [--samples 128] [--length 2048] [--profile]
 
-Geometry of Llama-3.1-8B or IQuest-Coder-V1-40B (a small vocabulary), bf16; calibration forward included. The first layer carries one-time costs (kernel compilation, cuBLAS handles) and is shown apart.
+Geometry of Llama-3.1-8B or IQuest-Coder-V1-40B (a small vocabulary), bf16; calibration forward included. The
+first layer carries one-time costs (kernel compilation, cuBLAS handles) and is shown apart.
 """
 
 from __future__ import annotations
