@@ -6,23 +6,28 @@ hands out jobs, collects outcomes and replaces workers that stopped answering.
 """
 
 import functools
+import importlib.resources
 import itertools
+import json
 import os
 import queue
 import select
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from qtool import QtoolError
-from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack
+from qtool.evaluate.cell import Kit, Language, shown_paths
+from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack
+from qtool.evaluate.worker import MODES
 
 OutcomeName = Literal["passed", "failed", "timeout", "error"]
 TIERS = ("namespaces", "bubblewrap", "landlock")
@@ -34,7 +39,7 @@ for name in ("qtool", "qtool.evaluate"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [sys.argv[1]]
 from qtool.evaluate.worker import main
-main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
+main(sys.argv[2])
 """
 _START_SECONDS = 30.0
 _GRACE_SECONDS = 10.0
@@ -48,7 +53,10 @@ class Job:
     """One program to judge. ``test`` defines ``check(candidate)`` or holds bare asserts on ``entry_point``.
 
     ``setup`` is trusted code that the test may use (the problem's prompt with its helper functions); it runs
-    in the checker, never in the candidate.
+    in the checker, never in the candidate. ``run``: "call", "stdin" (the test calls the whole program with its input
+    and gets what it printed), or "in_process" (program and test share a process, and the program could cheat).
+    ``libraries``: modules beyond the standard library that it may import. ``seconds``: a time limit of its own, where
+    that is longer than the run's; ``call_seconds``: the limit of one call.
     """
 
     task_id: str
@@ -56,6 +64,11 @@ class Job:
     test: str
     entry_point: str
     setup: str = ""
+    run: Literal["call", "stdin", "in_process"] = "call"
+    language: Language = "python"
+    libraries: tuple[str, ...] = ()
+    seconds: float | None = None
+    call_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def run_programs(
 ) -> list[Outcome]:
     """Outcomes in the order of ``jobs``.
 
-    ``timeout``: wall seconds for one job. ``workers``: jobs at a time, default one for each core.
+    ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default one for each core.
     ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
     (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
     the number of jobs done.
@@ -94,6 +107,9 @@ def run_programs(
     tier = _choose(sandbox)[0]
     if not jobs:
         return []
+    kit = kit_for(jobs)
+    if kit != Kit():
+        _try_kit(tier, kit)
     count = min(workers or _cores(), len(jobs))
     results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
     pending = iter(list(enumerate(jobs)))
@@ -104,7 +120,7 @@ def run_programs(
             return None if stop.is_set() else next(pending, None)
 
     threads = [
-        threading.Thread(target=_work, args=(tier, timeout, take, results, stop), daemon=True)
+        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop), daemon=True)
         for _ in range(count)
     ]
     outcomes: dict[int, Outcome] = {}
@@ -130,6 +146,41 @@ def run_programs(
 def detect_sandbox(sandbox: str = "auto") -> str:
     """The measures that ``run_programs`` would take here, in words, for the scorecard. Raises as it does."""
     return _choose(sandbox)[1]
+
+
+def kit_for(jobs: Sequence[Job]) -> Kit:
+    """What the jobs need beyond a bare interpreter. Raises QtoolError (exit 3) if node is needed and not there."""
+    libraries = tuple(sorted({library for job in jobs for library in job.libraries}))
+    folders = tuple(sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})) if libraries else ()
+    if all(job.language == "python" for job in jobs):
+        return Kit(libraries, folders)
+    node = shutil.which("node")
+    if node is None:
+        raise QtoolError(
+            "judging JavaScript needs node, which is not installed. Install Node.js 18 or newer (Debian: apt install "
+            "nodejs), or leave the JavaScript task out.",
+            exit_code=3,
+        )
+    script = importlib.resources.files("qtool.evaluate").joinpath("data/sandbox.js").read_text(encoding="utf-8")
+    return Kit(libraries, folders, os.path.realpath(node), script)
+
+
+def _try_kit(tier: str, kit: Kit) -> None:
+    """Judge one right JavaScript program. Raises QtoolError (exit 3) where node does not run in the sandbox."""
+    if kit.node is None:
+        return
+    one = Job("probe", "function f(x) { return x + 1; }", "if (f(1) !== 2) throw Error();", "f", language="javascript")
+    try:
+        with Worker(tier, _START_SECONDS, kit) as worker:
+            outcome = worker.judge(one)
+    except WorkerLost as error:
+        outcome = Outcome("probe", "error", str(error))
+    if not outcome.passed:
+        raise QtoolError(
+            f"{kit.node} does not run in the sandbox ({tier}: {outcome.outcome}, {outcome.detail}). Try another version "
+            "of Node.js, or leave the JavaScript task out.",
+            exit_code=3,
+        )
 
 
 def _cores() -> int:
@@ -164,8 +215,9 @@ class WorkerLost(Exception):
 class Worker:
     """One child program that judges one job at a time; a context manager that leaves no process behind."""
 
-    def __init__(self, tier: str, timeout: float) -> None:
+    def __init__(self, tier: str, timeout: float, kit: Kit | None = None) -> None:
         self._timeout = timeout
+        self._kit = kit or Kit()
         self._folder = tempfile.mkdtemp(prefix="qtool-cell-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         try:
@@ -198,18 +250,24 @@ class Worker:
     def _command(self, tier: str) -> list[str]:
         # Not -I but its parts without -E: the hash seed makes the order of sets the same in every run.
         python = [sys.executable, "-s", "-P", "-S", "-B", "-c", _BOOT, str(Path(__file__).parent)]
-        uid = str(_FIRST_UID + next(_worker_numbers) % _UIDS)
-        if tier == "bubblewrap":
-            inside = [*python, "landlock", self._folder, uid, repr(self._timeout)]
-            return [*_bubblewrap(self._folder), *inside]
-        return [*python, tier, self._folder, uid, repr(self._timeout)]
+        config = {
+            "tier": "landlock" if tier == "bubblewrap" else tier,
+            "uid": _FIRST_UID + next(_worker_numbers) % _UIDS,
+            "folder": self._folder,
+            "kit": asdict(self._kit),
+        }
+        around = _bubblewrap(self._folder, self._kit) if tier == "bubblewrap" else []
+        return [*around, *python, json.dumps(config)]
 
     def judge(self, job: Job) -> Outcome:
         """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
-        program = pack({"program": job.program, "entry_point": job.entry_point})
-        question = pack({"test": job.test, "entry_point": job.entry_point, "setup": job.setup})
-        data = b"J" + b"".join(len(part).to_bytes(4, "big") + part for part in (program, question))
-        deadline = time.monotonic() + self._timeout + _GRACE_SECONDS
+        seconds = max(self._timeout, job.seconds or 0.0)
+        program = pack({"program": job.program, "entry_point": job.entry_point, "run": job.run}, MAX_JOB)
+        asked = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
+        mode = MODES["in_process" if job.run == "in_process" else "javascript" if job.language != "python" else "call"]
+        data = mode + round(seconds * 1000).to_bytes(4, "big")
+        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack(asked, MAX_JOB)))
+        deadline = time.monotonic() + seconds + _GRACE_SECONDS
         self._send(data, deadline)
         answer = self._answer(deadline - time.monotonic())
         if not (isinstance(answer, list) and len(answer) == 2):
@@ -275,6 +333,7 @@ class Worker:
 def _work(
     tier: str,
     timeout: float,
+    kit: Kit,
     take: Callable[[], tuple[int, Job] | None],
     results: "queue.SimpleQueue[tuple[int, Outcome | BaseException]]",
     stop: threading.Event,
@@ -289,7 +348,7 @@ def _work(
                 if stop.is_set():
                     break
                 try:
-                    worker = worker or Worker(tier, timeout)
+                    worker = worker or Worker(tier, timeout, kit)
                     outcome = worker.judge(job)
                     break
                 except (WorkerLost, NotPlain, OSError) as error:
@@ -319,13 +378,13 @@ def _probe(worker: Worker) -> None:
             )
 
 
-def _bubblewrap(folder: str) -> list[str]:
+def _bubblewrap(folder: str, kit: Kit) -> list[str]:
     """bwrap's command line for a worker. Raises WorkerLost where it is not installed."""
     program = shutil.which("bwrap")
     if program is None:
         raise WorkerLost("bwrap is not installed")
     shown = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent, Path(__file__).parent]
-    shown += [Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
+    shown += [*shown_paths(kit), Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
     binds = itertools.chain.from_iterable(
         ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
     )

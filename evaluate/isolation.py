@@ -78,10 +78,14 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 def standard_library() -> list[Path]:
     """The folders a bare interpreter reads: its standard library and the system's shared libraries."""
     stdlib = Path(os.__file__).parent
-    wanted = [stdlib, Path(sysconfig.get_path("platstdlib")), Path(sys.base_prefix, "lib")]
-    wanted += [Path("/lib"), Path("/lib64"), Path("/usr/lib"), Path("/usr/lib64")]
+    wanted = [stdlib, Path(sysconfig.get_path("platstdlib")), Path(sys.base_prefix, "lib"), *system_libraries()]
     # Outer folders first: what lies inside one needs no mount of its own.
     return sorted({path for path in wanted if path.is_dir()}, key=lambda path: (len(path.parts), path))
+
+
+def system_libraries() -> list[Path]:
+    """Where the system keeps shared libraries and the dynamic loader."""
+    return [path for path in map(Path, ("/lib", "/lib64", "/usr/lib", "/usr/lib64")) if path.is_dir()]
 
 
 def enter_namespaces(root: str, shown: list[Path]) -> None:
