@@ -16,10 +16,10 @@ from qtool.evaluate.wire import NotPlain, pack
 
 # Answers that are match objects, which only their own process can see.
 RETURNS_OBJECT = frozenset({"check_str", "text_match_three", "text_starta_endb"})
-_AS_SETS = (
-    "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array "
-    "find_dissimilar Diff"
-).split()
+_AS_SETS = frozenset(
+    {"similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum"}
+    | {"intersection_array", "find_dissimilar", "Diff"}
+)
 # The limits of evalplus/config.py and eval/__init__.py: at least 4 s for an input, at most 60 s for a problem.
 CALL_SECONDS, SECONDS = 4.0, 60.0
 
@@ -117,7 +117,7 @@ def differential_test(where: str, row: Row, suite: str) -> str:
         "NAME": text_of(where, row, "entry_point"),
         "SUITE": suite,
         "ATOL": atol,
-        "AS_SETS": frozenset(_AS_SETS),
+        "AS_SETS": _AS_SETS,
         "RETURNS_OBJECT": RETURNS_OBJECT,
         "REFERENCE": text_of(where, row, "prompt") + text_of(where, row, "canonical_solution"),
         "INPUTS": packed,

@@ -94,7 +94,8 @@ def run_programs(
 ) -> list[Outcome]:
     """Outcomes in the order of ``jobs``.
 
-    ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default one for each core.
+    ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default
+    one for each core.
     ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
     (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
     the number of jobs done.
@@ -177,8 +178,8 @@ def _try_kit(tier: str, kit: Kit) -> None:
         outcome = Outcome("probe", "error", str(error))
     if not outcome.passed:
         raise QtoolError(
-            f"{kit.node} does not run in the sandbox ({tier}: {outcome.outcome}, {outcome.detail}). Try another version "
-            "of Node.js, or leave the JavaScript task out.",
+            f"{kit.node} does not run in the sandbox ({tier}: {outcome.outcome}, {outcome.detail}). Try another "
+            "version of Node.js, or leave the JavaScript task out.",
             exit_code=3,
         )
 

@@ -22,6 +22,8 @@ from qtool.evaluate.rows import Row, problem, text_of, texts_of
 # of bigcode-evaluation-harness' tasks/mbpp.py.
 STOP_ALWAYS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(")
 STOP_MBPP = (*STOP_ALWAYS, '\n"""', "\nassert", "\nclass", "\n<|/", "\n```")
+# The user's turn of evalplus/provider/utility.py and codegen.py; BigCodeBench's generate.py begins in the same words.
+ASK = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 # BigCodeBench allows 240 s; an endless loop in every tenth answer would then take hours.
 BIGCODEBENCH_SECONDS = 60.0
 # The test split of the 974 problems; the others are the paper's few-shot, validation and training problems.
@@ -33,14 +35,12 @@ def humaneval(where: str, row: Row) -> Problem:
     """HumanEval's format, HumanEval+'s data set, and EvalPlus' HumanEvalPlus release."""
     if evalplus.is_release_row(row):
         test = evalplus.differential_test(where, row, "humaneval")
-        return problem(where, row | {"test": test} | _plus())
-    test = row.get("test")
-    libraries = third_party([test]) if isinstance(test, str) else ()
-    # Keys of the same names as a Problem's that came with a file would change how it is judged.
-    known = {key: row[key] for key in ("task_id", "prompt", "entry_point", "canonical_solution", "test") if key in row}
-    if row.get("level") is not None:
-        known["level"] = row["level"]
-    return problem(where, known | ({"libraries": libraries} | _plus() if libraries else {}))
+        return problem(where, _keys(row) | {"test": test} | _plus(text_of(where, row, "prompt")))
+    given = row.get("test")
+    libraries = third_party([given]) if isinstance(given, str) else ()
+    # HumanEval+'s data set is known by the numpy in its tests.
+    plus = {"libraries": libraries} | _plus(text_of(where, row, "prompt")) if libraries else {}
+    return problem(where, _keys(row) | plus)
 
 
 def mbpp(where: str, row: Row) -> Problem | None:
@@ -50,7 +50,8 @@ def mbpp(where: str, row: Row) -> Problem | None:
     """
     if evalplus.is_release_row(row):
         name = text_of(where, row, "entry_point")
-        released = row | {"test": evalplus.differential_test(where, row, "mbpp"), "format": "mbpp"} | _plus()
+        test = evalplus.differential_test(where, row, "mbpp")
+        released = _keys(row) | {"test": test, "format": "mbpp"} | _plus(text_of(where, row, "prompt"))
         run = "in_process" if name in evalplus.RETURNS_OBJECT else "call"
         return problem(where, released | {"stop": STOP_MBPP, "run": run})
     number = row.get("task_id")
@@ -68,11 +69,12 @@ def mbpp(where: str, row: Row) -> Problem | None:
     test = row["test"] if plus else "\n".join([*(part for part in before if part), *asserts]) + "\n"
     test = test.replace("\r\n", "\n")
     name = _called(where, code, asserts)
+    prompt = f'"""\n{text}\n{asserts[0].strip()}\n"""\n'
     return problem(
         where,
         {
             "task_id": f"Mbpp/{number}",
-            "prompt": f'"""\n{text}\n{asserts[0].strip()}\n"""\n',
+            "prompt": prompt,
             "entry_point": name,
             "canonical_solution": code,
             "test": test,
@@ -80,8 +82,9 @@ def mbpp(where: str, row: Row) -> Problem | None:
             "run": "in_process" if _shares_objects(test, name) else "call",
             "stop": STOP_MBPP,
             "libraries": third_party([test, code]),
+            "instruction": _ask(prompt),
         }
-        | (_plus() if plus else {}),
+        | (_plus(prompt) if plus else {}),
     )
 
 
@@ -94,7 +97,7 @@ def bigcodebench(where: str, row: Row) -> Problem:
         {
             "task_id": text_of(where, row, "task_id"),
             "prompt": text_of(where, row, "complete_prompt"),
-            "instruction": text_of(where, row, "instruct_prompt"),
+            "instruction": f"{ASK}\n{text_of(where, row, 'instruct_prompt').strip()}\n",
             "entry_point": text_of(where, row, "entry_point"),
             "canonical_solution": solution if solution.startswith("\n") else "\n" + solution,
             "test": test,
@@ -172,8 +175,19 @@ def third_party(sources: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found - sys.stdlib_module_names - {"qtool"}))
 
 
-def _plus() -> dict[str, Any]:
-    return {"seconds": evalplus.SECONDS, "call_seconds": evalplus.CALL_SECONDS}
+def _keys(row: Row) -> Row:
+    """HumanEval's keys. Others, were they named like a Problem's, would change how it is judged."""
+    wanted = ("task_id", "prompt", "entry_point", "canonical_solution", "test", "level")
+    return {key: row[key] for key in wanted if key in row}
+
+
+def _ask(prompt: str) -> str:
+    return f"{ASK}\n```\n{prompt.strip()}\n```\n"
+
+
+def _plus(prompt: str) -> dict[str, Any]:
+    """How EvalPlus asks and how long it waits."""
+    return {"instruction": _ask(prompt), "seconds": evalplus.SECONDS, "call_seconds": evalplus.CALL_SECONDS}
 
 
 def _called(where: str, code: str, asserts: list[str]) -> str:

@@ -1,9 +1,9 @@
 """LiveCodeBench's code generation problems: contest problems with their date, judged by stdin or by a method's calls.
 
-A row has ``question_title, question_content, platform, question_id, contest_id, contest_date, starter_code, difficulty,
-public_test_cases, private_test_cases, metadata`` (Jain et al. 2024, arXiv:2403.07974;
-https://github.com/LiveCodeBench/LiveCodeBench: benchmarks/code_generation.py for the row, prompts/code_generation.py for
-the wording, evaluation/testing_util.py for the comparison). The private tests are JSON, or JSON in a pickle in zlib in
+A row has ``question_title, question_content, platform, question_id, contest_id, contest_date, starter_code,
+difficulty, public_test_cases, private_test_cases, metadata`` (Jain et al. 2024, arXiv:2403.07974;
+https://github.com/LiveCodeBench/LiveCodeBench: benchmarks/code_generation.py for the row, prompts/code_generation.py
+for the wording, evaluation/testing_util.py for the comparison). The private tests are JSON, or JSON in a pickle in zlib in
 base64: the pickle is read as a list of opcodes, of which only those that spell one text are accepted, and never loaded.
 """
 
@@ -26,13 +26,13 @@ _TEXT = frozenset({"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"})
 _AROUND_TEXT = frozenset({"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"})
 
 # Every answer may use these without importing them, as in the published harness.
-IMPORTS = "".join(
-    f"from {name} import *\n"
-    for name in "string re datetime collections heapq bisect copy math random statistics itertools functools operator "
-    "io sys json builtins typing".split()
-) + (
-    "import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools\n"
-    "import operator, io, sys, json\nsys.setrecursionlimit(50000)\n"
+_MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+).split()
+IMPORTS = (
+    "".join(f"from {name} import *\n" for name in [*_MODULES, "builtins", "typing"])
+    + "".join(f"import {name}\n" for name in _MODULES)
+    + "sys.setrecursionlimit(50000)\n"
 )
 
 _STDIN_TEST = '''
@@ -75,8 +75,8 @@ def check(candidate):
 
 # A worked example for base models, in the published layout. The examples are qtool's own problems.
 _EXAMPLE_STDIN = (
-    "A shelf holds n books. Each day a visitor takes one book from the shelf or puts one back. Given the days as a word "
-    "of the letters T (took) and P (put back), print how many books are on the shelf at the end.\n\nInput: n on the "
+    "A shelf holds n books. Each day a visitor takes one book from the shelf or puts one back. Given the days as a "
+    "word of the letters T (took) and P (put back), print how many books are on the shelf at the end.\n\nInput: n on the "
     "first line, the word on the second.\n\nSample Input\n5\nTTP\n\nSample Output\n4",
     "",
     "n = int(input())\ndays = input().strip()\nprint(n - days.count('T') + days.count('P'))",
@@ -137,7 +137,14 @@ def _base_prompt(question: str, starter: str) -> str:
     return block(_EXAMPLE_CALL if starter else _EXAMPLE_STDIN) + block((question, starter, ""))
 
 
+_EXPERT = (
+    "You are an expert Python programmer. You will be given a question (problem specification) and will generate a "
+    "correct Python program that matches the specification and passes all tests."
+)
+
+
 def _instruction(question: str, starter: str) -> str:
+    """The published messages, the system's above the user's, as published for models without a system message."""
     if starter:
         how = (
             "You will use the following starter code to write the solution to the problem and enclose your code within "
@@ -149,7 +156,7 @@ def _instruction(question: str, starter: str) -> str:
             "sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, "
             "it reads the inputs, runs the algorithm and writes output to STDOUT.\n```python\n# YOUR CODE HERE\n```\n\n"
         )
-    return f"### Question:\n{question}\n\n### Format: {how}### Answer: (use the provided format with backticks)\n\n"
+    return f"{_EXPERT}\n\n### Question:\n{question}\n\n### Format: {how}### Answer: (use the provided format with backticks)\n\n"
 
 
 def _function_name(where: str, row: Row) -> str:

@@ -57,8 +57,8 @@ def load_task(
     if file is not None:
         path = _existing(name_or_path, Path(file).expanduser())
         return _task(name_or_path, str(path), read_rows(path), known.format, after, before)
-    if name_or_path == "humaneval" and revision is None and (path := _installed_humaneval()) is not None:
-        return _task("humaneval", str(path), read_rows(path), "humaneval", after, before)
+    if name_or_path == "humaneval" and revision is None and (installed := _installed_humaneval()) is not None:
+        return _task("humaneval", str(installed), read_rows(installed), "humaneval", after, before)
     paths, source = fetch(name_or_path, revision)
     rows = (row for path in paths for row in read_rows(path))
     return _task(name_or_path, source, rows, known.format, after, before, None if revision else known.problems)
@@ -118,7 +118,7 @@ def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
     if file is not None or revision is not None:
         key = "file" if file is not None else "revision"
         raise QtoolError(
-            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}; a file of your own is itself the task."
+            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}; a file of your own is the task itself."
         )
 
 
@@ -130,8 +130,8 @@ def _existing(name: str, path: Path) -> Path:
     if name != str(path):
         what = f"({path}) {what}"
     raise QtoolError(
-        f"task {name!r} {what}. Name one of {known}, or give the path of a .jsonl, .jsonl.gz, .json or .parquet file in "
-        "the format of one of them."
+        f"task {name!r} {what}. Name one of {known}, or give the path of a .jsonl, .jsonl.gz, .json or .parquet file "
+        "in the format of one of them."
     )
 
 
@@ -180,8 +180,8 @@ def _task(
             problems.append(problem)
     if expected is not None and len(seen) < expected:
         raise QtoolError(
-            f"task {name!r}: {len(seen)} of {expected} problems are in the local cache: an earlier download of {source} "
-            "was broken off. Run it again with a network.",
+            f"task {name!r}: {len(seen)} of {expected} problems are in the local cache: an earlier download of "
+            f"{source} was broken off. Run it again with a network.",
             exit_code=3,
         )
     if not problems:

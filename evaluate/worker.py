@@ -40,6 +40,8 @@ _PRELOADED = (
 )
 # V8's heap; what lies outside it (buffers) is bounded by the process's limits.
 _NODE_OPTIONS = ("--max-old-space-size=512", "--no-warnings")
+# The system's file, if it may not be read, ends node at once; one that is missing does not.
+_NODE_ENVIRONMENT = {"OPENSSL_CONF": "/missing"}
 
 
 def main(config: str) -> None:
@@ -186,7 +188,9 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str) -> 
         return "timeout", f"no verdict after {seconds:g} s"
     if found[0] == "":
         # In one process, the program is what ended; else nothing but the checker writes there.
-        return ("failed", "ended before its test was over") if nonce else ("error", "the checker ended without a verdict")
+        if nonce:
+            return "failed", "ended before its test was over"
+        return "error", "the checker ended without a verdict"
     return found
 
 
@@ -246,7 +250,7 @@ def _become(
         os.chdir(writable or "/")
         cell.lock_down(writable, seconds, language)
         if language == "javascript" and cell.kit.node is not None:
-            os.execve(cell.kit.node, ["node", *_NODE_OPTIONS, "-e", cell.kit.script, role], {})
+            os.execve(cell.kit.node, ["node", *_NODE_OPTIONS, "-e", cell.kit.script, role], _NODE_ENVIRONMENT)
     except BaseException:
         os._exit(1)
 
