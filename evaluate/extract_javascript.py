@@ -11,8 +11,8 @@ _EXPORT = re.compile(r"^export\s+(?:default\s+)?(?=(?:async\s+)?function|const|l
 def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> str:
     """The program in a reply to "complete this function: <prompt>".
 
-    Tried in order: the LAST fenced block that defines ``entry_point``, a fenced body (put below the prompt), bare code in
-    the text. A reply without code gives a program that does not define the function.
+    Tried in order: the LAST fenced block that defines ``entry_point``, a fenced body (put below the prompt), bare code
+    in the text. A reply without code gives a program that does not define the function.
     """
     header = re.compile(
         rf"(?:\bfunction\s*\*?\s+|\b(?:const|let|var|class)\s+){re.escape(entry_point)}(?![\w$])"

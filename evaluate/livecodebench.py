@@ -3,8 +3,9 @@
 A row has ``question_title, question_content, platform, question_id, contest_id, contest_date, starter_code,
 difficulty, public_test_cases, private_test_cases, metadata`` (Jain et al. 2024, arXiv:2403.07974;
 https://github.com/LiveCodeBench/LiveCodeBench: benchmarks/code_generation.py for the row, prompts/code_generation.py
-for the wording, evaluation/testing_util.py for the comparison). The private tests are JSON, or JSON in a pickle in zlib in
-base64: the pickle is read as a list of opcodes, of which only those that spell one text are accepted, and never loaded.
+for the wording, evaluation/testing_util.py for the comparison). The private tests are JSON, or JSON in a pickle in
+zlib in base64: the pickle is read as a list of opcodes, of which only those that spell one text are accepted, and never
+loaded.
 """
 
 import base64
@@ -26,9 +27,8 @@ _TEXT = frozenset({"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"})
 _AROUND_TEXT = frozenset({"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"})
 
 # Every answer may use these without importing them, as in the published harness.
-_MODULES = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
-).split()
+_MODULES = ["string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"]
+_MODULES += ["itertools", "functools", "operator", "io", "sys", "json"]
 IMPORTS = (
     "".join(f"from {name} import *\n" for name in [*_MODULES, "builtins", "typing"])
     + "".join(f"import {name}\n" for name in _MODULES)
@@ -76,14 +76,14 @@ def check(candidate):
 # A worked example for base models, in the published layout. The examples are qtool's own problems.
 _EXAMPLE_STDIN = (
     "A shelf holds n books. Each day a visitor takes one book from the shelf or puts one back. Given the days as a "
-    "word of the letters T (took) and P (put back), print how many books are on the shelf at the end.\n\nInput: n on the "
-    "first line, the word on the second.\n\nSample Input\n5\nTTP\n\nSample Output\n4",
+    "word of the letters T (took) and P (put back), print how many books are on the shelf at the end.\n\nInput: n on "
+    "the first line, the word on the second.\n\nSample Input\n5\nTTP\n\nSample Output\n4",
     "",
     "n = int(input())\ndays = input().strip()\nprint(n - days.count('T') + days.count('P'))",
 )
 _EXAMPLE_CALL = (
-    "You are given a list of whole numbers steps. Return the position after each step, starting from 0.\n\nExample 1:\n\n"
-    "Input: steps = [1,2,-3]\nOutput: [1,3,0]",
+    "You are given a list of whole numbers steps. Return the position after each step, starting from 0.\n\nExample 1:\n"
+    "\nInput: steps = [1,2,-3]\nOutput: [1,3,0]",
     "class Solution:\n    def positions(self, steps: List[int]) -> List[int]:\n        ",
     "class Solution:\n    def positions(self, steps: List[int]) -> List[int]:\n        here, places = 0, []\n"
     "        for step in steps:\n            here += step\n            places.append(here)\n        return places",
@@ -98,7 +98,7 @@ def contest_date(where: str, row: Row) -> datetime.date:
     try:
         return datetime.datetime.fromisoformat(str(value)).date()
     except ValueError as error:
-        raise QtoolError(f"{where}: key 'contest_date' is {value!r:.40}, not a date like 2025-01-31T00:00:00.") from error
+        raise QtoolError(f"{where}: key 'contest_date' is {value!r:.40}, not a date (2025-01-31).") from error
 
 
 def problem_of(where: str, row: Row) -> Problem:
@@ -156,7 +156,8 @@ def _instruction(question: str, starter: str) -> str:
             "sample inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, "
             "it reads the inputs, runs the algorithm and writes output to STDOUT.\n```python\n# YOUR CODE HERE\n```\n\n"
         )
-    return f"{_EXPERT}\n\n### Question:\n{question}\n\n### Format: {how}### Answer: (use the provided format with backticks)\n\n"
+    asked = f"{_EXPERT}\n\n### Question:\n{question}\n\n### Format: {how}"
+    return asked + "### Answer: (use the provided format with backticks)\n\n"
 
 
 def _function_name(where: str, row: Row) -> str:

@@ -15,7 +15,7 @@ _ALWAYS = frozenset({"task_id", "prompt", "entry_point", "canonical_solution", "
 
 
 class Problem(BaseModel):
-    """One problem. ``prompt + canonical_solution`` is a program where the benchmark publishes a solution (else it is "").
+    """One problem. ``prompt + canonical_solution`` is a program where the benchmark publishes one; else it is "".
 
     ``test`` is Python or JavaScript that defines ``check(candidate)``, asserts on ``entry_point``, or holds a unittest
     ``TestCases``. ``run`` says how it is judged: ``call`` (the test calls the program over a pipe), ``stdin`` (the

@@ -6,7 +6,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
-from typing import TextIO
+from typing import Literal, TextIO
 
 
 def as_function(program: str) -> Callable[[str], str]:
@@ -54,8 +54,8 @@ def _file(name: str, descriptor: int) -> int:
     return fd
 
 
-def _text(descriptor: int, mode: str) -> TextIO:
-    return open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # type: ignore[return-value]
+def _text(descriptor: int, mode: Literal["r", "w"]) -> TextIO:
+    return open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)
 
 
 def _write(fd: int, data: bytes) -> None:

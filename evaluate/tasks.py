@@ -118,7 +118,8 @@ def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
     if file is not None or revision is not None:
         key = "file" if file is not None else "revision"
         raise QtoolError(
-            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}; a file of your own is the task itself."
+            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}. A file of your own is itself the "
+            "task."
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qtool import QtoolError
+from qtool import QtoolError, cli_judge
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GATE_FAILED = 1
@@ -23,6 +23,7 @@ def main() -> None:
       qtool run recipes/awq.yaml --dry-run     the plan: sizes, bits per weight, memory, disk
       qtool verify artifacts/My-Model-awq      re-open an artifact and check it
       qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
+      qtool check latest --baseline FILE       judge a stored run again, in CI
 
     Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something.
     """
@@ -143,3 +144,8 @@ def evaluate(
     except ValidationError as error:
         raise QtoolError(str(error)) from error
     report.print_scores(evaluate_folders(model, source, section, runs, device, trust_remote_code))
+
+
+main.add_command(cli_judge.compare)
+main.add_command(cli_judge.check)
+main.add_command(cli_judge.baseline)
