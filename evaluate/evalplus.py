@@ -2,8 +2,8 @@
 
 A row has ``task_id, prompt, entry_point, canonical_solution, base_input, plus_input, atol`` (and ``contract``); what is
 expected is what the canonical solution returns (Liu et al. 2023, arXiv:2305.01210; github.com/evalplus/evalplus:
-data/mbpp.py for the inputs that JSON cannot spell, eval/__init__.py and eval/_special_oracle.py for the comparison). The
-same tests written out, as the data sets evalplus/humanevalplus and evalplus/mbppplus have them, need none of this.
+data/mbpp.py for the inputs that JSON cannot spell, eval/__init__.py and eval/_special_oracle.py for the comparison).
+The same tests written out, as the data sets evalplus/humanevalplus and evalplus/mbppplus have them, need none of this.
 """
 
 import re

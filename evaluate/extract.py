@@ -91,6 +91,22 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+def without_examples(program: str) -> str:
+    """``program`` without what only shows or tries it at column 0: asserts, calls, a main guard (as EvalPlus does)."""
+    tree = _parses(program)
+    if tree is None:
+        return program
+
+    def shows(node: ast.stmt) -> bool:
+        guard = isinstance(node, ast.If) and "__name__" in _names(node.test)
+        return guard or isinstance(node, (ast.Assert, ast.Expr))
+
+    if not any(shows(node) for node in tree.body):
+        return program
+    tree.body = [node for node in tree.body if not shows(node)]
+    return ast.unparse(tree) + "\n"
+
+
 def last_block(reply: str) -> str | None:
     """The body of the last fenced block that is not empty (thoughts left out); None without one."""
     bodies = [body for _, body, _ in fenced(reply) if body.strip()]

@@ -18,6 +18,7 @@ from qtool.evaluate.extract import (
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
+    without_examples,
     without_thoughts,
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
@@ -92,4 +93,5 @@ def _from_chat(problem: Problem, text: str) -> str:
     if problem.format == "livecodebench":
         return (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
     above = problem.setup if problem.format == "bigcodebench" else problem.prompt
-    return program_from_chat(text, above, problem.entry_point)
+    made = program_from_chat(text, above, problem.entry_point)
+    return without_examples(made) if problem.instruction else made

@@ -1,6 +1,7 @@
 """A whole program as a function from its standard input to what it prints. Runs in the candidate's process."""
 
 import contextlib
+import fcntl
 import os
 import sys
 import threading
@@ -48,8 +49,11 @@ def as_function(program: str) -> Callable[[str], str]:
 
 def _file(name: str, descriptor: int) -> int:
     """A new, nameless file, which ``descriptor`` then means too."""
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    made = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     os.unlink(name)
+    # A program that closed its input leaves that number free: the file must not take it.
+    fd = fcntl.fcntl(made, fcntl.F_DUPFD, 10)
+    os.close(made)
     os.dup2(fd, descriptor)
     return fd
 
