@@ -47,7 +47,7 @@ PLAIN = Limits(GIB)
 # numpy, pandas and the like map libraries and thread stacks before they compute anything.
 LIBRARIES = Limits(4 * GIB, 2 * GIB)
 # V8 reserves address space that it never touches: what counts is what it may write to.
-NODE = Limits(64 * GIB, GIB)
+NODE = Limits(8 * GIB, GIB)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
