@@ -15,7 +15,7 @@ from qtool.evaluate.execute import Job, run_programs
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.prompts import Style
 from qtool.evaluate.scorecard import ProblemOutcome
-from qtool.evaluate.tasks import Problem, Task
+from qtool.evaluate.tasks import Problem, Task, as_job
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,12 @@ def answer_task(
 
 def _request(problem: Problem, sample: int, asking: Asking, tokenizer: Any) -> Request:
     def finished(text: str) -> bool:
-        return prompts.finished(text, asking.style)
+        return prompts.finished(text, asking.style, problem)
 
     seed = sample_seed(asking.seed, problem.task_id, sample)
     if tokenizer is not None:
         return Request(prompts.render(problem, asking.style, tokenizer), finished, seed=seed)
-    messages: tuple[Message, ...] = ()
-    if asking.style == "chat":
-        messages = ({"role": "user", "content": prompts.CHAT.format(prompt=problem.prompt)},)
+    messages: tuple[Message, ...] = tuple(prompts.messages(problem)) if asking.style == "chat" else ()
     return Request(problem.prompt, finished, messages, seed)
 
 
@@ -122,5 +120,4 @@ def _judge_all(
 
 
 def _job(problem: Problem, text: str, style: Style) -> Job:
-    program = prompts.program(problem, text, style)
-    return Job(problem.task_id, program, problem.test, problem.entry_point, setup=problem.prompt)
+    return as_job(problem, prompts.program(problem, text, style))
