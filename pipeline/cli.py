@@ -149,3 +149,4 @@ def evaluate(
 main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)
 main.add_command(cli_judge.baseline)
+main.add_command(cli_judge.report)
