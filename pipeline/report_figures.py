@@ -44,7 +44,7 @@ def verdict_of(run: RunRecord) -> tuple[str, str]:
     if undecided:
         return "undecided", f"Undecided: {undecided} of {count} gates need more data, none failed"
     if count:
-        return "pass", f"Passed: {'the gate' if count == 1 else f'all {count} gates'} met"
+        return "pass", f"Passed: {count} of {count} gates met"
     return "undecided", "Not judged: the recipe has no gates"
 
 
@@ -123,8 +123,9 @@ def _errors(run: RunRecord) -> list[Picture]:
                 values[int(place[1]), place[2]] = record[key]
         if key is not None and values:
             label = _ERRORS[key]
-            svg = figures.heat_map(values, label)
-            found.append(Picture(f"errors-{number}-{_file(name)}", "errors", name, f"{name}: {label}.", svg))
+            svg = figures.heat_map(values, f"{name}: {label}")
+            caption = f"{name}: {label} of each linear. The colours span this artifact's own range."
+            found.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
     return found
 
 

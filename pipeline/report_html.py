@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
-
+from qtool.markup import visible
 from qtool.record import RunRecord
 from qtool.report_figures import Picture, cost_lines, verdict_of
 from qtool.report_page import figure, page, table
@@ -14,39 +13,40 @@ from qtool.tables import footnote, score_rows
 def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     """The file's text; everything that a model, a recipe or a file name wrote is escaped."""
     source = run.lock.source
-    about = f"Source commit <code>{escape(source.commit)}</code> · run <code>{escape(run.folder.name)}</code> · "
-    about += f"{escape(run.finished)} · {escape(run.lock.device)}"
-    header = f'<h1>{escape(source.name)}: what quantization cost</h1><p class="soft">{about}</p>{_verdict(run)}'
+    about = f"Source commit <code>{visible(source.commit[:19])}</code> · run <code>{visible(run.folder.name)}</code> · "
+    about += f"{visible(run.finished)} · {visible(run.lock.device)}"
+    header = f'<h1>{visible(source.name)}: what quantization cost</h1><p class="soft">{about}</p>{_verdict(run)}'
     sections = [("scores", "Scores", _scores(run))]
-    for anchor, heading in (("size", "Size against quality"), ("kl", "Where the distribution moved")):
+    for anchor, heading in (
+        ("size", "Size against quality"),
+        ("kl", "Where the distribution moved"),
+        ("errors", "Error of every linear"),
+    ):
         shown = [figure(p.svg, p.caption, p.title) for p in drawn if p.section == anchor]
         if shown:
             sections.append((anchor, heading, f'<div class="grid">{"".join(shown)}</div>'))
-    errors = [f"<h3>{escape(p.title)}</h3>{figure(p.svg, p.caption, p.title)}" for p in drawn if p.section == "errors"]
-    if errors:
-        sections.append(("errors", "Error of every linear", "".join(errors)))
     if run.scores.tasks:
         sections.append(("problems", "Problem by problem", _problems(run)))
     sections.append(("checks", "Checks", _checks(run)))
     sections.append(("recipe", "Recipe and versions", _recipe(run)))
-    made = f"qtool {escape(run.lock.versions.get('qtool-llm', ''))}. This page is one file: it loads nothing."
+    made = f"qtool {visible(run.lock.versions.get('qtool-llm', ''))}. This page is one file: it loads nothing."
     return page(f"{source.name} · qtool", header, sections, made)
 
 
 def _verdict(run: RunRecord) -> str:
     kind, headline = verdict_of(run)
     gates = "".join(
-        f'<li><span class="tag {v.verdict}">{"FAIL" if v.failed else v.verdict}</span> '
-        f"<b>{escape(v.output)}</b> {escape(v.gate)}: {escape(v.reason)}</li>"
+        f'<li><span class="tag {v.verdict}">{"FAIL" if v.failed else v.verdict}</span>'
+        f"<span><b>{visible(v.output)}</b> {visible(v.gate)}: {visible(v.reason)}</span></li>"
         for v in run.verdicts
     )
-    return f'<div class="verdict {kind}"><p>{escape(headline)}</p><ul>{gates}</ul></div>'
+    return f'<div class="verdict {kind}"><p>{visible(headline)}</p><ul>{gates}</ul></div>'
 
 
 def _scores(run: RunRecord) -> str:
-    lines = "".join(f"<li><b>{escape(name)}</b>: {escape(said)}</li>" for name, said in cost_lines(run))
+    lines = "".join(f"<li><b>{visible(name)}</b>: {visible(said)}</li>" for name, said in cost_lines(run))
     rows = table(score_rows(run.scores, run.sizes), "scores", "scores of the source and every artifact")
-    return f'{rows}<p class="soft">{escape(footnote(run.scores))}</p><ul>{lines}</ul>'
+    return f'{rows}<p class="soft">{visible(footnote(run.scores))}</p><ul>{lines}</ul>'
 
 
 def _problems(run: RunRecord) -> str:
@@ -66,11 +66,11 @@ def _checks(run: RunRecord) -> str:
         held = sum(check.status == "pass" for check in rules)
         state = "sound" if checked.sound else "NOT sound"
         said = f"{state}; {held} of {len(rules)} loading rules hold" if rules else state
-        notes = "".join(f"<li>{escape(note)}</li>" for note in run.manifests[name].notes)
+        notes = "".join(f"<li>{visible(note)}</li>" for note in run.manifests[name].notes)
         rows = [{"check": check.name, "result": check.status, "detail": check.detail} for check in checked.checks]
         body = f"<ul>{notes}</ul>{table(rows, 'words', f'checks of {name}')}"
         opened = "" if checked.sound else " open"
-        parts.append(f"<details{opened}><summary><b>{escape(name)}</b>: {said}</summary>{body}</details>")
+        parts.append(f"<details{opened}><summary><b>{visible(name)}</b>: {said}</summary>{body}</details>")
     return "\n".join(parts)
 
 
@@ -84,7 +84,7 @@ def _recipe(run: RunRecord) -> str:
     for name, settings in _settings(run).items():
         facts[f"settings, {name}"] = settings
     rows = [{"what": key, "value": value} for key, value in (facts | lock.versions).items()]
-    return f"<pre>{escape(run.recipe_text.strip())}</pre>{table(rows, 'words', 'versions and digests')}"
+    return f"<pre>{visible(run.recipe_text.strip())}</pre>{table(rows, 'words', 'versions and digests')}"
 
 
 def _settings(run: RunRecord) -> dict[str, str]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
-from html import escape
 
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
+from qtool.markup import visible
 from qtool.tables import task_label
 
 LONGEST = 12_000  # characters of an answer that are shown
-# Control characters and those that reorder text on the screen: an answer may hold them to look like another.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[str, str], number: int) -> str:
@@ -26,7 +23,7 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
     said = f"{len(problems)} problems: {every} solved by every model, {none} by none, {len(differing)} told them apart."
     places = {problem: f"t{number}-{rank}" for rank, problem in enumerate(problems)}
     changed = [p for p in differing if _changed(p, rates)]
-    parts = [f"<h3>{escape(task_label(task))}</h3><p>{said}</p>"]
+    parts = [f"<h3>{visible(task_label(task))}</h3><p>{said}</p>"]
     if differing:
         parts.append(_matrix(differing, rates, places, set(changed)))
     whole = _matrix(problems, rates, {}, set())
@@ -37,11 +34,6 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
     return "\n".join(parts)
 
 
-def visible(text: str) -> str:
-    """Text with its control and reordering characters spelt out, then escaped for HTML."""
-    return escape(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n")))
-
-
 def _changed(problem: str, rates: Mapping[str, Mapping[str, float]]) -> list[str]:
     source = rates.get("source", {}).get(problem)
     return [name for name in rates if name != "source" and source is not None and rates[name][problem] != source]
@@ -50,10 +42,10 @@ def _changed(problem: str, rates: Mapping[str, Mapping[str, float]]) -> list[str
 def _matrix(
     problems: list[str], rates: Mapping[str, Mapping[str, float]], places: Mapping[str, str], linked: set[str]
 ) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in rates)
+    head = "".join(f'<th scope="col">{visible(name)}</th>' for name in rates)
     rows = []
     for problem in problems:
-        name = escape(problem)
+        name = visible(problem)
         first = f'<a href="#{places[problem]}">{name}</a>' if problem in linked else name
         cells = "".join(_cell(rates[subject][problem]) for subject in rates)
         rows.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
@@ -76,14 +68,14 @@ def _answers(
     lost = [name for name in changed if rates[name][problem] < rates["source"][problem]]
     gained = [name for name in changed if name not in lost]
     both = (("lost", lost), ("gained", gained))
-    words = [f"{kind} by {', '.join(map(escape, names))}" for kind, names in both if names]
+    words = [f"{kind} by {', '.join(map(visible, names))}" for kind, names in both if names]
     reference = _pick(source, problem, passing=bool(lost))
     cards = [_card("source", source, problem, reference, reference.completion)]
     for name in changed:
         answer = _pick(scores[name], problem, passing=name in gained)
         cards.append(_card(name, scores[name], problem, answer, reference.completion))
     asked = f"<details><summary>the question</summary><pre>{_cut(prompt)}</pre></details>" if prompt else ""
-    summary = f"<summary><code>{escape(problem)}</code> {'; '.join(words)}</summary>"
+    summary = f"<summary><code>{visible(problem)}</code> {'; '.join(words)}</summary>"
     return f'<details class="problem" id="{place}">{summary}{asked}<div class="pair">{"".join(cards)}</div></details>'
 
 
@@ -98,7 +90,7 @@ def _card(name: str, score: TaskScore, problem: str, answer: ProblemOutcome, ref
     count = f" ({right} of {score.samples} samples passed)" if score.samples > 1 else ""
     kind = "yes" if answer.outcome == "passed" else "no"
     detail = f'<p class="detail">{visible(answer.detail[:600])}</p>' if answer.detail else ""
-    head = f'<h5>{escape(name)} <span class="{kind}">{answer.outcome}</span>{count}</h5>'
+    head = f'<h5>{visible(name)} <span class="{kind}">{answer.outcome}</span>{count}</h5>'
     return f"<section>{head}<pre>{_marked(answer.completion, reference)}</pre>{detail}</section>"
 
 

@@ -49,9 +49,10 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
 
 
 def points(difference: Difference) -> str:
-    """`1.8 [-1.1, 4.6]`."""
+    """`1.8 [-1.1, 4.6]`; never -0.0."""
     loss = difference.loss
-    return f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}]"
+    estimate, low, high = (round(x, 1) + 0.0 for x in (loss.estimate, loss.low, loss.high))
+    return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def footnote(scores: Scores) -> str:
@@ -64,7 +65,7 @@ def footnote(scores: Scores) -> str:
         parts.append(f"p: exact {test} against the source{many}.")
         shown = [d.detectable for d, _ in compared.values() if d.detectable is not None]
         if shown:
-            parts.append(f"Losses from about {max(shown):.1f} points on show with 80 % power on so many problems.")
+            parts.append(f"Losses of about {max(shown):.1f} points and more would show (80 % power).")
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
     return " ".join(parts)
