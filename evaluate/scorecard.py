@@ -136,7 +136,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - missed
 
 
-def save(path: Path, score: TaskScore | FidelityScore) -> None:
+def save(path: Path, score: BaseModel) -> None:
     """Write beside, then rename: a score is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

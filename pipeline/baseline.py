@@ -37,13 +37,14 @@ class TextResult(_File):
 
 
 class Measured(_File):
-    """One model's scores. ``key`` says which model; sizes are None where it is no artifact of qtool's."""
+    """One model's scores; ``texts`` by window length. ``key`` says which model; sizes are None where it is not
+    qtool's."""
 
     key: str
     nbytes: int | None
     bits_per_weight: float | None
     tasks: dict[str, TaskResult]
-    text: TextResult | None
+    texts: dict[int, TextResult]
 
 
 class Baseline(_File):
@@ -65,8 +66,8 @@ def measured(folder: Path) -> Baseline:
     for name, key in index.subjects.items():
         nbytes, bits = sizes.get(name, (None, None))
         tasks = {label: _task(score) for label, score in scores.tasks.get(name, {}).items()}
-        text = _text(scores.fidelity[name]) if name in scores.fidelity else None
-        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, text=text)
+        texts = {length: _text(score) for length, score in scores.contexts.get(name, {}).items()}
+        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
     made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
     return Baseline(
         qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,

@@ -20,6 +20,7 @@ from qtool.tables import Row, columns, footnote, score_rows
 
 if TYPE_CHECKING:
     from qtool.compare import Change
+    from qtool.evaluate.selfcheck import SelfCheck
     from qtool.gates import GateResult
     from qtool.job import Job
     from qtool.record import RunRecord
@@ -77,6 +78,18 @@ def print_scores(scores: Scores) -> None:
     """`qtool evaluate`'s table."""
     console.print(table_of(score_rows(scores, {})))
     console.print(footnote(scores), highlight=False)
+
+
+def print_self_check(checks: dict[str, SelfCheck]) -> None:
+    """`qtool evaluate --self-check`. Raises QtoolError (exit 3) when known answers were judged wrongly."""
+    for label, found in checks.items():
+        judged = f"{found.right} published solutions passed, {found.wrong} wrong answers failed"
+        if found.faults:
+            judged = f"[red]{len(found.faults)} known answers judged wrongly[/] of {found.right + found.wrong}"
+        unchecked = f"; {len(found.unchecked)} not checked (no published solution)" if found.unchecked else ""
+        console.print(f"{label}: {judged}{unchecked}; sandbox: {found.sandbox}", highlight=False, soft_wrap=True)
+    for found in checks.values():
+        found.require()
 
 
 def print_results(results: Sequence[GateResult]) -> None:

@@ -97,13 +97,16 @@ def _sizes(run: RunRecord) -> list[Picture]:
 
 def _kls(run: RunRecord) -> list[Picture]:
     found = []
+    measured = {name: scores for name, scores in run.scores.contexts.items() if name != "source"}
+    for length in dict.fromkeys(length for scores in measured.values() for length in scores):
+        scores = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
+        by_position = {name: score.kl_by_position for name, score in scores.items() if score.kl_by_position}
+        if by_position:
+            width = next(scores[name].position_bin for name in by_position)
+            svg = figures.kl_by_position(by_position, width)
+            caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
+            found.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
     scores = {name: score for name, score in run.scores.fidelity.items() if name != "source"}
-    by_position = {name: score.kl_by_position for name, score in scores.items() if score.kl_by_position}
-    if by_position:
-        width = next(scores[name].position_bin for name in by_position)
-        svg = figures.kl_by_position(by_position, width)
-        caption = f"Mean over windows and {width} neighbouring positions."
-        found.append(Picture("kl-by-position", "kl", "KL by token position", caption, svg))
     by_layer = {name: score.kl_by_layer for name, score in scores.items() if score.kl_by_layer}
     if by_layer:
         caption = "Each layer in turn is the quantized one; all others are the source's."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.regression import Difference, bootstrap_mean, holm
+from qtool.evaluate.scorecard import FidelityScore
 from qtool.record import Sizes
 from qtool.scores import Scores
 
@@ -35,8 +36,8 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
         if name in known:
             nbytes, bpw = known[name]
             row |= {"size": size_text(nbytes), "bits": f"{bpw:.2f} bpw"}
-        if name in scores.fidelity:
-            row |= _fidelity_cells(name, scores)
+        for length, fidelity in scores.contexts.get(name, {}).items():
+            row |= _fidelity_cells(name, fidelity, "" if fidelity is scores.fidelity[name] else f", {length} tokens")
         for task, score in scores.tasks.get(name, {}).items():
             interval = mean_rate(score.solved, score.samples)
             label = task_label(task) if score.samples == 1 else f"{task_label(task)}, pass@1 of {score.samples}"
@@ -99,11 +100,10 @@ def markdown_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _fidelity_cells(name: str, scores: Scores) -> Row:
-    score = scores.fidelity[name]
-    cells = {"perplexity": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
+def _fidelity_cells(name: str, score: FidelityScore, at: str) -> Row:
+    cells = {f"perplexity{at}": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
     if name != "source":
         interval = bootstrap_mean(score.kl)
-        cells["KL to source"] = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-        cells["top-1"] = f"{sum(score.top1) / len(score.top1):.1%}"
+        cells[f"KL to source{at}"] = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+        cells[f"top-1{at}"] = f"{sum(score.top1) / len(score.top1):.1%}"
     return cells

@@ -14,7 +14,7 @@ TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(4
 
 PROBLEM = {
     "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-    "canonical_solution": "    return x\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
+    "canonical_solution": "    return x + 1000\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def problems(tmp_path: Path) -> Path:
     rows = [
         {
             "task_id": f"t/{i}", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-            "canonical_solution": "    return x\n",
+            "canonical_solution": "    return x + 1000\n",
             "test": f"def check(candidate):\n    assert candidate({i}) == {i + 1000}\n",
         }
         for i in range(2)
@@ -121,7 +121,8 @@ def test_verify_and_evaluate_commands(
     assert result.exit_code == 0
     assert "sound" in result.output
     result = call(
-        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--runs", tmp_path / "runs"
+        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--window-length", 64,
+        "--runs", tmp_path / "runs",
     )
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output

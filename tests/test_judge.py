@@ -16,12 +16,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
-from qtool.convert.text import TextSource
 from qtool.gates import GateResult, judge
-from qtool.recipe import EvaluateSection, GateSection, TaskSection
+from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
 from qtool.run import run
-from qtool.scores import Evaluation, Scores, Subject
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject
 
 
 def call(*arguments: object) -> Result:
@@ -59,7 +59,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = resolve("qtool-demo")
     section = EvaluateSection(
         tasks=(TaskSection(task="heldout", limit=40),), max_new_tokens=96, batch_size=40,
-        text=TextSource(text="heldout-code", samples=8, length=128),
+        text=FidelitySection(text="heldout-code", samples=8, length=128),
     )  # fmt: skip
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,8 +159,8 @@ def test_what_the_baseline_has_must_be_measured(planted: dict[str, Path], tmp_pa
         (("tasks", "heldout", "settings", "prompt"), "chat", "awq: heldout: prompt chat and completion"),
         (("tasks", "heldout", "digest"), "0", r"awq: heldout: other problems \(40 and 40\)"),
         (("tasks", "heldout", "samples"), 2, "awq: heldout: samples 2 and 1"),
-        (("text", "digest"), "0", "awq: held-out text: other windows of text"),
-        (("text", "settings", "dtype"), "bfloat16", "awq: held-out text: dtype bfloat16 and float32"),
+        (("texts", "128", "digest"), "0", "awq: held-out text: other windows of text"),
+        (("texts", "128", "settings", "dtype"), "bfloat16", "awq: held-out text: dtype bfloat16 and float32"),
     ],
 )
 def test_what_does_not_pair_is_refused(

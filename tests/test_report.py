@@ -67,8 +67,10 @@ def record(finished: RunRecord) -> RunRecord:
         tasks={
             name: {"hostile": score(name, solved), "sampled": score(name, solved, 3)} for name, solved in right.items()
         },
-        fidelity={"source": fidelity("source", 0.0), "awq": fidelity("awq", 0.02), "nf4": fidelity("nf4", 0.04)},
     )
+    for name, kl in (("source", 0.0), ("awq", 0.02), ("nf4", 0.04)):
+        scores.add_fidelity(fidelity(name, kl))
+        scores.add_fidelity(fidelity(name, 2 * kl).model_copy(update={"context": 192, "kl_by_position": []}))
     verdicts = [
         GateResult("awq", "max_drop 3 points on hostile", "fail", f"lost {HOSTILE}", "warn"),
         GateResult("nf4", "max_kld 0.1", "undecided", "the interval includes it", "warn"),
@@ -176,6 +178,8 @@ def test_the_table_says_what_p_is(record: RunRecord) -> None:
     assert "Holm" not in footnote(alone)
     assert "hostile, pass@1 of 3" not in row
     assert "sampled, pass@1 of 3" in rows["awq"]
+    assert rows["awq"]["KL to source"].startswith("0.0300 [")
+    assert rows["awq"]["KL to source, 192 tokens"].startswith("0.0600 [")
 
 
 def test_markdown_names_pictures_and_changes(record: RunRecord) -> None:
@@ -192,7 +196,7 @@ def test_pictures_are_files_of_their_own(record: RunRecord, tmp_path: Path) -> N
     assert path.read_text().startswith("<!doctype html>")
     names = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     assert names == {
-        "size-score-0.svg", "size-score-1.svg", "size-kl.svg", "kl-by-position.svg", "kl-by-layer.svg",
+        "size-score-0.svg", "size-score-1.svg", "size-kl.svg", "kl-by-position-96.svg", "kl-by-layer.svg",
         "errors-0-awq.svg", "errors-1-nf4.svg",
     }  # fmt: skip
     for file in (tmp_path / "out" / "figures").iterdir():
