@@ -133,7 +133,7 @@ def kl_by_position(series: Mapping[str, Sequence[float]], position_bin: int) -> 
     """Mean KL divergence to the source along the window, one line a model; ``position_bin`` tokens to a value."""
     longest = max(len(values) for values in series.values())
     at = [(i + 0.5) * position_bin for i in range(longest)]
-    across = ticks(0, longest * position_bin)
+    across = [tick for tick in ticks(0, longest * position_bin) if tick <= longest * position_bin]
     return _lines(series, at, across, "position in the window, tokens", "KL by token position")
 
 
@@ -187,6 +187,7 @@ def _lines(
         dots = "".join(
             f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(value):.1f}" r="2"/>'
             for x, value in zip(at, values, strict=False)
+            if len(values) <= 32
         )
         parts.append(f'<g class="{marks[i]}"><polyline class="line"{_dash(i)} points="{path}"/>{dots}</g>')
     told = "; ".join(f"{name}: {values[0]:.4g} to {values[-1]:.4g}" for name, values in series.items() if values)

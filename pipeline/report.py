@@ -39,7 +39,7 @@ SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": "
 def print_run(run: RunRecord) -> None:
     """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
     rows = score_rows(run.scores, run.sizes)
-    console.print(table_of(rows, title=f"{run.lock.source.name} · {run.lock.recipe[:8]}"))
+    print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     console.print(footnote(run.scores), highlight=False)
     for name, checked in run.checks.items():
         _print_summary(name, checked)
@@ -51,15 +51,22 @@ def print_run(run: RunRecord) -> None:
     console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
 
 
-def table_of(rows: list[Row], title: str = "") -> Table:
-    """A rich table; a cell nobody measured stays empty."""
+def print_rows(rows: list[Row], title: str = "") -> None:
+    """The score table; one that is wider than the terminal goes on below itself, so that no cell is cut or broken."""
     heads = columns(rows)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in heads:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in heads))
-    return table
+    wide = {head: 2 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
+    parts: list[list[str]] = [[]]
+    for head in heads[1:]:
+        if parts[-1] and wide[heads[0]] + sum(wide[other] for other in [*parts[-1], head]) + 1 > console.width:
+            parts.append([])
+        parts[-1].append(head)
+    for number, part in enumerate(parts):
+        table = Table(title=title if number == 0 else "", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        for head in (heads[0], *part):
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(row.get(head, "")) for head in (heads[0], *part)))
+        console.print(table)
 
 
 def write_report(run: RunRecord, out: Path) -> Path:
@@ -76,7 +83,7 @@ def write_report(run: RunRecord, out: Path) -> Path:
 
 def print_scores(scores: Scores) -> None:
     """`qtool evaluate`'s table."""
-    console.print(table_of(score_rows(scores, {})))
+    print_rows(score_rows(scores, {}))
     console.print(footnote(scores), highlight=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from qtool.cli import main
 from qtool.convert.verify import Check, Verification
@@ -22,7 +24,7 @@ from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, Ta
 from qtool.gates import GateResult
 from qtool.markup import visible
 from qtool.record import RunRecord
-from qtool.report import write_report
+from qtool.report import print_rows, write_report
 from qtool.report_figures import pictures, verdict_of
 from qtool.report_html import html_report
 from qtool.report_markdown import markdown_report
@@ -180,6 +182,17 @@ def test_the_table_says_what_p_is(record: RunRecord) -> None:
     assert "sampled, pass@1 of 3" in rows["awq"]
     assert rows["awq"]["KL to source"].startswith("0.0300 [")
     assert rows["awq"]["KL to source, 192 tokens"].startswith("0.0600 [")
+
+
+def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Console(width=72, file=io.StringIO(), legacy_windows=False)
+    monkeypatch.setattr("qtool.report.console", narrow)
+    rows = score_rows(record.scores, record.sizes)
+    print_rows(rows)
+    printed = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert all(cell in printed for row in rows for cell in row.values())
+    assert max(map(len, printed.splitlines())) <= 72
 
 
 def test_markdown_names_pictures_and_changes(record: RunRecord) -> None:
