@@ -54,7 +54,7 @@ def print_run(run: RunRecord) -> None:
 def print_rows(rows: list[Row], title: str = "") -> None:
     """The score table; one that is wider than the terminal goes on below itself, so that no cell is cut or broken."""
     heads = columns(rows)
-    wide = {head: 2 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
+    wide = {head: 3 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
     parts: list[list[str]] = [[]]
     for head in heads[1:]:
         if parts[-1] and wide[heads[0]] + sum(wide[other] for other in [*parts[-1], head]) + 1 > console.width:
