@@ -23,6 +23,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
 from qtool.quantize.nf4 import load_bitsandbytes
+from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
@@ -106,5 +107,7 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
 
 
 def device_kind(device: torch.device) -> str:
-    """`cpu`, or the accelerator's name."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    """The accelerator's name, or `cpu` and whether it has bfloat16 products: what calibration's numbers depend on."""
+    if device.type == "cpu":
+        return "cpu, bfloat16" if fast_bfloat16() else "cpu"
+    return torch.cuda.get_device_name(device)
