@@ -9,13 +9,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.artifact import MANIFEST, read_manifest
+from qtool.convert.artifact import Artifact
 from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
 from qtool.record import LOCK, find_run, load_index, load_run, load_scores
+from qtool.subjects import artifact_subject
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class TaskResult(_File):
@@ -98,7 +99,7 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
     The name is None where all models of the run are meant. Raises QtoolError saying what there is instead.
     """
-    if (Path(text) / MANIFEST).exists():
+    if (Path(text) / "config.json").exists():
         return _of_artifact(Path(text), runs)
     place, colon, name = text.rpartition(":")
     if not colon or not place:
@@ -110,8 +111,8 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
 
 def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
-    """The newest scores of that very artifact."""
-    key = read_manifest(path).key
+    """The newest scores of that very artifact, or of another tool's folder at that very place."""
+    key = artifact_subject(path.name, Artifact.open(path)).key
     indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for index in indices:
         for name, found in load_index(index.parent).subjects.items():

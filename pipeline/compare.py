@@ -11,7 +11,7 @@ from qtool import QtoolError
 from qtool.baseline import Baseline, Measured, TaskResult, TextResult
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.regression import Interval, bootstrap_mean, holm
-from qtool.tables import points, size_text, task_label
+from qtool.tables import perplexity, points, size_text, task_label
 
 ALPHA = 0.05
 KL_RISE = 0.05  # a rise of the mean KL by less than this share of it is no regression, whatever its interval
@@ -141,6 +141,12 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
             changes.append(Change(label, f"held-out text{at}", "", "", f"only {has} was measured", "not compared"))
             continue
         one, other = a.texts[length], b.texts[length]
+        broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
+        if broken:
+            shown: Shown = "worse" if broken == ["B"] else "not compared"
+            said = f"not a number in {' and '.join(broken)}"
+            changes.append(Change(label, f"held-out text{at}", "", "", said, shown))
+            continue
         judged = same_source and (any(one.kl) or any(other.kl))
         changes.append(_perplexity(label, at, one, other, judged))
         if judged:
@@ -160,14 +166,18 @@ def _kl(label: str, at: str, a: TextResult, b: TextResult) -> Change:
 
 def _perplexity(label: str, at: str, a: TextResult, b: TextResult, informs_only: bool) -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.nll, b.nll, strict=True)])
-    before, after = (f"{math.exp(_mean(values)):.3f}" for values in (a.nll, b.nll))
-    ratio = [f"{math.exp(x):.4f}" if math.isfinite(x) else str(x) for x in (rise.estimate, rise.low, rise.high)]
+    before, after = (f"{perplexity(values):.3f}" for values in (a.nll, b.nll))
+    ratio = [f"{perplexity([x]):.4f}" for x in (rise.estimate, rise.low, rise.high)]
     shown: Shown = "not judged" if informs_only else _beyond(rise, NLL_RISE)
     return Change(label, f"perplexity{at}", before, after, f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]", shown)
 
 
 def _beyond(rise: Interval, margin: float) -> Shown:
     return "worse" if rise.low > margin else "better" if rise.high < -margin else "no loss shown"
+
+
+def _finite(text: TextResult) -> bool:
+    return all(map(math.isfinite, [*text.kl, *text.nll]))
 
 
 def _mean(values: Sequence[float]) -> float:

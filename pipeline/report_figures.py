@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtool import figures
 from qtool.evaluate.rates import mean_rate
-from qtool.evaluate.regression import bootstrap_mean
 from qtool.figures import Point
 from qtool.record import RunRecord
-from qtool.tables import losses, points, size_text, task_label
+from qtool.tables import losses, mean_kl, points, size_text, task_label
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # Ledger keys in order of preference, and what each is.
@@ -56,7 +57,7 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
     for name, manifest in run.manifests.items():
         said = [f"{size_text(manifest.tensor_bytes)}, {manifest.tensor_bytes / source:.0%} of the source"]
         if name in run.scores.fidelity:
-            said.append(f"KL {bootstrap_mean(run.scores.fidelity[name].kl).estimate:.4f}")
+            said.append(f"KL {mean_kl(run.scores.fidelity[name]).estimate:.4f}")
         for (subject, task), (difference, p) in compared.items():
             if subject == name:
                 shown = "a loss is shown" if p < 0.05 and difference.loss.estimate > 0 else "no loss is shown"
@@ -85,8 +86,8 @@ def _sizes(run: RunRecord) -> list[Picture]:
         found.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
     marks = []
     for name, score in run.scores.fidelity.items():
-        kl = bootstrap_mean(score.kl)
-        if name in run.sizes:
+        kl = mean_kl(score)
+        if name in run.sizes and math.isfinite(kl.estimate):
             marks.append(Point(name, run.sizes[name][0], kl.estimate, max(0.0, kl.low), kl.high))
     if len(marks) > 1:
         svg = figures.size_against(marks, "KL to source, nats a token", False)
@@ -100,14 +101,14 @@ def _kls(run: RunRecord) -> list[Picture]:
     measured = {name: scores for name, scores in run.scores.contexts.items() if name != "source"}
     for length in dict.fromkeys(length for scores in measured.values() for length in scores):
         scores = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
-        by_position = {name: score.kl_by_position for name, score in scores.items() if score.kl_by_position}
+        by_position = {name: score.kl_by_position for name, score in scores.items() if _drawable(score.kl_by_position)}
         if by_position:
             width = next(scores[name].position_bin for name in by_position)
             svg = figures.kl_by_position(by_position, width)
             caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
             found.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
     scores = {name: score for name, score in run.scores.fidelity.items() if name != "source"}
-    by_layer = {name: score.kl_by_layer for name, score in scores.items() if score.kl_by_layer}
+    by_layer = {name: score.kl_by_layer for name, score in scores.items() if _drawable(score.kl_by_layer)}
     if by_layer:
         caption = "Each layer in turn is the quantized one; all others are the source's."
         found.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))
@@ -130,6 +131,10 @@ def _errors(run: RunRecord) -> list[Picture]:
             caption = f"{name}: {label} of each linear. The colours span this artifact's own range."
             found.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
     return found
+
+
+def _drawable(values: Sequence[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
 
 
 def _file(name: str) -> str:

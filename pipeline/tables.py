@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
-from qtool.evaluate.regression import Difference, bootstrap_mean, holm
+from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm
 from qtool.evaluate.scorecard import FidelityScore
 from qtool.record import Sizes
 from qtool.scores import Scores
@@ -72,6 +73,19 @@ def footnote(scores: Scores) -> str:
     return " ".join(parts)
 
 
+def mean_kl(score: FidelityScore) -> Interval:
+    """Mean over windows with its bootstrap interval; NaN where the model's output was no number."""
+    if not all(map(math.isfinite, score.kl)):
+        return Interval(math.nan, math.nan, math.nan)
+    return bootstrap_mean(score.kl)
+
+
+def perplexity(nll: Sequence[float]) -> float:
+    """exp of the mean negative log-likelihood."""
+    mean = sum(nll) / len(nll)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 def task_label(task: str) -> str:
     """A task's name; of a file, its name without the folder."""
     return Path(task).name
@@ -96,14 +110,15 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text that cannot end its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that cannot end its cell, and is no HTML."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _fidelity_cells(name: str, score: FidelityScore, at: str) -> Row:
-    cells = {f"perplexity{at}": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
+    cells = {f"perplexity{at}": f"{perplexity(score.nll):.3f}"}
     if name != "source":
-        interval = bootstrap_mean(score.kl)
-        cells[f"KL to source{at}"] = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+        interval = mean_kl(score)
+        shown = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+        cells[f"KL to source{at}"] = shown if math.isfinite(interval.estimate) else "not a number"
         cells[f"top-1{at}"] = f"{sum(score.top1) / len(score.top1):.1%}"
     return cells

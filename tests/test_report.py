@@ -199,7 +199,7 @@ def test_markdown_names_pictures_and_changes(record: RunRecord) -> None:
     text = markdown_report(record, pictures(record))
     assert "**Failed: 1 of 2 gates not met.**" in text
     assert "![KL by layer](figures/kl-by-layer.svg)" in text
-    assert re.search(r"\| awq \| hostile \| 8: t/22<b>, .* \| 0 \|", text)
+    assert re.search(r"\| awq \| hostile \| 8: t/22&lt;b>, .* \| 0 \|", text)
     fenced = replace(record, recipe_text="a: |\n  ```\n  not the end\n")
     assert "\n````yaml\n" in markdown_report(fenced, [])
 
