@@ -1,10 +1,10 @@
-"""From a task to outcomes: prompts to the engine, its texts to the sandbox while it goes on, all in a journal."""
+"""From a task to outcomes: prompts to the engine, its texts to the sandbox, everything in a journal."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from qtool.evaluate.execute import Job, run_programs
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.prompts import Style
 from qtool.evaluate.scorecard import ProblemOutcome
-from qtool.evaluate.tasks import Problem, Task
+from qtool.evaluate.tasks import Problem, Task, as_job
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def answer_task(
         progress(answered, len(journal.judged))
 
     with ThreadPoolExecutor(max_workers=1) as judge:
-        judging = judge.submit(_judge_all, texts, problems, asking, journal, say)
+        # A model on the CPU needs every core itself: torch's threads wait for each other, and programs beside them
+        # slow it several times over. There the programs run when it is done; elsewhere, while it writes.
+        wait = engine.device == "cpu"
+        judging: Future[None] = Future() if wait else judge.submit(_judge_all, texts, problems, asking, journal, say)
         try:
             for number, text in engine.generate(requests, asking.decoding, done):
                 journal.answered(places[number], text)
@@ -67,6 +70,8 @@ def answer_task(
                     break
         finally:
             texts.put(None)
+        if wait:
+            judging = judge.submit(_judge_all, texts, problems, asking, journal, say)
         judging.result()
     missing = [name for name, sample in places if (name, sample) not in journal.judged]
     if missing:
@@ -76,14 +81,12 @@ def answer_task(
 
 def _request(problem: Problem, sample: int, asking: Asking, tokenizer: Any) -> Request:
     def finished(text: str) -> bool:
-        return prompts.finished(text, asking.style)
+        return prompts.finished(text, asking.style, problem)
 
     seed = sample_seed(asking.seed, problem.task_id, sample)
     if tokenizer is not None:
         return Request(prompts.render(problem, asking.style, tokenizer), finished, seed=seed)
-    messages: tuple[Message, ...] = ()
-    if asking.style == "chat":
-        messages = ({"role": "user", "content": prompts.CHAT.format(prompt=problem.prompt)},)
+    messages: tuple[Message, ...] = tuple(prompts.messages(problem)) if asking.style == "chat" else ()
     return Request(problem.prompt, finished, messages, seed)
 
 
@@ -117,5 +120,4 @@ def _judge_all(
 
 
 def _job(problem: Problem, text: str, style: Style) -> Job:
-    program = prompts.program(problem, text, style)
-    return Job(problem.task_id, program, problem.test, problem.entry_point, setup=problem.prompt)
+    return as_job(problem, prompts.program(problem, text, style))

@@ -57,6 +57,9 @@ class TaskScore(_Record):
     digest: str
     settings: Settings
     sandbox: str
+    source: str = ""  # where the problems came from
+    left_out: dict[str, str] = {}  # the benchmark's problems that were not asked, and why
+    in_process: int = 0  # problems whose program shared a process with its test, and so could have cheated it
     seconds: float
     outcomes: dict[str, ProblemOutcome]
     samples: int = 1

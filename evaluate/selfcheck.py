@@ -117,16 +117,18 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
     """Kind -> text, as a model would write it; empty where no solution is published or the program is not Python."""
     if not problem.canonical_solution.strip():
         return {}
-    program = problem.prompt + problem.canonical_solution
+    # MBPP's prompt is a comment on top, not the beginning of the function.
+    whole = style == "chat" or problem.format == "mbpp"
+    program = problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
     function = _function(program, problem.entry_point)
     if function is None:
         return {}
-    if style == "chat":
+    if whole:
         found = {"solution": program, "raises": _with_body(program, function, [_raise()])}
     else:
         found = {"solution": problem.canonical_solution, "raises": _body([_raise()])}
     changed = _altered(function)
-    found["altered"] = _with_body(program, function, changed) if style == "chat" else _body(changed)
+    found["altered"] = _with_body(program, function, changed) if whole else _body(changed)
     if style == "chat":
         return {kind: f"Here it is:\n\n```python\n{text.rstrip()}\n```\n" for kind, text in found.items()}
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +29,16 @@ class ModelSection(_Section):
 
 
 class TaskSection(_Section):
-    """One coding task: a shipped name, `humaneval`, or a HumanEval-format file; ``limit`` picks evenly over levels."""
+    """One coding task: a name (a shipped one or a benchmark's) or a file; ``limit`` picks evenly over levels.
+
+    ``file`` is a local copy of a benchmark in its published format, ``revision`` another commit of its data set;
+    ``after`` and ``before`` (both days included) are LiveCodeBench's window of contest dates."""
 
     task: str
+    file: str | None = None
+    revision: str | None = None
+    after: date | None = None
+    before: date | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
 
 

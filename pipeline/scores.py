@@ -25,10 +25,11 @@ from qtool.evaluate.generate import TorchEngine, load_model
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import FidelityScore, TaskScore, save
 from qtool.evaluate.selfcheck import SelfCheck, check_task
+from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
 from qtool.job import PACKAGES
 from qtool.quantize.architectures import architecture_of
-from qtool.recipe import EvaluateSection, digest_of
+from qtool.recipe import EvaluateSection, TaskSection, digest_of
 from qtool.subjects import Subject
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -65,7 +66,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
-        self.tasks = {t.task: subset(load_task(t.task), t.limit) for t in self.section.tasks}
+        self.tasks = {t.task: _load(t, self.section) for t in self.section.tasks}
         self.windows = self._windows()
         self.settings = settings_of(self.section, self.device, self.style)
         decoding = Decoding(
@@ -240,13 +241,22 @@ class Evaluation:
         several = self.section.samples > 1
         score = TaskScore(
             key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self.settings,
-            sandbox=self.sandbox, seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
+            sandbox=self.sandbox, source=task.source, left_out=task.left_out,
+            in_process=sum(problem.run == "in_process" for problem in task.problems),
+            seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
             outcomes={problem: answers[0] for problem, answers in found.items()},
             more={problem: answers[1:] for problem, answers in found.items()} if several else {},
         )  # fmt: skip
         save(self.run / "scores" / f"{name}.json", score)
         journal.close()
         return score
+
+
+def _load(asked: TaskSection, section: EvaluateSection) -> Task:
+    task = load_task(
+        asked.task, file=asked.file, revision=asked.revision, after=asked.after, before=asked.before
+    )  # fmt: skip
+    return solvable(subset(task, asked.limit), section.timeout, section.sandbox)
 
 
 def _file_name(task: Task) -> str:

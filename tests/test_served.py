@@ -181,13 +181,13 @@ def test_the_model_must_be_there(server: Server) -> None:
 @pytest.mark.parametrize("style", ["completion", "chat"])
 def test_evaluate_a_served_model(server: Server, tmp_path: Any, style: str) -> None:
     """Every second problem is answered right."""
-    from qtool.evaluate.prompts import CHAT
+    from qtool.evaluate.prompts import messages
 
     problems = load_task("handwritten").problems
     for problem in problems[::2]:
         if style == "chat":
             whole = problem.prompt + problem.canonical_solution
-            server.answers[CHAT.format(prompt=problem.prompt)] = f"```python\n{whole}\n```"
+            server.answers[messages(problem)[-1]["content"]] = f"```python\n{whole}\n```"
         else:
             server.answers[problem.prompt] = problem.canonical_solution
     arguments = ["evaluate", "--engine", "openai", "--base-url", server.url, "--task", "handwritten"]
