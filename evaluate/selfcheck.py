@@ -91,8 +91,8 @@ class _KnownAnswers:
 
 
 def check_task(task: Task, asking: Asking, tokenizer: Any, sandbox: str, place: Path) -> SelfCheck:
-    """Run the known answers of ``task`` through the whole path. Journals lie beside ``place``. Raises QtoolError (exit 3)
-    where the sandbox itself fails."""
+    """Run the known answers of ``task`` through the whole path; journals lie beside ``place``. Raises QtoolError (exit
+    3) where the sandbox itself fails."""
     asking = replace(asking, samples=1)
     faults: dict[str, str] = {}
     counts: dict[str, int] = {}
