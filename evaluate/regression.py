@@ -81,6 +81,17 @@ def mcnemar_exact(b: int, c: int) -> float:
     return float(min(1.0, 2 * tail / 2**total))
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Scandinavian Journal of Statistics 6:65, 1979): with all of them below alpha the
+    chance of one false alarm among them is at most alpha, however they depend. In the order given."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def paired_difference(
     source: Sequence[bool], quantized: Sequence[bool], confidence: float = 0.95
 ) -> Difference:
@@ -165,6 +176,12 @@ def judge_max_size(size: int, limit: int) -> Verdict:
     compared = "at most" if size <= limit else "above"
     reason = f"{size / 1e9:.3f} GB is {compared} max_size {limit / 1e9:.3f} GB"
     return Verdict("pass" if size <= limit else "fail", reason)
+
+
+def judge_min_bits_saved(saved: float, limit: float) -> Verdict:
+    """Whether at least ``limit`` bits a weight were saved against the source. Exact: never undecided."""
+    compared = "at least" if saved >= limit else "below"
+    return Verdict("pass" if saved >= limit else "fail", f"{saved:.2f} bpw saved is {compared} {limit:g}")
 
 
 def _judge_upper(interval: Interval, limit: float, seen: str, gate: str) -> Verdict:

@@ -5,27 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Outcome = Literal["passed", "failed", "timeout", "error"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Settings(_Record):
-    """What two scores must share to be comparable."""
+    """How a model was asked. ``version`` names the engine's packages; ``seed`` is None for greedy decoding."""
 
     engine: str
+    version: str = ""
     dtype: str
     device: str
     prompt: str
     max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def differences(self, other: Settings) -> list[str]:
+        """What forbids pairing two scores, in words; empty when they may be paired. Versions and seeds may differ."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [
+            f"{name} {mine[name]} and {theirs[name]}"
+            for name in mine
+            if name not in ("version", "seed") and mine[name] != theirs[name]
+        ]
 
 
 class ProblemOutcome(_Record):
-    """One problem: what the model wrote and what became of it."""
+    """One answer to one problem: what the model wrote and what became of it."""
 
     outcome: Outcome
     detail: str
@@ -33,7 +46,10 @@ class ProblemOutcome(_Record):
 
 
 class TaskScore(_Record):
-    """One model on one task. ``key`` names model, problems and settings together."""
+    """One model on one task. ``key`` names model, problems and settings together.
+
+    ``outcomes`` holds each problem's first answer, ``more`` the further ``samples - 1`` of each.
+    """
 
     key: str
     subject: str
@@ -41,22 +57,56 @@ class TaskScore(_Record):
     digest: str
     settings: Settings
     sandbox: str
+    source: str = ""  # where the problems came from
+    left_out: dict[str, str] = {}  # the benchmark's problems that were not asked, and why
+    in_process: int = 0  # problems whose program shared a process with its test, and so could have cheated it
     seconds: float
     outcomes: dict[str, ProblemOutcome]
+    samples: int = 1
+    more: dict[str, tuple[ProblemOutcome, ...]] = {}
+
+    @model_validator(mode="after")
+    def _whole(self) -> TaskScore:
+        expected = set(self.outcomes) if self.samples > 1 else set()
+        if set(self.more) != expected or any(len(rest) != self.samples - 1 for rest in self.more.values()):
+            raise ValueError(f"`more` must hold {self.samples - 1} further answers to every problem")
+        return self
+
+    def answers(self, problem: str) -> tuple[ProblemOutcome, ...]:
+        """All ``samples`` answers to a problem."""
+        return (self.outcomes[problem], *self.more.get(problem, ()))
+
+    @property
+    def solved(self) -> list[int]:
+        """How many of each problem's samples passed, in the order of the task's problems. Raises ValueError if the
+        sandbox failed on one: that is no score."""
+        answers = [(name, answer) for name in self.outcomes for answer in self.answers(name)]
+        broken = [(name, answer.detail) for name, answer in answers if answer.outcome == "error"]
+        if broken:
+            raise ValueError(f"{len(broken)} answers could not be run ({broken[0][0]}: {broken[0][1]})")
+        return [sum(answer.outcome == "passed" for answer in self.answers(name)) for name in self.outcomes]
+
+    @property
+    def rates(self) -> list[float]:
+        """Share of each problem's samples that passed (their mean is pass@1). Raises ValueError as `solved` does."""
+        return [count / self.samples for count in self.solved]
 
     @property
     def passed(self) -> list[bool]:
-        """In the order of the task's problems. Raises ValueError if the sandbox failed on one: that is no score."""
-        broken = [name for name, o in self.outcomes.items() if o.outcome == "error"]
-        if broken:
-            raise ValueError(
-                f"{len(broken)} problems could not be run ({broken[0]}: {self.outcomes[broken[0]].detail})"
-            )
-        return [o.outcome == "passed" for o in self.outcomes.values()]
+        """Which problems were solved. Raises ValueError as `solved` does, and for more than one sample a problem."""
+        if self.samples > 1:
+            raise ValueError(f"{self.task}: {self.samples} samples a problem have rates, no single outcome")
+        return [count == 1 for count in self.solved]
 
 
 class FidelityScore(_Record):
-    """One model against its source on held-out text; lists have one number for each window."""
+    """One model against its source on held-out text; ``nll``, ``kl`` and ``top1`` have one number for each window.
+
+    KL(source || model) in nats a token over the source's ``kept`` likeliest tokens and one bucket for the rest: a
+    lower bound; 0 = the whole vocabulary, exact. ``context``: tokens a window. ``kl_by_position``: mean over windows of
+    consecutive bins of ``position_bin`` tokens. ``kl_by_layer``: mean KL when only that layer is the model's and all
+    else is the source's; empty where it was not measured.
+    """
 
     key: str
     subject: str
@@ -68,9 +118,28 @@ class FidelityScore(_Record):
     top1: list[float]
     kl_p95: float
     kl_p999: float
+    kl_by_position: list[float] = []
+    position_bin: int = 0
+    context: int = 0
+    kl_by_layer: list[float] = []
+    kept: int = 0
 
 
-def save(path: Path, score: TaskScore | FidelityScore) -> None:
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of ``k`` samples drawn from ``n``, of which ``c`` passed, is a passing one: the unbiased
+    estimator 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374), as a product that cannot overflow.
+
+    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@{k} of {n} samples, {c} of them right, has no meaning")
+    missed = 1.0
+    for i in range(n - c + 1, n + 1):
+        missed *= max(0.0, 1 - k / i)
+    return 1 - missed
+
+
+def save(path: Path, score: BaseModel) -> None:
     """Write beside, then rename: a score is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

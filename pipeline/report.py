@@ -1,22 +1,29 @@
-"""What a person reads: the plan, the checks, the score table, the verdicts; in the terminal and as Markdown."""
+"""What a person reads: plan, checks, score table and verdicts in the terminal, and the files of `qtool report`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
-from qtool.evaluate.regression import bootstrap_mean, paired_difference, wilson
+from qtool.report_figures import pictures
+from qtool.report_html import html_report
+from qtool.report_markdown import markdown_report
+from qtool.tables import Row, columns, footnote, score_rows
 
 if TYPE_CHECKING:
+    from qtool.compare import Change
+    from qtool.evaluate.selfcheck import SelfCheck
+    from qtool.gates import GateResult
     from qtool.job import Job
-    from qtool.run import Run
+    from qtool.record import RunRecord
     from qtool.scores import Scores
 
 console = Console()
@@ -26,127 +33,97 @@ MARKS = {
     "undecided": "[yellow]undecided[/]",
     "not made": "[dim]not made[/]",
 }
+SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": ""}
 
 
-def print_run(run: Run) -> None:
-    """The end of `qtool run`: table, checks, verdicts, where the log is; report.md beside the log."""
-    rows = score_rows(run.scores, sizes(run))
-    console.print(table_of(rows, title=f"{run.job.source.name} · {run.job.recipe.digest[:8]}"))
-    for name, checked in run.verifications.items():
+def print_run(run: RunRecord) -> None:
+    """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
+    rows = score_rows(run.scores, run.sizes)
+    print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
+    console.print(footnote(run.scores), highlight=False)
+    for name, checked in run.checks.items():
         _print_summary(name, checked)
-        for note in run.artifacts[name].notes:
+        for note in run.manifests[name].notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True)
-    for verdict in run.verdicts:
-        console.print(f"{MARKS[verdict.verdict]}  {verdict.output}: {verdict.gate}: {verdict.reason}", highlight=False)
+    print_results(run.verdicts)
     for name, artifact in run.artifacts.items():
         console.print(f"{name}: {artifact.path}", highlight=False, soft_wrap=True)
-    path = run.folder / "report.md"
-    path.write_text(markdown(run, rows), encoding="utf-8")
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
 
 
-def sizes(run: Run) -> dict[str, tuple[int, float]]:
-    """Subject -> (bytes of tensors, bits per weight)."""
-    plan = next(iter(run.job.plans.values()))
-    source = sum(info.nbytes for info in run.job.checkpoint.tensors.values())
-    found = {"source": (source, 8 * source / plan.parameters)}
-    for name, artifact in run.artifacts.items():
-        if artifact.manifest:
-            found[name] = (artifact.manifest.tensor_bytes, artifact.manifest.bits_per_weight)
-    return found
+def print_rows(rows: list[Row], title: str = "") -> None:
+    """The score table; one that is wider than the terminal goes on below itself, so that no cell is cut or broken."""
+    heads = columns(rows)
+    wide = {head: 3 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
+    parts: list[list[str]] = [[]]
+    for head in heads[1:]:
+        if parts[-1] and wide[heads[0]] + sum(wide[other] for other in [*parts[-1], head]) + 1 > console.width:
+            parts.append([])
+        parts[-1].append(head)
+    for number, part in enumerate(parts):
+        table = Table(title=title if number == 0 else "", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        for head in (heads[0], *part):
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(row.get(head, "")) for head in (heads[0], *part)))
+        console.print(table)
 
 
-def score_rows(scores: Scores, known: dict[str, tuple[int, float]]) -> list[dict[str, str]]:
-    """One row for each subject: size, perplexity, KL, and each task with its interval and its paired loss."""
-    names = list(dict.fromkeys([*known, *scores.fidelity, *scores.tasks]))
-    rows = []
-    for name in names:
-        row = {"model": name}
-        if name in known:
-            nbytes, bpw = known[name]
-            row |= {
-                "size": f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB",
-                "bits": f"{bpw:.2f} bpw",
-            }
-        if name in scores.fidelity:
-            row |= _fidelity_cells(name, scores)
-        for task, score in scores.tasks.get(name, {}).items():
-            passed = score.passed
-            interval = wilson(sum(passed), len(passed))
-            label = Path(task).name
-            row[label] = f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-            source = scores.tasks.get("source", {}).get(task)
-            if source is not None and name != "source":
-                difference = paired_difference(source.passed, passed)
-                loss = difference.loss
-                row[f"{label}: points lost"] = (
-                    f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}], p={difference.p:.2g}"
-                )
-        rows.append(row)
-    return rows
-
-
-def _fidelity_cells(name: str, scores: Scores) -> dict[str, str]:
-    score = scores.fidelity[name]
-    cells = {"perplexity": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
-    if name != "source":
-        interval = bootstrap_mean(score.kl)
-        cells["KL to source"] = f"{sum(score.kl) / len(score.kl):.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-        cells["top-1"] = f"{sum(score.top1) / len(score.top1):.1%}"
-    return cells
-
-
-def _columns(rows: list[dict[str, str]]) -> list[str]:
-    """Every column, in the order of the fullest row."""
-    return list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
-
-
-def table_of(rows: list[dict[str, str]], title: str = "") -> Table:
-    """A rich table; a cell nobody measured stays empty."""
-    columns = _columns(rows)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in columns))
-    return table
-
-
-def markdown_table(rows: list[dict[str, str]]) -> str:
-    """The same rows as a Markdown table."""
-    columns = _columns(rows)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def markdown(run: Run, rows: list[dict[str, str]]) -> str:
-    """report.md: table, verdicts, checks, the worst linears, the recipe."""
-    parts = [f"# {run.job.source.name}", f"Source commit `{run.job.source.commit}`.", markdown_table(rows)]
-    if run.verdicts:
-        parts.append(
-            "## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts)
-        )
-    for name, artifact in run.artifacts.items():
-        records = artifact.manifest.ledger if artifact.manifest else {}
-        measured = [item for item in records.items() if "error" in item[1]]
-        if measured:  # NF4 is made without inputs, so nobody knows its output errors
-            worst = sorted(measured, key=lambda item: -item[1]["error"])[:10]
-            lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]
-            lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
-            parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
-    for name, checked in run.verifications.items():
-        lines = [f"- {note}" for note in run.artifacts[name].notes]
-        lines += [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
-        parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
-    recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8").strip()
-    parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
-    return "\n\n".join(parts) + "\n"
+def write_report(run: RunRecord, out: Path) -> Path:
+    """report.html, report.md and figures/*.svg in ``out``; the path of the HTML file."""
+    drawn = pictures(run)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for picture in drawn:
+        (out / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+    (out / "report.md").write_text(markdown_report(run, drawn), encoding="utf-8")
+    path = out / "report.html"
+    path.write_text(html_report(run, drawn), encoding="utf-8")
+    return path
 
 
 def print_scores(scores: Scores) -> None:
     """`qtool evaluate`'s table."""
-    console.print(table_of(score_rows(scores, {})))
+    print_rows(score_rows(scores, {}))
+    console.print(footnote(scores), highlight=False)
+
+
+def print_self_check(checks: dict[str, SelfCheck]) -> None:
+    """`qtool evaluate --self-check`. Raises QtoolError (exit 3) when known answers were judged wrongly."""
+    for label, found in checks.items():
+        judged = f"{found.right} published solutions passed, {found.wrong} wrong answers failed"
+        if found.faults:
+            judged = f"[red]{len(found.faults)} known answers judged wrongly[/] of {found.right + found.wrong}"
+        unchecked = f"; {len(found.unchecked)} not checked (no published solution)" if found.unchecked else ""
+        console.print(f"{label}: {judged}{unchecked}; sandbox: {found.sandbox}", highlight=False, soft_wrap=True)
+    for found in checks.values():
+        found.require()
+
+
+def print_results(results: Sequence[GateResult]) -> None:
+    """One line a gate, with its reason."""
+    for found in results:
+        line = f"{MARKS[found.verdict]}  {escape(f'{found.output}: {found.gate}: {found.reason}')}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
+    """`qtool compare`: a row a measurement, then the answer."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("model", "measured", "A", "B", "from A to B", "p", ""):
+        table.add_column(column, overflow="fold")
+    for change in changes:
+        p = "" if change.p is None else f"{change.p:.2g}"
+        shown = SHOWN.get(change.shown, change.shown)
+        cells = (change.model, change.what, change.before, change.after, change.change, p)
+        table.add_row(*map(escape, cells), shown)
+    console.print(table)
+    console.print("\n".join(map(escape, notes)), end="\n" if notes else "")
+    worse = [change for change in changes if change.shown == "worse"]
+    tests = sum(change.p is not None for change in changes)
+    if tests > 1:
+        console.print(f"p is Holm-adjusted over {tests} tests; brackets are 95 % intervals.", highlight=False)
+    found = ", ".join(f"{change.model} on {change.what}" for change in worse)
+    console.print(f"[red]B is worse[/]: {escape(found)}" if worse else "No loss from A to B is shown.", highlight=False)
 
 
 def print_verification(result: Verification) -> None:
@@ -182,8 +159,8 @@ def print_plan(job: Job) -> None:
             kind = linear.name[len(job.architecture.prefix) :].split(".", 1)[1]
             key = (kind, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
             kinds[key] = kinds.get(key, 0) + 1
-        for (kind, out, columns, group, nbytes), count in kinds.items():
-            table.add_row(kind, str(count), f"[{out}, {columns}]", group, f"{nbytes:,}")
+        for (kind, out, across, group, nbytes), count in kinds.items():
+            table.add_row(kind, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
         console.print(table)
         for note in plan.notes if isinstance(plan, GgufPlan) else ():
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qtool import QtoolError, ledger
+from qtool import QtoolError, ledger, record
 from qtool.convert.artifact import Artifact, write_json
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
-from qtool.convert.verify import Verification, verify
-from qtool.gates import GateResult, judge
+from qtool.convert.verify import verify
+from qtool.evaluate.selfcheck import SelfCheck
+from qtool.evaluate.served import connect
+from qtool.gates import judge
 from qtool.job import Job, device_kind, open_job, versions
 from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
-from qtool.scores import Evaluation, Scores, Subject, artifact_subject, source_subject
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a finished run knows; report.py prints it."""
-
-    folder: Path
-    job: Job
-    artifacts: dict[str, Artifact]
-    verifications: dict[str, Verification]
-    scores: Scores
-    verdicts: list[GateResult]
-    seconds: float
-
-    @property
-    def failed(self) -> bool:
-        return any(not v.sound for v in self.verifications.values()) or any(v.failed for v in self.verdicts)
+from qtool.record import RunRecord
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject, artifact_subject, source_subject
 
 
 def choose_device(asked: str) -> torch.device:
@@ -64,26 +51,35 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
     )
 
 
-def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> Run:
+def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:
     """Run a recipe. Raises QtoolError; gate results are returned, not raised."""
     started = time.monotonic()
     job = prepare(path, device, only)
     recipe = job.recipe
     folder = runs / recipe.digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, folder / "recipe.yaml")
     evaluation = _evaluation(job, runs, folder)
     calibration = _calibrate(job)
-    methods = _chosen(recipe, only)
-    artifacts = make_artifacts(job, methods, calibration)
-    verifications = {name: verify(artifact.path) for name, artifact in artifacts.items()}
-    _write_lock(folder, job, calibration, artifacts)
+    record.begin(folder, path.read_text(encoding="utf-8"))
+    write_json(folder / record.QUESTIONS, evaluation.questions())
+    artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
+    checks = {name: verify(artifact.path) for name, artifact in artifacts.items()}
+    lock = _lock(folder, job, calibration, artifacts)
+    record.write_lock(folder, lock, artifacts)
+    manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
+    subjects = _subjects(job, artifacts)
     with progress_bar() as bar:
-        scores = evaluation.score(_subjects(job, artifacts), bar)
-    verdicts = judge(recipe.gates, artifacts, scores)
-    result = Run(folder, job, artifacts, verifications, scores, verdicts, time.monotonic() - started)
-    _log(result, runs)
-    return result
+        scores = evaluation.score(subjects, bar)
+    record.write_scores(folder, {subject.name: subject.key for subject in subjects}, scores)
+    result = record.Outcome(
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 1),
+        checks={name: found.checks for name, found in checks.items()},
+        verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
+    )
+    record.write_result(folder, result)
+    finished = record.load_run(folder)
+    ledger.append(runs, _entry(finished))
+    return finished
 
 
 def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
@@ -105,47 +101,43 @@ def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:
     return [source_subject(job.checkpoint, job.source.commit), *(artifact_subject(n, a) for n, a in artifacts.items())]
 
 
-def _write_lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> None:
+def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> record.Lock:
     """What the recipe's names resolved to."""
-    lock = {
-        "recipe": job.recipe.digest,
-        "source": {"model": job.recipe.model.id, "commit": job.source.commit},
-        "calibration": calibration.digest,
-        "device": device_kind(job.device),
-        "versions": versions(),
-        "artifacts": {
-            name: {"path": str(a.path), "key": a.manifest.key if a.manifest else None} for name, a in artifacts.items()
-        },
-    }
-    write_json(folder / "lock.json", lock)
+    nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
+    parameters = next(iter(job.plans.values())).parameters
+    return record.Lock(
+        recipe=job.recipe.digest,
+        source=record.LockedSource(
+            model=job.recipe.model.id, name=job.source.name, commit=job.source.commit,
+            bytes=nbytes, bits_per_weight=8 * nbytes / parameters,
+        ),
+        calibration=calibration.digest,
+        device=device_kind(job.device),
+        versions=versions(),
+        artifacts={name: record.locked(artifact, folder) for name, artifact in artifacts.items()},
+    )  # fmt: skip
 
 
-def _log(result: Run, runs: Path) -> None:
-    verdicts = [{"output": v.output, "gate": v.gate, "verdict": v.verdict, "reason": v.reason} for v in result.verdicts]
-    write_json(result.folder / "verdicts.json", verdicts)
-    scores = {
-        name: {task: sum(score.passed) / len(score.passed) for task, score in tasks.items()}
-        for name, tasks in result.scores.tasks.items()
-    }
-    kl = {name: sum(f.kl) / len(f.kl) for name, f in result.scores.fidelity.items()}
-    entry = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "run": result.folder.name,
-        "model": result.job.recipe.model.id,
-        "commit": result.job.source.commit,
-        "device": device_kind(result.job.device),
-        "seconds": round(result.seconds, 1),
-        "artifacts": {
-            n: {"bytes": a.manifest.file_bytes, "bpw": a.manifest.bits_per_weight}
-            for n, a in result.artifacts.items()
-            if a.manifest
+def _entry(run: RunRecord) -> dict[str, Any]:
+    """A run's line in the ledger."""
+    return {
+        "time": run.finished,
+        "run": run.folder.name,
+        "model": run.lock.source.model,
+        "commit": run.lock.source.commit,
+        "device": run.lock.device,
+        "seconds": run.seconds,
+        "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
+        "scores": {
+            name: {task: sum(score.rates) / len(score.rates) for task, score in tasks.items()}
+            for name, tasks in run.scores.tasks.items()
         },
-        "scores": scores,
-        "kl": kl,
-        "verdicts": verdicts,
-        "failed": result.failed,
+        "kl": {name: sum(f.kl) / len(f.kl) for name, f in run.scores.fidelity.items()},
+        "verdicts": [
+            {"output": v.output, "gate": v.gate, "verdict": v.verdict, "reason": v.reason} for v in run.verdicts
+        ],
+        "failed": run.failed,
     }
-    ledger.append(runs, entry)
 
 
 def evaluate_folders(
@@ -161,8 +153,33 @@ def evaluate_folders(
         resolved = resolve(str(source))
         subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
     elif section.text is not None:
-        subjects[0] = Subject("source", subjects[0].key, subjects[0].stream)
-    run_folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    evaluation = Evaluation(section, model, config, choose_device(device), runs, run_folder, trust_remote_code)
+        subjects[0] = replace(subjects[0], name="source")
+    folder = runs / digest_of([subject.key for subject in subjects])[:16]
+    return _scored(
+        Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects
+    )
+
+
+def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
+    """Score what a server has (``section.models``: one name -> the model there; empty: its only one). Raises
+    QtoolError."""
+    assert section.base_url is not None
+    model = connect(section.base_url, next(iter(section.models.values()), None)).model
+    section = section.model_copy(update={"models": {model: model}})
+    subject = Subject(model, digest_of([section.base_url, model]))
+    folder = runs / subject.key[:16]
+    return _scored(Evaluation(section, None, None, torch.device("cpu"), runs, folder), [subject])
+
+
+def check_harness(section: EvaluateSection, model: Path | None, runs: Path, trusted: bool) -> dict[str, SelfCheck]:
+    """Known answers to the section's tasks, put with ``model``'s tokenizer where one is named. Raises QtoolError."""
+    evaluation = Evaluation(section, model, None, torch.device("cpu"), runs, runs, trusted)
     with progress_bar() as bar:
-        return evaluation.score(subjects, bar)
+        return evaluation.self_check(bar)
+
+
+def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
+    with progress_bar() as bar:
+        scores = evaluation.score(subjects, bar)
+    record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+    return scores

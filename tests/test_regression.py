@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from qtool.evaluate.regression import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio,
+    holm,
     judge_max_drop,
     judge_max_kld,
     judge_max_size,
+    judge_min_bits_saved,
     judge_min_recovery,
     mcnemar_exact,
     paired_difference,
@@ -231,3 +234,19 @@ def test_max_size_is_exact() -> None:
     assert judge_max_size(10**9, 10**9).result == "pass"
     assert judge_max_size(10**9 + 1, 10**9).result == "fail"
     assert judge_max_size(2 * 10**9, 10**9).reason == "2.000 GB is above max_size 1.000 GB"
+
+
+def test_bits_saved_are_exact() -> None:
+    assert judge_min_bits_saved(11.5, 11.5).result == "pass"
+    assert judge_min_bits_saved(11.4, 11.5).reason == "11.40 bpw saved is below 11.5"
+
+
+@pytest.mark.parametrize("ps", [[], [0.04], [0.01, 0.04, 0.03], [0.5, 0.5], [0.2, 0.001, 0.02, 0.02, 0.9, 0.013]])
+def test_holm_is_the_closed_bonferroni_test(ps: list[float]) -> None:
+    """Adjusted p of a hypothesis: the largest Bonferroni p of any family that holds it, all families enumerated."""
+    families = [family for size in range(1, len(ps) + 1) for family in combinations(range(len(ps)), size)]
+    expected = [
+        max(min(1.0, len(family) * min(ps[j] for j in family)) for family in families if i in family)
+        for i in range(len(ps))
+    ]
+    assert holm(ps) == pytest.approx(expected)

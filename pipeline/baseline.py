@@ -1,0 +1,130 @@
+"""Scores in the form in which two models are compared: which problems each solved, and its loss window by window; of a
+run, of an evaluation, or of a baseline file kept beside the code."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact
+from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
+from qtool.record import LOCK, find_run, load_index, load_run, load_scores
+from qtool.subjects import artifact_subject
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class TaskResult(_File):
+    """How many of the samples solved each problem."""
+
+    digest: str
+    settings: Settings
+    samples: int
+    solved: dict[str, int]
+
+
+class TextResult(_File):
+    """KL to the source and negative log-likelihood (nats a token), one number for each window."""
+
+    digest: str
+    settings: Settings
+    kl: list[float]
+    nll: list[float]
+
+
+class Measured(_File):
+    """One model's scores; ``texts`` by window length. ``key`` says which model; sizes are None where it is not
+    qtool's."""
+
+    key: str
+    nbytes: int | None
+    bits_per_weight: float | None
+    tasks: dict[str, TaskResult]
+    texts: dict[int, TextResult]
+
+
+class Baseline(_File):
+    """All models of a run; ``source`` is the key of the model that the KLs refer to."""
+
+    qtool: str
+    model: str
+    run: str
+    source: str | None
+    subjects: dict[str, Measured]
+
+
+def measured(folder: Path) -> Baseline:
+    """What the run or evaluation in ``folder`` measured. Raises QtoolError when it holds no scores."""
+    index, scores = load_index(folder), load_scores(folder)
+    record = load_run(folder) if (folder / LOCK).exists() else None
+    sizes = record.sizes if record else {}
+    subjects = {}
+    for name, key in index.subjects.items():
+        nbytes, bits = sizes.get(name, (None, None))
+        tasks = {label: _task(score) for label, score in scores.tasks.get(name, {}).items()}
+        texts = {length: _text(score) for length, score in scores.contexts.get(name, {}).items()}
+        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
+    made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
+    return Baseline(
+        qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,
+        source=index.subjects.get("source"), subjects=subjects,
+    )  # fmt: skip
+
+
+def save_baseline(baseline: Baseline, path: Path) -> None:
+    """Small JSON without answers. Raises QtoolError when the file cannot be written."""
+    try:
+        path.write_text(baseline.model_dump_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise QtoolError(f"{path}: cannot be written: {error.strerror}.") from error
+
+
+def load_baseline(path: Path) -> Baseline:
+    """Raises QtoolError for a file that is absent or is no baseline."""
+    try:
+        return Baseline.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}. `qtool baseline save RUN FILE` writes a baseline.") from error
+    except ValidationError as error:
+        raise QtoolError(f"{path}: not a baseline that this qtool reads; save it anew.") from error
+
+
+def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
+    """One side of a comparison: RUN, RUN:NAME, a baseline FILE.json, FILE.json:NAME, or an artifact's folder.
+
+    The name is None where all models of the run are meant. Raises QtoolError saying what there is instead.
+    """
+    if (Path(text) / "config.json").exists():
+        return _of_artifact(Path(text), runs)
+    place, colon, name = text.rpartition(":")
+    if not colon or not place:
+        place, name = text, ""
+    found = load_baseline(Path(place)) if place.endswith(".json") else measured(find_run(place, runs, "scores.json"))
+    if name and name not in found.subjects:
+        raise QtoolError(f"{text}: no model {name!r} there; it has {', '.join(found.subjects)}.")
+    return found, name or None
+
+
+def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
+    """The newest scores of that very artifact, or of another tool's folder at that very place."""
+    key = artifact_subject(path.name, Artifact.open(path)).key
+    indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for index in indices:
+        for name, found in load_index(index.parent).subjects.items():
+            if found == key:
+                return measured(index.parent), name
+    raise QtoolError(f"{path}: {runs} has no scores of this artifact. Run `qtool run` or `qtool evaluate` on it first.")
+
+
+def _task(score: TaskScore) -> TaskResult:
+    solved = dict(zip(score.outcomes, score.solved, strict=True))
+    return TaskResult(digest=score.digest, settings=score.settings, samples=score.samples, solved=solved)
+
+
+def _text(score: FidelityScore) -> TextResult:
+    return TextResult(digest=score.digest, settings=score.settings, kl=score.kl, nll=score.nll)

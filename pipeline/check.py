@@ -1,0 +1,94 @@
+"""`qtool check`: a stored run judged again, its gates and, beside a baseline, what got worse; as JUnit XML and JSON."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from typing import Any
+
+from qtool import QtoolError
+from qtool.baseline import Baseline, measured
+from qtool.compare import Change, compare
+from qtool.evaluate.regression import Result
+from qtool.gates import GateResult, judge
+from qtool.markup import spelt
+from qtool.recipe import GateSection
+from qtool.record import RunRecord
+
+
+def check_run(run: RunRecord, gates: Sequence[GateSection], baseline: Baseline | None) -> list[GateResult]:
+    """Verification of each artifact, every gate, and every measurement of the baseline. Raises QtoolError when the
+    baseline's scores must not be paired with this run's."""
+    results = [_verified(name, run) for name in run.checks]
+    results += judge(gates, run.manifests, run.sizes["source"][1], run.scores)
+    if baseline is not None:
+        results += _against(run, baseline)
+    return results
+
+
+def _verified(name: str, run: RunRecord) -> GateResult:
+    broken = [f"{c.name}: {c.detail}" for c in run.checks[name].checks if c.required and c.status == "fail"]
+    reason = "; ".join(broken) or "files, tensors and required rules hold, as the run found them"
+    return GateResult(name, "verified", "fail" if broken else "pass", reason, "fail")
+
+
+def _against(run: RunRecord, baseline: Baseline) -> list[GateResult]:
+    now = measured(run.folder)
+    pairs = [(name, was, now.subjects[name]) for name, was in baseline.subjects.items() if name in now.subjects]
+    if not pairs:
+        raise QtoolError(f"the baseline has {', '.join(baseline.subjects)}; this run {', '.join(now.subjects)}.")
+    changes = compare(pairs, baseline.source == now.source)
+    results = [_result(change) for change in changes if change.shown != "not judged"]
+    gone = [name for name in baseline.subjects if name not in now.subjects]
+    return results + [GateResult(name, "in the baseline", "fail", "this run did not make it", "fail") for name in gone]
+
+
+def _result(change: Change) -> GateResult:
+    verdict: Result = "fail" if change.shown == "worse" else "pass"
+    if change.shown == "not compared":
+        verdict = "pass" if change.change.startswith("only B") else "fail"
+    p = "" if change.p is None else f", p={change.p:.2g}"
+    values = f"{change.before} -> {change.after}: " if change.before else ""
+    words = {"worse": "worse than the baseline", "better": "better than the baseline"}.get(change.shown, change.shown)
+    return GateResult(
+        change.model, f"no regression: {change.what}", verdict, f"{words}: {values}{change.change}{p}", "fail"
+    )
+
+
+def as_json(run: RunRecord, results: Sequence[GateResult]) -> dict[str, Any]:
+    """For programs: every result with its reason."""
+    return {
+        "run": run.folder.name,
+        "model": run.lock.source.model,
+        "commit": run.lock.source.commit,
+        "finished": run.finished,
+        "failed": any(result.failed for result in results),
+        "results": [
+            {"output": r.output, "gate": r.gate, "verdict": r.verdict, "failed": r.failed, "reason": r.reason}
+            for r in results
+        ],
+    }
+
+
+def as_junit(run: RunRecord, results: Sequence[GateResult]) -> str:
+    """JUnit XML as Jenkins, GitLab and GitHub's actions read it; undecided gates that only warn are `skipped`."""
+    failures = sum(result.failed for result in results)
+    skipped = sum(result.verdict == "undecided" and not result.failed for result in results)
+    counts = {"tests": str(len(results)), "failures": str(failures), "errors": "0", "skipped": str(skipped)}
+    top = ET.Element("testsuites", counts | {"time": "0"})
+    stamp = run.finished.removesuffix("+00:00")
+    name = spelt(f"qtool check {run.lock.source.name}")
+    about = {"name": name, "timestamp": stamp, "time": "0", "hostname": "qtool"}
+    suite = ET.SubElement(top, "testsuite", about | counts)
+    for result in results:
+        case = {"classname": spelt(f"qtool.{result.output}"), "name": spelt(result.gate), "time": "0"}
+        node = ET.SubElement(suite, "testcase", case)
+        if result.failed:
+            said = {"message": spelt(result.reason), "type": result.verdict}
+            ET.SubElement(node, "failure", said).text = spelt(result.reason)
+        elif result.verdict == "undecided":
+            ET.SubElement(node, "skipped", {"message": spelt(f"undecided: {result.reason}")})
+        else:
+            ET.SubElement(node, "system-out").text = spelt(result.reason)
+    ET.indent(top)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(top, encoding="unicode") + "\n"

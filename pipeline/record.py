@@ -1,0 +1,251 @@
+"""A finished run as its folder under `runs/` tells it: written once by `qtool run`, read by every later command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qtool import QtoolError, ledger
+from qtool.convert.artifact import MANIFEST, Artifact, Manifest, write_json
+from qtool.convert.checkpoint import read_json
+from qtool.convert.verify import Check, Verification
+from qtool.evaluate.scorecard import FidelityScore, TaskScore
+from qtool.gates import GateResult
+from qtool.recipe import Recipe, load_recipe
+from qtool.scores import Scores
+
+RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
+MANIFESTS, SCORES = "manifests", "scores"
+Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LockedSource(_File):
+    """The source model as it was found: Hub id or folder, its short name, its commit, its size."""
+
+    model: str
+    name: str
+    commit: str
+    bytes: int
+    bits_per_weight: float
+
+
+class LockedArtifact(_File):
+    """Where an artifact lay, relative to the run's folder, and the key that says which it is."""
+
+    path: str
+    key: str
+
+
+class Lock(_File):
+    """`lock.json`: what the recipe's names resolved to."""
+
+    recipe: str
+    source: LockedSource
+    calibration: str
+    device: str
+    versions: dict[str, str]
+    artifacts: dict[str, LockedArtifact]
+
+
+class ScoreIndex(_File):
+    """`scores.json`: which models were judged (name -> key) and which score files are theirs (name -> score key)."""
+
+    subjects: dict[str, str]
+    tasks: dict[str, dict[str, str]]
+    fidelity: dict[str, str]
+    contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
+
+
+class Outcome(_File):
+    """`result.json`, written last: its presence says that the run finished."""
+
+    finished: str
+    seconds: float
+    checks: dict[str, list[Check]]
+    verdicts: list[GateResult]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run knows. ``artifacts`` are those still on disk as the run left them; ``manifests`` are kept in
+    the run's own folder, so that sizes and error ledgers outlive the artifacts."""
+
+    folder: Path
+    recipe: Recipe
+    recipe_text: str
+    lock: Lock
+    artifacts: dict[str, Artifact]
+    manifests: dict[str, Manifest]
+    checks: dict[str, Verification]
+    scores: Scores
+    verdicts: list[GateResult]
+    finished: str
+    seconds: float
+
+    @property
+    def sizes(self) -> Sizes:
+        source = self.lock.source
+        found = {"source": (source.bytes, source.bits_per_weight)}
+        return found | {name: (m.tensor_bytes, m.bits_per_weight) for name, m in self.manifests.items()}
+
+    @property
+    def failed(self) -> bool:
+        return any(not v.sound for v in self.checks.values()) or any(v.failed for v in self.verdicts)
+
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Task -> problem -> its prompt; empty where the run asked none."""
+        path = self.folder / QUESTIONS
+        found: dict[str, dict[str, str]] = read_json(path) if path.exists() else {}
+        return found
+
+
+def begin(folder: Path, recipe_text: str) -> None:
+    """Start (again): what an earlier run of the same recipe concluded is withdrawn, its scores stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    (folder / RECIPE).write_text(recipe_text, encoding="utf-8")
+
+
+def write_lock(folder: Path, lock: Lock, artifacts: dict[str, Artifact]) -> None:
+    """The lock, and a copy of each artifact's manifest."""
+    write_json(folder / LOCK, lock.model_dump(mode="json"))
+    (folder / MANIFESTS).mkdir(exist_ok=True)
+    for name, artifact in artifacts.items():
+        (folder / MANIFESTS / f"{name}.json").write_bytes((artifact.path / MANIFEST).read_bytes())
+
+
+def locked(artifact: Artifact, folder: Path) -> LockedArtifact:
+    """An artifact as the lock of the run in ``folder`` names it."""
+    key = artifact.manifest.key if artifact.manifest else ""
+    return LockedArtifact(path=os.path.relpath(artifact.path, folder), key=key)
+
+
+def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None:
+    """Which scores belong together; the scores themselves lie beside, one file each."""
+    index = ScoreIndex(
+        subjects=subjects,
+        tasks={name: {label: score.key for label, score in found.items()} for name, found in scores.tasks.items()},
+        fidelity={name: score.key for name, score in scores.fidelity.items()},
+        contexts={name: [score.key for score in found.values()] for name, found in scores.contexts.items()},
+    )
+    write_json(folder / INDEX, index.model_dump(mode="json"))
+
+
+def write_result(folder: Path, result: Outcome) -> None:
+    """The end of a run: whole or absent."""
+    partial = folder / f"{RESULT}.partial"
+    write_json(partial, result.model_dump(mode="json"))
+    partial.rename(folder / RESULT)
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Raises QtoolError for a folder that is no run, or one that did not reach its end."""
+    if not (folder / RECIPE).exists():
+        raise QtoolError(f"{folder}: not a run; `qtool run` makes one, and `runs/ledger.jsonl` lists them.")
+    if not (folder / RESULT).exists():
+        raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
+    lock: Lock = _read(Lock, folder / LOCK)
+    result: Outcome = _read(Outcome, folder / RESULT)
+    artifacts = {name: _artifact(folder, entry) for name, entry in lock.artifacts.items()}
+    paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
+    return RunRecord(
+        folder=folder,
+        recipe=load_recipe(folder / RECIPE),
+        recipe_text=(folder / RECIPE).read_text(encoding="utf-8"),
+        lock=lock,
+        artifacts={name: artifact for name, artifact in artifacts.items() if artifact is not None},
+        manifests={name: _read(Manifest, folder / MANIFESTS / f"{name}.json") for name in lock.artifacts},
+        checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
+        scores=load_scores(folder),
+        verdicts=result.verdicts,
+        finished=result.finished,
+        seconds=result.seconds,
+    )
+
+
+def load_index(folder: Path) -> ScoreIndex:
+    """`scores.json` of a run or of an evaluation. Raises QtoolError where there is none."""
+    if not (folder / INDEX).exists():
+        raise QtoolError(f"{folder}: holds no scores; `qtool run` and `qtool evaluate` write them.")
+    found: ScoreIndex = _read(ScoreIndex, folder / INDEX)
+    return found
+
+
+def load_scores(folder: Path) -> Scores:
+    """The scores that `scores.json` names. Raises QtoolError naming one that is missing or broken."""
+    index = load_index(folder)
+    scores = Scores()
+    for name, keys in index.tasks.items():
+        for label, key in keys.items():
+            task: TaskScore = _read(TaskScore, _score_file(folder, key))
+            scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
+    for name, first in index.fidelity.items():
+        for key in index.contexts.get(name, [first]):
+            fidelity: FidelityScore = _read(FidelityScore, _score_file(folder, key))
+            scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
+    return scores
+
+
+def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"] = "result.json") -> Path:
+    """`latest`, a folder, or the beginning of a run's id in ``runs`` -> its folder.
+
+    ``marker`` is the file that makes a folder eligible. Raises QtoolError when none or several fit.
+    """
+    if text == "latest":
+        names = [str(entry["run"]) for entry in reversed(ledger.read(runs)) if "run" in entry]
+        for name in names:
+            if (runs / name / marker).exists():
+                return runs / name
+        raise QtoolError(f"latest: {runs} has no finished run. Make one with `qtool run RECIPE`.")
+    if Path(text).is_dir():
+        return Path(text)
+    found = sorted(path.parent for path in runs.glob(f"*/{marker}") if path.parent.name.startswith(text))
+    if len(found) != 1 or not text:
+        there = sorted(path.parent.name for path in runs.glob(f"*/{marker}"))
+        what = "several runs begin so" if len(found) > 1 else "no such run"
+        raise QtoolError(f"{text}: {what}; {runs} has {_list(there) or 'none'} (a beginning is enough), or say latest.")
+    return found[0]
+
+
+def _artifact(folder: Path, entry: LockedArtifact) -> Artifact | None:
+    """The artifact, if it is still where it was and still the same."""
+    path = folder / entry.path
+    if not (path / MANIFEST).exists():
+        return None
+    artifact = Artifact.open(_short(path))
+    return artifact if artifact.manifest and artifact.manifest.key == entry.key else None
+
+
+def _short(path: Path) -> Path:
+    """As a person here would type it."""
+    relative = os.path.relpath(path)
+    return path.resolve() if relative.startswith("..") else Path(relative)
+
+
+def _score_file(folder: Path, key: str) -> Path:
+    return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
+
+
+def _read(kind: type[BaseModel], path: Path) -> Any:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}. The run's folder is incomplete; run its recipe again.") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise QtoolError(f"{path}: not written by this version of qtool ({place}: {fault['msg']}).") from error
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

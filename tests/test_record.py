@@ -1,0 +1,110 @@
+"""A run's folder tells the whole run: read back equal, found by name, refused when incomplete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qtool import QtoolError, ledger, record
+from qtool.record import RunRecord, find_run, load_run
+
+
+@pytest.fixture
+def copied(finished: RunRecord, tmp_path: Path) -> Path:
+    """The run's folder alone, moved away from its artifacts."""
+    folder = tmp_path / "runs" / finished.folder.name
+    shutil.copytree(finished.folder, folder)
+    return folder
+
+
+def test_the_folder_tells_the_run(finished: RunRecord) -> None:
+    again = load_run(finished.folder)
+    assert (again.recipe, again.lock, again.verdicts) == (finished.recipe, finished.lock, finished.verdicts)
+    assert again.scores == finished.scores
+    assert set(again.artifacts) == {"awq", "nf4"}
+    assert {name: found.checks for name, found in again.checks.items()} == {
+        name: found.checks for name, found in finished.checks.items()
+    }
+    assert list(again.sizes) == ["source", "awq", "nf4"]
+    assert again.sizes["source"][1] == 16.0
+    assert not again.failed
+    (questions,) = again.questions().values()
+    assert questions == {"t/0": "def f(x: int) -> int:\n    \"\"\"Do it.\"\"\"\n"}
+
+
+def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:
+    moved = load_run(copied)
+    assert moved.artifacts == {}
+    assert moved.sizes == finished.sizes
+    assert moved.manifests == finished.manifests
+    assert moved.scores == finished.scores
+
+
+def test_an_artifact_that_became_another_is_not_this_runs(finished: RunRecord, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    shutil.copytree(finished.folder, folder)
+    shutil.copytree(finished.artifacts["awq"].path, tmp_path / "a")
+    lock = json.loads((folder / "lock.json").read_text())
+    lock["artifacts"]["awq"]["path"] = "../../a"
+    (folder / "lock.json").write_text(json.dumps(lock))
+    assert set(load_run(folder).artifacts) == {"awq"}
+    lock["artifacts"]["awq"]["key"] = "other"
+    (folder / "lock.json").write_text(json.dumps(lock))
+    assert load_run(folder).artifacts == {}
+
+
+def test_a_run_is_named_by_its_beginning(copied: Path) -> None:
+    runs, name = copied.parent, copied.name
+    assert find_run(name[:3], runs) == copied
+    assert find_run(str(copied), runs) == copied
+    with pytest.raises(QtoolError, match=r"latest: .* has no finished run"):
+        find_run("latest", runs)
+    ledger.append(runs, {"run": name})
+    ledger.append(runs, {"run": "deleted"})
+    assert find_run("latest", runs) == copied
+    with pytest.raises(QtoolError, match=rf"zz: no such run; .* has {name}"):
+        find_run("zz", runs)
+    (runs / "unfinished").mkdir()
+    with pytest.raises(QtoolError, match="no such run"):
+        find_run("unfin", runs)
+    shutil.copytree(copied, runs / (name[:5] + "-2"))
+    with pytest.raises(QtoolError, match="several runs begin so"):
+        find_run(name[:3], runs)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("result.json", None, "did not reach its end"),
+        ("recipe.yaml", None, "not a run"),
+        ("scores.json", None, "holds no scores"),
+        ("lock.json", None, "lock.json: No such file"),
+        ("lock.json", "{}", "not written by this version of qtool"),
+        ("manifests/awq.json", None, "awq.json: No such file"),
+    ],
+)
+def test_incomplete_runs_are_refused(copied: Path, file: str, content: str | None, message: str) -> None:
+    (copied / file).unlink()
+    if content is not None:
+        (copied / file).write_text(content)
+    with pytest.raises(QtoolError, match=message) as error:
+        load_run(copied)
+    assert error.value.exit_code == 2
+
+
+def test_a_missing_score_is_named(copied: Path) -> None:
+    next((copied / "scores").glob("fidelity-*")).unlink()
+    with pytest.raises(QtoolError, match=r"\.json: No such file"):
+        load_run(copied)
+
+
+def test_running_again_withdraws_the_old_end(finished: RunRecord) -> None:
+    folder = finished.folder
+    saved = (folder / "result.json").read_bytes()
+    record.begin(folder, finished.recipe_text)
+    with pytest.raises(QtoolError, match="did not reach its end"):
+        load_run(folder)
+    (folder / "result.json").write_bytes(saved)
