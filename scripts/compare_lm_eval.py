@@ -56,7 +56,8 @@ def peer(folder: Path, model: str, tokens: int, batch: int) -> None:
     loaded = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch)
     started = time.monotonic(), time.process_time() + children_seconds()
     found = lm_eval.simple_evaluate(
-        model=loaded, tasks=["local_problems"], task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=0,
+        model=loaded, tasks=["local_problems"], bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
     rows = {sample["doc"]["task_id"]: sample for sample in found["samples"]["local_problems"]}
     answers = {name: str(row["resps"][0][0]) for name, row in rows.items()}
