@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 MIB = 2**20
 LOAD = """
-import json, os, sys
+import json, sys
 import xllamacpp
 path, context, slots, flash, kind = json.loads(sys.argv[1])
 params = xllamacpp.CommonParams()
@@ -31,7 +32,7 @@ params.cpuparams.n_threads = 1
 params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, "LLAMA_FLASH_ATTN_TYPE_" + flash)
 params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + kind)
 server = xllamacpp.Server(params)
-os._exit(0)
+sys.stdin.read()  # llama.cpp's log is written by a thread of its own: the reader says when it has seen enough
 """
 
 
@@ -40,10 +41,21 @@ def allocated(path: Path, context: int, slots: int, flash: bool, kind: str) -> d
     import json
 
     asked = json.dumps([str(path), context, slots, "ENABLED" if flash else "DISABLED", kind.upper()])
-    done = subprocess.run([sys.executable, "-c", LOAD, asked], capture_output=True, text=True, check=True, timeout=120)
-    return {
-        name: float(size) for name, size in re.findall(r"CPU +(KV|compute) buffer size = +([\d.]+) MiB", done.stderr)
-    }
+    found: dict[str, float] = {}
+    with subprocess.Popen(
+        [sys.executable, "-c", LOAD, asked], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        timer = threading.Timer(120, process.kill)
+        timer.start()
+        assert process.stderr is not None
+        for line in process.stderr:
+            if sizes := re.search(r"CPU +(KV|compute) buffer size = +([\d.]+) MiB", line):
+                found[sizes[1]] = float(sizes[2])
+            if len(found) == 2:
+                break
+        timer.cancel()
+        process.kill()
+    return found
 
 
 def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool, kind: str) -> None:
