@@ -38,7 +38,7 @@ class Efficiency:
 
 # transformers launches each layer's kernels from Python and copies the growing cache at each step; vLLM replays graphs.
 SLOW = {
-    "transformers": Efficiency(0.45, 0.12, 0.30, 900e-6, 15e-3),
+    "transformers": Efficiency(0.45, 0.12, 0.30, 2.5e-3, 20e-3),
     "vllm": Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),
     "llama.cpp": Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
 }
