@@ -93,6 +93,11 @@ BENCHMARKS = {
 }
 
 
+def is_dated(task: str) -> bool:
+    """Whether a window of contest dates can apply: to LiveCodeBench, and to a file, which may be one of it."""
+    return BENCHMARKS[task].format == "livecodebench" if task in BENCHMARKS else "." in task
+
+
 def fetch(name: str, revision: str | None = None) -> tuple[list[Path], str]:
     """The files of a benchmark on this machine, and "repository@commit".
 

@@ -33,8 +33,8 @@ def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> s
         lines = text[start:].split("\n")
         # Prose below the code is not part of it: the last line that closes a block is the end.
         last = max((i for i, line in enumerate(lines) if line.startswith(("}", ")"))), default=len(lines) - 1)
-        return _plain("\n".join(lines[: last + 1]))
-    return (blocks[-1][1] if blocks else "// no code in the reply") + "\n"
+        return _plain("\n".join(lines[: last + 1]) + "\n")
+    return (blocks[-1][1].rstrip("\n") if blocks else "// no code in the reply") + "\n"
 
 
 def _with_helpers(code: str, bodies: list[str], header: re.Pattern[str]) -> str:

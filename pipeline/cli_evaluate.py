@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from qtool import QtoolError
 
 ENGINES = ["reference", "transformers", "llama.cpp", "vllm", "openai"]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+_DAY = click.DateTime(["%Y-%m-%d"])
 
 
 class _Lengths(click.ParamType[tuple[int, ...]]):
@@ -28,7 +32,9 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.command(context_settings=CONTEXT)
 @click.argument("model", required=False)
 @click.option("--source", type=click.Path(path_type=Path), help="The unquantized model: scored too, and compared with.")
-@click.option("--task", "tasks", multiple=True, help="handwritten, heldout, humaneval or a HumanEval-format file.")
+@click.option("--task", "tasks", multiple=True, help="A shipped task, a benchmark (docs/tasks.md), or a file of one.")
+@click.option("--after", type=_DAY, metavar="DAY", help="LiveCodeBench: contests from this day on (2025-01-31).")
+@click.option("--before", type=_DAY, metavar="DAY", help="LiveCodeBench: contests up to this day.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
 @click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of --text.")
@@ -49,9 +55,9 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 def evaluate(
-    model: str | None, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, windows: int,
-    window_length: tuple[int, ...], by_layer: bool, engine: str, base_url: str | None, prompt: str, check: bool,
-    trust_remote_code: bool, runs: Path, device: str, **asked: Any,
+    model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
+    limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
+    base_url: str | None, prompt: str, check: bool, trust_remote_code: bool, runs: Path, device: str, **asked: Any,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
 
@@ -64,11 +70,13 @@ def evaluate(
       qtool evaluate ./My-Model --task humaneval --limit 40 --prompt completion
       qtool evaluate ./My-Model --task humaneval --samples 20 --temperature 0.8 --top-p 0.95
       qtool evaluate --engine openai --base-url http://127.0.0.1:8000/v1 --task humaneval --prompt chat
+      qtool evaluate ./My-Model --task mbpp+ --task livecodebench --after 2025-01-01
       qtool evaluate --self-check --task humaneval
     """
     from pydantic import ValidationError
 
     from qtool import report
+    from qtool.evaluate.benchmarks import is_dated
     from qtool.recipe import EvaluateSection
     from qtool.run import check_harness, evaluate_folders, evaluate_served
 
@@ -78,7 +86,10 @@ def evaluate(
         raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
     fidelity = {"text": text, "samples": windows, "length": window_length, "by_layer": by_layer} if text else None
     asked |= {"engine": "reference" if check else engine, "base_url": None if check else base_url, "prompt": prompt}
-    asked |= {"tasks": [{"task": task, "limit": limit} for task in tasks], "text": fidelity}
+    window = {"after": after and after.date(), "before": before and before.date()}
+    dated = [task for task in tasks if is_dated(task)] or tasks
+    wanted = [{"task": task, "limit": limit} | (window if task in dated else {}) for task in tasks]
+    asked |= {"tasks": wanted, "text": fidelity}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
     try:

@@ -128,7 +128,7 @@ def _errors(run: RunRecord) -> list[Picture]:
         if key is not None and values:
             label = _ERRORS[key]
             svg = figures.heat_map(values, f"{name}: {label}")
-            caption = f"{name}: {label} of each linear. The colours span this artifact's own range."
+            caption = f"Every linear of {name}: {label}. The colours span this artifact's own range."
             found.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
     return found
 

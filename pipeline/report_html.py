@@ -92,5 +92,5 @@ def _settings(run: RunRecord) -> dict[str, str]:
     said = {}
     for task, score in next(iter(run.scores.tasks.values()), {}).items():
         settings = ", ".join(f"{key} {value}" for key, value in score.settings.model_dump().items() if value != "")
-        said[task] = f"{settings}; sandbox {score.sandbox}"
+        said[task] = f"{settings}; sandbox {score.sandbox}" + (f"; from {score.source}" if score.source else "")
     return said

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
 from qtool.markup import visible
-from qtool.tables import task_label
+from qtool.tables import count_of, task_label
 
 LONGEST = 12_000  # characters of an answer that are shown
 
@@ -31,6 +31,11 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
     if changed:
         parts.append(f"<h4>Answers to the {len(changed)} problems whose outcome changed</h4>")
         parts += [_answers(problem, scores, rates, prompts.get(problem, ""), places[problem]) for problem in changed]
+    left_out = next(iter(scores.values())).left_out
+    if left_out:
+        rows = "".join(f"<li><code>{visible(name)}</code>: {visible(why)}</li>" for name, why in left_out.items())
+        missing = count_of(len(left_out), "problem")
+        parts.append(f"<details><summary>Not asked: {missing}</summary><ul>{rows}</ul></details>")
     return "\n".join(parts)
 
 

@@ -75,7 +75,27 @@ def footnote(scores: Scores) -> str:
             parts.append(f"Losses of about {max(shown):.1f} points and more would show (80 % power).")
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
-    return " ".join(parts)
+    return " ".join([*parts, *caveats(scores)])
+
+
+def caveats(scores: Scores) -> list[str]:
+    """What a score does not cover, or could not exclude; one sentence each."""
+    said = []
+    for task, score in next(iter(scores.tasks.values()), {}).items():
+        if score.left_out:
+            missing = count_of(len(score.left_out), "problem")
+            said.append(f"{task_label(task)}: {missing} of the benchmark could not be asked here.")
+        if score.in_process:
+            many = f"{score.in_process} of {len(score.outcomes)} programs"
+            said.append(f"{task_label(task)}: {many} shared a process with their test and could have forged a pass.")
+        if score.sandbox == "none":
+            said.append(f"{task_label(task)}: the programs ran without a sandbox.")
+    return said
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def mean_kl(score: FidelityScore) -> Interval:

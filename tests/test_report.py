@@ -184,6 +184,18 @@ def test_the_table_says_what_p_is(record: RunRecord) -> None:
     assert rows["awq"]["KL to source, 192 tokens"].startswith("0.0600 [")
 
 
+def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
+    tasks = record.scores.tasks["source"]
+    tasks["hostile"] = tasks["hostile"].model_copy(update={"left_out": {"t/99<i>": HOSTILE}, "in_process": 12})
+    said = footnote(record.scores)
+    assert "hostile: 1 problem of the benchmark could not be asked here." in said
+    assert "hostile: 12 of 34 programs shared a process with their test" in said
+    assert "hostile: the programs ran without a sandbox." in said
+    text = html_report(record, pictures(record))
+    assert "Not asked: 1 problem" in text
+    assert "t/99&lt;i&gt;" in text
+
+
 def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Console(width=72, file=io.StringIO(), legacy_windows=False)
     monkeypatch.setattr("qtool.report.console", narrow)
