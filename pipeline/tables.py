@@ -67,7 +67,26 @@ def footnote(scores: Scores) -> str:
             parts.append(f"Losses from about {max(shown):.1f} points on show with 80 % power on so many problems.")
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
-    return " ".join(parts)
+    return " ".join([*parts, *_caveats(scores)])
+
+
+def _caveats(scores: Scores) -> list[str]:
+    """What a reader must know of a task's problems before believing its rate."""
+    said = []
+    for task, score in {task: score for tasks in scores.tasks.values() for task, score in tasks.items()}.items():
+        asked = len(score.outcomes)
+        if score.left_out:
+            name, reason = next(iter(score.left_out.items()))
+            said.append(
+                f"{task_label(task)}: {asked} of {asked + len(score.left_out)} problems; the others cannot be judged "
+                f"here ({name}: {reason})."
+            )
+        if score.in_process:
+            said.append(
+                f"{task_label(task)}: {score.in_process} of {asked} programs shared a process with their test, which a "
+                "program can cheat."
+            )
+    return said
 
 
 def task_label(task: str) -> str:
