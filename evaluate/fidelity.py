@@ -181,10 +181,9 @@ def _logprobs(model: nn.Module, window: Tensor) -> Iterator[tuple[int, Tensor]]:
         logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0]
         yield 0, torch.log_softmax(logits.float(), dim=-1)
         return
-    from transformers import DynamicCache
+    from qtool.evaluate.cache import make_cache
 
-    config: Any = model.config
-    cache = DynamicCache(config=config)
+    cache = make_cache(model.config)
     for start in range(0, len(window), CHUNK):
         part = window[start : start + CHUNK].unsqueeze(0).to(device)
         logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]

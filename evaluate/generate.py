@@ -125,7 +125,7 @@ class _Batch:
         self, engine: TorchEngine, rows: list[int], encoded: list[list[int]], requests: Sequence[Request],
         decoding: Decoding,
     ) -> None:  # fmt: skip
-        from transformers import DynamicCache
+        from qtool.evaluate.cache import make_cache  # transformers' caches take seconds to import
 
         device = next(engine.model.parameters()).device
         width = max(map(len, encoded))
@@ -137,8 +137,7 @@ class _Batch:
             self.mask[row, width - len(ids) :] = 1
         self.input, self.mask = self.input.to(device), self.mask.to(device)
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        config: Any = self.model.config
-        self.cache = DynamicCache(config=config)
+        self.cache = make_cache(self.model.config)
         self.made: list[list[int]] = [[] for _ in rows]
         self.ends = end_tokens(self.model, self.tokenizer)
         self.draws = torch.empty(0)

@@ -11,7 +11,7 @@ Outcome = Literal["passed", "failed", "timeout", "error"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Settings(_Record):

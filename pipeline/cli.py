@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qtool import cli_evaluate, cli_judge
+from qtool import cli_evaluate, cli_judge, cli_sizing
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GATE_FAILED = 1
@@ -93,3 +93,6 @@ main.add_command(cli_evaluate.evaluate)
 main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)
 main.add_command(cli_judge.baseline)
+main.add_command(cli_judge.report)
+main.add_command(cli_sizing.plan)
+main.add_command(cli_sizing.measure)

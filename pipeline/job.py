@@ -61,14 +61,14 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint.check_shapes(shapes, tied)
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
-    plans = {method.name: _plan(method, checkpoint, architecture) for method in outputs}
+    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
     return Job(recipe, source, checkpoint, config, architecture, plans, device)
 
 
-def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture) -> OutputPlan:
+def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
     if isinstance(method, GgufMethod):
         load_gguf()  # said now, not after hours
-        if method.type not in FLOATS:
+        if method.type not in FLOATS and device.type == "cpu":
             load_library()
         config = read_json(checkpoint.path / "config.json")
         return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)

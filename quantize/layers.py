@@ -118,7 +118,7 @@ class Walk:
         linear's mean squares of the source's inputs."""
         layer = self._fill(index, weights)
         last = index == len(self.layers) - 1
-        shared, own = self._collect(layer, hidden, streams, calls)
+        shared, own = self._collect(layer, hidden, streams, calls, last)
         results = {}
         for number, method in enumerate(self.on_grid):
             owned = method.own_stream or not any(not other.own_stream for other in self.on_grid[number + 1 :])
@@ -154,15 +154,17 @@ class Walk:
         return gguf.quantize_layer(self.architecture, tensors, types, rows, self.device)
 
     def _collect(
-        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
-        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs."""
+        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
+        after the last layer only the float16 range of the outputs on a grid is asked of."""
+        done = last and not self.on_grid
         wants_source = any(not method.own_stream for method in self.on_grid)
         shared = {group.name: InputStatistics(channels_only=not wants_source) for group in self.architecture.groups}
         own = {name: {g.name: _of_own_stream(layer, g) for g in self.architecture.groups} for name in streams}
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
-            with self._captured(layer, inputs.__setitem__):
+            with suppress(_Enough), self._captured(layer, inputs.__setitem__, enough=done):
                 hidden[number] = _run(layer, states, calls)
             if wants_source or self.weighing:
                 for name, x in inputs.items():

