@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from qtool.convert.artifact import Manifest
 from qtool.convert.licence import Licence
 from qtool.convert.verify import Check
@@ -102,7 +104,8 @@ def _results(card: Card) -> list[Any]:
     """`model-index`: pass rates and KL of each artifact, as the Hub still shows them for data sets of any kind."""
     from huggingface_hub import EvalResult
 
-    task, found = {"task_type": "text-generation", "task_name": "Code generation"}, []
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Code generation"}
+    found = []
     for item in card.artifacts:
         suffix = f" ({item.name})" if len(card.artifacts) > 1 else ""
         for name, score in card.scores.tasks.get(item.name, {}).items():
@@ -112,7 +115,7 @@ def _results(card: Card) -> list[Any]:
                 EvalResult(
                     **task, dataset_type=label, dataset_name=label, metric_type="pass@1", metric_value=value,
                     metric_name=f"pass@1 on {len(score.rates)} problems{suffix}",
-                )  # fmt: skip
+                )
             )
         fidelity = card.scores.fidelity.get(item.name)
         if fidelity and fidelity.kl:
@@ -121,7 +124,7 @@ def _results(card: Card) -> list[Any]:
                 EvalResult(
                     **task, dataset_type="held-out-text", dataset_name="held-out text", metric_type="kl-divergence",
                     metric_name=f"mean KL to the source, nats a token{suffix}", metric_value=value,
-                )  # fmt: skip
+                )
             )
     return found
 
@@ -130,7 +133,6 @@ def eval_files(card: Card, benchmarks: Mapping[str, tuple[str, str]]) -> dict[st
     """`.eval_results/*.yaml` for tasks that are registered benchmarks: task -> (data set, its task id). One artifact
     alone: a repository has one result for a benchmark. Source: https://huggingface.co/docs/hub/eval-results"""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-    from huggingface_hub.utils import yaml_dump
 
     files = {}
     scores = card.scores.tasks.get(card.artifacts[0].name, {}) if len(card.artifacts) == 1 else {}
@@ -139,7 +141,9 @@ def eval_files(card: Card, benchmarks: Mapping[str, tuple[str, str]]) -> dict[st
             value = round(sum(scores[task].rates) / len(scores[task].rates), 4)
             entry = EvalResultEntry(dataset_id=dataset, task_id=task_id, value=value, notes="pass@1, measured by qtool")
             name = re.sub(r"[^A-Za-z0-9.-]+", "_", task)
-            files[f".eval_results/{name}.yaml"] = yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            files[f".eval_results/{name}.yaml"] = yaml.safe_dump(
+                eval_result_entries_to_yaml([entry]), sort_keys=False
+            )
     return files
 
 
@@ -220,7 +224,8 @@ def loading(item: Published, repo: str) -> list[str]:
             blocks.append(fenced(f"cd {local}\nollama create {repo.split('/')[-1].lower()} -f Modelfile", "bash"))
         return blocks
     text = f'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = "{place}"\n'
-    text += 'tokenizer = AutoTokenizer.from_pretrained(model)\nmodel = AutoModelForCausalLM.from_pretrained(model, device_map="auto")'
+    text += "tokenizer = AutoTokenizer.from_pretrained(model)\n"
+    text += 'model = AutoModelForCausalLM.from_pretrained(model, device_map="auto")'
     needs = {"awq": "gptqmodel", "gptq": "gptqmodel", "nf4": "bitsandbytes"}[method]
     if item.manifest.output.get("format") == "compressed-tensors":
         needs = "compressed-tensors"
@@ -244,13 +249,14 @@ def _making(card: Card) -> list[str]:
     manifest = card.artifacts[0].manifest
     versions = ", ".join(f"{code(name)} {code(value)}" for name, value in manifest.versions.items())
     again = "\n".join(
-        f"qtool reproduce {card.repo}" + (f" --artifact {item.folder}" if item.folder else "") for item in card.artifacts
+        f"qtool reproduce {card.repo}" + (f" --artifact {item.folder}" if item.folder else "")
+        for item in card.artifacts
     )
     recipe = [fenced(card.recipe_text, "yaml")] if card.recipe_text else []
     return [
         "## How it was made",
         *recipe,
-        f"On {escape(manifest.device)}, with {versions}. `qtool.json` holds each file's sha256 and each linear's error.",
+        f"On {escape(manifest.device)}, with {versions}. `qtool.json` has each file's sha256, each linear's error.",
         "To build it again and compare every tensor:",
         fenced(again, "bash"),
     ]

@@ -124,7 +124,7 @@ def format_label(manifest: Manifest) -> str:
 def repository(section: PublishSection, name: str, manifest: Manifest) -> str:
     """`org/name` after the template. Raises QtoolError for a template with unknown keys or a name the Hub forbids."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     default = "{model}-quantized" if section.layout == "folders" else "{model}-{format}"
     template = section.to if "/" in section.to else f"{section.to}/{default}"
@@ -166,7 +166,7 @@ def _plan(
             Published(
                 candidate.name, format_label(candidate.manifest), prefix, candidate.manifest, checked.checks, gates,
                 forgiven,
-            )  # fmt: skip
+            )
         )
         uploads += _files(candidate, prefix)
     names = [item.name for item in items]
