@@ -1,6 +1,6 @@
 """ggml's tensor types, and a matrix stored in one of them.
 
-Block layouts: ggml/src/ggml-common.h; sizes and decoding come from the `gguf` package.
+Block layouts: ggml/src/ggml-common.h.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
+from qtool.convert.ggml_decode import DECODERS
 
 INSTALL = "pip install 'qtool-llm[gguf]'"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,7 +51,10 @@ class GgmlBlocks:
         """Weight ``[out, in]`` as llama.cpp reads it, on the device of ``data``."""
         if self.type in FLOATS:
             return self.data.contiguous().view(FLOATS[self.type]).to(dtype, copy=True)
-        gguf = load_gguf()
+        decode = DECODERS.get(self.type)
+        if decode is not None:
+            return decode(self.data.reshape(-1, BLOCKS[self.type][1])).view(self.shape).to(dtype)
+        gguf = load_gguf()  # types that qtool reads and never writes
         values = gguf.quants.dequantize(self.data.cpu().numpy(), gguf.GGMLQuantizationType[self.type])
         return torch.from_numpy(values).view(self.shape).to(self.data.device, dtype)
 

@@ -144,6 +144,7 @@ class GgufFile:
     def __init__(self, path: Path, reader: Any, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, config
         self._reader = reader
+        self._names: dict[str, str] = {}
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.layout: dict[str, tuple[str, tuple[int, ...]]] = {
             name: (tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape)))
@@ -178,7 +179,9 @@ class GgufFile:
 
     def hf_names(self) -> dict[str, str]:
         """HF name -> GGUF name of every tensor that the model has."""
-        return {hf: name for hf, name in possible_names(self.config).items() if name in self.tensors}
+        if not self._names:  # a table of hundreds of patterns is behind it
+            self._names = {hf: name for hf, name in possible_names(self.config).items() if name in self.tensors}
+        return self._names
 
     def codes(self, linear: str) -> GgmlBlocks:
         """A linear (HF name, without `.weight`) as blocks in the source's row order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,8 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import read_json
 from qtool.convert.ggml import load_gguf
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.h, llama_token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _GPT2 = ("ByteLevel", True)
 _WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -91,32 +93,28 @@ def add_vocabulary(
     gguf = load_gguf()
     size = int(config["vocab_size"])
     model = tokenizer_json(folder, tokenizer).get("model", {})
-    if model and (model.get("type") != "BPE"):
-        raise QtoolError(f"{folder / 'tokenizer.json'}: a {model.get('type')} vocabulary cannot be written as GGUF.")
-    sentencepiece = not model or bool(model.get("byte_fallback"))
-    tokens, types = bpe_tokens(tokenizer, size, folder)
-    if sentencepiece:
-        vocabulary = gguf.LlamaHfVocab(folder)
-        found = list(vocabulary.all_tokens())
-        tokens = [text for text, _, _ in found] + [f"[PAD{i}]".encode() for i in range(len(found), size)]
-        types = [int(kind) for _, _, kind in found] + [UNUSED] * (size - len(found))
+    if model.get("type") != "BPE":
+        kind = model.get("type", "tokenizer without a")
+        raise QtoolError(f"{folder / 'tokenizer.json'}: a {kind} vocabulary cannot be written as GGUF.")
+    if model.get("byte_fallback"):
+        tokens, types, scores = sentencepiece_tokens(tokenizer, size, folder)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
-        writer.add_token_scores([score for _, score, _ in found] + [-10000.0] * (size - len(found)))
+        writer.add_token_scores(scores)
+        writer.add_add_space_prefix(_prepends_space(tokenizer_json(folder, tokenizer)))
     else:
+        tokens, types = bpe_tokens(tokenizer, size, folder)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or pre_tokenizer(folder, tokenizer))
         writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size).add_to_gguf(writer)
+    gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=size).add_to_gguf(writer)
 
 
 def bpe_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list[int]]:
     """(text of every id, its type), padded with unused tokens up to ``size``."""
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
-    if max(texts) >= size:
-        raise QtoolError(f"{folder}: the tokenizer has token {max(texts)}, config.json's vocab_size is {size}.")
+    texts = _texts(tokenizer, size, folder)
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for number in range(size):
@@ -132,6 +130,50 @@ def bpe_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list
             types.append(NORMAL)
         tokens.append(text)
     return tokens, types
+
+
+def sentencepiece_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list[int], list[float]]:
+    """(text of every id, its type, its score), padded up to ``size``, of a BPE vocabulary that falls back to bytes.
+
+    llama.cpp merges the neighbours whose joint text has the highest score, as SentencePiece does: the score of a text
+    is its place among tokenizer.json's merges, counted down.
+    """
+    merges = tokenizer_json(folder, tokenizer)["model"]["merges"]
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
+    texts, added = _texts(tokenizer, size, folder), tokenizer.added_tokens_decoder
+    tokens, types, scores = [], [], []
+    for number in range(size):
+        text = texts.get(number, f"[PAD{number}]")
+        if number not in texts:
+            kind = UNUSED
+        elif number == tokenizer.unk_token_id:
+            kind = UNKNOWN
+        elif _BYTE.fullmatch(text):
+            kind = BYTE
+        elif number in added:
+            kind = CONTROL if added[number].special or _looks_special(text) else USER_DEFINED
+            text = text.replace("\u2581", " ")
+        else:
+            kind = NORMAL
+        tokens.append(text)
+        types.append(kind)
+        scores.append(-float(ranks.get(text, len(merges) + number)) if kind == NORMAL else 0.0)
+    return tokens, types, scores
+
+
+def _prepends_space(raw: Mapping[str, Any]) -> bool:
+    """Whether a text is tokenized as if a space stood before it."""
+    text = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
+    return '"type": "Prepend"' in text or '"prepend_scheme": "always"' in text or '"prepend_scheme": "first"' in text
+
+
+def _texts(tokenizer: Any, size: int, folder: Path) -> dict[int, str]:
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    if max(texts) >= size:
+        raise QtoolError(f"{folder}: the tokenizer has token {max(texts)}, config.json's vocab_size is {size}.")
+    return texts
 
 
 def _looks_special(text: str) -> bool:

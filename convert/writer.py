@@ -166,6 +166,11 @@ def _header(names: Iterable[str], specs: Mapping[str, Spec]) -> tuple[bytes, dic
     return struct.pack("<Q", len(body)) + body, offsets, end
 
 
+def file_sizes(specs: Mapping[str, Spec], stem: str = "model", max_shard: int = MAX_SHARD_BYTES) -> dict[str, int]:
+    """Shard -> bytes that it will have on the disk, header included."""
+    return _Layout(specs, stem, max_shard).sizes
+
+
 def nbytes(spec: Spec) -> int:
     """Bytes of one tensor."""
     dtype, shape = spec

@@ -9,7 +9,8 @@ import sys
 import types
 from typing import Any
 
-from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate import script
+from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
 _MUTABLE = (list, dict, set, bytearray)
 
@@ -17,17 +18,20 @@ _MUTABLE = (list, dict, set, bytearray)
 def serve(calls: int, replies: int) -> None:
     """Load the program in the first frame of ``calls``, say ready, then answer calls until the pipe closes.
 
-    Frames in: ``{program, entry_point}``, then ``[args, kwargs]`` each. Frames out: ``{ready: True}`` or
+    Frames in: ``{program, entry_point, run}``, then ``[args, kwargs]`` each. Frames out: ``{ready: True}`` or
     ``{raised}`` once, then ``{value, changed}``, ``{raised: [builtin type name, message]}`` or ``{refused:
     why}`` for each call.
     """
     write_frame(replies, pack({"alive": True}))
-    data = read_frame(calls)
+    data = read_frame(calls, MAX_JOB)
     if data is None:
         return
     job = unpack(data)
     try:
-        function = _load(job["program"], job["entry_point"])
+        if job["run"] == "stdin":
+            function: Any = script.as_function(job["program"])
+        else:
+            function = _load(job["program"], job["entry_point"])
         reply: dict[str, Any] = {"ready": True}
     except BaseException as error:
         reply = {"raised": _describe(error)}
@@ -43,6 +47,9 @@ def _load(program: str, entry_point: str) -> Any:
     sys.modules["candidate"] = module
     exec(compile(program, "candidate.py", "exec"), module.__dict__)
     function = module.__dict__.get(entry_point)
+    if function is None and isinstance(solution := module.__dict__.get("Solution"), type):
+        # Contest sites ask for a method of a class of that name.
+        function = getattr(solution(), entry_point, None)
     if not callable(function):
         raise NameError(f"the program does not define {entry_point}")
     return function

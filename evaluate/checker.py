@@ -6,12 +6,13 @@ What comes back is decoded to plain builtin values (see wire), so a comparison i
 import builtins
 import linecache
 import os
+import select
 import traceback
 import types
 import warnings
 from typing import Any
 
-from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
 
 class CandidateLost(BaseException):
@@ -23,12 +24,14 @@ class BrokenTest(BaseException):
 
 
 class Candidate:
-    """Stands for the function under test: call it like the function."""
+    """Stands for the function under test: call it like the function. ``seconds`` bounds one call."""
 
-    def __init__(self, calls: int, replies: int) -> None:
+    def __init__(self, calls: int, replies: int, seconds: float | None = None) -> None:
         self._calls = calls
         self._replies = replies
+        self._seconds = seconds
         self.count = 0
+        self.late = False
         self.fault: str | None = None
 
     def wait_ready(self) -> None:
@@ -54,6 +57,9 @@ class Candidate:
             write_frame(self._calls, request)
         except OSError:
             raise self._lost("the candidate's process ended") from None
+        if self._seconds is not None and not select.select([self._replies], [], [], self._seconds)[0]:
+            self.late = True
+            raise self._lost(f"no answer to a call after {self._seconds:g} s")
         reply = self._receive()
         if "refused" in reply:
             raise self._lost(f"returned {str(reply['refused'])[:200]}")
@@ -96,8 +102,8 @@ class Candidate:
                 old.update(new)
 
 
-def judge(job: dict[str, str], candidate: Candidate) -> tuple[str, str]:
-    """("passed" | "failed" | "error", short reason) for ``job`` (keys test, entry_point, setup)."""
+def judge(job: dict[str, Any], candidate: Candidate) -> tuple[str, str]:
+    """("passed" | "failed" | "timeout" | "error", short reason) for ``job`` (keys test, entry_point, setup)."""
     module = types.ModuleType("test")
     space = module.__dict__
     _define_setup(job["setup"], space)
@@ -116,7 +122,7 @@ def judge(job: dict[str, str], candidate: Candidate) -> tuple[str, str]:
     except BrokenTest as error:
         return "error", str(error)
     except BaseException as error:
-        return "failed", candidate.fault or _reason(error)
+        return "timeout" if candidate.late else "failed", candidate.fault or reason_of(error)
     if candidate.fault is not None:
         return "failed", candidate.fault
     if candidate.count == 0:
@@ -150,7 +156,8 @@ def _exception(kind: type[Exception], message: str) -> Exception:
         return kind.__new__(kind)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The exception, and the test's line that it came from, in a line."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "test.py"]
     where = f" at `{lines[-1].line}`" if lines else ""
     try:
@@ -162,12 +169,13 @@ def _reason(error: BaseException) -> str:
 
 def main(test: int, calls: int, replies: int, verdict: int) -> None:
     """Read the job from ``test``, judge it, write one frame ``[outcome, detail]`` to ``verdict``."""
-    data = read_frame(test)
+    data = read_frame(test, MAX_JOB)
     if data is None:
         os._exit(1)
     warnings.simplefilter("ignore")
     try:
-        outcome = judge(unpack(data), Candidate(calls, replies))
+        job = unpack(data)
+        outcome = judge(job, Candidate(calls, replies, job["call_seconds"]))
     except BaseException as error:
         outcome = "error", f"the checker failed: {type(error).__name__}: {str(error)[:200]}"
     write_frame(verdict, pack([outcome[0], outcome[1][:600]]))

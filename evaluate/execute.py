@@ -6,69 +6,22 @@ hands out jobs, collects outcomes and replaces workers that stopped answering.
 """
 
 import functools
-import itertools
+import importlib.resources
 import os
 import queue
-import select
 import shutil
-import subprocess
-import sys
-import tempfile
+import sysconfig
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Self
 
 from qtool import QtoolError
-from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack
+from qtool.evaluate.cell import Kit
+from qtool.evaluate.process import START_SECONDS, Job, Outcome, Worker, WorkerLost
+from qtool.evaluate.wire import NotPlain
 
-OutcomeName = Literal["passed", "failed", "timeout", "error"]
+__all__ = ["TIERS", "Job", "Outcome", "Worker", "WorkerLost", "detect_sandbox", "run_programs"]
+
 TIERS = ("namespaces", "bubblewrap", "landlock")
-
-# Two hollow packages stand for the real ones, whose root imports click.
-_BOOT = """
-import sys, types
-for name in ("qtool", "qtool.evaluate"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [sys.argv[1]]
-from qtool.evaluate.worker import main
-main(sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
-"""
-_START_SECONDS = 30.0
-_GRACE_SECONDS = 10.0
-# User ids that candidates of a root user's run take; 65536 ids are what containers usually map.
-_FIRST_UID, _UIDS = 60_000, 5_000
-_worker_numbers = itertools.count(os.getpid())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One program to judge. ``test`` defines ``check(candidate)`` or holds bare asserts on ``entry_point``.
-
-    ``setup`` is trusted code that the test may use (the problem's prompt with its helper functions); it runs
-    in the checker, never in the candidate.
-    """
-
-    task_id: str
-    program: str
-    test: str
-    entry_point: str
-    setup: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the checker found. "error" is the sandbox's or the test's failure: neither right nor wrong."""
-
-    task_id: str
-    outcome: OutcomeName
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.outcome == "passed"
 
 
 def run_programs(
@@ -81,7 +34,8 @@ def run_programs(
 ) -> list[Outcome]:
     """Outcomes in the order of ``jobs``.
 
-    ``timeout``: wall seconds for one job. ``workers``: jobs at a time, default one for each core.
+    ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default
+    one for each core.
     ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
     (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
     the number of jobs done.
@@ -94,6 +48,9 @@ def run_programs(
     tier = _choose(sandbox)[0]
     if not jobs:
         return []
+    kit = kit_for(jobs)
+    if kit != Kit():
+        _try_kit(tier, kit)
     count = min(workers or _cores(), len(jobs))
     results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
     pending = iter(list(enumerate(jobs)))
@@ -104,7 +61,7 @@ def run_programs(
             return None if stop.is_set() else next(pending, None)
 
     threads = [
-        threading.Thread(target=_work, args=(tier, timeout, take, results, stop), daemon=True)
+        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop), daemon=True)
         for _ in range(count)
     ]
     outcomes: dict[int, Outcome] = {}
@@ -132,6 +89,42 @@ def detect_sandbox(sandbox: str = "auto") -> str:
     return _choose(sandbox)[1]
 
 
+def kit_for(jobs: Sequence[Job]) -> Kit:
+    """What the jobs need beyond a bare interpreter. Raises QtoolError (exit 3) if node is needed and not there."""
+    libraries = tuple(sorted({library for job in jobs for library in job.libraries}))
+    folders = tuple(sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})) if libraries else ()
+    if all(job.language == "python" for job in jobs):
+        return Kit(libraries, folders)
+    node = shutil.which("node")
+    if node is None:
+        raise QtoolError(
+            "judging JavaScript needs node, which is not installed. Install Node.js 18 or newer (Debian: apt install "
+            "nodejs), or leave the JavaScript task out.",
+            exit_code=3,
+        )
+    script = importlib.resources.files("qtool.evaluate").joinpath("data/sandbox.js").read_text(encoding="utf-8")
+    return Kit(libraries, folders, os.path.realpath(node), script)
+
+
+@functools.cache
+def _try_kit(tier: str, kit: Kit) -> None:
+    """Judge one right JavaScript program. Raises QtoolError (exit 3) where node does not run in the sandbox."""
+    if kit.node is None:
+        return
+    one = Job("probe", "function f(x) { return x + 1; }", "if (f(1) !== 2) throw Error();", "f", language="javascript")
+    try:
+        with Worker(tier, START_SECONDS, kit) as worker:
+            outcome = worker.judge(one)
+    except WorkerLost as error:
+        outcome = Outcome("probe", "error", str(error))
+    if not outcome.passed:
+        raise QtoolError(
+            f"{kit.node} does not run in the sandbox ({tier}: {outcome.outcome}, {outcome.detail}). Try another "
+            "version of Node.js, or leave the JavaScript task out.",
+            exit_code=3,
+        )
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -144,7 +137,7 @@ def _choose(sandbox: str) -> tuple[str, str]:
     reasons = []
     for tier in TIERS if sandbox == "auto" else (sandbox,):
         try:
-            with Worker(tier, _START_SECONDS) as worker:
+            with Worker(tier, START_SECONDS) as worker:
                 _probe(worker)
                 return tier, worker.description
         except WorkerLost as error:
@@ -157,124 +150,10 @@ def _choose(sandbox: str) -> tuple[str, str]:
     )
 
 
-class WorkerLost(Exception):
-    """The worker could not start, or stopped answering."""
-
-
-class Worker:
-    """One child program that judges one job at a time; a context manager that leaves no process behind."""
-
-    def __init__(self, tier: str, timeout: float) -> None:
-        self._timeout = timeout
-        self._folder = tempfile.mkdtemp(prefix="qtool-cell-")
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        try:
-            os.chmod(self._folder, 0o711)
-            self._process = subprocess.Popen(
-                self._command(tier),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env={"PYTHONHASHSEED": "0"},
-                cwd="/",
-                bufsize=0,
-                start_new_session=True,
-            )
-        except BaseException as error:
-            self._clean()
-            if isinstance(error, OSError):
-                raise WorkerLost(f"the worker cannot start ({error})") from error
-            raise
-        try:
-            greeting = self._answer(_START_SECONDS)
-            if not isinstance(greeting, dict) or "sandbox" not in greeting:
-                missing = greeting.get("missing") if isinstance(greeting, dict) else None
-                raise WorkerLost(str(missing or "the worker does not answer"))
-        except BaseException:
-            self.close()
-            raise
-        self.description: str = ("bubblewrap + " if tier == "bubblewrap" else "") + greeting["sandbox"]
-
-    def _command(self, tier: str) -> list[str]:
-        # Not -I but its parts without -E: the hash seed makes the order of sets the same in every run.
-        python = [sys.executable, "-s", "-P", "-S", "-B", "-c", _BOOT, str(Path(__file__).parent)]
-        uid = str(_FIRST_UID + next(_worker_numbers) % _UIDS)
-        if tier == "bubblewrap":
-            inside = [*python, "landlock", self._folder, uid, repr(self._timeout)]
-            return [*_bubblewrap(self._folder), *inside]
-        return [*python, tier, self._folder, uid, repr(self._timeout)]
-
-    def judge(self, job: Job) -> Outcome:
-        """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
-        program = pack({"program": job.program, "entry_point": job.entry_point})
-        question = pack({"test": job.test, "entry_point": job.entry_point, "setup": job.setup})
-        data = b"J" + b"".join(len(part).to_bytes(4, "big") + part for part in (program, question))
-        deadline = time.monotonic() + self._timeout + _GRACE_SECONDS
-        self._send(data, deadline)
-        answer = self._answer(deadline - time.monotonic())
-        if not (isinstance(answer, list) and len(answer) == 2):
-            raise WorkerLost("the worker answered nonsense")
-        # The detail quotes the candidate: no escape sequence reaches a terminal, no surrogate a file.
-        detail = "".join(letter if letter.isprintable() else " " for letter in answer[1])
-        return Outcome(job.task_id, answer[0], detail)
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        assert self._process.stdin is not None
-        fd = self._process.stdin.fileno()
-        os.set_blocking(fd, False)
-        view = memoryview(data)
-        while view:
-            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
-                raise WorkerLost("the worker does not read")
-            try:
-                view = view[os.write(fd, view) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise WorkerLost(f"the worker ended ({error.strerror})") from error
-
-    def _answer(self, seconds: float) -> object:
-        assert self._process.stdout is not None
-        fd = self._process.stdout.fileno()
-        if not select.select([fd], [], [], max(0.0, seconds))[0]:
-            raise WorkerLost("the worker does not answer")
-        try:
-            data = read_frame(fd, limit=8192)
-            answer: object = None if data is None else unpack(data)
-        except NotPlain as error:
-            raise WorkerLost(f"the worker answered {error}") from error
-        if data is None:
-            self._errors.seek(0)
-            last = self._errors.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
-            raise WorkerLost("the worker ended" + (f" ({last[-1][:300]})" if last else ""))
-        return answer
-
-    def close(self) -> None:
-        """End the worker and all in it: closing its input ends it, the kill is for one that is stuck."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        try:
-            self._process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._clean()
-
-    def _clean(self) -> None:
-        self._errors.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
 def _work(
     tier: str,
     timeout: float,
+    kit: Kit,
     take: Callable[[], tuple[int, Job] | None],
     results: "queue.SimpleQueue[tuple[int, Outcome | BaseException]]",
     stop: threading.Event,
@@ -289,7 +168,7 @@ def _work(
                 if stop.is_set():
                     break
                 try:
-                    worker = worker or Worker(tier, timeout)
+                    worker = worker or Worker(tier, timeout, kit)
                     outcome = worker.judge(job)
                     break
                 except (WorkerLost, NotPlain, OSError) as error:
@@ -317,17 +196,3 @@ def _probe(worker: Worker) -> None:
             raise WorkerLost(
                 f"a probe that should have {expected} ended with {outcome.outcome} ({outcome.detail})"
             )
-
-
-def _bubblewrap(folder: str) -> list[str]:
-    """bwrap's command line for a worker. Raises WorkerLost where it is not installed."""
-    program = shutil.which("bwrap")
-    if program is None:
-        raise WorkerLost("bwrap is not installed")
-    shown = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent, Path(__file__).parent]
-    shown += [Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
-    binds = itertools.chain.from_iterable(
-        ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
-    )
-    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    return [program, *options, "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--bind", folder, folder]

@@ -9,6 +9,7 @@ then in the bare text.
 import ast
 import re
 import warnings
+from collections.abc import Sequence
 
 # A line at column 0 that begins with one of these is no longer the body of the function asked for.
 _STOP = re.compile(
@@ -17,7 +18,7 @@ _STOP = re.compile(
 )
 _FENCE = re.compile(
     r"^[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)\n"
-    r"(?P<body>.*?)(?:^[ \t]*(?P=mark)[`~]*[ \t]*$|\Z)",
+    r"(?P<body>.*?)(?:^[ \t]*(?P<closed>(?P=mark)[`~]*)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 _THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
@@ -63,8 +64,8 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
     blocks, and the prompt's imports), a fenced body, bare code in the text, a bare body.
     A reply without code gives a program that does not define the function: it fails like any wrong answer.
     """
-    text = _SPECIAL.sub("", _without_thoughts(_newlines(reply)))
-    blocks = [(match["language"].strip().lower(), match["body"]) for match in _FENCE.finditer(text)]
+    text = without_thoughts(reply)
+    blocks = [(language, body) for language, body, _ in fenced(reply)]
     python = [body for language, body in blocks if language.split(" ")[0] in _PYTHON_WORDS]
     for sources in (python, [body for _, body in blocks]):
         full = [body for body in sources if _defines(body, entry_point)]
@@ -82,6 +83,54 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
     # Nothing that defines the function: the longest block, so that the failure shows what was said.
     fallback = max(python or [body for _, body in blocks] or [text], key=len)
     return fallback.strip("\n") + "\n"
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """``text`` up to the first of the stop sequences that occurs in it, line ends made ``\\n`` first."""
+    text = _newlines(text)
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def without_examples(program: str) -> str:
+    """``program`` without what only shows or tries it at column 0: asserts, calls, a main guard (as EvalPlus does)."""
+    tree = _parses(program)
+    if tree is None:
+        return program
+
+    def shows(node: ast.stmt) -> bool:
+        guard = isinstance(node, ast.If) and "__name__" in _names(node.test)
+        return guard or isinstance(node, (ast.Assert, ast.Expr))
+
+    if not any(shows(node) for node in tree.body):
+        return program
+    tree.body = [node for node in tree.body if not shows(node)]
+    return ast.unparse(tree) + "\n"
+
+
+def last_block(reply: str) -> str | None:
+    """The body of the last fenced block that is not empty (thoughts left out); None without one."""
+    bodies = [body for _, body, _ in fenced(reply) if body.strip()]
+    return bodies[-1] if bodies else None
+
+
+def fenced(reply: str) -> list[tuple[str, str, bool]]:
+    """(language in lower case, body, whether it is closed) of the fenced blocks outside the model's thoughts."""
+    return [
+        (match["language"].strip().lower(), match["body"], match["closed"] is not None)
+        for match in _FENCE.finditer(without_thoughts(reply))
+    ]
+
+
+def answered(reply: str, entry_point: str | None) -> bool:
+    """Whether a closed block holds the answer: one that names ``entry_point`` as what it defines (None: any)."""
+    name = re.escape(entry_point or "")
+    header = re.compile(rf"\b(?:def|class|function|const|let|var)\s+{name}\b|\b{name}\s*=")
+    return any(closed and (entry_point is None or header.search(body)) for _, body, closed in fenced(reply))
+
+
+def without_thoughts(reply: str) -> str:
+    """``reply`` without the model's thoughts and special tokens, line ends made ``\\n``."""
+    return _SPECIAL.sub("", _without_thoughts(_newlines(reply)))
 
 
 def _newlines(text: str) -> str:

@@ -1,60 +1,91 @@
 """How far a quantized model's next-token distribution moved from its source's, on held-out text.
 
-KL(source || quantized) in nats per token, over the source's ``TOP`` most likely tokens plus one bucket for the rest:
-a lower bound of the full divergence (exact when the vocabulary is no larger), whose storage does not grow with it.
+KL(source || quantized) in nats per token. The source runs once; kept at each position are its likeliest tokens, on
+disk, for all artifacts. KL over those tokens plus one bucket for the rest never exceeds the full divergence (the
+data-processing inequality); where the vocabulary is no larger than what is kept, it is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-TOP = 2048
+from qtool import QtoolError
+from qtool.convert.checkpoint import TensorStream
+
+TOP = 2048  # tokens kept at a position
+BUDGET = 2**30  # bytes on disk for one reference: fewer are kept where TOP would need more
+CHUNK = 512  # positions whose logits exist at a time; longer windows go through a key/value cache
+BINS = 64  # of kl_by_position
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The source's distribution at each position: ``tokens`` int32, ``logprobs`` float32 ``[windows, length, top]``."""
+    """The source's distributions in ``folder``, a file a chunk, mapped into memory when read: ``logprobs`` float32
+    ``[positions, kept]``, falling, with ``tokens`` int32; or, exact, ``[positions, vocabulary]`` in its own order."""
 
-    tokens: Tensor
-    logprobs: Tensor
+    folder: Path
 
-    def save(self, path: Path) -> None:
-        save_file({"tokens": self.tokens, "logprobs": self.logprobs}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Reference:
-        data = load_file(path)
-        return cls(data["tokens"], data["logprobs"])
+    def chunk(self, window: int, start: int) -> tuple[Tensor | None, Tensor]:
+        """(tokens, or None for the whole vocabulary; log-probabilities) of the chunk at ``start``."""
+        with safe_open(self.folder / _file(window, start), framework="pt") as file:
+            names = file.keys()
+            return file.get_tensor("tokens") if "tokens" in names else None, file.get_tensor("logprobs")
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means for each window, and quantiles of the KL over all tokens."""
+    """Means for each window, quantiles over all tokens, and the mean KL of each bin of ``position_bin`` positions.
+    ``kept``: source tokens at a position; 0 = all, exact."""
 
     nll: list[float]
     kl: list[float]
     top1: list[float]
     kl_p95: float
     kl_p999: float
+    kl_by_position: list[float]
+    position_bin: int
+    kept: int
+
+
+def kept_tokens(vocabulary: int, positions: int) -> int:
+    """How many tokens a reference of ``positions`` keeps at each: all of a small vocabulary, else TOP, less where
+    BUDGET (8 bytes each) demands it, never under 64."""
+    if vocabulary <= TOP and 4 * vocabulary * positions <= BUDGET:
+        return vocabulary
+    return min(vocabulary, TOP, max(64, BUDGET // (8 * positions)))
 
 
 @torch.inference_mode()
-def reference(model: nn.Module, windows: Tensor, progress: Callable[[], None] = lambda: None) -> Reference:
-    """Run the source once; every artifact is compared with what is kept here. ``windows`` int64 ``[n, length]``."""
-    tokens, logprobs = [], []
-    for window in windows:
-        logs = _logprobs(model, window)
-        top = logs.topk(min(TOP, logs.shape[-1]), dim=-1)
-        tokens.append(top.indices.to(torch.int32).cpu())
-        logprobs.append(top.values.cpu())
+def make_reference(
+    model: nn.Module, windows: Tensor, folder: Path, progress: Callable[[], None] = lambda: None,
+    kept: int | None = None,
+) -> Reference:  # fmt: skip
+    """Run the source over ``windows`` int64 ``[n, length]``; ``folder`` is whole or absent."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, window in enumerate(windows):
+        for start, logs in _logprobs(model, window):
+            count = kept or kept_tokens(logs.shape[-1], windows.numel())
+            if count >= logs.shape[-1]:
+                save_file({"logprobs": logs.cpu()}, partial / _file(number, start))
+                continue
+            top = logs.topk(count, dim=-1)
+            tensors = {"tokens": top.indices.to(torch.int32).cpu(), "logprobs": top.values.cpu()}
+            save_file(tensors, partial / _file(number, start))
         progress()
-    return Reference(torch.stack(tokens), torch.stack(logprobs))
+    partial.rename(folder)
+    return Reference(folder)
 
 
 @torch.inference_mode()
@@ -62,19 +93,75 @@ def diverge(
     model: nn.Module, windows: Tensor, source: Reference, progress: Callable[[], None] = lambda: None
 ) -> Divergence:
     """Perplexity (as mean negative log-likelihood), KL to the source and top-1 agreement of ``model``."""
-    nll, kl, top1, every = [], [], [], []
+    length = windows.shape[1]
+    nll, top1, kept = [], [], 0
+    every = torch.empty(windows.shape)
     for number, window in enumerate(windows):
-        logs = _logprobs(model, window)
-        targets = window[1:].to(logs.device).unsqueeze(1)
-        nll.append(float(-logs[:-1].gather(1, targets).mean()))
-        index = source.tokens[number].to(logs.device, torch.int64)
-        divergence = bucketed_kl(source.logprobs[number].to(logs.device), logs.gather(1, index))
-        every.append(divergence.cpu())
-        kl.append(float(divergence.mean()))
-        top1.append(float((logs.argmax(-1) == index[:, 0]).float().mean()))
+        loss, agreed = 0.0, 0
+        for start, logs in _logprobs(model, window):
+            end = start + len(logs)
+            targets = window[start + 1 : end + 1].to(logs.device).unsqueeze(1)
+            loss -= float(logs[: len(targets)].gather(1, targets).sum(dtype=torch.float64))
+            tokens, p_log = source.chunk(number, start)
+            every[number, start:end], best = _compare(tokens, p_log, logs)
+            agreed += int((logs.argmax(-1).cpu() == best).sum())
+            kept = 0 if tokens is None else tokens.shape[1]
+        nll.append(loss / (length - 1))
+        top1.append(agreed / length)
         progress()
-    flat = torch.cat(every)
-    return Divergence(nll, kl, top1, _quantile(flat, 0.95), _quantile(flat, 0.999))
+    size = -(-length // BINS)
+    means = every.double().mean(0)
+    return Divergence(
+        nll, every.double().mean(1).tolist(), top1, _quantile(every.flatten(), 0.95), _quantile(every.flatten(), 0.999),
+        [float(part.mean()) for part in means.split(size)], size, kept,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def diverge_by_layer(
+    model: nn.Module, prefix: str, stream: TensorStream, windows: Tensor, source: Reference,
+    progress: Callable[[], None] = lambda: None,
+) -> list[float]:  # fmt: skip
+    """Mean KL with one layer at a time replaced by the artifact's. ``model`` holds the source and holds it again
+    afterwards; ``stream`` is the artifact's: beside the model only the layers that it has not completed are in memory.
+    A layer's scales must be folded into that layer alone. Raises QtoolError where the stream lacks a layer."""
+    layers: Any = model.get_submodule(prefix.rstrip("."))
+    found: dict[int, float] = {}
+    for index, state in _layers(stream, prefix, layers):
+        layer = layers[index]
+        original = dict(layer.state_dict())
+        layer.load_state_dict({n: t.to(original[n].device, original[n].dtype) for n, t in state.items()}, assign=True)
+        total = 0.0
+        for number, window in enumerate(windows):
+            for start, logs in _logprobs(model, window):
+                tokens, p_log = source.chunk(number, start)
+                total += float(_compare(tokens, p_log, logs)[0].double().sum())
+        found[index] = total / windows.numel()
+        layer.load_state_dict(original, assign=True)
+        progress()
+    if len(found) != len(layers):
+        raise QtoolError(f"the artifact lacks layer {next(i for i in range(len(layers)) if i not in found)}.")
+    return [found[index] for index in range(len(layers))]
+
+
+def _layers(stream: TensorStream, prefix: str, layers: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Each layer of the stream as soon as it is complete."""
+    growing: dict[int, dict[str, Tensor]] = {}
+    inside = ((name.removeprefix(prefix), tensor) for name, tensor in stream if name.startswith(prefix))
+    for number, group in groupby(inside, key=lambda item: int(item[0].split(".", 1)[0])):
+        growing.setdefault(number, {}).update((name.split(".", 1)[1], tensor) for name, tensor in group)
+        if set(growing[number]) >= set(layers[number].state_dict()):
+            state = growing.pop(number)
+            yield number, {name: state[name] for name in layers[number].state_dict()}
+
+
+def _compare(tokens: Tensor | None, p_log: Tensor, q_log: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL at each position, the source's likeliest token), on the CPU."""
+    p_log = p_log.to(q_log.device)
+    if tokens is None:
+        return (p_log.exp() * (p_log - q_log)).sum(-1).clamp_min(0).cpu(), p_log.argmax(-1).cpu()
+    index = tokens.to(q_log.device, torch.int64)
+    return bucketed_kl(p_log, q_log.gather(1, index)).cpu(), tokens[:, 0].to(torch.int64)
 
 
 def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
@@ -87,10 +174,24 @@ def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return (listed + rest).clamp_min(0)
 
 
-def _logprobs(model: nn.Module, window: Tensor) -> Tensor:
+def _logprobs(model: nn.Module, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it."""
     device = next(model.parameters()).device
-    logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1)
+    if len(window) <= CHUNK:
+        logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0]
+        yield 0, torch.log_softmax(logits.float(), dim=-1)
+        return
+    from qtool.evaluate.cache import make_cache
+
+    cache = make_cache(model.config)
+    for start in range(0, len(window), CHUNK):
+        part = window[start : start + CHUNK].unsqueeze(0).to(device)
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+        yield start, torch.log_softmax(logits.float(), dim=-1)
+
+
+def _file(window: int, start: int) -> str:
+    return f"{window:05}-{start:07}.safetensors"
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -11,11 +11,12 @@ import resource
 import struct
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.evaluate.seccomp import install
 
-MEMORY_LIMIT = 2**30
+GIB = 2**30
 FILE_LIMIT = 16 * 2**20
 TMP_SIZE = "32m"
 INSIDE_ID = 1000
@@ -30,7 +31,23 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 38, 36
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 # The three Landlock calls have one number on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_READ = 0b1100
+_EXECUTE, _READ_FILE, _READ = 0b1, 0b100, 0b1100
+
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of address space, and of it writable private memory."""
+
+    address_space: int
+    data: int | None = None
+
+
+PLAIN = Limits(GIB)
+# numpy, pandas and the like map libraries and thread stacks before they compute anything.
+LIBRARIES = Limits(4 * GIB, 2 * GIB)
+# V8 reserves address space that it never touches: what counts is what it may write to.
+NODE = Limits(8 * GIB, GIB)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -61,17 +78,21 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 def standard_library() -> list[Path]:
     """The folders a bare interpreter reads: its standard library and the system's shared libraries."""
     stdlib = Path(os.__file__).parent
-    wanted = [stdlib, Path(sysconfig.get_path("platstdlib")), Path(sys.base_prefix, "lib")]
-    wanted += [Path("/lib"), Path("/lib64"), Path("/usr/lib"), Path("/usr/lib64")]
+    wanted = [stdlib, Path(sysconfig.get_path("platstdlib")), Path(sys.base_prefix, "lib"), *system_libraries()]
     # Outer folders first: what lies inside one needs no mount of its own.
     return sorted({path for path in wanted if path.is_dir()}, key=lambda path: (len(path.parts), path))
 
 
-def enter_namespaces(root: str) -> None:
+def system_libraries() -> list[Path]:
+    """Where the system keeps shared libraries and the dynamic loader."""
+    return [path for path in map(Path, ("/lib", "/lib64", "/usr/lib", "/usr/lib64")) if path.is_dir()]
+
+
+def enter_namespaces(root: str, shown: list[Path]) -> None:
     """Leave the machine: own user (unless root), mount, net, ipc, uts namespaces, a root without its files.
 
-    ``root`` is an empty folder that becomes ``/``: a read-only tmpfs holding the standard library (bound
-    read-only) and an empty ``/tmp``. Processes forked afterwards are in a PID namespace of their own.
+    ``root`` is an empty folder that becomes ``/``: a read-only tmpfs holding ``shown`` (folders and files, bound
+    read-only, outer ones first) and an empty ``/tmp``. Processes forked afterwards are in a PID namespace of their own.
     """
     if os.geteuid() != 0:
         uid, gid = os.geteuid(), os.getegid()
@@ -83,8 +104,8 @@ def enter_namespaces(root: str) -> None:
     _unshare(_NEWNS | _NEWNET | _NEWIPC | _NEWUTS | _NEWPID, "mount, net, ipc, uts, pid")
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
-    for folder in standard_library():
-        _bind(folder, Path(root + str(folder)))
+    for path in shown:
+        _bind(path, Path(root + str(path)))
     Path(root, "tmp").mkdir(exist_ok=True)
     os.chdir(root)
     here = ctypes.c_char_p(b".")
@@ -99,7 +120,11 @@ def enter_namespaces(root: str) -> None:
 def _bind(source: Path, target: Path) -> None:
     if target.exists():
         return
-    target.mkdir(parents=True)
+    if source.is_dir():
+        target.mkdir(parents=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
     _mount(str(source), str(target), None, _MS_BIND | _MS_REC)
     flags = os.statvfs(source).f_flag
     # Inside a user namespace a remount may add restrictions but not drop those the mount has.
@@ -130,10 +155,10 @@ def hide() -> None:
         _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def limit_resources(seconds: float, threads: int | None) -> None:
-    """Limits on address space, CPU, file size, open files, core dumps; ``threads`` does not bind root."""
+def limit_resources(seconds: float, threads: int | None, memory: Limits = PLAIN) -> None:
+    """Limits on memory, CPU, file size, open files, core dumps; ``threads`` does not bind root."""
     limits = [
-        ("RLIMIT_AS", MEMORY_LIMIT),
+        ("RLIMIT_AS", memory.address_space),
         ("RLIMIT_CPU", int(seconds) + 2),
         ("RLIMIT_FSIZE", FILE_LIMIT),
         ("RLIMIT_NOFILE", 64),
@@ -141,6 +166,8 @@ def limit_resources(seconds: float, threads: int | None) -> None:
         ("RLIMIT_MEMLOCK", 0),
         ("RLIMIT_MSGQUEUE", 0),
     ]
+    if memory.data is not None:
+        limits.append(("RLIMIT_DATA", memory.data))
     if threads is not None:
         limits.append(("RLIMIT_NPROC", threads))
     for name, value in limits:
@@ -180,7 +207,7 @@ def landlock_version() -> int:
     return max(0, int(result))
 
 
-def landlock(readable: list[Path], writable: list[Path]) -> None:
+def landlock(readable: list[Path], writable: list[Path], executable: list[Path]) -> None:
     """No file but these, no TCP, no signal or abstract socket to others, as far as the ABI goes."""
     version = landlock_version()
     files = 0x1FFF | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
@@ -190,8 +217,10 @@ def landlock(readable: list[Path], writable: list[Path]) -> None:
     ruleset = _check(
         _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset"
     )
+    grants = [(path, _READ if path.is_dir() else _READ_FILE) for path in readable]
+    grants += [(path, _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
     # Making device nodes is never granted.
-    grants = [(path, _READ) for path in readable] + [(path, files & ~(1 << 6 | 1 << 11)) for path in writable]
+    grants += [(path, files & ~(1 << 6 | 1 << 11)) for path in writable]
     for path, allowed in grants:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", allowed, fd)
@@ -205,6 +234,9 @@ def landlock(readable: list[Path], writable: list[Path]) -> None:
     os.close(ruleset)
 
 
-def forbid_calls() -> None:
-    """Only the system calls a single, unconnected process needs (see seccomp); the rest fail with EPERM."""
-    install(_libc)
+def forbid_calls(execute: bool = False) -> None:
+    """Only the system calls a single, unconnected process needs (see seccomp); the rest fail with EPERM.
+
+    With ``execute`` the process may still replace itself by another program, which keeps all limits.
+    """
+    install(_libc, execute)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
 from qtool.evaluate import served
+from qtool.evaluate.engines import package_versions
 
 INSTALL = "pip install 'qtool-llm[gguf]'"
 
@@ -64,19 +65,11 @@ def token_difference(file: Path, tokenizer: Any) -> str | None:
     return None
 
 
-def generate(
-    file: Path,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    finished: Callable[[str], bool],
-    on_text: Callable[[int, str], None],
-) -> None:
-    """Greedy continuations of token ids, as `served.generate` gives them."""
-    context = max(map(len, prompts)) + max_new_tokens
-    with serve(file, context, batch_size) as url:
-        served.generate(
-            url, file.stem, prompts, max_new_tokens=max_new_tokens, concurrency=batch_size, finished=finished,
-            on_text=on_text,
+@contextmanager
+def open_engine(file: Path, tokenizer: Any, context: int, slots: int, dtype: str) -> Iterator[served.ServedEngine]:
+    """The engine for a .gguf file, fed with ``tokenizer``'s ids; ``context`` and ``slots`` as for `serve`."""
+    with serve(file, context, slots) as url:
+        yield served.ServedEngine(
+            url, file.stem, name="llama.cpp", version=package_versions("xllamacpp"), dtype=dtype, device="cpu",
+            tokenizer=tokenizer,
         )  # fmt: skip

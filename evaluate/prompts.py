@@ -1,15 +1,34 @@
-"""How a problem is put to a model, and how its answer becomes a program: completion or chat."""
+"""How a problem is put to a model, and how its answer becomes a program: completion or chat.
+
+Wording, stop sequences and extraction are each benchmark's own where it publishes them (docs/tasks.md has the table):
+EvalPlus' codegen.py and provider/utility.py for HumanEval+, MBPP and MBPP+ (MBPP's completion prompt, a docstring with
+one assert, is also bigcode-evaluation-harness'); BigCodeBench's generate.py (complete and instruct); LiveCodeBench's
+prompts/code_generation.py and utils/extraction_utils.py; MultiPL-E's stop tokens. HumanEval and MultiPL-E publish no
+chat prompt: those are qtool's.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from qtool.evaluate.extract import program_from_chat, program_from_completion, stop_at_end_of_function
-from qtool.evaluate.tasks import Problem
+from qtool.evaluate.extract import (
+    answered,
+    cut,
+    last_block,
+    program_from_chat,
+    program_from_completion,
+    stop_at_end_of_function,
+    without_examples,
+    without_thoughts,
+)
+from qtool.evaluate.extract_javascript import program_from_javascript_chat
+from qtool.evaluate.livecodebench import IMPORTS
+from qtool.evaluate.problems import Problem
 
 Style = Literal["completion", "chat"]
 CHAT = (
-    "Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{prompt}```"
+    "Complete this {language} function. Answer with the whole function in one {language} code block.\n\n"
+    "```{fence}\n{prompt}```"
 )
 
 
@@ -20,26 +39,59 @@ def choose_style(asked: str, tokenizer: Any) -> Style:
     return "chat" if asked == "chat" else "completion"
 
 
+def messages(problem: Problem) -> list[dict[str, str]]:
+    """The conversation that asks a chat model. One user message: not every template has a place for a system's."""
+    if problem.instruction:
+        return [{"role": "user", "content": problem.instruction}]
+    language = "JavaScript" if problem.language == "javascript" else "Python"
+    content = CHAT.format(language=language, fence=language.lower(), prompt=problem.prompt)
+    return [{"role": "user", "content": content}]
+
+
 def render(problem: Problem, style: Style, tokenizer: Any) -> str:
     """The exact text the model continues."""
     if style == "completion":
         bos = tokenizer.bos_token or ""
         starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] if bos else False
         return (bos if starts else "") + problem.prompt
-    messages = [{"role": "user", "content": CHAT.format(prompt=problem.prompt)}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(messages(problem), tokenize=False, add_generation_prompt=True)
     return text
 
 
-def finished(text: str, style: Style) -> bool:
-    """Whether nothing that follows can still belong to the answer."""
+def finished(text: str, style: Style, problem: Problem | None = None) -> bool:
+    """Whether nothing that follows can still belong to the answer to ``problem`` (None: to some Python function)."""
     if style == "chat":
-        return text.count("```") >= 2
+        if problem is not None and problem.format == "livecodebench":
+            return False  # its answer is the last block there is
+        return answered(text, problem.entry_point if problem else None)
+    if problem is not None and problem.format not in ("humaneval", "bigcodebench"):
+        return any(stop in text for stop in problem.stop)
     return len(stop_at_end_of_function(text)) < len(text.rstrip("\n"))
 
 
 def program(problem: Problem, text: str, style: Style) -> str:
     """The program that is judged."""
-    if style == "chat":
-        return program_from_chat(text, problem.prompt, problem.entry_point)
-    return program_from_completion(problem.prompt, text, problem.entry_point)
+    made = _from_chat(problem, text) if style == "chat" else _from_completion(problem, text)
+    if problem.format == "livecodebench":
+        return IMPORTS + made
+    return f"{problem.setup}\n{made}" if problem.format == "bigcodebench" else made
+
+
+def _from_completion(problem: Problem, text: str) -> str:
+    if problem.format in ("humaneval", "bigcodebench"):
+        return program_from_completion(problem.prompt, text, problem.entry_point)
+    answer = cut(text, problem.stop)
+    if problem.format == "livecodebench":
+        # The prompt is prose: the answer is the program, fenced or not.
+        return (last_block(answer) or answer).strip() + "\n"
+    return problem.prompt + answer.rstrip("\n") + "\n"
+
+
+def _from_chat(problem: Problem, text: str) -> str:
+    if problem.language == "javascript":
+        return program_from_javascript_chat(text, problem.prompt, problem.entry_point)
+    if problem.format == "livecodebench":
+        return (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
+    above = problem.setup if problem.format == "bigcodebench" else problem.prompt
+    made = program_from_chat(text, above, problem.entry_point)
+    return without_examples(made) if problem.instruction else made

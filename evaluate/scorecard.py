@@ -11,7 +11,7 @@ Outcome = Literal["passed", "failed", "timeout", "error"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Settings(_Record):
@@ -57,6 +57,9 @@ class TaskScore(_Record):
     digest: str
     settings: Settings
     sandbox: str
+    source: str = ""  # where the problems came from
+    left_out: dict[str, str] = {}  # the benchmark's problems that were not asked, and why
+    in_process: int = 0  # problems whose program shared a process with its test, and so could have cheated it
     seconds: float
     outcomes: dict[str, ProblemOutcome]
     samples: int = 1
@@ -136,7 +139,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - missed
 
 
-def save(path: Path, score: TaskScore | FidelityScore) -> None:
+def save(path: Path, score: BaseModel) -> None:
     """Write beside, then rename: a score is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -52,6 +52,7 @@ _CLONE = {"x86_64": 56, "aarch64": 220}
 _SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
 _SENDTO = {"x86_64": 44, "aarch64": 206}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
+_EXECVE = {"x86_64": 59, "aarch64": 221}
 _CLONE3 = 435
 
 
@@ -60,9 +61,12 @@ def available() -> bool:
     return os.uname().machine in _ALLOWED
 
 
-def install(libc: Any) -> None:
-    """Install the filter for this process, for good. no_new_privs must be set. Raises OSError."""
-    code = _program(os.uname().machine)
+def install(libc: Any, execute: bool = False) -> None:
+    """Install the filter for this process, for good. no_new_privs must be set. Raises OSError.
+
+    ``execute`` allows execve, for a process that is yet to become node: fork stays refused, so there is no other.
+    """
+    code = _program(os.uname().machine, execute)
     instructions = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: a count and a pointer, with the compiler's padding between them.
     program = struct.pack("HP", len(code) // 8, ctypes.addressof(instructions))
@@ -72,9 +76,10 @@ def install(libc: Any) -> None:
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
-def _program(machine: str) -> bytes:
+def _program(machine: str, execute: bool) -> bytes:
     """BPF: jt and jf are the instructions to skip when the comparison holds or not."""
     architecture, ranges = _ALLOWED[machine]
+    ranges = ranges + [(_EXECVE[machine], _EXECVE[machine])] * execute
     refuse = _op(_RETURN, _ERRNO | _EPERM)
     allow = _op(_RETURN, _ALLOW)
     code = [_op(_LOAD, _AT_ARCHITECTURE), _op(_EQUAL, architecture, 1, 0), refuse]

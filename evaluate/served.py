@@ -1,56 +1,133 @@
-"""The `openai` engine: greedy completions from any OpenAI-compatible server (llama-server, vLLM, SGLang, Ollama)."""
+"""The engine `openai`: any OpenAI-compatible server (vLLM, SGLang, llama-server, Ollama), streamed and in parallel.
+
+API: https://platform.openai.com/docs/api-reference (completions, chat, models), as those servers implement it.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from qtool import QtoolError
+from qtool.evaluate.engines import Completion, Decoding, Request
 
 TIMEOUT = 600.0  # seconds without a byte from the server
+RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the server names one
+RETRY_WAIT = 0.5
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-def generate(
-    base_url: str,
-    model: str,
-    prompts: Sequence[str | list[int]],
-    *,
-    max_new_tokens: int,
-    concurrency: int,
-    finished: Callable[[str], bool],
-    on_text: Callable[[int, str], None],
-    api_key: str | None = None,
-) -> None:
-    """Greedy continuations of ``prompts`` (text, or token ids where the server takes them), ``concurrency`` at a time:
-    ``on_text(index, text)`` as each is done. ``base_url`` ends before ``/completions``, as in OpenAI's own clients.
+class _Broken(Exception):
+    """The connection broke or the server is busy: worth another attempt. ``wait``: seconds the server asked for."""
 
-    Raises QtoolError (exit 3) saying what the server answered.
-    """
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
 
-    def one(index: int) -> tuple[int, str]:
-        request = {"model": model, "prompt": prompts[index], "max_tokens": max_new_tokens, "temperature": 0}
-        text = ""
-        for piece in _stream(f"{base_url.rstrip('/')}/completions", request, api_key):
-            text += piece
-            if finished(text):
-                break
-        return index, text
 
-    with ThreadPoolExecutor(max_workers=concurrency) as pool:
-        for index, text in pool.map(one, range(len(prompts))):
-            on_text(index, text)
+@dataclass(frozen=True)
+class ServedEngine:
+    """``model`` at ``base_url``, which ends before ``/completions`` as in OpenAI's own clients. ``api_key`` goes into
+    the Authorization header and nowhere else. ``encode`` turns a prompt into token ids for servers that take them."""
+
+    base_url: str
+    model: str
+    name: str = "openai"
+    version: str = ""
+    dtype: str = "as served"
+    device: str = "server"
+    api_key: str | None = field(default=None, repr=False)
+    tokenizer: Any = None
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
+        """``decoding.batch_size`` requests at a time. A request with messages goes to ``/chat/completions``. Raises
+        QtoolError (exit 3) saying what the server answered; what came before is the caller's."""
+        waiting = iter([index for index in range(len(requests)) if index not in done])
+        with ThreadPoolExecutor(max_workers=decoding.batch_size) as pool:
+            running: set[Future[Completion]] = set()
+            try:
+                while True:
+                    while len(running) < decoding.batch_size and (index := next(waiting, None)) is not None:
+                        running.add(pool.submit(self._one, index, requests[index], decoding))
+                    if not running:
+                        return
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        yield future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _one(self, index: int, request: Request, decoding: Decoding) -> Completion:
+        body: dict[str, Any] = {"model": self.model, "max_tokens": decoding.max_new_tokens, "stream": True}
+        body |= {"temperature": decoding.temperature}
+        if decoding.temperature > 0:
+            body |= {"top_p": decoding.top_p, "seed": request.seed}
+        if request.messages:
+            body["messages"], path = list(request.messages), "chat/completions"
+        else:
+            body["prompt"], path = request.prompt, "completions"
+            if self.tokenizer is not None:
+                body["prompt"] = self.tokenizer(request.prompt, add_special_tokens=False).input_ids
+        url = f"{self.base_url.rstrip('/')}/{path}"
+        for attempt in range(RETRIES + 1):
+            text = ""
+            try:
+                for piece in _stream(url, body, self.api_key):
+                    text += piece
+                    if request.finished(text):
+                        break
+                return index, text
+            except _Broken as error:
+                if attempt == RETRIES:
+                    raise QtoolError(f"{url}: {error}, {RETRIES + 1} times. Is the server running?", 3) from error
+                time.sleep(error.wait if error.wait is not None else RETRY_WAIT * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+def connect(base_url: str, model: str | None) -> ServedEngine:
+    """The engine for a server, after asking which models it has: the only one where ``model`` is None. The key is
+    OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise QtoolError(f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1.")
+    if parts.username or parts.password:
+        raise QtoolError(f"--base-url: a key does not belong into the address. Set {KEY_VARIABLE} instead.")
+    key = os.environ.get(KEY_VARIABLE) or None
+    try:
+        with _open(f"{base_url.rstrip('/')}/models", None, key) as answer:
+            listed = json.load(answer).get("data") or []
+            software = answer.headers.get("Server") or ""
+    except _Broken as error:
+        raise QtoolError(f"{base_url}/models: {error}. Is the server running?", exit_code=3) from error
+    except (ValueError, AttributeError) as error:
+        raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
+    names = [str(entry["id"]) for entry in listed]
+    if model is None and len(names) != 1:
+        raise QtoolError(f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one as MODEL.")
+    if model is not None and names and model not in names:
+        raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
+    owner = next((str(entry.get("owned_by") or "") for entry in listed if entry["id"] == (model or names[0])), "")
+    version = ", ".join(part for part in (owner, software) if part)
+    return ServedEngine(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
 
 
 def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
     """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    with _open(f"{base_url.rstrip('/')}/completions", request, None) as answer:
-        found: dict[str, Any] = json.load(answer)
+    found = _ask(f"{base_url.rstrip('/')}/completions", request)
     first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
@@ -58,32 +135,73 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
 def tokenize(base_url: str, text: str) -> list[int]:
     """llama-server only: token ids of ``text``, special tokens recognized, none added."""
     url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
-    with _open(url, {"content": text, "add_special": False, "parse_special": True}, None) as answer:
-        ids: list[int] = json.load(answer)["tokens"]
+    ids: list[int] = _ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
     return ids
 
 
-def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[str]:
-    """Text pieces of a streamed completion (server-sent events)."""
-    with _open(url, request | {"stream": True}, api_key) as answer:
-        for line in answer:
-            data = line.decode().strip()
-            if not data.startswith("data:") or data == "data: [DONE]":
-                continue
-            event = json.loads(data.removeprefix("data:"))
-            if "error" in event:
-                raise QtoolError(f"{url}: {event['error']}", exit_code=3)
-            if event.get("choices"):
-                yield event["choices"][0].get("text") or ""
-
-
-def _open(url: str, request: dict[str, Any], api_key: str | None) -> Any:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    body = json.dumps(request).encode()
+def _ask(url: str, request: dict[str, Any]) -> Any:
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
+        with _open(url, request, None) as answer:
+            return json.load(answer)
+    except _Broken as error:
+        raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
+
+
+def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[str]:
+    """Text pieces of a streamed completion (server-sent events). A stream that ends without its end mark is broken:
+    half an answer is no answer."""
+    ended = False
+    try:
+        with _open(url, request, api_key) as answer:
+            for line in answer:
+                data = line.decode().strip()
+                if not data.startswith("data:"):
+                    continue
+                data = data.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                event = json.loads(data)
+                if "error" in event:
+                    raise QtoolError(f"{url}: {_hide(str(event['error'])[:500], api_key)}", exit_code=3)
+                for choice in event.get("choices") or []:
+                    ended = ended or choice.get("finish_reason") is not None
+                    yield choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _Broken(f"the answer broke off ({type(error).__name__})") from error
+    if not ended:
+        raise _Broken("the answer broke off")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    body = None if request is None else json.dumps(request).encode()
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        return opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        said = error.read(500).decode(errors="replace")
-        raise QtoolError(f"{url}: the server answered {error.code}: {said}", exit_code=3) from error
-    except (urllib.error.URLError, OSError) as error:
-        raise QtoolError(f"{url}: no answer ({error}). Is the server running?", exit_code=3) from error
+        said = _hide(error.read(500).decode(errors="replace"), api_key)
+        if error.code in RETRIED:
+            raise _Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
+        hint = f" Set {KEY_VARIABLE}." if error.code == 401 and not api_key else ""
+        raise QtoolError(f"{url}: the server answered {error.code}: {said}.{hint}", exit_code=3) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(f"no answer ({error})") from error
+
+
+def _seconds(headers: Any) -> float | None:
+    try:
+        return min(60.0, max(0.0, float(headers.get("Retry-After"))))
+    except (TypeError, ValueError):
+        return None
+
+
+def _hide(text: str, api_key: str | None) -> str:
+    """Some servers repeat the key they refuse."""
+    return text.replace(api_key, "***") if api_key else text

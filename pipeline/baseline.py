@@ -9,13 +9,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.artifact import MANIFEST, read_manifest
+from qtool.convert.artifact import Artifact
 from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
 from qtool.record import LOCK, find_run, load_index, load_run, load_scores
+from qtool.subjects import artifact_subject
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class TaskResult(_File):
@@ -37,13 +38,14 @@ class TextResult(_File):
 
 
 class Measured(_File):
-    """One model's scores. ``key`` says which model; sizes are None where it is no artifact of qtool's."""
+    """One model's scores; ``texts`` by window length. ``key`` says which model; sizes are None where it is not
+    qtool's."""
 
     key: str
     nbytes: int | None
     bits_per_weight: float | None
     tasks: dict[str, TaskResult]
-    text: TextResult | None
+    texts: dict[int, TextResult]
 
 
 class Baseline(_File):
@@ -65,8 +67,8 @@ def measured(folder: Path) -> Baseline:
     for name, key in index.subjects.items():
         nbytes, bits = sizes.get(name, (None, None))
         tasks = {label: _task(score) for label, score in scores.tasks.get(name, {}).items()}
-        text = _text(scores.fidelity[name]) if name in scores.fidelity else None
-        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, text=text)
+        texts = {length: _text(score) for length, score in scores.contexts.get(name, {}).items()}
+        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
     made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
     return Baseline(
         qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,
@@ -97,7 +99,7 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
     The name is None where all models of the run are meant. Raises QtoolError saying what there is instead.
     """
-    if (Path(text) / MANIFEST).exists():
+    if (Path(text) / "config.json").exists():
         return _of_artifact(Path(text), runs)
     place, colon, name = text.rpartition(":")
     if not colon or not place:
@@ -109,8 +111,8 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
 
 def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
-    """The newest scores of that very artifact."""
-    key = read_manifest(path).key
+    """The newest scores of that very artifact, or of another tool's folder at that very place."""
+    key = artifact_subject(path.name, Artifact.open(path)).key
     indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for index in indices:
         for name, found in load_index(index.parent).subjects.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qtool import QtoolError, cli_judge
+from qtool import cli_evaluate, cli_judge, cli_sizing
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GATE_FAILED = 1
@@ -89,63 +89,10 @@ def verify(artifact: Path, source: Path | None) -> None:
         raise SystemExit(GATE_FAILED)
 
 
-@main.command(context_settings=CONTEXT)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="The unquantized model: scored too, and compared with.")
-@click.option("--task", "tasks", multiple=True, help="handwritten, heldout, humaneval or a HumanEval-format file.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
-@click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
-@click.option(
-    "--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of 512 tokens of --text."
-)
-@click.option(
-    "--engine", type=click.Choice(["reference", "llama.cpp"]), default="reference", show_default=True,
-    help="What runs the model; llama.cpp takes .gguf artifacts.",
-)
-@click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
-@click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
-@click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
-@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
-@_device_option
-def evaluate(
-    model: Path, source: Path | None, tasks: tuple[str, ...], limit: int | None, text: str | None, windows: int,
-    engine: str, prompt: str, max_new_tokens: int, batch_size: int, sandbox: str, trust_remote_code: bool, runs: Path,
-    device: str,
-) -> None:  # fmt: skip
-    """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
-
-    \b
-    Examples:
-      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten --text heldout-code
-      qtool evaluate ./My-Model --task humaneval --limit 40 --prompt completion
-    """
-    from pydantic import ValidationError
-
-    from qtool import report
-    from qtool.recipe import EvaluateSection
-    from qtool.run import evaluate_folders
-
-    if not tasks and not text:
-        raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
-    try:
-        section = EvaluateSection.model_validate(
-            {
-                "tasks": [{"task": task, "limit": limit} for task in tasks],
-                "text": {"text": text, "samples": windows} if text else None,
-                "engine": engine,
-                "prompt": prompt,
-                "max_new_tokens": max_new_tokens,
-                "batch_size": batch_size,
-                "sandbox": sandbox,
-            }
-        )
-    except ValidationError as error:
-        raise QtoolError(str(error)) from error
-    report.print_scores(evaluate_folders(model, source, section, runs, device, trust_remote_code))
-
-
+main.add_command(cli_evaluate.evaluate)
 main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)
 main.add_command(cli_judge.baseline)
+main.add_command(cli_judge.report)
+main.add_command(cli_sizing.plan)
+main.add_command(cli_sizing.measure)

@@ -107,3 +107,22 @@ def save(run: str, file: Path, runs: Path) -> None:
     found = measured(find_run(run, runs))
     save_baseline(found, file)
     click.echo(f"{file}: {', '.join(found.subjects)} of run {found.run}")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("run")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; the run's own by default.")
+@_runs
+def report(run: str, out: Path | None, runs: Path) -> None:
+    """Write RUN as one HTML file that needs no network, as Markdown for a model card, and its figures as SVG.
+
+    \b
+    Examples:
+      qtool report latest
+      qtool report 6443ead6 --out public
+    """
+    from qtool.record import find_run, load_run
+    from qtool.report import write_report
+
+    record = load_run(find_run(run, runs))
+    click.echo(f"report: {write_report(record, out or record.folder)}")

@@ -11,7 +11,7 @@ from qtool import QtoolError
 from qtool.baseline import Baseline, Measured, TaskResult, TextResult
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.regression import Interval, bootstrap_mean, holm
-from qtool.tables import points, size_text, task_label
+from qtool.tables import perplexity, points, size_text, task_label
 
 ALPHA = 0.05
 KL_RISE = 0.05  # a rise of the mean KL by less than this share of it is no regression, whatever its interval
@@ -90,10 +90,11 @@ def _misfits(a: Measured, b: Measured) -> list[str]:
         if one.samples != other.samples:
             differences.append(f"samples {one.samples} and {other.samples}")
         faults += [f"{task_label(label)}: {difference}" for difference in differences]
-    if a.text and b.text:
-        model = {"prompt", "max_new_tokens", "temperature", "top_p"}  # play no part in perplexity and KL
-        differences = [d for d in a.text.settings.differences(b.text.settings) if d.split()[0] not in model]
-        if a.text.digest != b.text.digest:
+    for length in [length for length in a.texts if length in b.texts]:
+        one_text, other_text = a.texts[length], b.texts[length]
+        plain = {"prompt", "max_new_tokens", "temperature", "top_p"}  # play no part in perplexity and KL
+        differences = [d for d in one_text.settings.differences(other_text.settings) if d.split()[0] not in plain]
+        if one_text.digest != other_text.digest:
             differences.append("other windows of text")
         faults += [f"held-out text: {difference}" for difference in differences]
     return faults
@@ -131,38 +132,52 @@ def _task(label: str, name: str, a: TaskResult, b: TaskResult) -> Change:
 
 
 def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Change]:
-    if a.text is None or b.text is None:
-        if a.text is b.text:
-            return []
-        has = "A" if a.text else "B"
-        return [Change(label, "held-out text", "", "", f"only {has} was measured", "not compared")]
-    judged = same_source and (any(a.text.kl) or any(b.text.kl))
-    changes = [_perplexity(label, a.text, b.text, judged)]
-    if judged:
-        changes.append(_kl(label, a.text, b.text))
-    elif not same_source:
-        changes.append(Change(label, "KL to source", "", "", "the sources differ", "not judged"))
+    changes = []
+    lengths = dict.fromkeys([*a.texts, *b.texts])
+    for length in lengths:
+        at = f", windows of {length}" if len(lengths) > 1 else ""
+        if length not in a.texts or length not in b.texts:
+            has = "A" if length in a.texts else "B"
+            changes.append(Change(label, f"held-out text{at}", "", "", f"only {has} was measured", "not compared"))
+            continue
+        one, other = a.texts[length], b.texts[length]
+        broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
+        if broken:
+            shown: Shown = "worse" if broken == ["B"] else "not compared"
+            said = f"not a number in {' and '.join(broken)}"
+            changes.append(Change(label, f"held-out text{at}", "", "", said, shown))
+            continue
+        judged = same_source and (any(one.kl) or any(other.kl))
+        changes.append(_perplexity(label, at, one, other, judged))
+        if judged:
+            changes.append(_kl(label, at, one, other))
+        elif not same_source:
+            changes.append(Change(label, f"KL to source{at}", "", "", "the sources differ", "not judged"))
     return changes
 
 
-def _kl(label: str, a: TextResult, b: TextResult) -> Change:
+def _kl(label: str, at: str, a: TextResult, b: TextResult) -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.kl, b.kl, strict=True)])
     before, after = _mean(a.kl), _mean(b.kl)
     margin = max(KL_RISE * before, KL_FLOOR)
     change = f"rose by {rise.estimate:.4f} [{rise.low:.4f}, {rise.high:.4f}] nats a token on {len(a.kl)} windows"
-    return Change(label, "KL to source", f"{before:.4f}", f"{after:.4f}", change, _beyond(rise, margin))
+    return Change(label, f"KL to source{at}", f"{before:.4f}", f"{after:.4f}", change, _beyond(rise, margin))
 
 
-def _perplexity(label: str, a: TextResult, b: TextResult, informs_only: bool) -> Change:
+def _perplexity(label: str, at: str, a: TextResult, b: TextResult, informs_only: bool) -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.nll, b.nll, strict=True)])
-    before, after = (f"{math.exp(_mean(values)):.3f}" for values in (a.nll, b.nll))
-    ratio = [f"{math.exp(x):.4f}" if math.isfinite(x) else str(x) for x in (rise.estimate, rise.low, rise.high)]
+    before, after = (f"{perplexity(values):.3f}" for values in (a.nll, b.nll))
+    ratio = [f"{perplexity([x]):.4f}" for x in (rise.estimate, rise.low, rise.high)]
     shown: Shown = "not judged" if informs_only else _beyond(rise, NLL_RISE)
-    return Change(label, "perplexity", before, after, f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]", shown)
+    return Change(label, f"perplexity{at}", before, after, f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]", shown)
 
 
 def _beyond(rise: Interval, margin: float) -> Shown:
     return "worse" if rise.low > margin else "better" if rise.high < -margin else "no loss shown"
+
+
+def _finite(text: TextResult) -> bool:
+    return all(map(math.isfinite, [*text.kl, *text.nll]))
 
 
 def _mean(values: Sequence[float]) -> float:

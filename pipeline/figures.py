@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from qtool.markup import visible
 
 WIDTH = 640
 _LIGHT = ("#4b5563", "#2563b0", "#b45309", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#5b5b12")  # grey: the source
@@ -118,7 +119,7 @@ def size_against(points: Sequence[Point], axis: str, higher_is_better: bool) -> 
         parts.append(f'<g class="{marks[i]}">{whisker}<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
     for i, point in enumerate(points):
         x, y = _label_place(places[i], frame.y(point.score), len(point.name), taken, frame)
-        parts.append(f'<text class="{marks[i]} name" x="{x:.1f}" y="{y:.1f}">{escape(point.name)}</text>')
+        parts.append(f'<text class="{marks[i]} name" x="{x:.1f}" y="{y:.1f}">{visible(point.name)}</text>')
     note = "filled, joined: Pareto front (none is both smaller and better)"
     parts.append(f'<text class="soft" x="{frame.left}" y="20">{note}</text>')
     told = "; ".join(
@@ -132,7 +133,7 @@ def kl_by_position(series: Mapping[str, Sequence[float]], position_bin: int) -> 
     """Mean KL divergence to the source along the window, one line a model; ``position_bin`` tokens to a value."""
     longest = max(len(values) for values in series.values())
     at = [(i + 0.5) * position_bin for i in range(longest)]
-    across = ticks(0, longest * position_bin)
+    across = [tick for tick in ticks(0, longest * position_bin) if tick <= longest * position_bin]
     return _lines(series, at, across, "position in the window, tokens", "KL by token position")
 
 
@@ -153,7 +154,7 @@ def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
     parts = []
     for column, linear in enumerate(linears):
         x = left + wide * (column + 0.5) - 4
-        parts.append(f'<text transform="translate({x:.0f} {top - 8}) rotate(-28)">{escape(linear)}</text>')
+        parts.append(f'<text transform="translate({x:.0f} {top - 8}) rotate(-28)">{visible(linear)}</text>')
     for row, layer in enumerate(layers):
         y = top + tall * row
         parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 15}">layer {layer}</text>')
@@ -167,7 +168,7 @@ def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
         parts.append(f'<rect x="{left + 6 * step}" y="{y}" width="6" height="10" fill="{shade(step / 23)}"/>')
     parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">{low:.4f}</text>')
     parts.append(f'<text class="soft" x="{left + 152}" y="{y + 9}">{high:.4f}</text>')
-    parts.append(f'<text class="soft" x="{left + 206}" y="{y + 9}">{escape(label)}</text>')
+    parts.append(f'<text class="soft" x="{left + 206}" y="{y + 9}">{visible(label)}</text>')
     worst = max(values, key=lambda key: values[key])
     told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, {worst[1]}."
     return _svg(label, told, y + 24, parts, max(width, left + 206 + 7 * len(label)))
@@ -186,6 +187,7 @@ def _lines(
         dots = "".join(
             f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(value):.1f}" r="2"/>'
             for x, value in zip(at, values, strict=False)
+            if len(values) <= 32
         )
         parts.append(f'<g class="{marks[i]}"><polyline class="line"{_dash(i)} points="{path}"/>{dots}</g>')
     told = "; ".join(f"{name}: {values[0]:.4g} to {values[-1]:.4g}" for name, values in series.items() if values)
@@ -201,7 +203,7 @@ def _legend(names: Sequence[str]) -> tuple[list[str], int]:
             x, row = 62.0, row + 1
         y = 20 + 18 * row
         swatch = f'<line class="line"{_dash(i)} x1="{x:.0f}" x2="{x + 24:.0f}" y1="{y - 4}" y2="{y - 4}"/>'
-        parts.append(f'<g class="{marks[i]}">{swatch}<text x="{x + 30:.0f}" y="{y}">{escape(name)}</text></g>')
+        parts.append(f'<g class="{marks[i]}">{swatch}<text x="{x + 30:.0f}" y="{y}">{visible(name)}</text></g>')
         x += wide
     return parts, row + 1
 
@@ -231,9 +233,9 @@ def _axes(frame: _Frame, across: Sequence[float], up: Sequence[float], x_label: 
     end = frame.left + frame.width
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{end}" y1="{frame.bottom}" y2="{frame.bottom}"/>')
     middle = frame.left + frame.width / 2
-    parts.append(f'<text text-anchor="middle" x="{middle:.0f}" y="{frame.bottom + 40}">{escape(x_label)}</text>')
+    parts.append(f'<text text-anchor="middle" x="{middle:.0f}" y="{frame.bottom + 40}">{visible(x_label)}</text>')
     turn = f"translate(14 {frame.top + frame.height / 2:.0f}) rotate(-90)"
-    return "".join(parts) + f'<text text-anchor="middle" transform="{turn}">{escape(y_label)}</text>'
+    return "".join(parts) + f'<text text-anchor="middle" transform="{turn}">{visible(y_label)}</text>'
 
 
 def _spread(places: Mapping[int, float], gap: float = 10) -> dict[int, float]:
@@ -284,6 +286,6 @@ def _cell(x: float, y: float, wide: float, tall: float, share: float, words: str
 
 def _svg(title: str, told: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="qf" role="img" aria-label="{escape(title)}" {size}>'
-    words = f"<title>{escape(title)}</title><desc>{escape(told)}</desc><style>{STYLE}</style>"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="qf" role="img" aria-label="{visible(title)}" {size}>'
+    words = f"<title>{visible(title)}</title><desc>{visible(told)}</desc><style>{STYLE}</style>"
     return f'{head}{words}<rect class="bg" width="{width:.0f}" height="{height:.0f}"/>{"".join(parts)}</svg>\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qtool.convert.artifact import Manifest
 from qtool.evaluate import regression
@@ -83,9 +84,9 @@ def _score_verdicts(gate: GateSection, kind: str, name: str, scores: Scores) -> 
         yield kind, Verdict("undecided", "no task was run: `evaluate:` names none")
     for task in tasks:
         source, quantized = (scores.tasks.get(subject, {}).get(task) for subject in ("source", name))
-        label = f"{kind} on {task}"
+        label = f"{kind} on {Path(task).name}"
         if source is None or quantized is None:
-            yield label, Verdict("undecided", f"{name if source else 'the source'} has no score on {task}")
+            yield label, Verdict("undecided", f"{name if source else 'the source'} has no score on {Path(task).name}")
         elif gate.max_drop is not None:
             difference = rate_difference(source.solved, quantized.solved, source.samples)
             yield label, regression.judge_max_drop(difference, gate.max_drop)

@@ -9,7 +9,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import EXTRAS, IMATRIX, copy_sidecars, seal, write_config
 from qtool.convert.checkpoint import Checkpoint, read_json
-from qtool.convert.ggml import FLOATS, GgmlBlocks
+from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, rope_factors, row_order
@@ -24,7 +24,7 @@ from qtool.evaluate.llama_cpp import token_difference
 from qtool.job import Job
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
-from qtool.quantize.ggml import quantize_ggml
+from qtool.quantize.ggml import fits, quantize_ggml
 from qtool.quantize.methods import GgufMethod
 from qtool.writers import manifest_of
 
@@ -81,7 +81,7 @@ class GgufOutput:
                 self.squares.write(prefix + linear, output.importance[linear].float().cpu())
         self.file.flush()
         for linear, codes in output.codes.items():
-            if not self.written.codes(prefix + linear).equals(codes):
+            if not self.written.codes(prefix + linear).equals(codes.cpu()):
                 raise QtoolError(f"{self.path}: {prefix}{linear} does not read back as it was written.", 3)
         if self.squares is not None and index >= len(self.squares.steps):
             self.squares.commit({"layer": index})
@@ -113,11 +113,10 @@ class GgufOutput:
         type_name = self.plan.types[self.plan.names[hf]].type
         if not bool(tensor.isfinite().all()):
             raise QtoolError(f"{hf}: holds NaN or Inf.")
-        matrix = tensor.view(-1, tensor.shape[-1])
-        blocks = quantize_ggml(matrix, type_name)
-        if type_name in FLOATS and not bool(blocks.dequantize().isfinite().all()):
-            raise QtoolError(f"{hf}: does not fit {type_name}; set `type: BF16`.")
-        self._write_blocks(hf, blocks)
+        matrix = tensor.view(-1, tensor.shape[-1]).to(self.job.device)
+        if not fits(matrix, type_name):
+            raise QtoolError(f"{hf}: does not fit {type_name}, which ends at 65504; set `type: BF16`.")
+        self._write_blocks(hf, quantize_ggml(matrix, type_name))
 
     def _write_blocks(self, hf: str, blocks: GgmlBlocks) -> None:
         name = self.plan.names[hf]

@@ -23,6 +23,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
 from qtool.quantize.nf4 import load_bitsandbytes
+from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
@@ -60,14 +61,14 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint.check_shapes(shapes, tied)
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
-    plans = {method.name: _plan(method, checkpoint, architecture) for method in outputs}
+    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
     return Job(recipe, source, checkpoint, config, architecture, plans, device)
 
 
-def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture) -> OutputPlan:
+def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
     if isinstance(method, GgufMethod):
         load_gguf()  # said now, not after hours
-        if method.type not in FLOATS:
+        if method.type not in FLOATS and device.type == "cpu":
             load_library()
         config = read_json(checkpoint.path / "config.json")
         return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)
@@ -106,5 +107,7 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
 
 
 def device_kind(device: torch.device) -> str:
-    """`cpu`, or the accelerator's name."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    """The accelerator's name, or `cpu` and whether it has bfloat16 products: what calibration's numbers depend on."""
+    if device.type == "cpu":
+        return "cpu, bfloat16" if fast_bfloat16() else "cpu"
+    return torch.cuda.get_device_name(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify import check_files
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key
+from qtool.job_needs import refuse_what_cannot_finish
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.layers import Walk
 from qtool.quantize.methods import GgufMethod, Method
@@ -48,7 +48,8 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     """Every output as a sealed artifact; those finished before are reused, those begun are continued."""
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
-    _check_disk(job, pending)
+    Path(job.recipe.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    refuse_what_cannot_finish(job, pending)
     importance = _importance(job, pending)
     writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
     if writers:
@@ -122,16 +123,3 @@ def progress_bar() -> Iterator[Progress]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         yield bar
-
-
-def _check_disk(job: Job, pending: Sequence[Method]) -> None:
-    """Refuse to start what the disk cannot hold (space that a begun output reserved already counts as there)."""
-    need = sum(job.plans[m.name].nbytes for m in pending if not job.partial(m).exists())
-    parent = Path(job.recipe.output_dir).expanduser()
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise QtoolError(
-            f"{parent}: {need / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Free some space, or set `output_dir:`.",
-            exit_code=3,
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,23 +29,83 @@ class ModelSection(_Section):
 
 
 class TaskSection(_Section):
-    """One coding task: a shipped name, `humaneval`, or a HumanEval-format file; ``limit`` picks evenly over levels."""
+    """One coding task: a name (a shipped one or a benchmark's) or a file; ``limit`` picks evenly over levels.
+
+    ``file`` is a local copy of a benchmark in its published format, ``revision`` another commit of its data set;
+    ``after`` and ``before`` (both days included) are LiveCodeBench's window of contest dates."""
 
     task: str
+    file: str | None = None
+    revision: str | None = None
+    after: date | None = None
+    before: date | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
 
 
+Length = Annotated[int, Field(ge=8)]
+
+
+class FidelitySection(_Section):
+    """`text:` held-out text for perplexity and KL: as for calibration, but ``length`` may list several window lengths;
+    gates judge the first. ``samples`` windows of the shortest, and of a longer one as many as hold no more tokens.
+    ``by_layer``: also the KL of each layer alone (one more pass over the first length for every layer)."""
+
+    text: str
+    split: str = "train"
+    revision: str | None = None
+    column: str | None = None
+    samples: Annotated[int, Field(gt=0)] = 128
+    length: Length | Annotated[tuple[Length, ...], Field(min_length=1)] = 512
+    seed: int = 0
+    by_layer: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """In the recipe's order, each once."""
+        return tuple(dict.fromkeys(self.length if isinstance(self.length, tuple) else (self.length,)))
+
+    def source(self, length: int) -> TextSource:
+        """The windows of one length."""
+        return TextSource(
+            text=self.text, split=self.split, revision=self.revision, column=self.column, seed=self.seed,
+            length=length, samples=max(1, self.samples * min(self.lengths) // length),
+        )  # fmt: skip
+
+
 class EvaluateSection(_Section):
-    """`evaluate:` what source and artifacts are asked, identically."""
+    """`evaluate:` what source and artifacts are asked, identically.
+
+    Greedy unless ``temperature`` is given; ``samples`` answers a problem then estimate pass@k. ``base_url`` and
+    ``models`` (source or output -> name there) belong to engine openai; its key is OPENAI_API_KEY's.
+    """
 
     tasks: tuple[TaskSection, ...] = ()
-    text: TextSource | None = None
-    engine: Literal["reference", "llama.cpp"] = "reference"
+    text: FidelitySection | None = None
+    engine: Literal["reference", "transformers", "llama.cpp", "vllm", "openai"] = "reference"
+    base_url: str | None = None
+    models: dict[str, str] = {}
+    samples: Annotated[int, Field(gt=0)] = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
     prompt: Literal["auto", "completion", "chat"] = "auto"
     max_new_tokens: Annotated[int, Field(gt=0)] = 384
     batch_size: Annotated[int, Field(gt=0)] = 32
     timeout: Annotated[float, Field(gt=0)] = 5.0
     sandbox: Literal["auto", "none"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateSection:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples: {self.samples} with temperature 0 would be one answer; set `temperature: 0.8`")
+        if (self.engine == "openai") != (self.base_url is not None):
+            raise ValueError("`base_url:` and `engine: openai` go together")
+        if self.text is not None and self.engine not in ("reference", "transformers"):
+            raise ValueError(
+                f"perplexity and KL need all logits, which engine {self.engine} does not give; leave out `text:` or "
+                "take engine reference"
+            )
+        return self
 
 
 class GateSection(_Section):

@@ -62,6 +62,7 @@ class ScoreIndex(_File):
     subjects: dict[str, str]
     tasks: dict[str, dict[str, str]]
     fidelity: dict[str, str]
+    contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
 
 
 class Outcome(_File):
@@ -134,6 +135,7 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
         subjects=subjects,
         tasks={name: {label: score.key for label, score in found.items()} for name, found in scores.tasks.items()},
         fidelity={name: score.key for name, score in scores.fidelity.items()},
+        contexts={name: [score.key for score in found.values()] for name, found in scores.contexts.items()},
     )
     write_json(folder / INDEX, index.model_dump(mode="json"))
 
@@ -186,9 +188,10 @@ def load_scores(folder: Path) -> Scores:
         for label, key in keys.items():
             task: TaskScore = _read(TaskScore, _score_file(folder, key))
             scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
-    for name, key in index.fidelity.items():
-        fidelity: FidelityScore = _read(FidelityScore, _score_file(folder, key))
-        scores.fidelity[name] = fidelity.model_copy(update={"subject": name})
+    for name, first in index.fidelity.items():
+        for key in index.contexts.get(name, [first]):
+            fidelity: FidelityScore = _read(FidelityScore, _score_file(folder, key))
+            scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
     return scores
 
 

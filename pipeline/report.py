@@ -1,8 +1,9 @@
-"""What a person reads: the plan, the checks, the score table, the verdicts; in the terminal and as Markdown."""
+"""What a person reads: plan, checks, score table and verdicts in the terminal, and the files of `qtool report`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,10 +13,14 @@ from rich.table import Table
 
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
-from qtool.tables import Row, columns, footnote, markdown_table, score_rows
+from qtool.report_figures import pictures
+from qtool.report_html import html_report
+from qtool.report_markdown import markdown_report
+from qtool.tables import Row, columns, footnote, score_rows
 
 if TYPE_CHECKING:
     from qtool.compare import Change
+    from qtool.evaluate.selfcheck import SelfCheck
     from qtool.gates import GateResult
     from qtool.job import Job
     from qtool.record import RunRecord
@@ -32,9 +37,9 @@ SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": "
 
 
 def print_run(run: RunRecord) -> None:
-    """The end of `qtool run`: table, checks, verdicts, where the log is; report.md beside the log."""
+    """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
     rows = score_rows(run.scores, run.sizes)
-    console.print(table_of(rows, title=f"{run.lock.source.name} · {run.lock.recipe[:8]}"))
+    print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     console.print(footnote(run.scores), highlight=False)
     for name, checked in run.checks.items():
         _print_summary(name, checked)
@@ -43,48 +48,55 @@ def print_run(run: RunRecord) -> None:
     print_results(run.verdicts)
     for name, artifact in run.artifacts.items():
         console.print(f"{name}: {artifact.path}", highlight=False, soft_wrap=True)
-    path = run.folder / "report.md"
-    path.write_text(markdown(run, rows), encoding="utf-8")
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
 
 
-def table_of(rows: list[Row], title: str = "") -> Table:
-    """A rich table; a cell nobody measured stays empty."""
+def print_rows(rows: list[Row], title: str = "") -> None:
+    """The score table; one that is wider than the terminal goes on below itself, so that no cell is cut or broken."""
     heads = columns(rows)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in heads:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in heads))
-    return table
+    wide = {head: 3 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
+    parts: list[list[str]] = [[]]
+    for head in heads[1:]:
+        if parts[-1] and wide[heads[0]] + sum(wide[other] for other in [*parts[-1], head]) + 1 > console.width:
+            parts.append([])
+        parts[-1].append(head)
+    for number, part in enumerate(parts):
+        table = Table(title=title if number == 0 else "", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        for head in (heads[0], *part):
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(row.get(head, "")) for head in (heads[0], *part)))
+        console.print(table)
 
 
-def markdown(run: RunRecord, rows: list[Row]) -> str:
-    """report.md: table, verdicts, checks, the worst linears, the recipe."""
-    parts = [f"# {run.lock.source.name}", f"Source commit `{run.lock.source.commit}`.", markdown_table(rows)]
-    if run.verdicts:
-        parts.append(
-            "## Gates\n\n" + "\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts)
-        )
-    for name, manifest in run.manifests.items():
-        measured = [item for item in manifest.ledger.items() if "error" in item[1]]
-        if measured:  # NF4 is made without inputs, so nobody knows its output errors
-            worst = sorted(measured, key=lambda item: -item[1]["error"])[:10]
-            lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]
-            lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
-            parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
-    for name, checked in run.checks.items():
-        lines = [f"- {note}" for note in run.manifests[name].notes]
-        lines += [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
-        parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
-    parts.append(f"## Recipe\n\n```yaml\n{run.recipe_text.strip()}\n```")
-    return "\n\n".join(parts) + "\n"
+def write_report(run: RunRecord, out: Path) -> Path:
+    """report.html, report.md and figures/*.svg in ``out``; the path of the HTML file."""
+    drawn = pictures(run)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for picture in drawn:
+        (out / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+    (out / "report.md").write_text(markdown_report(run, drawn), encoding="utf-8")
+    path = out / "report.html"
+    path.write_text(html_report(run, drawn), encoding="utf-8")
+    return path
 
 
 def print_scores(scores: Scores) -> None:
     """`qtool evaluate`'s table."""
-    console.print(table_of(score_rows(scores, {})))
+    print_rows(score_rows(scores, {}))
     console.print(footnote(scores), highlight=False)
+
+
+def print_self_check(checks: dict[str, SelfCheck]) -> None:
+    """`qtool evaluate --self-check`. Raises QtoolError (exit 3) when known answers were judged wrongly."""
+    for label, found in checks.items():
+        judged = f"{found.right} published solutions passed, {found.wrong} wrong answers failed"
+        if found.faults:
+            judged = f"[red]{len(found.faults)} known answers judged wrongly[/] of {found.right + found.wrong}"
+        unchecked = f"; {len(found.unchecked)} not checked (no published solution)" if found.unchecked else ""
+        console.print(f"{label}: {judged}{unchecked}; sandbox: {found.sandbox}", highlight=False, soft_wrap=True)
+    for found in checks.values():
+        found.require()
 
 
 def print_results(results: Sequence[GateResult]) -> None:

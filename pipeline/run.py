@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import verify
+from qtool.evaluate.selfcheck import SelfCheck
+from qtool.evaluate.served import connect
 from qtool.gates import judge
 from qtool.job import Job, device_kind, open_job, versions
 from qtool.outputs import make_artifacts, progress_bar
@@ -23,7 +26,8 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.record import RunRecord
-from qtool.scores import Evaluation, Scores, Subject, artifact_subject, source_subject
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject, artifact_subject, source_subject
 
 
 def choose_device(asked: str) -> torch.device:
@@ -149,10 +153,33 @@ def evaluate_folders(
         resolved = resolve(str(source))
         subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
     elif section.text is not None:
-        subjects[0] = Subject("source", subjects[0].key, subjects[0].stream)
-    run_folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    evaluation = Evaluation(section, model, config, choose_device(device), runs, run_folder, trust_remote_code)
+        subjects[0] = replace(subjects[0], name="source")
+    folder = runs / digest_of([subject.key for subject in subjects])[:16]
+    return _scored(
+        Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects
+    )
+
+
+def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
+    """Score what a server has (``section.models``: one name -> the model there; empty: its only one). Raises
+    QtoolError."""
+    assert section.base_url is not None
+    model = connect(section.base_url, next(iter(section.models.values()), None)).model
+    section = section.model_copy(update={"models": {model: model}})
+    subject = Subject(model, digest_of([section.base_url, model]))
+    folder = runs / subject.key[:16]
+    return _scored(Evaluation(section, None, None, torch.device("cpu"), runs, folder), [subject])
+
+
+def check_harness(section: EvaluateSection, model: Path | None, runs: Path, trusted: bool) -> dict[str, SelfCheck]:
+    """Known answers to the section's tasks, put with ``model``'s tokenizer where one is named. Raises QtoolError."""
+    evaluation = Evaluation(section, model, None, torch.device("cpu"), runs, runs, trusted)
+    with progress_bar() as bar:
+        return evaluation.self_check(bar)
+
+
+def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
     with progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
-    record.write_scores(run_folder, {subject.name: subject.key for subject in subjects}, scores)
+    record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
     return scores

@@ -5,51 +5,58 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 from rich.progress import Progress
-from torch import nn
 
 from qtool import QtoolError
-from qtool.convert.artifact import Artifact
-from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.text import load_tokenizer, token_windows
-from qtool.evaluate import fidelity, llama_cpp, prompts
-from qtool.evaluate.execute import Job as Program
-from qtool.evaluate.execute import detect_sandbox, run_programs
-from qtool.evaluate.generate import generate, load_model
-from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore, save
+from qtool.engines import open_engine, served_name, settings_of
+from qtool.evaluate import fidelity, prompts
+from qtool.evaluate.answers import Asking, answer_task
+from qtool.evaluate.engines import Decoding, Engine, package_versions
+from qtool.evaluate.execute import detect_sandbox
+from qtool.evaluate.generate import TorchEngine, load_model
+from qtool.evaluate.journal import Journal
+from qtool.evaluate.scorecard import FidelityScore, TaskScore, save
+from qtool.evaluate.selfcheck import SelfCheck, check_task
+from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
-from qtool.recipe import EvaluateSection, digest_of
+from qtool.job import PACKAGES
+from qtool.quantize.architectures import architecture_of
+from qtool.recipe import EvaluateSection, TaskSection, digest_of
+from qtool.subjects import Subject
 
-
-@dataclass
-class Subject:
-    """One model to judge: the source (``key`` its commit) or an artifact (``key`` its manifest's)."""
-
-    name: str
-    key: str
-    stream: Callable[[], TensorStream]
-    gguf: Path | None = None  # what the engine llama.cpp loads
+Record = TypeVar("Record", bound=BaseModel)
 
 
 @dataclass
 class Scores:
-    """Everything measured: subject name -> task name -> score, and subject name -> fidelity."""
+    """Everything measured: subject name -> task name -> score; subject name -> fidelity at the first window length,
+    which gates judge, and at every length."""
 
     tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
     fidelity: dict[str, FidelityScore] = field(default_factory=dict)
+    contexts: dict[str, dict[int, FidelityScore]] = field(default_factory=dict)
+
+    def add_fidelity(self, score: FidelityScore) -> None:
+        """The first that comes is the first length's."""
+        self.fidelity.setdefault(score.subject, score)
+        self.contexts.setdefault(score.subject, {})[score.context] = score
 
 
 @dataclass
 class Evaluation:
-    """Shared by all subjects of a run: the model's config and tokenizer, tasks, windows and settings."""
+    """Shared by all subjects of a run: the model's config and tokenizer (None for a served model), tasks, windows and
+    settings."""
 
     section: EvaluateSection
-    model: Path
+    model: Path | None
     config: Any
     device: torch.device
     runs: Path
@@ -57,188 +64,200 @@ class Evaluation:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self.tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
-        self.tasks = {t.task: subset(load_task(t.task), t.limit) for t in self.section.tasks}
-        self.windows = token_windows(self.section.text, self.tokenizer) if self.section.text else None
-        self.settings = Settings(
-            engine=self.section.engine,
-            dtype="float32" if self.device.type == "cpu" else "bfloat16",
-            device=self.device.type,
-            prompt=self.style,
-            max_new_tokens=self.section.max_new_tokens,
+        self.tasks = {t.task: _load(t, self.section) for t in self.section.tasks}
+        self.windows = self._windows()
+        self.settings = settings_of(self.section, self.device, self.style)
+        decoding = Decoding(
+            self.section.max_new_tokens, self.section.batch_size, self.section.temperature, self.section.top_p
+        )
+        self.asking = Asking(
+            self.style, decoding, self.section.samples, self.section.seed, self.section.timeout, self.section.sandbox
         )
         if self.tasks:  # say so before any work if hostile code cannot be contained here
             self.sandbox = detect_sandbox() if self.section.sandbox == "auto" else "none"
+
+    def _windows(self) -> dict[int, torch.Tensor]:
+        text = self.section.text
+        if text is None:
+            return {}
+        limit = getattr(self.config, "max_position_embeddings", None)
+        too_long = [length for length in text.lengths if limit is not None and length > limit]
+        if too_long:
+            raise QtoolError(
+                f"text: windows of {too_long[0]} tokens are longer than the model's context, {limit} "
+                "(max_position_embeddings in config.json)."
+            )
+        return {length: token_windows(text.source(length), self.tokenizer) for length in text.lengths}
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt, for readers of the answers."""
         return {label: {p.task_id: p.prompt for p in task.problems} for label, task in self.tasks.items()}
 
-    def score(self, subjects: list[Subject], bar: Progress) -> Scores:
-        """Scores of all subjects; the first is the source, whose distribution the others are compared with."""
-        scores = Scores()
-        reference: fidelity.Reference | None = None
-        for number, subject in enumerate(subjects):
-            pending = {
-                label: task for label, task in self.tasks.items() if not self._load(scores, subject, label, task)
-            }
-            wants_fidelity = self.windows is not None and self._load_fidelity(scores, subject) is None
-            if self.windows is not None and number == 0:
-                reference = self._load_reference(subject)
-                wants_fidelity = wants_fidelity or reference is None
-            if not pending and not wants_fidelity:
+    def self_check(self, bar: Progress) -> dict[str, SelfCheck]:
+        """Known answers to every task, judged; found again where task, sandbox and versions are the same."""
+        found = {}
+        for label, task in self.tasks.items():
+            versions = package_versions(*PACKAGES)
+            key = digest_of([task.digest, self.style, self.sandbox, self.section.timeout, versions])
+            path = self.runs / "selfchecks" / f"{key[:16]}.json"
+            if path.exists():
+                found[label] = SelfCheck.model_validate_json(path.read_text(encoding="utf-8"))
                 continue
-            model = self._model(subject)
-            if model is not None and wants_fidelity and number == 0:
-                reference = self._make_reference(model, subject, bar)
-            if model is not None and wants_fidelity and reference is not None:
-                scores.fidelity[subject.name] = self._fidelity(model, subject, reference, bar)
-            for label, task in pending.items():
-                scores.tasks.setdefault(subject.name, {})[label] = self._task(model, subject, task, bar)
-            del model
+            row = bar.add_task(f"self-check: {task.name}", total=1)
+            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.parent)
+            bar.advance(row)
+            found[label] = result
+            if not result.faults:  # one that failed is made again: its cause may be gone
+                save(path, result)
+        return found
+
+    def score(self, subjects: list[Subject], bar: Progress) -> Scores:
+        """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
+        QtoolError (exit 3) where the harness fails its self-check."""
+        scores = Scores()
+        for number, subject in enumerate(subjects):
+            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label, t)}
+            lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, length)]
+            if number == 0:  # artifacts that are still to come need its distribution
+                lengths = [n for n in self.windows if n in lengths or not self._reference_path(subject, n).exists()]
+            if pending:
+                for check in self.self_check(bar).values():
+                    check.require()
+            measured: dict[int, fidelity.Divergence] = {}
+            if pending or lengths:
+                with ExitStack() as stack:
+                    engine = stack.enter_context(self._engine(subject, pending))
+                    for length in lengths:
+                        measured[length] = self._diverge(engine, subject, subjects[0], length, bar)
+                    for label, task in pending.items():
+                        scores.tasks.setdefault(subject.name, {})[label] = self._task(engine, subject, task, bar)
+                    del engine
+            for length, found in measured.items():
+                layers = self._by_layer(subject, subjects[0], length, bar) if number else []
+                scores.add_fidelity(self._save_fidelity(subject, length, found, layers))
         return scores
 
-    def _model(self, subject: Subject) -> nn.Module | None:
-        """The model in this process; None where an engine of its own loads the file."""
-        if self.section.engine == "reference":
-            return load_model(subject.stream(), self.config, self.device, self.trust_remote_code)
-        if subject.gguf is None:
-            raise QtoolError(f"{subject.name}: engine llama.cpp runs .gguf files only; use engine reference.")
-        if self.windows is not None:
-            raise QtoolError("perplexity and KL are measured by the reference engine; leave out `text:` or `engine:`.")
-        return None
-
-    def _task_key(self, subject: Subject, task: Task) -> str:
-        return digest_of([subject.key, task.digest, self.settings.model_dump(), self.section.timeout, self.sandbox])
-
-    def _fidelity_key(self, subject: Subject) -> str:
-        return digest_of(
-            [subject.key, self._text_digest(), self.settings.model_dump(include={"engine", "dtype", "device"})]
+    def _engine(self, subject: Subject, pending: dict[str, Task]) -> Any:
+        asked: list[str] = []
+        if self.tokenizer is not None:
+            problems = [problem for task in pending.values() for problem in task.problems]
+            asked = [prompts.render(problem, self.style, self.tokenizer) for problem in problems]
+        return open_engine(
+            self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked
         )
 
-    def _text_digest(self) -> str:
-        assert self.windows is not None
-        return digest_of(self.windows.tolist())
+    def _task_key(self, subject: Subject, task: Task) -> str:
+        served = [self.section.base_url, served_name(self.section, subject)] if self.section.base_url else []
+        asked = [self.section.samples, self.section.timeout, self.sandbox]
+        return digest_of([subject.key, *served, task.digest, self.settings.model_dump(), *asked])
 
-    def _find(self, name: str) -> Path | None:
-        """A score of that name in this run or any earlier one."""
-        return next(iter([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")]), None)
+    def _fidelity_key(self, subject: Subject, length: int) -> str:
+        assert self.section.text is not None
+        windows = digest_of(self.windows[length].tolist())
+        engine = self.settings.model_dump(include={"engine", "version", "dtype", "device"})
+        return digest_of([subject.key, windows, engine, self._layered(length)])
 
-    def _load(self, scores: Scores, subject: Subject, label: str, task: Task) -> TaskScore | None:
-        found = self._find(f"{_file_name(task)}-{self._task_key(subject, task)[:16]}.json")
+    def _layered(self, length: int) -> bool:
+        return bool(self.section.text and self.section.text.by_layer and length == self.section.text.lengths[0])
+
+    def _load(self, kind: type[Record], name: str, subject: Subject) -> Record | None:
+        """A score of that name from this run or any earlier one."""
+        found = next(iter([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")]), None)
         if found is None:
             return None
-        score = TaskScore.model_validate_json(found.read_text(encoding="utf-8"))
+        score = kind.model_validate_json(found.read_text(encoding="utf-8"))
         score = score.model_copy(update={"subject": subject.name})
-        scores.tasks.setdefault(subject.name, {})[label] = score
         save(self.run / "scores" / found.name, score)
         return score
 
-    def _load_fidelity(self, scores: Scores, subject: Subject) -> FidelityScore | None:
-        found = self._find(f"fidelity-{self._fidelity_key(subject)[:16]}.json")
-        if found is None:
-            return None
-        score = FidelityScore.model_validate_json(found.read_text(encoding="utf-8"))
-        score = score.model_copy(update={"subject": subject.name})
-        scores.fidelity[subject.name] = score
-        save(self.run / "scores" / found.name, score)
-        return score
+    def _load_task(self, scores: Scores, subject: Subject, label: str, task: Task) -> bool:
+        score = self._load(TaskScore, f"{_file_name(task)}-{self._task_key(subject, task)[:16]}.json", subject)
+        if score is not None:
+            scores.tasks.setdefault(subject.name, {})[label] = score
+        return score is not None
 
-    def _reference_path(self, subject: Subject) -> Path:
-        return self.runs / "references" / f"{self._fidelity_key(subject)[:16]}.safetensors"
+    def _load_fidelity(self, scores: Scores, subject: Subject, length: int) -> bool:
+        score = self._load(FidelityScore, f"fidelity-{self._fidelity_key(subject, length)[:16]}.json", subject)
+        if score is not None:
+            scores.add_fidelity(score)
+        return score is not None
 
-    def _load_reference(self, subject: Subject) -> fidelity.Reference | None:
-        path = self._reference_path(subject)
-        return fidelity.Reference.load(path) if path.exists() else None
+    def _reference_path(self, source: Subject, length: int) -> Path:
+        return self.runs / "references" / self._fidelity_key(source, length)[:16]
 
-    def _make_reference(self, model: nn.Module, subject: Subject, bar: Progress) -> fidelity.Reference:
-        assert self.windows is not None
-        row = bar.add_task(f"{subject.name}: reference", total=len(self.windows))
-        reference = fidelity.reference(model, self.windows, lambda: bar.advance(row))
-        path = self._reference_path(subject)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        reference.save(partial)
-        partial.rename(path)
-        return reference
+    def _diverge(
+        self, engine: Engine, subject: Subject, source: Subject, length: int, bar: Progress
+    ) -> fidelity.Divergence:
+        """Compare with the source's distribution, which is made here when the subject is the source."""
+        assert isinstance(engine, TorchEngine)
+        windows, path = self.windows[length], self._reference_path(source, length)
+        step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
+        if subject is source and not path.exists():
+            making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
+            fidelity.make_reference(engine.model, windows, path, making)
+        return fidelity.diverge(engine.model, windows, fidelity.Reference(path), step)
 
-    def _fidelity(self, model: nn.Module, subject: Subject, source: fidelity.Reference, bar: Progress) -> FidelityScore:
-        assert self.windows is not None
-        row = bar.add_task(f"{subject.name}: fidelity", total=len(self.windows))
-        found = fidelity.diverge(model, self.windows, source, lambda: bar.advance(row))
-        key = self._fidelity_key(subject)
+    def _row(self, bar: Progress, text: str, total: int) -> Callable[[], None]:
+        row = bar.add_task(text, total=total)
+        return lambda: bar.advance(row)
+
+    def _by_layer(self, subject: Subject, source: Subject, length: int, bar: Progress) -> list[float]:
+        """With the source's weights in memory, after the subject's are gone: one model at a time."""
+        if not self._layered(length) or source.stream is None or subject.stream is None:
+            return []
+        prefix = architecture_of(self.config).prefix
+        model = load_model(source.stream(), self.config, self.device, self.trust_remote_code)
+        step = self._row(bar, f"{subject.name}: layer by layer", self.config.num_hidden_layers)
+        reference = fidelity.Reference(self._reference_path(source, length))
+        return fidelity.diverge_by_layer(model, prefix, subject.stream(), self.windows[length], reference, step)
+
+    def _save_fidelity(
+        self, subject: Subject, length: int, found: fidelity.Divergence, by_layer: list[float]
+    ) -> FidelityScore:
+        key, windows = self._fidelity_key(subject, length), self.windows[length]
         score = FidelityScore(
-            key=key, subject=subject.name, digest=self._text_digest(), settings=self.settings,
-            tokens=self.windows.numel(), nll=found.nll, kl=found.kl, top1=found.top1,
-            kl_p95=found.kl_p95, kl_p999=found.kl_p999,
+            key=key, subject=subject.name, digest=digest_of(windows.tolist()), settings=self.settings,
+            tokens=windows.numel(), context=length, kl_by_layer=by_layer, **vars(found),
         )  # fmt: skip
         save(self.run / "scores" / f"fidelity-{key[:16]}.json", score)
         return score
 
-    def _task(self, model: nn.Module | None, subject: Subject, task: Task, bar: Progress) -> TaskScore:
+    def _task(self, engine: Engine, subject: Subject, task: Task, bar: Progress) -> TaskScore:
         started = time.monotonic()
-        texts = self._answers(model, subject, task, bar)
-        programs = [
-            Program(p.task_id, prompts.program(p, text, self.style), p.test, p.entry_point, setup=p.prompt)
-            for p, text in zip(task.problems, texts, strict=True)
-        ]
-        row = bar.add_task(f"{subject.name}: running {task.name}", total=len(programs))
-        outcomes = run_programs(
-            programs,
-            timeout=self.section.timeout,
-            sandbox=self.section.sandbox,
-            progress=lambda done: bar.update(row, completed=done),
-        )
         key = self._task_key(subject, task)
+        name = f"{_file_name(task)}-{key[:16]}"
+        journal = Journal.open(self.run / "scores" / f"{name}.jsonl")
+        total = len(task.problems) * self.section.samples
+        answering = bar.add_task(f"{subject.name}: answering {task.name}", total=total)
+        judging = bar.add_task(f"{subject.name}: running {task.name}", total=total)
+
+        def progress(answered: int, judged: int) -> None:
+            bar.update(answering, completed=answered)
+            bar.update(judging, completed=judged)
+
+        found = answer_task(engine, task, self.asking, self.tokenizer, journal, progress)
+        several = self.section.samples > 1
         score = TaskScore(
             key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self.settings,
-            sandbox=self.sandbox, seconds=round(time.monotonic() - started, 2),
-            outcomes={
-                p.task_id: ProblemOutcome(outcome=o.outcome, detail=o.detail, completion=text)
-                for p, o, text in zip(task.problems, outcomes, texts, strict=True)
-            },
+            sandbox=self.sandbox, source=task.source, left_out=task.left_out,
+            in_process=sum(problem.run == "in_process" for problem in task.problems),
+            seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
+            outcomes={problem: answers[0] for problem, answers in found.items()},
+            more={problem: answers[1:] for problem, answers in found.items()} if several else {},
         )  # fmt: skip
-        if any(o.outcome == "error" for o in outcomes):
-            broken = next(o for o in outcomes if o.outcome == "error")
-            raise QtoolError(f"{task.name}: the sandbox failed ({broken.detail}); no score was made.", exit_code=3)
-        save(self.run / "scores" / f"{_file_name(task)}-{key[:16]}.json", score)
+        save(self.run / "scores" / f"{name}.json", score)
+        journal.close()
         return score
 
-    def _answers(self, model: nn.Module | None, subject: Subject, task: Task, bar: Progress) -> list[str]:
-        row = bar.add_task(f"{subject.name}: answering {task.name}", total=len(task.problems))
-        texts = [""] * len(task.problems)
 
-        def take(index: int, text: str) -> None:
-            texts[index] = text
-            bar.advance(row)
-
-        asked = [prompts.render(problem, self.style, self.tokenizer) for problem in task.problems]
-        options: dict[str, Any] = {
-            "max_new_tokens": self.section.max_new_tokens,
-            "batch_size": self.section.batch_size,
-            "finished": lambda text: prompts.finished(text, self.style),
-            "on_text": take,
-        }
-        if model is not None:
-            generate(model, self.tokenizer, asked, **options)
-        else:
-            assert subject.gguf is not None
-            ids = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in asked]
-            llama_cpp.generate(subject.gguf, ids, **options)
-        return texts
+def _load(asked: TaskSection, section: EvaluateSection) -> Task:
+    task = load_task(
+        asked.task, file=asked.file, revision=asked.revision, after=asked.after, before=asked.before
+    )  # fmt: skip
+    return solvable(subset(task, asked.limit), section.timeout, section.sandbox)
 
 
 def _file_name(task: Task) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", task.name).strip("_")
-
-
-def source_subject(checkpoint: Checkpoint, commit: str) -> Subject:
-    """The unquantized model."""
-    return Subject("source", commit, checkpoint.read)
-
-
-def artifact_subject(name: str, artifact: Artifact) -> Subject:
-    """A finished artifact."""
-    key = artifact.manifest.key if artifact.manifest else f"unsigned:{artifact.path.resolve()}"
-    return Subject(name, key, artifact.read, artifact.gguf)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
-from qtool.evaluate.regression import Difference, bootstrap_mean, holm
+from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm
+from qtool.evaluate.scorecard import FidelityScore
 from qtool.record import Sizes
 from qtool.scores import Scores
 
@@ -35,8 +37,8 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
         if name in known:
             nbytes, bpw = known[name]
             row |= {"size": size_text(nbytes), "bits": f"{bpw:.2f} bpw"}
-        if name in scores.fidelity:
-            row |= _fidelity_cells(name, scores)
+        for length, fidelity in scores.contexts.get(name, {}).items():
+            row |= _fidelity_cells(name, fidelity, "" if fidelity is scores.fidelity[name] else f", {length} tokens")
         for task, score in scores.tasks.get(name, {}).items():
             interval = mean_rate(score.solved, score.samples)
             label = task_label(task) if score.samples == 1 else f"{task_label(task)}, pass@1 of {score.samples}"
@@ -49,9 +51,10 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
 
 
 def points(difference: Difference) -> str:
-    """`1.8 [-1.1, 4.6]`."""
+    """`1.8 [-1.1, 4.6]`; never -0.0."""
     loss = difference.loss
-    return f"{loss.estimate:.1f} [{loss.low:.1f}, {loss.high:.1f}]"
+    estimate, low, high = (round(x, 1) + 0.0 for x in (loss.estimate, loss.low, loss.high))
+    return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def footnote(scores: Scores) -> str:
@@ -64,10 +67,43 @@ def footnote(scores: Scores) -> str:
         parts.append(f"p: exact {test} against the source{many}.")
         shown = [d.detectable for d, _ in compared.values() if d.detectable is not None]
         if shown:
-            parts.append(f"Losses from about {max(shown):.1f} points on show with 80 % power on so many problems.")
+            parts.append(f"Losses of about {max(shown):.1f} points and more would show (80 % power).")
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
-    return " ".join(parts)
+    return " ".join([*parts, *caveats(scores)])
+
+
+def caveats(scores: Scores) -> list[str]:
+    """What a score does not cover, or could not exclude; one sentence each."""
+    said = []
+    for task, score in next(iter(scores.tasks.values()), {}).items():
+        if score.left_out:
+            missing = count_of(len(score.left_out), "problem")
+            said.append(f"{task_label(task)}: {missing} of the benchmark could not be asked here.")
+        if score.in_process:
+            many = f"{score.in_process} of {len(score.outcomes)} programs"
+            said.append(f"{task_label(task)}: {many} shared a process with their test and could have forged a pass.")
+        if score.sandbox == "none":
+            said.append(f"{task_label(task)}: the programs ran without a sandbox.")
+    return said
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def mean_kl(score: FidelityScore) -> Interval:
+    """Mean over windows with its bootstrap interval; NaN where the model's output was no number."""
+    if not all(map(math.isfinite, score.kl)):
+        return Interval(math.nan, math.nan, math.nan)
+    return bootstrap_mean(score.kl)
+
+
+def perplexity(nll: Sequence[float]) -> float:
+    """exp of the mean negative log-likelihood."""
+    mean = sum(nll) / len(nll)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def task_label(task: str) -> str:
@@ -94,15 +130,15 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text that cannot end its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that cannot end its cell, and is no HTML."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _fidelity_cells(name: str, scores: Scores) -> Row:
-    score = scores.fidelity[name]
-    cells = {"perplexity": f"{math.exp(sum(score.nll) / len(score.nll)):.3f}"}
+def _fidelity_cells(name: str, score: FidelityScore, at: str) -> Row:
+    cells = {f"perplexity{at}": f"{perplexity(score.nll):.3f}"}
     if name != "source":
-        interval = bootstrap_mean(score.kl)
-        cells["KL to source"] = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-        cells["top-1"] = f"{sum(score.top1) / len(score.top1):.1%}"
+        interval = mean_kl(score)
+        shown = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+        cells[f"KL to source{at}"] = shown if math.isfinite(interval.estimate) else "not a number"
+        cells[f"top-1{at}"] = f"{sum(score.top1) / len(score.top1):.1%}"
     return cells

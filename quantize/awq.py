@@ -6,8 +6,8 @@ the search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from qtool.quantize import grid as grids
 from qtool.quantize.grid import GridSpec
+from qtool.quantize.precision import bfloat16_products, float32_product, tensor_float32
 
 POINTS = 20
 PREVIEW_ROWS = 4  # every fourth row ranks the candidates
 FINALISTS = 4  # the best few are then judged on all rows
+LOSS_COLUMNS = 4096  # of a Gram matrix at a time, so that temporaries stay small
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,16 @@ class ScaleSearch:
     loss_unscaled: float
 
 
-@contextmanager
-def tensor_float32() -> Iterator[None]:
-    """TF32 products on an accelerator: 2e-4 off, enough for losses of plain roundings, not of compensated ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E G Eᵀ)``, a scalar: the squared output error of a weight error ``[out, in]``, summed over all tokens."""
-    return torch.dot((error @ gram).flatten(), error.flatten())
+    if not error.is_cuda:
+        return torch.dot((error @ gram).flatten(), error.flatten())
+    step = LOSS_COLUMNS
+    parts = [
+        (float32_product(error, gram[:, start : start + step]) * error[:, start : start + step]).sum()
+        for start in range(0, gram.shape[1], step)
+    ]
+    return torch.stack(parts).sum()
 
 
 def candidate_scales(mean_abs: Tensor, weights: Sequence[Tensor], spec: GridSpec) -> Tensor:
@@ -79,11 +77,12 @@ def search_scale(
     candidates = candidate_scales(mean_abs, weights, spec)
     if tie is not None:
         candidates = torch.stack([_pool(c, tie) for c in candidates])
-    preview = stacked[::PREVIEW_ROWS].contiguous()
+    loss = _kernel_loss if stacked.is_cuda and spec.group_size <= grids.KERNEL_GROUP else _plain_loss
+    with tensor_float32(), bfloat16_products() if not stacked.is_cuda else nullcontext():  # enough to rank
+        ranks = torch.stack(loss(stacked[::PREVIEW_ROWS], gram, list(candidates), spec)).argsort()
+    finalists = candidates[ranks[:FINALISTS]]
     with tensor_float32():
-        ranks = torch.stack([_scaled_loss(preview, gram, scale, spec) for scale in candidates]).argsort()
-        finalists = candidates[ranks[:FINALISTS]]
-        losses = torch.stack([_scaled_loss(stacked, gram, scale, spec) for scale in (None, *finalists)])
+        losses = torch.stack(loss(stacked, gram, [torch.ones_like(mean_abs), *finalists], spec))
         total = output_error(stacked, gram).clamp_min(1e-30)
     relative = (losses / total).tolist()  # the one wait for the device
     best = min(range(len(relative)), key=relative.__getitem__)
@@ -91,22 +90,30 @@ def search_scale(
     return ScaleSearch(scale, relative[best], relative[0])
 
 
-def _scaled_loss(weight: Tensor, gram: Tensor, scale: Tensor | None, spec: GridSpec) -> Tensor:
-    error = _scaled_error(weight, scale, spec)
-    return output_error(error, gram)
+def _kernel_loss(weight: Tensor, gram: Tensor, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
+    """Output errors of ``Q(W s)/s``, round to nearest on the min/max grid, for each scale ``[in]``."""
+    from qtool.quantize.kernels import scaled_error
+
+    weight, half = weight.contiguous(), spec.dtype == torch.float16
+    return [
+        output_error(scaled_error(weight, scale, spec.group_size, spec.levels, spec.sym, half), gram)
+        for scale in scales
+    ]
 
 
-def _scaled_error(weight: Tensor, scale: Tensor | None, spec: GridSpec) -> Tensor:
-    """``Q(W s)/s - W``, round to nearest on the min/max grid; ``scale`` None is s = 1."""
-    if weight.is_cuda and spec.group_size <= grids.KERNEL_GROUP:
-        from qtool.quantize.kernels import scaled_error
-
-        factor = torch.ones_like(weight[0]) if scale is None else scale
-        half = spec.dtype == torch.float16
-        return scaled_error(weight.contiguous(), factor, spec.group_size, spec.levels, spec.sym, half)
-    if scale is None:
-        return grids.round_to_nearest(weight, spec).sub_(weight)
-    return grids.round_to_nearest(weight * scale, spec).div_(scale).sub_(weight)
+def _plain_loss(weight: Tensor, gram: Tensor, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
+    """As _kernel_loss, anywhere."""
+    columns = weight.t().contiguous().unflatten(0, (-1, spec.group_size))  # [groups, g, out]
+    scaled, error = torch.empty_like(columns), torch.empty_like(columns)
+    losses = []
+    for scale in scales:
+        factor = scale.view(-1, spec.group_size, 1)
+        torch.mul(columns, factor, out=scaled)
+        low, high = scaled.amin(1, keepdim=True), scaled.amax(1, keepdim=True)
+        grids.column_errors(scaled, grids.grid_from_range(low, high, spec), spec, error)
+        flat = error.div_(factor).flatten(0, 1)
+        losses.append(torch.dot((gram @ flat).flatten(), flat.flatten()))
+    return losses
 
 
 def _group_max(weight: Tensor, group_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from qtool.quantize import awq, gptq
 from qtool.quantize import grid as grids
 from qtool.quantize.architectures import Architecture, InputGroup
 from qtool.quantize.methods import GridMethod
+from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 
 
@@ -133,16 +134,16 @@ def _round_group(
     damp = 0.0
     if method.rounding == "gptq":
         drift = None
-        if stats.cross is not None:
-            with awq.tensor_float32():
-                drift = target @ awq.scale_gram(stats.cross, scale, in_place=owned).sub_(gram)
+        if stats.drift is not None:
+            with tensor_float32():
+                drift = stats.output_drift(torch.cat(sources)) / rows / scale
             if owned:
-                stats.cross = None  # as large as the Gram matrix, and not needed again
+                stats.drift = None  # can be as large as the Gram matrix, and is not needed again
         order = gptq.activation_order(gram) if method.act_order else None
         factor = gptq.factorize(gram, method.damp_percent, order)
         goal = target.clone()
         if drift is not None:
-            with awq.tensor_float32():
+            with tensor_float32():
                 goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
         rounded = gptq.gptq(goal, factor, spec, method.clip, gram)
         damp = factor.damp
@@ -162,7 +163,7 @@ def _round_group(
         grid = grids.Grid(scales, zeros)
         output.codes[linear] = grids.to_codes(codes, grid, spec)
         error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
-        with awq.tensor_float32() if method.rounding == "rtn" else nullcontext():
+        with tensor_float32() if method.rounding == "rtn" else nullcontext():
             loss = awq.output_error(error, gram)
         output.records[linear] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
 
@@ -172,7 +173,7 @@ def _record(
 ) -> dict[str, float]:
     """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are
     those of the source's own weights and inputs."""
-    with awq.tensor_float32():
+    with tensor_float32():
         energy = awq.output_error(source * scale, gram).clamp_min(1e-30)
         plain = awq.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
     figures = [

@@ -1,6 +1,8 @@
-"""Weights into llama.cpp's blocks by ggml's own C code, so that they equal llama-quantize's bit for bit; all cores.
+"""Weights into llama.cpp's blocks, equal to llama-quantize's bit for bit.
 
-The code is found in a prebuilt wheel: xllamacpp (which can also run the file) or libggml-python.
+On the CPU ggml's own C code makes them, on all cores; on an accelerator kquants.py.
+
+The C code is found in a prebuilt wheel: xllamacpp (which can also run the file) or libggml-python.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.ggml import FLOATS, INSTALL, GgmlBlocks, load_gguf, row_bytes
+from qtool.quantize import kquants
 
 PACKAGES = {"xllamacpp": "xllamacpp", "libggml": "libggml-python"}  # module -> distribution, the first found is used
 CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its cache's neighbourhood
@@ -26,18 +29,19 @@ CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its 
 
 def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = None) -> GgmlBlocks:
     """``weight [out, in]`` of any float dtype -> its blocks. ``importance``: float32 ``[in]``, what a squared error in
-    each column counts (None: every type's own rule). The result is on the CPU.
+    each column counts (None: every type's own rule). The result is on the weight's device.
 
-    Raises QtoolError (exit 3) where no ggml library is installed.
+    Raises QtoolError (exit 3) where the weight is on the CPU and no ggml library is installed.
     """
     out, columns = weight.shape
     if type_name in FLOATS:
-        data = weight.cpu().to(FLOATS[type_name]).contiguous().view(torch.uint8)
+        data = weight.to(FLOATS[type_name]).contiguous().view(torch.uint8)
         return GgmlBlocks(data, type_name, (out, columns))
+    if weight.is_cuda:
+        return kquants.quantize(weight, type_name, importance)
     library = load_library()
     kind = int(load_gguf().GGMLQuantizationType[type_name])
     library.ggml_quantize_init(kind)
-    weight = weight.cpu()
     row = None if importance is None else importance.float().cpu().contiguous()
     data = torch.empty(out, row_bytes(type_name, columns), dtype=torch.uint8)
 
@@ -54,6 +58,12 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
         for done in [pool.submit(quantize, *pair) for pair in bounds]:
             done.result()
     return GgmlBlocks(data, type_name, (out, columns))
+
+
+def fits(weight: Tensor, type_name: str) -> bool:
+    """Whether every value lies within what the type holds; the blocks' scales are float16."""
+    limit = torch.finfo(torch.bfloat16).max if type_name in ("BF16", "F32") else kquants.HALF_MAX
+    return float(weight.abs().max()) <= limit
 
 
 @cache

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qtool import QtoolError
 from qtool.quantize.architectures import Architecture
 from qtool.quantize.folding import LayerOutput
-from qtool.quantize.ggml import quantize_ggml
+from qtool.quantize.ggml import fits, quantize_ggml
 
 
 def quantize_layer(
@@ -28,15 +29,17 @@ def quantize_layer(
     output = LayerOutput(importance=dict(importance))
     for linear in architecture.linears:
         weight = weights[f"{linear}.weight"].to(device)
-        row = importance.get(linear)
-        blocks = quantize_ggml(weight, types[linear], None if row is None else row.to(device))
+        row = importance[linear].to(device) if linear in importance else None
+        if not fits(weight, types[linear]):
+            raise QtoolError(f"{linear}: does not fit {types[linear]}, which ends at 65504; set `type: BF16`.")
+        blocks = quantize_ggml(weight, types[linear], row)
         output.codes[linear] = blocks
         source = weight.float()
         error = blocks.dequantize().sub_(source).square_()
         power = source.square_()
         figures = {"frobenius": _ratio(error, power)}
         if row is not None:
-            figures["weighted_error"] = _ratio(error * row.to(device), power * row.to(device))
+            figures["weighted_error"] = _ratio(error * row, power * row)
         output.records[linear] = figures
     output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
     return output

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.quantize import grid as grids
 from qtool.quantize.grid import Grid, GridSpec
+from qtool.quantize.precision import subtract_product
 
 MAX_DAMP = 1e3
 BLOCK = 128  # columns whose errors are spread over the columns behind them in one product
@@ -70,7 +71,8 @@ def factorize(gram: Tensor, damp: float, order: Tensor | None = None) -> Factor:
             raise ArithmeticError("the Gram matrix stays singular at any damping")
     eye = torch.eye(gram.shape[0], device=gram.device)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return Factor(inverse.flip(0, 1).contiguous(), damp, order)
+    del lower, eye  # each as large as the Gram matrix
+    return Factor(inverse.flip(0, 1), damp, order)
 
 
 def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram: Tensor | None = None) -> Rounded:
@@ -88,11 +90,12 @@ def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram
         return _round_in_order(weight, factor, factor.order, grid, spec)
     codes = torch.empty_like(weight)
     scales, zeros = [], []
-    for start in range(0, columns, spec.group_size):
+    metrics = residual_metric(grids.diagonal_blocks(factor.upper, spec.group_size)) if clip else None
+    for number, start in enumerate(range(0, columns, spec.group_size)):
         end = start + spec.group_size
         group = weight[:, start:end]
-        if clip:
-            grid = grids.fit_clipped(group, residual_metric(factor.upper[start:end, start:end]).unsqueeze(0), spec)
+        if metrics is not None:
+            grid = grids.fit_clipped(group, metrics[number : number + 1], spec)
         else:
             grid = grids.fit_minmax(group, spec)
         scales.append(grid.scale)
@@ -125,15 +128,15 @@ def _round_columns(
             Grid(grid.scale[rows], grid.zero[rows]), levels,
         )  # fmt: skip
         codes[:, first:last] = block_codes.t()
-        weight[:, last:].addmm_(errors.t(), upper[first:last, last:], alpha=-1)
+        subtract_product(weight[:, last:], errors.t(), upper[first:last, last:])
 
 
 def residual_metric(upper: Tensor) -> Tensor:
-    """``M [g, g]`` such that ``e M eᵀ`` is what an error e of this group costs after the columns behind it did their
+    """``M [..., g, g]`` such that ``e M eᵀ`` is what an error e of a group costs after the columns behind it did their
     best: the Schur complement of H on the group, ``U_gg^-1 U_gg^-T``."""
-    eye = torch.eye(upper.shape[0], device=upper.device)
+    eye = torch.eye(upper.shape[-1], device=upper.device).expand_as(upper)
     inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse @ inverse.t()
+    return inverse @ inverse.mT
 
 
 def _round_block(block: Tensor, upper: Tensor, grid: Grid, levels: int) -> tuple[Tensor, Tensor]:

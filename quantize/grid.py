@@ -48,10 +48,11 @@ def fit_minmax(weight: Tensor, spec: GridSpec, ratio: float = 1.0) -> Grid:
     symmetric ones are ``2 * absmax / levels`` wide with the zero in the middle, as AutoGPTQ's are."""
     grouped = weight.unflatten(1, (-1, spec.group_size))
     low, high = torch.aminmax(grouped, dim=-1)
-    return _grid_from_range(low * ratio, high * ratio, spec)
+    return grid_from_range(low * ratio, high * ratio, spec)
 
 
-def _grid_from_range(low: Tensor, high: Tensor, spec: GridSpec) -> Grid:
+def grid_from_range(low: Tensor, high: Tensor, spec: GridSpec) -> Grid:
+    """The grid that covers low .. high, as `fit_minmax` says."""
     if spec.sym:
         high = torch.maximum(high, -low).clamp_min(0)
         low = -high
@@ -95,33 +96,36 @@ def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Grid:
     ``blocks [groups, group_size, group_size]``: the diagonal blocks of the Gram matrix; the error of a group with
     residual e is ``e B eᵀ``. The search of AWQ (arXiv 2306.00978, §3.2, weight clipping) without running a forward.
     """
+    groups = weight.split(spec.group_size, dim=1)
+    fits = [_fit_group(group, block, spec) for group, block in zip(groups, blocks, strict=True)]
+    return Grid(torch.cat([scale for scale, _ in fits], 1), torch.cat([zero for _, zero in fits], 1))
+
+
+def _fit_group(weight: Tensor, metric: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero ``[out, 1]`` of one group ``[out, g]``."""
     if weight.is_cuda and spec.group_size <= KERNEL_GROUP:
         from qtool.quantize.kernels import fit_clipped as fit_group
 
         half = spec.dtype == torch.float16
-        fits = [
-            fit_group(part, block, spec.levels, spec.sym, half, CLIP_STEPS, CLIP_STEP)
-            for part, block in zip(weight.split(spec.group_size, dim=1), blocks, strict=True)
-        ]
-        return Grid(torch.cat([scale for scale, _ in fits], 1), torch.cat([zero for _, zero in fits], 1))
-    best: Grid | None = None
-    best_loss: Tensor | None = None
-    grouped = weight.unflatten(1, (-1, spec.group_size))
-    low, high = torch.aminmax(grouped, dim=-1)
-    for step in range(CLIP_STEPS):
-        ratio = 1.0 - CLIP_STEP * step
-        grid = _grid_from_range(low * ratio, high * ratio, spec)
-        error = dequantize(quantize(weight, grid, spec), grid, spec).sub_(weight)
-        grouped_error = error.unflatten(1, (-1, spec.group_size)).transpose(0, 1)  # [groups, out, g]
-        loss = torch.bmm(grouped_error, blocks).mul_(grouped_error).sum(-1).t()  # [out, groups]
-        if best is None or best_loss is None:
-            best, best_loss = grid, loss
-            continue
-        better = loss < best_loss
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
-        best_loss = torch.minimum(loss, best_loss)
-    assert best is not None
-    return best
+        return fit_group(weight, metric, spec.levels, spec.sym, half, CLIP_STEPS, CLIP_STEP)
+    columns = weight.t().contiguous()
+    ratio = 1.0 - CLIP_STEP * torch.arange(CLIP_STEPS, device=weight.device).unsqueeze(1)
+    grids = grid_from_range(columns.amin(0) * ratio, columns.amax(0) * ratio, spec)  # [steps, out]
+    error, product = torch.empty_like(columns), torch.empty_like(columns)
+    losses = []
+    for scale, zero in zip(grids.scale, grids.zero, strict=True):
+        column_errors(columns, Grid(scale, zero), spec, error)
+        losses.append(torch.mm(metric, error, out=product).mul_(error).sum(0))
+    best = torch.stack(losses).argmin(0, keepdim=True)
+    return grids.scale.gather(0, best).t(), grids.zero.gather(0, best).t()
+
+
+def column_errors(columns: Tensor, grid: Grid, spec: GridSpec, out: Tensor) -> Tensor:
+    """``Q(w) - w`` into ``out``, for weights ``[..., g, out]`` that lie column by column, so that the grid
+    (``[..., 1, out]``) is contiguous along the rows; a reciprocal instead of a division, for searches."""
+    torch.mul(columns, 1.0 / grid.scale, out=out).round_()
+    torch.clamp(out, -grid.zero, spec.levels - grid.zero, out=out)
+    return out.mul_(grid.scale).sub_(columns)
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:

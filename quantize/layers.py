@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
 from qtool.quantize import gguf, nf4
-from qtool.quantize.architectures import Architecture, architecture_of
+from qtool.quantize.architectures import Architecture, InputGroup, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
@@ -69,8 +70,8 @@ class Walk:
         self.weighing = any(isinstance(method, GgufMethod) and method.needs_importance for method in self.outputs)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = embedding.dtype
-        if self.device.type == "cpu" and (self.on_grid or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            self.dtype = torch.float32  # Gram matrices want it; channel means alone bear bfloat16 where it is fast
+        if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
+            self.dtype = torch.float32
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv = config.num_key_value_heads
         self.heads = Heads(kv, config.num_attention_heads // kv, dim)
@@ -117,7 +118,7 @@ class Walk:
         linear's mean squares of the source's inputs."""
         layer = self._fill(index, weights)
         last = index == len(self.layers) - 1
-        shared, own = self._collect(layer, hidden, streams, calls)
+        shared, own = self._collect(layer, hidden, streams, calls, last)
         results = {}
         for number, method in enumerate(self.on_grid):
             owned = method.own_stream or not any(not other.own_stream for other in self.on_grid[number + 1 :])
@@ -153,21 +154,24 @@ class Walk:
         return gguf.quantize_layer(self.architecture, tensors, types, rows, self.device)
 
     def _collect(
-        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
-        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs."""
+        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
+        after the last layer only the float16 range of the outputs on a grid is asked of."""
+        done = last and not self.on_grid
         wants_source = any(not method.own_stream for method in self.on_grid)
         shared = {group.name: InputStatistics(channels_only=not wants_source) for group in self.architecture.groups}
-        own = {name: {g.name: InputStatistics() for g in self.architecture.groups} for name in streams}
+        own = {name: {g.name: _of_own_stream(layer, g) for g in self.architecture.groups} for name in streams}
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
-            with self._captured(layer, inputs.__setitem__):
+            with suppress(_Enough), self._captured(layer, inputs.__setitem__, enough=done):
                 hidden[number] = _run(layer, states, calls)
             if wants_source or self.weighing:
                 for name, x in inputs.items():
                     shared[name].add(x)
             for stream, batches in streams.items():
-                with self._captured(layer, _adder(own[stream], inputs)):
+                # every input is known before the last linears have run: their products are spared
+                with suppress(_Enough), self._captured(layer, _adder(own[stream], inputs), enough=True):
                     _run(layer, batches[number], calls)
         for statistics in (shared, *own.values()):
             for stats in statistics.values():
@@ -176,11 +180,21 @@ class Walk:
         return shared, own
 
     @contextmanager
-    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """While open, ``take(group name, input)`` is called for every distinct linear input of a forward."""
+    def _captured(
+        self, layer: nn.Module, take: Callable[[str, Tensor], None], enough: bool = False
+    ) -> Iterator[None]:
+        """While open, ``take(group name, input)`` is called for every distinct linear input of a forward; with
+        ``enough``, the last one ends it by raising _Enough."""
+        missing = {group.name for group in self.architecture.groups}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, inputs: take(name, inputs[0])
+            def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                take(name, inputs[0])
+                missing.discard(name)
+                if enough and not missing:
+                    raise _Enough
+
+            return keep
 
         handles = [
             layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook(group.name))
@@ -271,6 +285,10 @@ class Walk:
         return hidden, calls
 
 
+class _Enough(Exception):
+    """A forward may end here: all that was wanted of it is known."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
 
@@ -287,6 +305,13 @@ class _Recorder(nn.Module):
         self.hidden = hidden_states
         self.calls[hidden_states.shape[0]] = kwargs
         return hidden_states
+
+
+def _of_own_stream(layer: nn.Module, group: InputGroup) -> InputStatistics:
+    """Empty statistics whose drift goes through the linears' weights where that makes it smaller."""
+    weights: list[Tensor] = [layer.get_parameter(f"{linear}.weight") for linear in group.linears]
+    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    return InputStatistics(through=torch.cat(weights) if rows < columns else None)
 
 
 def _adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) -> Callable[[str, Tensor], None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.methods import GgufMethod, Method, needs_calibration
+from qtool.quantize.methods import AwqMethod, GptqMethod, Method, needs_calibration
+from qtool.quantize.precision import fast_bfloat16
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -18,27 +19,37 @@ def peak_bytes(
     device: str,
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. Bytes on the computing device:
-    hidden states of every stream, one layer and its float32 copy, its Gram matrices, and the largest workspace."""
-    width = 4 if device == "cpu" else 2
+    hidden states of every stream, one layer, its Gram matrices and drifts, the largest workspace, the codes. Within 5 %
+    of what an accelerator's allocator reports (docs/benchmarks.md)."""
+    width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer = {name: shape for name, shape in shapes.items() if name.startswith(f"{architecture.prefix}0.")}
     parameters = sum(_count(shape) for shape in layer.values())
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
     calibrated = [method for method in methods if needs_calibration(method)]
     if not calibrated:
         return max(parameters * (width + 4), embedding)
-    own = sum(method.own_stream for method in calibrated)
-    shared = any(not method.own_stream and not isinstance(method, GgufMethod) for method in calibrated)
+    on_grid = [method for method in calibrated if isinstance(method, AwqMethod | GptqMethod)]
+    own = sum(method.own_stream for method in on_grid)
+    sharing = len(on_grid) - own
     group_shapes = []
     for group in architecture.groups:
         linears = [layer[f"{architecture.prefix}0.{linear}.weight"] for linear in group.linears]
         group_shapes.append((sum(out for out, _ in linears), linears[0][1]))
     hidden = group_shapes[0][1]
-    grams = 4 * sum(columns**2 for _, columns in group_shapes) * (shared + 2 * own)
-    workspace = max(4 * (4 * columns**2 + 4 * out * columns) for out, columns in group_shapes)
     widest = max(columns for _, columns in group_shapes)
+    grams = sum(columns**2 for _, columns in group_shapes) * ((sharing > 0) + own)
+    drifts = sum(min(out, columns) * columns for out, columns in group_shapes) * own
+    copied = widest**2 if sharing > 1 else 0
+    compensated = any(method.rounding == "gptq" for method in on_grid)
+    searched = any(method.scaling == "awq" for method in on_grid)
+    workspaces = [
+        max(compensated * (3 * columns**2 + 4 * out * columns), (6 if searched else 4) * out * columns)
+        for out, columns in group_shapes
+    ]
     activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest
     states = width * tokens * hidden * (1 + own)
-    walking = parameters * (width + 4) + grams + max(workspace, activations)
+    work = max(4 * (copied + max(workspaces)) if on_grid else 0, activations)
+    walking = parameters * (width + len(on_grid)) + 4 * (grams + drifts) + work
     return states + max(walking, embedding)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qtool.quantize.precision import bfloat16_products
 
 GRAM_BLOCK = {"cpu": 384, "cuda": 4096}  # columns of a Gram block: only blocks on or above the diagonal are computed
 
@@ -15,41 +18,49 @@ GRAM_BLOCK = {"cpu": 384, "cuda": 4096}  # columns of a Gram block: only blocks 
 class InputStatistics:
     """Statistics of one distinct linear input X ``[tokens, in]``, accumulated batch by batch.
 
-    gram: XᵀX ``[in, in]``; cross: SᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the source's own
-    stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``channels_only``: square_sum alone.
+    gram: XᵀX ``[in, in]``; drift: (S - X)ᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the
+    source's own stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``through``: weights W ``[out, in]`` of the
+    linears, where out < in: drift is then W (S - X)ᵀX ``[out, in]``, which costs less. ``channels_only``: square_sum
+    alone.
     """
 
     tokens: int = 0
     gram: Tensor = field(default_factory=lambda: torch.empty(0))
-    cross: Tensor | None = None
+    drift: Tensor | None = None
     abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
     absmax: Tensor = field(default_factory=lambda: torch.empty(0))
     square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
     channels_only: bool = False
+    through: Tensor | None = None
 
     def add(self, inputs: Tensor, source: Tensor | None = None) -> None:
         """Count a batch ``[..., in]``; ``source``: the source's inputs for the same tokens."""
         x = inputs.flatten(0, -2)
+        columns = x.shape[1]
         if not self.tokens:
-            columns = x.shape[1]
-            if not self.channels_only:
-                self.gram = torch.zeros(columns, columns, device=x.device)
-            self.square_sum = torch.zeros(columns, device=x.device)
+            self.square_sum = torch.zeros(columns if self.channels_only else 0, device=x.device)
+        if not self.tokens and not self.channels_only:
+            self.gram = torch.zeros(columns, columns, device=x.device)
             self.abs_sum = torch.zeros(columns, device=x.device)
             self.absmax = torch.zeros(columns, device=x.device)
             if source is not None:
-                self.cross = torch.zeros(columns, columns, device=x.device)
+                rows = columns if self.through is None else self.through.shape[0]
+                self.drift = torch.zeros(rows, columns, device=x.device)
         self.tokens += x.shape[0]
-        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
         if self.channels_only:
+            self.square_sum += torch.ones(x.shape[0], device=x.device) @ x.float().square_()  # faster than a norm
             return
         magnitude = x.abs()
         self.abs_sum += magnitude.sum(0, dtype=torch.float32)
         torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
         del magnitude
-        _accumulate_gram(self.gram, x)
-        if self.cross is not None and source is not None:
-            _accumulate(self.cross, source.flatten(0, -2), x)
+        with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():  # exact: the factors are bfloat16
+            wide = x if x.is_cuda else x.float()
+            _accumulate_gram(self.gram, wide)
+            if self.drift is not None and source is not None:
+                gap = source.flatten(0, -2) - x
+                gap = gap if self.through is None else gap @ self.through.t()
+                _accumulate(self.drift, gap if x.is_cuda else gap.float(), wide)
 
     def finish(self) -> None:
         """Make the Gram matrix whole: the blocks below the diagonal are those above it, transposed."""
@@ -64,7 +75,13 @@ class InputStatistics:
     @property
     def mean_square(self) -> Tensor:
         """mean x² ``[in]``: what an importance matrix holds, and the Gram matrix's diagonal over the tokens."""
-        return self.square_sum / self.tokens
+        return (self.square_sum if self.channels_only else self.gram.diagonal()) / self.tokens
+
+    def output_drift(self, weight: Tensor) -> Tensor:
+        """``W (C - G)`` ``[out, in]`` for C = SᵀX: what the source's outputs have in common with these inputs, less
+        what W makes of them. ``weight``: the W of ``through`` where that was given."""
+        assert self.drift is not None
+        return self.drift if self.through is not None else weight @ self.drift
 
 
 def _accumulate_gram(total: Tensor, x: Tensor) -> None:
@@ -73,11 +90,11 @@ def _accumulate_gram(total: Tensor, x: Tensor) -> None:
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right, in float32 whatever the inputs' dtype."""
-    if left.is_cuda and left.dtype != torch.float32:
+    """total += leftᵀ right, summed in float32 whatever the inputs' dtype (float32 on the CPU)."""
+    if left.dtype != torch.float32:
         total += torch.mm(left.t(), right, out_dtype=torch.float32)
     else:
-        total.addmm_(left.t().float(), right.float())
+        total.addmm_(left.t(), right)
 
 
 def _blocks(gram: Tensor) -> Iterator[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """Seconds a layer and peak memory of the walk on an accelerator: random weights of a known geometry, no download.
 
-    python scripts/bench_accelerator.py [--layers 4] [--samples 128] [--length 2048] [--profile]
+    python scripts/bench_accelerator.py [--geometry 8b|40b] [--layers 4] [--samples 128] [--length 2048] [--profile]
 
-Llama-3.1-8B geometry (hidden 4096, intermediate 14336, 32 heads over 8, a small vocabulary), bf16; calibration forward
-included. The first layer carries one-time costs (kernel compilation, cuBLAS handles) and is shown apart.
+Geometry of Llama-3.1-8B or IQuest-Coder-V1-40B (a small vocabulary), bf16; calibration forward included. The
+first layer carries one-time costs (kernel compilation, cuBLAS handles) and is shown apart.
 """
 
 from __future__ import annotations
@@ -45,11 +45,16 @@ CASES: dict[str, Methods] = {
 }
 
 
-def make_checkpoint(folder: Path, layers: int) -> Path:
+GEOMETRIES = {"8b": (4096, 14336, 32), "40b": (5120, 27648, 40)}  # hidden, intermediate, heads
+
+
+def make_checkpoint(folder: Path, geometry: str, layers: int) -> Path:
     """Random bf16 weights, one shard a layer."""
+    hidden, intermediate, heads = GEOMETRIES[geometry]
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=131072, tie_word_embeddings=True,
+        vocab_size=4096, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=131072,
+        tie_word_embeddings=True,
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -108,6 +113,7 @@ def profile(folder: Path, methods: Methods, tokens: torch.Tensor) -> None:
 def main() -> None:
     """Print one JSON line for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="8b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -116,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     print(torch.__version__, torch.cuda.get_device_name())
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), options.layers)
+        make_checkpoint(Path(folder), options.geometry, options.layers)
         tokens = torch.randint(0, 4096, (options.samples, options.length))
         for name, methods in CASES.items():
             if options.case and name not in options.case:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def main() -> None:
     config = load_config(options.source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(Checkpoint.open(options.source).read(), config, device)
-    source = fidelity.reference(model, windows)
+    folder = tempfile.TemporaryDirectory(prefix="qtool-")
+    source = fidelity.make_reference(model, windows, Path(folder.name) / "source")
     found = {"source": fidelity.diverge(model, windows, source)}
     for item in options.artifacts:
         name, folder = item.split("=", 1)

@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def compare(options: argparse.Namespace, ours: str, theirs: str) -> None:
     text = TextSource(text=str(options.bench / "heldout.jsonl"), samples=12, length=options.length)
     windows = token_windows(text, tokenizer)
     device = torch.device("cpu")
-    reference = fidelity.reference(load_model(Checkpoint.open(source).read(), config, device), windows, lambda: None)
+    folder = tempfile.TemporaryDirectory(prefix="qtool-")
+    model = load_model(Checkpoint.open(source).read(), config, device)
+    reference = fidelity.make_reference(model, windows, Path(folder.name) / "source")
     for name, file in (("qtool", ours), ("llama.cpp", theirs)):
         model = load_model(GgufFile.open(Path(file), raw).read(), config, device)
         kl = fidelity.diverge(model, windows, reference, lambda: None).kl

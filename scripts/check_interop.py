@@ -6,7 +6,8 @@ minutes), as a child process that knows nothing of qtool. Logits must agree with
 which dequantizes the artifact into transformers' float32 model:
 
 - AWQ and GPTQ (v1, v2, 4 and 8 bits, act-order): transformers with GPTQModel loads the folder on the CPU; for AWQ,
-  AutoAWQ's own unpacking code also turns every quantized linear into float16 weights, which must equal qtool's;
+  AutoAWQ's own unpacking code also turns every quantized linear into float16 weights, which must equal qtool's; for
+  GPTQ version 1, AutoGPTQ's own code into float32 weights, likewise;
 - compressed-tensors and NF4: transformers with compressed-tensors or bitsandbytes, in qtool's own environment.
 
 Exit codes: 0 all agree, 1 something disagrees, 2 wrong input, 3 an environment could not be made.
@@ -79,6 +80,11 @@ ENVIRONMENTS = {
     "autoawq": Environment(
         {"torch": "2.13.0", "autoawq": "0.2.9", "safetensors": "0."},
         (("numpy", "safetensors"), ("--no-deps", "autoawq==0.2.9")),
+    ),
+    # AutoGPTQ likewise; the modules that unpack import transformers, of any version.
+    "autogptq": Environment(
+        {"torch": "2.13.0", "auto-gptq": "0.7.1", "transformers": "5."},
+        (("numpy", "safetensors", "transformers==5.23.0"), ("--no-deps", "auto-gptq==0.7.1")),
     ),
 }
 
@@ -223,27 +229,40 @@ def check_autoawq(context: Context) -> list[Row]:
     Tolerance 0: (q - z) * s has at most 4 + 11 significant bits, exact in float32, so that both sides round
     the same number to float16 once.
     """
-    python = context.peers / "autoawq" / "bin" / "python"
-    theirs = run_child(python, "interop_autoawq.py", context.artifact.path, scratch=context.scratch)
+    return compare_unpacked(context, "autoawq", "AutoAWQ 0.2.9", torch.float16)
+
+
+def check_autogptq(context: Context) -> list[Row]:
+    """Compare AutoGPTQ's unpacked float32 weights with qtool's, bit for bit (the products are exact)."""
+    if context.artifact.quantization.get("checkpoint_format") != "gptq":
+        return []  # it knows version 1 alone, and reads another's zeros one too high
+    return compare_unpacked(context, "autogptq", "AutoGPTQ 0.7.1", torch.float32)
+
+
+def compare_unpacked(context: Context, environment: str, peer: str, dtype: torch.dtype) -> list[Row]:
+    """Digests of every linear's weight as a peer's own code unpacks it, against qtool's."""
+    python = context.peers / environment / "bin" / "python"
+    script = f"interop_{environment}.py"
+    theirs = run_child(python, script, context.artifact.path, scratch=context.scratch)
     linears = context.artifact.linears()
     different = []
     for name in linears:
-        ours = context.artifact.codes(name).dequantize(torch.float16) + 0.0
+        ours = context.artifact.codes(name).dequantize(dtype) + 0.0
         digest = hashlib.sha256(ours.contiguous().numpy().tobytes()).hexdigest()
         if theirs.get(name) != {"shape": list(ours.shape), "sha256": digest}:
             different.append(name)
     found = f"{len(linears) - len(different)} of {len(linears)} equal"
     if different:
-        found += f"; {different[0]}: {measure_difference(context, python, different[0])}"
+        found += f"; {different[0]}: {measure_difference(context, python, script, different[0])}"
     agrees = bool(linears) and not different and set(theirs) == set(linears)
-    return [Row("AutoAWQ 0.2.9", "unpacked float16 weights", found, f"{len(linears)} equal, bit for bit", agrees)]
+    kind = str(dtype).removeprefix("torch.")
+    return [Row(peer, f"unpacked {kind} weights", found, f"{len(linears)} equal, bit for bit", agrees)]
 
 
-def measure_difference(context: Context, python: Path, name: str) -> str:
-    """Say how AutoAWQ's weight of one linear differs from qtool's."""
+def measure_difference(context: Context, python: Path, script: str, name: str) -> str:
+    """Say how a peer's weight of one linear differs from qtool's."""
     dump = context.scratch / "weight.safetensors"
-    arguments = (context.artifact.path, "--only", name, "--dump", dump)
-    run_child(python, "interop_autoawq.py", *arguments, scratch=context.scratch)
+    run_child(python, script, context.artifact.path, "--only", name, "--dump", dump, scratch=context.scratch)
     theirs = load_file(dump).get(name) if dump.exists() else None
     ours = context.artifact.codes(name).dequantize()
     if theirs is None or theirs.shape != ours.shape:
@@ -297,7 +316,7 @@ class Check:
 # quant_method in config.json -> what is checked. Other formats join here.
 CHECKS: dict[str, tuple[Check, ...]] = {
     "awq": (Check("autoawq", check_autoawq), Check("gptqmodel", check_gptqmodel)),
-    "gptq": (Check("gptqmodel", check_gptqmodel),),
+    "gptq": (Check("autogptq", check_autogptq), Check("gptqmodel", check_gptqmodel)),
     "compressed-tensors": (Check(None, check_transformers),),
     "bitsandbytes": (Check(None, check_transformers),),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def main() -> None:
     tokens = token_windows(TextSource(text=options.calibration, **text), tokenizer)
     windows = token_windows(TextSource(text=options.heldout, samples=64, length=options.length, seed=7), tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = fidelity.reference(load_model(Checkpoint.open(source.path).read(), config, device), windows)
+    folder = tempfile.TemporaryDirectory(prefix="qtool-")
+    model = load_model(Checkpoint.open(source.path).read(), config, device)
+    reference = fidelity.make_reference(model, windows, Path(folder.name) / "source")
     print("| setting | mean KL | top-1 |\n|---|---|---|")
     for name, changes in SETTINGS.items():
         if options.quick and name not in QUICK:

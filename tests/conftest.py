@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ import pytest
 import torch
 
 TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(400))
+
+PROBLEM = {
+    "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
+    "canonical_solution": "    return x + 1000\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
+}  # fmt: skip
 
 
 def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", **changes: Any) -> Path:
@@ -91,3 +97,28 @@ def write_recipe(tmp_path: Path, tiny: Path, text_file: Path) -> Callable[..., P
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of two outputs with a gate, a task and a text."""
+    import yaml
+
+    from qtool.run import run
+
+    folder = tmp_path_factory.mktemp("record")
+    (folder / "text.txt").write_text("".join(f"def f{i}(a, b):\n    return a * {i} + b\n" for i in range(200)))
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    recipe: dict[str, Any] = {
+        "model": str(tiny),
+        "calibration": {"text": str(folder / "text.txt"), "samples": 4, "length": 32},
+        "outputs": [{"method": "awq", "group_size": 32}, {"method": "nf4"}],
+        "evaluate": {
+            "tasks": [{"task": str(folder / "problems.jsonl")}], "max_new_tokens": 4,
+            "text": {"text": str(folder / "text.txt"), "samples": 3, "length": 32, "seed": 3},
+        },
+        "gates": [{"max_kld": 5.0}],
+        "output_dir": str(folder / "artifacts"),
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run(folder / "recipe.yaml", folder / "runs", "cpu")

@@ -10,6 +10,7 @@ from qtool.quantize.architectures import LLAMA
 from qtool.quantize.folding import Heads, kv_rows, quantize_layer
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import AwqMethod
+from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.statistics import InputStatistics
 
 SPEC = GridSpec(4, 32, False, torch.float16)
@@ -92,10 +93,33 @@ def test_statistics_in_batches_equal_one_product() -> None:
     assert stats.tokens == 700
     assert torch.allclose(stats.gram, x.t() @ x, rtol=1e-4, atol=1e-1)
     assert torch.allclose(stats.gram, stats.gram.t(), rtol=1e-5, atol=1e-2)
-    assert stats.cross is not None
-    assert torch.allclose(stats.cross, source.t() @ x, rtol=1e-4, atol=1e-1)
+    assert stats.drift is not None
+    assert torch.allclose(stats.drift, (source - x).t() @ x, rtol=1e-4, atol=1e-1)
     assert torch.allclose(stats.mean_abs, x.abs().mean(0), rtol=1e-5)
     assert torch.equal(stats.absmax, x.abs().amax(0))
+
+
+def test_drift_through_the_weights_is_the_same() -> None:
+    x, source, weight = inputs(700, 500), inputs(700, 500), torch.randn(96, 500)
+    plain, through = InputStatistics(), InputStatistics(through=weight)
+    for stats in (plain, through):
+        for part, other in zip(x.split(300), source.split(300), strict=True):
+            stats.add(part, other)
+    expected = weight.double() @ (source.t().double() @ x.double() - x.t().double() @ x.double())
+    for stats in (plain, through):
+        assert float((stats.output_drift(weight) - expected).norm() / expected.norm()) < 1e-5
+    assert through.drift is not None
+    assert through.drift.shape == (96, 500)
+
+
+@pytest.mark.skipif(not fast_bfloat16(), reason="this processor has no bfloat16 products")
+def test_bfloat16_products_lose_nothing() -> None:
+    """Gram matrices of bfloat16 values through bfloat16 products: as close to float64 as float32 products are."""
+    x = inputs(2000, 256).bfloat16()
+    stats = statistics(x)
+    expected = x.double().t() @ x.double()
+    assert float((stats.gram - expected).norm() / expected.norm()) < 1e-6
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])

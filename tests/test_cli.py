@@ -24,7 +24,7 @@ def problems(tmp_path: Path) -> Path:
     rows = [
         {
             "task_id": f"t/{i}", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-            "canonical_solution": "    return x\n",
+            "canonical_solution": "    return x + 1000\n",
             "test": f"def check(candidate):\n    assert candidate({i}) == {i + 1000}\n",
         }
         for i in range(2)
@@ -50,6 +50,10 @@ def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_
         assert expected in result.output
     (folder,) = (path for path in runs.iterdir() if (path / "lock.json").exists())
     lock = json.loads((folder / "lock.json").read_text())
+    assert f"report: {folder / 'report.html'}" in result.output
+    assert (folder / "report.html").read_text().count("<section") > 4
+    checked = call("check", "latest", "--runs", runs)
+    assert (checked.exit_code, "pass  awq: verified" in checked.output) == (0, True), checked.output
     assert lock["source"]["commit"].startswith("sha256:")
     assert (folder / "recipe.yaml").read_bytes() == recipe.read_bytes()
     scores = {path.name: json.loads(path.read_text()) for path in (folder / "scores").iterdir()}
@@ -121,7 +125,8 @@ def test_verify_and_evaluate_commands(
     assert result.exit_code == 0
     assert "sound" in result.output
     result = call(
-        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--runs", tmp_path / "runs"
+        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--window-length", 64,
+        "--runs", tmp_path / "runs",
     )
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text import load_tokenizer
 from qtool.evaluate import fidelity, prompts
-from qtool.evaluate.generate import generate, load_model
+from qtool.evaluate.engines import Decoding, Request
+from qtool.evaluate.generate import TorchEngine, load_model, sample
 from qtool.evaluate.tasks import Problem
 
 PROMPTS = ["def f1(a, b):\n", "def f23(a, b):\n    return", "x", "def f7(a, b):\n    return a * 7 + b\n\n\ndef"]
@@ -31,12 +33,9 @@ def model(tiny: Path) -> Any:
 
 
 def answers(model: Any, tokenizer: Any, batch: int, limit: int = 21, stop: Any = lambda _: False) -> list[str]:
-    found = [""] * len(PROMPTS)
-    generate(
-        model, tokenizer, PROMPTS, max_new_tokens=limit, batch_size=batch, finished=stop,
-        on_text=lambda index, text: found.__setitem__(index, text),
-    )  # fmt: skip
-    return found
+    engine = TorchEngine("reference", model, tokenizer)
+    requests = [Request(prompt, stop) for prompt in PROMPTS]
+    return [text for _, text in sorted(engine.generate(requests, Decoding(limit, batch)))]
 
 
 def test_the_loaded_model_is_transformers_own(model: Any, tiny: Path) -> None:
@@ -75,14 +74,42 @@ def test_a_model_with_a_missing_tensor_is_refused(tiny: Path) -> None:
         load_model(stream, load_config(tiny), torch.device("cpu"))
 
 
-def test_divergence_equals_the_full_distributions(model: Any, tiny: Path) -> None:
+def sampled(model: Any, tokenizer: Any, batch: int, done: Collection[int] = ()) -> dict[int, str]:
+    engine = TorchEngine("reference", model, tokenizer)
+    requests = [Request(prompt, lambda _: False, seed=seed) for seed in (1, 2) for prompt in PROMPTS]
+    return dict(engine.generate(requests, Decoding(9, batch, temperature=1.0, top_p=0.9), done))
+
+
+def test_a_sample_depends_on_its_own_seed_alone(model: Any, tokenizer: Any) -> None:
+    whole = sampled(model, tokenizer, 8)
+    assert whole == sampled(model, tokenizer, 3)
+    assert whole[0] != whole[len(PROMPTS)]
+    rest = sampled(model, tokenizer, 3, done={0, 1, 6})
+    assert rest == {index: text for index, text in whole.items() if index not in {0, 1, 6}}
+
+
+def test_nucleus_sampling_has_the_renormalized_frequencies() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40_000, 4)
+    draws = torch.rand(40_000, dtype=torch.float64)
+    shares = torch.bincount(sample(logits, 1.0, 0.75, draws), minlength=4) / 40_000
+    assert shares.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)  # 0.5 alone is below 0.75, with 0.3 above
+    cooled = torch.bincount(sample(logits, 0.5, 1.0, draws), minlength=4) / 40_000
+    assert cooled.tolist() == pytest.approx([v / 0.365 for v in (0.25, 0.09, 0.0225, 0.0025)], abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def other(tiny: Path) -> Any:
+    """The tiny model, disturbed."""
+    torch.manual_seed(3)
+    stream = ((name, tensor + 0.01 * torch.randn(tensor.shape)) for name, tensor in Checkpoint.open(tiny).read())
+    return load_model(stream, load_config(tiny), torch.device("cpu"))
+
+
+def test_divergence_equals_the_full_distributions(model: Any, other: Any, tmp_path: Path) -> None:
     windows = torch.randint(0, 320, (3, 32), generator=torch.Generator().manual_seed(1))
-    other = load_model(
-        ((name, tensor + 0.01 * torch.randn(tensor.shape)) for name, tensor in Checkpoint.open(tiny).read()),
-        load_config(tiny), torch.device("cpu"),
-    )  # fmt: skip
-    source = fidelity.reference(model, windows)
+    source = fidelity.make_reference(model, windows, tmp_path / "source")
     found = fidelity.diverge(other, windows, source)
+    assert found.kept == 0
     with torch.inference_mode():
         p = model(input_ids=windows).logits.double().log_softmax(-1)
         q = other(input_ids=windows).logits.double().log_softmax(-1)
@@ -92,9 +119,57 @@ def test_divergence_equals_the_full_distributions(model: Any, tiny: Path) -> Non
     nll = -q[:, :-1].gather(2, windows[:, 1:, None]).mean((1, 2))
     assert found.nll == pytest.approx(nll.tolist(), rel=1e-4)
     assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean(1).tolist())
+    by_position = kl.mean(0)
+    assert found.position_bin == 1
+    assert found.kl_by_position == pytest.approx(by_position.tolist(), rel=1e-3)
     itself = fidelity.diverge(model, windows, source)
     assert max(itself.kl) < 1e-6
     assert itself.top1 == [1.0] * 3
+
+
+def test_long_windows_in_chunks_equal_one_pass(
+    model: Any, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = torch.randint(0, 320, (2, 150), generator=torch.Generator().manual_seed(2))
+    whole = fidelity.diverge(other, windows, fidelity.make_reference(model, windows, tmp_path / "whole"))
+    monkeypatch.setattr(fidelity, "CHUNK", 64)
+    source = fidelity.make_reference(model, windows, tmp_path / "parts")
+    parts = fidelity.diverge(other, windows, source)
+    assert len(list(source.folder.iterdir())) == 6
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-5)
+    assert parts.kl == pytest.approx(whole.kl, rel=1e-4)
+    assert parts.kl_by_position == pytest.approx(whole.kl_by_position, rel=1e-3)
+    assert (parts.position_bin, len(parts.kl_by_position)) == (3, 50)
+    few = fidelity.diverge(other, windows, fidelity.make_reference(model, windows, tmp_path / "few", kept=64))
+    assert few.kept == 64
+    assert 0.8 * sum(whole.kl) < sum(few.kl) < sum(whole.kl)
+    assert few.top1 == whole.top1
+
+
+def test_a_reference_stays_within_its_budget() -> None:
+    assert fidelity.kept_tokens(1536, 10_000) == 1536
+    assert fidelity.kept_tokens(50_000, 10_000) == 2048
+    assert fidelity.kept_tokens(150_000, 4 * 131_072) * 8 * 4 * 131_072 <= 2**30
+    assert fidelity.kept_tokens(150_000, 10**9) == 64
+
+
+def test_kl_by_layer_is_that_of_the_hybrid_model(model: Any, other: Any, tiny: Path, tmp_path: Path) -> None:
+    windows = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(4))
+    source = fidelity.make_reference(model, windows, tmp_path / "source")
+    changed = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mixed_up = sorted(changed.items(), key=lambda item: item[0][::-1])  # no layer in one piece
+    found = fidelity.diverge_by_layer(model, "model.layers.", iter(mixed_up), windows, source)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for index in range(2):
+        mark = f"model.layers.{index}."
+        stream = ((name, changed[name] if name.startswith(mark) else tensor) for name, tensor in before.items())
+        hybrid = load_model(stream, load_config(tiny), torch.device("cpu"))
+        expected = fidelity.diverge(hybrid, windows, source).kl
+        assert found[index] == pytest.approx(sum(expected) / 2, rel=1e-4)
+    lacking = ((name, tensor) for name, tensor in changed.items() if ".1.mlp" not in name)
+    with pytest.raises(QtoolError, match=r"lacks layer 1\."):
+        fidelity.diverge_by_layer(model, "model.layers.", lacking, windows, source)
 
 
 def test_top_k_with_a_tail_is_a_close_lower_bound() -> None:

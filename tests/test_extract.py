@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluate.extract import program_from_chat, program_from_completion, stop_at_end_of_function
+from qtool.evaluate.extract import (
+    answered,
+    cut,
+    last_block,
+    program_from_chat,
+    program_from_completion,
+    stop_at_end_of_function,
+    without_examples,
+)
+from qtool.evaluate.extract_javascript import program_from_javascript_chat
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
@@ -141,3 +150,135 @@ def test_broken_code_is_shown_as_it_was() -> None:
 def test_long_prose_is_fast() -> None:
     reply = "\n".join(["def double(x):", "    return 2 * x", *["import this, please? def x"] * 3000])
     assert run(program_from_chat(reply, PROMPT, "double"))(1) == 2
+
+
+# --- other shapes of answers ---
+
+MORE_CHATS = {
+    "thoughts in two parts": "<think>a</think>no\n<think>```python\ndef double(x): return x\n```</think>\n"
+    f"```python\n{FULL}```",
+    "reasoning tag": f"<reasoning>\n```\ndef double(x): return 0\n```\n</reasoning>\n{FULL}",
+    "indented with tabs": "```python\ndef double(x):\n\tif x:\n\t\treturn 2 * x\n\treturn 0\n```",
+    "tabs and windows lines": "```python\r\ndef double(x):\r\n\treturn 2 * x\r\n```\r\n",
+    "prompt and signature repeated": f"{PROMPT}    return 2 * x\n\nThe answer:\n```python\n{FULL}```",
+    "fence inside a list": "- Step 1\n- Step 2:\n  ```python\n  def double(x):\n      return 2 * x\n  ```\nor\n"
+    f"```python\n{FULL}```",
+    "console session": f"```pycon\n>>> double(2)\n4\n```\n```python\n{FULL}```",
+    "output below": f"```python\n{FULL}```\nOutput:\n```\n4\n```",
+    "two unclosed fences": f"```text\nplan\n```\n```python\n{FULL}",
+    "main guard that asks": f"```python\n{FULL}\nif __name__ == '__main__':\n    double(int(input()))\n```",
+    "async helper": f"```python\nasync def g():\n    pass\n\n{FULL}```",
+    "type hints from nowhere": "```python\nfrom __future__ import annotations\ndef double(x: Foo) -> Bar:\n"
+    "    return 2 * x\n```",
+    "language with attributes": f"```python title=answer.py\n{FULL}```",
+    "no newline at the end of the fence": f"```python\n{FULL.rstrip()}\n```",
+    "special tokens around": f"<|im_start|>assistant\n```python\n{FULL}```<|im_end|><|endoftext|>",
+    "full-width tokens": f"```python\n{FULL}```<\uff5cend\u2581of\u2581sentence\uff5c>",
+}
+
+
+@pytest.mark.parametrize("name", MORE_CHATS)
+def test_more_chats(name: str) -> None:
+    assert run(program_from_chat(MORE_CHATS[name], PROMPT, "double"))(21) == 42
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "```python\ndef twice(x):\n    return 2 * x\n```",
+        "```python\nclass Solution:\n    def double(self, x):\n        return 2 * x\n```",
+    ],
+)
+def test_an_answer_under_another_name_is_none(reply: str) -> None:
+    with pytest.raises(KeyError):
+        run(program_from_chat(reply, PROMPT, "double"))
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "left"),
+    [
+        ("a\nprint(1)", ("\nprint(", "\nclass"), "a"),
+        ("a\nclass B\nprint(1)", ("\nprint(", "\nclass"), "a"),
+        ("a\r\nprint(1)", ("\nprint(",), "a"),
+        ("no stop", ("\nprint(",), "no stop"),
+        ("all", (), "all"),
+        ("### no", ("###",), ""),
+    ],
+)
+def test_cut_at_the_first_stop(text: str, stops: tuple[str, ...], left: str) -> None:
+    assert cut(text, stops) == left
+
+
+@pytest.mark.parametrize(
+    ("reply", "block"),
+    [
+        ("```python\na\n```\ntext\n```\nb\n```", "b\n"),
+        ("<think>```\nx\n```</think>```python\na\n```", "a\n"),
+        ("```python\na", "a"),
+        ("```python\na\n```\n```\n```", "a\n"),
+        ("~~~\na ``` b\n~~~", "a ``` b\n"),
+        ("no code", None),
+        ("<think>```\nx\n```", None),
+    ],
+)
+def test_last_block(reply: str, block: str | None) -> None:
+    assert last_block(reply) == block
+
+
+@pytest.mark.parametrize(
+    ("reply", "done"),
+    [
+        (f"```python\n{FULL}```", True),
+        (f"```python\n{FULL}", False),
+        (f"<think>```python\n{FULL}```", False),
+        (f"<think>```python\n{FULL}```</think>", False),
+        (f"<think>```python\n{FULL}```</think>```python\n{FULL}```", True),
+        ("```python\nassert double(2) == 4\n```", False),
+        ("```python\ndef double_all(x): ...\n```", False),
+        ("```javascript\nconst double = (x) => 2 * x;\n```", True),
+        ("```\ndouble = lambda x: 2 * x\n```", True),
+        ("double", False),
+    ],
+)
+def test_answered_once_a_closed_block_defines_it(reply: str, done: bool) -> None:
+    assert answered(reply, "double") is done
+
+
+def test_examples_are_left_out() -> None:
+    program = f"import math\nTWO = 2\n{FULL}assert double(1) == 3\nprint(double(2))\n"
+    program += "if __name__ == '__main__':\n    input()\n"
+    assert without_examples(program) == f"import math\nTWO = 2\n\n{FULL}"
+    assert without_examples(FULL) == FULL
+    assert without_examples("def (") == "def ("
+
+
+JS_PROMPT = "//Twice x.\nfunction double(x){\n"
+JS = "function double(x) {\n  return 2 * x;\n}\n"
+JAVASCRIPT = {
+    "fence": (f"Sure:\n```javascript\n{JS}```\nDone.", JS),
+    "js": (f"```js\n{JS}```", JS),
+    "no language": (f"```\n{JS}```", JS),
+    "unclosed": (f"```javascript\n{JS}", JS),
+    "windows lines": (f"```js\n{JS}```".replace("\n", "\r\n"), JS),
+    "arrow": ("```js\nconst double = (x) => 2 * x;\n```", "const double = (x) => 2 * x;\n"),
+    "last wins": (f"```js\nfunction double(x) {{ return x; }}\n```\nNo:\n```js\n{JS}```", JS),
+    "test block after": (f"```js\n{JS}```\n```js\nconsole.log(double(2));\n```", JS),
+    "shell block": (f"```bash\nnode x.js\n```\n```js\n{JS}```", JS),
+    "thoughts": (f"<think>```js\nfunction double(x) {{}}\n```</think>\n```js\n{JS}```", JS),
+    "exported": (f"```js\nexport default {JS}```", JS),
+    "body": ("```js\n  return 2 * x;\n}\n```", JS_PROMPT + "  return 2 * x;\n}\n"),
+    "body without its end": ("```js\n  return 2 * x;\n```", JS_PROMPT + "  return 2 * x;\n}\n"),
+    "bare": (f"Here you go.\n\n{JS}\nIt doubles x.", JS),
+    "helper in another block": (
+        "```js\nfunction two() { return 2; }\n```\n```js\nfunction double(x) { return two() * x; }\n```",
+        "function two() { return 2; }\nfunction double(x) { return two() * x; }\n",
+    ),
+    "no answer": ("I cannot.", "// no code in the reply\n"),
+    "another name": ("```js\nconst double_it = 1;\n```", "const double_it = 1;\n"),
+}
+
+
+@pytest.mark.parametrize("name", JAVASCRIPT)
+def test_javascript(name: str) -> None:
+    reply, program = JAVASCRIPT[name]
+    assert program_from_javascript_chat(reply, JS_PROMPT, "double") == program

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -53,3 +55,28 @@ def test_heat_map_leaves_out_what_nobody_measured() -> None:
     words = [node.text for node in root.iter() if node.tag.endswith("text")]
     assert words.count("0.2500") == 4  # two cells and both ends of the legend
     assert words.index("layer 0") < words.index("layer 1")
+
+
+def test_models_of_one_size_stand_apart_and_names_do_not_collide() -> None:
+    names = ["source", "awq", "gptq", "nf4", "rtn-symmetric"]
+    sizes = [3_900_000, 1_600_000, 1_600_000, 1_600_001, 1_601_000]
+    points = [
+        Point(n, s, 80 + i / 2, 76 + i / 2, 84 + i / 2) for i, (n, s) in enumerate(zip(names, sizes, strict=True))
+    ]
+    picture = size_against(points, "passed", True)
+    places = sorted(float(x) for x in re.findall(r'<circle [^>]*cx="([\d.]+)"', picture))
+    assert all(b - a > 9.9 for a, b in pairwise(places))
+    labels = re.findall(r'<text class="s\d name" x="([\d.]+)" y="([\d.]+)">([^<]+)', picture)
+    assert [name for *_, name in labels] == names
+    boxes = [(float(x), float(y), 7 * len(name)) for x, y, name in labels]
+    for (x1, y1, w1), (x2, y2, w2) in combinations(boxes, 2):
+        assert x1 + w1 < x2 or x2 + w2 < x1 or abs(y1 - y2) >= 11
+
+
+def test_a_model_keeps_its_colour_and_control_characters_are_no_xml_fault() -> None:
+    with_source = size_against([SOURCE, GOOD, Point("x\x00\x1b", 1_500_000, 0.75, 0.7, 0.8)], "passed", True)
+    alone = kl_by_position({"good": [0.1], "x\x00\x1b": [0.2]}, 8)
+    ET.fromstring(with_source)
+    assert "x\\u0000\\u001b" in alone
+    for picture in (with_source, alone):
+        assert re.search(r'class="s1( name)?"[^>]*>(<[^>]*>)*(<text[^>]*>)?good', picture)

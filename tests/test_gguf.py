@@ -16,9 +16,10 @@ from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.imatrix import read_imatrix, write_imatrix
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve, sha256_file
-from qtool.convert.text import token_windows
+from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import verify
 from qtool.evaluate import llama_cpp, served
+from qtool.evaluate.engines import Decoding, Request
 from qtool.evaluate.generate import load_model
 from qtool.job import Job, open_job
 from qtool.outputs import make_artifacts
@@ -95,12 +96,10 @@ def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]
     file = GgufFile.open(q4.gguf, q4.config)
     assert file.metadata("tokenizer.ggml.pre") == "deepseek-coder"
     assert file.metadata("general.file_type") == 15
-    texts: dict[int, str] = {}
-    llama_cpp.generate(
-        q4.gguf, [[5, 6, 7], [9, 10]], max_new_tokens=8, batch_size=2, finished=lambda text: False,
-        on_text=texts.__setitem__,
-    )  # fmt: skip
-    assert set(texts) == {0, 1}
+    requests = [Request(text, lambda _: False) for text in ("def f(a", "class A")]
+    with llama_cpp.open_engine(q4.gguf, load_tokenizer(artifacts["q4"].path, False), 64, 2, "Q4_K_M") as engine:
+        found = list(engine.generate(requests, Decoding(max_new_tokens=8, batch_size=2)))
+    assert {index for index, _ in found} == {0, 1}
 
 
 def test_blocks_are_the_c_codes_with_the_importance_of_the_pass(demo: tuple[Job, dict[str, Artifact]]) -> None:
@@ -123,7 +122,6 @@ def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, 
     handle = model.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].flatten(0, -2))
     )
-    from qtool.convert.text import load_tokenizer
 
     tokens = token_windows(job.recipe.calibration, load_tokenizer(job.source.path, False))
     with torch.inference_mode():

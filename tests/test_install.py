@@ -31,7 +31,7 @@ def test_data_is_part_of_the_package() -> None:
     for package, name in (
         ("qtool.quantize", "data/calibration.jsonl"), ("qtool.evaluate", "data/handwritten.jsonl"),
         ("qtool.evaluate", "data/heldout_code.jsonl"), ("qtool.evaluate", "data/heldout.jsonl.gz"),
-        ("qtool", "data/demo-model/config.json"),
+        ("qtool", "data/demo-model/config.json"), ("qtool", "data/accelerators.yaml"),
     ):  # fmt: skip
         assert files(package).joinpath(name).is_file(), name
 

@@ -15,13 +15,15 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
+from qtool.check import as_junit
 from qtool.cli import main
-from qtool.convert.text import TextSource
+from qtool.evaluate.scorecard import FidelityScore, save
 from qtool.gates import GateResult, judge
-from qtool.recipe import EvaluateSection, GateSection, TaskSection
+from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
 from qtool.run import run
-from qtool.scores import Evaluation, Scores, Subject
+from qtool.scores import Evaluation, Scores
+from qtool.subjects import Subject
 
 
 def call(*arguments: object) -> Result:
@@ -48,7 +50,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "model": "qtool-demo", "calibration": {"text": "qtool-code", "samples": 8, "length": 128},
         "outputs": [{"method": "awq", "group_size": 64}], "output_dir": str(folder / "artifacts"),
         "evaluate": {
-            "tasks": [{"task": "heldout", "limit": 60}], "max_new_tokens": 120, "batch_size": 60,
+            "tasks": [{"task": "heldout", "limit": 40}], "max_new_tokens": 96, "batch_size": 40,
             "text": {"text": "heldout-code", "samples": 8, "length": 128},
         },
         "gates": [{"max_kld": 0.2}, {"min_bits_saved": 8}, {"task": "heldout", "max_drop": 20}],
@@ -58,8 +60,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"good": good.folder, "runs": folder / "runs", "artifact": good.artifacts["awq"].path}
     source = resolve("qtool-demo")
     section = EvaluateSection(
-        tasks=(TaskSection(task="heldout", limit=60),), max_new_tokens=120, batch_size=60,
-        text=TextSource(text="heldout-code", samples=8, length=128),
+        tasks=(TaskSection(task="heldout", limit=40),), max_new_tokens=96, batch_size=40,
+        text=FidelitySection(text="heldout-code", samples=8, length=128),
     )  # fmt: skip
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
@@ -157,10 +159,10 @@ def test_what_the_baseline_has_must_be_measured(planted: dict[str, Path], tmp_pa
         (("tasks", "heldout", "settings", "engine"), "llama.cpp", "awq: heldout: engine llama.cpp and reference"),
         (("tasks", "heldout", "settings", "dtype"), "bfloat16", "awq: heldout: dtype bfloat16 and float32"),
         (("tasks", "heldout", "settings", "prompt"), "chat", "awq: heldout: prompt chat and completion"),
-        (("tasks", "heldout", "digest"), "0", r"awq: heldout: other problems \(60 and 60\)"),
+        (("tasks", "heldout", "digest"), "0", r"awq: heldout: other problems \(40 and 40\)"),
         (("tasks", "heldout", "samples"), 2, "awq: heldout: samples 2 and 1"),
-        (("text", "digest"), "0", "awq: held-out text: other windows of text"),
-        (("text", "settings", "dtype"), "bfloat16", "awq: held-out text: dtype bfloat16 and float32"),
+        (("texts", "128", "digest"), "0", "awq: held-out text: other windows of text"),
+        (("texts", "128", "settings", "dtype"), "bfloat16", "awq: held-out text: dtype bfloat16 and float32"),
     ],
 )
 def test_what_does_not_pair_is_refused(
@@ -244,7 +246,7 @@ def gate_of(record: RunRecord, scores: Scores | None = None, **gate: Any) -> Gat
         ({"max_kld": 1.0}, "pass", "within max_kld 1"),
         ({"max_kld": 1e-5}, "fail", "beyond max_kld"),
         ({"max_drop": 60, "task": "heldout"}, "pass", "within max_drop 60"),
-        ({"max_drop": 0, "task": "heldout"}, "undecided", "60 problems show losses from"),
+        ({"max_drop": 0, "task": "heldout"}, "undecided", "40 problems show losses from"),
         ({"min_recovery": 0.3}, "pass", "within min_recovery 0.3"),
         ({"min_recovery": 1.5}, "fail", "beyond min_recovery 1.5"),
         ({"max_drop": 5, "output": "gptq"}, "undecided", "did not make that output"),
@@ -268,7 +270,52 @@ def test_gates_without_a_measurement_are_undecided(planted: dict[str, Path]) -> 
     assert gate_of(record, broken, max_kld=1).verdict == "fail"
 
 
-@pytest.mark.parametrize("command", [["compare"], ["check"], ["baseline"], ["baseline", "save"]])
+def test_a_model_without_numbers_is_worse(planted: dict[str, Path], tmp_path: Path) -> None:
+    """NaN survives the score file, the baseline and the report, and is never equal to a number."""
+    folder = tmp_path / "nan"
+    shutil.copytree(planted["good"], folder)
+    key = json.loads((folder / "scores.json").read_text())["fidelity"]["awq"]
+    (file,) = (folder / "scores").glob(f"*{key[:16]}.json")
+    score = FidelityScore.model_validate_json(file.read_text())
+    nothing = [float("nan")] * len(score.kl)
+    save(file, score.model_copy(update={"kl": nothing, "nll": nothing, "kl_by_position": nothing}))
+    result = call("compare", planted["good"], folder)
+    assert (result.exit_code, "B is worse: awq on held-out text" in result.output) == (1, True), result.output
+    assert "not a number" in call("check", folder).output
+    assert call("report", folder).exit_code == 0
+    assert "not a number" in (folder / "report.html").read_text()
+    assert call("baseline", "save", folder, tmp_path / "b.json").exit_code == 0
+    assert call("compare", tmp_path / "b.json", planted["good"]).exit_code == 0
+
+
+def test_another_tools_folder_is_found_by_its_place(planted: dict[str, Path], tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(planted["artifact"], foreign)
+    (foreign / "qtool.json").unlink()
+    runs = tmp_path / "runs"
+    shutil.copytree(planted["bad"], runs / "x")
+    index = json.loads((runs / "x" / "scores.json").read_text())
+    index["subjects"]["awq"] = f"unsigned:{foreign.resolve()}"
+    (runs / "x" / "scores.json").write_text(json.dumps(index))
+    result = call("compare", f"{planted['good']}:awq", foreign, "--runs", runs)
+    assert (result.exit_code, "B is worse" in result.output) == (1, True), result.output
+
+
+def test_junit_holds_any_text(planted: dict[str, Path]) -> None:
+    reason = "\x00\x1b]]>&<\"'\ud800\uffff é"
+    results = [
+        GateResult("awq", "max_kld", "fail", reason, "warn"),
+        GateResult("awq", "max_drop", "undecided", reason, "warn"),
+        GateResult("awq", "max_drop", "undecided", reason, "fail"),
+        GateResult("awq", "max_size", "pass", reason, "warn"),
+    ]
+    (suite,) = ET.fromstring(as_junit(load_run(planted["good"]), results).encode())
+    assert [[child.tag for child in case] for case in suite] == [["failure"], ["skipped"], ["failure"], ["system-out"]]
+    assert (suite.get("failures"), suite.get("skipped"), suite.get("tests")) == ("2", "1", "4")
+    assert suite[0][0].get("message") == "\\u0000\\u001b]]>&<\"'\\ud800\\uffff é"
+
+
+@pytest.mark.parametrize("command", [["compare"], ["check"], ["baseline"], ["baseline", "save"], ["report"]])
 def test_help_shows_examples(command: list[str]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0

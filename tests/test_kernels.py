@@ -46,8 +46,11 @@ def test_scaled_error_agrees_with_the_cpu(spec: GridSpec) -> None:
     """Elementwise, up to codes on a tie."""
     weight = torch.randn(77, 256, generator=torch.Generator().manual_seed(3))
     scale = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.5
-    plain = awq._scaled_error(weight, scale, spec)
-    kernel = awq._scaled_error(weight.cuda(), scale.cuda(), spec).cpu()
+    from qtool.quantize import kernels  # needs Triton
+
+    plain = grid.round_to_nearest(weight * scale, spec).div_(scale).sub_(weight)
+    half = spec.dtype == torch.float16
+    kernel = kernels.scaled_error(weight.cuda(), scale.cuda(), spec.group_size, spec.levels, spec.sym, half).cpu()
     assert (torch.isclose(plain, kernel, atol=1e-5).float().mean()) > 0.999
 
 
@@ -63,3 +66,23 @@ def test_clipping_finds_grids_as_good_as_the_cpus(spec: GridSpec) -> None:
         grouped = error.unflatten(1, (-1, spec.group_size)).transpose(0, 1)
         losses.append(float((torch.bmm(grouped, blocks) * grouped).sum()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_losses_are_float32s() -> None:
+    """Losses of compensated solutions: three TF32 products agree with float64 as float32 does."""
+    gram = correlated(1500)
+    values, vectors = torch.linalg.eigh(gram.double())
+    error = (torch.randn(64, 1500).double() / values.clamp_min(1.0).sqrt()) @ vectors.t()  # small where G is large
+    expected = float(((error @ gram.double()) * error).sum())
+    found = float(awq.output_error(error.float().cuda(), gram.cuda()))
+    assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_errors_spread_as_in_float32() -> None:
+    from qtool.quantize.precision import subtract_product
+
+    total, left, right = torch.randn(300, 700), torch.randn(300, 128), torch.randn(128, 700)
+    expected = total.double() - left.double() @ right.double()
+    found = total.cuda()
+    subtract_product(found, left.cuda(), right.cuda())
+    assert float((found.cpu() - expected).norm() / expected.norm()) < 1e-6

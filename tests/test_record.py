@@ -5,40 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from qtool import QtoolError, ledger, record
 from qtool.record import RunRecord, find_run, load_run
-from qtool.run import run
-
-PROBLEM = {
-    "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-    "canonical_solution": "    return x\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    """A run of two outputs with a gate, a task and a text."""
-    folder = tmp_path_factory.mktemp("record")
-    (folder / "text.txt").write_text("".join(f"def f{i}(a, b):\n    return a * {i} + b\n" for i in range(200)))
-    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
-    recipe: dict[str, Any] = {
-        "model": str(tiny),
-        "calibration": {"text": str(folder / "text.txt"), "samples": 4, "length": 32},
-        "outputs": [{"method": "awq", "group_size": 32}, {"method": "nf4"}],
-        "evaluate": {
-            "tasks": [{"task": str(folder / "problems.jsonl")}], "max_new_tokens": 4,
-            "text": {"text": str(folder / "text.txt"), "samples": 3, "length": 32, "seed": 3},
-        },
-        "gates": [{"max_kld": 5.0}],
-        "output_dir": str(folder / "artifacts"),
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return run(folder / "recipe.yaml", folder / "runs", "cpu")
 
 
 @pytest.fixture
@@ -61,7 +32,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
     assert again.sizes["source"][1] == 16.0
     assert not again.failed
     (questions,) = again.questions().values()
-    assert questions == {"t/0": PROBLEM["prompt"]}
+    assert questions == {"t/0": "def f(x: int) -> int:\n    \"\"\"Do it.\"\"\"\n"}
 
 
 def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:

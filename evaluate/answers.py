@@ -1,0 +1,123 @@
+"""From a task to outcomes: prompts to the engine, its texts to the sandbox, everything in a journal."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from qtool import QtoolError
+from qtool.evaluate import prompts
+from qtool.evaluate.engines import Decoding, Engine, Message, Request, sample_seed
+from qtool.evaluate.execute import Job, run_programs
+from qtool.evaluate.journal import Journal, Place
+from qtool.evaluate.prompts import Style
+from qtool.evaluate.scorecard import ProblemOutcome
+from qtool.evaluate.tasks import Problem, Task, as_job
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a task is put and judged. ``timeout``: seconds for one program; ``sandbox`` as `execute.run_programs`."""
+
+    style: Style
+    decoding: Decoding
+    samples: int = 1
+    seed: int = 0
+    timeout: float = 5.0
+    sandbox: str = "auto"
+
+
+Answers = dict[str, tuple[ProblemOutcome, ...]]  # problem id -> an outcome for each sample
+Progress = Callable[[int, int], None]  # answered, judged
+
+
+def answer_task(
+    engine: Engine, task: Task, asking: Asking, tokenizer: Any, journal: Journal,
+    progress: Progress = lambda answered, judged: None,
+) -> Answers:  # fmt: skip
+    """Ask ``engine`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
+
+    What the journal holds is not asked or judged again; what comes is in it before anything else happens. Raises
+    QtoolError (exit 3) where the engine or the sandbox failed: neither is a wrong answer.
+    """
+    problems = {problem.task_id: problem for problem in task.problems}
+    places = [(name, sample) for name in problems for sample in range(asking.samples)]
+    requests = [_request(problems[name], sample, asking, tokenizer) for name, sample in places]
+    done = {number for number, place in enumerate(places) if place in journal.judged or place in journal.texts}
+    texts: queue.SimpleQueue[tuple[Place, str] | None] = queue.SimpleQueue()
+    for item in journal.texts.items():
+        texts.put(item)
+    answered = len(done)
+
+    def say() -> None:
+        progress(answered, len(journal.judged))
+
+    with ThreadPoolExecutor(max_workers=1) as judge:
+        # A model on the CPU needs every core itself: torch's threads wait for each other, and programs beside them
+        # slow it several times over. There the programs run when it is done; elsewhere, while it writes.
+        wait = engine.device == "cpu"
+        judging: Future[None] = Future() if wait else judge.submit(_judge_all, texts, problems, asking, journal, say)
+        try:
+            for number, text in engine.generate(requests, asking.decoding, done):
+                journal.answered(places[number], text)
+                texts.put((places[number], text))
+                answered += 1
+                say()
+                if judging.done():  # it failed; no use in going on
+                    break
+        finally:
+            texts.put(None)
+        if wait:
+            judging = judge.submit(_judge_all, texts, problems, asking, journal, say)
+        judging.result()
+    missing = [name for name, sample in places if (name, sample) not in journal.judged]
+    if missing:
+        raise QtoolError(f"{task.name}: engine {engine.name} gave no answer to {missing[0]}.", exit_code=3)
+    return {name: tuple(journal.judged[name, sample] for sample in range(asking.samples)) for name in problems}
+
+
+def _request(problem: Problem, sample: int, asking: Asking, tokenizer: Any) -> Request:
+    def finished(text: str) -> bool:
+        return prompts.finished(text, asking.style, problem)
+
+    seed = sample_seed(asking.seed, problem.task_id, sample)
+    if tokenizer is not None:
+        return Request(prompts.render(problem, asking.style, tokenizer), finished, seed=seed)
+    messages: tuple[Message, ...] = tuple(prompts.messages(problem)) if asking.style == "chat" else ()
+    return Request(problem.prompt, finished, messages, seed)
+
+
+def _judge_all(
+    texts: queue.SimpleQueue[tuple[Place, str] | None], problems: dict[str, Problem], asking: Asking,
+    journal: Journal, say: Callable[[], None],
+) -> None:  # fmt: skip
+    """Run programs as they come, as many at a time as are waiting, until None comes."""
+    open_ = True
+    while open_:
+        waiting = [texts.get()]
+        while not texts.empty():
+            waiting.append(texts.get())
+        open_ = None not in waiting
+        answers = [item for item in waiting if item is not None]
+        jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
+        outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
+        broken = next((outcome for outcome in outcomes if outcome.outcome == "error"), None)
+        if broken is not None:
+            raise QtoolError(
+                f"{broken.task_id}: the sandbox failed ({broken.detail}); no score was made. Run again to go on from "
+                "here.",
+                exit_code=3,
+            )
+        judged = zip(answers, outcomes, strict=True)
+        journal.add(
+            (place, ProblemOutcome(outcome=outcome.outcome, detail=outcome.detail, completion=text))
+            for (place, text), outcome in judged
+        )
+        say()
+
+
+def _job(problem: Problem, text: str, style: Style) -> Job:
+    return as_job(problem, prompts.program(problem, text, style))

@@ -1,0 +1,52 @@
+"""From a chat model's reply to the JavaScript program that is judged. Pure; nothing here runs code."""
+
+import re
+
+from qtool.evaluate.extract import fenced, without_thoughts
+
+_WORDS = frozenset({"", "javascript", "js", "node", "nodejs", "mjs", "jsx", "ecmascript"})
+_EXPORT = re.compile(r"^export\s+(?:default\s+)?(?=(?:async\s+)?function|const|let|var|class)", re.MULTILINE)
+
+
+def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> str:
+    """The program in a reply to "complete this function: <prompt>".
+
+    Tried in order: the LAST fenced block that defines ``entry_point``, a fenced body (put below the prompt), bare code
+    in the text. A reply without code gives a program that does not define the function.
+    """
+    header = re.compile(
+        rf"(?:\bfunction\s*\*?\s+|\b(?:const|let|var|class)\s+){re.escape(entry_point)}(?![\w$])"
+        rf"|^{re.escape(entry_point)}\s*=",
+        re.MULTILINE,
+    )
+    blocks = [(language.split(" ")[0], body) for language, body, _ in fenced(reply)]
+    ours = [body for language, body in blocks if language in _WORDS]
+    for bodies in (ours, [body for _, body in blocks]):
+        if defining := [body for body in bodies if header.search(body)]:
+            return _plain(_with_helpers(defining[-1], bodies, header))
+    if bodies := [body for body in ours if "return" in body]:
+        program = f"{prompt.rstrip()}\n{bodies[-1].rstrip()}\n"
+        return program if program.count("{") <= program.count("}") else program + "}\n"
+    text = without_thoughts(reply)
+    if not blocks and (found := header.search(text)):
+        start = text.rfind("\n", 0, found.start()) + 1
+        lines = text[start:].split("\n")
+        # Prose below the code is not part of it: the last line that closes a block is the end.
+        last = max((i for i, line in enumerate(lines) if line.startswith(("}", ")"))), default=len(lines) - 1)
+        return _plain("\n".join(lines[: last + 1]) + "\n")
+    return (blocks[-1][1].rstrip("\n") if blocks else "// no code in the reply") + "\n"
+
+
+def _with_helpers(code: str, bodies: list[str], header: re.Pattern[str]) -> str:
+    """``code`` below the functions that other blocks define and it calls."""
+    helpers = []
+    for body in bodies:
+        names = re.findall(r"^(?:function|const|let|var)\s+([\w$]+)", body, re.MULTILINE)
+        if body != code and not header.search(body) and any(re.search(rf"\b{re.escape(n)}\(", code) for n in names):
+            helpers.append(body.rstrip("\n"))
+    return "\n".join([*helpers, code.rstrip("\n")]) + "\n"
+
+
+def _plain(code: str) -> str:
+    """Without the module syntax that a script cannot have."""
+    return _EXPORT.sub("", code)

@@ -1,0 +1,70 @@
+"""Program and test in one process, for tests that share objects with the program (a unittest, own classes).
+
+Such a program can cheat: whatever the test knows is in its memory. So these outcomes are marked in the scorecard, and
+only the containment is as strong as elsewhere. The nonce keeps out forgers that do no more than write to every
+descriptor; the exit code decides nothing.
+"""
+
+import os
+import sys
+import types
+import unittest
+import warnings
+from typing import Any
+
+from qtool.evaluate.checker import reason_of
+from qtool.evaluate.wire import MAX_JOB, pack, read_frame, unpack, write_frame
+
+
+def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
+    """("passed" | "failed" | "error", short reason) for a program and its ``job`` (keys test, entry_point)."""
+    module = types.ModuleType("__test__")
+    module.__file__ = "__test__.py"
+    sys.modules["__test__"] = module
+    space = module.__dict__
+    try:
+        exec(compile(program, "candidate.py", "exec"), space)
+    except BaseException as error:
+        return "failed", f"while loading, {reason_of(error)}"
+    if job["entry_point"] not in space:
+        return "failed", f"the program does not define {job['entry_point']}"
+    try:
+        test = compile(job["test"], "test.py", "exec")
+    except (SyntaxError, ValueError) as error:
+        return "error", f"the test is not Python: {error}"
+    try:
+        exec(test, space)
+        cases = space.get("TestCases")
+        if isinstance(cases, type) and issubclass(cases, unittest.TestCase):
+            return _run(cases)
+        if callable(space.get("check")):
+            space["check"](space[job["entry_point"]])
+    except BaseException as error:
+        return "failed", reason_of(error)
+    return "passed", ""
+
+
+def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(cases).run(result)
+    for case, trace in [*result.failures, *result.errors]:
+        return "failed", f"{case.id().rpartition('.')[2]}: {trace.strip().splitlines()[-1][:200]}"
+    if result.testsRun == 0:
+        return "error", "the test has no test methods"
+    return ("passed", "") if result.wasSuccessful() else ("failed", "an expected failure did not happen")
+
+
+def main(program: int, test: int, verdict: int, nonce: str) -> None:
+    """Read program and job, judge, write ``[outcome, detail, nonce]`` frames: "alive" first, then the outcome."""
+    write_frame(verdict, pack(["alive", "", nonce]))
+    texts = [read_frame(fd, MAX_JOB) for fd in (program, test)]
+    if texts[0] is None or texts[1] is None:
+        os._exit(1)
+    warnings.simplefilter("ignore")
+    # Libraries want a place for their caches; the folder is the job's own.
+    os.environ.update({"HOME": os.getcwd(), "MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
+    try:
+        outcome = judge(unpack(texts[0])["program"], unpack(texts[1]))
+        write_frame(verdict, pack([outcome[0], outcome[1][:600], nonce]))
+    finally:
+        os._exit(0)

@@ -1,0 +1,73 @@
+"""The journal of a task being scored: what was answered and judged so far, so that a killed run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtool.evaluate.scorecard import ProblemOutcome
+
+Place = tuple[str, int]  # problem id, number of the sample
+
+
+@dataclass
+class Journal:
+    """Append-only JSON lines, each durable before `add` returns. ``texts``: answers that are not judged yet."""
+
+    path: Path
+    texts: dict[Place, str] = field(default_factory=dict)
+    judged: dict[Place, ProblemOutcome] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """What an earlier run left, or an empty journal. A torn line (a kill, a power cut) is left out."""
+        journal = cls(path)
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+                journal._take((row["problem"], row["sample"]), row)
+            except (ValueError, KeyError, TypeError):
+                continue
+        return journal
+
+    def _take(self, place: Place, row: dict[str, Any]) -> None:
+        if "outcome" in row:
+            self.judged[place] = ProblemOutcome.model_validate(
+                {"outcome": row["outcome"], "detail": row["detail"], "completion": row["completion"]}
+            )
+            self.texts.pop(place, None)
+        elif place not in self.judged:
+            self.texts[place] = row["completion"]
+
+    def answered(self, place: Place, text: str) -> None:
+        """A model's answer."""
+        self._write([{"problem": place[0], "sample": place[1], "completion": text}])
+        self.texts[place] = text
+
+    def add(self, outcomes: Iterable[tuple[Place, ProblemOutcome]]) -> None:
+        """What became of answers."""
+        rows = [
+            (place, {"problem": place[0], "sample": place[1], **outcome.model_dump()}) for place, outcome in outcomes
+        ]
+        self._write([row for _, row in rows])
+        for place, row in rows:
+            self._take(place, row)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # a newline first: a torn line must not swallow this one
+        data = "".join(f"\n{json.dumps(row)}" for row in rows) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, data.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """The score is saved: nothing is left to resume."""
+        self.path.unlink(missing_ok=True)

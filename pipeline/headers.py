@@ -1,0 +1,138 @@
+"""A model as its config.json and the headers of its weights tell it; no weight is read or downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.artifact import IMATRIX
+from qtool.convert.checkpoint import DTYPES, INDEX, Checkpoint, TensorInfo, read_json
+from qtool.convert.source import SHIPPED
+from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Headers:
+    """``tensors``: as stored. ``gguf``: the .gguf file, where the folder holds one. ``assumed``: what was not found and
+    what was taken instead."""
+
+    name: str
+    config: Mapping[str, Any]
+    geometry: Geometry
+    tensors: Mapping[str, TensorInfo]
+    gguf: Path | None = None
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are an artifact's, not a source's."""
+        return self.gguf is not None or bool(self.config.get("quantization_config"))
+
+
+def read_headers(model: str, revision: str | None = None) -> Headers:
+    """``model``: a folder, a config.json, a shipped name or a Hub id. Raises QtoolError: exit 2 for what is not there
+    or is no model, exit 3 where the Hub cannot be reached."""
+    if model in SHIPPED:
+        package, folder = SHIPPED[model]
+        return _local(Path(str(files(package).joinpath(folder))), model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _local(path, path.resolve().name)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise QtoolError(f"{path}: name a model's folder, its config.json, a recipe (.yaml) or a Hub id.")
+        return _from_config(read_json(path), path.parent.name or path.stem, str(path))
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise QtoolError(f"{model}: no such folder or file, and not a Hub id (org/name).")
+    return _hub(model, revision)
+
+
+def _local(path: Path, name: str) -> Headers:
+    config = read_json(path / CONFIG)
+    where = str(path / CONFIG)
+    found = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
+    if found:
+        geometry = read_geometry(config, where)
+        return Headers(name, config, geometry, {}, found[0], geometry.assumed)
+    if any(path.glob("*.safetensors")) or (path / INDEX).exists():
+        geometry = read_geometry(config, where)
+        return Headers(name, config, geometry, Checkpoint.open(path).tensors, assumed=geometry.assumed)
+    return _from_config(config, name, where)
+
+
+def _from_config(config: Mapping[str, Any], name: str, where: str) -> Headers:
+    geometry = read_geometry(config, where)
+    dtype = getattr(torch, geometry.dtype)
+    said = "no weights are here: every tensor's shape follows from config.json, its dtype is"
+    if geometry.architecture in KNOWN:
+        shapes = tensor_shapes(config)
+    else:
+        shapes = _skeleton_shapes(config, where)
+        said = "no weights are here: shapes are those of transformers' own model class, the dtype is"
+    tensors = {tensor: TensorInfo(Path(), dtype, shape) for tensor, shape in shapes.items()}
+    return Headers(name, config, geometry, tensors, assumed=(*geometry.assumed, f"{said} {geometry.dtype}"))
+
+
+def _skeleton_shapes(config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    from transformers import AutoConfig
+
+    from qtool.convert.skeleton import build_skeleton, expected_shapes
+
+    try:
+        built = AutoConfig.for_model(**config)
+        shapes, tied = expected_shapes(build_skeleton(built))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QtoolError(
+            f"{where}: architecture {', '.join(config.get('architectures') or ['(none named)'])} is neither known to "
+            f"qtool ({', '.join(KNOWN)}) nor to transformers, and its weights are not here. Name the folder with its "
+            "weights, or its Hub id."
+        ) from error
+    return {name: shape for name, shape in shapes.items() if name not in tied}
+
+
+def _hub(model: str, revision: str | None) -> Headers:
+    """config.json and each shard's first bytes, by HTTP range requests."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = model.split("/")[-1]
+    try:
+        config = json.loads(Path(hf_hub_download(model, CONFIG, revision=revision)).read_text(encoding="utf-8"))
+        metadata = HfApi().get_safetensors_metadata(model, revision=revision)
+    except RevisionNotFoundError as error:
+        raise QtoolError(f"{model}: has no revision {revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise QtoolError(f"{model}: is not on the Hub, or is private: log in with `hf auth login`.") from error
+    except NotASafetensorsRepoError:
+        return _from_config(config, name, f"{model}/{CONFIG}")
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise QtoolError(
+            f"{model}: the Hub cannot be reached ({type(error).__name__}). Plan from the folder, or from its "
+            "config.json alone: `qtool plan path/to/config.json`.",
+            exit_code=3,
+        ) from error
+    except EntryNotFoundError as error:
+        raise QtoolError(f"{model}: has no config.json on the Hub, so its shape is unknown.") from error
+    tensors = {}
+    for shard, header in metadata.files_metadata.items():
+        for tensor, info in header.tensors.items():
+            if info.dtype not in DTYPES:
+                raise QtoolError(f"{model}: {tensor} is stored as {info.dtype}; qtool plans from FP16, BF16 or FP32.")
+            tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
+    geometry = read_geometry(config, f"{model}/{CONFIG}")
+    return Headers(name, config, geometry, tensors, assumed=geometry.assumed)

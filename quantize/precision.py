@@ -1,0 +1,67 @@
+"""Faster matrix products of float32 values: what each may lose, and on which device it is available."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """While open, products of float32 matrices on the CPU may round their factors (not their sums) to bfloat16."""
+    with _matmul_precision("medium"):
+        yield
+
+
+@contextmanager
+def tensor_float32() -> Iterator[None]:
+    """TF32 products on an accelerator: 2e-4 off, enough for losses of plain roundings, not of compensated ones."""
+    with _matmul_precision("high"):
+        yield
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``. On an accelerator, unless TF32 was asked for, to float32's accuracy from three TF32 products of
+    the factors' first eleven bits and of what these leave over; the two rests' own product (2^-22) is left out."""
+    if not left.is_cuda or torch.get_float32_matmul_precision() != "highest":
+        return left @ right
+    left_high, right_high = _first_bits(left), _first_bits(right)
+    with tensor_float32():
+        product = (left - left_high) @ right_high
+        product.addmm_(left_high, right - right_high)
+        return product.addmm_(left_high, right_high)
+
+
+def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total -= left @ right``, as accurate as `float32_product`; on an accelerator in one TF32 product three times as
+    deep, because ``total`` is what is large."""
+    if not left.is_cuda:
+        total.addmm_(left, right, alpha=-1)
+        return
+    left_high, right_high = _first_bits(left), _first_bits(right)
+    deep = torch.cat([left - left_high, left_high, left_high], 1)
+    with tensor_float32():
+        total.addmm_(deep, torch.cat([right_high, right - right_high, right_high], 0), alpha=-1)
+
+
+def _first_bits(values: Tensor) -> Tensor:
+    """What TF32 holds of float32 values."""
+    return (values.contiguous().view(torch.int32) & -0x2000).view(torch.float32)

@@ -1,0 +1,145 @@
+"""Seconds that a whole 8B model's linears take into Q4_K_M on one accelerator, with importance rows; blocks checked.
+
+    python scripts/bench_kquants.py [--layers 32] [--plain] [--profile]
+
+Llama-3.1-8B geometry (hidden 4096, intermediate 14336, key/value width 1024), random bf16 weights made layer by layer
+and resident when the clock (CUDA events) runs. Types as llama.cpp gives them: Q6_K for half the layers' attn_v and
+ffn_down, Q4_K elsewhere. Sampled rows are compared with the plain PyTorch twin on the CPU. Runs from a checkout without
+an installation: nothing but torch, Triton and click is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
+}  # fmt: skip
+LAYERS = 32
+EXTRA = ("Q5_K", "Q8_0", "Q5_0", "Q5_1")  # timed on one down_proj: what other recipes use
+
+
+def find_package() -> None:
+    """Folder ``X/`` of the checkout imports as ``qtool.X`` where qtool is not installed."""
+    try:
+        import qtool.quantize.kquants  # noqa: F401
+    except ImportError:
+        for name, folder in (("qtool", "pipeline"), ("qtool.convert", "convert"), ("qtool.quantize", "quantize")):
+            module = types.ModuleType(name)
+            module.__path__ = [str(ROOT / folder)]
+            sys.modules[name] = module
+        try:
+            import click
+
+            error: type[Exception] = click.ClickException
+        except ImportError:
+            error = Exception
+        sys.modules["qtool"].QtoolError = type("QtoolError", (error,), {})  # type: ignore[attr-defined]
+
+
+def more_bits(layer: int) -> bool:
+    """llama.cpp's use_more_bits for 32 layers."""
+    return layer < LAYERS // 8 or layer >= 7 * LAYERS // 8 or (layer - LAYERS // 8) % 3 == 2
+
+
+def type_of(linear: str, layer: int) -> str:
+    """Q4_K_M's rule."""
+    return "Q6_K" if linear in ("v_proj", "down_proj") and more_bits(layer) else "Q4_K"
+
+
+def make_layer(seed: int) -> dict[str, torch.Tensor]:
+    """bf16 weights with a heavy tail, as trained ones have."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    made = {}
+    for name, shape in SHAPES.items():
+        normal = torch.randn(shape, generator=generator, device="cuda")
+        made[name] = (normal * (1 + normal.abs() / 4) * 0.02).to(torch.bfloat16)
+    return made
+
+
+def seconds(action) -> float:  # type: ignore[no-untyped-def]
+    """One run by CUDA events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    action()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def check(quantize, weight, kind, row) -> int:  # type: ignore[no-untyped-def]
+    """Bytes of 8 sampled rows that differ from the plain twin's."""
+    rows = torch.linspace(0, weight.shape[0] - 1, 8, device="cuda").long()
+    kernel = quantize(weight, kind, row).data[rows].cpu()
+    plain = quantize(weight[rows].cpu(), kind, None if row is None else row.cpu()).data
+    return int((kernel != plain).sum())
+
+
+def main() -> None:
+    """Print one JSON line for the model, one for each other type."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--plain", action="store_true", help="without importance rows")
+    parser.add_argument("--profile", action="store_true", help="time by kernel for one layer")
+    options = parser.parse_args()
+    find_package()
+    from qtool.quantize.kquants import quantize
+
+    print(torch.__version__, torch.cuda.get_device_name(), flush=True)
+    widths = {columns for _, columns in SHAPES.values()}
+    importance = {n: None if options.plain else torch.rand(n, device="cuda").pow(4) + 1e-3 for n in widths}
+    kinds = ("Q4_K", "Q6_K", *EXTRA)
+    weight = make_layer(0)["down_proj"]
+    compiling = {kind: round(seconds(lambda k=kind: quantize(weight, k, importance[14336])), 2) for kind in kinds}
+    print(json.dumps({"first call s (compiles)": compiling}), flush=True)
+    total = bits = count = differing = 0.0
+    by_type: dict[str, list[float]] = {}
+    for layer in range(options.layers):
+        weights = make_layer(layer)
+
+        def whole(weights: dict[str, torch.Tensor] = weights, layer: int = layer) -> None:
+            for name, weight in weights.items():
+                quantize(weight, type_of(name, layer), importance[weight.shape[1]])
+
+        total += seconds(whole)
+        for name, weight in weights.items():
+            kind = type_of(name, layer)
+            data = quantize(weight, kind, importance[weight.shape[1]]).data
+            bits, count = bits + 8.0 * data.numel(), count + weight.numel()
+            if layer in (0, options.layers // 2 + 1):
+                differing += check(quantize, weight, kind, importance[weight.shape[1]])
+    figures = {
+        "layers": options.layers, "weights": count, "importance": not options.plain, "total s": round(total, 4),
+        "GB/s of bf16": round(2 * count / total / 1e9, 1), "bpw": round(bits / count, 4),
+        "bytes unlike the twin's": int(differing), "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }  # fmt: skip
+    print(json.dumps(figures), flush=True)
+    for kind in kinds:
+        row = torch.rand(14336, device="cuda").pow(4) + 1e-3  # whether or not the model above was weighed
+        best = min(seconds(lambda k=kind, r=row: quantize(weight, k, r)) for _ in range(5))
+        by_type[kind] = [round(2 * weight.numel() / best / 1e9, 1), check(quantize, weight, kind, row)]
+        unweighed = min(seconds(lambda k=kind: quantize(weight, k)) for _ in range(5))
+        by_type[kind] += [round(2 * weight.numel() / unweighed / 1e9, 1), check(quantize, weight, kind, None)]
+    print(json.dumps({"type: GB/s and unlike bytes, with and without importance": by_type}), flush=True)
+    if options.profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as trace
+
+        with trace(activities=[ProfilerActivity.CUDA]) as found:
+            for kind in kinds:
+                quantize(weight, kind, importance[14336])
+            torch.cuda.synchronize()
+        print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Answering a task: the journal outlives a kill, known answers find a broken harness, engines say what they lack."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool import QtoolError
+from qtool.evaluate import prompts, selfcheck, vllm
+from qtool.evaluate.answers import Asking, answer_task
+from qtool.evaluate.engines import Completion, Decoding, Request, sample_seed
+from qtool.evaluate.generate import TorchEngine, load_native
+from qtool.evaluate.journal import Journal
+from qtool.evaluate.scorecard import ProblemOutcome
+from qtool.evaluate.tasks import Problem, Task, load_task, subset
+
+ASKING = Asking("completion", Decoding(64, 4))
+
+
+@dataclass
+class Scripted:
+    """Right answers to every problem; counts what it was asked."""
+
+    task: Task
+    name: str = "scripted"
+    version: str = ""
+    dtype: str = ""
+    device: str = ""
+    asked: list[int] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
+        for index, request in enumerate(requests):
+            if index not in done:
+                self.asked.append(index)
+                yield index, next(p.canonical_solution for p in self.task.problems if p.prompt == request.prompt)
+
+
+def test_samples_are_kept_and_judged(tmp_path: Path) -> None:
+    task = subset(load_task("handwritten"), 5)
+    asking = Asking("completion", Decoding(64, 4, temperature=0.5), samples=3)
+    found = answer_task(Scripted(task), task, asking, None, Journal.open(tmp_path / "j.jsonl"))
+    assert [len(outcomes) for outcomes in found.values()] == [3] * 5
+    assert {outcome.outcome for outcomes in found.values() for outcome in outcomes} == {"passed"}
+    seeds = {sample_seed(0, problem, n) for problem in found for n in range(3)}
+    assert len(seeds) == 15
+    assert max(seeds) < 2**31
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """A process that answers one problem in 50 ms is killed; the next asks only for the rest."""
+    path = tmp_path / "j.jsonl"
+    code = (
+        "import sys, time\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_answers import *\n"
+        "task = subset(load_task('handwritten'), 40)\n"
+        "class Slow(Scripted):\n"
+        "    def generate(self, *a):\n"
+        "        for found in super().generate(*a):\n"
+        "            time.sleep(0.05)\n"
+        "            yield found\n"
+        "answer_task(Slow(task), task, ASKING, None, Journal.open(Path(sys.argv[2])))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(path)])
+    while not path.exists() or path.read_bytes().count(b'"outcome"') < 5:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with path.open("ab") as file:
+        file.write(b'{"problem": "handwritten/1", "sam')  # the line that the kill tore
+    task = subset(load_task("handwritten"), 40)
+    journal = Journal.open(path)
+    known = len(journal.judged) + len(journal.texts)
+    assert 5 <= known < 40
+    engine = Scripted(task)
+    found = answer_task(engine, task, ASKING, None, journal)
+    assert len(engine.asked) == 40 - known
+    assert [outcome.outcome for (outcome,) in found.values()] == ["passed"] * 40
+    again = Journal.open(path)
+    assert len(again.judged) == 40
+    assert not again.texts
+
+
+def test_a_sandbox_failure_is_no_outcome(tmp_path: Path) -> None:
+    """A test that is not Python can judge nothing: no score, and the answer is judged again next time."""
+    problem = load_task("handwritten").problems[0]
+    task = Task(name="broken", problems=(problem.model_copy(update={"test": "def check(:"}),))
+    path = tmp_path / "j.jsonl"
+    with pytest.raises(QtoolError, match="the sandbox failed") as caught:
+        answer_task(Scripted(task), task, ASKING, None, Journal.open(path))
+    assert caught.value.exit_code == 3
+    assert len(Journal.open(path).texts) == 1
+
+
+def test_lines_of_a_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.answered(("a", 0), "    return 1\n")
+    journal.answered(("b", 0), "    return \u2028 2\n")
+    journal.add([(("a", 0), ProblemOutcome(outcome="failed", detail="d", completion="    return 1\n"))])
+    found = Journal.open(tmp_path / "j.jsonl")
+    assert found.texts == {("b", 0): "    return \u2028 2\n"}
+    assert found.judged[("a", 0)].outcome == "failed"
+    found.close()
+    assert not found.path.exists()
+
+
+def check(task: Task, style: prompts.Style, folder: Path) -> selfcheck.SelfCheck:
+    return selfcheck.check_task(task, Asking(style, Decoding(64, 4)), None, "here", folder)
+
+
+@pytest.mark.parametrize("style", ["completion", "chat"])
+def test_a_sound_harness_passes_its_self_check(style: prompts.Style, tmp_path: Path) -> None:
+    found = check(load_task("handwritten"), style, tmp_path)
+    assert (found.right, found.wrong, found.unchecked, found.faults) == (73, 146, [], {})
+    found.require()
+    assert not list(tmp_path.iterdir())
+
+
+def changed(**changes: str) -> Task:
+    return Task(name="t", problems=(load_task("handwritten").problems[0].model_copy(update=changes),))
+
+
+def test_a_test_that_passes_everything_is_found(tmp_path: Path) -> None:
+    task = changed(test="def check(candidate):\n    try:\n        candidate()\n    except Exception:\n        pass\n")
+    found = check(task, "completion", tmp_path)
+    assert list(found.faults.values()) == ["a wrong answer (altered) passed"]
+    with pytest.raises(QtoolError, match=r"the self-check failed on 1 problems, so no model is scored: .*altered") as e:
+        found.require()
+    assert e.value.exit_code == 3
+
+
+def test_a_broken_stop_rule_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers cut too early: what a model pays for, no test of the extraction alone would show."""
+    monkeypatch.setattr(prompts, "finished", lambda text, *_: len(text) > 24)
+    found = check(subset(load_task("handwritten"), 20), "completion", tmp_path)
+    assert len(found.faults) > 10
+    assert "the published solution failed" in next(iter(found.faults.values()))
+
+
+def test_problems_without_a_solution_are_not_checked(tmp_path: Path) -> None:
+    found = check(changed(canonical_solution=""), "completion", tmp_path)
+    assert (found.right, found.wrong, len(found.unchecked)) == (0, 0, 1)
+    found.require()
+
+
+TRICKY = [
+    "    items.sort()\n",  # works on its argument and returns nothing
+    "    return sum(f(items[1:], k) for _ in items[:1]) + 1\n",  # calls itself
+    "    yield from items\n",
+    "    return float('inf')\n",
+    "    return True\n",
+]
+TESTS = [
+    "xs = [3, 1]\n    candidate(xs)\n    assert xs == [1, 3]", "assert candidate([1, 2]) == 3",
+    "assert list(candidate([1, 2])) == [1, 2]", "assert candidate([]) == float('inf')", "assert candidate([])",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["completion", "chat"])
+def test_mutants_are_wrong_whatever_the_function_does(style: prompts.Style, tmp_path: Path) -> None:
+    problems = tuple(
+        Problem(
+            task_id=f"t/{n}", prompt='def f(items, k=1, *rest, last=None, **more):\n    """Do."""\n', entry_point="f",
+            canonical_solution=body, test=f"def check(candidate):\n    {test}\n",
+        )
+        for n, (body, test) in enumerate(zip(TRICKY, TESTS, strict=True))
+    )  # fmt: skip
+    assert check(Task(name="t", problems=problems), style, tmp_path).faults == {}
+
+
+def test_a_harness_that_fails_scores_nothing(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from qtool.cli import main
+
+    path = tmp_path / "task.jsonl"
+    problem = changed(test="def check(candidate):\n    assert candidate is None\n").problems[0]
+    path.write_text(problem.model_dump_json() + "\n")
+    arguments = ["evaluate", "qtool-demo-is-not-read", "--self-check", "--task", str(path), "--runs", str(tmp_path)]
+    result = CliRunner().invoke(main, [*arguments[:1], *arguments[2:]])
+    assert result.exit_code == 3
+    assert "the self-check failed on 1 problems" in result.output
+    result = CliRunner().invoke(main, ["evaluate", "--self-check", "--task", "handwritten", "--runs", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "73 published solutions passed, 146 wrong answers failed" in result.output
+    assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
+
+
+def test_native_engine_says_what_it_lacks(tiny: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QtoolError, match="needs gptqmodel for gptq, which is not installed here") as caught:
+        load_native(tmp_path, torch.device("cpu"))
+    assert caught.value.exit_code == 3
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(QtoolError, match="runs safetensors only"):
+        load_native(tmp_path, torch.device("cpu"))
+
+
+def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The kernels' own answers on the CPU are close to the dequantized ones, and are not the same arithmetic."""
+    from qtool.run import run
+
+    made = run(write_recipe(outputs=[{"method": "nf4"}]), tmp_path / "runs", "cpu")
+    (artifact,) = made.artifacts.values()
+    model = load_native(artifact.path, torch.device("cpu"))
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    from qtool.convert.text import load_tokenizer
+
+    engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
+    found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
+    assert found[0]
+    assert "bitsandbytes" in engine.version
+
+
+class FakeSamplingParams:
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+class FakeLLM:
+    """vLLM 0.33's `LLM` as its documentation shows it: dicts of token ids in, `outputs[0].text` out, in order."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(dtype=torch.float16))
+        self.calls: list[tuple[Any, Any]] = []
+
+    def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+        self.calls.append((prompts, [p.options for p in params]))
+        said = [types.SimpleNamespace(text=f"answer to {len(p['prompt_token_ids'])} tokens") for p in prompts]
+        return [types.SimpleNamespace(outputs=[answer]) for answer in said]
+
+
+def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtool.convert.text import load_tokenizer
+
+    with pytest.raises(QtoolError, match="engine vllm needs vLLM and an accelerator") as caught:
+        vllm.load(tiny, None, 64)
+    assert caught.value.exit_code == 3
+    fake = types.ModuleType("vllm")
+    fake.__dict__.update(LLM=FakeLLM, SamplingParams=FakeSamplingParams)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    tokenizer = load_tokenizer(tiny)
+    engine = vllm.load(tiny, tokenizer, 64)
+    assert engine.llm.options["max_model_len"] == 64
+    assert engine.dtype == "float16"
+    texts = ["def f1(a, b):\n", "x", "y", "def"]
+    requests = [Request(text, lambda _: False, seed=5) for text in texts]
+    found = dict(engine.generate(requests, Decoding(8, 2), done={1}))
+    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert found == {index: f"answer to {lengths[index]} tokens" for index in (0, 2, 3)}
+    assert [len(prompts) for prompts, _ in engine.llm.calls] == [2, 1]
+    greedy = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8, "seed": None, "skip_special_tokens": True}
+    assert engine.llm.calls[0][1] == [greedy, greedy]

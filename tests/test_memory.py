@@ -1,0 +1,37 @@
+"""The walk's memory, predicted from shapes, against what an accelerator's allocator reported (docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtool.quantize.architectures import LLAMA
+from qtool.quantize.memory import peak_bytes
+from qtool.quantize.methods import AwqMethod, GptqMethod, Method, Nf4Method
+
+HIDDEN, INNER, TOKENS = 4096, 14336, 128 * 2048
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (1024, HIDDEN), "self_attn.v_proj": (1024, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}  # fmt: skip
+AWQ, GPTQ, NF4 = AwqMethod(method="awq"), GptqMethod(method="gptq"), Nf4Method(method="nf4")
+SOURCE_INPUTS = {"propagate_error": False}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "measured"),
+    [
+        ([AWQ.model_copy(update={"rounding": "rtn"})], 6.17),
+        ([AWQ.model_copy(update=SOURCE_INPUTS)], 6.71),
+        ([GPTQ.model_copy(update=SOURCE_INPUTS)], 6.49),
+        ([AWQ], 9.03),
+        ([GPTQ], 8.82),
+        ([AWQ.model_copy(update=SOURCE_INPUTS), GPTQ.model_copy(update=SOURCE_INPUTS), NF4], 7.78),
+        ([AWQ, GPTQ, NF4], 12.82),
+    ],
+)
+def test_peak_is_what_an_h200_measured(outputs: list[Method], measured: float) -> None:
+    shapes: dict[str, tuple[int, ...]] = {f"model.layers.0.{name}.weight": shape for name, shape in SHAPES.items()}
+    shapes["model.embed_tokens.weight"] = (4096, HIDDEN)
+    found = peak_bytes(LLAMA, shapes, outputs, TOKENS, "cuda") / 2**30
+    assert found == pytest.approx(measured, rel=0.05)

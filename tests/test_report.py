@@ -1,0 +1,293 @@
+"""The report: hostile answers stay text, nothing is loaded, nothing overflows, and it says what the run says."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from qtool.cli import main
+from qtool.convert.verify import Check, Verification
+from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore
+from qtool.gates import GateResult
+from qtool.markup import visible
+from qtool.record import RunRecord
+from qtool.report import print_rows, write_report
+from qtool.report_figures import pictures, verdict_of
+from qtool.report_html import html_report
+from qtool.report_markdown import markdown_report
+from qtool.report_problems import LONGEST
+from qtool.scores import Scores
+from qtool.tables import footnote, score_rows
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = (
+    '</pre></details></main><script>document.title="owned"</script><img src=x onerror=alert(1)>'
+    '<style>*{display:none}</style><a href="https://example.org">x</a>\u202e\x1b[31m' + "x" * 3000
+)
+ASKED = Settings(engine="reference", dtype="float32", device="cpu", prompt="completion", max_new_tokens=8)
+
+
+def score(name: str, solved: list[bool], samples: int = 1) -> TaskScore:
+    made = [
+        ProblemOutcome(outcome="passed" if right else "failed", detail=HOSTILE, completion=f"return {name}\n{HOSTILE}")
+        for right in solved
+    ]
+    names = [f"t/{i}<b>" for i in range(len(solved))]
+    more = {n: (made[(i + 1) % len(made)],) * (samples - 1) for i, n in enumerate(names)} if samples > 1 else {}
+    return TaskScore(
+        key=name, subject=name, task="hostile", digest="d", settings=ASKED, sandbox="none", seconds=1.0,
+        outcomes=dict(zip(names, made, strict=True)), samples=samples, more=more,
+    )  # fmt: skip
+
+
+def fidelity(name: str, kl: float) -> FidelityScore:
+    return FidelityScore(
+        key=name, subject=name, digest="t", settings=ASKED, tokens=96, nll=[1.0, 1.2], kl=[kl, 2 * kl],
+        top1=[0.9, 0.8], kl_p95=kl, kl_p999=kl, kl_by_position=[kl, kl / 2, kl], position_bin=32, context=96,
+        kl_by_layer=[kl, kl / 3],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def record(finished: RunRecord) -> RunRecord:
+    """The finished run with scores of which every text is hostile."""
+    right = {"source": [True] * 30 + [False] * 4, "awq": [True] * 22 + [False] * 12, "nf4": [True] * 31 + [False] * 3}
+    scores = Scores(
+        tasks={
+            name: {"hostile": score(name, solved), "sampled": score(name, solved, 3)} for name, solved in right.items()
+        },
+    )
+    for name, kl in (("source", 0.0), ("awq", 0.02), ("nf4", 0.04)):
+        scores.add_fidelity(fidelity(name, kl))
+        scores.add_fidelity(fidelity(name, 2 * kl).model_copy(update={"context": 192, "kl_by_position": []}))
+    verdicts = [
+        GateResult("awq", "max_drop 3 points on hostile", "fail", f"lost {HOSTILE}", "warn"),
+        GateResult("nf4", "max_kld 0.1", "undecided", "the interval includes it", "warn"),
+    ]
+    manifests = {n: m.model_copy(update={"notes": [HOSTILE]}) for n, m in finished.manifests.items()}
+    return replace(finished, scores=scores, verdicts=verdicts, manifests=manifests)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text as a browser's parser finds them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_answers_stay_text_and_nothing_is_loaded(record: RunRecord) -> None:
+    text = html_report(record, pictures(record))
+    page = Page(text)
+    assert not {"script", "img", "iframe", "link", "object", "form", "base"} & set(page.tags)
+    assert {name for name, _ in page.attributes if name in ("src", "style", "srcset") or name.startswith("on")} == set()
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    quoted = html.escape('href="https://example.org"')
+    assert "://" not in text.replace("http://www.w3.org/2000/svg", "").replace(quoted, "")
+    assert "content=\"default-src 'none'; style-src 'sha256-" in text
+    assert "unsafe" not in text
+    assert any('<script>document.title="owned"' in words for words in page.words)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "\\u202e\\u001b[31m" in text
+
+
+def test_the_page_is_whole(record: RunRecord) -> None:
+    """Every element that is opened is closed: as XML, void elements aside, it parses."""
+    text = html_report(record, pictures(record))
+    text = re.sub(r"<(meta[^>]*)>", r"<\1/>", text).replace("<!doctype html>", "")
+    text = re.sub(r"<details open>", '<details open="">', text)
+    root = ET.fromstring(text)
+    anchors = {node.get("id") for node in root.iter() if node.get("id")}
+    links = [node.get("href") for node in root.iter() if node.tag == "a"]
+    assert links
+    assert {str(link).removeprefix("#") for link in links} <= anchors
+    headings = [node.text for node in root.iter() if node.tag == "h2"]
+    assert headings == [
+        "Scores", "Size against quality", "Where the distribution moved", "Error of every linear",
+        "Problem by problem", "Checks", "Recipe and versions",
+    ]  # fmt: skip
+
+
+def test_outcomes_that_changed_are_side_by_side(record: RunRecord) -> None:
+    text = html_report(record, pictures(record))
+    assert "34 problems: 22 solved by every model, 3 by none, 9 told them apart." in text
+    assert text.count('<details class="problem"') >= 9
+    lost = text[text.index('id="t0-25"') :]
+    assert "lost by awq" in lost[:200]
+    assert lost.index("return source") < lost.index("return awq")
+    gained = text[text.index('id="t0-30"') :]
+    assert "gained by nf4" in gained[:200]
+    assert "(1 of 3 samples passed)" in text
+    assert "33%" in text
+
+
+def test_long_answers_are_cut_and_say_so(record: RunRecord) -> None:
+    tasks = record.scores.tasks["awq"]
+    long = ProblemOutcome(outcome="failed", detail="", completion="y" * (LONGEST + 7))
+    outcomes = tasks["hostile"].outcomes | {"t/25<b>": long}
+    tasks["hostile"] = tasks["hostile"].model_copy(update={"outcomes": outcomes})
+    assert "7 more characters in the score file" in html_report(record, [])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "kind", "headline"),
+    [
+        ([], "undecided", "Not judged: the recipe has no gates"),
+        (["pass"], "pass", "Passed: 1 of 1 gates met"),
+        (["pass", "undecided"], "undecided", "Undecided: 1 of 2 gates need more data, none failed"),
+        (["fail", "undecided"], "fail", "Failed: 1 of 2 gates not met"),
+    ],
+)
+def test_headline(finished: RunRecord, verdicts: list[Any], kind: str, headline: str) -> None:
+    run = replace(finished, verdicts=[GateResult("awq", "g", verdict, "r", "warn") for verdict in verdicts])
+    assert verdict_of(run) == (kind, headline)
+    broken = Verification(Path("x"), [Check("files", "fail", "gone")])
+    assert verdict_of(replace(run, checks={"awq": broken})) == ("fail", "Failed: awq did not verify")
+
+
+def test_the_table_says_what_p_is(record: RunRecord) -> None:
+    rows = {row["model"]: row for row in score_rows(record.scores, record.sizes)}
+    # 8 lost, none gained: p = 2 / 2**8; three other tests stand beside it
+    assert rows["awq"]["hostile: points lost"].endswith("p=0.023") or "p=0.0" in rows["awq"]["hostile: points lost"]
+    assert "Holm-adjusted over the 4 comparisons" in footnote(record.scores)
+    alone = Scores(tasks={name: {"hostile": record.scores.tasks[name]["hostile"]} for name in ("source", "awq")})
+    (row,) = (row for row in score_rows(alone, {}) if row["model"] == "awq")
+    assert row["hostile: points lost"].endswith("p=0.0078")
+    assert "Holm" not in footnote(alone)
+    assert "hostile, pass@1 of 3" not in row
+    assert "sampled, pass@1 of 3" in rows["awq"]
+    assert rows["awq"]["KL to source"].startswith("0.0300 [")
+    assert rows["awq"]["KL to source, 192 tokens"].startswith("0.0600 [")
+
+
+def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
+    tasks = record.scores.tasks["source"]
+    tasks["hostile"] = tasks["hostile"].model_copy(update={"left_out": {"t/99<i>": HOSTILE}, "in_process": 12})
+    said = footnote(record.scores)
+    assert "hostile: 1 problem of the benchmark could not be asked here." in said
+    assert "hostile: 12 of 34 programs shared a process with their test" in said
+    assert "hostile: the programs ran without a sandbox." in said
+    text = html_report(record, pictures(record))
+    assert "Not asked: 1 problem" in text
+    assert "t/99&lt;i&gt;" in text
+
+
+def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Console(width=72, file=io.StringIO(), legacy_windows=False)
+    monkeypatch.setattr("qtool.report.console", narrow)
+    rows = score_rows(record.scores, record.sizes)
+    print_rows(rows)
+    printed = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert all(cell in printed for row in rows for cell in row.values())
+    assert max(map(len, printed.splitlines())) <= 72
+
+
+def test_markdown_names_pictures_and_changes(record: RunRecord) -> None:
+    text = markdown_report(record, pictures(record))
+    assert "**Failed: 1 of 2 gates not met.**" in text
+    assert "![KL by layer](figures/kl-by-layer.svg)" in text
+    assert re.search(r"\| awq \| hostile \| 8: t/22&lt;b>, .* \| 0 \|", text)
+    fenced = replace(record, recipe_text="a: |\n  ```\n  not the end\n")
+    assert "\n````yaml\n" in markdown_report(fenced, [])
+
+
+def test_pictures_are_files_of_their_own(record: RunRecord, tmp_path: Path) -> None:
+    path = write_report(record, tmp_path / "out")
+    assert path.read_text().startswith("<!doctype html>")
+    names = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    assert names == {
+        "size-score-0.svg", "size-score-1.svg", "size-kl.svg", "kl-by-position-96.svg", "kl-by-layer.svg",
+        "errors-0-awq.svg", "errors-1-nf4.svg",
+    }  # fmt: skip
+    for file in (tmp_path / "out" / "figures").iterdir():
+        ET.parse(file)
+    linked = re.findall(r"\(figures/([^)]+)\)", (tmp_path / "out" / "report.md").read_text())
+    assert set(linked) == names
+
+
+def test_report_command(finished: RunRecord, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(finished.folder), "--out", str(tmp_path / "r")])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == f"report: {tmp_path / 'r' / 'report.html'}"
+    text = (tmp_path / "r" / "report.html").read_text()
+    assert "0 by none" in text or "1 by none" in text
+    assert str(finished.artifacts["awq"].path.parent) not in text.replace(html.escape(finished.recipe_text.strip()), "")
+    missing = CliRunner().invoke(main, ["report", "none", "--runs", str(tmp_path)])
+    assert (missing.exit_code, "no such run" in missing.output) == (2, True)
+
+
+def test_visible_spells_out_what_hides() -> None:
+    assert visible("a\u202eb\x00\u200b\ufeff<") == "a\\u202eb\\u0000\\u200b\\ufeff&lt;"
+    assert visible("a\tb\r\nc") == "a\tb\nc"
+
+
+MEASURE = """<!doctype html><meta charset=utf-8><body><script>
+const widths = WIDTHS, found = [];
+for (const width of widths) {
+  const frame = document.createElement('iframe');
+  frame.width = width; frame.height = 900; frame.srcdoc = PAGE;
+  frame.onload = () => {
+    const page = frame.contentDocument, root = page.documentElement;
+    for (const node of page.querySelectorAll('details')) node.open = true;
+    const boxed = node => node.closest('.scroll, pre');
+    const wide = [...page.querySelectorAll('body *')].filter(node => !boxed(node.parentElement)
+      && node.getBoundingClientRect().right > width + 0.5).map(node => node.tagName + '.' + node.className);
+    found.push({width, scroll: root.scrollWidth, wide: wide.slice(0, 5), title: page.title,
+      scripts: page.querySelectorAll('script, img').length,
+      column: frame.contentWindow.getComputedStyle(page.querySelector('main')).maxWidth,
+      ink: frame.contentWindow.getComputedStyle(page.querySelector('svg .front')).strokeDasharray});
+    if (found.length == widths.length) document.body.textContent = 'FOUND' + JSON.stringify(found) + 'END';
+  };
+  document.body.append(frame);
+}
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_nothing_overflows_in_a_browser(record: RunRecord, tmp_path: Path) -> None:
+    """At desktop and phone width, everything unfolded; the style's hash is accepted and no script ran."""
+    text = html_report(record, pictures(record))
+    page = json.dumps(text).replace("</", "<\\/").replace("<!--", "<\\!--")
+    (tmp_path / "measure.html").write_text(MEASURE.replace("WIDTHS", "[1280, 390]").replace("PAGE", page))
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=8000 --dump-dom"
+    )
+    done = subprocess.run(
+        [str(BROWSER), *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "measure.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search("FOUND(.*)END", done.stdout)
+    assert found, done.stdout[-500:]
+    for view in json.loads(html.unescape(found[1])):
+        assert view["scroll"] <= view["width"], view
+        assert view["wide"] == [], view
+        assert view["title"] == "tiny · qtool"
+        assert view["scripts"] == 0
+        assert view["column"] == "1080px"
+        assert view["ink"] == "5px, 4px"
