@@ -62,6 +62,7 @@ class Hub:
         self.writable = {"my-org"}
         self.lock = threading.RLock()
         self.endpoint = ""
+        self.waits: list[float] = []
 
     def fail(self, method: str, path: str, **how: Any) -> None:
         self.faults.append(Fault(method, path, **how))
