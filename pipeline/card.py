@@ -248,15 +248,9 @@ def _holds(checks: Sequence[Check], *runtimes: str) -> bool:
 def _making(card: Card) -> list[str]:
     manifest = card.artifacts[0].manifest
     versions = ", ".join(f"{code(name)} {code(value)}" for name, value in manifest.versions.items())
-    again = "\n".join(
-        f"qtool reproduce {card.repo}" + (f" --artifact {item.folder}" if item.folder else "")
-        for item in card.artifacts
-    )
     recipe = [fenced(card.recipe_text, "yaml")] if card.recipe_text else []
     return [
         "## How it was made",
         *recipe,
         f"On {escape(manifest.device)}, with {versions}. `qtool.json` has each file's sha256, each linear's error.",
-        "To build it again and compare every tensor:",
-        fenced(again, "bash"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,6 +118,7 @@ def publish(target: Target, uploads: Sequence[Upload], stale: Sequence[str], mes
     """
     from huggingface_hub import HfApi
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # warnings show signed addresses
     if token() is None:
         raise QtoolError("no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="qtool")

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import QtoolError, hub
+from qtool import QtoolError, hub, ledger
+from qtool.admission import Accepted, Candidate, licence_keys
 from qtool.baseline import Baseline, measured
 from qtool.card import EVIDENCE, PLOT, Card, Published, card_text, eval_files
-from qtool.convert.artifact import MANIFEST, PARTIAL, Manifest, read_manifest
-from qtool.convert.licence import licence_fault, licence_of
-from qtool.convert.verify import Verification, verify
+from qtool.convert.artifact import MANIFEST, Manifest
+from qtool.convert.licence import licence_of
 from qtool.evaluate.rates import mean_rate
 from qtool.evaluate.regression import bootstrap_mean
 from qtool.figures import Point, size_against
 from qtool.hub import Target, Upload, upload_of
 from qtool.recipe import PublishSection
-from qtool.record import LOCK, RESULT, RunRecord, find_run, load_run
+from qtool.record import LOCK, RunRecord
+from qtool.redaction import recipe_without_folders, without_folders
 from qtool.scores import Scores
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An artifact that someone wants to publish, with the run that judged it, if any did."""
-
-    name: str
-    path: Path
-    manifest: Manifest
-    run: RunRecord | None
 
 
 @dataclass(frozen=True)
@@ -46,70 +39,6 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(upload.size for upload in self.uploads)
-
-
-def candidates(text: str, runs: Path, only: Sequence[str] = ()) -> list[Candidate]:
-    """What ``text`` names: the outputs of a run, or one artifact's folder. Raises QtoolError for an unfinished one."""
-    path = Path(text)
-    if path.name.endswith(PARTIAL) or (not path.exists() and path.with_name(path.name + PARTIAL).exists()):
-        raise QtoolError(f"{text}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
-    if (path / MANIFEST).exists():
-        manifest = read_manifest(path)
-        run, name = _judged_by(manifest.key, runs)
-        return [Candidate(name or manifest.output["name"], path, manifest, run)]
-    run = load_run(find_run(text, runs))
-    unknown = [name for name in only if name not in run.manifests]
-    if unknown:
-        raise QtoolError(f"--only {unknown[0]}: the run made {', '.join(run.manifests)}.")
-    places = {name: run.folder / entry.path for name, entry in run.lock.artifacts.items()}
-    return [Candidate(n, places[n], m, run) for n, m in run.manifests.items() if not only or n in only]
-
-
-def _judged_by(key: str, runs: Path) -> tuple[RunRecord | None, str | None]:
-    """The newest finished run that made this very artifact, and its name there."""
-    for result in sorted(runs.glob(f"*/{RESULT}"), key=lambda file: file.stat().st_mtime, reverse=True):
-        run = load_run(result.parent)
-        for name, entry in run.lock.artifacts.items():
-            if entry.key == key:
-                return run, name
-    return None, None
-
-
-def refusals(candidate: Candidate, section: PublishSection) -> tuple[list[str], list[str], Verification | None]:
-    """Reasons that nothing overrides, reasons that --allow-failed overrides, and the fresh checks."""
-    folder = candidate.path
-    if not (folder / MANIFEST).exists():
-        unfinished = folder.with_name(folder.name + PARTIAL).exists()
-        return [f"{folder} is {'unfinished' if unfinished else 'gone'}; run the recipe again"], [], None
-    if read_manifest(folder).key != candidate.manifest.key:
-        return [f"{folder} holds another artifact than the run made"], [], None
-    try:
-        checked = verify(folder)
-    except QtoolError as error:
-        return [error.message], [], None
-    hard = [f"{c.name}: {c.detail}" for c in checked.checks if c.required and c.status == "fail"]
-    carried = any(name.upper().startswith("LICENSE") for name in candidate.manifest.files)
-    fault = licence_fault(_licence_keys(candidate.manifest, section), carried)
-    if fault:
-        hard.append(f"{fault}. If you know better, say `publish: {{license: …}}` in the recipe, or --license")
-    return hard, _gate_faults(candidate), checked
-
-
-def _gate_faults(candidate: Candidate) -> list[str]:
-    if candidate.run is None:
-        return ["no run judged it"]
-    verdicts = [v for v in candidate.run.verdicts if v.output == candidate.name]
-    if not verdicts:
-        return ["no gate judged it"]
-    return [f"gate {v.verdict}: {v.gate}: {v.reason}" for v in verdicts if v.verdict != "pass"]
-
-
-def _licence_keys(manifest: Manifest, section: PublishSection) -> dict[str, Any]:
-    """What the recipe says, else what the source said. Naming a licence replaces all that the source said of it."""
-    said = {"license": section.license, "license_name": section.license_name, "license_link": section.license_link}
-    if section.license is None:
-        said = {key: value or manifest.source.get(key) for key, value in said.items()}
-    return said | {"base_model": manifest.source.get("base_model")}
 
 
 def format_label(manifest: Manifest) -> str:
@@ -138,12 +67,10 @@ def repository(section: PublishSection, name: str, manifest: Manifest) -> str:
     return repo
 
 
-def plan(
-    accepted: Sequence[tuple[Candidate, Verification, Sequence[str]]], section: PublishSection
-) -> list[Plan]:
+def plan(accepted: Sequence[Accepted], section: PublishSection) -> list[Plan]:
     """The repositories; ``accepted`` with what --allow-failed forgave. Raises QtoolError when two would be one."""
     named = [(repository(section, c.name, c.manifest), c, v, forgiven) for c, v, forgiven in accepted]
-    groups: dict[str, list[tuple[Candidate, Verification, Sequence[str]]]] = {}
+    groups: dict[str, list[Accepted]] = {}
     for repo, candidate, checked, forgiven in named:
         groups.setdefault(repo, []).append((candidate, checked, forgiven))
     for repo, members in groups.items():
@@ -153,9 +80,7 @@ def plan(
     return [_plan(repo, members, section) for repo, members in groups.items()]
 
 
-def _plan(
-    repo: str, members: Sequence[tuple[Candidate, Verification, Sequence[str]]], section: PublishSection
-) -> Plan:
+def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> Plan:
     run = members[0][0].run
     folders = section.layout == "folders"
     items, uploads = [], []
@@ -164,7 +89,12 @@ def _plan(
         gates = [v for v in candidate.run.verdicts if v.output == candidate.name] if candidate.run else []
         items.append(
             Published(
-                candidate.name, format_label(candidate.manifest), prefix, candidate.manifest, checked.checks, gates,
+                candidate.name,
+                format_label(candidate.manifest),
+                prefix,
+                candidate.manifest,
+                checked.checks,
+                gates,
                 forgiven,
             )
         )
@@ -177,8 +107,17 @@ def _plan(
     source = items[0].manifest.source
     base = section.base_model or (str(source["model"]) if not str(source["commit"]).startswith("sha256:") else None)
     picture = plot(scores, sizes)
-    licence = licence_of(_licence_keys(items[0].manifest, section))
-    card = Card(repo, base, licence, items, scores, sizes, run.recipe_text if run else "", picture is not None)
+    licence = licence_of(licence_keys(items[0].manifest, section))
+    card = Card(
+        repo,
+        base,
+        licence,
+        items,
+        scores,
+        sizes,
+        recipe_without_folders(run.recipe_text) if run else "",
+        picture is not None,
+    )
     made = {"README.md": card_text(card)}
     made |= eval_files(card, {task: (b.dataset, b.task) for task, b in section.benchmarks.items()})
     made |= {PLOT: picture} if picture else {}
@@ -194,7 +133,8 @@ def _files(candidate: Candidate, prefix: str) -> list[Upload]:
     at = f"{prefix}/" if prefix else ""
     entries = candidate.manifest.files.items()
     files = [Upload(at + name, candidate.path / name, entry.bytes, entry.sha256) for name, entry in entries]
-    return [*files, upload_of(at + MANIFEST, (candidate.path / MANIFEST).read_bytes())]
+    manifest = without_folders(candidate.manifest.model_dump(mode="json"))
+    return [*files, upload_of(at + MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())]
 
 
 def _only(scores: Scores, names: Sequence[str]) -> Scores:
@@ -202,6 +142,7 @@ def _only(scores: Scores, names: Sequence[str]) -> Scores:
     return Scores(
         {name: found for name, found in scores.tasks.items() if name in kept},
         {name: found for name, found in scores.fidelity.items() if name in kept},
+        {name: found for name, found in scores.contexts.items() if name in kept},
     )
 
 
@@ -209,7 +150,10 @@ def _evidence(run: RunRecord, names: Sequence[str]) -> str:
     """Which problems each model solved and its KL window by window: enough to compute the table again."""
     whole: Baseline = measured(run.folder)
     kept = {name: found for name, found in whole.subjects.items() if name in ("source", *names)}
-    return whole.model_copy(update={"subjects": kept}).model_dump_json(indent=1) + "\n"
+    chosen = whole.model_copy(update={"subjects": kept}).model_dump(mode="json")
+    for subject in chosen["subjects"].values():
+        subject["tasks"] = {without_folders(label): found for label, found in subject["tasks"].items()}
+    return json.dumps(without_folders(chosen), indent=1) + "\n"
 
 
 def plot(scores: Scores, sizes: Mapping[str, tuple[int, float]]) -> str | None:
@@ -280,3 +224,10 @@ def with_options(section: PublishSection | None, to: str | None, **changes: Any)
     return base.model_copy(update=given | ({"to": to} if to else {}))
 
 
+def note(runs: Path, planned: Plan, sent: hub.Publication) -> None:
+    """A line in the ledger: what went where, as which commit."""
+    entry = {"repo": sent.repo, "revision": planned.target.revision, "commit": sent.commit, "url": sent.url}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    ledger.append(
+        runs, {"time": now, "publish": entry | {"artifacts": dict(zip(planned.names, planned.keys, strict=True))}}
+    )

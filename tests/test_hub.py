@@ -14,7 +14,11 @@ from qtool.hub import Target, Upload, fetch, look, publish, quiet_secret, upload
 
 REPO = "my-org/My-Model-awq"
 WEIGHTS = {"model-1.safetensors": b"first shard" * 50000, "model-2.safetensors": b"second shard" * 50000}
-SMALL = {"README.md": b"---\nlicense: mit\n---\n# My model\n", "config.json": b"{}", "qtool/scales.safetensors": b"s" * 99}
+SMALL = {
+    "README.md": b"---\nlicense: mit\n---\n# My model\n",
+    "config.json": b"{}",
+    "qtool/scales.safetensors": b"s" * 99,
+}
 CONTENT = WEIGHTS | SMALL
 
 
@@ -43,12 +47,14 @@ def puts(server: Any) -> dict[str, int]:
 def test_files_read_back_equal_and_a_second_time_nothing_is_new(hub_server: Any, uploads: list[Upload]) -> None:
     first = send(uploads)
     assert stored(hub_server) == CONTENT
-    assert first.fresh and first.url == f"{hub_server.endpoint}/{REPO}/commit/{first.commit}"
+    assert first.fresh
+    assert first.url == f"{hub_server.endpoint}/{REPO}/commit/{first.commit}"
     commits = len(hub_server.repos[REPO].commits)
-    assert commits == 2  # the repository's own, and one for all files
+    assert commits == 2  # the repository's own and one for all files
 
     again = send(uploads)
-    assert not again.fresh and again.commit == first.commit
+    assert not again.fresh
+    assert again.commit == first.commit
     assert len(hub_server.repos[REPO].commits) == commits
     assert puts(hub_server) == {"model-1.safetensors": 1, "model-2.safetensors": 1}
 
@@ -60,7 +66,7 @@ def test_a_private_repository_is_created_private(hub_server: Any, uploads: list[
 
 def test_private_cannot_hide_a_public_repository(hub_server: Any, uploads: list[Upload]) -> None:
     send(uploads)
-    with pytest.raises(QtoolError, match="exists and is public; --private cannot hide it"):
+    with pytest.raises(QtoolError, match=r"exists and is public; --private cannot hide it"):
         send(uploads, private=True)
 
 
@@ -93,28 +99,30 @@ def test_a_connection_dropped_within_a_file_is_taken_up_again(hub_server: Any, u
 def test_after_a_broken_upload_only_the_rest_is_sent(hub_server: Any, uploads: list[Upload]) -> None:
     broken = hashlib.sha256(WEIGHTS["model-2.safetensors"]).hexdigest()
     hub_server.fail("PUT", broken, drop=True, times=6)  # the client tries six times
-    with pytest.raises(QtoolError, match="Run the same command again: it goes on") as caught:
+    with pytest.raises(QtoolError, match=r"Run the same command again: it goes on") as caught:
         send(uploads)
     assert caught.value.exit_code == 3
     assert stored(hub_server) == {}  # nothing half-published is visible
     before = puts(hub_server)["model-1.safetensors"]
     send(uploads)
     assert stored(hub_server) == CONTENT
-    assert before == 1 and puts(hub_server)["model-1.safetensors"] == 1
+    assert before == 1
+    assert puts(hub_server)["model-1.safetensors"] == 1
 
 
 def test_a_lost_answer_to_the_commit_ends_in_the_same_files_not_twice(hub_server: Any, uploads: list[Upload]) -> None:
     hub_server.fail("POST", "/commit/", after=True)
-    with pytest.raises(QtoolError, match="connection broke"):
+    with pytest.raises(QtoolError, match=r"connection broke"):
         send(uploads)
     again = send(uploads)
-    assert not again.fresh and stored(hub_server) == CONTENT
+    assert not again.fresh
+    assert stored(hub_server) == CONTENT
     assert len(hub_server.repos[REPO].commits) == 2
 
 
 def test_a_corrupted_stored_file_is_found_and_withdrawn(hub_server: Any, uploads: list[Upload]) -> None:
     hub_server.fail("PUT", "/lfs/", corrupt=True)
-    with pytest.raises(QtoolError, match="other contents there \\(sha256\\).*taken back") as caught:
+    with pytest.raises(QtoolError, match=r"other contents there \(sha256\).*taken back") as caught:
         send(uploads)
     assert caught.value.exit_code == 1
     assert stored(hub_server) == {}
@@ -124,7 +132,7 @@ def test_a_corrupted_stored_file_is_found_and_withdrawn(hub_server: Any, uploads
 
 def test_a_corrupted_pull_request_is_withdrawn_there(hub_server: Any, uploads: list[Upload]) -> None:
     hub_server.fail("PUT", "/lfs/", corrupt=True)
-    with pytest.raises(QtoolError, match="gone from refs/pr/1"):
+    with pytest.raises(QtoolError, match=r"gone from refs/pr/1"):
         send(uploads, pr=True)
     assert stored(hub_server, "refs/pr/1") == {}
 
@@ -150,7 +158,8 @@ def test_refusals_say_what_to_do(
     with pytest.raises(QtoolError, match=said) as caught:
         send(uploads)
     assert caught.value.exit_code == code
-    assert "signature" not in caught.value.message and TOKEN not in caught.value.message
+    assert "signature" not in caught.value.message
+    assert TOKEN not in caught.value.message
     assert REPO not in hub_server.repos or stored(hub_server) == {}
     hub_server.faults.clear()
     send(uploads)
@@ -166,7 +175,7 @@ def test_retry_after_is_waited_for(hub_server: Any, uploads: list[Upload]) -> No
 
 def test_too_many_requests_end_in_a_message(hub_server: Any, uploads: list[Upload]) -> None:
     hub_server.fail("POST", "/commit/", status=429, times=99)
-    with pytest.raises(QtoolError, match="asks for fewer requests") as caught:
+    with pytest.raises(QtoolError, match=r"asks for fewer requests") as caught:
         send(uploads)
     assert caught.value.exit_code == 3
     assert hub_server.waits == [2.0, 4.0, 8.0, 16.0]
@@ -174,7 +183,7 @@ def test_too_many_requests_end_in_a_message(hub_server: Any, uploads: list[Uploa
 
 def test_a_wait_of_an_hour_is_a_message_at_once(hub_server: Any, uploads: list[Upload]) -> None:
     hub_server.fail("POST", "/commit/", status=429, headers={"Retry-After": "3600"}, times=99)
-    with pytest.raises(QtoolError, match="asks for fewer requests"):
+    with pytest.raises(QtoolError, match=r"asks for fewer requests"):
         send(uploads)
     assert hub_server.waits == []
 
@@ -186,7 +195,7 @@ def test_a_large_file_that_fails_a_few_times_arrives(hub_server: Any, uploads: l
 
 
 def test_another_ones_namespace_is_refused(hub_server: Any, uploads: list[Upload]) -> None:
-    with pytest.raises(QtoolError, match="no right to do that .You don't have the rights"):
+    with pytest.raises(QtoolError, match=r"no right to do that .You don't have the rights"):
         publish(Target("their-org/model"), uploads, [], "An artifact")
 
 
@@ -194,7 +203,7 @@ def test_a_wrong_token_is_named_as_such(
     hub_server: Any, uploads: list[Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(QtoolError, match="does not accept the token") as caught:
+    with pytest.raises(QtoolError, match=r"does not accept the token") as caught:
         send(uploads)
     assert "hf_wrong" not in caught.value.message
 
@@ -203,14 +212,14 @@ def test_without_a_token_nothing_is_tried(
     hub_server: Any, uploads: list[Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qtool.hub.token", lambda: None)
-    with pytest.raises(QtoolError, match="no Hub token: log in with `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(QtoolError, match=r"no Hub token: log in with `hf auth login`, or set HF_TOKEN"):
         send(uploads)
     assert hub_server.requests == []
 
 
 def test_no_hub_at_all(hub_server: Any, uploads: list[Upload], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(QtoolError, match="the connection broke .ConnectionRefusedError") as caught:
+    with pytest.raises(QtoolError, match=r"the connection broke .ConnectionRefusedError") as caught:
         send(uploads)
     assert caught.value.exit_code == 3
 
@@ -224,6 +233,6 @@ def test_look_and_fetch(hub_server: Any, uploads: list[Upload], tmp_path: Path) 
 
 
 def test_a_text_that_holds_the_token_is_not_uploaded(hub_server: Any) -> None:
-    with pytest.raises(QtoolError, match="notes.txt: contains your Hub token") as caught:
+    with pytest.raises(QtoolError, match=r"notes.txt: contains your Hub token") as caught:
         quiet_secret({"fine.txt": b"fine", "notes.txt": f"token={TOKEN}".encode()})
     assert TOKEN not in caught.value.message

@@ -1,0 +1,60 @@
+"""Commands that talk to the Hub: publish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("what", metavar="RUN|ARTIFACT")
+@click.option("--to", metavar="ORG[/NAME]", help="Where to; the name may hold {model}, {output} and {format}.")
+@click.option("--only", multiple=True, metavar="NAME", help="Publish only this output of the run (repeatable).")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="Onto this branch, made where it is missing.")
+@click.option("--pr", is_flag=True, help="Open a pull request; the branch itself stays as it is.")
+@click.option("--license", "licence", metavar="ID", help="The source's licence, where its own card does not say it.")
+@click.option("--allow-failed", is_flag=True, help="Also what no gate passed; the card then says so.")
+@click.option("--dry-run", is_flag=True, help="Print the files and the card; the network is not touched.")
+@click.option(
+    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
+)
+def publish(
+    what: str, to: str | None, only: tuple[str, ...], private: bool, revision: str | None, pr: bool,
+    licence: str | None, allow_failed: bool, dry_run: bool, runs: Path,
+) -> None:  # fmt: skip
+    """Put what passed on the Hub, its evidence on the card, and read every file back.
+
+    Refused: what a gate failed or left undecided, what no gate judged, changed or unfinished artifacts, licences that
+    are unknown or forbid it, repositories that hold something else. Log in with `hf auth login`, or set HF_TOKEN.
+    Exit code 1 when something is refused or does not read back as it was sent.
+
+    \b
+    Examples:
+      qtool publish latest --to my-org --dry-run
+      qtool publish latest --to "my-org/{model}-{format}" --private
+      qtool publish artifacts/My-Model-awq --to my-org/My-Model-AWQ --pr
+    """
+    from qtool import admission
+    from qtool import publish as publishing
+
+    found = admission.candidates(what, runs, only)
+    run = found[0].run
+    section = publishing.with_options(
+        run.recipe.publish if run else None, to, private=private, revision=revision, pr=pr, license=licence
+    )
+    plans = publishing.plan(admission.accept(found, section, allow_failed), section)
+    for planned in plans:
+        if dry_run:
+            click.echo(f"{planned.target.repo}: {len(planned.uploads)} files, {planned.size:,} bytes")
+            for upload in planned.uploads:
+                click.echo(f"  {upload.size:>15,}  {upload.path}")
+            click.echo(f"\n{planned.card}")
+            continue
+        sent = publishing.send(planned)
+        publishing.note(runs, planned, sent)
+        state = "published and read back" if sent.fresh else "was there already, unchanged"
+        click.echo(f"{sent.repo}: {len(planned.uploads)} files {state}: {sent.url}")
