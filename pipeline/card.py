@@ -15,10 +15,11 @@ from qtool.convert.verify import Check
 from qtool.gates import GateResult
 from qtool.record import Sizes
 from qtool.scores import Scores
-from qtool.tables import Row, columns, footnote, score_rows
+from qtool.tables import Row, columns, count_of, footnote, score_rows
 
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
 WORST = 10
+READ = "These follow from each runtime's own loading rules, checked on these files; nobody started them here."
 _LIBRARIES = {"gguf": "gguf"}  # of `library_name:`; all else loads in transformers
 
 
@@ -114,7 +115,7 @@ def _results(card: Card) -> list[Any]:
             found.append(
                 EvalResult(
                     **task, dataset_type=label, dataset_name=label, metric_type="pass@1", metric_value=value,
-                    metric_name=f"pass@1 on {len(score.rates)} problems{suffix}",
+                    metric_name=f"pass@1 on {count_of(len(score.rates), 'problem')}{suffix}",
                 )
             )
         fidelity = card.scores.fidelity.get(item.name)
@@ -194,7 +195,7 @@ def _section(item: Published, repo: str, named: bool) -> list[str]:
     title = f" ({escape(item.name)})" if named else ""
     gates = [f"- **{v.verdict}** {escape(v.gate)}: {escape(v.reason)}" for v in item.verdicts]
     ways = loading(item, repo)
-    parts = [f"## How to load it{title}" if ways else "", *ways]
+    parts = [f"## How to load it{title}", *ways, READ] if ways else []
     parts += [f"## Gates{title}", "\n".join(gates)] if gates else []
     rules = [check for check in item.checks if not check.required]
     broken = [f"- {escape(check.name)}: {escape(check.detail)}" for check in rules if check.status == "fail"]
