@@ -1,4 +1,4 @@
-"""Commands that talk to the Hub: publish."""
+"""Commands that talk to the Hub: publish, pull."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+FAILED = 1
 
 
 @click.command(context_settings=CONTEXT)
@@ -58,3 +59,38 @@ def publish(
         publishing.note(runs, planned, sent)
         state = "published and read back" if sent.fresh else "was there already, unchanged"
         click.echo(f"{sent.repo}: {len(planned.uploads)} files {state}: {sent.url}")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("repo", metavar="ORG/NAME")
+@click.option("--revision", metavar="REV", help="A branch or commit; main by default.")
+@click.option("--into", type=click.Path(path_type=Path), help="Folder to write to; ./NAME by default.")
+@click.option(
+    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
+)
+def pull(repo: str, revision: str | None, into: Path | None, runs: Path) -> None:
+    """Fetch what qtool published, verify every file against its manifest, and say which numbers hold here.
+
+    Sizes are compared with the published ones; scores with those that --runs has of the same artifact, if any. Exit
+    code 1 when a check fails or a score is shown to be worse here.
+
+    \b
+    Examples:
+      qtool pull my-org/My-Model-AWQ-4bit
+      qtool pull my-org/My-Model-AWQ-4bit --revision w4 --into models/awq
+    """
+    from qtool import report
+    from qtool.pull import pull as pull_artifacts
+
+    commit, found = pull_artifacts(repo, revision, into or Path(repo.split("/")[-1]), runs)
+    click.echo(f"{repo} at {commit}")
+    for pulled in found:
+        report.print_verification(pulled.verification)
+        for label, lines in (("checked", pulled.checked), ("not checked", pulled.unchecked), ("FAILED", pulled.faults)):
+            for line in lines:
+                click.echo(f"{label}: {line}")
+        if pulled.changes:
+            click.echo("A: as published; B: as measured here")
+            report.print_changes(pulled.changes, [])
+    if not all(pulled.sound for pulled in found):
+        raise SystemExit(FAILED)
