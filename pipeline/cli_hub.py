@@ -1,4 +1,4 @@
-"""Commands that talk to the Hub: publish, pull."""
+"""Commands that share artifacts: publish, pull, reproduce."""
 
 from __future__ import annotations
 
@@ -94,3 +94,37 @@ def pull(repo: str, revision: str | None, into: Path | None, runs: Path) -> None
             report.print_changes(pulled.changes, [])
     if not all(pulled.sound for pulled in found):
         raise SystemExit(FAILED)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--source", metavar="MODEL", help="Where the source model is here: a folder or a Hub id.")
+@click.option("--text", metavar="FILE", help="Where the calibration text is here.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the source model brings along.")
+def reproduce(artifact: Path, source: str | None, text: str | None, device: str, trust_remote_code: bool) -> None:
+    """Build ARTIFACT (a folder; `qtool pull` fetches one) again from its manifest and compare every tensor.
+
+    Exit code 1 when a tensor differs; then it says what differs between the machines.
+
+    \b
+    Examples:
+      qtool reproduce artifacts/My-Model-awq
+      qtool reproduce My-Model-AWQ-4bit --source ./My-Model --text ./calibration.txt
+    """
+    import tempfile
+
+    from qtool.reproduce import Given
+    from qtool.reproduce import reproduce as build_again
+
+    with tempfile.TemporaryDirectory(prefix="qtool-reproduce-") as work:
+        found = build_again(artifact, Given(source, text, device, trust_remote_code), Path(work))
+    if not found.differing:
+        click.echo(f"{artifact}: {found.tensors} tensors, the same bit for bit")
+        return
+    click.echo(f"{artifact}: {len(found.differing)} of {found.tensors} tensors differ")
+    for line in found.differing[:20]:
+        click.echo(f"  {line}")
+    for line in found.reasons or ("device and versions are the same: this should not be",):
+        click.echo(f"why it may: {line}")
+    raise SystemExit(FAILED)
