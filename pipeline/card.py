@@ -249,9 +249,14 @@ def _holds(checks: Sequence[Check], *runtimes: str) -> bool:
 def _making(card: Card) -> list[str]:
     manifest = card.artifacts[0].manifest
     versions = ", ".join(f"{code(name)} {code(value)}" for name, value in manifest.versions.items())
+    name = card.repo.split("/")[-1]
+    again = "\n".join(f"qtool reproduce {name}" + (f"/{i.folder}" if i.folder else "") for i in card.artifacts)
     recipe = [fenced(card.recipe_text, "yaml")] if card.recipe_text else []
     return [
         "## How it was made",
         *recipe,
         f"On {escape(manifest.device)}, with {versions}. `qtool.json` has each file's sha256, each linear's error.",
+        "To fetch it, verify it, build it again and compare every tensor (where source or calibration text are local "
+        "files, name them with `--source` and `--text`):",
+        fenced(f"qtool pull {card.repo}\n{again}", "bash"),
     ]

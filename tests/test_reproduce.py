@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from qtool.cli import main
+from qtool.redaction import without_folders
 
 
 def reproduce(folder: Path, *words: str) -> Result:
@@ -31,6 +32,27 @@ def test_the_same_bits_again(finished: Any, name: str) -> None:
     result = reproduce(path)
     assert result.exit_code == 0, result.output
     assert "tensors, the same bit for bit" in result.output
+
+
+def test_a_gguf_file(write_recipe: Any, tmp_path: Path) -> None:
+    from qtool.run import run
+
+    run(write_recipe(outputs=[{"method": "gguf", "type": "Q8_0"}]), tmp_path / "runs", "cpu")
+    (path,) = (tmp_path / "artifacts").iterdir()
+    result = reproduce(path)
+    assert result.exit_code == 0, result.output
+    assert "tensors, the same bit for bit" in result.output
+
+
+def test_a_published_one_whose_manifest_names_no_folders(folder: Path, finished: Any, tiny: Path) -> None:
+    manifest = without_folders(json.loads((folder / "qtool.json").read_text()))
+    (folder / "qtool.json").write_text(json.dumps(manifest))
+    lost = reproduce(folder)
+    assert lost.exit_code == 2
+    assert "model: no folder 'tiny'" in lost.output
+    text = finished.folder.parents[1] / "text.txt"
+    result = reproduce(folder, "--source", str(tiny), "--text", str(text))
+    assert result.exit_code == 0, result.output
 
 
 def test_one_changed_number_is_named_with_what_may_be_why(folder: Path) -> None:
