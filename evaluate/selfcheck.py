@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,17 @@ class _KnownAnswers:
                 yield index, next((text[:n] for n in stops if request.finished(text[:n])), text)
 
 
-def check_task(task: Task, asking: Asking, tokenizer: Any, sandbox: str, folder: Path) -> SelfCheck:
-    """Run the known answers of ``task`` through the whole path. Journals lie in ``folder``. Raises QtoolError (exit 3)
-    where the sandbox itself fails."""
+def check_task(task: Task, asking: Asking, tokenizer: Any, sandbox: str, place: Path) -> SelfCheck:
+    """Run the known answers of ``task`` through the whole path; journals lie beside ``place``. Raises QtoolError (exit
+    3) where the sandbox itself fails."""
+    asking = replace(asking, samples=1)
     faults: dict[str, str] = {}
     counts: dict[str, int] = {}
     unchecked = [problem.task_id for problem in task.problems if not answers(problem, asking.style)]
     for kind in ("solution", "raises", "altered"):
         known = {p: found[kind] for p in task.problems if kind in (found := answers(p, asking.style))}
         part = Task(name=task.name, problems=tuple(known))
-        journal = Journal.open(folder / f"{task.digest[:16]}-{asking.style}-{kind}.jsonl")
+        journal = Journal.open(place.with_name(f"{place.name}-{kind}.jsonl"))
         outcomes = answer_task(_KnownAnswers(list(known.values())), part, asking, tokenizer, journal)
         journal.close()
         for problem, (outcome, *_) in outcomes.items():

@@ -106,7 +106,7 @@ class Evaluation:
                 found[label] = SelfCheck.model_validate_json(path.read_text(encoding="utf-8"))
                 continue
             row = bar.add_task(f"self-check: {task.name}", total=1)
-            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.parent)
+            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
             bar.advance(row)
             found[label] = result
             if not result.faults:  # one that failed is made again: its cause may be gone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm
-from qtool.evaluate.scorecard import FidelityScore
+from qtool.evaluate.scorecard import FidelityScore, pass_at_k
 from qtool.record import Sizes
 from qtool.scores import Scores
 
@@ -43,6 +43,11 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
             interval = mean_rate(score.solved, score.samples)
             label = task_label(task) if score.samples == 1 else f"{task_label(task)}, pass@1 of {score.samples}"
             row[label] = f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+            for k in (10, 100):
+                if 1 < k <= score.samples:
+                    several = bootstrap_mean([pass_at_k(score.samples, c, k) for c in score.solved])
+                    span = f"[{100 * several.low:.1f}, {100 * several.high:.1f}]"
+                    row[f"{task_label(task)}, pass@{k}"] = f"{several.estimate:.1%} {span}"
             if (name, task) in compared:
                 difference, p = compared[name, task]
                 row[f"{label}: points lost"] = f"{points(difference)}, p={p:.2g}"

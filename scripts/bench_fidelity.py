@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--against")
+    parser.add_argument("--kept", type=int, help="source tokens kept at a position (default: all, so that KL is exact)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -40,8 +41,9 @@ def main() -> None:
     config = load_config(options.source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(Checkpoint.open(options.source).read(), config, device)
-    folder = tempfile.TemporaryDirectory(prefix="qtool-")
-    source = fidelity.make_reference(model, windows, Path(folder.name) / "source")
+    scratch = tempfile.TemporaryDirectory(prefix="qtool-")
+    kept = options.kept or config.vocab_size
+    source = fidelity.make_reference(model, windows, Path(scratch.name) / "source", kept=kept)
     found = {"source": fidelity.diverge(model, windows, source)}
     for item in options.artifacts:
         name, folder = item.split("=", 1)

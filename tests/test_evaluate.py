@@ -14,7 +14,7 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text import load_tokenizer
-from qtool.evaluate import fidelity, prompts
+from qtool.evaluate import cache, fidelity, prompts
 from qtool.evaluate.engines import Decoding, Request
 from qtool.evaluate.generate import TorchEngine, load_model, sample
 from qtool.evaluate.tasks import Problem
@@ -47,7 +47,9 @@ def test_the_loaded_model_is_transformers_own(model: Any, tiny: Path) -> None:
         assert torch.equal(model(input_ids=tokens).logits, other(input_ids=tokens).logits)
 
 
-def test_batched_greedy_equals_transformers_one_by_one(model: Any, tokenizer: Any) -> None:
+def test_batched_greedy_equals_transformers_one_by_one(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -57,6 +59,8 @@ def test_batched_greedy_equals_transformers_one_by_one(model: Any, tokenizer: An
         expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     for batch in (1, 2, 4):
         assert answers(model, tokenizer, batch) == expected
+    monkeypatch.setattr(cache, "ROOM", 3)  # the cache is enlarged several times
+    assert answers(model, tokenizer, 4) == expected
 
 
 def test_rows_stop_when_they_are_done(model: Any, tokenizer: Any) -> None:
@@ -197,3 +201,19 @@ def test_prompts(tokenizer: Any) -> None:
     assert prompts.finished("    return a\ndef other", "completion")
     assert prompts.finished("```python\ndef add(a, b): ...\n```", "chat")
     assert "return a + b" in prompts.program(PROBLEM, "    return a + b\ndef more():", "completion")
+
+
+def test_a_sliding_window_keeps_its_own_cache(model_maker: Any, tmp_path: Path) -> None:
+    """Only plain layers get room; a model with a window of 8 answers as under transformers' generate."""
+    folder = model_maker(tmp_path / "mistral", "Mistral", sliding_window=8)
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_model(Checkpoint.open(folder).read(), load_config(folder), torch.device("cpu"))
+    assert not any(isinstance(layer, cache.RoomyLayer) for layer in cache.make_cache(model.config).layers)
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    assert answers(model, tokenizer, 4, 12) == expected
