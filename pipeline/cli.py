@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qtool import cli_evaluate, cli_judge, cli_sizing
+from qtool import cli_evaluate, cli_hub, cli_judge, cli_sizing
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GATE_FAILED = 1
@@ -96,3 +96,6 @@ main.add_command(cli_judge.baseline)
 main.add_command(cli_judge.report)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
+main.add_command(cli_hub.publish)
+main.add_command(cli_hub.pull)
+main.add_command(cli_hub.reproduce)

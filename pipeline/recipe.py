@@ -129,14 +129,39 @@ class GateSection(_Section):
         return self
 
 
+class BenchmarkSection(_Section):
+    """A data set that the Hub registers as a benchmark, and the task's id there."""
+
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    task: str
+
+
+class PublishSection(_Section):
+    """`publish:` where finished outputs go. ``to``: an organization, or a repository's name with {model}, {output},
+    {format}; ``layout``: a repository for each output, or one with a folder for each. The licence and ``base_model``
+    are the source's own; name them only where its card does not."""
+
+    to: str
+    layout: Literal["repository", "folders"] = "repository"
+    private: bool = False
+    revision: str | None = None
+    pr: bool = False
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    benchmarks: dict[str, BenchmarkSection] = {}
+
+
 class Recipe(_Section):
-    """One conversion: source, calibration, outputs, evaluation, gates."""
+    """One conversion: source, calibration, outputs, evaluation, gates, and where it is published."""
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
     outputs: tuple[Method, ...]
     evaluate: EvaluateSection = EvaluateSection()
     gates: tuple[GateSection, ...] = ()
+    publish: PublishSection | None = None
     output_dir: str = "artifacts"
 
     @field_validator("model", mode="before")
@@ -161,8 +186,8 @@ class Recipe(_Section):
 
     @property
     def digest(self) -> str:
-        """Identifies the work: everything but the gates, which only judge it."""
-        return digest_of(self.model_dump(mode="json", exclude={"gates"}))
+        """Identifies the work: everything but the gates, which only judge it, and where it is published."""
+        return digest_of(self.model_dump(mode="json", exclude={"gates", "publish"}))
 
 
 def digest_of(data: Any) -> str:

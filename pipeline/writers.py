@@ -20,6 +20,7 @@ from qtool.convert.artifact import (
 )
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.containers import Linears, container_of
+from qtool.convert.licence import read_licence
 from qtool.convert.plan import layer_of
 from qtool.convert.writer import ShardWriter, Spec
 from qtool.job import Job, device_kind, versions
@@ -122,7 +123,8 @@ def manifest_of(
         qtool=version("qtool-llm"),
         key=key,
         output=method.model_dump(mode="json"),
-        source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit},
+        source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit}
+        | read_licence(job.source.path),
         calibration=used if needs_calibration(method) else {},
         device=device_kind(job.device),
         versions=versions(method),

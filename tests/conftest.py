@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,26 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return run(folder / "recipe.yaml", folder / "runs", "cpu")
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hub on 127.0.0.1 that the real client talks to, logged in with a planted token; waiting takes no time, and how
+    long it would have been is in ``waits``."""
+    import time
+
+    import huggingface_hub.constants as constants
+    import huggingface_hub.hf_api as hf_api
+    from hub_server import TOKEN, serve
+
+    for running in serve():
+        running.waits = []
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(hf_api.api, "endpoint", running.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", running.waits.append)
+        yield running

@@ -1,0 +1,114 @@
+"""An artifact built again from what its manifest says, and compared with itself tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact, Manifest
+from qtool.convert.checkpoint import TensorStream
+from qtool.convert.source import resolve
+from qtool.convert.text import TextSource, load_tokenizer, token_windows
+from qtool.job import device_kind, open_job, versions
+from qtool.outputs import make_artifacts
+from qtool.quantize.calibration import CalibrationSet
+from qtool.recipe import Recipe
+from qtool.run import choose_device
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """``differing``: tensors that are not the same bit for bit, and how; ``reasons``: why that may be."""
+
+    tensors: int
+    differing: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a person says instead of the manifest: where source and calibration text lie here."""
+
+    source: str | None = None
+    text: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
+    """Build in ``work`` and compare. Raises QtoolError where source or calibration are not those of the manifest."""
+    original = Artifact.open(folder)
+    manifest = original.manifest
+    if manifest is None:
+        raise QtoolError(f"{folder}: no qtool.json; only artifacts written by qtool say how they were made.")
+    recipe = _recipe(folder, manifest, given, work)
+    source = resolve(recipe.model.id, recipe.model.revision)
+    if source.commit != manifest.source["commit"]:
+        raise QtoolError(
+            f"{recipe.model.id} is at {source.commit}, the artifact was made from {manifest.source['commit']}: not the "
+            "same source. Name the right one with --source."
+        )
+    job = open_job(recipe, source, choose_device(given.device), recipe.outputs)
+    tokenizer = load_tokenizer(source.path, given.trust_remote_code)
+    calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer), recipe.calibration.text)
+    if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
+        raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
+    (made,) = make_artifacts(job, recipe.outputs, calibration).values()
+    before, after = dict(_tensors(original)), dict(_tensors(made))
+    names = sorted(before.keys() | after.keys())
+    differing = [f"{name}: {how}" for name in names if (how := _difference(before.get(name), after.get(name)))]
+    reasons = list(_reasons(manifest, device_kind(job.device), versions(recipe.outputs[0])))
+    return Reproduction(len(names), tuple(differing), tuple(reasons))
+
+
+def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recipe:
+    commit = str(manifest.source["commit"])
+    local = commit.startswith("sha256:") or (given.source is not None and Path(given.source).is_dir())
+    calibration = {k: v for k, v in manifest.calibration.items() if k in TextSource.model_fields}
+    if given.text is not None:
+        calibration["text"] = given.text
+    model = {"id": given.source or manifest.source["model"], "trust_remote_code": given.trust_remote_code}
+    data = {
+        "model": model if local else model | {"revision": commit},
+        "outputs": [manifest.output],
+        "output_dir": str(work),
+    }
+    try:
+        return Recipe.model_validate(data | ({"calibration": calibration} if calibration else {}))
+    except ValidationError as error:
+        raise QtoolError(
+            f"{folder}/qtool.json: says no recipe this qtool understands ({error.errors()[0]['msg']})."
+        ) from error
+
+
+def _tensors(artifact: Artifact) -> TensorStream:
+    """As stored; of a .gguf file dequantized."""
+    if artifact.gguf is not None:
+        yield from artifact.read()
+        return
+    for name in artifact.checkpoint.tensors:
+        yield name, artifact.checkpoint.tensor(name)
+
+
+def _difference(before: torch.Tensor | None, after: torch.Tensor | None) -> str:
+    if before is None or after is None:
+        return "only in the new one" if before is None else "missing in the new one"
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return f"{before.dtype} {tuple(before.shape)}, built again {after.dtype} {tuple(after.shape)}"
+    unequal = before.contiguous().view(torch.uint8) != after.contiguous().view(torch.uint8)
+    if not bool(unequal.any()):
+        return ""
+    return f"{int((before != after).sum()):,} of {before.numel():,} numbers differ"
+
+
+def _reasons(manifest: Manifest, device: str, here: dict[str, str]) -> Iterator[str]:
+    if manifest.device != device:
+        yield f"made on {manifest.device}, built again on {device}"
+    for name in manifest.versions.keys() | here.keys():
+        if manifest.versions.get(name) != here.get(name):
+            yield f"{name} {manifest.versions.get(name)} then, {here.get(name)} now"

@@ -1,0 +1,120 @@
+"""`qtool pull` from a Hub on 127.0.0.1: what arrives is verified, and what cannot be is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qtool.cli import main
+
+REPO = "my-org/tiny-AWQ-4bit"
+
+
+@pytest.fixture
+def published(hub_server: Any, finished: Any, tmp_path: Path) -> Any:
+    """`finished`, published without touching its ledger."""
+    from qtool.admission import accept, candidates
+    from qtool.publish import plan, send, with_options
+
+    section = with_options(None, "my-org", license="mit")
+    (planned,) = plan(accept(candidates(str(finished.folder), Path("none"), ["awq"]), section, False), section)
+    send(planned)
+    return hub_server
+
+
+def pull(tmp_path: Path, runs: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, ["pull", REPO, "--into", str(tmp_path / "got"), "--runs", str(runs), *words])
+
+
+def replace(server: Any, name: str, content: bytes) -> None:
+    server.put(REPO, server.files(REPO) | {name: content})
+
+
+def test_it_arrives_verified_and_its_scores_are_those_known_here(published: Any, finished: Any, tmp_path: Path) -> None:
+    result = pull(tmp_path, finished.folder.parent)
+    assert result.exit_code == 0, result.output
+    assert "sound" in result.output
+    assert "checked: size and bits a weight: as published" in result.output
+    assert "A: as published; B: as measured here" in result.output
+    sent = published.files(REPO)
+    assert {name: (tmp_path / "got" / name).read_bytes() for name in sent} == sent
+    assert pull(tmp_path, finished.folder.parent).exit_code == 0  # into the same folder again
+
+
+def test_scores_unknown_here_are_said_not_to_be_checked(published: Any, tmp_path: Path) -> None:
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    assert "not checked: scores: " in result.output
+    assert "has no scores of this artifact" in " ".join(result.output.split())
+
+
+def test_another_size_in_the_evidence(published: Any, tmp_path: Path) -> None:
+    evidence = json.loads(published.files(REPO)["qtool-scores.json"])
+    evidence["subjects"]["awq"]["nbytes"] -= 1
+    replace(published, "qtool-scores.json", json.dumps(evidence).encode())
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 1
+    assert "FAILED: qtool-scores.json gives another size than the manifest" in result.output
+
+
+def test_scores_of_another_artifact(published: Any, tmp_path: Path) -> None:
+    evidence = json.loads(published.files(REPO)["qtool-scores.json"])
+    evidence["subjects"]["awq"]["key"] = "f" * 64
+    replace(published, "qtool-scores.json", json.dumps(evidence).encode())
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 1
+    assert "FAILED: qtool-scores.json has no scores of this artifact" in result.output
+
+
+def test_no_evidence(published: Any, tmp_path: Path) -> None:
+    published.put(REPO, {n: c for n, c in published.files(REPO).items() if n != "qtool-scores.json"})
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 0
+    assert "not checked: no qtool-scores.json was published" in result.output
+
+
+def test_a_file_that_was_changed_there(published: Any, tmp_path: Path) -> None:
+    replace(published, "generation_config.json", published.files(REPO)["generation_config.json"] + b" ")
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 1
+    assert "NOT sound" in result.output
+
+
+def test_a_manifest_that_reaches_out_of_its_folder(published: Any, tmp_path: Path) -> None:
+    manifest = json.loads(published.files(REPO)["qtool.json"])
+    manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
+    replace(published, "qtool.json", json.dumps(manifest).encode())
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "names a file outside its folder (../../secret)" in result.output
+
+
+def test_what_qtool_did_not_publish(hub_server: Any, tmp_path: Path) -> None:
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "no such repository or revision on the Hub" in result.output
+    hub_server.put(REPO, {"README.md": b"x"})
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "holds no qtool.json" in result.output
+    assert not (tmp_path / "got").exists()
+
+
+def test_a_folder_that_holds_something_else(published: Any, tmp_path: Path) -> None:
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got/mine.txt").write_text("mine")
+    result = pull(tmp_path, tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "exists and was not pulled from the Hub" in result.output
+
+
+def test_a_revision(published: Any, tmp_path: Path) -> None:
+    result = pull(tmp_path, tmp_path / "runs", "--revision", "nowhere")
+    assert result.exit_code == 2
+    assert "no such repository or revision" in result.output
+    head = published.repos[REPO].branches["main"]
+    assert pull(tmp_path, tmp_path / "runs", "--revision", head).exit_code == 0
