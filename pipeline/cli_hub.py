@@ -97,28 +97,33 @@ def pull(repo: str, revision: str | None, into: Path | None, runs: Path) -> None
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="DIR|ORG/NAME")
 @click.option("--source", metavar="MODEL", help="Where the source model is here: a folder or a Hub id.")
 @click.option("--text", metavar="FILE", help="Where the calibration text is here.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the source model brings along.")
-def reproduce(artifact: Path, source: str | None, text: str | None, device: str, trust_remote_code: bool) -> None:
-    """Build ARTIFACT (a folder; `qtool pull` fetches one) again from its manifest and compare every tensor.
+def reproduce(artifact: str, source: str | None, text: str | None, device: str, trust_remote_code: bool) -> None:
+    """Build an artifact (a folder, or a repository of the Hub) again from its manifest and compare every tensor.
 
     Exit code 1 when a tensor differs; then it says what differs between the machines.
 
     \b
     Examples:
       qtool reproduce artifacts/My-Model-awq
-      qtool reproduce My-Model-AWQ-4bit --source ./My-Model --text ./calibration.txt
+      qtool reproduce my-org/My-Model-AWQ-4bit --source ./My-Model --text ./calibration.txt
     """
     import tempfile
 
+    from qtool import hub
     from qtool.reproduce import Given
     from qtool.reproduce import reproduce as build_again
 
     with tempfile.TemporaryDirectory(prefix="qtool-reproduce-") as work:
-        found = build_again(artifact, Given(source, text, device, trust_remote_code), Path(work))
+        folder = Path(artifact)
+        if not folder.exists() and artifact.count("/") == 1:
+            folder = Path(work) / "published" / folder.name
+            click.echo(f"{artifact} at {hub.fetch(artifact, None, folder)}")
+        found = build_again(folder, Given(source, text, device, trust_remote_code), Path(work) / "again")
     if not found.differing:
         click.echo(f"{artifact}: {found.tensors} tensors, the same bit for bit")
         return

@@ -118,3 +118,14 @@ def test_a_revision(published: Any, tmp_path: Path) -> None:
     assert "no such repository or revision" in result.output
     head = published.repos[REPO].branches["main"]
     assert pull(tmp_path, tmp_path / "runs", "--revision", head).exit_code == 0
+
+
+def test_reproduce_fetches_what_is_not_a_folder(published: Any, finished: Any) -> None:
+    recipe = finished.recipe
+    options = ["--device", "cpu", "--source", str(recipe.model.id), "--text", str(recipe.calibration.text)]
+    result = CliRunner().invoke(main, ["reproduce", REPO, *options])
+    assert result.exit_code == 0, result.output
+    assert "the same bit for bit" in result.output
+    missing = CliRunner().invoke(main, ["reproduce", "my-org/nothing-there", *options])
+    assert missing.exit_code == 2
+    assert "my-org/nothing-there" in missing.output
