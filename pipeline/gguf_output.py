@@ -90,8 +90,8 @@ class GgufOutput:
             self.file.commit({"layer": index, "records": records})
 
     def restore(self, index: int) -> Mapping[str, torch.Tensor]:
-        """Never asked for: no stream passes through this output."""
-        raise NotImplementedError
+        """Never asked for: only outputs with a stream of their own are restored, and this one has none."""
+        raise AssertionError(f"{self.path}: restored, though no stream passes through it")
 
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the file, prove its tokenizer, write what lies beside it, describe all, rename."""

@@ -227,7 +227,7 @@ def explained(doing: str) -> Iterator[None]:
         yield
     except QtoolError:
         raise
-    except Exception as error:
+    except Exception as error:  # the client wraps what it meets in many kinds: known causes are named, others rise
         chain = list(_chain(error))
         for cause in chain:
             if isinstance(cause, HfHubHTTPError):
@@ -256,7 +256,7 @@ def _words(response: Any) -> str:
     if not said:
         try:
             said = str(response.json().get("error", ""))
-        except Exception:  # an answer without words
+        except (ValueError, AttributeError):  # no JSON, or no mapping: an answer without words
             said = ""
     return _without_token(" ".join(said.split())[:300])
 

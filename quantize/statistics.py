@@ -48,7 +48,7 @@ class InputStatistics:
                 self.drift = torch.zeros(rows, columns, device=x.device)
         self.tokens += x.shape[0]
         if self.channels_only:
-            self.square_sum += torch.ones(x.shape[0], device=x.device) @ x.float().square_()  # faster than a norm
+            self.square_sum += torch.ones(x.shape[0], device=x.device) @ x.float().square()  # faster than a norm
             return
         magnitude = x.abs()
         self.abs_sum += magnitude.sum(0, dtype=torch.float32)

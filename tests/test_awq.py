@@ -99,6 +99,18 @@ def test_statistics_in_batches_equal_one_product() -> None:
     assert torch.equal(stats.absmax, x.abs().amax(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_only", [False, True])
+def test_counting_leaves_the_activations_alone(channels_only: bool, dtype: torch.dtype) -> None:
+    """They go on through the layer afterwards; and both ways of counting give the same mean squares."""
+    x = inputs(700, 96).to(dtype)
+    before = x.clone()
+    stats = InputStatistics(channels_only=channels_only)
+    stats.add(x)
+    assert torch.equal(x, before)
+    assert torch.allclose(stats.mean_square, before.float().square().mean(0), rtol=1e-4)
+
+
 def test_drift_through_the_weights_is_the_same() -> None:
     x, source, weight = inputs(700, 500), inputs(700, 500), torch.randn(96, 500)
     plain, through = InputStatistics(), InputStatistics(through=weight)
