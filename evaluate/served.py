@@ -25,6 +25,7 @@ RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the serve
 RETRY_WAIT = 0.5
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 KEY_VARIABLE = "OPENAI_API_KEY"
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class _Broken(Exception):
@@ -127,7 +128,7 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
     """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    found = _ask(f"{base_url.rstrip('/')}/completions", request)
+    found = ask(f"{base_url.rstrip('/')}/completions", request)
     first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
@@ -135,11 +136,12 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
 def tokenize(base_url: str, text: str) -> list[int]:
     """llama-server only: token ids of ``text``, special tokens recognized, none added."""
     url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
-    ids: list[int] = _ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    ids: list[int] = ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
     return ids
 
 
-def _ask(url: str, request: dict[str, Any]) -> Any:
+def ask(url: str, request: dict[str, Any] | None = None) -> Any:
+    """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
         with _open(url, request, None) as answer:
             return json.load(answer)
@@ -182,7 +184,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     body = None if request is None else json.dumps(request).encode()
-    opener = urllib.request.build_opener(_NoRedirect)
+    # a proxy knows nothing of the servers on this machine
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
+    opener = urllib.request.build_opener(_NoRedirect, *direct)
     try:
         return opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
