@@ -75,5 +75,5 @@ def open_engine(file: Path, tokenizer: Any, context: int, slots: int, dtype: str
     with serve(file, context, slots) as url:
         yield served.ServedEngine(
             url, file.stem, name="llama.cpp", version=package_versions("xllamacpp"), dtype=dtype, device="cpu",
-            tokenizer=tokenizer,
+            tokenizer=tokenizer, options={"top_k": 0, "min_p": 0.0},  # its own defaults cut more than top_p does
         )  # fmt: skip

@@ -39,7 +39,8 @@ class _Broken(Exception):
 @dataclass(frozen=True)
 class ServedEngine:
     """``model`` at ``base_url``, which ends before ``/completions`` as in OpenAI's own clients. ``api_key`` goes into
-    the Authorization header and nowhere else. ``encode`` turns a prompt into token ids for servers that take them."""
+    the Authorization header and nowhere else. ``tokenizer`` turns a prompt into token ids for servers that take them;
+    ``options`` are what this server must be told beside a temperature above 0."""
 
     base_url: str
     model: str
@@ -49,6 +50,7 @@ class ServedEngine:
     device: str = "server"
     api_key: str | None = field(default=None, repr=False)
     tokenizer: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -74,7 +76,7 @@ class ServedEngine:
         body: dict[str, Any] = {"model": self.model, "max_tokens": decoding.max_new_tokens, "stream": True}
         body |= {"temperature": decoding.temperature}
         if decoding.temperature > 0:
-            body |= {"top_p": decoding.top_p, "seed": request.seed}
+            body |= {"top_p": decoding.top_p, "seed": request.seed} | self.options
         if request.messages:
             body["messages"], path = list(request.messages), "chat/completions"
         else:
