@@ -91,7 +91,8 @@ class ServedEngine:
                     text += piece
                     if request.finished(text):
                         break
-                return index, text
+                # halves of a character come as two pieces from servers that cut UTF-16
+                return index, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except _Broken as error:
                 if attempt == RETRIES:
                     raise QtoolError(f"{url}: {error}, {RETRIES + 1} times. Is the server running?", 3) from error
@@ -110,18 +111,18 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
     key = os.environ.get(KEY_VARIABLE) or None
     try:
         with _open(f"{base_url.rstrip('/')}/models", None, key) as answer:
-            listed = json.load(answer).get("data") or []
+            listed = [(str(row["id"]), str(row.get("owned_by") or "")) for row in json.load(answer).get("data") or []]
             software = answer.headers.get("Server") or ""
     except _Broken as error:
         raise QtoolError(f"{base_url}/models: {error}. Is the server running?", exit_code=3) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
-    names = [str(entry["id"]) for entry in listed]
+    names = [name for name, _ in listed]
     if model is None and len(names) != 1:
         raise QtoolError(f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one as MODEL.")
     if model is not None and names and model not in names:
         raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
-    owner = next((str(entry.get("owned_by") or "") for entry in listed if entry["id"] == (model or names[0])), "")
+    owner = next((owner for name, owner in listed if name == (model or names[0])), "")
     version = ", ".join(part for part in (owner, software) if part)
     return ServedEngine(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
 
