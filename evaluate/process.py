@@ -1,5 +1,6 @@
 """The host's end of one worker: a job goes in, an outcome comes out, and no process is left behind."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
 from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack
 from qtool.evaluate.worker import MODES
@@ -184,7 +186,8 @@ class Worker:
 
     def _clean(self) -> None:
         self._errors.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.remove(self._folder)
 
     def __enter__(self) -> Self:
         return self

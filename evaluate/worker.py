@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate import candidate, checker, in_process, isolation
+from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
 from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
@@ -151,8 +151,8 @@ def _supervise(cell: Cell, mode: bytes) -> None:
     _end(cell, answerer)
     if judge:
         _end(cell, judge)
-    _remove(writable)
     write_frame(1, pack(list(outcome)))
+    scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
 
 def _exactly(size: int) -> bytes:
@@ -219,17 +219,6 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
     if nonce and found[2] != nonce:
         return "", ""
     return found[0], found[1]
-
-
-def _remove(folder: str) -> None:
-    """Delete what the (ended) candidate wrote, folders it made unreadable included."""
-    with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
-    for parent, names, _ in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names):
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _become(

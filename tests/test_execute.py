@@ -326,6 +326,23 @@ ATTACKS = {
                 os.chmod(folder, 0)
             return 0
     """,
+    "folders deeper than a path is long": """
+        import os
+        def f(x):
+            for _ in range(40):
+                os.mkdir('a' * 250)
+                os.chdir('a' * 250)
+            return 0
+    """,
+    "folders deeper than a stack": """
+        import os
+        def f(x):
+            for _ in range(1500):
+                os.mkdir('a')
+                os.chdir('a')
+            os.chmod('.', 0)
+            return 0
+    """,
     "no such function": "def g(x):\n    return 2 * x",
     "not a program": "def f(x:\n",
     "null byte": "def f(x):\n    return 2 * x\0",
