@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack
+from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack
 from qtool.evaluate.worker import MODES
 
 OutcomeName = Literal["passed", "failed", "timeout", "error"]
@@ -162,7 +162,7 @@ class Worker:
         if not select.select([fd], [], [], max(0.0, seconds))[0]:
             raise WorkerLost("the worker does not answer")
         try:
-            data = read_frame(fd, limit=8192)
+            data = read_frame(fd, MAX_ANSWER)
             answer: object = None if data is None else unpack(data)
         except NotPlain as error:
             raise WorkerLost(f"the worker answered {error}") from error

@@ -20,6 +20,8 @@ from typing import Any
 MAX_FRAME = 16 * 2**20
 # A job comes from this side: contest problems bring megabytes of tests.
 MAX_JOB = 256 * 2**20
+# An outcome with a detail of 600 characters, each of up to 12 bytes here.
+MAX_ANSWER = 8192
 MAX_ITEMS = 100_000
 
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)

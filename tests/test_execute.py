@@ -345,6 +345,13 @@ ATTACKS = {
     """,
     "no such function": "def g(x):\n    return 2 * x",
     "not a program": "def f(x:\n",
+    "message of many bytes": """
+        import json, os
+        data = json.dumps({'d': [['raised', ['X', chr(0x1f600) * 500]]]}).encode()
+        def f(x):
+            os.write(4, len(data).to_bytes(4, 'big') + data)
+            os._exit(0)
+    """,
     "null byte": "def f(x):\n    return 2 * x\0",
     "surrogate": "def f(x):\n    return '\ud800'",
     "nothing": "",
@@ -559,6 +566,7 @@ def test_javascript_values_cross_unchanged() -> None:
             Job("values", program, JAVASCRIPT_VALUES, "f", language="javascript"),
             Job("function", program, "f(() => 1);", "f", language="javascript"),
             Job("never", program, "const x = 1;", "f", language="javascript"),
+            Job("not a script", program, "this is no JavaScript", "f", language="javascript"),
         ],
         timeout=10.0,
     )
@@ -566,7 +574,20 @@ def test_javascript_values_cross_unchanged() -> None:
     assert [(outcome.outcome, outcome.detail) for outcome in outcomes[1:]] == [
         ("error", "the test passes a function, not plain data to the candidate"),
         ("error", "the test never called the candidate"),
+        ("error", "the test failed before it called the candidate: SyntaxError: Unexpected identifier 'is'"),
     ]
+
+
+FORGER = """
+import json, os, sys
+frame = sys._getframe()
+while "nonce" not in frame.f_locals:
+    frame = frame.f_back
+data = json.dumps(["an outcome of its own", "", frame.f_locals["nonce"]]).encode()
+os.write(5, len(data).to_bytes(4, "big") + data)
+os._exit(0)
+def f(x): return x
+"""
 
 
 def test_in_process_outcomes() -> None:
@@ -581,6 +602,9 @@ def test_in_process_outcomes() -> None:
         "broken test": ("def f(x): return 0", "def (", "error", "the test is not Python"),
         "not defined": ("def g(x): return 0", "f(1)", "failed", "does not define f"),
         "does not load": ("1 / 0", "f(1)", "failed", "while loading, ZeroDivisionError"),
+        "own check": ("def check(a, b): return a\ndef f(x): return check(x, 0)", "assert f(1) == 1", "passed", ""),
+        "own tests": (f"{unit.format('assert 0')}def f(x): return 1", "assert f(1) == 1", "passed", ""),
+        "forges": (FORGER, "f(1)", "failed", "ended before its test was over"),
         "ends": ("import os\ndef f(x): os._exit(0)", "f(1)", "failed", "ended before its test was over"),
     }
     jobs = [Job(name, program, test, "f", run="in_process") for name, (program, test, _, _) in asked.items()]
@@ -626,6 +650,7 @@ def test_attacks_are_held_and_never_pass(tier: str, free: Path) -> None:
 
 
 RIGHT = {
+    "named as a test is": ("def check(x):\n    return 2 * x\nf = check", "assert f(2) == 4\nassert f(0) == 0"),
     "plain": ("def f(x):\n    return 2 * x", TEST),
     "bare asserts": ("def f(x):\n    return 2 * x", "assert f(2) == 4\nassert f(0) == 0"),
     "exception": (
@@ -741,12 +766,27 @@ def test_a_detail_is_fit_to_print() -> None:
         ("def check(candidate:\n", "not Python"),
         ("x = 1", "never called"),
         ("f(lambda: 1)", "a function"),
+        ("import nothing_like_it\nf(1)", "before it called the candidate: ModuleNotFoundError"),
+        ("def check(candidate):\n    assert candidate(helper(1))", "before it called the candidate: NameError"),
     ],
 )
 def test_a_bad_test_is_an_error_not_a_wrong_answer(test: str, detail: str) -> None:
     outcome = judge("def f(x):\n    return x", test)
     assert outcome.outcome == "error"
     assert detail in outcome.detail
+
+
+def test_a_function_may_be_called_check() -> None:
+    """MBPP asks for functions of that name."""
+    one = Job("check", "def check(n):\n    return n == 1", "assert check(1) is True\nassert not check(2)", "check")
+    outcomes = run_programs([one, replace(one, program="def check(n):\n    return n"), replace(one, run="in_process")])
+    assert [outcome.outcome for outcome in outcomes] == ["passed", "failed", "passed"]
+
+
+def test_another_exception_than_the_one_asked_for_is_a_wrong_answer() -> None:
+    test = "try:\n    f(1)\nexcept TypeError:\n    pass\nelse:\n    assert False"
+    assert judge("def f(x):\n    raise TypeError", test).passed
+    assert judge("def f(x):\n    raise ExceptionGroup('a', [TypeError()])", test).outcome == "failed"
 
 
 def test_helpers_of_the_prompt_come_from_the_prompt() -> None:
