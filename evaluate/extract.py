@@ -17,7 +17,7 @@ _STOP = re.compile(
     r"|from\s+\S+\s+import\b|import\s|<\||</?s>|<file_sep>|\"\"\"|'''|for\s|while\s|try:|with\s|>>>)"
 )
 _FENCE = re.compile(
-    r"^[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)\n"
+    r"^(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)\n"
     r"(?P<body>.*?)(?:^[ \t]*(?P<closed>(?P=mark)[`~]*)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
@@ -36,7 +36,7 @@ def stop_at_end_of_function(completion: str) -> str:
     Lines inside brackets or triple-quoted strings may sit at column 0 too: a cut there would break a good
     answer, so a stop counts only outside them.
     """
-    text = _newlines(completion)
+    text = newlines(completion)
     for match in _STOP.finditer(text):
         if not _inside_literal(text[: match.start()]):
             return text[: match.start()]
@@ -49,7 +49,7 @@ def program_from_completion(problem_prompt: str, completion: str, entry_point: s
     The prompt always comes first, as in the published harness. A helper function written BELOW the answer at
     column 0 is kept if the answer calls it by name: HumanEval's plain cut turns that into a NameError.
     """
-    text = _newlines(_SPECIAL.split(completion, maxsplit=1)[0])
+    text = newlines(_SPECIAL.split(completion, maxsplit=1)[0])
     body = stop_at_end_of_function(text)
     program = problem_prompt + body
     tail = text[len(body) :]
@@ -87,7 +87,7 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """``text`` up to the first of the stop sequences that occurs in it, line ends made ``\\n`` first."""
-    text = _newlines(text)
+    text = newlines(text)
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -116,9 +116,14 @@ def last_block(reply: str) -> str | None:
 def fenced(reply: str) -> list[tuple[str, str, bool]]:
     """(language in lower case, body, whether it is closed) of the fenced blocks outside the model's thoughts."""
     return [
-        (match["language"].strip().lower(), match["body"], match["closed"] is not None)
+        (match["language"].strip().lower(), _outdented(match["body"], match["indent"]), match["closed"] is not None)
         for match in _FENCE.finditer(without_thoughts(reply))
     ]
+
+
+def _outdented(body: str, indent: str) -> str:
+    """A block inside a list stands as far in as its fence (CommonMark 0.31, section 4.5)."""
+    return re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", body, flags=re.MULTILINE) if indent else body
 
 
 def answered(reply: str, entry_point: str | None) -> bool:
@@ -130,10 +135,11 @@ def answered(reply: str, entry_point: str | None) -> bool:
 
 def without_thoughts(reply: str) -> str:
     """``reply`` without the model's thoughts and special tokens, line ends made ``\\n``."""
-    return _SPECIAL.sub("", _without_thoughts(_newlines(reply)))
+    return _SPECIAL.sub("", _without_thoughts(newlines(reply)))
 
 
-def _newlines(text: str) -> str:
+def newlines(text: str) -> str:
+    """``text`` with every line end as ``\\n``."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

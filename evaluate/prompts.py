@@ -15,6 +15,7 @@ from qtool.evaluate.extract import (
     answered,
     cut,
     last_block,
+    newlines,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
@@ -66,6 +67,7 @@ def finished(text: str, style: Style, problem: Problem | None = None) -> bool:
         return answered(text, problem.entry_point if problem else None)
     if problem is not None and problem.format not in ("humaneval", "bigcodebench"):
         return any(stop in text for stop in problem.stop)
+    text = newlines(text)
     return len(stop_at_end_of_function(text)) < len(text.rstrip("\n"))
 
 
