@@ -34,9 +34,9 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         path = Path(str(files(package).joinpath(folder)))
-        return ModelSource(model, path, "sha256:" + _digest_folder(path))
+        return ModelSource(model, path, "sha256:" + digest_folder(path))
     if path.is_dir():
-        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
+        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + digest_folder(path))
     if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
         raise QtoolError(
             f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
@@ -63,9 +63,10 @@ def _snapshot(model: str, revision: str | None) -> ModelSource:
     return ModelSource(model.split("/")[-1], path, path.name)  # a snapshot folder is named by its commit
 
 
-def _digest_folder(folder: Path) -> str:
+def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
-    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".py"})
+    kinds = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".py"}
+    names = sorted(path for path in folder.iterdir() if path.suffix in kinds)
     digest = hashlib.sha256()
     for path in names:
         digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
