@@ -167,7 +167,7 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
                     return
                 event = json.loads(data)
                 if "error" in event:
-                    raise QtoolError(f"{url}: {_hide(str(event['error'])[:500], api_key)}", exit_code=3)
+                    raise QtoolError(f"{url}: {hide(str(event['error'])[:500], api_key)}", exit_code=3)
                 for choice in event.get("choices") or []:
                     ended = ended or choice.get("finish_reason") is not None
                     yield choice.get("text") or (choice.get("delta") or {}).get("content") or ""
@@ -184,16 +184,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """For requests to ``url`` with a key: no redirect is followed, and no proxy asked for a server of this machine."""
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
+    return urllib.request.build_opener(_NoRedirect, *direct)
+
+
 def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     body = None if request is None else json.dumps(request).encode()
-    # a proxy knows nothing of the servers on this machine
-    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
-    opener = urllib.request.build_opener(_NoRedirect, *direct)
     try:
-        return opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
+        return opener(url).open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        said = _hide(error.read(500).decode(errors="replace"), api_key)
+        said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:
             raise _Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
         hint = f" Set {KEY_VARIABLE}." if error.code == 401 and not api_key else ""
@@ -209,6 +212,6 @@ def _seconds(headers: Any) -> float | None:
         return None
 
 
-def _hide(text: str, api_key: str | None) -> str:
-    """Some servers repeat the key they refuse."""
+def hide(text: str, api_key: str | None) -> str:
+    """``text`` without the key: some servers repeat the one they refuse."""
     return text.replace(api_key, "***") if api_key else text

@@ -188,7 +188,7 @@ def test_a_harness_that_fails_scores_nothing(
     from qtool.cli import main
 
     path = tmp_path / "task.jsonl"
-    problem = changed(test="def check(candidate):\n    assert candidate is None\n").problems[0]
+    problem = changed(test="def check(candidate):\n    assert candidate([]) is candidate\n").problems[0]
     path.write_text(problem.model_dump_json() + "\n")
     arguments = ["evaluate", "qtool-demo-is-not-read", "--self-check", "--task", str(path), "--runs", str(tmp_path)]
     result = CliRunner().invoke(main, [*arguments[:1], *arguments[2:]])
