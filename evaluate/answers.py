@@ -107,8 +107,8 @@ def _judge_all(
         broken = next((outcome for outcome in outcomes if outcome.outcome == "error"), None)
         if broken is not None:
             raise QtoolError(
-                f"{broken.task_id}: the sandbox failed, or the problem's own test ({broken.detail}); no score was made. "
-                "Run again to go on from here.",
+                f"{broken.task_id}: the sandbox failed, or the problem's own test ({broken.detail}); no score was "
+                "made. Run again to go on from here.",
                 exit_code=3,
             )
         judged = zip(answers, outcomes, strict=True)

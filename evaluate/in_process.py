@@ -15,7 +15,6 @@ from typing import Any
 from qtool.evaluate.checker import reason_of
 from qtool.evaluate.wire import MAX_JOB, pack, read_frame, unpack, write_frame
 
-
 _TESTS = ("TestCases", "check")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qtool import QtoolError
-from qtool.evaluate import execute
+from qtool.evaluate import execute, seccomp
 from qtool.evaluate.execute import TIERS, Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
 
 SECRET = "only the test knows 9731"
@@ -898,6 +898,45 @@ def test_what_is_wrong_with_the_arguments_is_said(monkeypatch: pytest.MonkeyPatc
         execute._choose.__wrapped__("auto")
     assert caught.value.exit_code == 3
     assert "sandbox: none" in caught.value.message
+
+
+SIGNALS = """
+import fcntl, os, signal, socket
+from qtool.evaluate import isolation
+parent, got = os.getpid(), []
+for number in (signal.SIGUSR1, signal.SIGIO):
+    signal.signal(number, lambda number, _: got.append(number))
+if os.fork() == 0:
+    isolation.drop_privileges(None)
+    isolation.forbid_calls()
+    ends, pair = os.pipe(), socket.socketpair()
+    os.set_blocking(ends[0], False)
+    assert fcntl.fcntl(ends[0], fcntl.F_GETFL) & os.O_NONBLOCK  # the rest of fcntl and ioctl works
+    fcntl.ioctl(ends[0], 0x5421, b"\\1\\0\\0\\0")
+    attempts = [lambda: os.kill(parent, signal.SIGUSR1)]
+    attempts += [lambda c=c: fcntl.fcntl(ends[0], c, parent) for c in (fcntl.F_SETOWN, 15)]
+    attempts += [lambda: fcntl.fcntl(ends[0], 10, int(signal.SIGUSR1))]
+    attempts += [lambda c=c: fcntl.ioctl(pair[0], c, parent.to_bytes(4, "little")) for c in (0x8901, 0x8902)]
+    refused = 0
+    for attempt in attempts:
+        try:
+            attempt()
+        except PermissionError:
+            refused += 1
+    for end in (ends[0], pair[0].fileno()):
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    os.write(ends[1], b"x")
+    pair[1].send(b"x")
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.wait()[1]), got)
+"""
+
+
+@pytest.mark.skipif(not seccomp.available(), reason="no system-call filter")
+def test_the_filter_alone_lets_no_signal_out() -> None:
+    """Neither by kill nor by owning a descriptor: older kernels' Landlock would not stop that."""
+    said = subprocess.run([sys.executable, "-c", SIGNALS], capture_output=True, text=True, check=True)
+    assert said.stdout == "6 []\n"
 
 
 def test_the_sandbox_is_described() -> None:

@@ -76,7 +76,8 @@ def test_nor_has_node(planted: None) -> None:
 def test_every_process_is_started_with_an_environment_of_its_own() -> None:
     """Read from the source: what starts a process says what it inherits, and nothing starts one by another way."""
     started = 0
-    for path in [file for folder in ("pipeline", "evaluate", "convert", "quantize") for file in (ROOT / folder).glob("*.py")]:
+    folders = ("pipeline", "evaluate", "convert", "quantize")
+    for path in [file for folder in folders for file in (ROOT / folder).glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.module not in ("subprocess", "multiprocessing"), path
