@@ -147,7 +147,7 @@ class Worker:
         os.set_blocking(fd, False)
         view = memoryview(data)
         while view:
-            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+            if not _ready(fd, select.POLLOUT, deadline - time.monotonic()):
                 raise WorkerLost("the worker does not read")
             try:
                 view = view[os.write(fd, view) :]
@@ -159,7 +159,7 @@ class Worker:
     def _answer(self, seconds: float) -> object:
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
-        if not select.select([fd], [], [], max(0.0, seconds))[0]:
+        if not _ready(fd, select.POLLIN, seconds):
             raise WorkerLost("the worker does not answer")
         try:
             data = read_frame(fd, MAX_ANSWER)
@@ -194,6 +194,13 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _ready(fd: int, event: int, seconds: float) -> bool:
+    """Whether a read or write goes on before the time is up. A host may have more descriptors than select takes."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
 
 
 def _bubblewrap(folder: str, kit: Kit) -> list[str]:

@@ -1,6 +1,7 @@
 """Judging untrusted programs: right ones pass, wrong ones fail, hostile ones are held and never pass."""
 
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -821,6 +822,22 @@ def test_a_lost_worker_is_an_error_and_is_replaced(marked: str, monkeypatch: pyt
     outcomes = run_programs(jobs, workers=1)
     assert [outcome.outcome for outcome in outcomes] == ["passed", "error", "passed"]
     assert outcomes[1].detail.startswith("sandbox: ")
+
+
+MANY = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from qtool.evaluate.execute import Job, run_programs
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+print(run_programs([Job("a", "def f(x): return x", "assert f(1) == 1", "f")])[0].outcome)
+"""
+
+
+def test_a_host_with_many_open_files_can_judge() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit != resource.RLIM_INFINITY and limit < 2048:
+        pytest.skip("this machine does not allow so many")
+    assert subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True).stdout == "passed\n"
 
 
 def test_a_bug_in_a_thread_reaches_the_caller(marked: str, monkeypatch: pytest.MonkeyPatch) -> None:
