@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 from qtool import QtoolError
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.skeleton import load_config
+from qtool.convert.text import load_tokenizer
 from qtool.evaluate import prompts, selfcheck, vllm
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.generate import TorchEngine, load_native
+from qtool.evaluate.generate import TorchEngine, end_tokens, load_model, load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import Problem, Task, load_task, subset
@@ -200,6 +204,18 @@ def test_a_harness_that_fails_scores_nothing(
     assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
 
 
+def test_an_answer_ends_where_the_models_generation_config_says(tiny: Path, tmp_path: Path) -> None:
+    """Chat models often name the end of a turn there alone."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 11]}))
+    loaded = load_model(Checkpoint.open(model).read(), load_config(model), torch.device("cpu"))
+    assert {7, 11} < end_tokens(loaded, load_tokenizer(model))
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(QtoolError, match=r"generation_config\.json"):
+        load_model(Checkpoint.open(model).read(), load_config(model), torch.device("cpu"))
+
+
 def test_native_engine_says_what_it_lacks(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -220,7 +236,6 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     (artifact,) = made.artifacts.values()
     model = load_native(artifact.path, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    from qtool.convert.text import load_tokenizer
 
     engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
@@ -248,8 +263,6 @@ class FakeLLM:
 
 
 def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.convert.text import load_tokenizer
-
     with pytest.raises(QtoolError, match="engine vllm needs vLLM and an accelerator") as caught:
         vllm.load(tiny, None, 64)
     assert caught.value.exit_code == 3
