@@ -52,9 +52,12 @@ def messages(problem: Problem) -> list[dict[str, str]]:
 def render(problem: Problem, style: Style, tokenizer: Any) -> str:
     """The exact text the model continues."""
     if style == "completion":
-        bos = tokenizer.bos_token or ""
-        starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] if bos else False
-        return (bos if starts else "") + problem.prompt
+        bos, own = tokenizer.bos_token, tokenizer(problem.prompt).input_ids
+        if not bos or own[:1] != [tokenizer.bos_token_id]:
+            return problem.prompt
+        # SentencePiece puts a space before a text, but in some tokenizers none behind a BOS that is spelled out
+        spaced = f"{bos} {problem.prompt}"
+        return spaced if tokenizer(spaced, add_special_tokens=False).input_ids == own else bos + problem.prompt
     text: str = tokenizer.apply_chat_template(messages(problem), tokenize=False, add_generation_prompt=True)
     return text
 

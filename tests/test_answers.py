@@ -204,6 +204,25 @@ def test_a_harness_that_fails_scores_nothing(
     assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_prompt_is_split_as_the_tokenizer_would(scheme: str) -> None:
+    """SentencePiece puts a space before a text, but some tokenizers none behind a BOS that is spelled out."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "\u2581", "d", "e", "f", "\u2581d"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: n for n, name in enumerate(names)}, [("\u2581", "d")], unk_token="<unk>")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])  # type: ignore[assignment]
+    made.add_special_tokens(["<s>", "<unk>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+    problem = changed(prompt="def f").problems[0]
+    text = prompts.render(problem, "completion", tokenizer)
+    assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer(problem.prompt).input_ids
+
+
 def test_an_answer_ends_where_the_models_generation_config_says(tiny: Path, tmp_path: Path) -> None:
     """Chat models often name the end of a turn there alone."""
     model = tmp_path / "model"
