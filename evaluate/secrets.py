@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-# HF_TOKEN, HUGGING_FACE_HUB_TOKEN, OPENAI_API_KEY, AWS_SECRET_ACCESS_KEY, PGPASSWORD, ...
-_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)$", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|(^|_)(API_?)?KEY(_|$)")
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a child process: no variable whose name says that it holds a token, a key, a secret or a password."""
+    return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
 
 
 @contextmanager
 def withheld() -> Iterator[None]:
-    """The environment without its secrets until the block ends, for libraries that start processes of their own."""
-    secrets = {name: os.environ.pop(name) for name in list(os.environ) if _NAMES.search(name)}
+    """This process's environment without its secrets until the block ends, for libraries that start processes."""
+    before = dict(os.environ)
+    secrets = before.keys() - without_secrets(before).keys()
+    for name in secrets:
+        del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update(secrets)
+        os.environ.update({name: before[name] for name in secrets})

@@ -94,6 +94,15 @@ def test_every_process_is_started_with_an_environment_of_its_own() -> None:
     assert started >= 1
 
 
+def test_secrets_are_known_by_their_names() -> None:
+    kept = {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "0", "CUDA_VISIBLE_DEVICES": "0", "MONKEY": "x", "HF_HOME": "h"}
+    secret = (
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_KEY_PATH", "DB_PASSWORD",
+        "github_token",
+    )  # fmt: skip
+    assert secrets.without_secrets(kept | dict.fromkeys(secret, "planted")) == kept
+
+
 def test_secrets_are_withheld_and_given_back(planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     before = dict(os.environ)
