@@ -204,6 +204,28 @@ def test_a_harness_that_fails_scores_nothing(
     assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from qtool.evaluate.journal import Journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+journal = Journal(Path(sys.argv[1]))
+journal.answered(("a", 0), "x" * 100)
+try:
+    journal.answered(("b", 0), "x" * 1000)
+except OSError:
+    print(list(journal.texts))
+"""
+
+
+def test_an_answer_that_could_not_be_written_is_not_taken_for_kept(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "j.jsonl"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "[('a', 0)]\n"
+    assert list(Journal.open(tmp_path / "j.jsonl").texts) == [("a", 0)]
+
+
 @pytest.mark.parametrize("scheme", ["first", "always"])
 def test_a_prompt_is_split_as_the_tokenizer_would(scheme: str) -> None:
     """SentencePiece puts a space before a text, but some tokenizers none behind a BOS that is spelled out."""
