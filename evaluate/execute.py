@@ -53,7 +53,7 @@ def run_programs(
         _try_kit(tier, kit)
     count = min(workers or _cores(), len(jobs))
     results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
-    pending = iter(list(enumerate(jobs)))
+    pending = enumerate(jobs)
     lock, stop = threading.Lock(), threading.Event()
 
     def take() -> tuple[int, Job] | None:

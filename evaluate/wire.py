@@ -122,6 +122,8 @@ def _encode_other(value: Any, kind: type) -> Any:
             content = base.__int__(value) if base is int else base(value)
             if type(content) is base:
                 return _encode(content)
+    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return _encode(value.item())
     if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
         items = []
         for item in value:
