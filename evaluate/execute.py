@@ -60,8 +60,9 @@ def run_programs(
         with lock:
             return None if stop.is_set() else next(pending, None)
 
+    started: list[Worker] = []
     threads = [
-        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop), daemon=True)
+        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop, started), daemon=True)
         for _ in range(count)
     ]
     outcomes: dict[int, Outcome] = {}
@@ -76,8 +77,10 @@ def run_programs(
             if progress is not None:
                 progress(len(outcomes))
     finally:
-        # On an interrupt too: every worker ends with its thread.
+        # On an interrupt too: every worker ends with its thread, and a program that still runs is not waited for.
         stop.set()
+        for worker in started if len(outcomes) < len(jobs) else ():
+            worker.kill()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -157,6 +160,7 @@ def _work(
     take: Callable[[], tuple[int, Job] | None],
     results: "queue.SimpleQueue[tuple[int, Outcome | BaseException]]",
     stop: threading.Event,
+    started: list[Worker],
 ) -> None:
     """Judge jobs until there are none. A lost worker is replaced and its job tried once more."""
     worker: Worker | None = None
@@ -168,7 +172,11 @@ def _work(
                 if stop.is_set():
                     break
                 try:
-                    worker = worker or Worker(tier, timeout, kit)
+                    if worker is None:
+                        worker = Worker(tier, timeout, kit)
+                        started.append(worker)
+                        if stop.is_set():
+                            break
                     outcome = worker.judge(job)
                     break
                 except (WorkerLost, NotPlain, OSError) as error:

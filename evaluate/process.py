@@ -172,6 +172,10 @@ class Worker:
             raise WorkerLost("the worker ended" + (f" ({last[-1][:300]})" if last else ""))
         return answer
 
+    def kill(self) -> None:
+        """End what it is doing: whoever waits for its answer in `judge` gets WorkerLost. It is still to be closed."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the worker and all in it: closing its input ends it, the kill is for one that is stuck."""
         for stream in (self._process.stdin, self._process.stdout):

@@ -867,8 +867,8 @@ def test_an_interrupt_leaves_nothing_behind(marked: str) -> None:
     jobs = [job("def f(x):\n    return 2 * x"), *[job("def f(x):\n    while True: pass")] * 20]
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_programs(jobs, timeout=1.0, progress=interrupt)
-    assert time.monotonic() - started < 15
+        run_programs(jobs, timeout=100.0, progress=interrupt)
+    assert time.monotonic() - started < 15  # programs that run are not waited for
 
 
 def test_a_killed_host_leaves_nothing_behind(marked: str) -> None:
