@@ -35,9 +35,8 @@ def run_programs(
     """Outcomes in the order of ``jobs``.
 
     ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default
-    one for each core.
-    ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
-    (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
+    one for each core. ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock",
+    or "none" (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
     the number of jobs done.
     Raises QtoolError: exit 3 where the sandbox is not available, exit 2 for a senseless argument.
     """

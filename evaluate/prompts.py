@@ -12,19 +12,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qtool.evaluate.extract import (
-    answered,
     cut,
-    last_block,
-    newlines,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
     without_examples,
-    without_thoughts,
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.livecodebench import IMPORTS
 from qtool.evaluate.problems import Problem
+from qtool.evaluate.reply import answered, last_block, newlines, without_thoughts
 
 Style = Literal["completion", "chat"]
 CHAT = (

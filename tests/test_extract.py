@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from qtool.evaluate.extract import (
-    answered,
     cut,
-    fenced,
-    last_block,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
@@ -18,6 +15,7 @@ from qtool.evaluate.extract import (
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.prompts import finished
+from qtool.evaluate.reply import answered, fenced, last_block
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
