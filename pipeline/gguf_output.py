@@ -12,7 +12,7 @@ from qtool.convert.checkpoint import Checkpoint, read_json
 from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
-from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, rope_factors, row_order
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, rope_factors, row_order
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.gguf_vocab import add_vocabulary
 from qtool.convert.imatrix import write_imatrix
@@ -110,7 +110,10 @@ class GgufOutput:
         seal(self.partial, self.job.folder(self.method), manifest)
 
     def _write(self, hf: str, tensor: torch.Tensor) -> None:
-        type_name = self.plan.types[self.plan.names[hf]].type
+        name = self.plan.names[hf]
+        type_name = self.plan.types[name].type
+        offset = norm_offset(name, self.config)
+        tensor = tensor.float() + offset if offset else tensor
         if not bool(tensor.isfinite().all()):
             raise QtoolError(f"{hf}: holds NaN or Inf.")
         matrix = tensor.view(-1, tensor.shape[-1]).to(self.job.device)

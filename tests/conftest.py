@@ -44,6 +44,7 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
         for name, parameter in model.named_parameters():
             if "norm" in name:  # outlier channels, as trained models have them
                 parameter.copy_(1 + torch.rand_like(parameter) + 6 * (torch.rand_like(parameter) > 0.95))
+                parameter.sub_(1 if "Gemma" in architecture else 0)  # they apply 1 + weight
             elif parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.08)
             else:
