@@ -93,8 +93,10 @@ def _add_gemma(writer: Any, config: Mapping[str, Any], architecture: str, heads:
     full = [index for index, window in enumerate(windows) if window is None]
     period = full[0] + 1 if full else layers + 1
     if period == 1 or full != [index for index in range(layers) if (index + 1) % period == 0]:
-        raise QtoolError(f"config.json: attention slides in all layers but {full} of {layers}; llama.cpp's {architecture} "
-                         "needs one layer in so many, and not every one, to attend to everything.")  # fmt: skip
+        raise QtoolError(
+            f"config.json: attention slides in all of {layers} layers but {full}; llama.cpp's {architecture} needs one "
+            "layer in so many, and not every one, to attend to everything."
+        )
     scale = int(config["hidden_size"]) // heads if layers == SCALED_BY_HIDDEN[architecture] else dim
     asked = config.get("query_pre_attn_scalar", 256)
     if asked != scale:
