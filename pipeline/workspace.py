@@ -77,10 +77,11 @@ def vllm_overhead(geometry: Geometry, card: Accelerator, cards: int, sequences: 
 
 
 def llama_cpp_compute(
-    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH
+    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH, sliding: int = 0
 ) -> int:
     """Bytes of llama.cpp's compute buffer for graphs of ``ubatch`` tokens, float32. ``cells``: cache cells that one
-    sequence's attention spans; ``context``: n_ctx of all sequences, which no batch exceeds.
+    sequence's attention spans; ``context``: n_ctx of all sequences, which no batch exceeds; ``sliding``: cells of the
+    layers that slide, which have a mask of their own.
 
     With flash attention the feed-forward part is the widest (three intermediates, five hidden states) and the mask is
     float16; without, keys and values are copied, scores of every head are whole, and the mask is float32. Fitted to
@@ -89,14 +90,14 @@ def llama_cpp_compute(
     g, tokens = geometry, min(ubatch, context)
     forward = 3 * g.intermediate + 5 * g.hidden
     if flash_attention:
-        return tokens * (4 * (forward + 10) + 2 * cells)
+        return tokens * (4 * (forward + 10) + 2 * (cells + sliding))
     attention = 6 * g.heads * g.head_dim + g.heads * cells
-    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + 5)
+    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + sliding + 5)
 
 
 def llama_cpp_overhead(
-    geometry: Geometry, cells: int, context: int, sequences: int, cuda: bool, flash_attention: bool = True
+    geometry: Geometry, cells: int, context: int, sequences: int, cuda: bool, sliding: int = 0
 ) -> Overhead:
     """Compute buffer, logits of one token a sequence, and the CUDA context where there is one."""
-    compute = llama_cpp_compute(geometry, cells, context, flash_attention)
+    compute = llama_cpp_compute(geometry, cells, context, sliding=sliding)
     return Overhead(compute + 4 * geometry.vocab * sequences, CUDA_CONTEXT if cuda else 0)
