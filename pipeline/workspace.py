@@ -38,13 +38,19 @@ def transformers_activations(geometry: Geometry, context: int, sequences: int) -
 
     Live at once in the gated MLP: embeddings, the layer's input, the residual, its norm (4 hidden) and three of the
     intermediate's width; in the rotary step of attention three hidden states and four queries, the layer's own keys and
-    values not yet being in the cache. Beside them cos and sin and the positions (int64) of one sequence.
+    values not yet being in the cache. Beside them cos and sin and the positions (int64) of one sequence. Gemma 2's soft
+    cap rules SDPA out: the scores of all heads are whole, before softmax, after it and as float32 between, beside two
+    masks, three hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
     queries = g.heads * g.head_dim
-    per_token = max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    if g.architecture == "Gemma2ForCausalLM":
+        scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
+        repeated = 2 * queries if g.heads > g.kv_heads else 0
+        widest = max(widest, scores + tokens * (3 * g.hidden + queries + repeated) * g.width)
     rotary = context * (2 * g.head_dim * g.width + 8) + 8 * tokens
-    return tokens * per_token + rotary + g.vocab * sequences * g.width
+    return widest + rotary + g.vocab * sequences * g.width
 
 
 def transformers_overhead(
