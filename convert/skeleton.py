@@ -66,13 +66,13 @@ def _rebuild(name: str, module: nn.Module) -> nn.Module:
 
 def _fill_buffers(name: str, module: nn.Module, model: Any) -> None:
     """Buffers beside weights (the factor of Gemma's embedding) get the values of the model's own initialization, which
-    leaves weights on the meta device as they are."""
-    for key, buffer in module.named_buffers(recurse=False):
-        setattr(module, key, torch.full_like(buffer, torch.nan, device="cpu"))
+    leaves weights on the meta device as they are. In float32, as rotary tables: a model takes them to its own dtype."""
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, key, torch.full_like(buffer, torch.nan, dtype=torch.float32, device="cpu"))
     initialize = getattr(model, "_init_weights", None)
     if initialize is not None:
         initialize(module)
-    if initialize is None or any(bool(buffer.isnan().any()) for buffer in module.buffers(recurse=False)):
+    if any(bool(buffer.isnan().any()) for buffer in module.buffers(recurse=False)):
         raise QtoolError(_UNKNOWN.format(type(module).__name__, name))
 
 
