@@ -13,7 +13,7 @@ ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is 
 AWQ_KEYS = ("quant_method", "bits", "group_size", "zero_point", "version")
 GPTQ_KEYS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
 MARLIN_GROUPS = (-1, 32, 64, 128)
-NO_FLOAT16 = ("gemma2", "gemma3_text")  # model_type of those whose activations outgrow float16
+NO_FLOAT16 = ("gemma2", "gemma3_text")  # model_type of what vLLM runs in bfloat16 alone (vllm/config/model.py)
 QUANTIZED = (".qweight", ".weight_packed", ".absmax")  # how the tensors of a quantized module end
 
 
@@ -69,14 +69,11 @@ def _awq_shapes(subject: Subject, _: int) -> Iterator[str]:
 
 
 def _vllm_plain(subject: Subject, tp: int) -> Iterator[str]:
+    kind = subject.config.get("model_type")
+    if kind in NO_FLOAT16:
+        yield f"the kernel computes in float16, in which vLLM runs no {kind}"
     yield from _heads(subject, tp)
     yield from _shards(subject, tp, multiple_out=8, multiple_in=1)
-
-
-def _vllm_dtype(subject: Subject, _: int) -> Iterator[str]:
-    kind = subject.config.get("model_type")
-    if kind in NO_FLOAT16 and "float16" in (subject.config.get("dtype"), subject.config.get("torch_dtype")):
-        yield f"it runs no {kind} in float16: set `dtype: bfloat16` for this output, or serve with --dtype bfloat16"
 
 
 def _awq_marlin(subject: Subject, tp: int) -> Iterator[str]:
@@ -235,7 +232,6 @@ _TRANSFORMERS = "transformers/utils/quantization_config.py"
 _QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
 _VLLM = "vllm/model_executor/layers/quantization"
 _HEAD = RuntimeRule("embeddings and head", "all", "loaders", "tie_word_embeddings in config.json", _head, required=True)
-_DTYPE = RuntimeRule("activations", "vLLM", "0.33", "vllm/config/model.py", _vllm_dtype)
 AWQ_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (AwqConfig)", _awq_keys, required=True),
     _HEAD,
@@ -252,7 +248,6 @@ AWQ_RULES = (
     RuntimeRule(
         "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/awq.py", _awq_marlin, tensor_parallel=True
     ),
-    _DTYPE,
 )
 GPTQ_RULES = (
     RuntimeRule("keys", "transformers, vLLM", "5.23, 0.33", f"{_TRANSFORMERS} (GPTQConfig)", _gptq_keys, required=True),
@@ -271,7 +266,6 @@ GPTQ_RULES = (
         "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/gptq.py", _symmetric_marlin,
         tensor_parallel=True,
     ),
-    _DTYPE,
 )  # fmt: skip
 COMPRESSED_RULES = (
     RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _compressed_keys, required=True),
@@ -281,7 +275,6 @@ COMPRESSED_RULES = (
         _compressed_marlin,
         tensor_parallel=True,
     ),
-    _DTYPE,
 )  # fmt: skip
 NF4_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (BitsAndBytesConfig)", _nf4_keys, required=True),

@@ -5,7 +5,7 @@ Names are those of the checkpoint below ``{prefix}{layer index}.``. A new archit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qtool import QtoolError
@@ -29,10 +29,12 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the decoder layers are, and their input groups in forward order."""
+    """Where the decoder layers are, and their input groups in forward order. ``whole_scores``: transformers computes
+    its attention without SDPA, every head's scores at once."""
 
     groups: tuple[InputGroup, ...]
     prefix: str = "model.layers."
+    whole_scores: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -54,7 +56,8 @@ def _decoder(before_mlp: str, norm: Literal["norm", "norm_plus_one"]) -> Archite
 LLAMA = _decoder("post_attention_layernorm", "norm")
 GEMMA = _decoder("post_attention_layernorm", "norm_plus_one")
 # two more norms, behind o_proj and down_proj, feed the residual stream and absorb nothing
-GEMMA2 = _decoder("pre_feedforward_layernorm", "norm_plus_one")
+GEMMA3 = _decoder("pre_feedforward_layernorm", "norm_plus_one")
+GEMMA2 = replace(GEMMA3, whole_scores=True)  # for its soft cap
 
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
@@ -64,7 +67,7 @@ ARCHITECTURES = {
     "IQuestCoderForCausalLM": LLAMA,
     "GemmaForCausalLM": GEMMA,  # CodeGemma
     "Gemma2ForCausalLM": GEMMA2,
-    "Gemma3ForCausalLM": GEMMA2,  # text only (gemma3_text); its q/k norms are as Qwen3's
+    "Gemma3ForCausalLM": GEMMA3,  # text only (gemma3_text); its q/k norms are as Qwen3's
 }
 
 
