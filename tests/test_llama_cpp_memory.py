@@ -136,7 +136,7 @@ def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
             {"architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "intermediate_size": 9216,
              "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
              "sliding_window": 600},
-            [(2048, 1, True, "f16"), (4096, 2, True, "f16"), (512, 1, True, "q8_0")],
+            [(2048, 1, True, "f16"), (4096, 2, True, "f16"), (512, 1, True, "f16")],
         ),
     ],
 )  # fmt: skip
