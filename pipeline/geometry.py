@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.model_config import PERIODS, is_tied, layer_windows
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -14,6 +15,7 @@ LOOPED = "IQuestLoopCoderForCausalLM"
 # architectures whose every tensor follows from config.json (`tensor_shapes`)
 KNOWN = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "IQuestCoderForCausalLM", LOOPED,
+    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
 )  # fmt: skip
 
 
@@ -98,8 +100,8 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or hidden // heads),
         vocab=_positive(config, "vocab_size", where),
-        tied=bool(config.get("tie_word_embeddings")),
-        windows=_windows(config, layers),
+        tied=is_tied(config),
+        windows=layer_windows(config, layers),
         max_context=config.get("max_position_embeddings"),
         dtype=_dtype(config, assumed, where),
         loops=loops,
@@ -118,7 +120,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             f"qtool without its weights' headers. Known: {', '.join(KNOWN)}."
         )
     g = geometry
-    qwen2, qwen3 = (g.architecture == name for name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"))
+    qwen2 = g.architecture == "Qwen2ForCausalLM"
     biased = bool(config.get("attention_bias")) or qwen2
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (g.vocab, g.hidden)}
     for index in range(g.layers):
@@ -137,8 +139,10 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             if config.get("mlp_bias"):
                 shapes[f"{layer}mlp.{name}_proj.bias"] = (rows,)
         norms = ["input_layernorm", "post_attention_layernorm"]
+        if g.architecture in PERIODS:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{layer}{norm}.weight": (g.hidden,) for norm in norms}
-        if qwen3:
+        if g.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
             shapes |= {f"{layer}self_attn.{norm}.weight": (g.head_dim,) for norm in ("q_norm", "k_norm")}
         if g.architecture == LOOPED:  # gates between the first pass's cache and the pass's own window
             shapes[f"model.gate_projections.{index}.weight"] = (g.heads, g.head_dim)
@@ -154,19 +158,6 @@ def _positive(config: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise QtoolError(f"{where}: {key} is {value!r}; a positive whole number is needed.")
     return value
-
-
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """transformers' rules: `layer_types` decide where they are given; Qwen slides only where `use_sliding_window` says
-    so, and only from layer `max_window_layers` on."""
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or config.get("use_sliding_window") is False:
-        return (None,) * layers
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == layers:
-        return tuple(window if "sliding" in str(kind) else None for kind in kinds)
-    first = config.get("max_window_layers") if "use_sliding_window" in config else 0
-    return tuple(window if index >= int(first or 0) else None for index in range(layers))
 
 
 def _dtype(config: Mapping[str, Any], assumed: list[str], where: str) -> str:
