@@ -21,7 +21,7 @@ from qtool.evaluate.extract import (
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.livecodebench import IMPORTS
 from qtool.evaluate.problems import Problem
-from qtool.evaluate.reply import answered, last_block, newlines, without_thoughts
+from qtool.evaluate.reply import answered, last_block, newlines, until_answered, without_thoughts
 
 Style = Literal["completion", "chat"]
 CHAT = (
@@ -90,10 +90,11 @@ def _from_completion(problem: Problem, text: str) -> str:
 
 
 def _from_chat(problem: Problem, text: str) -> str:
-    if problem.language == "javascript":
-        return program_from_javascript_chat(text, problem.prompt, problem.entry_point)
     if problem.format == "livecodebench":
         return (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
+    text = until_answered(text, problem.entry_point)
+    if problem.language == "javascript":
+        return program_from_javascript_chat(text, problem.prompt, problem.entry_point)
     above = problem.setup if problem.format == "bigcodebench" else problem.prompt
     made = program_from_chat(text, above, problem.entry_point)
     return without_examples(made) if problem.instruction else made

@@ -29,9 +29,21 @@ def last_block(reply: str) -> str | None:
 
 def answered(reply: str, entry_point: str | None) -> bool:
     """Whether a closed block holds the answer: one that names ``entry_point`` as what it defines (None: any)."""
+    return _end_of_answer(without_thoughts(reply), entry_point) is not None
+
+
+def until_answered(reply: str, entry_point: str) -> str:
+    """``reply`` without its thoughts, up to where an engine that looks while the model writes would have stopped: all
+    engines judge the same part."""
+    text = without_thoughts(reply)
+    return text[: _end_of_answer(text, entry_point)]
+
+
+def _end_of_answer(text: str, entry_point: str | None) -> int | None:
     name = re.escape(entry_point or "")
     header = re.compile(rf"\b(?:def|class|function|const|let|var)\s+{name}\b|\b{name}\s*=")
-    return any(closed and (entry_point is None or header.search(body)) for _, body, closed in fenced(reply))
+    blocks = (match for match in _FENCE.finditer(text) if match["closed"] is not None)
+    return next((match.end() for match in blocks if entry_point is None or header.search(match["body"])), None)
 
 
 def without_thoughts(reply: str) -> str:

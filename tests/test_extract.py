@@ -14,8 +14,9 @@ from qtool.evaluate.extract import (
     without_examples,
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
-from qtool.evaluate.prompts import finished
-from qtool.evaluate.reply import answered, fenced, last_block
+from qtool.evaluate.problems import Problem
+from qtool.evaluate.prompts import finished, program
+from qtool.evaluate.reply import answered, fenced, last_block, until_answered
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
@@ -242,6 +243,17 @@ def test_last_block(reply: str, block: str | None) -> None:
 )
 def test_answered_once_a_closed_block_defines_it(reply: str, done: bool) -> None:
     assert answered(reply, "double") is done
+
+
+def test_all_engines_judge_the_same_part_of_a_reply() -> None:
+    """One that sees a whole reply must judge what one that looks while it is written stopped at."""
+    other = FULL.replace("return", "return 7 +")
+    whole = f"<think>```python\n{other}```</think>Here:\n```python\n{FULL}```\nOr, wrongly:\n```python\n{other}```\n"
+    problem = Problem(task_id="t", prompt=PROMPT, entry_point="double", canonical_solution="", test="pass")
+    seen = next(whole[:n] for n in range(len(whole)) if finished(whole[:n], "chat", problem))
+    assert program(problem, whole, "chat") == program(problem, seen, "chat")
+    assert "7 +" not in program(problem, whole, "chat")
+    assert until_answered("no code", "double") == "no code"
 
 
 def test_examples_are_left_out() -> None:
