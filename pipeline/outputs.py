@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify import check_files
+from qtool.convert.writer import resume_journal
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key
 from qtool.job_needs import refuse_what_cannot_finish
@@ -49,6 +51,8 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
     Path(job.recipe.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    for method in pending:
+        _discard_other_work(job.partial(method), keys[method.name])
     refuse_what_cannot_finish(job, pending)
     importance = _importance(job, pending)
     writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
@@ -57,6 +61,13 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     for method in pending:
         writers[method.name].seal(calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
+
+
+def _discard_other_work(partial: Path, key: str) -> None:
+    """What another recipe, source or version began under this name: files that this one does not write would be sealed
+    with its own."""
+    if partial.exists() and all(resume_journal(path, key) is None for path in partial.rglob("*journal.jsonl")):
+        shutil.rmtree(partial)
 
 
 def _writer(job: Job, method: Method, key: str) -> Writer:

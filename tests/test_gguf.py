@@ -219,6 +219,29 @@ def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
     other.close()
 
 
+def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin() -> GgufWriter:
+        layout = {"a.weight": ("F32", (2, 32))}
+        return GgufWriter(tmp_path / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, "k")
+
+    begun = begin()
+    begun.write("a.weight", torch.ones(2, 32).view(torch.uint8))
+    begun.commit({"layer": 0})
+    begun.close()
+    begun.path.unlink()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qtool.convert.gguf_file.start_journal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    again = begin()
+    assert again.steps == []  # with the old journal it would have been one, of a file that holds zeros
+    again.close()
+
+
 def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
     from qtool.convert.gguf_names import gguf_architecture
 

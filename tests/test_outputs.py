@@ -230,3 +230,22 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     assert done == layers_done
     again = {name: contents(a.path) for name, a in make(recipe).items()}
     assert again == uninterrupted
+
+
+Q4, Q8 = ({"method": "gguf", "name": "x", "type": kind} for kind in ("Q4_K_M", "Q8_0"))
+AWQ, NF4 = {"method": "awq", "name": "x", "group_size": 32}, {"method": "nf4", "name": "x"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(Q4, Q8), (AWQ, NF4), (AWQ, Q8), (Q4, AWQ)])
+def test_nothing_of_another_recipes_unfinished_work_is_sealed(
+    before: dict[str, Any], after: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One name, first for work that was killed before its end, then for another format."""
+    pytest.importorskip("gguf")
+    job = job_of(write_recipe(outputs=[before]))
+    whole = make(write_recipe(outputs=[before], output_dir=str(tmp_path / "whole")))["x"].path
+    partial = Path(shutil.copytree(whole, job.partial(job.recipe.outputs[0])))
+    (partial / "model.journal.jsonl").write_text('{"key": "of other work"}\n')
+    made = make(write_recipe(outputs=[after]))["x"]
+    expected = make(write_recipe(outputs=[after], output_dir=str(tmp_path / "expected")))["x"]
+    assert contents(made.path) == contents(expected.path)
