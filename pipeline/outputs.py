@@ -91,7 +91,8 @@ def _rows(plan: GgufPlan, path: Path) -> dict[str, Tensor]:
     named = {linear: plan.names[f"{linear.name}.weight"] for linear in plan.linears}
     wrong = [name for linear, name in named.items() if name in rows and rows[name].numel() != linear.columns]
     if wrong or not any(name in rows for name in named.values()):
-        raise QtoolError(f"{path}: made for another model: {wrong[0] if wrong else 'none of its names'} fits.")
+        why = f"{wrong[0]} has {rows[wrong[0]].numel()} values" if wrong else "it has none of this model's names"
+        raise QtoolError(f"{path}: made for another model: {why}.")
     return {linear.name: rows[name] for linear, name in named.items() if name in rows}
 
 

@@ -147,8 +147,36 @@ def test_an_imatrix_file_is_used_and_a_wrong_one_refused(
     other = tmp_path / "other.gguf"
     write_imatrix(other, {"blk.0.attn_q.weight": torch.ones(7)}, 1, 8, "x")
     recipe.write_text(text.replace(str(file), str(other)).replace("/artifacts", "/more"))
-    with pytest.raises(QtoolError, match="made for another model"):
+    with pytest.raises(QtoolError, match=r"made for another model: blk\.0\.attn_q\.weight has 7 values\."):
         convert(recipe)
+    write_imatrix(other, {"of.nothing": torch.ones(7)}, 1, 8, "x")
+    with pytest.raises(QtoolError, match="made for another model: it has none of this model's names"):
+        convert(recipe)
+    other.unlink()
+    with pytest.raises(QtoolError, match=r"other\.gguf: No such file or directory \(`imatrix:` of output 'gguf'\)"):
+        convert(recipe)
+
+
+def test_another_importance_matrix_at_the_same_place_is_another_artifact(
+    demo: tuple[Job, dict[str, Artifact]], tmp_path: Path
+) -> None:
+    _, artifacts = demo
+    rows = read_imatrix(artifacts["q4"].path / "imatrix.gguf")
+    file, recipe = tmp_path / "m.gguf", tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: {file}}}]\noutput_dir: {tmp_path}/out\n")
+    write_imatrix(file, rows, 8, 128, "x")
+    convert(recipe)
+    convert(recipe)  # the same again is reused
+    write_imatrix(file, {name: row.flip(0) for name, row in rows.items()}, 8, 128, "x")
+    with pytest.raises(QtoolError, match="holds an artifact of another recipe"):
+        convert(recipe)
+
+
+def test_no_file_tells_where_the_calibration_text_lay(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    _, artifacts = convert(write_recipe(outputs=[{"method": "gguf"}]))
+    file = artifacts["gguf"].path / "imatrix.gguf"
+    assert gguf.GGUFReader(file).fields["imatrix.datasets"].contents() == ["text.txt"]
+    assert str(tmp_path).encode() not in file.read_bytes()
 
 
 def test_fallbacks_are_told(write_recipe: Callable[..., Path]) -> None:
