@@ -60,6 +60,12 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     architecture = architecture_of(config)
     shapes, tied = expected_shapes(build_skeleton(config, trusted))
     checkpoint.check_shapes(shapes, tied)
+    strangers = [name for name in checkpoint.tensors if name.startswith(architecture.prefix) and name not in shapes]
+    if strangers:  # the walk would leave them unwritten
+        raise QtoolError(
+            f"{checkpoint.tensors[strangers[0]].file}: holds {strangers[0]} ({len(strangers)} such), which config.json "
+            "does not imply. Weights and config.json are not of one model."
+        )
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}

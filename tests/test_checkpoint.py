@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import INDEX, Checkpoint
@@ -86,6 +86,38 @@ def test_index_that_promises_too_much(copy: Path) -> None:
     (copy / INDEX).write_text(json.dumps(index))
     with pytest.raises(QtoolError, match="ghost"):
         Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("shard", ["../tiny/model.safetensors", "/etc/model.safetensors", "..", "", 7])
+def test_an_index_that_leads_out_of_the_folder(copy: Path, shard: object) -> None:
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(QtoolError, match=r"model\.norm\.weight is in .*, which is no file of this folder"):
+        Checkpoint.open(copy)
+    (copy / INDEX).write_text(json.dumps({"weight_map": ["model.norm.weight"]}))
+    with pytest.raises(QtoolError, match="has no weight_map"):
+        Checkpoint.open(copy)
+
+
+def test_a_tensor_in_two_shards_is_the_indexs_or_nobodys(copy: Path) -> None:
+    first, second = sorted(copy.glob("*.safetensors"))[:2]
+    norm = torch.full((128,), 7.0, dtype=torch.bfloat16)
+    name, index = "model.norm.weight", json.loads((copy / INDEX).read_text())
+    save_file({name: norm} | load_file(first), first)
+    save_file({name: norm + 1} | load_file(second), second)
+    for shard, value in ((first, 7), (second, 8)):
+        index["weight_map"][name] = shard.name
+        (copy / INDEX).write_text(json.dumps(index))
+        assert Checkpoint.open(copy).tensor(name)[0] == value
+    (copy / INDEX).unlink()
+    with pytest.raises(QtoolError, match=rf"{second.name}: holds {name} \(1 such\), which {first.name} holds too"):
+        Checkpoint.open(copy)
+
+
+def test_what_transformers_does_not_load_is_not_read(copy: Path) -> None:
+    shards = {shard: load_file(shard) for shard in copy.glob("*.safetensors")}
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}, copy / "model.safetensors")
+    assert set(Checkpoint.open(copy).tensors) == set(tensors)  # neither the stale index's shards nor the rotary table
 
 
 def test_shape_that_contradicts_the_config_names_file_and_tensor(copy: Path) -> None:

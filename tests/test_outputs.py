@@ -142,6 +142,17 @@ def test_group_size_that_does_not_divide_names_linears_and_sizes(
     assert "Sizes that fit every linear: 64, 32" in error.value.message
 
 
+def test_weights_of_more_layers_than_the_config_has(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    """They would be planned, never visited, and sealed as zeros."""
+    model = Path(shutil.copytree(tiny, tmp_path / "deep"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(QtoolError, match=r"holds model\.layers\.1\..*\(9 such\), which config.json does not imply"):
+        job_of(write_recipe(model=str(model)))
+
+
 def test_a_full_disk_is_said_before_the_work(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
