@@ -17,7 +17,7 @@ from qtool.convert.checkpoint import Checkpoint, TensorInfo, read_json
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.gguf_metadata import required_keys
 from qtool.convert.gguf_names import ROPE_FREQS
-from qtool.convert.gguf_types import is_large_gqa, tensor_types
+from qtool.convert.gguf_types import is_70b, tensor_types
 from qtool.convert.source import sha256_file
 from qtool.convert.writer import Spec
 
@@ -131,7 +131,7 @@ def check_gguf(artifact: Artifact) -> tuple[str, list[str], str]:
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made = artifact.manifest.output["type"]
-    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_large_gqa(config)).items():
+    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_70b(config)).items():
         found = file.layout[name][0]
         if name != ROPE_FREQS and found != typed.type:
             reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
