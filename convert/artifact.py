@@ -24,10 +24,10 @@ EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
 IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
-# Carried byte for byte. config.json is edited, not carried; weights and the source's card are left behind.
+# Carried byte for byte. config.json is edited, not carried; weights, their indices and the source's card stay behind.
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 QUANTIZE_CONFIG = "quantize_config.json"
-_NOT_SIDECARS = {"config.json", "model.safetensors.index.json", MANIFEST, QUANTIZE_CONFIG}
+_NOT_SIDECARS = {"config.json", MANIFEST, QUANTIZE_CONFIG}
 
 
 class FileEntry(BaseModel):
@@ -161,7 +161,7 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
     patterns = (*SIDECARS, "*.py") if with_code else SIDECARS
     for pattern in patterns:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in _NOT_SIDECARS:
+            if path.is_file() and path.name not in _NOT_SIDECARS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, target / path.name)
 
 

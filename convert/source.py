@@ -11,7 +11,10 @@ from pathlib import Path
 from qtool import QtoolError
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md"]
+HUB_PATTERNS = [
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md",
+]  # fmt: skip
+DECIDING = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # what the model and its tokens are
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,7 +40,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
         return ModelSource(model, path, "sha256:" + _digest_folder(path))
     if path.is_dir():
         return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
-    if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(
             f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
         )
@@ -46,12 +49,24 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
 
 def _snapshot(model: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
     except RevisionNotFoundError as error:
         raise QtoolError(f"model: {model} has no revision {revision!r} on the Hub.") from error
+    except GatedRepoError as error:
+        raise QtoolError(
+            f"model: {model} is gated: accept its terms on its page at the Hub, then log in with `hf auth login`."
+        ) from error
+    except HFValidationError as error:
+        raise QtoolError(f"model: {model} is no id that the Hub allows.") from error
     except RepositoryNotFoundError as error:
         raise QtoolError(f"model: {model} is not on the Hub, or is private: log in with `hf auth login`.") from error
     except (LocalEntryNotFoundError, OSError) as error:
@@ -65,9 +80,8 @@ def _snapshot(model: str, revision: str | None) -> ModelSource:
 
 def _digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
-    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".py"})
     digest = hashlib.sha256()
-    for path in names:
+    for path in sorted(p for p in folder.iterdir() if p.suffix in DECIDING and p.is_file()):
         digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
     return digest.hexdigest()
 

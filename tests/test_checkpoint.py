@@ -151,6 +151,32 @@ def test_local_folders_are_named_by_their_content(tiny: Path, copy: Path) -> Non
     assert resolve(str(tiny)).commit != resolve(str(copy)).commit
 
 
+@pytest.mark.parametrize("name", ["merges.txt", "qwen.tiktoken", "chat_template.jinja"])
+def test_other_tokens_are_another_source(copy: Path, name: str) -> None:
+    (copy / name).write_text("a b\n")
+    before = resolve(str(copy)).commit
+    (copy / name).write_text("b a\n")
+    assert resolve(str(copy)).commit != before
+    (copy / "notes.json").mkdir()  # a folder with such a name is no file to read
+    resolve(str(copy))
+
+
+def test_a_hub_id_that_the_hub_forbids() -> None:
+    with pytest.raises(QtoolError, match=r"a--b/c\.\.d is no id that the Hub allows"):
+        resolve("a--b/c..d")
+
+
+def test_a_gated_model_says_what_to_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(QtoolError, match="org/name is gated: accept its terms"):
+        resolve("org/name")
+
+
 def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub() -> None:
     for name in ("./nowhere", "/nowhere/at/all", "nowhere"):
         with pytest.raises(QtoolError, match="no folder"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 
 from qtool import QtoolError
 from qtool.convert.artifact import MANIFEST, Artifact
-from qtool.convert.source import resolve
+from qtool.convert.source import HUB_PATTERNS, resolve
 from qtool.job import Job, open_job
 from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -74,6 +75,18 @@ EVERY: list[dict[str, Any]] = [
     {"method": "nf4"},
     {"method": "nf4", "name": "single", "double_quant": False},
 ]
+
+
+def test_notices_are_carried_and_indices_of_other_weights_are_not(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / "with-notice"))
+    (model / "NOTICE").write_text("made by someone\n")
+    (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}\n')
+    files = contents(make(write_recipe(model=str(model)))["awq"].path)
+    assert files["NOTICE"] == b"made by someone\n"
+    assert not [name for name in files if name.endswith("index.json")]
+    assert any(fnmatch("NOTICE", pattern) for pattern in HUB_PATTERNS)  # or it would never arrive from the Hub
 
 
 def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
