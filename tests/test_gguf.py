@@ -14,6 +14,7 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact, Manifest
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.imatrix import read_imatrix, write_imatrix
+from qtool.convert.modelfile import modelfile
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve, sha256_file
 from qtool.convert.text import load_tokenizer, token_windows
@@ -293,6 +294,12 @@ def test_an_unknown_pre_tokenizer_is_refused(
                 model=str(model), outputs=[{"method": "gguf", "imatrix": False, "pre_tokenizer": "deepseek-coder"}]
             )
         )
+
+
+def test_ollama_reads_its_stops_as_the_model_writes_them() -> None:
+    """Its parser takes off the quotes and decodes nothing (ollama/parser/parser.go, unquote)."""
+    stop = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    assert f'\nPARAMETER stop "{stop}"\n' in modelfile("m.gguf", None, [stop])
 
 
 def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> None:
