@@ -14,7 +14,7 @@ from qtool import QtoolError
 HUB_PATTERNS = [
     "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md",
 ]  # fmt: skip
-DECIDING = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # what the model and its tokens are
+DECIDING = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of model and tokens
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
