@@ -173,6 +173,8 @@ def scramble_state(folder: Path) -> None:
 EMBEDDING = "model.embed_tokens.weight"
 FORMAT_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("awq", lambda p: rename(p, EMBEDDING, "model.embed_tokens.qweight"), "model.embed_tokens is quantized"),
+    ("nf4", lambda p: rename(p, EMBEDDING, f"{EMBEDDING}.absmax"), "model.embed_tokens is quantized"),
+    ("ct", lambda p: rename(p, EMBEDDING, "model.embed_tokens.weight_packed"), "model.embed_tokens is quantized"),
     ("awq", untie, "lm_head.weight is missing, and tie_word_embeddings is false"),
     ("awq", lambda p: edit_config(p, quant_method="hqq"), "quant_method 'hqq' cannot be read back"),
     *(("gptq", lambda p, k=key: edit_config(p, **{k: None}), f"quantization_config lacks {key!r}")
