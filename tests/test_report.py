@@ -244,6 +244,9 @@ def test_report_command(finished: RunRecord, tmp_path: Path) -> None:
 def test_visible_spells_out_what_hides() -> None:
     assert visible("a\u202eb\x00\u200b\ufeff<") == "a\\u202eb\\u0000\\u200b\\ufeff&lt;"
     assert visible("a\tb\r\nc") == "a\tb\nc"
+    assert visible("\u061c\xad\u180e\u3164\ufff9") == "\\u061c\\u00ad\\u180e\\u3164\\ufff9"
+    assert visible("".join(chr(0xE0000 + ord(letter)) for letter in "hi")) == "\\U000e0068\\U000e0069"
+    assert visible("\U0001f600 \u00e9 \u4e2d") == "\U0001f600 \u00e9 \u4e2d"
 
 
 MEASURE = """<!doctype html><meta charset=utf-8><body><script>
