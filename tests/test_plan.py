@@ -125,6 +125,8 @@ def test_cards_state_every_source_and_users_add_their_own(tmp_path: Path) -> Non
     for text, said in (
         ("Mine: {memory: 10}\n", "Mine: bandwidth is None; a number above 0"),
         ("Mine: {memory: -1, bandwidth: 1}\n", "memory is -1; a number above 0"),
+        ("Mine: {memory: .inf, bandwidth: 1}\n", "memory is inf; a number above 0"),
+        ("Mine: {memory: 1, bandwidth: 1, sources: [a book]}\n", "Mine: sources is .'a book'.; a mapping is needed"),
         ("Mine: {memory: 1, bandwidth: 1, speed: 3}\n", "Mine: speed; keys are"),
         ("- x\n", "cards are a mapping"),
     ):
