@@ -76,34 +76,38 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     layers = _positive(config, "num_hidden_layers", where)
-    if config.get("num_key_value_heads") is None:
+    kv_heads, head_dim = (_optional(config, key, where) for key in ("num_key_value_heads", "head_dim"))
+    if kv_heads is None:
         assumed.append(f"num_key_value_heads is missing: every head has its own keys and values ({heads})")
-    if config.get("head_dim") is None and hidden % heads:
+    if head_dim is None and hidden % heads:
         raise QtoolError(f"{where}: hidden_size {hidden} does not divide by {heads} heads, and there is no head_dim.")
-    if config.get("max_position_embeddings") is None:
+    max_context = _optional(config, "max_position_embeddings", where)
+    if max_context is None:
         assumed.append("max_position_embeddings is missing: no context is refused as too long")
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise QtoolError(f"{where}: architectures is {names!r}; a list of names is needed.")
     architecture = next((name for name in names if name in KNOWN), names[0] if names else "")
     if not architecture:
         assumed.append("no architecture is named: planned as a decoder of attention and gated MLP layers")
     elif architecture not in KNOWN:
         assumed.append(f"{architecture} is not known to qtool: its cache and activations are planned as Llama's")
-    loops = int(config.get("loop_num") or (2 if architecture == LOOPED else 1))
+    loops = _optional(config, "loop_num", where) or (2 if architecture == LOOPED else 1)
     return Geometry(
         architecture=architecture,
         layers=layers,
         hidden=hidden,
         intermediate=_positive(config, "intermediate_size", where),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or hidden // heads,
         vocab=_positive(config, "vocab_size", where),
         tied=bool(config.get("tie_word_embeddings")),
-        windows=_windows(config, layers),
-        max_context=config.get("max_position_embeddings"),
+        windows=_windows(config, layers, where),
+        max_context=max_context,
         dtype=_dtype(config, assumed, where),
         loops=loops,
-        loop_window=int(config.get("loop_window_size") or 64) if loops > 1 else 0,
+        loop_window=(_optional(config, "loop_window_size", where) or 64) if loops > 1 else 0,
         assumed=tuple(assumed),
     )
 
@@ -156,17 +160,22 @@ def _positive(config: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _optional(config: Mapping[str, Any], key: str, where: str) -> int | None:
+    return None if config.get(key) is None else _positive(config, key, where)
+
+
+def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
     """transformers' rules: `layer_types` decide where they are given; Qwen slides only where `use_sliding_window` says
     so, and only from layer `max_window_layers` on."""
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or config.get("use_sliding_window") is False:
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return (None,) * layers
+    window = _positive(config, "sliding_window", where)
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers:
         return tuple(window if "sliding" in str(kind) else None for kind in kinds)
-    first = config.get("max_window_layers") if "use_sliding_window" in config else 0
-    return tuple(window if index >= int(first or 0) else None for index in range(layers))
+    late = "use_sliding_window" in config and config.get("max_window_layers")  # 0: from the first layer on
+    first = _positive(config, "max_window_layers", where) if late else 0
+    return tuple(window if index >= first else None for index in range(layers))
 
 
 def _dtype(config: Mapping[str, Any], assumed: list[str], where: str) -> str:
