@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import torch
+
 from qtool import QtoolError
+from qtool.convert.containers import CONTAINERS
 from qtool.convert.ggml import load_gguf, row_bytes
 from qtool.convert.gguf_plan import GgufPlan, plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
@@ -106,7 +109,10 @@ def artifact_weights(headers: Headers) -> Weights:
         section = headers.config["quantization_config"]
         method = str(section.get("quant_method", "unknown"))
         found = _weights(method, method, specs, _source_parameters(headers), "model.layers.")
-        return _replace(found, group=int(section.get("group_size") or 1), files=_disk(headers))
+        said = CONTAINERS[method].geometry(section) if method in CONTAINERS else section
+        packed = [shape for dtype, shape in specs.values() if dtype == torch.uint8 and len(shape) == 2]
+        largest = max((4 * _count(shape) for shape in packed), default=0)  # two weights to a byte, expanded to 16 bits
+        return _replace(found, group=int(said.get("group_size") or 1), largest=largest, files=_disk(headers))
     from qtool.convert.gguf_file import GgufFile
 
     file = GgufFile.open(headers.gguf, headers.config)
