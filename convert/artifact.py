@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class Artifact:
             raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_json(path / "config.json")
+        if not isinstance(config.get("quantization_config") or {}, dict):
+            raise QtoolError(f"{path / 'config.json'}: quantization_config is no mapping.")
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
         return cls(path, config, manifest, files[0] if files else Checkpoint.open(path))
 
@@ -146,14 +148,19 @@ class Artifact:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault."""
+    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault, a file outside the folder among
+    them."""
     file = path / MANIFEST
     try:
-        return Manifest.model_validate(read_json(file))
+        manifest = Manifest.model_validate(read_json(file))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise QtoolError(f"{file}: not a manifest this qtool understands ({place}: {fault['msg']}).") from error
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise QtoolError(f"{file}: names a file outside its folder ({name}). Do not trust it.")
+    return manifest
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:

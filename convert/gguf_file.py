@@ -186,8 +186,11 @@ class GgufFile:
         return self._names
 
     def codes(self, linear: str) -> GgmlBlocks:
-        """A linear (HF name, without `.weight`) as blocks in the source's row order."""
-        name = self.hf_names()[f"{linear}.weight"]
+        """A linear (HF name, without `.weight`) as blocks in the source's row order. Raises QtoolError where it is not
+        there."""
+        name = self.hf_names().get(f"{linear}.weight")
+        if name is None:
+            raise QtoolError(f"{self.path}: no tensor for {linear}.")
         blocks = self.blocks(name)
         order = row_order(name, blocks.shape[0], self.config)
         if order is None:
