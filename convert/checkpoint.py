@@ -128,7 +128,9 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise QtoolError(f"{path}: no such file. Is this a model folder?") from error
-    except ValueError as error:
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise QtoolError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise QtoolError(f"{path}: expected a JSON object.")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import INDEX, Checkpoint
+from qtool.convert.checkpoint import INDEX, Checkpoint, read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
 
@@ -86,6 +86,14 @@ def test_index_that_promises_too_much(copy: Path) -> None:
     (copy / INDEX).write_text(json.dumps(index))
     with pytest.raises(QtoolError, match="ghost"):
         Checkpoint.open(copy)
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    with pytest.raises(QtoolError, match=r"deep\.json: not valid JSON"):
+        read_json(tmp_path / "deep.json")
+    with pytest.raises(QtoolError, match="Is a directory"):
+        read_json(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../tiny/model.safetensors", "/etc/model.safetensors", "..", "", 7])
