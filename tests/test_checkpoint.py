@@ -170,7 +170,7 @@ def test_other_tokens_are_another_source(copy: Path, name: str) -> None:
 
 
 def test_a_hub_id_that_the_hub_forbids() -> None:
-    with pytest.raises(QtoolError, match=r"a--b/c\.\.d is no id that the Hub allows"):
+    with pytest.raises(QtoolError, match=r"a--b/c\.\.d: is no id that the Hub allows"):
         resolve("a--b/c..d")
 
 
@@ -181,7 +181,7 @@ def test_a_gated_model_says_what_to_accept(monkeypatch: pytest.MonkeyPatch) -> N
         raise GatedRepoError.__new__(GatedRepoError)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
-    with pytest.raises(QtoolError, match="org/name is gated: accept its terms"):
+    with pytest.raises(QtoolError, match="org/name: is gated: accept its terms"):
         resolve("org/name")
 
 

@@ -265,6 +265,34 @@ def test_a_hub_model_is_planned_from_headers_alone(tiny: Path, tmp_path: Path) -
     assert all("bytes=" in line for line in weights)  # never a whole shard
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("RemoteEntryNotFoundError", "has no config.json on the Hub"), ("GatedRepoError", "is gated: accept its terms"),
+        ("SafetensorsParsingError", "holds a file that is not whole safetensors"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_answers_is_told(fault: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, fault)
+
+    def answer(*_: object, **__: object) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    with pytest.raises(QtoolError, match=said) as caught:
+        read_headers("org/name")
+    assert caught.value.exit_code == 2
+
+
+def test_a_config_on_the_hub_that_is_no_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    with pytest.raises(QtoolError, match=r"config\.json: not valid JSON"):
+        read_headers("org/name")
+
+
 def test_the_documented_tables_are_what_plan_says() -> None:
     import importlib.util
 
