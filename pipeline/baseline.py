@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
+from qtool.recipe import EvaluateSection
 from qtool.record import LOCK, find_run, load_index, load_run, load_scores
 from qtool.subjects import artifact_subject
 
@@ -49,13 +50,14 @@ class Measured(_File):
 
 
 class Baseline(_File):
-    """All models of a run; ``source`` is the key of the model that the KLs refer to."""
+    """All models of a run; ``source`` is the key of the model that the KLs refer to, ``asked`` what a recipe asked."""
 
     qtool: str
     model: str
     run: str
     source: str | None
     subjects: dict[str, Measured]
+    asked: EvaluateSection | None = None
 
 
 def measured(folder: Path) -> Baseline:
@@ -72,7 +74,7 @@ def measured(folder: Path) -> Baseline:
     made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
     return Baseline(
         qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,
-        source=index.subjects.get("source"), subjects=subjects,
+        source=index.subjects.get("source"), subjects=subjects, asked=record.recipe.evaluate if record else None,
     )  # fmt: skip
 
 

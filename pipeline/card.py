@@ -13,9 +13,9 @@ from qtool.convert.artifact import Manifest
 from qtool.convert.licence import Licence
 from qtool.convert.verify import Check
 from qtool.gates import GateResult
-from qtool.record import Sizes
-from qtool.scores import Scores
-from qtool.tables import Row, columns, count_of, footnote, score_rows
+from qtool.measure_report import measured_rows, measured_ways
+from qtool.scores import Scores, Sizes
+from qtool.tables import Measured, Row, columns, count_of, footnote, score_rows
 
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
 WORST = 10
@@ -47,6 +47,7 @@ class Card:
     artifacts: Sequence[Published]
     scores: Scores
     sizes: Sizes
+    measured: Measured
     recipe_text: str
     plot: bool
 
@@ -63,11 +64,13 @@ def card_text(card: Card) -> str:
         f"`{code(str(source['commit']))}`. The licence is the source's: {_licence(card.licence)}.",
         *_warnings(card),
         "## What it cost",
-        _table(score_rows(card.scores, card.sizes)),
-        footnote(card.scores) + f" The figures behind the table: `{EVIDENCE}`.",
+        _table(score_rows(card.scores, card.sizes, card.measured)),
+        _plain(footnote(card.scores, card.measured)) + f" The figures behind the table: `{EVIDENCE}`.",
     ]
     if card.plot:
         parts.append(f"![Size against score]({PLOT})")
+    if rows := measured_rows(card.measured):
+        parts += ["## Memory and speed", _table(rows), escape(" ".join(measured_ways(card.measured)))]
     for item in card.artifacts:
         parts += _section(item, card.repo, len(card.artifacts) > 1)
     parts += _making(card)
@@ -185,9 +188,14 @@ def _table(rows: list[Row]) -> str:
     heads = columns(rows)
     lines = ["| " + " | ".join(map(escape, heads)) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [escape(row["model"]), *(row.get(head, "").replace("|", "/") for head in heads if head != "model")]
+        cells = [escape(row["model"]), *(_plain(row.get(head, "")) for head in heads if head != "model")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text of our own, whose brackets stay, around names of others: no HTML, no end of a table's cell."""
+    return text.replace("|", "/").replace("<", "&lt;")
 
 
 def _section(item: Published, repo: str, named: bool) -> list[str]:

@@ -65,24 +65,33 @@ def publish(
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--revision", metavar="REV", help="A branch or commit; main by default.")
 @click.option("--into", type=click.Path(path_type=Path), help="Folder to write to; ./NAME by default.")
+@click.option("--score", is_flag=True, help="Put the card's tasks to it here, and compare problem by problem.")
+@click.option("--source", metavar="MODEL", help="With --score: the source model, a folder or a Hub id, for the KL too.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="With --score: where.")
 @click.option(
     "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
 )
-def pull(repo: str, revision: str | None, into: Path | None, runs: Path) -> None:
+def pull(
+    repo: str, revision: str | None, into: Path | None, score: bool, source: str | None, device: str, runs: Path
+) -> None:
     """Fetch what qtool published, verify every file against its manifest, and say which numbers hold here.
 
-    Sizes are compared with the published ones; scores with those that --runs has of the same artifact, if any. Exit
-    code 1 when a check fails or a score is shown to be worse here.
+    Sizes are compared with the published ones; scores with those that --runs has of the same artifact, or that --score
+    makes: the answers run in a sandbox, a file or a server that the card names is not used. Scores of another engine,
+    dtype or kind of device are not compared. Exit code 1 when a check fails or a score is shown to be worse here.
 
     \b
     Examples:
       qtool pull my-org/My-Model-AWQ-4bit
+      qtool pull my-org/My-Model-AWQ-4bit --score --source ./My-Model
       qtool pull my-org/My-Model-AWQ-4bit --revision w4 --into models/awq
     """
     from qtool import report
+    from qtool.pull import Again
     from qtool.pull import pull as pull_artifacts
 
-    commit, found = pull_artifacts(repo, revision, into or Path(repo.split("/")[-1]), runs)
+    again = Again(source, device) if score else None
+    commit, found = pull_artifacts(repo, revision, into or Path(repo.split("/")[-1]), runs, again)
     click.echo(f"{repo} at {commit}")
     for pulled in found:
         report.print_verification(pulled.verification)

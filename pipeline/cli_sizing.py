@@ -135,15 +135,18 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 @click.option("--shape", help="Of a URL: folder or config.json of its model, for prediction.")
 @click.option("--name", default="default", help="Of a URL: what the server calls its model.")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where to log.")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option("--no-log", is_flag=True, help="Print only; leave the log of --runs as it is.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along (transformers).")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
 def measure(
     model: str, contexts: str, batch: str, tokens: int, repeats: int, engine: str | None, device: str, gpu: str | None,
-    price: float | None, shape: str | None, name: str, runs: Path, as_json: bool,
+    price: float | None, shape: str | None, name: str, runs: Path, no_log: bool, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODEL (a folder, an artifact, or the URL of an OpenAI-compatible server) beside prediction and bound.
 
     Random prompts; one warm-up, then medians of repeats. A context's row ends at the first batch that runs out of
-    memory. A figure that beats its bound was measured wrongly and is rejected. OPENAI_API_KEY is sent to a URL.
+    memory. A figure that beats its bound was measured wrongly and is rejected. Reports and cards of runs made with the
+    same --runs show what was measured of their models. OPENAI_API_KEY is sent to a URL.
 
     \b
     Examples:
@@ -152,19 +155,20 @@ def measure(
       qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
     """
     import os
+    from dataclasses import replace
 
-    from qtool import measure_report
+    from qtool import measure_report, measurements
     from qtool.accelerators import choose, load_accelerators
-    from qtool.measure import as_json as to_json
+    from qtool.measure_run import Asked, engine_of, measure_model, model_key
     from qtool.run import choose_device
 
     url = model.startswith(("http://", "https://"))
     known = load_accelerators()
     own = gpu or ("" if url else _own_card(list(known)))
     card = choose(known, own)[0] if own and "," not in own else None
-    asked = measure_report.Asked(
+    asked = Asked(
         model=model,
-        engine=engine or ("llama.cpp" if any(Path(model).glob("*.gguf")) else "transformers"),
+        engine=engine or engine_of(model),
         contexts=numbers(contexts, "--context"),
         batches=numbers(batch, "--batch"),
         tokens=tokens,
@@ -175,11 +179,15 @@ def measure(
         shape=shape,
         name=name,
         api_key=os.environ.get("OPENAI_API_KEY") if url else None,
+        trust_remote_code=trust_remote_code,
     )
-    rows = measure_report.run(asked, runs)
+    found = measure_model(asked)
+    if not no_log:
+        found = replace(found, key=model_key(model))
+        measurements.log(runs, found)
     if as_json:
-        click.echo(json.dumps(to_json(rows), indent=2))
+        click.echo(json.dumps(found.as_json(), indent=2))
     else:
-        measure_report.print_rows(rows)
-    if any(row.status == "rejected" for row in rows):
+        measure_report.print_rows(found.rows)
+    if any(row.status == "rejected" for row in found.rows):
         raise SystemExit(1)

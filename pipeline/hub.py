@@ -234,7 +234,8 @@ def explained(doing: str) -> Iterator[None]:
                 raise _http_error(doing, cause.response.status_code, _words(cause.response)) from None
         if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
             raise QtoolError(f"{doing}: HF_HUB_OFFLINE is set. Unset it.", exit_code=3) from None
-        if any(isinstance(cause, httpx2.HTTPError | OSError) for cause in chain):
+        # hf_xet, which moves large files, says most of what goes wrong as a bare RuntimeError
+        if any(isinstance(cause, httpx2.HTTPError | OSError) or type(cause) is RuntimeError for cause in chain):
             kind = type(chain[-1]).__name__
             raise QtoolError(
                 f"{doing}: the connection broke ({kind}). Run the same command again: it goes on, and large files that "

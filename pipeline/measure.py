@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from qtool.bounds import Range
 from qtool.sizing import Cell
@@ -116,11 +116,6 @@ def judge(
 def percentile(ordered: Sequence[float], share: float) -> float:
     """The smallest value that ``share`` of the sorted values do not exceed."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For the ledger and for programs."""
-    return [asdict(row) for row in rows]
 
 
 def _peak(readings: Sequence[Reading]) -> dict[str, int | None]:

@@ -249,6 +249,16 @@ def device_used() -> int | None:
     return total - free
 
 
+def llama_cpp_machine() -> str | None:
+    """The card that llama.cpp computes on here; None where it was built for the processor alone, or is missing."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    cards = [device for device in xllamacpp.get_device_info() if "GPU" in device["type"].name]
+    return str(cards[0]["description"]) if cards else None
+
+
 def _refusal(url: str, said: str) -> Exception:
     lowered = said.lower()
     if "out of memory" in lowered or "exceed" in lowered or ("context" in lowered and "size" in lowered):

@@ -1,68 +1,17 @@
-"""`qtool measure` from its arguments to the table and the ledger."""
+"""Measurements as people read them: `qtool measure`'s tables, and the rows of report and card."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
-from qtool import QtoolError, ledger
-from qtool.accelerators import Accelerator
-from qtool.convert.source import SHIPPED, resolve
-from qtool.formats import artifact_weights, weights_of
-from qtool.headers import Headers, read_headers
-from qtool.measure import Engine, Row, as_json, measure
-from qtool.measure_engines import Server, Transformers, Vllm
+from qtool.measure import Row
+from qtool.measurements import Measurement
 from qtool.plan_report import console
-from qtool.sizing import GIB, Cell, Setting, cell_of
-
-
-@dataclass(frozen=True)
-class Asked:
-    """``model``: a folder, a shipped name, or a server's URL, whose ``shape`` is then told by a folder or config.json
-    (None: nothing is predicted). ``name``: what the server calls its model."""
-
-    model: str
-    engine: str
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    tokens: int
-    repeats: int
-    device: str
-    card: Accelerator | None
-    price: float | None
-    shape: str | None = None
-    name: str = "default"
-    api_key: str | None = None
-
-
-def run(asked: Asked, runs: Path) -> list[Row]:
-    """Measure, print as rows come, log. Raises QtoolError."""
-    url = asked.model.startswith(("http://", "https://"))
-    known = asked.shape if url else asked.model
-    headers = read_headers(known) if known else None
-    engine_name = "server" if url else asked.engine
-    if headers is not None:
-        _check_contexts(headers, asked)
-    setting = _setting(headers, engine_name, asked.card) if headers else None
-
-    def predict(context: int, sequences: int) -> Cell | None:
-        return None if setting is None else cell_of(setting, context + asked.tokens, sequences)
-
-    with _engine(asked, headers, url) as engine:
-        rows = list(measure(engine, asked.contexts, asked.batches, asked.tokens, asked.repeats, predict, asked.price))
-    entry = {
-        "kind": "measure", "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": asked.model, "engine": engine_name, "card": asked.card.key if asked.card else None,
-        "tokens": asked.tokens, "repeats": asked.repeats, "rows": as_json(rows),
-    }  # fmt: skip
-    ledger.append(runs, entry)
-    return rows
+from qtool.sizing import GIB
+from qtool.tables import rate_text
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -87,7 +36,8 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
 
 
 def _name(row: Row) -> dict[str, str]:
-    return {"prompt x batch": f"{row.context:,} x {row.sequences}", "status": row.status}
+    cell = {"prompt x batch": f"{row.context:,} x {row.sequences}"}
+    return cell if row.status == "ok" else cell | {"status": row.status}
 
 
 def _speeds(row: Row) -> dict[str, str]:
@@ -95,12 +45,12 @@ def _speeds(row: Row) -> dict[str, str]:
     if row.first_seconds is not None:
         cells |= {f"first {name} s": f"{value:.3g}" for name, value in row.first_seconds.items()}
     if row.step_seconds is not None:
-        cells["decode tok/s"] = f"{1 / row.step_seconds:.3g}"
+        cells["decode tok/s"] = rate_text(1 / row.step_seconds)
         if row.step_bound is not None:
-            cells["at most"] = f"{1 / row.step_bound[0]:.3g}"
+            cells["at most"] = rate_text(1 / row.step_bound[0])
     if row.tokens_per_second is not None and row.requests_per_second is not None:
-        cells["all tok/s"] = f"{row.tokens_per_second:.3g}"
-        cells["requests/s"] = f"{row.requests_per_second:.3g}"
+        cells["all tok/s"] = rate_text(row.tokens_per_second)
+        cells["requests/s"] = rate_text(row.requests_per_second)
     return cells
 
 
@@ -118,49 +68,34 @@ def _costs(row: Row) -> dict[str, str]:
     return cells
 
 
-def _check_contexts(headers: Headers, asked: Asked) -> None:
-    most = headers.geometry.max_context
-    for context in asked.contexts:
-        if most and context + asked.tokens > most:
-            raise QtoolError(
-                f"--context {context}: with {asked.tokens} generated tokens that is more than the {most:,} that "
-                f"{headers.name} was made for (max_position_embeddings)."
-            )
+def measured_rows(measured: Mapping[str, Sequence[Measurement]]) -> list[dict[str, str]]:
+    """A row for each cell of each model, for report and card; a column that would say one thing of all is left out."""
+    found = []
+    several = len({measurement.machine for found in measured.values() for measurement in found}) > 1
+    for name, measurements in measured.items():
+        for measurement in measurements:
+            about = {"model": name, "engine": measurement.engine}
+            about |= {"machine": measurement.machine} if several else {}
+            found += [about | _name(row) | _speeds(row) | _costs(row) for row in measurement.rows]
+    return found
 
 
-def _setting(headers: Headers, engine: str, card: Accelerator | None) -> Setting | None:
-    if card is None:
-        return None
-    weights = artifact_weights(headers) if headers.quantized else weights_of(headers, "source")
-    named = "vllm" if engine == "server" else engine
-    kv_dtype = "f16" if named == "llama.cpp" else "bf16"
-    return Setting(headers.geometry, weights, named, card, 1, kv_dtype)
+def measured_ways(measured: Mapping[str, Sequence[Measurement]]) -> list[str]:
+    """How the rows came about, a sentence for each engine."""
+    return list(dict.fromkeys(
+        f"Random prompts, {m.tokens} tokens generated for each, medians of {m.repeats}, on {m.machine} ({m.engine}: "
+        f"{m.version or 'unknown'})."
+        for found in measured.values() for m in found if m.rows
+    ))  # fmt: skip
 
 
-@contextmanager
-def _engine(asked: Asked, headers: Headers | None, url: bool) -> Iterator[Engine]:
-    longest, most = max(asked.contexts) + asked.tokens, max(asked.batches)
-    if url:
-        vocabulary = headers.geometry.vocab if headers else 1000
-        yield Server(asked.model, asked.name, vocabulary, asked.api_key)
-        return
-    assert headers is not None
-    open_engine: dict[str, Callable[[], Engine]] = {
-        "transformers": lambda: Transformers(_folder(asked.model), asked.device),
-        "vllm": lambda: Vllm(_folder(asked.model), longest, most, headers.geometry.vocab),
-    }
-    if asked.engine in open_engine:
-        if headers.gguf is not None:
-            raise QtoolError(f"{asked.model}: holds a .gguf file; measure it with --engine llama.cpp.")
-        yield open_engine[asked.engine]()
-        return
-    if headers.gguf is None:
-        raise QtoolError(f"{asked.model}: holds no .gguf file; --engine llama.cpp needs one.")
-    from qtool.evaluate import llama_cpp
-
-    with llama_cpp.serve(headers.gguf, longest, most) as address:
-        yield Server(address, headers.gguf.stem, headers.geometry.vocab, inside=True)
-
-
-def _folder(model: str) -> Path:
-    return resolve(model).path if model in SHIPPED else Path(model)
+def measured_faults(measured: Mapping[str, Sequence[Measurement]]) -> list[str]:
+    """What was not measured, or not believed, and why."""
+    faults = []
+    for name, measurements in measured.items():
+        for measurement in measurements:
+            wrong = [row for row in measurement.rows if row.why]
+            said = [(f", {row.context:,} x {row.sequences}", f"{row.status}: {row.why}") for row in wrong]
+            said += [("", f"not measured: {measurement.why}")] if measurement.why else []
+            faults += [f"{name} ({measurement.engine}){cell}: {why}" for cell, why in said]
+    return faults

@@ -115,6 +115,7 @@ def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> Pl
         items,
         scores,
         sizes,
+        {name: found for name, found in run.measured.items() if name in sizes} if run else {},
         recipe_without_folders(run.recipe_text) if run else "",
         picture is not None,
     )

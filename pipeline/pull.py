@@ -1,17 +1,29 @@
-"""An artifact from the Hub: fetched, verified against its manifest, its numbers held against those known here."""
+"""An artifact from the Hub: fetched, verified against its manifest, its numbers held against those known here, or
+measured here on the spot."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from qtool import QtoolError, hub
-from qtool.baseline import load_baseline, resolve_side
+from qtool.baseline import Baseline, load_baseline, resolve_side
 from qtool.card import EVIDENCE
 from qtool.compare import Change, compare, pair_up
 from qtool.convert.artifact import MANIFEST, Manifest, read_manifest
 from qtool.convert.verify import Verification, verify
+from qtool.recipe import EvaluateSection
+from qtool.run import evaluate_folders
+
+
+@dataclass(frozen=True)
+class Again:
+    """Score the artifact here too. ``source``: the source model (folder or Hub id), without which there is no KL."""
+
+    source: str | None
+    device: str
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,11 @@ class Pulled:
         return self.verification.sound and not self.faults and not any(c.shown == "worse" for c in self.changes)
 
 
-def pull(repo: str, revision: str | None, folder: Path, runs: Path) -> tuple[str, list[Pulled]]:
-    """The commit, and each artifact in it. Raises QtoolError for a repository that qtool did not publish, and for a
-    folder that holds something else."""
+def pull(
+    repo: str, revision: str | None, folder: Path, runs: Path, again: Again | None = None
+) -> tuple[str, list[Pulled]]:
+    """The commit, and each artifact in it, scored anew where ``again`` says so. Raises QtoolError for a repository that
+    qtool did not publish, and for a folder that holds something else."""
     if folder.exists() and any(folder.iterdir()) and not (folder / ".cache/huggingface").is_dir():
         raise QtoolError(f"{folder}: exists and was not pulled from the Hub. Choose another folder with --into.")
     remote = hub.look(repo, revision or "main")
@@ -43,20 +57,23 @@ def pull(repo: str, revision: str | None, folder: Path, runs: Path) -> tuple[str
     if not places:
         raise QtoolError(f"{repo}: holds no {MANIFEST}; only what qtool published can be verified. Use `hf download`.")
     commit = hub.fetch(repo, remote.head, folder)
-    return commit, [_examine(folder / place, folder / EVIDENCE, runs) for place in sorted(places)]
+    return commit, [_examine(folder / place, folder / EVIDENCE, runs, again) for place in sorted(places)]
 
 
-def _examine(path: Path, evidence: Path, runs: Path) -> Pulled:
+def _examine(path: Path, evidence: Path, runs: Path, again: Again | None) -> Pulled:
     manifest = read_manifest(path)
     outside = [n for n in manifest.files if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
     if outside:
         raise QtoolError(f"{path / MANIFEST}: names a file outside its folder ({outside[0]}). Do not trust it.")
-    checked, unchecked, faults, changes = _published_numbers(path, manifest, evidence, runs)
-    return Pulled(path, verify(path), checked, unchecked, faults, changes)
+    verification = verify(path)
+    checked, unchecked, faults, changes = _published_numbers(
+        path, manifest, evidence, runs, again if verification.sound else None
+    )
+    return Pulled(path, verification, checked, unchecked, faults, changes)
 
 
 def _published_numbers(
-    path: Path, manifest: Manifest, evidence: Path, runs: Path
+    path: Path, manifest: Manifest, evidence: Path, runs: Path, again: Again | None
 ) -> tuple[list[str], list[str], list[str], list[Change]]:
     if not evidence.exists():
         return [], [f"no {EVIDENCE} was published: its card's scores cannot be held against anything"], [], []
@@ -68,10 +85,45 @@ def _published_numbers(
     if (said.nbytes, said.bits_per_weight) != (manifest.tensor_bytes, manifest.bits_per_weight):
         return [], [], [f"{EVIDENCE} gives another size than the manifest"], []
     checked = ["size and bits a weight: as published"]
+    left_out = _score(path, published, again, runs) if again else []
     try:
         here = resolve_side(str(path), runs)
         pairs, _ = pair_up((published, name), here)
         changes = compare(pairs, published.source == here[0].source)
     except QtoolError as error:
-        return checked, [f"scores: {error.message}"], [], []
-    return checked, [], [], changes
+        return checked, [*left_out, f"scores: {error.message}"], [], []
+    return checked, left_out, [], changes
+
+
+def _score(path: Path, published: Baseline, again: Again, runs: Path) -> list[str]:
+    """Ask the artifact here what it was asked before it was published; what cannot be asked, one sentence each."""
+    section, left_out = asked_again(published.asked, with_text=again.source is not None)
+    if section is not None:
+        source = Path(again.source) if again.source else None
+        evaluate_folders(path, source, section, runs, again.device, trust_remote_code=False)
+    return left_out
+
+
+def asked_again(asked: EvaluateSection | None, with_text: bool) -> tuple[EvaluateSection | None, list[str]]:
+    """A stranger's questions, made safe: tasks and texts by name alone, no file of this machine, no server, always in a
+    sandbox. None where nothing is left; what was left out, one sentence each."""
+    if asked is None:
+        return None, ["scores: the card does not say what was asked"]
+    if asked.engine == "openai":
+        return None, ["scores: were made through a server, which is not asked again"]
+    left_out = [f"{task.task}: problems from a file, which the card does not bring" for task in asked.tasks
+                if task.file or not _is_name(task.task)]  # fmt: skip
+    tasks = tuple(task for task in asked.tasks if task.file is None and _is_name(task.task))
+    text = asked.text
+    if text is not None and not (_is_name(text.text) and with_text):
+        why = "its text is a file, which the card does not bring" if with_text else "needs --source"
+        left_out.append(f"KL: {why}")
+        text = None
+    if not tasks and text is None:
+        return None, left_out
+    return asked.model_copy(update={"tasks": tasks, "text": text, "sandbox": "auto"}), left_out
+
+
+def _is_name(text: str) -> bool:
+    """Of something shipped or on the Hub; no path."""
+    return re.fullmatch(r"[\w+-]+(/[\w.-]+)?", text) is not None and not Path(text).exists()

@@ -43,6 +43,7 @@ class TaskSection(_Section):
 
 
 Length = Annotated[int, Field(ge=8)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 class FidelitySection(_Section):
@@ -129,6 +130,27 @@ class GateSection(_Section):
         return self
 
 
+class MeasureSection(_Section):
+    """`measure:` memory and speed of source and outputs on this machine, each in a process of its own. ``context``:
+    tokens of a prompt; ``batch``: requests at once; ``tokens`` are generated for each; ``price``: of an hour."""
+
+    context: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 2048
+    batch: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1
+    tokens: Annotated[int, Field(ge=2)] = 64
+    repeats: Positive = 3
+    price: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """In the recipe's order."""
+        return self.context if isinstance(self.context, tuple) else (self.context,)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """In the recipe's order."""
+        return self.batch if isinstance(self.batch, tuple) else (self.batch,)
+
+
 class BenchmarkSection(_Section):
     """A data set that the Hub registers as a benchmark, and the task's id there."""
 
@@ -154,12 +176,13 @@ class PublishSection(_Section):
 
 
 class Recipe(_Section):
-    """One conversion: source, calibration, outputs, evaluation, gates, and where it is published."""
+    """One conversion: source, calibration, outputs, evaluation, measurement, gates, and where it is published."""
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
     outputs: tuple[Method, ...]
     evaluate: EvaluateSection = EvaluateSection()
+    measure: MeasureSection | None = None
     gates: tuple[GateSection, ...] = ()
     publish: PublishSection | None = None
     output_dir: str = "artifacts"
@@ -186,8 +209,9 @@ class Recipe(_Section):
 
     @property
     def digest(self) -> str:
-        """Identifies the work: everything but the gates, which only judge it, and where it is published."""
-        return digest_of(self.model_dump(mode="json", exclude={"gates", "publish"}))
+        """Identifies the work: everything but measurements, which the ledger has, the gates, which only judge it, and
+        where it is published."""
+        return digest_of(self.model_dump(mode="json", exclude={"measure", "gates", "publish"}))
 
 
 def digest_of(data: Any) -> str:

@@ -16,12 +16,12 @@ from qtool.convert.checkpoint import read_json
 from qtool.convert.verify import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, TaskScore
 from qtool.gates import GateResult
+from qtool.measurements import Measurement, measured_models
 from qtool.recipe import Recipe, load_recipe
-from qtool.scores import Scores
+from qtool.scores import Scores, Sizes
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES = "manifests", "scores"
-Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
 
 
 class _File(BaseModel):
@@ -77,7 +77,8 @@ class Outcome(_File):
 @dataclass(frozen=True)
 class RunRecord:
     """What a finished run knows. ``artifacts`` are those still on disk as the run left them; ``manifests`` are kept in
-    the run's own folder, so that sizes and error ledgers outlive the artifacts."""
+    the run's own folder, so that sizes and error ledgers outlive the artifacts. ``measured``: what the ledger beside
+    that folder has of these very models, whoever measured it."""
 
     folder: Path
     recipe: Recipe
@@ -90,6 +91,7 @@ class RunRecord:
     verdicts: list[GateResult]
     finished: str
     seconds: float
+    measured: dict[str, list[Measurement]]
 
     @property
     def sizes(self) -> Sizes:
@@ -169,7 +171,13 @@ def load_run(folder: Path) -> RunRecord:
         verdicts=result.verdicts,
         finished=result.finished,
         seconds=result.seconds,
+        measured=_measured(folder, lock),
     )
+
+
+def _measured(folder: Path, lock: Lock) -> dict[str, list[Measurement]]:
+    keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
+    return measured_models(folder.resolve().parent, keys)
 
 
 def load_index(folder: Path) -> ScoreIndex:

@@ -1,12 +1,14 @@
-"""Texts without the folders of this machine."""
+"""Texts without the folders of this machine, environments without its secrets."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|(^|_)(API_?)?KEY(_|$)")
 
 
 def without_folders(data: Any) -> Any:
@@ -25,6 +27,11 @@ def recipe_without_folders(text: str) -> str:
         if _is_absolute(path):
             text = text.replace(path, _last_part(path))
     return re.sub(r"(?<=[\s\"'\[{,])~?/(?:[^/\s\"',\]}]+/)+(?=[^/\s])", "", text)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a child process: no variable whose name says that it holds a token, a key, a secret or a password."""
+    return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
 
 
 def _texts(data: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
+from qtool.measure_report import measured_faults
 from qtool.report_figures import pictures
 from qtool.report_html import html_report
 from qtool.report_markdown import markdown_report
@@ -38,9 +39,11 @@ SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": "
 
 def print_run(run: RunRecord) -> None:
     """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
-    rows = score_rows(run.scores, run.sizes)
+    rows = score_rows(run.scores, run.sizes, run.measured)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
-    console.print(footnote(run.scores), highlight=False)
+    console.print(footnote(run.scores, run.measured), highlight=False)
+    for note in measured_faults(run.measured):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     for name, checked in run.checks.items():
         _print_summary(name, checked)
         for note in run.manifests[name].notes:

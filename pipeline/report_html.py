@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qtool.markup import visible
+from qtool.measure_report import measured_faults, measured_rows, measured_ways
 from qtool.record import RunRecord
 from qtool.report_figures import Picture, cost_lines, verdict_of
 from qtool.report_page import figure, page, table
@@ -17,6 +18,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     about += f"{visible(run.finished)} · {visible(run.lock.device)}"
     header = f'<h1>{visible(source.name)}: what quantization cost</h1><p class="soft">{about}</p>{_verdict(run)}'
     sections = [("scores", "Scores", _scores(run))]
+    if run.measured:
+        sections.append(("measured", "Memory and speed", _measured(run)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -45,8 +48,15 @@ def _verdict(run: RunRecord) -> str:
 
 def _scores(run: RunRecord) -> str:
     lines = "".join(f"<li><b>{visible(name)}</b>: {visible(said)}</li>" for name, said in cost_lines(run))
-    rows = table(score_rows(run.scores, run.sizes), "scores", "scores of the source and every artifact")
-    return f'{rows}<p class="soft">{visible(footnote(run.scores))}</p><ul>{lines}</ul>'
+    rows = table(score_rows(run.scores, run.sizes, run.measured), "scores", "scores of the source and every artifact")
+    return f'{rows}<p class="soft">{visible(footnote(run.scores, run.measured))}</p><ul>{lines}</ul>'
+
+
+def _measured(run: RunRecord) -> str:
+    rows = table(measured_rows(run.measured), "scores", "memory and speed of the source and every artifact")
+    ways = visible(" ".join(measured_ways(run.measured)))
+    faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.measured))
+    return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul>'
 
 
 def _problems(run: RunRecord) -> str:

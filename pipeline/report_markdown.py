@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from qtool.measure_report import measured_faults, measured_rows, measured_ways
 from qtool.record import RunRecord
 from qtool.report_figures import Picture, cost_lines, verdict_of
-from qtool.tables import footnote, markdown_cell, markdown_table, score_rows, task_label
+from qtool.tables import Measured, footnote, markdown_cell, markdown_table, score_rows, task_label
 
 
 def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures") -> str:
@@ -15,9 +16,10 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     parts = [f"# {source.name}: what quantization cost", f"**{verdict_of(run)[1]}.** Source commit `{source.commit}`."]
     if run.verdicts:
         parts.append("\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts))
-    parts += [markdown_table(score_rows(run.scores, run.sizes)), footnote(run.scores)]
+    parts += [markdown_table(score_rows(run.scores, run.sizes, run.measured)), footnote(run.scores, run.measured)]
     parts.append("\n".join(f"- **{name}**: {said}" for name, said in cost_lines(run)))
     parts += [f"![{picture.title}]({folder}/{picture.name}.svg)\n\n{picture.caption}" for picture in drawn]
+    parts += measured_markdown(run.measured)
     parts += _changes(run)
     for name, manifest in run.manifests.items():
         measured = [item for item in manifest.ledger.items() if "error" in item[1]]
@@ -35,6 +37,15 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     parts.append(f"## Recipe\n\n{fence}yaml\n{text}\n{fence}")
     parts.append("## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in run.lock.versions.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def measured_markdown(measured: Measured) -> list[str]:
+    """The section on memory and speed; empty where nothing was measured."""
+    rows = measured_rows(measured)
+    parts = [markdown_table(rows), " ".join(measured_ways(measured))] if rows else []
+    parts += ["\n".join(f"- {markdown_cell(fault)}" for fault in measured_faults(measured))]
+    parts = [part for part in parts if part]
+    return ["## Memory and speed", *parts] if parts else []
 
 
 def _changes(run: RunRecord) -> list[str]:

@@ -21,6 +21,7 @@ from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
 from qtool.gates import judge
 from qtool.job import Job, device_kind, open_job, versions
+from qtool.measure_run import measure_subjects
 from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
@@ -46,9 +47,19 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
     unknown = [name for name in only if name not in names]
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
-    return open_job(
-        recipe, resolve(recipe.model.id, recipe.model.revision), choose_device(device), _chosen(recipe, only)
-    )
+    source = resolve(recipe.model.id, recipe.model.revision)
+    job = open_job(recipe, source, choose_device(device), _chosen(recipe, only))
+    _check_lengths(recipe, job.config)
+    return job
+
+
+def _check_lengths(recipe: Recipe, config: Any) -> None:
+    most, asked = getattr(config, "max_position_embeddings", None), recipe.measure
+    if asked is not None and most is not None and max(asked.contexts) + asked.tokens > most:
+        raise QtoolError(
+            f"measure: a prompt of {max(asked.contexts):,} tokens and {asked.tokens} generated are more than the "
+            f"model's context, {most:,} (max_position_embeddings in config.json)."
+        )
 
 
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:
@@ -69,6 +80,8 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     subjects = _subjects(job, artifacts)
     with progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
+        if recipe.measure is not None:
+            measure_subjects(recipe.measure, subjects, job.device, recipe.model.trust_remote_code, runs, bar)
     record.write_scores(folder, {subject.name: subject.key for subject in subjects}, scores)
     result = record.Outcome(
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

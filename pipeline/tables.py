@@ -1,18 +1,22 @@
-"""The score table as rows of text: size, perplexity, KL, each task with its interval and its paired loss."""
+"""The score table as rows of text: size, perplexity, KL, each task with its interval and its paired loss, and what was
+measured of memory and speed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
-from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm
+from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, bootstrap_ratio, holm
 from qtool.evaluate.scorecard import FidelityScore, pass_at_k
-from qtool.record import Sizes
-from qtool.scores import Scores
+from qtool.measurements import Measurement, one_machine
+from qtool.scores import Scores, Sizes
 
+GIB = 2**30
 Row = dict[str, str]
+Measured = Mapping[str, list[Measurement]]  # subject -> its measurements, the newest first
+NOTHING: Measured = {}
 
 
 def losses(scores: Scores) -> dict[tuple[str, str], tuple[Difference, float]]:
@@ -28,9 +32,9 @@ def losses(scores: Scores) -> dict[tuple[str, str], tuple[Difference, float]]:
     return {key: (difference, p) for (key, difference), p in zip(found.items(), adjusted, strict=True)}
 
 
-def score_rows(scores: Scores, known: Sizes) -> list[Row]:
+def score_rows(scores: Scores, known: Sizes, measured: Measured = NOTHING) -> list[Row]:
     """One row for each subject; a cell nobody measured is left out."""
-    compared = losses(scores)
+    compared, source, speeds = losses(scores), scores.tasks.get("source", {}), one_machine(measured)
     rows = []
     for name in dict.fromkeys([*known, *scores.fidelity, *scores.tasks]):
         row = {"model": name}
@@ -51,7 +55,11 @@ def score_rows(scores: Scores, known: Sizes) -> list[Row]:
             if (name, task) in compared:
                 difference, p = compared[name, task]
                 row[f"{label}: points lost"] = f"{points(difference)}, p={p:.2g}"
-        rows.append(row)
+                if any(source[task].solved):
+                    recovery = bootstrap_ratio(score.rates, source[task].rates)
+                    span = f"[{100 * recovery.low:.1f}, {100 * recovery.high:.1f}]"
+                    row[f"{label}: recovery"] = f"{recovery.estimate:.1%} {span}"
+        rows.append(row | (_speed_cells(speeds[name]) if name in speeds else {}))
     return rows
 
 
@@ -62,8 +70,8 @@ def points(difference: Difference) -> str:
     return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def footnote(scores: Scores) -> str:
-    """What brackets and p mean in this table."""
+def footnote(scores: Scores, measured: Measured = NOTHING) -> str:
+    """What brackets, p and the measured columns mean in this table."""
     parts = ["Brackets: 95 % intervals."]
     if compared := losses(scores):
         sampled = any(score.samples > 1 for tasks in scores.tasks.values() for score in tasks.values())
@@ -75,7 +83,9 @@ def footnote(scores: Scores) -> str:
             parts.append(f"Losses of about {max(shown):.1f} points and more would show (80 % power).")
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
-    return " ".join([*parts, *caveats(scores)])
+    if compared:
+        parts.append("Recovery: score in % of the source's, paired bootstrap over problems.")
+    return " ".join([*parts, *_speed_notes(measured), *caveats(scores)])
 
 
 def caveats(scores: Scores) -> list[str]:
@@ -121,6 +131,11 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
 
 
+def rate_text(rate: float) -> str:
+    """Three digits, never an exponent: `5,280`, `31.4`, `0.512`."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 def columns(rows: list[Row]) -> list[str]:
     """Every column, in the order of the fullest row."""
     return list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
@@ -137,6 +152,31 @@ def markdown_table(rows: list[Row]) -> str:
 def markdown_cell(text: str) -> str:
     """Text that cannot end its cell, and is no HTML."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _speed_cells(measurement: Measurement) -> Row:
+    row = measurement.first
+    if row is None:
+        return {}
+    memory = row.memory or {}
+    peak = memory.get("device") or memory.get("resident")
+    cells = {"engine": measurement.engine}
+    cells |= {"peak memory": f"{peak / GIB:.2f} GiB"} if peak else {}
+    return cells | ({"tokens/s": rate_text(1 / row.step_seconds)} if row.step_seconds else {})
+
+
+def _speed_notes(measured: Measured) -> list[str]:
+    """Where and how the speeds were measured; of which models they were not."""
+    shown = {name: m for name, m in one_machine(measured).items() if m.first is not None}
+    if not shown:
+        return []
+    ways = dict.fromkeys(
+        f"{m.first.context:,} tokens of prompt, {count_of(m.first.sequences, 'request')} at once, on {m.machine}"
+        for m in shown.values() if m.first is not None
+    )  # fmt: skip
+    engines = len({m.engine for m in shown.values()})
+    mixed = " Speeds of different engines compare the engines too." if engines > 1 else ""
+    return [f"Peak memory, tokens/s (decoding, one request): {'; '.join(ways)}.{mixed}"]
 
 
 def _fidelity_cells(name: str, score: FidelityScore, at: str) -> Row:

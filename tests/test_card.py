@@ -15,6 +15,8 @@ from qtool.convert.licence import Licence
 from qtool.convert.verify import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore
 from qtool.gates import GateResult
+from qtool.measure import Row
+from qtool.measurements import Measurement
 from qtool.scores import Scores
 
 GOLDEN = Path(__file__).parent / "data/card.md"
@@ -52,6 +54,15 @@ def manifest(**output: object) -> Manifest:
     )  # fmt: skip
 
 
+def measurement() -> Measurement:
+    rows = [
+        Row(2048, batch, "ok", "", {"p50": 0.2, "p95": 0.3, "p99": 0.3}, step, batch / step, batch / step / 64, 0.21,
+            0.0, {"allocated": 5 * 2**30, "device": 6 * 2**30}, 5 * 2**30, (0.002, 0.02), (0.1, 0.4))
+        for batch, step in ((1, 0.0125), (8, 0.016))
+    ]  # fmt: skip
+    return Measurement("k", "awq", "vllm", "vllm 0.33", "NVIDIA H100 | <x>", 64, 3, "2026-01-01", tuple(rows))
+
+
 @pytest.fixture
 def card() -> Card:
     checks = [
@@ -68,7 +79,8 @@ def card() -> Card:
         repo="my-org/Coder-7B-AWQ-4bit", base_model="IQuest/Coder-7B",
         licence=Licence("other", "iquestcoder", "https://example.org/LICENSE"),
         artifacts=[Published("awq", "AWQ-4bit", "", manifest(), checks, [verdict])], scores=scores,
-        sizes={"source": (15_200_000_000, 16.0), "awq": (4_100_000_000, 4.31)}, recipe_text=RECIPE, plot=True,
+        sizes={"source": (15_200_000_000, 16.0), "awq": (4_100_000_000, 4.31)}, measured={"awq": [measurement()]},
+        recipe_text=RECIPE, plot=True,
     )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""Uploads through the real huggingface_hub client to a Hub on 127.0.0.1, with planted faults. LFS, not Xet."""
+"""Uploads through the real huggingface_hub client to a Hub on 127.0.0.1, with planted faults. Large files go by LFS;
+of Xet, which needs a storage server of its own, only the calls into hf_xet are seen: they are stubbed there."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +239,79 @@ def test_a_text_that_holds_the_token_is_not_uploaded(hub_server: Any) -> None:
     with pytest.raises(QtoolError, match=r"notes.txt: contains your Hub token") as caught:
         quiet_secret({"fine.txt": b"fine", "notes.txt": f"token={TOKEN}".encode()})
     assert TOKEN not in caught.value.message
+
+
+class Xet:
+    """In place of hf_xet's session: what huggingface_hub asks of it arrives in the server's store. ``damage`` is done
+    to each file on the way; it may raise."""
+
+    def __init__(self, hub: Any, damage: Callable[[bytes], bytes]) -> None:
+        self.hub, self.damage = hub, damage
+        self.sent: list[str] = []
+        self.asked: dict[str, Any] = {}
+
+    @contextmanager
+    def new_upload_commit(self, **asked: Any) -> Iterator[Xet]:
+        self.asked = asked
+        yield self
+
+    def start_upload_file(self, path: str, sha256: str) -> None:
+        self.start_upload_bytes(Path(path).read_bytes(), sha256)
+
+    def start_upload_bytes(self, content: bytes, sha256: str) -> None:
+        assert hashlib.sha256(content).hexdigest() == sha256  # the one that verify computed, handed on
+        self.hub.objects[sha256] = self.damage(content)
+        self.sent.append(sha256)
+
+
+@pytest.fixture
+def xet(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Xet]:
+    def stub(damage: Callable[[bytes], bytes] = bytes) -> Xet:
+        session = Xet(hub_server, damage)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+        monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: True)
+        monkeypatch.setattr("huggingface_hub.utils._xet.get_xet_session", lambda: session)
+        return session
+
+    return stub
+
+
+def test_xet_takes_the_large_files(hub_server: Any, uploads: list[Upload], xet: Callable[..., Xet]) -> None:
+    session = xet()
+    assert send(uploads).fresh
+    assert stored(hub_server) == CONTENT
+    large = {hashlib.sha256(c).hexdigest() for n, c in CONTENT.items() if n.endswith(".safetensors")}
+    assert set(session.sent) == large
+    assert hub_server.puts == {}  # nothing went by LFS
+    refresh = f"{hub_server.endpoint}/api/models/{REPO}/xet-write-token/main"
+    assert session.asked["token_refresh_url"] == refresh
+    assert TOKEN not in str(session.asked["custom_headers"])  # the storage server gets a short-lived one instead
+    assert not send(uploads).fresh
+    assert len(session.sent) == len(large)
+
+
+def test_a_file_that_xet_damaged_is_taken_back(hub_server: Any, uploads: list[Upload], xet: Callable[..., Xet]) -> None:
+    xet(lambda content: b"?" + content[1:])
+    with pytest.raises(QtoolError, match=r"other contents there \(sha256\).*The upload was taken back") as error:
+        send(uploads)
+    assert error.value.exit_code == 1
+    assert stored(hub_server) == {}
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, ConnectionError, PermissionError])
+def test_xet_broken_off_leaves_nothing_and_goes_on(
+    hub_server: Any, uploads: list[Upload], xet: Callable[..., Xet], fault: type[Exception]
+) -> None:
+    def break_off(_: bytes) -> bytes:
+        raise fault(f"CAS error at https://storage.example/x?X-Amz-Signature=secret-signature {TOKEN}")
+
+    xet(break_off)
+    with pytest.raises(QtoolError, match=rf"the connection broke \({fault.__name__}\). Run the same command") as error:
+        send(uploads)
+    assert error.value.exit_code == 3
+    assert "secret" not in error.value.message
+    assert TOKEN not in error.value.message
+    assert stored(hub_server) == {}
+    xet()
+    send(uploads)
+    assert stored(hub_server) == CONTENT

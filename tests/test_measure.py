@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from qtool import QtoolError, ledger
 from qtool.accelerators import load_accelerators
 from qtool.cli import main
+from qtool.convert.source import resolve
 from qtool.formats import weights_of
 from qtool.headers import read_headers
 from qtool.measure import OutOfMemory, Reading, measure, percentile
@@ -114,7 +115,7 @@ def test_the_command_measures_and_logs(tiny: Path, tmp_path: Path) -> None:
     for expected in ("16 x 1", "32 x 2", "decode tok/s", "requests/s", "per million", "first p99 s"):
         assert expected in result.output
     (entry,) = ledger.read(tmp_path)
-    assert entry["kind"] == "measure"
+    assert (entry["kind"], entry["key"]) == ("measure", resolve(str(tiny)).commit)
     assert [row["status"] for row in entry["rows"]] == ["ok"] * 4
     result = call("measure", tiny, "--context", "254", "--batch", 1, "--tokens", 4, "--device", "cpu")
     assert result.exit_code == 2
@@ -128,7 +129,6 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     import torch
 
-    from qtool.convert.source import resolve
     from qtool.job import open_job
     from qtool.outputs import make_artifacts
     from qtool.recipe import load_recipe
@@ -142,7 +142,9 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
     result = call("measure", artifact.path, "--context", 64, "--batch", "1,2", "--tokens", 8, "--repeats", 2,
                   "--runs", tmp_path, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    assert (found["engine"], found["tokens"], found["key"]) == ("llama.cpp", 8, artifact.manifest.key)
+    rows = found["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     for row in rows:
         # tokens of one request cannot come faster than all of them together by more than the batch and the prefill say

@@ -10,6 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
+from qtool.pull import asked_again
+from qtool.recipe import EvaluateSection, FidelitySection
+from qtool.record import RunRecord
+from qtool.run import run
 
 REPO = "my-org/tiny-AWQ-4bit"
 
@@ -27,7 +31,8 @@ def published(hub_server: Any, finished: Any, tmp_path: Path) -> Any:
 
 
 def pull(tmp_path: Path, runs: Path, *words: str) -> Result:
-    return CliRunner().invoke(main, ["pull", REPO, "--into", str(tmp_path / "got"), "--runs", str(runs), *words])
+    options = ["--into", str(tmp_path / "got"), "--runs", str(runs), *words]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, ["pull", REPO, *options])
 
 
 def replace(server: Any, name: str, content: bytes) -> None:
@@ -129,3 +134,73 @@ def test_reproduce_fetches_what_is_not_a_folder(published: Any, finished: Any) -
     missing = CliRunner().invoke(main, ["reproduce", "my-org/nothing-there", *options])
     assert missing.exit_code == 2
     assert "my-org/nothing-there" in missing.output
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """A run that asked what any machine can ask again."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "recipe.yaml").write_text(
+        f"model: {tiny}\ncalibration: {{text: heldout-code, samples: 4, length: 32}}\noutput_dir: {folder / 'a'}\n"
+        "outputs: [{method: awq, group_size: 32, scaling: none, rounding: rtn}]\ngates: [{max_kld: 9}]\n"
+        "evaluate:\n  tasks: [{task: handwritten, limit: 2}]\n  max_new_tokens: 4\n"
+        "  text: {text: heldout-code, samples: 2, length: 32}\n"
+    )
+    return run(folder / "recipe.yaml", folder / "runs", "cpu")
+
+
+@pytest.fixture
+def asked(hub_server: Any, elsewhere: RunRecord) -> Any:
+    """That run's artifact on the Hub."""
+    from qtool.admission import accept, candidates
+    from qtool.publish import plan, send, with_options
+
+    section = with_options(None, "my-org", license="mit")
+    (planned,) = plan(accept(candidates(str(elsewhere.folder), Path("none"), ["awq"]), section, False), section)
+    send(planned)
+    return hub_server
+
+
+def test_scored_here_and_compared(asked: Any, tiny: Path, tmp_path: Path) -> None:
+    result = pull(tmp_path, tmp_path / "mine", "--score", "--source", str(tiny), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "A: as published; B: as measured here" in result.output
+    assert "not checked" not in result.output
+    assert "handwritten" in result.output
+    assert "KL" in result.output
+    assert list((tmp_path / "mine").glob("*/scores/handwritten*.json"))
+
+
+def test_without_its_source_there_is_no_kl(asked: Any, tmp_path: Path) -> None:
+    result = pull(tmp_path, tmp_path / "mine", "--score", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "not checked: KL: needs --source" in result.output
+    assert "handwritten" in result.output
+
+
+def test_a_changed_artifact_is_not_asked(asked: Any, tmp_path: Path) -> None:
+    replace(asked, "generation_config.json", asked.files(REPO)["generation_config.json"] + b" ")
+    assert pull(tmp_path, tmp_path / "mine", "--score", "--device", "cpu").exit_code == 1
+    assert not list((tmp_path / "mine").glob("*/scores/*"))
+
+
+def test_a_strangers_questions_are_made_safe(tmp_path: Path) -> None:
+    (tmp_path / "here.jsonl").write_text("{}")
+    hostile = EvaluateSection.model_validate(
+        {
+            "tasks": [
+                {"task": "handwritten"}, {"task": str(tmp_path / "here.jsonl")}, {"task": "../x"}, {"task": "a.jsonl"},
+                {"task": "humaneval", "file": "/etc/passwd"},
+            ],
+            "text": {"text": "/etc/passwd"}, "sandbox": "none",
+        }
+    )  # fmt: skip
+    section, left_out = asked_again(hostile, with_text=True)
+    assert section is not None
+    assert [task.task for task in section.tasks] == ["handwritten"]
+    assert (section.text, section.sandbox) == (None, "auto")
+    assert len(left_out) == 5
+    server = EvaluateSection(tasks=hostile.tasks, engine="openai", base_url="http://127.0.0.1:1/v1")
+    assert asked_again(server, True) == (None, ["scores: were made through a server, which is not asked again"])
+    assert asked_again(None, True) == (None, ["scores: the card does not say what was asked"])
+    assert asked_again(EvaluateSection(text=FidelitySection(text="heldout-code")), False)[0] is None

@@ -24,6 +24,8 @@ from qtool.convert.verify import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore
 from qtool.gates import GateResult
 from qtool.markup import visible
+from qtool.measure import Row
+from qtool.measurements import Measurement
 from qtool.record import RunRecord
 from qtool.report import print_rows, write_report
 from qtool.report_figures import pictures, verdict_of
@@ -79,7 +81,10 @@ def record(finished: RunRecord) -> RunRecord:
         GateResult("nf4", "max_kld 0.1", "undecided", "the interval includes it", "warn"),
     ]
     manifests = {n: m.model_copy(update={"notes": [HOSTILE]}) for n, m in finished.manifests.items()}
-    return replace(finished, scores=scores, verdicts=verdicts, manifests=manifests)
+    done = Row(64, 2, "ok", "", {"p50": 0.5}, 0.02, 90.0, 1.5, None, None, {"resident": 3 * 2**30})
+    made = Measurement("k", "m", "llama.cpp", "xllamacpp 1", "a <b>card</b>", 32, 3, "2026-01-01", (done,))
+    measured = {"awq": [made], "nf4": [replace(made, rows=(), why=HOSTILE)]}
+    return replace(finished, scores=scores, verdicts=verdicts, manifests=manifests, measured=measured)
 
 
 class Page(HTMLParser):
@@ -128,7 +133,7 @@ def test_the_page_is_whole(record: RunRecord) -> None:
     assert {str(link).removeprefix("#") for link in links} <= anchors
     headings = [node.text for node in root.iter() if node.tag == "h2"]
     assert headings == [
-        "Scores", "Size against quality", "Where the distribution moved", "Error of every linear",
+        "Scores", "Memory and speed", "Size against quality", "Where the distribution moved", "Error of every linear",
         "Problem by problem", "Checks", "Recipe and versions",
     ]  # fmt: skip
 
@@ -183,6 +188,23 @@ def test_the_table_says_what_p_is(record: RunRecord) -> None:
     assert "sampled, pass@1 of 3" in rows["awq"]
     assert rows["awq"]["KL to source"].startswith("0.0300 [")
     assert rows["awq"]["KL to source, 192 tokens"].startswith("0.0600 [")
+
+
+def test_memory_speed_and_recovery_stand_in_the_table(record: RunRecord) -> None:
+    rows = {row["model"]: row for row in score_rows(record.scores, record.sizes, record.measured)}
+    assert {rows["awq"][head] for head in ("engine", "peak memory", "tokens/s")} == {"llama.cpp", "3.00 GiB", "50"}
+    assert "tokens/s" not in rows["nf4"]
+    assert rows["awq"]["hostile: recovery"].startswith("73.3% [")  # 22 of 30
+    assert rows["nf4"]["hostile: recovery"].startswith("103.3% [")
+    assert "hostile: recovery" not in rows["source"]
+    said = footnote(record.scores, record.measured)
+    assert "64 tokens of prompt, 2 requests at once, on a <b>card</b>." in said
+    assert "Recovery: score in % of the source's" in said
+    text = markdown_report(record, [])
+    assert "## Memory and speed" in text
+    assert "| awq | llama.cpp | 64 x 2 | 0.5 | 50 | 90 | 1.5 | 3.00 |" in text
+    assert "32 tokens generated for each, medians of 3, on a <b>card</b> (llama.cpp: xllamacpp 1)." in text
+    assert "- nf4 (llama.cpp): not measured: &lt;/pre>" in text
 
 
 def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
