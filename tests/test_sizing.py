@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_shapes_from_config_are_those_of_transformers(
     shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
     found = tensor_shapes(json.loads((folder / "config.json").read_text()))
     assert found == {name: shape for name, shape in shapes.items() if name not in tied}
+
+
+@pytest.mark.parametrize("name", ["source", "awq-g32", "nf4", "Q8_0"])
+def test_a_tied_head_that_is_stored_too_is_counted_once(name: str, tiny: Path) -> None:
+    headers = read_headers(str(tiny))
+    embedding = headers.tensors["model.embed_tokens.weight"]
+    twice = replace(headers, tensors=dict(headers.tensors) | {"lm_head.weight": embedding})
+    plain, stored = weights_of(headers, name), weights_of(twice, name)
+    assert (stored.nbytes, stored.parameters) == (plain.nbytes, plain.parameters)
+    if name != "Q8_0":  # on the disk it lies twice; llama.cpp's files leave it out
+        assert (stored.files or 0) - (plain.files or 0) > 320 * 128 * 2
 
 
 @pytest.mark.parametrize(
