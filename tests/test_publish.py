@@ -215,6 +215,9 @@ def test_input_that_names_nothing(hub_server: Any, work: Path) -> None:
 def test_texts_lose_the_folders_of_this_machine() -> None:
     recipe = 'model: /home/me/My Models/m  # from /data/x/m\ncalibration: {text: "~/t/code.txt"}\nu: https://a.b/c/d\n'
     assert recipe_without_folders(recipe) == 'model: m  # from m\ncalibration: {text: "code.txt"}\nu: https://a.b/c/d\n'
+    short = "model: /data/m\ncalibration: {text: corpora/data/x.jsonl}\noutput_dir: /data  # on /data/disk\nu: http://h/data\n"
+    kept = "model: m\ncalibration: {text: corpora/data/x.jsonl}\noutput_dir: data  # on disk\nu: http://h/data\n"
+    assert recipe_without_folders(short) == kept
     assert without_folders({"a": ["/x/y", "org/name", 3]}) == {"a": ["y", "org/name", 3]}
 
 
