@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -205,9 +206,21 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def seal(partial: Path, final: Path, manifest: Manifest) -> Artifact:
-    """Write the manifest, drop the journals and give the folder its name: from here on it exists."""
+    """Write the manifest, drop the journals and give the folder its name: from here on it exists, power cuts or not."""
     write_json(partial / MANIFEST, manifest.model_dump())
     for journal in partial.rglob("*journal.jsonl"):
         journal.unlink()
+    for path in (*partial.rglob("*"), partial):
+        _make_durable(path)
     partial.rename(final)
+    _make_durable(final.parent)
     return Artifact.open(final)
+
+
+def _make_durable(path: Path) -> None:
+    """A file's contents, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,22 @@ def test_rows_that_do_not_fill_words_are_refused(
     with pytest.raises(QtoolError, match=r"down_proj has 260 columns; this format packs columns in groups of 8"):
         job_of(write_recipe(model=str(model), outputs=[{"method": "gptq", "group_size": -1}]))
     assert job_of(write_recipe(model=str(model), outputs=[{"method": "nf4"}])).plans["nf4"].nbytes
+
+
+def test_everything_is_durable_before_the_folder_gets_its_name(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after the rename must not leave a finished folder with an empty config.json."""
+    durable: set[int] = set()
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        durable.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = make(write_recipe())["awq"].path
+    assert {file.stat().st_ino for file in (*path.rglob("*"), path, path.parent)} <= durable
 
 
 def test_a_finished_artifact_is_reused(write_recipe: Callable[..., Path]) -> None:
