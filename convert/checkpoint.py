@@ -101,10 +101,6 @@ class Checkpoint:
         for name in names if names is not None else self.tensors:
             yield name, self.tensor(name)
 
-    def close(self) -> None:
-        """Let go of the mapped shard."""
-        self._open = {}
-
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()) -> None:
         """Compare with what config.json implies. Raises QtoolError naming the tensor, its shard and both shapes."""
         for name, shape in expected.items():

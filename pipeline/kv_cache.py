@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal, get_args
 
 from qtool import QtoolError
 from qtool.geometry import Geometry
 
-Engine = Literal["transformers", "vllm", "llama.cpp"]
-KvDtype = Literal["bf16", "f16", "fp8", "q8_0", "q4_0"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
 # bytes to a number; ggml's blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
 KV_BYTES: dict[str, Fraction] = {
     "bf16": Fraction(2), "f16": Fraction(2), "fp8": Fraction(1), "q8_0": Fraction(34, 32), "q4_0": Fraction(18, 32),
@@ -34,7 +30,7 @@ def kv_bytes(
     row = geometry.kv_row
     if engine == "vllm" and cards > 1:
         row = max(1, geometry.kv_heads // cards) * geometry.head_dim
-    tokens = sum(cells(geometry, engine, context, window, chunk) for window in cached_windows(geometry, engine))
+    tokens = sum(cells(engine, context, window, chunk) for window in cached_windows(geometry, engine))
     return int(sequences * tokens * 2 * row * KV_BYTES[kv_dtype])
 
 
@@ -48,7 +44,7 @@ def cached_windows(geometry: Geometry, engine: str) -> tuple[int | None, ...]:
     return first + (geometry.loop_window,) * (geometry.layers * (geometry.loops - 1))
 
 
-def cells(geometry: Geometry, engine: str, context: int, window: int | None, chunk: int = 0) -> int:
+def cells(engine: str, context: int, window: int | None, chunk: int = 0) -> int:
     """Tokens that one cache of one sequence has room for."""
     if engine == "llama.cpp":
         return -(-context // LLAMA_CPP_PAD) * LLAMA_CPP_PAD

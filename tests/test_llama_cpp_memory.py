@@ -62,7 +62,7 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
     found = allocated(path, context, slots, flash, kind)
     each = context // slots
     assert found["KV"] == pytest.approx(kv_bytes(geometry, "llama.cpp", each, slots, kind) / MIB, abs=0.006)
-    predicted = llama_cpp_compute(geometry, cells(geometry, "llama.cpp", each, None), context, flash) / MIB
+    predicted = llama_cpp_compute(geometry, cells("llama.cpp", each, None), context, flash) / MIB
     assert abs(predicted - found["compute"]) < 0.5, (predicted, found)  # asked: 10 % or 16 MiB
 
 
