@@ -64,7 +64,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Method] | Non
     peak = peak_bytes(job.architecture, shapes, methods, tokens, job.device.type) if methods else 0
     layer = max(_layer_bytes(job), _largest(job)) if methods else 0
     on_host = job.device.type == "cpu"
-    disk = sum(_disk(job, method) for method in methods if not job.partial(method).exists())
+    disk = sum(_disk(job, method) for method in methods if not any(job.partial(method).glob("*")))
     parent = _existing(Path(job.recipe.output_dir).expanduser())
     return Needs(
         device="host" if on_host else device_kind(job.device),

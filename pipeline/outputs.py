@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,23 +53,44 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
     Path(job.recipe.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    for method in pending:
-        _discard_other_work(job.partial(method), keys[method.name])
-    refuse_what_cannot_finish(job, pending)
-    importance = _importance(job, pending)
-    writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
-    if writers:
-        _walk(job, pending, writers, calibration, importance)
-    for method in pending:
-        writers[method.name].seal(calibration)
+    with ExitStack() as held:
+        for method in pending:
+            held.enter_context(_alone(job.partial(method)))
+            _discard_other_work(job.partial(method), keys[method.name])
+        refuse_what_cannot_finish(job, pending)
+        importance = _importance(job, pending)
+        writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
+        if writers:
+            _walk(job, pending, writers, calibration, importance)
+        for method in pending:
+            writers[method.name].seal(calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold the unfinished folder: two writers would note every layer twice, and a third would take more layers for
+    finished than are. Raises QtoolError (exit 3) where another process holds it."""
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QtoolError(f"{partial}: another qtool is writing there. Wait until it ends.", exit_code=3) from error
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # renamed, or begun
+            partial.rmdir()
 
 
 def _discard_other_work(partial: Path, key: str) -> None:
     """What another recipe, source or version began under this name: files that this one does not write would be sealed
     with its own."""
-    if partial.exists() and all(resume_journal(path, key) is None for path in partial.rglob("*journal.jsonl")):
-        shutil.rmtree(partial)
+    if all(resume_journal(path, key) is None for path in partial.rglob("*journal.jsonl")):
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _writer(job: Job, method: Method, key: str) -> Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -190,6 +191,21 @@ def test_a_full_disk_is_said_before_the_work(
     with pytest.raises(QtoolError, match=r"0\.00 GB free") as error:
         make(write_recipe())
     assert error.value.exit_code == 3
+
+
+def test_a_second_writer_is_refused(write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe()
+    job = job_of(recipe)
+    partial = job.partial(job.recipe.outputs[0])
+    partial.mkdir(parents=True)
+    holder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(QtoolError, match=r"tiny-awq\.partial: another qtool is writing there") as error:
+        make(recipe)
+    assert error.value.exit_code == 3
+    os.close(holder)
+    assert make(recipe)["awq"].path.exists()
+    assert not partial.exists()
 
 
 def test_an_unfinished_folder_does_not_open(tmp_path: Path) -> None:
