@@ -101,7 +101,7 @@ def measure_subjects(
             section.repeats, _now(), tuple(cells),
         )  # fmt: skip
         known = measured_models(runs, {subject.name: subject.key}).get(subject.name, [])
-        if any(wanted.repeats_of(measurement) for measurement in known):
+        if any(wanted.repeats_of(m) and not any(row.status == "rejected" for row in m.rows) for m in known):
             continue
         step = bar.add_task(f"{subject.name}: measuring memory and speed", total=1)
         log(runs, _apart(wanted, section, subject.path, device, trusted))

@@ -84,11 +84,14 @@ def measured_models(runs: Path, keys: Mapping[str, str]) -> dict[str, list[Measu
 
 
 def one_machine(measured: Mapping[str, list[Measurement]]) -> dict[str, Measurement]:
-    """For the score table, whose columns must compare: of each model the newest on the machine measured last."""
-    every = [measurement for found in measured.values() for measurement in found if measurement.rows]
+    """For the score table, whose columns must compare: of each model the newest on one machine, the one that measured
+    most of them; of several such the last."""
+    every = {(name, m.machine): m.time for name, found in measured.items() for m in reversed(found) if m.rows}
     if not every:
-        return {name: found[0] for name, found in measured.items()}
-    machine = max(every, key=lambda measurement: measurement.time).machine
+        return {}
+    machines = [machine for _, machine in every]
+    last = {machine: max(time for (_, m), time in every.items() if m == machine) for machine in machines}
+    machine = max(last, key=lambda machine: (machines.count(machine), last[machine]))
     chosen = {name: next((m for m in found if m.machine == machine), None) for name, found in measured.items()}
     return {name: measurement for name, measurement in chosen.items() if measurement is not None}
 

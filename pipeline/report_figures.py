@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from qtool import figures
 from qtool.evaluate.rates import mean_rate
 from qtool.figures import Point
+from qtool.measurements import one_machine
 from qtool.record import RunRecord
 from qtool.tables import losses, mean_kl, points, size_text, task_label
 
@@ -24,7 +25,7 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of size, kl, errors."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors."""
 
     name: str
     section: str
@@ -68,7 +69,22 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
 
 def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
-    return [*_sizes(run), *_kls(run), *_errors(run)]
+    return [*_speeds(run), *_sizes(run), *_kls(run), *_errors(run)]
+
+
+def _speeds(run: RunRecord) -> list[Picture]:
+    marks, engines = [], []
+    for name, measurement in one_machine(run.measured).items():
+        row = measurement.first
+        if row is not None and row.step_seconds and name in run.sizes:
+            rate = 1 / row.step_seconds
+            marks.append(Point(name, run.sizes[name][0], rate, rate, rate))
+            engines.append(f"{name} by {measurement.engine}")
+    if len(marks) < 2:
+        return []
+    svg = figures.size_against(marks, "tokens/s, decoding", True)
+    caption = f"One request's tokens after the first, medians: {', '.join(engines)}."
+    return [Picture("size-speed", "measured", "Size against speed", caption, svg)]
 
 
 def _sizes(run: RunRecord) -> list[Picture]:

@@ -19,7 +19,7 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     header = f'<h1>{visible(source.name)}: what quantization cost</h1><p class="soft">{about}</p>{_verdict(run)}'
     sections = [("scores", "Scores", _scores(run))]
     if run.measured:
-        sections.append(("measured", "Memory and speed", _measured(run)))
+        sections.append(("measured", "Memory and speed", _measured(run, drawn)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -52,11 +52,12 @@ def _scores(run: RunRecord) -> str:
     return f'{rows}<p class="soft">{visible(footnote(run.scores, run.measured))}</p><ul>{lines}</ul>'
 
 
-def _measured(run: RunRecord) -> str:
+def _measured(run: RunRecord, drawn: list[Picture]) -> str:
     rows = table(measured_rows(run.measured), "scores", "memory and speed of the source and every artifact")
     ways = visible(" ".join(measured_ways(run.measured)))
     faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.measured))
-    return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul>'
+    shown = "".join(figure(p.svg, p.caption, p.title) for p in drawn if p.section == "measured")
+    return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
 
 
 def _problems(run: RunRecord) -> str:

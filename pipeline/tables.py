@@ -176,6 +176,8 @@ def _speed_notes(measured: Measured) -> list[str]:
     )  # fmt: skip
     engines = len({m.engine for m in shown.values()})
     mixed = " Speeds of different engines compare the engines too." if engines > 1 else ""
+    elsewhere = [name for name, found in measured.items() if name not in shown and any(m.first for m in found)]
+    mixed += f" On another machine: {', '.join(elsewhere)}." if elsewhere else ""
     return [f"Peak memory, tokens/s (decoding, one request): {'; '.join(ways)}.{mixed}"]
 
 

@@ -78,7 +78,12 @@ def test_a_column_never_mixes_machines() -> None:
         "awq": [made(machine="card", time="4")],
         "nf4": [made(machine="laptop", time="2")],
     }
-    assert {name: m.machine for name, m in one_machine(measured).items()} == {"source": "card", "awq": "card"}
+    laptop = {"source": "laptop", "nf4": "laptop"}
+    card = {"source": "card", "awq": "card"}
+    assert {name: m.machine for name, m in one_machine(measured).items()} == card  # as many models, and later
+    more = measured | {"gguf": [made(machine="laptop", time="0")]}
+    assert {name: m.machine for name, m in one_machine(more).items()} == laptop | {"gguf": "laptop"}
+    assert one_machine({"awq": [made(rows=(), why="no room")]}) == {}
 
 
 def test_what_another_process_holds_on_the_card_is_not_the_models() -> None:

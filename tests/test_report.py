@@ -83,7 +83,7 @@ def record(finished: RunRecord) -> RunRecord:
     manifests = {n: m.model_copy(update={"notes": [HOSTILE]}) for n, m in finished.manifests.items()}
     done = Row(64, 2, "ok", "", {"p50": 0.5}, 0.02, 90.0, 1.5, None, None, {"resident": 3 * 2**30})
     made = Measurement("k", "m", "llama.cpp", "xllamacpp 1", "a <b>card</b>", 32, 3, "2026-01-01", (done,))
-    measured = {"awq": [made], "nf4": [replace(made, rows=(), why=HOSTILE)]}
+    measured = {"source": [made], "awq": [made], "nf4": [replace(made, rows=(), why=HOSTILE)]}
     return replace(finished, scores=scores, verdicts=verdicts, manifests=manifests, measured=measured)
 
 
@@ -244,8 +244,8 @@ def test_pictures_are_files_of_their_own(record: RunRecord, tmp_path: Path) -> N
     assert path.read_text().startswith("<!doctype html>")
     names = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     assert names == {
-        "size-score-0.svg", "size-score-1.svg", "size-kl.svg", "kl-by-position-96.svg", "kl-by-layer.svg",
-        "errors-0-awq.svg", "errors-1-nf4.svg",
+        "size-speed.svg", "size-score-0.svg", "size-score-1.svg", "size-kl.svg", "kl-by-position-96.svg",
+        "kl-by-layer.svg", "errors-0-awq.svg", "errors-1-nf4.svg",
     }  # fmt: skip
     for file in (tmp_path / "out" / "figures").iterdir():
         ET.parse(file)
