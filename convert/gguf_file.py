@@ -17,7 +17,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
 from qtool.convert.ggml import GgmlBlocks, load_gguf, row_bytes
-from qtool.convert.gguf_names import possible_names, row_order
+from qtool.convert.gguf_names import norm_offset, possible_names, row_order
 from qtool.convert.writer import resume_journal, start_journal
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -203,6 +203,8 @@ class GgufFile:
         """Every tensor of the model under its Hugging Face name, dequantized to float32."""
         for hf, name in self.hf_names().items():
             values = self.blocks(name).dequantize()
+            if offset := norm_offset(name, self.config):
+                values = values - offset
             order = row_order(name, self.layout[name][1][0], self.config)
             values = values.view(self.layout[name][1])
             if order is not None:

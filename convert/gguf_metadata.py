@@ -9,18 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.gguf_names import rope_parameters
+from qtool.convert.gguf_names import gguf_architecture
 from qtool.convert.gguf_types import FILE_TYPES
+from qtool.convert.model_config import GEMMA_WINDOW, SLIDING, layer_windows, rope_parameters
 
 REQUIRED = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 QUANTIZATION_VERSION = 2
+WINDOWED = ("gemma2", "gemma3")  # llama.cpp's architectures, of those written here, whose layers slide
+SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}  # with so many layers llama.cpp scales scores by hidden / heads
 
 
 def add_metadata(writer: Any, config: Mapping[str, Any], name: str, file_type: str) -> None:
     """Write every key but the tokenizer's into a `gguf.GGUFWriter`. Raises QtoolError for a config that lacks one, or
-    for a rotary scaling that llama.cpp does not know."""
+    for a rotary scaling or an attention that llama.cpp does not know."""
     missing = [key for key in REQUIRED if config.get(key) is None]
     if missing:
         raise QtoolError(f"config.json lacks {', '.join(missing)}, which GGUF needs.")
@@ -42,6 +45,8 @@ def add_metadata(writer: Any, config: Mapping[str, Any], name: str, file_type: s
     writer.add_vocab_size(int(config["vocab_size"]))
     writer.add_rope_dimension_count(dim)
     _add_rope(writer, config)
+    if gguf_architecture(config) in WINDOWED:
+        _add_gemma(writer, config, gguf_architecture(config), heads, dim)
 
 
 def required_keys(architecture: str) -> list[str]:
@@ -51,12 +56,13 @@ def required_keys(architecture: str) -> list[str]:
         "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
     )  # fmt: skip
     general = ("general.architecture", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.tokens")
-    return [*general, *(f"{architecture}.{key}" for key in own)]
+    windows = ("attention.sliding_window", "attention.sliding_window_pattern") if architecture in WINDOWED else ()
+    return [*general, *(f"{architecture}.{key}" for key in (*own, *windows))]
 
 
 def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
     rope = rope_parameters(config)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 1e6 if gguf_architecture(config) == "gemma3" else 1e4)))
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if kind in ("default", "llama3"):  # llama3's factors are a tensor of their own
         return
@@ -78,3 +84,35 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
         for key, add in optional.items():
             if rope.get(key) is not None:
                 add(float(rope[key]))
+
+
+def _add_gemma(writer: Any, config: Mapping[str, Any], architecture: str, heads: int, dim: int) -> None:
+    """Windows, soft caps and the rotary base of sliding layers (llama.cpp src/models/gemma2.cpp, gemma3.cpp)."""
+    layers = int(config["num_hidden_layers"])
+    windows = layer_windows(config, layers)
+    full = [index for index, window in enumerate(windows) if window is None]
+    period = full[0] + 1 if full else layers + 1
+    if period == 1 or full != [index for index in range(layers) if (index + 1) % period == 0]:
+        raise QtoolError(
+            f"config.json: attention slides in all of {layers} layers but {full}; llama.cpp's {architecture} needs one "
+            "layer in so many, and not every one, to attend to everything."
+        )
+    scale = int(config["hidden_size"]) // heads if layers == SCALED_BY_HIDDEN[architecture] else dim
+    asked = config.get("query_pre_attn_scalar", 256)
+    if asked != scale:
+        raise QtoolError(f"config.json: query_pre_attn_scalar is {asked}; llama.cpp's {architecture} takes {scale}.")
+    writer.add_sliding_window(int(config.get("sliding_window", GEMMA_WINDOW)))
+    writer.add_sliding_window_pattern(period)
+    final = config.get("final_logit_softcapping", 30.0 if architecture == "gemma2" else None)
+    if final is not None:
+        writer.add_final_logit_softcapping(float(final))
+    if architecture == "gemma2":
+        cap = config.get("attn_logit_softcapping", 50.0)
+        if cap is None or final is None:
+            raise QtoolError("config.json: a soft cap is null; llama.cpp's gemma2 always has both.")
+        writer.add_attn_logit_softcapping(float(cap))
+        return
+    rope = rope_parameters(config, SLIDING)
+    if (rope.get("rope_type") or "default") != "default":
+        raise QtoolError("config.json: sliding layers with a rotary scaling of their own cannot be written as GGUF.")
+    writer.add_rope_freq_base_swa(float(rope.get("rope_theta", 1e4)))

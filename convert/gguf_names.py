@@ -11,6 +11,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.ggml import load_gguf
+from qtool.convert.model_config import is_tied, rope_parameters
 
 # config.json's architecture -> general.architecture
 ARCHITECTURES = {
@@ -19,13 +20,17 @@ ARCHITECTURES = {
     "IQuestCoderForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
 }
 PERMUTED = ("llama",)
+ADDED_ONE = ("gemma", "gemma2", "gemma3")  # their norms apply 1 + weight, and llama.cpp's files hold the sum
 SUFFIXES = (".weight", ".bias")
 PARTS = (
-    "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
-    "self_attn.k_norm",
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm",
 )  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -45,7 +50,7 @@ def gguf_architecture(config: Mapping[str, Any]) -> str:
 def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """HF name -> GGUF name, a tied head left out. Raises QtoolError for a tensor that llama.cpp does not know."""
     table = _name_map(config)
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = is_tied(config)
     found = {}
     for name in tensors:
         if tied and name == "lm_head.weight":
@@ -88,6 +93,11 @@ def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor |
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
 
 
+def norm_offset(name: str, config: Mapping[str, Any]) -> float:
+    """What llama.cpp's file has on top of a GGUF tensor's weight in the checkpoint."""
+    return 1.0 if name.endswith("norm.weight") and gguf_architecture(config) in ADDED_ONE else 0.0
+
+
 def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
     """`rope_freqs.weight`, float32 ``[head_dim / 2]``: what llama-3 scaling divides each frequency by; None without.
 
@@ -104,11 +114,3 @@ def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
     factors = 1 / ((1 - smooth) / factor + smooth)
     factors = torch.where(lengths > context / low, factor, torch.where(lengths < context / high, 1.0, factors))
     return factors.float()
-
-
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of either generation of config.json, `rope_theta` included."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if "rope_theta" not in rope and config.get("rope_theta") is not None:
-        rope["rope_theta"] = config["rope_theta"]
-    return rope

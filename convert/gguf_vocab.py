@@ -169,8 +169,15 @@ def _prepends_space(raw: Mapping[str, Any]) -> bool:
     return '"type": "Prepend"' in text or '"prepend_scheme": "always"' in text or '"prepend_scheme": "first"' in text
 
 
+def unembedded(tokenizer: Any, size: int) -> list[str]:
+    """Added tokens beyond the embedding's ``size`` rows, which the model cannot read and a file leaves out: Gemma 3's
+    text models carry the image token of the larger ones."""
+    return [str(added) for number, added in sorted(tokenizer.added_tokens_decoder.items()) if number >= size]
+
+
 def _texts(tokenizer: Any, size: int, folder: Path) -> dict[int, str]:
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    beyond = unembedded(tokenizer, size)
+    texts = {number: text for text, number in tokenizer.get_vocab().items() if text not in beyond}
     if max(texts) >= size:
         raise QtoolError(f"{folder}: the tokenizer has token {max(texts)}, config.json's vocab_size is {size}.")
     return texts

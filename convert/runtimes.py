@@ -13,6 +13,7 @@ ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is 
 AWQ_KEYS = ("quant_method", "bits", "group_size", "zero_point", "version")
 GPTQ_KEYS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
 MARLIN_GROUPS = (-1, 32, 64, 128)
+NO_FLOAT16 = ("gemma2", "gemma3_text")  # model_type of what vLLM runs in bfloat16 alone (vllm/config/model.py)
 QUANTIZED = (".qweight", ".weight_packed", ".weight.absmax")  # how the tensors of a quantized module end
 
 
@@ -68,6 +69,9 @@ def _awq_shapes(subject: Subject, _: int) -> Iterator[str]:
 
 
 def _vllm_plain(subject: Subject, tp: int) -> Iterator[str]:
+    kind = subject.config.get("model_type")
+    if kind in NO_FLOAT16:
+        yield f"the kernel computes in float16, in which vLLM runs no {kind}"
     yield from _heads(subject, tp)
     yield from _shards(subject, tp, multiple_out=8, multiple_in=1)
 

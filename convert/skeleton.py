@@ -10,6 +10,8 @@ from torch import nn
 
 from qtool import QtoolError
 
+_UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
+
 
 def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it, without the quantization section (dequantized weights are loaded).
@@ -44,7 +46,10 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, _rebuild(name, module))
+            if next(module.parameters(), None) is None:
+                model.set_submodule(name, _rebuild(name, module))
+            else:
+                _fill_buffers(name, module, model)
     model.eval()
     return model.requires_grad_(False)
 
@@ -52,11 +57,23 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
 def _rebuild(name: str, module: nn.Module) -> nn.Module:
     """A module made of buffers only (a rotary embedding) is made again, on the CPU, from its own config."""
     config = getattr(module, "config", None)
-    if config is None or next(module.parameters(), None) is not None:
-        raise QtoolError(f"{type(module).__name__} ({name}) holds buffers that cannot be made from config.json alone.")
+    if config is None:
+        raise QtoolError(_UNKNOWN.format(type(module).__name__, name))
     with torch.device("cpu"):
         rebuilt: nn.Module = type(module)(config=config)
     return rebuilt
+
+
+def _fill_buffers(name: str, module: nn.Module, model: Any) -> None:
+    """Buffers beside weights (the factor of Gemma's embedding) get the values of the model's own initialization, which
+    leaves weights on the meta device as they are. In float32, as rotary tables: a model takes them to its own dtype."""
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, key, torch.full_like(buffer, torch.nan, dtype=torch.float32, device="cpu"))
+    initialize = getattr(model, "_init_weights", None)
+    if initialize is not None:
+        initialize(module)
+    if any(bool(buffer.isnan().any()) for buffer in module.buffers(recurse=False)):
+        raise QtoolError(_UNKNOWN.format(type(module).__name__, name))
 
 
 def expected_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], set[str]]:

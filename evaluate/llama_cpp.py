@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,11 @@ TOKEN_CORPUS = (
 )  # NFC text: llama.cpp never composes marks, where some tokenizers do
 
 
-def token_difference(file: Path, tokenizer: Any) -> str | None:
+def token_difference(file: Path, tokenizer: Any, without: Collection[str] = ()) -> str | None:
     """The first text that llama.cpp, reading ``file``, splits into other token ids than ``tokenizer`` does; None when
-    all agree. Special tokens are tried one by one between words. Raises QtoolError as `serve` does."""
-    special = [f"a {token} b{token}c" for token in tokenizer.all_special_tokens]
+    all agree. Special tokens but those in ``without`` are tried one by one between words. Raises QtoolError as `serve`
+    does."""
+    special = [f"a {token} b{token}c" for token in tokenizer.all_special_tokens if token not in without]
     with serve(file, 512) as url:
         for text in (*TOKEN_CORPUS, *special):
             expected = tokenizer(text, add_special_tokens=False).input_ids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.model_config import PERIODS, is_tied, layer_windows
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -14,6 +15,7 @@ LOOPED = "IQuestLoopCoderForCausalLM"
 # architectures whose every tensor follows from config.json (`tensor_shapes`)
 KNOWN = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "IQuestCoderForCausalLM", LOOPED,
+    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
 )  # fmt: skip
 
 
@@ -92,6 +94,9 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
         assumed.append("no architecture is named: planned as a decoder of attention and gated MLP layers")
     elif architecture not in KNOWN:
         assumed.append(f"{architecture} is not known to qtool: its cache and activations are planned as Llama's")
+    for key in ("sliding_window", "sliding_window_pattern", "max_window_layers"):
+        if config.get(key):  # 0 and null say that nothing slides, or all does
+            _positive(config, key, where)
     loops = _optional(config, "loop_num", where) or (2 if architecture == LOOPED else 1)
     return Geometry(
         architecture=architecture,
@@ -102,8 +107,8 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
         kv_heads=kv_heads or heads,
         head_dim=head_dim or hidden // heads,
         vocab=_positive(config, "vocab_size", where),
-        tied=bool(config.get("tie_word_embeddings")),
-        windows=_windows(config, layers, where),
+        tied=is_tied(config),
+        windows=layer_windows(config, layers),
         max_context=max_context,
         dtype=_dtype(config, assumed, where),
         loops=loops,
@@ -122,7 +127,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             f"qtool without its weights' headers. Known: {', '.join(KNOWN)}."
         )
     g = geometry
-    qwen2, qwen3 = (g.architecture == name for name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"))
+    qwen2 = g.architecture == "Qwen2ForCausalLM"
     biased = bool(config.get("attention_bias")) or qwen2
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (g.vocab, g.hidden)}
     for index in range(g.layers):
@@ -141,8 +146,10 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             if config.get("mlp_bias"):
                 shapes[f"{layer}mlp.{name}_proj.bias"] = (rows,)
         norms = ["input_layernorm", "post_attention_layernorm"]
+        if g.architecture in PERIODS:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{layer}{norm}.weight": (g.hidden,) for norm in norms}
-        if qwen3:
+        if g.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
             shapes |= {f"{layer}self_attn.{norm}.weight": (g.head_dim,) for norm in ("q_norm", "k_norm")}
         if g.architecture == LOOPED:  # gates between the first pass's cache and the pass's own window
             shapes[f"model.gate_projections.{index}.weight"] = (g.heads, g.head_dim)
@@ -162,20 +169,6 @@ def _positive(config: Mapping[str, Any], key: str, where: str) -> int:
 
 def _optional(config: Mapping[str, Any], key: str, where: str) -> int | None:
     return None if config.get(key) is None else _positive(config, key, where)
-
-
-def _windows(config: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
-    """transformers' rules: `layer_types` decide where they are given; Qwen slides only where `use_sliding_window` says
-    so, and only from layer `max_window_layers` on."""
-    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
-        return (None,) * layers
-    window = _positive(config, "sliding_window", where)
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == layers:
-        return tuple(window if "sliding" in str(kind) else None for kind in kinds)
-    late = "use_sliding_window" in config and config.get("max_window_layers")  # 0: from the first layer on
-    first = _positive(config, "max_window_layers", where) if late else 0
-    return tuple(window if index >= first else None for index in range(layers))
 
 
 def _dtype(config: Mapping[str, Any], assumed: list[str], where: str) -> str:

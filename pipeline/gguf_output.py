@@ -12,9 +12,9 @@ from qtool.convert.checkpoint import Checkpoint, read_json
 from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
-from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, rope_factors, row_order
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, rope_factors, row_order
 from qtool.convert.gguf_plan import GgufPlan
-from qtool.convert.gguf_vocab import add_vocabulary
+from qtool.convert.gguf_vocab import add_vocabulary, unembedded
 from qtool.convert.imatrix import write_imatrix
 from qtool.convert.modelfile import modelfile
 from qtool.convert.plan import layer_of
@@ -100,7 +100,9 @@ class GgufOutput:
         if self.squares is not None:
             self.squares.close()
             self._write_imatrix()
-        notes = [*self.plan.notes, self._token_proof()]
+        beyond = unembedded(self.tokenizer, int(self.config["vocab_size"]))
+        left_out = [f"tokens beyond the embedding's rows, left out: {', '.join(beyond)}"] if beyond else []
+        notes = [*self.plan.notes, *left_out, self._token_proof(beyond)]
         copy_sidecars(self.job.source.path, self.partial, self.job.recipe.model.trust_remote_code)
         write_config(self.job.source.path, self.partial, {}, None)
         template = getattr(self.tokenizer, "chat_template", None)
@@ -111,7 +113,10 @@ class GgufOutput:
         seal(self.partial, self.job.folder(self.method), manifest)
 
     def _write(self, hf: str, tensor: torch.Tensor) -> None:
-        type_name = self.plan.types[self.plan.names[hf]].type
+        name = self.plan.names[hf]
+        type_name = self.plan.types[name].type
+        offset = norm_offset(name, self.config)
+        tensor = tensor.float() + offset if offset else tensor
         if not bool(tensor.isfinite().all()):
             raise QtoolError(f"{hf}: holds NaN or Inf.")
         matrix = tensor.view(-1, tensor.shape[-1]).to(self.job.device)
@@ -134,10 +139,10 @@ class GgufOutput:
         # the file may be published: where the text lay on this machine is nobody's business
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
-    def _token_proof(self) -> str:
+    def _token_proof(self, beyond: list[str]) -> str:
         """Raises QtoolError showing the first text that llama.cpp splits otherwise."""
         try:
-            difference = token_difference(self.path, self.tokenizer)
+            difference = token_difference(self.path, self.tokenizer, beyond)
         except QtoolError as error:
             if error.exit_code != 3:
                 raise

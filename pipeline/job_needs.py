@@ -14,7 +14,7 @@ import torch
 from qtool import QtoolError, ledger
 from qtool.convert.writer import Spec, file_sizes
 from qtool.job import Job, device_kind
-from qtool.quantize.memory import peak_bytes
+from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method
 
 GIB = 2**30
@@ -59,9 +59,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Method] | Non
     """``pending``: the outputs still to be made (None: all that were planned). Space that a begun output has reserved
     already counts as there."""
     methods = [m for m in (job.recipe.outputs if pending is None else pending) if m.name in job.plans]
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    tokens = job.recipe.calibration.samples * job.recipe.calibration.length
-    peak = peak_bytes(job.architecture, shapes, methods, tokens, job.device.type) if methods else 0
+    peak = peak_of(job, methods) if methods else 0
     layer = max(_layer_bytes(job), _largest(job)) if methods else 0
     on_host = job.device.type == "cpu"
     disk = sum(_disk(job, method) for method in methods if not any(job.partial(method).glob("*")))
@@ -77,6 +75,14 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Method] | Non
         disk_path=str(parent),
         seconds=_seconds(job, methods, runs) if runs is not None else None,
     )
+
+
+def peak_of(job: Job, methods: Sequence[Method]) -> int:
+    """Bytes on the computing device while these outputs are made."""
+    text, device = job.recipe.calibration, job.device.type
+    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
+    scores = score_bytes(job.architecture, job.config.num_attention_heads, text.samples, text.length, device)
+    return peak_bytes(job.architecture, shapes, methods, text.samples * text.length, device, scores)
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Method]) -> None:

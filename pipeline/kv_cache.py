@@ -5,7 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 from qtool import QtoolError
+from qtool.convert.model_config import PERIODS
 from qtool.geometry import Geometry
+from qtool.workspace import UBATCH
 
 # bytes to a number; ggml's blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
 KV_BYTES: dict[str, Fraction] = {
@@ -35,25 +37,33 @@ def kv_bytes(
 
 
 def cached_windows(geometry: Geometry, engine: str) -> tuple[int | None, ...]:
-    """One entry for each cache that a sequence has. llama.cpp's architectures llama, qwen2 and qwen3 ignore windows.
+    """One entry for each cache that a sequence has. llama.cpp ignores windows in all architectures but gemma2, gemma3.
 
     A looped model keeps the first pass whole and of every further pass a window (vLLM models/iquest_loopcoder.py,
     mlx-lm models/iquestloopcoder.py).
     """
-    first = (None,) * geometry.layers if engine == "llama.cpp" else geometry.windows
+    ignored = engine == "llama.cpp" and geometry.architecture not in PERIODS
+    first = (None,) * geometry.layers if ignored else geometry.windows
     return first + (geometry.loop_window,) * (geometry.layers * (geometry.loops - 1))
 
 
 def cells(engine: str, context: int, window: int | None, chunk: int = 0) -> int:
     """Tokens that one cache of one sequence has room for."""
-    if engine == "llama.cpp":
-        return -(-context // LLAMA_CPP_PAD) * LLAMA_CPP_PAD
+    if engine == "llama.cpp":  # a sliding layer keeps its window and one batch (src/llama-kv-cache-iswa.cpp)
+        held = context if window is None else min(context, window + UBATCH)
+        return -(-held // LLAMA_CPP_PAD) * LLAMA_CPP_PAD
     if window is not None and engine == "vllm":  # v1/core/single_type_kv_cache_manager.py
         held = min(context, window - 1 + chunk)
         return min(-(-held // VLLM_BLOCK) + 1, -(-context // VLLM_BLOCK)) * VLLM_BLOCK
     if window is not None:
         return min(context, window)
     return -(-context // VLLM_BLOCK) * VLLM_BLOCK if engine == "vllm" else context
+
+
+def sliding_cells(geometry: Geometry, context: int) -> int:
+    """Tokens that llama.cpp's cache of a sliding layer has room for, 0 where none slides."""
+    windows = [window for window in cached_windows(geometry, "llama.cpp") if window is not None]
+    return cells("llama.cpp", context, windows[0]) if windows and geometry.loops == 1 else 0
 
 
 def check_kv_dtype(geometry: Geometry, engine: str, kv_dtype: str) -> None:

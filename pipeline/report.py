@@ -150,7 +150,7 @@ def _print_summary(name: str, result: Verification) -> None:
 
 def print_plan(job: Job) -> None:
     """`--dry-run`: what each linear becomes, then totals, memory and disk."""
-    from qtool.quantize.memory import peak_bytes
+    from qtool.job_needs import peak_of
 
     for name, plan in job.plans.items():
         table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
@@ -174,9 +174,7 @@ def print_plan(job: Job) -> None:
         )
     recipe = job.recipe
     methods = [method for method in recipe.outputs if method.name in job.plans]
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    memory = peak_bytes(job.architecture, shapes, methods, tokens, job.device.type)
+    memory = peak_of(job, methods)
     console.print(
         f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
     )

@@ -9,7 +9,7 @@ from qtool.accelerators import Accelerator
 from qtool.bounds import Range, decode_seconds, offload_seconds, prefill_seconds
 from qtool.formats import Weights
 from qtool.geometry import Geometry
-from qtool.kv_cache import cells, kv_bytes
+from qtool.kv_cache import cells, kv_bytes, sliding_cells
 from qtool.workspace import (
     ALLOCATOR_SLACK,
     VLLM_UTILIZATION,
@@ -106,7 +106,7 @@ def overhead_of(setting: Setting, context: int, sequences: int) -> Overhead:
         return vllm_overhead(g, card, setting.cards, sequences)
     if setting.engine == "llama.cpp":
         each = cells("llama.cpp", context, None)
-        return llama_cpp_overhead(g, each, each * sequences, sequences, card.cuda)
+        return llama_cpp_overhead(g, each, each * sequences, sequences, card.cuda, sliding_cells(g, context))
     found = transformers_overhead(g, context, sequences, card.compute, setting.weights.largest)
     return Overhead(int(found.activations * (1 + ALLOCATOR_SLACK)), found.fixed)
 

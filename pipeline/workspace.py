@@ -38,13 +38,19 @@ def transformers_activations(geometry: Geometry, context: int, sequences: int) -
 
     Live at once in the gated MLP: embeddings, the layer's input, the residual, its norm (4 hidden) and three of the
     intermediate's width; in the rotary step of attention three hidden states and four queries, the layer's own keys and
-    values not yet being in the cache. Beside them cos and sin and the positions (int64) of one sequence.
+    values not yet being in the cache. Beside them cos and sin and the positions (int64) of one sequence. Gemma 2's soft
+    cap rules SDPA out: the scores of all heads are whole, before softmax, after it and as float32 between, beside two
+    masks, three hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
     queries = g.heads * g.head_dim
-    per_token = max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    if g.architecture == "Gemma2ForCausalLM":
+        scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
+        repeated = 2 * queries if g.heads > g.kv_heads else 0
+        widest = max(widest, scores + tokens * (3 * g.hidden + queries + repeated) * g.width)
     rotary = context * (2 * g.head_dim * g.width + 8) + 8 * tokens
-    return tokens * per_token + rotary + g.vocab * sequences * g.width
+    return widest + rotary + g.vocab * sequences * g.width
 
 
 def transformers_overhead(
@@ -77,10 +83,11 @@ def vllm_overhead(geometry: Geometry, card: Accelerator, cards: int, sequences: 
 
 
 def llama_cpp_compute(
-    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH
+    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH, sliding: int = 0
 ) -> int:
     """Bytes of llama.cpp's compute buffer for graphs of ``ubatch`` tokens, float32. ``cells``: cache cells that one
-    sequence's attention spans; ``context``: n_ctx of all sequences, which no batch exceeds.
+    sequence's attention spans; ``context``: n_ctx of all sequences, which no batch exceeds; ``sliding``: cells of the
+    layers that slide, which have a mask of their own.
 
     With flash attention the feed-forward part is the widest (three intermediates, five hidden states) and the mask is
     float16; without, keys and values are copied, scores of every head are whole, and the mask is float32. Fitted to
@@ -89,14 +96,14 @@ def llama_cpp_compute(
     g, tokens = geometry, min(ubatch, context)
     forward = 3 * g.intermediate + 5 * g.hidden
     if flash_attention:
-        return tokens * (4 * (forward + 10) + 2 * cells)
+        return tokens * (4 * (forward + 10) + 2 * (cells + sliding))
     attention = 6 * g.heads * g.head_dim + g.heads * cells
-    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + 5)
+    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + sliding + 5)
 
 
 def llama_cpp_overhead(
-    geometry: Geometry, cells: int, context: int, sequences: int, cuda: bool, flash_attention: bool = True
+    geometry: Geometry, cells: int, context: int, sequences: int, cuda: bool, sliding: int = 0
 ) -> Overhead:
     """Compute buffer, logits of one token a sequence, and the CUDA context where there is one."""
-    compute = llama_cpp_compute(geometry, cells, context, flash_attention)
+    compute = llama_cpp_compute(geometry, cells, context, sliding=sliding)
     return Overhead(compute + 4 * geometry.vocab * sequences, CUDA_CONTEXT if cuda else 0)

@@ -99,11 +99,9 @@ def _fold(
 
     Norms and biases are folded here; rows and columns of linears are noted and applied when they are rounded.
     """
-    if group.kind == "norm":
+    if group.kind in ("norm", "norm_plus_one"):
         name = f"{group.producer}.weight"
-        norm = folded[name]
-        folded[name] = (norm / scale).to(dtype).float()
-        scale = torch.where(folded[name] == 0, scale, norm / folded[name])
+        folded[name], scale = _fold_norm(folded[name], scale, dtype, 1.0 if group.kind == "norm_plus_one" else 0.0)
     else:
         rows = scale if tie is None else torch.empty_like(output.rows[group.producer]).index_copy_(0, tie, scale)
         bias = f"{group.producer}.bias"
@@ -112,6 +110,17 @@ def _fold(
         output.rows[group.producer] = rows
     for linear in group.linears:
         output.columns[linear] = scale
+
+
+def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
+    """(weight of a norm that applies offset + weight, divided by ``scale`` and as ``dtype`` stores it; what it was
+    divided by indeed). A channel whose quotient would be stored as 0 keeps its weight: near -1 a weight has few digits.
+    """
+    norm = weight + offset
+    stored = (norm / scale - offset).to(dtype).float()
+    stored = torch.where(stored + offset == 0, weight.to(dtype).float(), stored)
+    left = stored + offset
+    return stored, torch.where(left == 0, scale, norm / left)
 
 
 def _round_group(

@@ -17,10 +17,11 @@ def peak_bytes(
     methods: Sequence[Method],
     tokens: int,
     device: str,
+    scores: int = 0,
 ) -> int:
-    """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. Bytes on the computing device:
-    hidden states of every stream, one layer, its Gram matrices and drifts, the largest workspace, the codes. Within 5 %
-    of what an accelerator's allocator reports (docs/benchmarks.md)."""
+    """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
+    Bytes on the computing device: hidden states of every stream, one layer, its Gram matrices and drifts, the largest
+    workspace, the codes. Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md)."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer = {name: shape for name, shape in shapes.items() if name.startswith(f"{architecture.prefix}0.")}
     parameters = sum(_count(shape) for shape in layer.values())
@@ -46,11 +47,21 @@ def peak_bytes(
         max(compensated * (3 * columns**2 + 4 * out * columns), (6 if searched else 4) * out * columns)
         for out, columns in group_shapes
     ]
-    activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest
+    activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest + scores
     states = width * tokens * hidden * (1 + own)
     work = max(4 * (copied + max(workspaces)) if on_grid else 0, activations)
     walking = parameters * (width + len(on_grid)) + 4 * (grams + drifts) + work
     return states + max(walking, embedding)
+
+
+def score_bytes(architecture: Architecture, heads: int, samples: int, length: int, device: str) -> int:
+    """Of one forward's attention where all scores are whole: before softmax, after it and as float32 between, beside
+    two masks."""
+    if not architecture.whole_scores:
+        return 0
+    width = 4 if device == "cpu" and not fast_bfloat16() else 2
+    sequences = min(samples, max(1, BATCH_TOKENS[device] // length))
+    return sequences * length**2 * (heads * (2 * width + 4) + 2 * width)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -37,13 +37,14 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
         "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
-    config = getattr(transformers, f"{architecture}Config")(**(settings | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    kind = getattr(transformers, f"{architecture}ForCausalLM")
+    model = kind(kind.config_class(**(settings | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # outlier channels, as trained models have them
                 parameter.copy_(1 + torch.rand_like(parameter) + 6 * (torch.rand_like(parameter) > 0.95))
+                parameter.sub_(1 if "Gemma" in architecture else 0)  # they apply 1 + weight
             elif parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.08)
             else:

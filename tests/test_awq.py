@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qtool.quantize import awq, grid
-from qtool.quantize.architectures import LLAMA
-from qtool.quantize.folding import Heads, kv_rows, quantize_layer
+from qtool.quantize.architectures import GEMMA2, LLAMA, Architecture
+from qtool.quantize.folding import Heads, _fold_norm, kv_rows, quantize_layer
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import AwqMethod
 from qtool.quantize.precision import fast_bfloat16
@@ -135,7 +135,8 @@ def test_bfloat16_products_lose_nothing() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_folding_leaves_the_function_alone(rounding: str) -> None:
+@pytest.mark.parametrize(("architecture", "offset"), [(LLAMA, 0.0), (GEMMA2, 1.0)])
+def test_folding_leaves_the_function_alone(rounding: str, architecture: Architecture, offset: float) -> None:
     """With the fold undone, the folded weights are the source's: only rounding changes the layer."""
     heads = Heads(kv=2, repeat=2, dim=32)
     rows = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
@@ -146,14 +147,15 @@ def test_folding_leaves_the_function_alone(rounding: str) -> None:
         "mlp.gate_proj.weight": torch.randn(256, 128) * 0.1,
         "mlp.up_proj.weight": torch.randn(256, 128) * 0.1,
         "mlp.down_proj.weight": torch.randn(128, 256) * 0.1,
-        "input_layernorm.weight": torch.rand(128) + 0.5,
-        "post_attention_layernorm.weight": torch.rand(128) + 0.5,
     }
-    stats = {group.name: statistics(inputs(columns=256 if group.name == "down" else 128)) for group in LLAMA.groups}
+    norms = {group.producer: group.linears[0] for group in architecture.groups if group.kind.startswith("norm")}
+    weights |= {f"{norm}.weight": torch.rand(128) + 0.5 - offset for norm in norms}
+    groups = architecture.groups
+    stats = {group.name: statistics(inputs(columns=256 if group.name == "down" else 128)) for group in groups}
     method = AwqMethod(method="awq", group_size=32, rounding=rounding)
-    output = quantize_layer(method, LLAMA, weights, stats, heads)
-    assert set(output.codes) == set(LLAMA.linears)
-    for group in LLAMA.groups:
+    output = quantize_layer(method, architecture, weights, stats, heads)
+    assert set(output.codes) == set(architecture.linears)
+    for group in groups:
         for linear in group.linears:
             restored = output.codes[linear].dequantize() / output.columns[linear] * output.rows[linear].unsqueeze(1)
             source = weights[f"{linear}.weight"]
@@ -161,12 +163,25 @@ def test_folding_leaves_the_function_alone(rounding: str) -> None:
                 output.records[linear]["frobenius"], rel=1e-4
             )
             assert output.records[linear]["error"] < output.records[linear]["rtn_error"]
-    for norm, linear in (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.up_proj")):
-        product = output.tensors[f"{norm}.weight"] * output.columns[linear]
-        assert torch.allclose(product, weights[f"{norm}.weight"], rtol=1e-6)
+    for norm, linear in norms.items():
+        product = (output.tensors[f"{norm}.weight"] + offset) * output.columns[linear]
+        assert torch.allclose(product, weights[f"{norm}.weight"] + offset, rtol=1e-6)
+        assert not torch.equal(output.columns[linear], torch.ones(128))
     # what v_proj's rows and bias lost, o_proj's columns gained, head by head
     gained = output.columns["self_attn.o_proj"]
     assert torch.equal(output.rows["self_attn.v_proj"][kv_rows(heads, torch.device("cpu"))], gained)
     bias = output.tensors["self_attn.v_proj.bias"] * output.rows["self_attn.v_proj"]
     assert torch.allclose(bias, weights["self_attn.v_proj.bias"], rtol=1e-5)
     assert torch.equal(output.tensors["self_attn.q_proj.bias"], weights["self_attn.q_proj.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_that_adds_one_loses_no_channel(dtype: torch.dtype) -> None:
+    """1 + weight near 0 cannot be divided in two bytes: the weight, as stored, times what is left is the source's."""
+    weight = torch.tensor([3.0, -0.5, -0.99609375, -1.0078125, -1.0, -2.5])  # all of them numbers of either dtype
+    scale = torch.tensor([7.3, 0.3, 50.0, 50.0, 5.0, 1.7])
+    stored, left = _fold_norm(weight, scale, dtype, 1.0)
+    assert torch.equal(stored, stored.to(dtype).float())
+    assert torch.equal((1 + stored == 0), (1 + weight == 0))
+    assert torch.allclose((1 + stored) * left, 1 + weight, rtol=1e-6)
+    assert torch.allclose(left[[0, 1, 5]], scale[[0, 1, 5]], rtol=0.03)

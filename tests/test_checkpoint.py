@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import INDEX, Checkpoint, read_json
-from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.convert.skeleton import _fill_buffers, build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
 
 
@@ -199,3 +199,10 @@ def test_hub_without_network_says_how_to_go_offline(monkeypatch: pytest.MonkeyPa
     with pytest.raises(QtoolError, match="hf download") as error:
         resolve("some-org/some-model", "main")
     assert error.value.exit_code == 3
+
+
+def test_a_buffer_that_no_config_tells_is_named() -> None:
+    module = torch.nn.Linear(2, 2, device="meta")
+    module.register_buffer("table", torch.empty(3, device="meta"))
+    with pytest.raises(QtoolError, match=r"Linear \(proj\) holds buffers that cannot be made from config\.json alone"):
+        _fill_buffers("proj", module, torch.nn.Sequential(module))

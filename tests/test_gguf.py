@@ -35,6 +35,11 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+WINDOWS = {"vocab_size": 384, "query_pre_attn_scalar": 32, "sliding_window": 24}  # shorter than the text
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
 
 
 def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
@@ -51,6 +56,10 @@ def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
         ("Mistral", {"sliding_window": None}),
         ("Qwen2", {"vocab_size": 384}),  # more rows than tokens: the vocabulary is padded
         ("Qwen3", {"vocab_size": 384}),
+        ("Gemma", {"vocab_size": 384}),
+        ("Gemma2", WINDOWS | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
+        ("Gemma3", WINDOWS | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+        ("Gemma3", WINDOWS | {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": TWO_ROPES}),
     ],
 )
 def test_llama_cpp_computes_what_transformers_does(
@@ -66,14 +75,19 @@ def test_llama_cpp_computes_what_transformers_does(
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     assert artifact.gguf is not None
+    tokenizer = load_tokenizer(model, False)  # llama-server tells nothing of a token that ends inside a character
+    whole = [n for n, row in enumerate(expected) if "\ufffd" not in tokenizer.decode([int(row.argmax())])]
+    divergences = []
     with llama_cpp.serve(artifact.gguf, 128) as url:
-        for position in (3, 20, 47):
+        for position in whole[::-5]:
             found = torch.full((expected.shape[1],), -torch.inf)
             for token, value in served.top_logprobs(url, ids[: position + 1], expected.shape[1]).items():
                 found[token] = value
             row = expected[position]
-            assert int(found.argmax()) == int(row.argmax())
-            assert float((row.exp() * (row - found)).sum()) < 1e-3
+            assert float(row.max() - row[int(found.argmax())]) < 0.01  # the same token, or one as likely
+            divergences.append(float((row.exp() * (row - found)).sum()))
+    assert max(divergences) < 1e-3
+    assert sum(divergences) / len(divergences) < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,39 @@ def make_tokenizer(folder: Path, prepend: bool) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def make_gemma_tokenizer(folder: Path) -> None:
+    """As Gemma's: runs of spaces and newlines are tokens of their own, the first ones through merges that outrank all
+    others, the second as added tokens; no space before a text; one added token too many for the embedding."""
+    make_tokenizer(folder, False)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, merges = raw["model"]["vocab"], raw["model"]["merges"]
+    runs = ["\u2581" * count for count in range(2, 7)]
+    added = [*("\n" * count for count in range(1, 5)), *runs, "<table>", "<start_of_turn>"]
+    for name in added:
+        if name in vocabulary:
+            continue
+        vocabulary[name] = len(vocabulary)
+    vocabulary |= {f"<unused{number}>": number for number in range(len(vocabulary), SIZE)}
+    first = [[run[:i], run[i:]] for run in reversed(runs) for i in range(len(run) - 1, 0, -1)]
+    raw["model"]["merges"] = first + [pair for pair in merges if pair not in first]
+    names = {"<s>": "<bos>", "</s>": "<eos>"}
+    for entry in raw["added_tokens"]:
+        entry["content"] = names.get(entry["content"], entry["content"])
+    raw["model"]["vocab"] = {names.get(name, name): number for name, number in vocabulary.items()}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    raw["added_tokens"] += [
+        {"id": vocabulary[name], "content": name, "special": name == "<start_of_turn>", **plain} for name in added
+    ]
+    raw["added_tokens"] += [{"id": SIZE, "content": "<image_soft_token>", "special": True, **plain}]
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "GemmaTokenizer", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>",
+        "pad_token": "<eos>", "mask_token": "<unk>", "add_bos_token": True,
+        "extra_special_tokens": {"image_token": "<image_soft_token>"},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
 def convert(recipe_path: Path) -> Any:
     recipe = load_recipe(recipe_path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
@@ -129,3 +162,26 @@ def test_unigram_vocabularies_are_refused(
     path.write_text(json.dumps(raw))
     with pytest.raises(QtoolError, match="a Unigram vocabulary cannot be written as GGUF"):
         convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
+
+
+def test_gemma_splits_runs_and_keeps_within_its_embedding(
+    model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    model = model_maker(tmp_path / "model", "Gemma3", vocab_size=SIZE, **changes)
+    make_gemma_tokenizer(model)
+    tokenizer = load_tokenizer(model, False)
+    assert type(tokenizer).__name__ == "GemmaTokenizer"
+    text = tokenizer("a" + " " * 9 + "b\n\n\n\n\n", add_special_tokens=False).input_ids
+    assert [tokenizer.convert_ids_to_tokens(n) for n in text] == [
+        "a", "\u2581" * 6, "\u2581" * 3, "b", "\n" * 4, "\n",
+    ]  # fmt: skip
+    artifact = convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
+    assert artifact.notes == [
+        "tokens beyond the embedding's rows, left out: <image_soft_token>",
+        "token ids: equal to llama.cpp's on code, white space, unicode and special tokens",
+    ]
+    file = GgufFile.open(artifact.gguf, artifact.config)
+    assert len(file.metadata("tokenizer.ggml.tokens")) == SIZE
+    assert file.metadata("tokenizer.ggml.add_space_prefix") is False
+    assert file.metadata("tokenizer.ggml.add_bos_token") is True

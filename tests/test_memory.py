@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qtool.quantize.architectures import LLAMA
-from qtool.quantize.memory import peak_bytes
+from qtool.quantize.architectures import GEMMA2, GEMMA3, LLAMA
+from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.quantize.methods import AwqMethod, GptqMethod, Method, Nf4Method
 
 HIDDEN, INNER, TOKENS = 4096, 14336, 128 * 2048
@@ -35,3 +35,10 @@ def test_peak_is_what_an_h200_measured(outputs: list[Method], measured: float) -
     shapes["model.embed_tokens.weight"] = (4096, HIDDEN)
     found = peak_bytes(LLAMA, shapes, outputs, TOKENS, "cuda") / 2**30
     assert found == pytest.approx(measured, rel=0.05)
+
+
+def test_a_soft_cap_makes_scores_whole() -> None:
+    """As tests/test_sizing.py counts them storage by storage: eight bytes a score in 16 bits, four a mask's entry."""
+    assert score_bytes(GEMMA2, 16, 128, 2048, "cuda") == 8 * 2048**2 * (16 * 8 + 4)
+    assert score_bytes(GEMMA2, 16, 3, 2048, "cuda") == 3 * 2048**2 * (16 * 8 + 4)
+    assert score_bytes(GEMMA3, 16, 128, 2048, "cuda") == score_bytes(LLAMA, 16, 128, 2048, "cuda") == 0

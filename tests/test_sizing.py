@@ -79,7 +79,8 @@ def test_the_loop_reads_its_layers_twice_and_caches_a_window_more() -> None:
     ("architecture", "changes"),
     [
         ("Llama", {}), ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
-        ("Mistral", {"sliding_window": 64}), ("Qwen2", {}), ("Qwen3", {}),
+        ("Mistral", {"sliding_window": 64}), ("Qwen2", {}), ("Qwen3", {}), ("Gemma", {}), ("Gemma2", {}),
+        ("Gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
     ],
 )  # fmt: skip
 def test_shapes_from_config_are_those_of_transformers(
@@ -173,23 +174,27 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "heads", "kv_heads", "context", "batch"),
-    [(256, 896, 8, 2, 1024, 2), (256, 512, 8, 8, 700, 1), (192, 256, 6, 3, 512, 3)],
-)
+    ("architecture", "hidden", "intermediate", "heads", "kv_heads", "context", "batch"),
+    [
+        ("Llama", 256, 896, 8, 2, 1024, 2), ("Llama", 256, 512, 8, 8, 700, 1), ("Llama", 192, 256, 6, 3, 512, 3),
+        ("Gemma2", 256, 896, 8, 2, 500, 2), ("Gemma2", 192, 256, 6, 6, 300, 1), ("Gemma3", 256, 896, 8, 2, 1024, 2),
+    ],
+)  # fmt: skip
 def test_transformers_keeps_alive_what_is_predicted(
-    hidden: int, intermediate: int, heads: int, kv_heads: int, context: int, batch: int
+    architecture: str, hidden: int, intermediate: int, heads: int, kv_heads: int, context: int, batch: int
 ) -> None:
-    """The peak of a whole prefill through transformers' own Llama, counted storage by storage."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The peak of a whole prefill through transformers' own classes, counted storage by storage."""
+    import transformers
 
     settings = {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": kv_heads, "head_dim": 32,
     }  # fmt: skip
-    geometry = read_geometry(config_of(**settings))
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, vocab_size=512, **settings)).to(torch.bfloat16).eval()
+    geometry = read_geometry(config_of(architectures=[f"{architecture}ForCausalLM"], **settings))
+    kind = getattr(transformers, f"{architecture}ForCausalLM")
+    model = kind(kind.config_class(num_hidden_layers=4, vocab_size=512, **settings)).to(torch.bfloat16).eval()
     with torch.inference_mode(), Live() as live:
-        model(torch.randint(0, 512, (batch, context)), use_cache=True, logits_to_keep=1)
+        model(torch.randint(1, 512, (batch, context)), use_cache=True, logits_to_keep=1)
     predicted = kv_bytes(geometry, "transformers", context, batch, "bf16")
     predicted += transformers_activations(geometry, context, batch)
     assert abs(live.peak - predicted) < 0.01 * live.peak

@@ -23,7 +23,8 @@ from qtool.quantize.statistics import InputStatistics
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {}, "Mistral": {"sliding_window": 24},
     "Qwen2": {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
-    "Qwen3": {},
+    "Qwen3": {}, "Gemma": {}, "Gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
+    "Gemma3": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
 
