@@ -16,7 +16,8 @@ from qtool import QtoolError
 HUB_PATTERNS = [
     "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md",
 ]  # fmt: skip
-DECIDING = {".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # of model and tokens
+# What the model is, and its tokens.
+DECIDING = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,9 +40,9 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         path = Path(str(files(package).joinpath(folder)))
-        return ModelSource(model, path, "sha256:" + _digest_folder(path))
+        return ModelSource(model, path, "sha256:" + digest_folder(path))
     if path.is_dir():
-        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + _digest_folder(path))
+        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + digest_folder(path))
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(
             f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
@@ -86,7 +87,7 @@ def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[N
         ) from error
 
 
-def _digest_folder(folder: Path) -> str:
+def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in DECIDING and p.is_file()):

@@ -41,7 +41,7 @@ def answer_task(
     """Ask ``engine`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
 
     What the journal holds is not asked or judged again; what comes is in it before anything else happens. Raises
-    QtoolError (exit 3) where the engine or the sandbox failed: neither is a wrong answer.
+    QtoolError (exit 3) where the engine, the sandbox or a test itself failed: none is a wrong answer.
     """
     problems = {problem.task_id: problem for problem in task.problems}
     places = [(name, sample) for name in problems for sample in range(asking.samples)]
@@ -107,8 +107,8 @@ def _judge_all(
         broken = next((outcome for outcome in outcomes if outcome.outcome == "error"), None)
         if broken is not None:
             raise QtoolError(
-                f"{broken.task_id}: the sandbox failed ({broken.detail}); no score was made. Run again to go on from "
-                "here.",
+                f"{broken.task_id}: the sandbox failed, or the problem's own test ({broken.detail}); no score was "
+                "made. Run again to go on from here.",
                 exit_code=3,
             )
         judged = zip(answers, outcomes, strict=True)

@@ -66,7 +66,7 @@ class Candidate:
         if "raised" in reply:
             name, message = _raised(reply)
             kind = getattr(builtins, name, None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ExceptionGroup):
                 raise self._lost(message)
             raise _exception(kind, message)
         if "value" not in reply:
@@ -108,6 +108,7 @@ def judge(job: dict[str, Any], candidate: Candidate) -> tuple[str, str]:
     space = module.__dict__
     _define_setup(job["setup"], space)
     space["candidate"] = space[job["entry_point"]] = candidate
+    before = space.get("check")  # the function asked for, or a helper of that name: not the test's
     try:
         code = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
@@ -117,11 +118,14 @@ def judge(job: dict[str, Any], candidate: Candidate) -> tuple[str, str]:
     try:
         candidate.wait_ready()
         exec(code, space)
-        if callable(space.get("check")):
-            space["check"](candidate)
+        check = space.get("check")
+        if callable(check) and check is not before:
+            check(candidate)
     except BrokenTest as error:
         return "error", str(error)
     except BaseException as error:
+        if candidate.count == 0 and candidate.fault is None:
+            return "error", f"the test failed before it called the candidate: {reason_of(error)}"
         return "timeout" if candidate.late else "failed", candidate.fault or reason_of(error)
     if candidate.fault is not None:
         return "failed", candidate.fault

@@ -35,9 +35,8 @@ def run_programs(
     """Outcomes in the order of ``jobs``.
 
     ``timeout``: wall seconds for one job (one with longer ``seconds`` has those). ``workers``: jobs at a time, default
-    one for each core.
-    ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock", or "none"
-    (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
+    one for each core. ``sandbox``: "auto" (the strongest the machine offers), "namespaces", "bubblewrap", "landlock",
+    or "none" (resource limits only: for programs you would run yourself). ``progress`` is called in this thread with
     the number of jobs done.
     Raises QtoolError: exit 3 where the sandbox is not available, exit 2 for a senseless argument.
     """
@@ -53,15 +52,16 @@ def run_programs(
         _try_kit(tier, kit)
     count = min(workers or _cores(), len(jobs))
     results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
-    pending = iter(list(enumerate(jobs)))
+    pending = enumerate(jobs)
     lock, stop = threading.Lock(), threading.Event()
 
     def take() -> tuple[int, Job] | None:
         with lock:
             return None if stop.is_set() else next(pending, None)
 
+    started: list[Worker] = []
     threads = [
-        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop), daemon=True)
+        threading.Thread(target=_work, args=(tier, timeout, kit, take, results, stop, started), daemon=True)
         for _ in range(count)
     ]
     outcomes: dict[int, Outcome] = {}
@@ -76,8 +76,10 @@ def run_programs(
             if progress is not None:
                 progress(len(outcomes))
     finally:
-        # On an interrupt too: every worker ends with its thread.
+        # On an interrupt too: every worker ends with its thread, and a program that still runs is not waited for.
         stop.set()
+        for worker in started if len(outcomes) < len(jobs) else ():
+            worker.kill()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -157,6 +159,7 @@ def _work(
     take: Callable[[], tuple[int, Job] | None],
     results: "queue.SimpleQueue[tuple[int, Outcome | BaseException]]",
     stop: threading.Event,
+    started: list[Worker],
 ) -> None:
     """Judge jobs until there are none. A lost worker is replaced and its job tried once more."""
     worker: Worker | None = None
@@ -168,7 +171,11 @@ def _work(
                 if stop.is_set():
                     break
                 try:
-                    worker = worker or Worker(tier, timeout, kit)
+                    if worker is None:
+                        worker = Worker(tier, timeout, kit)
+                        started.append(worker)
+                        if stop.is_set():
+                            break
                     outcome = worker.judge(job)
                     break
                 except (WorkerLost, NotPlain, OSError) as error:

@@ -11,20 +11,13 @@ import re
 import warnings
 from collections.abc import Sequence
 
+from qtool.evaluate.reply import SPECIAL, fenced, newlines, without_thoughts
+
 # A line at column 0 that begins with one of these is no longer the body of the function asked for.
 _STOP = re.compile(
     r"\n(?=class\s|def\s|async\s+def\s|#|if\s|if\(|print\s*\(|assert\b|@|```|~~~"
     r"|from\s+\S+\s+import\b|import\s|<\||</?s>|<file_sep>|\"\"\"|'''|for\s|while\s|try:|with\s|>>>)"
 )
-_FENCE = re.compile(
-    r"^[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)\n"
-    r"(?P<body>.*?)(?:^[ \t]*(?P<closed>(?P=mark)[`~]*)[ \t]*$|\Z)",
-    re.MULTILINE | re.DOTALL,
-)
-_THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_THINK_END = re.compile(r"\A.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
-_THINK_START = re.compile(r"<(?:think|thinking|reasoning)>.*\Z", re.DOTALL | re.IGNORECASE)
-_SPECIAL = re.compile(r"<\|[a-z_]+\|>|<\uff5c[^\uff5c>]*\uff5c>|</s>|<file_sep>", re.IGNORECASE)
 _PYTHON_WORDS = frozenset({"", "python", "python3", "py", "py3", "{python}", "{.python}", "python3.11"})
 _FUTURE = re.compile(r"^from\s+__future__\s+import\s+[\w, ]+$", re.MULTILINE)
 _CODE_LINE = re.compile(r"(?:def|async\s+def|class|import|from\s+\S+\s+import|@\w)\b")
@@ -36,7 +29,7 @@ def stop_at_end_of_function(completion: str) -> str:
     Lines inside brackets or triple-quoted strings may sit at column 0 too: a cut there would break a good
     answer, so a stop counts only outside them.
     """
-    text = _newlines(completion)
+    text = newlines(completion)
     for match in _STOP.finditer(text):
         if not _inside_literal(text[: match.start()]):
             return text[: match.start()]
@@ -49,7 +42,7 @@ def program_from_completion(problem_prompt: str, completion: str, entry_point: s
     The prompt always comes first, as in the published harness. A helper function written BELOW the answer at
     column 0 is kept if the answer calls it by name: HumanEval's plain cut turns that into a NameError.
     """
-    text = _newlines(_SPECIAL.split(completion, maxsplit=1)[0])
+    text = newlines(SPECIAL.split(completion, maxsplit=1)[0])
     body = stop_at_end_of_function(text)
     program = problem_prompt + body
     tail = text[len(body) :]
@@ -87,7 +80,7 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """``text`` up to the first of the stop sequences that occurs in it, line ends made ``\\n`` first."""
-    text = _newlines(text)
+    text = newlines(text)
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -105,43 +98,6 @@ def without_examples(program: str) -> str:
         return program
     tree.body = [node for node in tree.body if not shows(node)]
     return ast.unparse(tree) + "\n"
-
-
-def last_block(reply: str) -> str | None:
-    """The body of the last fenced block that is not empty (thoughts left out); None without one."""
-    bodies = [body for _, body, _ in fenced(reply) if body.strip()]
-    return bodies[-1] if bodies else None
-
-
-def fenced(reply: str) -> list[tuple[str, str, bool]]:
-    """(language in lower case, body, whether it is closed) of the fenced blocks outside the model's thoughts."""
-    return [
-        (match["language"].strip().lower(), match["body"], match["closed"] is not None)
-        for match in _FENCE.finditer(without_thoughts(reply))
-    ]
-
-
-def answered(reply: str, entry_point: str | None) -> bool:
-    """Whether a closed block holds the answer: one that names ``entry_point`` as what it defines (None: any)."""
-    name = re.escape(entry_point or "")
-    header = re.compile(rf"\b(?:def|class|function|const|let|var)\s+{name}\b|\b{name}\s*=")
-    return any(closed and (entry_point is None or header.search(body)) for _, body, closed in fenced(reply))
-
-
-def without_thoughts(reply: str) -> str:
-    """``reply`` without the model's thoughts and special tokens, line ends made ``\\n``."""
-    return _SPECIAL.sub("", _without_thoughts(_newlines(reply)))
-
-
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _without_thoughts(text: str) -> str:
-    """Reasoning removed: closed blocks, one whose opening tag was in the prompt, one that never closes."""
-    text = _THINK.sub("", text)
-    text = _THINK_END.sub("", text)
-    return _THINK_START.sub("", text)
 
 
 def _parses(source: str) -> ast.Module | None:

@@ -2,7 +2,7 @@
 
 import re
 
-from qtool.evaluate.extract import fenced, without_thoughts
+from qtool.evaluate.reply import fenced, without_thoughts
 
 _WORDS = frozenset({"", "javascript", "js", "node", "nodejs", "mjs", "jsx", "ecmascript"})
 _EXPORT = re.compile(r"^export\s+(?:default\s+)?(?=(?:async\s+)?function|const|let|var|class)", re.MULTILINE)

@@ -67,7 +67,8 @@ class TorchEngine:
 
 
 def load_model(stream: TensorStream, config: Any, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """Fill a skeleton from a stream of named tensors: float32 on the CPU, bfloat16 on an accelerator."""
+    """Fill a skeleton from a stream of named tensors: float32 on the CPU, bfloat16 on an accelerator. Answers end as
+    the generation_config.json beside ``config`` says."""
     dtype = reference_dtype(device)
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
@@ -76,9 +77,12 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     if missing:
         raise QtoolError(f"the model lacks {missing[0]} ({len(missing)} tensors missing).")
     model.load_state_dict(state, strict=False, assign=True)
+    any_model: Any = model
     if tied:
-        any_model: Any = model
         any_model.tie_weights()
+    file = Path(config.name_or_path, "generation_config.json")
+    if config.name_or_path and file.is_file() and (ends := read_json(file).get("eos_token_id")) is not None:
+        any_model.generation_config.eos_token_id = ends
     return model.to(device).eval()
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from qtool.evaluate.checker import reason_of
 from qtool.evaluate.wire import MAX_JOB, pack, read_frame, unpack, write_frame
 
+_TESTS = ("TestCases", "check")
+
 
 def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
     """("passed" | "failed" | "error", short reason) for a program and its ``job`` (keys test, entry_point)."""
@@ -32,13 +34,14 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
         test = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
         return "error", f"the test is not Python: {error}"
+    own = dict(space)  # what the program calls so is not the test
     try:
         exec(test, space)
-        cases = space.get("TestCases")
+        cases, check = (space.get(name) if space.get(name) is not own.get(name) else None for name in _TESTS)
         if isinstance(cases, type) and issubclass(cases, unittest.TestCase):
             return _run(cases)
-        if callable(space.get("check")):
-            space["check"](space[job["entry_point"]])
+        if callable(check):
+            check(space[job["entry_point"]])
     except BaseException as error:
         return "failed", reason_of(error)
     return "passed", ""

@@ -61,12 +61,10 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # a newline first: a torn line must not swallow this one
         data = "".join(f"\n{json.dumps(row)}" for row in rows) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, data.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with self.path.open("ab") as file:
+            file.write(data.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """The score is saved: nothing is left to resume."""

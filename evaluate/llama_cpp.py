@@ -13,6 +13,7 @@ from qtool.evaluate import served
 from qtool.evaluate.engines import package_versions
 
 INSTALL = "pip install 'qtool-llm[gguf]'"
+PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
 
 
 @contextmanager
@@ -30,11 +31,14 @@ def serve(file: Path, context: int, slots: int = 1) -> Iterator[str]:
     params.cpuparams.n_threads = os.cpu_count() or 1
     params.warmup, params.verbosity = False, 0  # only errors are said
     params.hostnames, params.port = ["127.0.0.1"], 0
+    params.timeout_read = params.timeout_write = PATIENCE
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise QtoolError(f"{file}: llama.cpp cannot load it ({error}).", exit_code=3) from error
     try:
+        # It listens before its loop runs, and told to end in between it would wait for ever: the loop answers this.
+        served.ask(f"{server.listening_address}/slots")
         yield f"{server.listening_address}/v1"
     finally:
         del server
@@ -72,5 +76,5 @@ def open_engine(file: Path, tokenizer: Any, context: int, slots: int, dtype: str
     with serve(file, context, slots) as url:
         yield served.ServedEngine(
             url, file.stem, name="llama.cpp", version=package_versions("xllamacpp"), dtype=dtype, device="cpu",
-            tokenizer=tokenizer,
+            tokenizer=tokenizer, options={"top_k": 0, "min_p": 0.0},  # its own defaults cut more than top_p does
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """The host's end of one worker: a job goes in, an outcome comes out, and no process is left behind."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack
+from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack
 from qtool.evaluate.worker import MODES
 
 OutcomeName = Literal["passed", "failed", "timeout", "error"]
@@ -145,7 +147,7 @@ class Worker:
         os.set_blocking(fd, False)
         view = memoryview(data)
         while view:
-            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+            if not _ready(fd, select.POLLOUT, deadline - time.monotonic()):
                 raise WorkerLost("the worker does not read")
             try:
                 view = view[os.write(fd, view) :]
@@ -157,10 +159,10 @@ class Worker:
     def _answer(self, seconds: float) -> object:
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
-        if not select.select([fd], [], [], max(0.0, seconds))[0]:
+        if not _ready(fd, select.POLLIN, seconds):
             raise WorkerLost("the worker does not answer")
         try:
-            data = read_frame(fd, limit=8192)
+            data = read_frame(fd, MAX_ANSWER)
             answer: object = None if data is None else unpack(data)
         except NotPlain as error:
             raise WorkerLost(f"the worker answered {error}") from error
@@ -169,6 +171,10 @@ class Worker:
             last = self._errors.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
             raise WorkerLost("the worker ended" + (f" ({last[-1][:300]})" if last else ""))
         return answer
+
+    def kill(self) -> None:
+        """End what it is doing: whoever waits for its answer in `judge` gets WorkerLost. It is still to be closed."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the worker and all in it: closing its input ends it, the kill is for one that is stuck."""
@@ -184,13 +190,21 @@ class Worker:
 
     def _clean(self) -> None:
         self._errors.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.remove(self._folder)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _ready(fd: int, event: int, seconds: float) -> bool:
+    """Whether a read or write goes on before the time is up. A host may have more descriptors than select takes."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
 
 
 def _bubblewrap(folder: str, kit: Kit) -> list[str]:

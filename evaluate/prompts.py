@@ -12,18 +12,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qtool.evaluate.extract import (
-    answered,
     cut,
-    last_block,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
     without_examples,
-    without_thoughts,
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.livecodebench import IMPORTS
 from qtool.evaluate.problems import Problem
+from qtool.evaluate.reply import answered, last_block, newlines, without_thoughts
 
 Style = Literal["completion", "chat"]
 CHAT = (
@@ -51,9 +49,12 @@ def messages(problem: Problem) -> list[dict[str, str]]:
 def render(problem: Problem, style: Style, tokenizer: Any) -> str:
     """The exact text the model continues."""
     if style == "completion":
-        bos = tokenizer.bos_token or ""
-        starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] if bos else False
-        return (bos if starts else "") + problem.prompt
+        bos, own = tokenizer.bos_token, tokenizer(problem.prompt).input_ids
+        if not bos or own[:1] != [tokenizer.bos_token_id]:
+            return problem.prompt
+        # SentencePiece puts a space before a text, but in some tokenizers none behind a BOS that is spelled out
+        spaced = f"{bos} {problem.prompt}"
+        return spaced if tokenizer(spaced, add_special_tokens=False).input_ids == own else bos + problem.prompt
     text: str = tokenizer.apply_chat_template(messages(problem), tokenize=False, add_generation_prompt=True)
     return text
 
@@ -66,6 +67,7 @@ def finished(text: str, style: Style, problem: Problem | None = None) -> bool:
         return answered(text, problem.entry_point if problem else None)
     if problem is not None and problem.format not in ("humaneval", "bigcodebench"):
         return any(stop in text for stop in problem.stop)
+    text = newlines(text)
     return len(stop_at_end_of_function(text)) < len(text.rstrip("\n"))
 
 

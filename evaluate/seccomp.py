@@ -54,6 +54,10 @@ _SENDTO = {"x86_64": 44, "aarch64": 206}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
 _EXECVE = {"x86_64": 59, "aarch64": 221}
 _CLONE3 = 435
+# Whoever "owns" a pipe or a socket is sent a signal of its user's choice when it is ready: kill by another name.
+_FCNTL = {"x86_64": 72, "aarch64": 25}
+_IOCTL = {"x86_64": 16, "aarch64": 29}
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP = 8, 10, 15, 0x8901, 0x8902
 
 
 def available() -> bool:
@@ -104,6 +108,13 @@ def _program(machine: str, execute: bool) -> bytes:
         # Only with a null pointer there: no destination address, no new limit.
         code += [_op(_EQUAL, number, 0, 6), *_load_low(argument), _op(_EQUAL, 0, 0, 3)]
         code += [_op(_LOAD, _AT_ARGUMENTS + 8 * argument + 4), _op(_EQUAL, 0, 0, 1), allow, refuse]
+    for number, commands in (
+        (_FCNTL[machine], (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)),
+        (_IOCTL[machine], (_FIOSETOWN, _SIOCSPGRP)),
+    ):
+        count = len(commands)
+        code += [_op(_EQUAL, number, 0, count + 3), *_load_low(1)]
+        code += [*(_op(_EQUAL, command, count - i, 0) for i, command in enumerate(commands)), allow, refuse]
     for low, high in ranges:
         code += [_op(_AT_LEAST, low, 0, 2), _op(_GREATER, high, 1, 0), allow]
     return b"".join([*code, refuse])

@@ -25,6 +25,7 @@ RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the serve
 RETRY_WAIT = 0.5
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 KEY_VARIABLE = "OPENAI_API_KEY"
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class _Broken(Exception):
@@ -38,7 +39,8 @@ class _Broken(Exception):
 @dataclass(frozen=True)
 class ServedEngine:
     """``model`` at ``base_url``, which ends before ``/completions`` as in OpenAI's own clients. ``api_key`` goes into
-    the Authorization header and nowhere else. ``encode`` turns a prompt into token ids for servers that take them."""
+    the Authorization header and nowhere else. ``tokenizer`` turns a prompt into token ids for servers that take them;
+    ``options`` are what this server must be told beside a temperature above 0."""
 
     base_url: str
     model: str
@@ -48,6 +50,7 @@ class ServedEngine:
     device: str = "server"
     api_key: str | None = field(default=None, repr=False)
     tokenizer: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -73,7 +76,7 @@ class ServedEngine:
         body: dict[str, Any] = {"model": self.model, "max_tokens": decoding.max_new_tokens, "stream": True}
         body |= {"temperature": decoding.temperature}
         if decoding.temperature > 0:
-            body |= {"top_p": decoding.top_p, "seed": request.seed}
+            body |= {"top_p": decoding.top_p, "seed": request.seed} | self.options
         if request.messages:
             body["messages"], path = list(request.messages), "chat/completions"
         else:
@@ -88,7 +91,8 @@ class ServedEngine:
                     text += piece
                     if request.finished(text):
                         break
-                return index, text
+                # halves of a character come as two pieces from servers that cut UTF-16
+                return index, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except _Broken as error:
                 if attempt == RETRIES:
                     raise QtoolError(f"{url}: {error}, {RETRIES + 1} times. Is the server running?", 3) from error
@@ -107,18 +111,18 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
     key = os.environ.get(KEY_VARIABLE) or None
     try:
         with _open(f"{base_url.rstrip('/')}/models", None, key) as answer:
-            listed = json.load(answer).get("data") or []
+            listed = [(str(row["id"]), str(row.get("owned_by") or "")) for row in json.load(answer).get("data") or []]
             software = answer.headers.get("Server") or ""
     except _Broken as error:
         raise QtoolError(f"{base_url}/models: {error}. Is the server running?", exit_code=3) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
-    names = [str(entry["id"]) for entry in listed]
+    names = [name for name, _ in listed]
     if model is None and len(names) != 1:
         raise QtoolError(f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one as MODEL.")
     if model is not None and names and model not in names:
         raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
-    owner = next((str(entry.get("owned_by") or "") for entry in listed if entry["id"] == (model or names[0])), "")
+    owner = next((owner for name, owner in listed if name == (model or names[0])), "")
     version = ", ".join(part for part in (owner, software) if part)
     return ServedEngine(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
 
@@ -127,7 +131,7 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
     """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    found = _ask(f"{base_url.rstrip('/')}/completions", request)
+    found = ask(f"{base_url.rstrip('/')}/completions", request)
     first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
@@ -135,11 +139,12 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
 def tokenize(base_url: str, text: str) -> list[int]:
     """llama-server only: token ids of ``text``, special tokens recognized, none added."""
     url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
-    ids: list[int] = _ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    ids: list[int] = ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
     return ids
 
 
-def _ask(url: str, request: dict[str, Any]) -> Any:
+def ask(url: str, request: dict[str, Any] | None = None) -> Any:
+    """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
         with _open(url, request, None) as answer:
             return json.load(answer)
@@ -162,7 +167,7 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
                     return
                 event = json.loads(data)
                 if "error" in event:
-                    raise QtoolError(f"{url}: {_hide(str(event['error'])[:500], api_key)}", exit_code=3)
+                    raise QtoolError(f"{url}: {hide(str(event['error'])[:500], api_key)}", exit_code=3)
                 for choice in event.get("choices") or []:
                     ended = ended or choice.get("finish_reason") is not None
                     yield choice.get("text") or (choice.get("delta") or {}).get("content") or ""
@@ -179,14 +184,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """For requests to ``url`` with a key: no redirect is followed, and no proxy asked for a server of this machine."""
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
+    return urllib.request.build_opener(_NoRedirect, *direct)
+
+
 def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     body = None if request is None else json.dumps(request).encode()
-    opener = urllib.request.build_opener(_NoRedirect)
     try:
-        return opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
+        return opener(url).open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        said = _hide(error.read(500).decode(errors="replace"), api_key)
+        said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:
             raise _Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
         hint = f" Set {KEY_VARIABLE}." if error.code == 401 and not api_key else ""
@@ -202,6 +212,6 @@ def _seconds(headers: Any) -> float | None:
         return None
 
 
-def _hide(text: str, api_key: str | None) -> str:
-    """Some servers repeat the key they refuse."""
+def hide(text: str, api_key: str | None) -> str:
+    """``text`` without the key: some servers repeat the one they refuse."""
     return text.replace(api_key, "***") if api_key else text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
+from qtool.evaluate import secrets
 from qtool.evaluate.engines import Completion, Decoding, Request, package_versions
 
 INSTALL = "pip install vllm (in an environment of its own; it brings its own torch)"
@@ -68,9 +69,10 @@ def load(path: Path, tokenizer: Any, context: int, trust_remote_code: bool = Fal
             exit_code=3,
         ) from error
     try:
-        llm = LLM(
-            model=str(path), max_model_len=context, enforce_eager=False, seed=0, trust_remote_code=trust_remote_code
-        )
+        with secrets.withheld():  # it starts processes
+            llm = LLM(
+                model=str(path), max_model_len=context, enforce_eager=False, seed=0, trust_remote_code=trust_remote_code
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise QtoolError(f"{path}: vLLM cannot load it here ({str(error).splitlines()[0]}).", exit_code=3) from error
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")

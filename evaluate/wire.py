@@ -20,6 +20,8 @@ from typing import Any
 MAX_FRAME = 16 * 2**20
 # A job comes from this side: contest problems bring megabytes of tests.
 MAX_JOB = 256 * 2**20
+# An outcome with a detail of 600 characters, each of up to 12 bytes here.
+MAX_ANSWER = 8192
 MAX_ITEMS = 100_000
 
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
@@ -120,6 +122,8 @@ def _encode_other(value: Any, kind: type) -> Any:
             content = base.__int__(value) if base is int else base(value)
             if type(content) is base:
                 return _encode(content)
+    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return _encode(value.item())
     if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
         items = []
         for item in value:

@@ -24,12 +24,13 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate import candidate, checker, in_process, isolation
+from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
+_SAID = ("alive", "passed", "failed", "timeout", "error")
 # Above every descriptor a worker ever has open.
 _PARKED = 128
 # Imported once here, so that a job does not spend its time on them.
@@ -151,8 +152,8 @@ def _supervise(cell: Cell, mode: bytes) -> None:
     _end(cell, answerer)
     if judge:
         _end(cell, judge)
-    _remove(writable)
     write_frame(1, pack(list(outcome)))
+    scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
 
 def _exactly(size: int) -> bytes:
@@ -209,27 +210,16 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
     if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
         return None
     try:
-        data = read_frame(fd, limit=4096)
+        data = read_frame(fd, MAX_ANSWER)
         found = None if data is None else unpack(data)
     except NotPlain:
         found = None
     expected = 3 if nonce else 2
     if type(found) is not list or len(found) != expected or not all(type(part) is str for part in found):
         return "", ""
-    if nonce and found[2] != nonce:
+    if found[0] not in _SAID or (nonce and found[2] != nonce):
         return "", ""
     return found[0], found[1]
-
-
-def _remove(folder: str) -> None:
-    """Delete what the (ended) candidate wrote, folders it made unreadable included."""
-    with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
-    for parent, names, _ in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names):
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _become(

@@ -113,7 +113,7 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
 
 def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
-    """The newest scores of that very artifact, or of another tool's folder at that very place."""
+    """The newest scores of that very artifact, or of another tool's folder with those very files."""
     key = artifact_subject(path.name, Artifact.open(path)).key
     indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for index in indices:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
+from qtool.evaluate import secrets, served
 from qtool.measure import OutOfMemory, Reading
 
 TIMEOUT = 1800.0  # seconds without a byte
@@ -106,9 +107,10 @@ class Vllm:
             raise QtoolError("engine vllm: vLLM is not installed here. Run: pip install vllm", 3) from error
         self.parameters: Any = vllm.SamplingParams
         try:
-            self.llm: Any = vllm.LLM(
-                model=str(path), max_model_len=context, max_num_seqs=sequences, enable_prefix_caching=False
-            )
+            with secrets.withheld():  # it starts processes
+                self.llm: Any = vllm.LLM(
+                    model=str(path), max_model_len=context, max_num_seqs=sequences, enable_prefix_caching=False
+                )
         except (RuntimeError, ValueError) as error:
             if "memory" in str(error).lower():
                 raise QtoolError(f"{path}: vLLM has no room for {context} tokens: {error}", exit_code=3) from error
@@ -185,19 +187,20 @@ class Server:
         times: list[float] = []
         usage: dict[str, Any] = {}
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with served.opener(url).open(request, timeout=TIMEOUT) as answer:
                 for line in answer:
                     data = line.decode().strip().removeprefix("data:").strip()
                     if not line.startswith(b"data:") or data == "[DONE]":
                         continue
                     event = json.loads(data)
                     if "error" in event:
-                        raise _refusal(url, json.dumps(event["error"]))
+                        raise _refusal(url, served.hide(json.dumps(event["error"]), self.api_key))
                     usage = event.get("usage") or usage
                     if event.get("choices"):  # the last one says why it ended; a server may merge tokens into one
                         times.append(time.perf_counter() - started)
         except urllib.error.HTTPError as error:
-            raise _refusal(url, error.read().decode(errors="replace")[:300]) from error
+            said = served.hide(error.read(500).decode(errors="replace"), self.api_key)
+            raise _refusal(url, said or f"answered {error.code}") from error
         except OSError as error:
             raise QtoolError(f"{url}: cannot be reached ({error}). Is the server running?", exit_code=3) from error
         if not times:

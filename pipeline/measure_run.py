@@ -22,13 +22,13 @@ from qtool.convert.artifact import MANIFEST, read_manifest
 from qtool.convert.source import resolve
 from qtool.engines import PACKAGES
 from qtool.evaluate.engines import package_versions
+from qtool.evaluate.secrets import without_secrets
 from qtool.formats import artifact_weights, weights_of
 from qtool.headers import Headers, read_headers
 from qtool.measure import Engine, Row, measure
 from qtool.measure_engines import Server, Transformers, Vllm, llama_cpp_machine
 from qtool.measurements import Measurement, from_json, less_device_memory, log, machine_name, measured_models
 from qtool.recipe import MeasureSection
-from qtool.redaction import without_secrets
 from qtool.sizing import Cell, Setting, cell_of
 from qtool.subjects import Subject
 

@@ -1,14 +1,12 @@
-"""Texts without the folders of this machine, environments without its secrets."""
+"""Texts without the folders of this machine."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
-
-_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|(^|_)(API_?)?KEY(_|$)")
 
 
 def without_folders(data: Any) -> Any:
@@ -27,11 +25,6 @@ def recipe_without_folders(text: str) -> str:
         if _is_absolute(path):  # where it stands alone: `/data` is no part of `corpora/data/x.jsonl`
             text = re.sub(rf"(?<![\w./~:-]){re.escape(path)}(?![\w./-])", _last_part(path), text)
     return re.sub(r"(?<=[\s\"'\[{,])~?/(?:[^/\s\"',\]}]+/)+(?=[^/\s])", "", text)
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """For a child process: no variable whose name says that it holds a token, a key, a secret or a password."""
-    return {name: value for name, value in environment.items() if not _SECRET.search(name.upper())}
 
 
 def _texts(data: Any) -> Iterator[str]:

@@ -68,6 +68,7 @@ class Evaluation:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
         self.tasks = {t.task: _load(t, self.section) for t in self.section.tasks}
+        self.prompts = {label: self._prompts(task) for label, task in self.tasks.items()}
         self.windows = self._windows()
         self.settings = settings_of(self.section, self.device, self.style)
         decoding = Decoding(
@@ -119,10 +120,11 @@ class Evaluation:
         QtoolError (exit 3) where the harness fails its self-check."""
         scores = Scores()
         for number, subject in enumerate(subjects):
-            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label, t)}
-            lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, length)]
+            source = subjects[0]
+            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
+            lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, source, length)]
             if number == 0:  # artifacts that are still to come need its distribution
-                lengths = [n for n in self.windows if n in lengths or not self._reference_path(subject, n).exists()]
+                lengths = [n for n in self.windows if n in lengths or not self._reference_path(source, n).exists()]
             if pending:
                 for check in self.self_check(bar).values():
                     check.require()
@@ -131,34 +133,38 @@ class Evaluation:
                 with ExitStack() as stack:
                     engine = stack.enter_context(self._engine(subject, pending))
                     for length in lengths:
-                        measured[length] = self._diverge(engine, subject, subjects[0], length, bar)
-                    for label, task in pending.items():
-                        scores.tasks.setdefault(subject.name, {})[label] = self._task(engine, subject, task, bar)
+                        measured[length] = self._diverge(engine, subject, source, length, bar)
+                    for label in pending:
+                        scores.tasks.setdefault(subject.name, {})[label] = self._task(engine, subject, label, bar)
                     del engine
             for length, found in measured.items():
-                layers = self._by_layer(subject, subjects[0], length, bar) if number else []
-                scores.add_fidelity(self._save_fidelity(subject, length, found, layers))
+                layers = self._by_layer(subject, source, length, bar) if number else []
+                scores.add_fidelity(self._save_fidelity(subject, source, length, found, layers))
         return scores
 
+    def _prompts(self, task: Task) -> list[str]:
+        """What the model is asked, word for word; nothing where a server applies its own template."""
+        if self.tokenizer is None:
+            return []
+        return [prompts.render(problem, self.style, self.tokenizer) for problem in task.problems]
+
     def _engine(self, subject: Subject, pending: dict[str, Task]) -> Any:
-        asked: list[str] = []
-        if self.tokenizer is not None:
-            problems = [problem for task in pending.values() for problem in task.problems]
-            asked = [prompts.render(problem, self.style, self.tokenizer) for problem in problems]
+        asked = [prompt for label in pending for prompt in self.prompts[label]]
         return open_engine(
             self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked
         )
 
-    def _task_key(self, subject: Subject, task: Task) -> str:
+    def _task_key(self, subject: Subject, label: str) -> str:
         served = [self.section.base_url, served_name(self.section, subject)] if self.section.base_url else []
-        asked = [self.section.samples, self.section.timeout, self.sandbox]
-        return digest_of([subject.key, *served, task.digest, self.settings.model_dump(), *asked])
+        asked = [self.section.samples, self.section.timeout, self.sandbox, digest_of(self.prompts[label])]
+        harness = package_versions("qtool-llm")
+        return digest_of([subject.key, *served, self.tasks[label].digest, self.settings.model_dump(), *asked, harness])
 
-    def _fidelity_key(self, subject: Subject, length: int) -> str:
-        assert self.section.text is not None
+    def _fidelity_key(self, subject: Subject, source: Subject, length: int) -> str:
         windows = digest_of(self.windows[length].tolist())
         engine = self.settings.model_dump(include={"engine", "version", "dtype", "device"})
-        return digest_of([subject.key, windows, engine, self._layered(length)])
+        harness = package_versions("qtool-llm")
+        return digest_of([subject.key, source.key, windows, engine, self._layered(length), harness])
 
     def _layered(self, length: int) -> bool:
         return bool(self.section.text and self.section.text.by_layer and length == self.section.text.lengths[0])
@@ -173,20 +179,22 @@ class Evaluation:
         save(self.run / "scores" / found.name, score)
         return score
 
-    def _load_task(self, scores: Scores, subject: Subject, label: str, task: Task) -> bool:
-        score = self._load(TaskScore, f"{_file_name(task)}-{self._task_key(subject, task)[:16]}.json", subject)
+    def _load_task(self, scores: Scores, subject: Subject, label: str) -> bool:
+        name = f"{_file_name(self.tasks[label])}-{self._task_key(subject, label)[:16]}.json"
+        score = self._load(TaskScore, name, subject)
         if score is not None:
             scores.tasks.setdefault(subject.name, {})[label] = score
         return score is not None
 
-    def _load_fidelity(self, scores: Scores, subject: Subject, length: int) -> bool:
-        score = self._load(FidelityScore, f"fidelity-{self._fidelity_key(subject, length)[:16]}.json", subject)
+    def _load_fidelity(self, scores: Scores, subject: Subject, source: Subject, length: int) -> bool:
+        name = f"fidelity-{self._fidelity_key(subject, source, length)[:16]}.json"
+        score = self._load(FidelityScore, name, subject)
         if score is not None:
             scores.add_fidelity(score)
         return score is not None
 
     def _reference_path(self, source: Subject, length: int) -> Path:
-        return self.runs / "references" / self._fidelity_key(source, length)[:16]
+        return self.runs / "references" / self._fidelity_key(source, source, length)[:16]
 
     def _diverge(
         self, engine: Engine, subject: Subject, source: Subject, length: int, bar: Progress
@@ -215,9 +223,9 @@ class Evaluation:
         return fidelity.diverge_by_layer(model, prefix, subject.stream(), self.windows[length], reference, step)
 
     def _save_fidelity(
-        self, subject: Subject, length: int, found: fidelity.Divergence, by_layer: list[float]
+        self, subject: Subject, source: Subject, length: int, found: fidelity.Divergence, by_layer: list[float]
     ) -> FidelityScore:
-        key, windows = self._fidelity_key(subject, length), self.windows[length]
+        key, windows = self._fidelity_key(subject, source, length), self.windows[length]
         score = FidelityScore(
             key=key, subject=subject.name, digest=digest_of(windows.tolist()), settings=self.settings,
             tokens=windows.numel(), context=length, kl_by_layer=by_layer, **vars(found),
@@ -225,9 +233,9 @@ class Evaluation:
         save(self.run / "scores" / f"fidelity-{key[:16]}.json", score)
         return score
 
-    def _task(self, engine: Engine, subject: Subject, task: Task, bar: Progress) -> TaskScore:
+    def _task(self, engine: Engine, subject: Subject, label: str, bar: Progress) -> TaskScore:
         started = time.monotonic()
-        key = self._task_key(subject, task)
+        task, key = self.tasks[label], self._task_key(subject, label)
         name = f"{_file_name(task)}-{key[:16]}"
         journal = Journal.open(self.run / "scores" / f"{name}.jsonl")
         total = len(task.problems) * self.section.samples

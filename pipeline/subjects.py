@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qtool.convert.artifact import Artifact
 from qtool.convert.checkpoint import Checkpoint, TensorStream
+from qtool.convert.source import digest_folder
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,6 @@ def source_subject(checkpoint: Checkpoint, commit: str) -> Subject:
 
 
 def artifact_subject(name: str, artifact: Artifact) -> Subject:
-    """A finished artifact."""
-    key = artifact.manifest.key if artifact.manifest else f"unsigned:{artifact.path.resolve()}"
+    """A finished artifact, or another tool's folder, which is known by what is in it."""
+    key = artifact.manifest.key if artifact.manifest else f"unsigned:{digest_folder(artifact.path)}"
     return Subject(name, key, artifact.read, artifact.gguf, artifact.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 from qtool import QtoolError
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.skeleton import load_config
+from qtool.convert.text import load_tokenizer
 from qtool.evaluate import prompts, selfcheck, vllm
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.generate import TorchEngine, load_native
+from qtool.evaluate.generate import TorchEngine, end_tokens, load_model, load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import Problem, Task, load_task, subset
@@ -188,7 +192,7 @@ def test_a_harness_that_fails_scores_nothing(
     from qtool.cli import main
 
     path = tmp_path / "task.jsonl"
-    problem = changed(test="def check(candidate):\n    assert candidate is None\n").problems[0]
+    problem = changed(test="def check(candidate):\n    assert candidate([]) is candidate\n").problems[0]
     path.write_text(problem.model_dump_json() + "\n")
     arguments = ["evaluate", "qtool-demo-is-not-read", "--self-check", "--task", str(path), "--runs", str(tmp_path)]
     result = CliRunner().invoke(main, [*arguments[:1], *arguments[2:]])
@@ -198,6 +202,59 @@ def test_a_harness_that_fails_scores_nothing(
     assert result.exit_code == 0, result.output
     assert "73 published solutions passed, 146 wrong answers failed" in result.output
     assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from qtool.evaluate.journal import Journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+journal = Journal(Path(sys.argv[1]))
+journal.answered(("a", 0), "x" * 100)
+try:
+    journal.answered(("b", 0), "x" * 1000)
+except OSError:
+    print(list(journal.texts))
+"""
+
+
+def test_an_answer_that_could_not_be_written_is_not_taken_for_kept(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "j.jsonl"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "[('a', 0)]\n"
+    assert list(Journal.open(tmp_path / "j.jsonl").texts) == [("a", 0)]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_prompt_is_split_as_the_tokenizer_would(scheme: str) -> None:
+    """SentencePiece puts a space before a text, but some tokenizers none behind a BOS that is spelled out."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "\u2581", "d", "e", "f", "\u2581d"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: n for n, name in enumerate(names)}, [("\u2581", "d")], unk_token="<unk>")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])  # type: ignore[assignment]
+    made.add_special_tokens(["<s>", "<unk>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+    problem = changed(prompt="def f").problems[0]
+    text = prompts.render(problem, "completion", tokenizer)
+    assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer(problem.prompt).input_ids
+
+
+def test_an_answer_ends_where_the_models_generation_config_says(tiny: Path, tmp_path: Path) -> None:
+    """Chat models often name the end of a turn there alone."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 11]}))
+    loaded = load_model(Checkpoint.open(model).read(), load_config(model), torch.device("cpu"))
+    assert {7, 11} < end_tokens(loaded, load_tokenizer(model))
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(QtoolError, match=r"generation_config\.json"):
+        load_model(Checkpoint.open(model).read(), load_config(model), torch.device("cpu"))
 
 
 def test_native_engine_says_what_it_lacks(tiny: Path, tmp_path: Path) -> None:
@@ -220,7 +277,6 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     (artifact,) = made.artifacts.values()
     model = load_native(artifact.path, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    from qtool.convert.text import load_tokenizer
 
     engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
@@ -248,8 +304,6 @@ class FakeLLM:
 
 
 def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.convert.text import load_tokenizer
-
     with pytest.raises(QtoolError, match="engine vllm needs vLLM and an accelerator") as caught:
         vllm.load(tiny, None, 64)
     assert caught.value.exit_code == 3

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from qtool.evaluate.extract import (
-    answered,
     cut,
-    last_block,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
     without_examples,
 )
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
+from qtool.evaluate.prompts import finished
+from qtool.evaluate.reply import answered, fenced, last_block
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
@@ -282,3 +282,22 @@ JAVASCRIPT = {
 def test_javascript(name: str) -> None:
     reply, program = JAVASCRIPT[name]
     assert program_from_javascript_chat(reply, JS_PROMPT, "double") == program
+
+
+def test_windows_line_ends_do_not_end_an_answer() -> None:
+    assert not finished("    x = 1\r\n    return x", "completion")
+    assert finished("    x = 1\r\n    return x\r\nprint(x)", "completion")
+
+
+@pytest.mark.parametrize("indent", ["  ", "   ", "\t"])
+def test_a_block_inside_a_list_is_moved_to_the_margin(indent: str) -> None:
+    lines = ["```python", "def f(x):", "    if x:", "", "        return x", "    return 0", "```"]
+    reply = "1. Like this:\n\n" + "\n".join(indent + line if line else "" for line in lines) + "\n\n2. Done.\n"
+    made = program_from_chat(reply, 'def f(x):\n    """Double."""\n', "f")
+    assert made.strip() == "def f(x):\n    if x:\n\n        return x\n    return 0"
+
+
+def test_only_the_indent_of_the_fence_is_taken() -> None:
+    """A body may be indented in a block that is not."""
+    assert fenced("```\n    return 1\n```\n")[0][1] == "    return 1\n"
+    assert fenced("  ```\n    return 1\nx\n  ```\n")[0][1] == "  return 1\nx\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,40 @@ def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]
     with llama_cpp.open_engine(q4.gguf, load_tokenizer(artifacts["q4"].path, False), 64, 2, "Q4_K_M") as engine:
         found = list(engine.generate(requests, Decoding(max_new_tokens=8, batch_size=2)))
     assert {index for index, _ in found} == {0, 1}
+
+
+BRIEF = """
+import socket, sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from qtool.evaluate import llama_cpp
+llama_cpp.PATIENCE = 1
+for _ in range(12):
+    with llama_cpp.serve(Path(sys.argv[1]), 64):
+        pass
+with llama_cpp.serve(Path(sys.argv[1]), 64) as url:
+    half = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 99\\r\\n\\r\\n{")
+"""
+
+
+def test_a_server_ends_at_once(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    """Unused, with its loop not yet running; and with half a request that nobody completes. A proxy is not asked."""
+    file = demo[1]["q8"].gguf
+    environment = {"PATH": "/usr/bin:/bin", "http_proxy": "http://127.0.0.1:9"}
+    subprocess.run([sys.executable, "-c", BRIEF, str(file)], check=True, timeout=60, env=environment)
+
+
+def test_llama_cpp_samples_by_temperature_and_top_p_alone(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    """llama-server would cut to its 40 likeliest tokens, and then to those above a twentieth of the likeliest."""
+    artifact = demo[1]["q8"]
+    assert artifact.gguf is not None
+    tokenizer = load_tokenizer(artifact.path, False)
+    requests = [Request("def f(a", lambda _: False, seed=seed) for seed in range(60)]
+    with llama_cpp.open_engine(artifact.gguf, tokenizer, 64, 2, "Q8_0") as engine:
+        hot = Decoding(max_new_tokens=1, batch_size=2, temperature=100.0)
+        found = {text for _, text in engine.generate(requests, hot)}
+    assert len(found) > 40  # nearly uniform over the vocabulary
 
 
 def test_blocks_are_the_c_codes_with_the_importance_of_the_pass(demo: tuple[Job, dict[str, Artifact]]) -> None:

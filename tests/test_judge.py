@@ -14,16 +14,19 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from qtool.check import as_junit
 from qtool.cli import main
+from qtool.convert.artifact import Artifact
+from qtool.convert.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, save
 from qtool.gates import GateResult, judge
 from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
-from qtool.run import run
+from qtool.run import evaluate_folders, run
 from qtool.scores import Evaluation, Scores
-from qtool.subjects import Subject
+from qtool.subjects import Subject, artifact_subject
 
 
 def call(*arguments: object) -> Result:
@@ -42,7 +45,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model judged by hand in runs of one recipe: as AWQ, the same again, and with layers of two bits."""
     from qtool.convert.checkpoint import Checkpoint
     from qtool.convert.skeleton import load_config
-    from qtool.convert.source import resolve
     from qtool.outputs import progress_bar
 
     folder = tmp_path_factory.mktemp("planted")
@@ -291,14 +293,41 @@ def test_a_model_without_numbers_is_worse(planted: dict[str, Path], tmp_path: Pa
     assert result.exit_code == 0
 
 
-def test_another_tools_folder_is_found_by_its_place(planted: dict[str, Path], tmp_path: Path) -> None:
+def test_scores_are_of_these_files_against_this_source(planted: dict[str, Path], tmp_path: Path) -> None:
+    """Another source, other weights at the same place, another template: nothing measured before is taken for it."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(planted["artifact"], foreign)
+    (foreign / "qtool.json").unlink()
+
+    def evaluated(source: Path | None, task: str | None = None) -> Scores:
+        text = FidelitySection(text="heldout-code", samples=2, length=64) if task is None else None
+        tasks = (TaskSection(task=task, limit=1),) if task else ()
+        section = EvaluateSection(tasks=tasks, text=text, max_new_tokens=8, batch_size=4, prompt="chat")
+        return evaluate_folders(foreign, source, section, tmp_path / "runs", "cpu", False)
+
+    assert max(evaluated(None).fidelity["source"].kl) < 1e-6  # alone, it is its own source
+    first = evaluated(resolve("qtool-demo").path).fidelity["foreign"]
+    assert min(first.kl) > 1e-3
+    (shard,) = foreign.glob("*.safetensors")
+    tensors = load_file(shard)
+    save_file(tensors | {"model.norm.weight": 2 * tensors["model.norm.weight"]}, shard, {"format": "pt"})
+    assert evaluated(resolve("qtool-demo").path).fidelity["foreign"].kl != first.kl
+
+    keys = set()
+    for greeting in ("hello", "goodbye"):
+        (foreign / "chat_template.jinja").write_text(f"{greeting} {{{{ messages[0].content }}}}")
+        keys.add(evaluated(None, "handwritten").tasks["foreign"]["handwritten"].key)
+    assert len(keys) == 2
+
+
+def test_another_tools_folder_is_found_by_what_is_in_it(planted: dict[str, Path], tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     shutil.copytree(planted["artifact"], foreign)
     (foreign / "qtool.json").unlink()
     runs = tmp_path / "runs"
     shutil.copytree(planted["bad"], runs / "x")
     index = json.loads((runs / "x" / "scores.json").read_text())
-    index["subjects"]["awq"] = f"unsigned:{foreign.resolve()}"
+    index["subjects"]["awq"] = artifact_subject("foreign", Artifact.open(foreign)).key
     (runs / "x" / "scores.json").write_text(json.dumps(index))
     result = call("compare", f"{planted['good']}:awq", foreign, "--runs", runs)
     assert (result.exit_code, "B is worse" in result.output) == (1, True), result.output

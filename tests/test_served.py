@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        rows = [{"id": name, "owned_by": "fakeserver"} for name in self.server.models]
+        rows = [{"owned_by": "fakeserver"} | ({"id": name} if name else {}) for name in self.server.models]
         self.reply(200, json.dumps({"object": "list", "data": rows}).encode())
 
     def do_POST(self) -> None:
@@ -214,3 +214,15 @@ def test_a_recipe_and_its_address_go_together() -> None:
         result = CliRunner().invoke(main, ["evaluate", *arguments, "--task", "handwritten"])
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_a_list_of_models_without_names_is_no_answer(server: Server) -> None:
+    server.models = [None]  # type: ignore[list-item]  # said as a row without a key "id"
+    with pytest.raises(QtoolError, match="not an OpenAI-compatible answer"):
+        served.connect(server.url, None)
+
+
+def test_a_character_cut_in_half_is_put_together_or_replaced(server: Server) -> None:
+    """Servers that cut a text between UTF-16 halves: what is left of it can be saved as UTF-8."""
+    server.answers = {"whole": "1234567\ud83d\ude00 end", "half": "1234567\ud83d"}
+    assert ask(server, ["whole", "half"]) == {0: "1234567\U0001f600 end", 1: "1234567\ufffd"}

@@ -127,3 +127,14 @@ def test_frames_are_whole_and_bounded() -> None:
     os.close(writer)
     assert read_frame(reader) is None
     os.close(reader)
+
+
+def test_numpy_scalars_travel_as_the_numbers_they_are() -> None:
+    """EvalPlus' tests bring numpy, and answers that use it return its numbers."""
+    numpy = pytest.importorskip("numpy")
+    value = [numpy.float64(1.5), numpy.int64(2), (numpy.bool_(True),), {numpy.str_("a"): numpy.float32(0.5)}]
+    back = unpack(pack(value))
+    assert back == [1.5, 2, (True,), {"a": 0.5}]
+    assert [type(item) for item in (back[0], back[1], back[2][0])] == [float, int, bool]
+    with pytest.raises(NotPlain, match="a ndarray"):
+        pack(numpy.zeros(3))

@@ -167,6 +167,7 @@ function judge(job, calls, replies) {
     new Function("require", job.entry_point, job.test)(require, candidate);
   } catch (error) {
     if (error instanceof BrokenTest) return ["error", error.message];
+    if (count === 0 && fault === null) return ["error", `the test failed before it called the candidate: ${describe(error)}`];
     return ["failed", fault ?? describe(error)];
   }
   if (fault !== null) return ["failed", fault];
