@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
 IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
-# Carried byte for byte. config.json is edited, not carried; weights and the source's card are left behind.
+# Carried byte for byte. config.json is edited, not carried; weights, their indices and the source's card stay behind.
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 QUANTIZE_CONFIG = "quantize_config.json"
-_NOT_SIDECARS = {"config.json", "model.safetensors.index.json", MANIFEST, QUANTIZE_CONFIG}
+_NOT_SIDECARS = {"config.json", MANIFEST, QUANTIZE_CONFIG}
 
 
 class FileEntry(BaseModel):
@@ -82,6 +83,8 @@ class Artifact:
             raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_json(path / "config.json")
+        if not isinstance(config.get("quantization_config") or {}, dict):
+            raise QtoolError(f"{path / 'config.json'}: quantization_config is no mapping.")
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
         return cls(path, config, manifest, files[0] if files else Checkpoint.open(path))
 
@@ -146,14 +149,19 @@ class Artifact:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault."""
+    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault, a file outside the folder among
+    them."""
     file = path / MANIFEST
     try:
-        return Manifest.model_validate(read_json(file))
+        manifest = Manifest.model_validate(read_json(file))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise QtoolError(f"{file}: not a manifest this qtool understands ({place}: {fault['msg']}).") from error
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise QtoolError(f"{file}: names a file outside its folder ({name}). Do not trust it.")
+    return manifest
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
@@ -161,7 +169,7 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
     patterns = (*SIDECARS, "*.py") if with_code else SIDECARS
     for pattern in patterns:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in _NOT_SIDECARS:
+            if path.is_file() and path.name not in _NOT_SIDECARS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, target / path.name)
 
 
@@ -198,9 +206,21 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def seal(partial: Path, final: Path, manifest: Manifest) -> Artifact:
-    """Write the manifest, drop the journals and give the folder its name: from here on it exists."""
+    """Write the manifest, drop the journals and give the folder its name: from here on it exists, power cuts or not."""
     write_json(partial / MANIFEST, manifest.model_dump())
     for journal in partial.rglob("*journal.jsonl"):
         journal.unlink()
+    for path in (*partial.rglob("*"), partial):
+        _make_durable(path)
     partial.rename(final)
+    _make_durable(final.parent)
     return Artifact.open(final)
+
+
+def _make_durable(path: Path) -> None:
+    """A file's contents, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

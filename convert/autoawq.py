@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qtool.convert.codes import Codes, UniformCodes
+from qtool.convert.codes import Codes, UniformCodes, group_size_of
 from qtool.convert.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
 
 MARK = "qweight"
@@ -35,7 +35,7 @@ def specs(
     out: int, columns: int, section: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix -> (dtype, shape) of the tensors that replace one ``.weight``."""
-    groups = columns // _group_size(section, columns)
+    groups = columns // group_size_of(section["group_size"], columns)
     return {
         "qweight": (torch.int32, (columns, out // 8)),
         "qzeros": (torch.int32, (groups, out // 8)),
@@ -60,7 +60,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
         scale=tensors["scales"].t().contiguous(),
         zero=unpack_nibbles(tensors["qzeros"], AWQ_ORDER).t().contiguous(),
         bits=4,
-        group_size=_group_size(section, tensors["qweight"].shape[0]),
+        group_size=group_size_of(section["group_size"], tensors["qweight"].shape[0]),
     )
 
 
@@ -80,8 +80,3 @@ def quantization_config(group_size: int, skipped: list[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": skipped or None,
     }
-
-
-def _group_size(section: Mapping[str, Any], columns: int) -> int:
-    size = int(section["group_size"])
-    return columns if size == -1 else size

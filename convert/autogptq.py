@@ -16,7 +16,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert import packing
-from qtool.convert.codes import Codes, UniformCodes, ordered_groups
+from qtool.convert.codes import Codes, UniformCodes, group_size_of, ordered_groups
 
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
@@ -43,7 +43,7 @@ def specs(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix -> (dtype, shape) of the tensors that replace one ``.weight``."""
     bits = _bits(section)
-    groups = -(-columns // _group_size(section, columns))
+    groups = -(-columns // group_size_of(section["group_size"], columns))
     return {
         "qweight": (torch.int32, (columns * bits // 32, out)),
         "qzeros": (torch.int32, (groups, out * bits // 32)),
@@ -71,7 +71,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     bits = _bits(section)
     codes = packing.unpack(tensors["qweight"].t().contiguous(), bits)
     columns = codes.shape[1]
-    size = _group_size(section, columns)
+    size = group_size_of(section["group_size"], columns)
     ordered = ordered_groups(columns, size)
     g_idx = tensors["g_idx"].long() if "g_idx" in tensors else ordered
     in_order = columns % size == 0 and torch.equal(g_idx, ordered)
@@ -128,8 +128,3 @@ def _bits(section: Mapping[str, Any]) -> int:
     if bits not in packing.WIDTHS:
         raise QtoolError(f"quantization_config: bits is {bits!r}; qtool reads GPTQ with 4 or 8.")
     return int(bits)
-
-
-def _group_size(section: Mapping[str, Any], columns: int) -> int:
-    size = int(section["group_size"])
-    return columns if size == -1 else size

@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from qtool import QtoolError
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+# Rotary tables that old checkpoints carry and every loader computes anew: not part of the model.
+COMPUTED = ".rotary_emb.inv_freq"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,24 +57,34 @@ class Checkpoint:
         """Read and validate every shard's header.
 
         Raises QtoolError naming the file: no safetensors (pickle-only folders get the command that converts them),
-        a shard that is missing or truncated, a tensor the index promises and no shard holds.
+        a shard that is missing, truncated or outside the folder, a tensor that two shards hold, or that the index
+        promises and none holds.
         """
         if not path.is_dir():
             raise QtoolError(f"{path}: no such folder.")
         shards = sorted(path.glob("*.safetensors"))
         promised: dict[str, str] = {}
-        if (path / INDEX).exists():
-            promised = read_json(path / INDEX).get("weight_map", {})
+        if path / SINGLE in shards:  # as transformers does: nothing beside it is looked at
+            shards = [path / SINGLE]
+        elif (path / INDEX).exists():
+            promised = _read_index(path / INDEX)
             shards = [path / name for name in sorted(set(promised.values()))]
         if not shards:
             raise QtoolError(_no_safetensors(path))
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
-            tensors |= _read_header(shard)
+            found = _read_header(shard)
+            twice = sorted((set(found) & set(tensors)) - set(promised))
+            if twice:
+                raise QtoolError(
+                    f"{shard}: holds {twice[0]} ({len(twice)} such), which {tensors[twice[0]].file.name} holds too. "
+                    "Which one is the model's cannot be told: remove the other file, or give the folder its index."
+                )
+            tensors |= {n: info for n, info in found.items() if n not in tensors or promised[n] == shard.name}
         missing = sorted(set(promised) - set(tensors))
         if missing:
             raise QtoolError(f"{path / INDEX}: lists {missing[0]} ({len(missing)} such), which no shard holds.")
-        return cls(path, tensors)
+        return cls(path, {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)})
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the dtype it was stored in."""
@@ -88,10 +100,6 @@ class Checkpoint:
         """Every tensor (or those named), shard by shard."""
         for name in names if names is not None else self.tensors:
             yield name, self.tensor(name)
-
-    def close(self) -> None:
-        """Let go of the mapped shard."""
-        self._open = {}
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()) -> None:
         """Compare with what config.json implies. Raises QtoolError naming the tensor, its shard and both shapes."""
@@ -116,11 +124,24 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise QtoolError(f"{path}: no such file. Is this a model folder?") from error
-    except ValueError as error:
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise QtoolError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise QtoolError(f"{path}: expected a JSON object.")
     return data
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> shard, a file beside the index. Raises QtoolError for what is no such map."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise QtoolError(f"{path}: has no weight_map, which says in which shard each tensor is.")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise QtoolError(f"{path}: says that {name} is in {shard!r}, which is no file of this folder.")
+    return shards
 
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:

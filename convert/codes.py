@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qtool import QtoolError
 from qtool.convert.ggml import GgmlBlocks
+
+MAX_BLOCK = 4096  # bitsandbytes' largest
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,36 @@ class Nf4Blocks:
 
 
 Codes = UniformCodes | Nf4Blocks | GgmlBlocks
+
+
+def check_codes(codes: Codes) -> None:
+    """Raises ValueError where the parts, which a file may have from anywhere, are not those of one linear."""
+    if isinstance(codes, UniformCodes):
+        (out, columns), groups = codes.codes.shape, codes.scale.shape[-1]
+        if codes.scale.shape != (out, groups) or codes.zero.shape != (out, groups):
+            raise ValueError(f"codes of {out} rows, scales {[*codes.scale.shape]}, zeros {[*codes.zero.shape]}")
+        if codes.g_idx is None and groups * codes.group_size != columns:
+            raise ValueError(f"{groups} groups of {codes.group_size} are not {columns} columns")
+        g_idx = codes.g_idx
+        if g_idx is not None and (g_idx.shape != (columns,) or g_idx.min() < 0 or g_idx.max() >= groups):
+            raise ValueError(f"g_idx does not name one of {groups} groups for each of {columns} columns")
+    elif isinstance(codes, Nf4Blocks):
+        weights, blocks = codes.shape[0] * codes.shape[1], codes.absmax.numel()
+        sizes = (codes.packed.numel(), blocks, codes.table.numel())
+        if not 0 < codes.block <= MAX_BLOCK or sizes != (-(-weights // 2), -(-weights // codes.block), 16):
+            raise ValueError(f"{weights} weights in blocks of {codes.block} are not {sizes} bytes, maxima and values")
+        n = codes.nested
+        if n is not None and not (
+            0 < n.block <= MAX_BLOCK and n.scale.numel() == -(-blocks // n.block) and n.table.numel() == 256
+        ):
+            raise ValueError(f"{blocks} maxima in blocks of {n.block} do not have {n.scale.numel()} scales")
+
+
+def group_size_of(said: object, columns: int) -> int:
+    """What a config says of its groups, -1 being whole rows. Raises QtoolError for what is no size."""
+    if not isinstance(said, int) or isinstance(said, bool) or not (said > 0 or said == -1):
+        raise QtoolError(f"quantization_config: group_size is {said!r}; a number above 0, or -1, is needed.")
+    return columns if said == -1 else said
 
 
 def ordered_groups(columns: int, group_size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert import packing
-from qtool.convert.codes import Codes, UniformCodes, ordered_groups
+from qtool.convert.codes import Codes, UniformCodes, group_size_of, ordered_groups
 
 MARK = "weight_packed"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -130,5 +130,4 @@ def _bits(section: Mapping[str, Any]) -> int:
 
 
 def _group_size(section: Mapping[str, Any], columns: int) -> int:
-    size = geometry(section)["group_size"]
-    return columns if size == -1 else int(size)
+    return group_size_of(geometry(section)["group_size"], columns)

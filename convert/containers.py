@@ -15,7 +15,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.codes import Codes
+from qtool.convert.codes import Codes, check_codes
 from qtool.convert.writer import Spec
 
 Section = Mapping[str, Any]
@@ -90,12 +90,16 @@ class Linears:
         return [suffix for suffix in self.container.SUFFIXES if f"{linear}.{suffix}" in self.checkpoint.tensors]
 
     def codes(self, linear: str) -> Codes:
-        """One linear as codes and scales."""
+        """One linear as codes and scales. Raises QtoolError where its tensors do not fit together or config.json."""
         tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}") for suffix in self.parts(linear)}
         try:
-            return self.container.unpack(tensors, self.section)
-        except (KeyError, TypeError) as error:
+            codes = self.container.unpack(tensors, self.section)
+            check_codes(codes)
+        except KeyError as error:
             raise QtoolError(f"{self.checkpoint.path}: {linear} lacks {error}, or config.json does.") from error
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's word for shapes that do not fit
+            raise QtoolError(f"{self.checkpoint.path}: {linear} does not fit its config.json ({error}).") from error
+        return codes
 
     def shape(self, linear: str) -> tuple[int, int]:
         """``(out, in)``."""

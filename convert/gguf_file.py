@@ -18,6 +18,7 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
 from qtool.convert.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.gguf_names import norm_offset, possible_names, row_order
+from qtool.convert.writer import resume_journal, start_journal
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """GGUF name -> (ggml type, shape in torch order), in file order."""
@@ -74,18 +75,19 @@ class GgufWriter:
         self._journal.close()
 
     def _resume(self, header: bytes, key: str) -> bool:
-        if not self.path.exists() or not self.journal_path.exists() or self.path.stat().st_size != self._size:
+        if not self.path.exists() or self.path.stat().st_size != self._size:
             return False
-        lines = self.journal_path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line was never finished
+        steps = resume_journal(self.journal_path, key)
+        if steps is None:
+            return False
         with self.path.open("rb") as file:
-            same = bool(whole) and json.loads(whole[0]).get("key") == key and file.read(len(header)) == header
-        if same:
-            self.journal_path.write_bytes(b"".join(whole))
-            self.steps = [json.loads(line) for line in whole[1:]]
-        return same
+            if file.read(len(header)) != header:
+                return False
+        self.steps = steps
+        return True
 
     def _start(self, header: bytes, key: str) -> None:
+        self.journal_path.unlink(missing_ok=True)  # killed here, no old step must speak of the new, empty file
         try:
             with self.path.open("wb") as file:
                 file.write(header)
@@ -96,7 +98,7 @@ class GgufWriter:
                 "`output_dir:` to another disk.",
                 exit_code=3,
             ) from error
-        self.journal_path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        start_journal(self.journal_path, key)
 
 
 def _header(
@@ -184,8 +186,11 @@ class GgufFile:
         return self._names
 
     def codes(self, linear: str) -> GgmlBlocks:
-        """A linear (HF name, without `.weight`) as blocks in the source's row order."""
-        name = self.hf_names()[f"{linear}.weight"]
+        """A linear (HF name, without `.weight`) as blocks in the source's row order. Raises QtoolError where it is not
+        there."""
+        name = self.hf_names().get(f"{linear}.weight")
+        if name is None:
+            raise QtoolError(f"{self.path}: no tensor for {linear}.")
         blocks = self.blocks(name)
         order = row_order(name, blocks.shape[0], self.config)
         if order is None:

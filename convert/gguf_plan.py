@@ -12,7 +12,7 @@ import torch
 from qtool.convert.checkpoint import TensorInfo
 from qtool.convert.ggml import BLOCKS, row_bytes
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_names, rope_factors
-from qtool.convert.gguf_types import Typed, is_large_gqa, tensor_types
+from qtool.convert.gguf_types import Typed, is_70b, tensor_types
 from qtool.convert.plan import LinearPlan, OutputPlan, is_linear, walk_order
 from qtool.convert.writer import Spec
 
@@ -50,7 +50,7 @@ def plan_gguf(
     if factors is not None:
         shapes[ROPE_FREQS] = tuple(factors.shape)
     layers = int(config["num_hidden_layers"])
-    types = tensor_types(shapes, file_type, layers, is_large_gqa(config))
+    types = tensor_types(shapes, file_type, layers, is_70b(config))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}

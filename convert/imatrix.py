@@ -41,10 +41,14 @@ def read_imatrix(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as file:
             modern = file.read(4) == b"GGUF"
-        return _read_gguf(path) if modern else _read_dat(path)
+        rows = _read_gguf(path) if modern else _read_dat(path)
+        broken = [name for name, row in rows.items() if not bool((row.isfinite() & (row >= 0)).all())]
+        if broken:
+            raise ValueError(f"{broken[0]} holds NaN, Inf or negative numbers")
+        return rows
     except OSError as error:
         raise QtoolError(f"{path}: {error.strerror}.") from error
-    except (ValueError, IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, RuntimeError, OverflowError, struct.error) as error:
         raise QtoolError(f"{path}: not an importance matrix that llama-imatrix wrote ({error}).") from error
 
 

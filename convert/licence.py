@@ -34,7 +34,7 @@ def read_licence(folder: Path) -> dict[str, str]:
     said is in the result: no guess."""
     found = {key: value for key, value in card_metadata(folder).items() if key in KEYS and isinstance(value, str)}
     if "license" not in found:
-        for path in sorted(folder.glob("LICENSE*")):
+        for path in sorted(path for path in folder.glob("LICENSE*") if path.is_file()):
             text = " ".join(path.read_text(encoding="utf-8", errors="replace")[:500].lower().split())
             known = next((name for name, head in _HEADS.items() if re.match(head, text)), None)
             if known:
@@ -47,10 +47,11 @@ def card_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.exists():
         return {}
-    match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.S)
+    text = path.read_text(encoding="utf-8", errors="replace").lstrip()
+    match = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.S)
     try:
         data = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date in month 13
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 CHATML = """{{- if .System }}<|im_start|>system
@@ -21,5 +20,5 @@ def modelfile(file: str, chat_template: str | None, stops: Sequence[str]) -> str
     if chat_template and "<|im_start|>" in chat_template and "<|im_end|>" in chat_template:
         lines.append(f'TEMPLATE """{CHATML}"""')
         stops = [*dict.fromkeys([*stops, "<|im_end|>"])]
-    lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # Ollama's parser knows no escapes
     return "\n".join([*lines, "PARAMETER temperature 0"]) + "\n"

@@ -91,7 +91,8 @@ def is_linear(name: str, prefix: str, linears: Sequence[str]) -> bool:
 
 def layer_of(name: str, prefix: str) -> int | None:
     """The layer index in a tensor's name, None outside the layers."""
-    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+    number = name[len(prefix) :].split(".", 1)[0] if name.startswith(prefix) else ""
+    return int(number) if number.isdecimal() else None
 
 
 def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:

@@ -14,7 +14,7 @@ AWQ_KEYS = ("quant_method", "bits", "group_size", "zero_point", "version")
 GPTQ_KEYS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
 MARLIN_GROUPS = (-1, 32, 64, 128)
 NO_FLOAT16 = ("gemma2", "gemma3_text")  # model_type of what vLLM runs in bfloat16 alone (vllm/config/model.py)
-QUANTIZED = (".qweight", ".weight_packed", ".absmax")  # how the tensors of a quantized module end
+QUANTIZED = (".qweight", ".weight_packed", ".weight.absmax")  # how the tensors of a quantized module end
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _nf4_shapes(subject: Subject, _: int) -> Iterator[str]:
 def _head(subject: Subject, _: int) -> Iterator[str]:
     """No loader of these formats is told of a quantized head or embedding; a tied head lives in the embedding."""
     for name in subject.tensors:
-        module = name.split(".weight")[0].rsplit(".", 1)[0] if name.endswith(QUANTIZED) else ""
+        module = next((name.removesuffix(end) for end in QUANTIZED if name.endswith(end)), "")
         if module.endswith(("lm_head", "embed_tokens")):
             yield f"{name}: {module} is quantized, and no loader expects that"
     if (

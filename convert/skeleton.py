@@ -31,7 +31,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise QtoolError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +13,11 @@ from pathlib import Path
 from qtool import QtoolError
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md"]
+HUB_PATTERNS = [
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "README.md",
+]  # fmt: skip
+# What the model is, and its tokens.
+DECIDING = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,7 +43,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
         return ModelSource(model, path, "sha256:" + digest_folder(path))
     if path.is_dir():
         return ModelSource(path.resolve().name, path.resolve(), "sha256:" + digest_folder(path))
-    if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(
             f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
         )
@@ -46,29 +52,45 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
 
 def _snapshot(model: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    offline = "Download it elsewhere with `hf download`, copy the folder here and name the folder as `model:`."
+    with asking_the_hub(model, revision, offline):
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    return ModelSource(model.split("/")[-1], path, path.name)  # a snapshot folder is named by its commit
+
+
+@contextmanager
+def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[None]:
+    """huggingface_hub's errors as QtoolErrors. ``offline``: what to do where the Hub cannot be reached (exit 3)."""
+    from huggingface_hub import errors
 
     try:
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-    except RevisionNotFoundError as error:
-        raise QtoolError(f"model: {model} has no revision {revision!r} on the Hub.") from error
-    except RepositoryNotFoundError as error:
-        raise QtoolError(f"model: {model} is not on the Hub, or is private: log in with `hf auth login`.") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+        yield
+    except errors.RevisionNotFoundError as error:
+        raise QtoolError(f"{model}: has no revision {revision!r} on the Hub.") from error
+    except errors.GatedRepoError as error:
         raise QtoolError(
-            f"model: {model} is not in the local cache and the Hub cannot be reached ({type(error).__name__}). "
-            "Download it elsewhere with `hf download`, copy the folder here and name the folder as `model:`.",
+            f"{model}: is gated: accept its terms on its page at the Hub, then log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise QtoolError(f"{model}: is not on the Hub, or is private: log in with `hf auth login`.") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise QtoolError(f"{model}: has no config.json on the Hub, so its shape is unknown.") from error
+    except errors.HFValidationError as error:
+        raise QtoolError(f"{model}: is no id that the Hub allows.") from error
+    except errors.SafetensorsParsingError as error:
+        raise QtoolError(f"{model}: holds a file that is not whole safetensors ({error}).") from error
+    except OSError as error:  # the one for "neither in the cache nor reachable" among them
+        raise QtoolError(
+            f"{model}: is not in the local cache and the Hub cannot be reached ({type(error).__name__}). {offline}",
             exit_code=3,
         ) from error
-    return ModelSource(model.split("/")[-1], path, path.name)  # a snapshot folder is named by its commit
 
 
 def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
-    kinds = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".py"}
-    names = sorted(path for path in folder.iterdir() if path.suffix in kinds)
     digest = hashlib.sha256()
-    for path in names:
+    for path in sorted(p for p in folder.iterdir() if p.suffix in DECIDING and p.is_file()):
         digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
     return digest.hexdigest()
 

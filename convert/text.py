@@ -43,7 +43,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError) as error:
-        raise QtoolError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]}).") from error
+        raise QtoolError(f"{path}: no usable tokenizer ({str(error).partition(chr(10))[0]}).") from error
 
 
 def token_windows(source: TextSource, tokenizer: Any) -> torch.Tensor:
@@ -71,9 +71,10 @@ def token_windows(source: TextSource, tokenizer: Any) -> torch.Tensor:
             return torch.tensor(windows, dtype=torch.int64)
     if not rows:
         raise QtoolError(f"text {source.text!r}: no rows.")
+    lower = f"`samples` to {len(windows)} or less" if windows else "`length`"
     raise QtoolError(
         f"text {source.text!r}: fills {len(windows)} windows of {source.length} tokens; {source.samples} are asked for."
-        f" Lower `samples` to {len(windows)} or less, or name a longer text."
+        f" Lower {lower}, or name a longer text."
     )
 
 
@@ -98,7 +99,7 @@ def read_rows(source: TextSource) -> Iterator[Row]:
 
 
 def _jsonl(text: str, source: TextSource, origin: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also ends lines that JSON does not
         if line.strip():
             try:
                 record = json.loads(line)

@@ -4,6 +4,7 @@ source."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,12 @@ from qtool.convert.checkpoint import Checkpoint, TensorInfo, read_json
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.gguf_metadata import required_keys
 from qtool.convert.gguf_names import ROPE_FREQS
-from qtool.convert.gguf_types import is_large_gqa, tensor_types
+from qtool.convert.gguf_types import is_70b, tensor_types
 from qtool.convert.source import sha256_file
 from qtool.convert.writer import Spec
 
 Status = Literal["pass", "fail", "not made"]
+AGAINST_SOURCE = "error against the source"
 FROBENIUS_TOLERANCE = 1e-3  # relative; float32 sums in another order move the sixth digit
 
 
@@ -46,6 +48,16 @@ class Verification:
     def sound(self) -> bool:
         return not any(check.required and check.status == "fail" for check in self.checks)
 
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """What breaks a check off has failed it: the files may be anybody's."""
+        try:
+            yield
+        except QtoolError as error:
+            self.add(name, [error.message], "")
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            self.add(name, [f"cannot be checked ({type(error).__name__}: {error})"], "")
+
     def add(self, name: str, reasons: list[str], passed: str, required: bool = True) -> None:
         """A check fails with its first reasons or passes with ``passed``."""
         more = f" (+{len(reasons) - 3} more)" if len(reasons) > 3 else ""
@@ -62,13 +74,17 @@ def verify(path: Path, source: Path | None = None, progress: Callable[[str], Non
     progress("files")
     result.add(*check_files(path, artifact.manifest))
     progress("tensors")
-    result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
-    check_runtimes(artifact, result)
+    with result.guarded("tensors"):
+        result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
+    with result.guarded("loading rules"):
+        check_runtimes(artifact, result)
     if source is None:
-        result.checks.append(Check("error against the source", "not made", "no --source given"))
+        result.checks.append(Check(AGAINST_SOURCE, "not made", "no --source given"))
     else:
-        progress("error against the source")
-        result.add(*check_against_source(artifact, Checkpoint.open(source)))
+        progress(AGAINST_SOURCE)
+        original = Checkpoint.open(source)
+        with result.guarded(AGAINST_SOURCE):
+            result.add(*check_against_source(artifact, original))
     return result
 
 
@@ -105,7 +121,7 @@ def check_tensors(artifact: Artifact) -> tuple[str, list[str], str]:
     for name, info in tensors.items():
         if info.dtype.is_floating_point and not bool(artifact.checkpoint.tensor(name).isfinite().all()):
             reasons.append(f"{name} holds NaN or Inf")
-    dtype = getattr(torch, made.get("dtype", "float32"))
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(made.get("dtype")), torch.float32)
     for linear in linears:
         try:
             expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
@@ -131,7 +147,7 @@ def check_gguf(artifact: Artifact) -> tuple[str, list[str], str]:
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made = artifact.manifest.output["type"]
-    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_large_gqa(config)).items():
+    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_70b(config)).items():
         found = file.layout[name][0]
         if name != ROPE_FREQS and found != typed.type:
             reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
@@ -195,11 +211,16 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> tuple[str, l
     scales = Checkpoint.open(folder) if folder.exists() else None  # nothing was folded where there is none
     reasons = []
     for linear, record in artifact.manifest.ledger.items():
+        info, quantized = source.tensors.get(f"{linear}.weight"), artifact.codes(linear).dequantize()
+        if info is None or info.shape != quantized.shape:
+            found = "no such tensor" if info is None else f"{list(info.shape)}"
+            reasons.append(f"{linear} is {list(quantized.shape)} here and {found} there: not its source")
+            continue
         weight = source.tensor(f"{linear}.weight").float()
-        error = relative_frobenius(weight, artifact.codes(linear).dequantize(), _scales_of(scales, linear))
+        error = relative_frobenius(weight, quantized, _scales_of(scales, linear))
         if not abs(error - record["frobenius"]) <= FROBENIUS_TOLERANCE * max(record["frobenius"], 1e-6):
             reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {record['frobenius']:.4g}")
-    return "error against the source", reasons, f"{len(artifact.manifest.ledger)} linears as recorded"
+    return AGAINST_SOURCE, reasons, f"{len(artifact.manifest.ledger)} linears as recorded"
 
 
 def relative_frobenius(

@@ -88,12 +88,8 @@ class ShardWriter:
 
     def _resume(self, key: str) -> bool:
         """True when the folder holds this very work, begun; loads its finished steps."""
-        try:
-            lines = self.journal_path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return False
-        whole = [line for line in lines if line.endswith(b"\n")]  # a torn last line was never finished
-        if not whole or json.loads(whole[0]).get("key") != key:
+        steps = resume_journal(self.journal_path, key)
+        if steps is None:
             return False
         for shard, header in self._layout.headers.items():
             path = self.folder / shard
@@ -102,8 +98,7 @@ class ShardWriter:
             with path.open("rb") as file:
                 if file.read(len(header)) != header:
                     return False
-        self.journal_path.write_bytes(b"".join(whole))
-        self.steps = [json.loads(line) for line in whole[1:]]
+        self.steps = steps
         return True
 
     def _start(self, key: str) -> None:
@@ -121,7 +116,27 @@ class ShardWriter:
                 "Free some space, or set `output_dir:` to another disk.",
                 exit_code=3,
             ) from error
-        self.journal_path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        start_journal(self.journal_path, key)
+
+
+def start_journal(path: Path, key: str) -> None:
+    """A journal of the work ``key`` without a finished step."""
+    path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+
+def resume_journal(path: Path, key: str) -> list[dict[str, Any]] | None:
+    """The finished steps of the work ``key``; None where there is no journal, or another work's. A torn last line is
+    cut off: its step was never finished."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        first, *steps = map(json.loads, whole)
+        if first["key"] != key:
+            return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    os.truncate(path, sum(map(len, whole)))
+    return steps
 
 
 class _Layout:

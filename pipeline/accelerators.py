@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -42,7 +43,6 @@ class Accelerator:
         return self.compute.replace(".", "").isdigit()
 
 
-STATED = ("memory", "bandwidth", "bf16", "fp8", "compute", "host_link")
 SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
 
 
@@ -105,11 +105,14 @@ def _card(key: str, row: Any, where: str) -> Accelerator:
         if value is None and not needed:
             numbers[name] = None
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise QtoolError(f"{where}: {key}: {name} is {value!r}; a number above 0 is needed.")
         numbers[name] = value * scale
     numbers["memory"] = int(numbers["memory"])
+    sources = row.get("sources") or {}
+    if not isinstance(sources, dict):
+        raise QtoolError(f"{where}: {key}: sources is {sources!r}; a mapping is needed: key -> where it stands.")
     return Accelerator(
         key=key, name=str(row.get("name") or key), compute=str(row.get("compute") or "unknown"),
-        sources={str(k): str(v) for k, v in (row.get("sources") or {}).items()}, **numbers,
+        sources={str(k): str(v) for k, v in sources.items()}, **numbers,
     )  # fmt: skip

@@ -143,7 +143,7 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
         one, other = a.texts[length], b.texts[length]
         broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
         if broken:
-            shown: Shown = "worse" if broken == ["B"] else "not compared"
+            shown: Shown = "not compared" if len(broken) > 1 else "worse" if broken == ["B"] else "better"
             said = f"not a number in {' and '.join(broken)}"
             changes.append(Change(label, f"held-out text{at}", "", "", said, shown))
             continue

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import torch
+
 from qtool import QtoolError
+from qtool.convert.containers import CONTAINERS
 from qtool.convert.ggml import load_gguf, row_bytes
 from qtool.convert.gguf_plan import GgufPlan, plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
@@ -79,6 +82,13 @@ def method_of(name: str) -> Method | None:
 
 def weights_of(headers: Headers, name: str) -> Weights:
     """Raises QtoolError where the model cannot be written in this format, saying why."""
+    found = _weights_of(headers, name)
+    if headers.geometry.tied and found.head and found.embedding:  # stored all the same; engines load one of the two
+        return _replace(found, head=0, parameters=found.parameters - headers.geometry.head_weights)
+    return found
+
+
+def _weights_of(headers: Headers, name: str) -> Weights:
     method = method_of(name)
     if method is None:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
@@ -106,7 +116,12 @@ def artifact_weights(headers: Headers) -> Weights:
         section = headers.config["quantization_config"]
         method = str(section.get("quant_method", "unknown"))
         found = _weights(method, method, specs, _source_parameters(headers), "model.layers.")
-        return _replace(found, group=int(section.get("group_size") or 1), files=_disk(headers))
+        said = CONTAINERS[method].geometry(section) if method in CONTAINERS else section
+        packed = [shape for dtype, shape in specs.values() if dtype == torch.uint8 and len(shape) == 2]
+        largest = max((4 * _count(shape) for shape in packed), default=0)  # two weights to a byte, expanded to 16 bits
+        head = 0 if headers.geometry.tied and found.embedding else found.head
+        group = int(said.get("group_size") or 1)
+        return _replace(found, head=head, group=group, largest=largest, files=_disk(headers))
     from qtool.convert.gguf_file import GgufFile
 
     file = GgufFile.open(headers.gguf, headers.config)

@@ -78,34 +78,41 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     layers = _positive(config, "num_hidden_layers", where)
-    if config.get("num_key_value_heads") is None:
+    kv_heads, head_dim = (_optional(config, key, where) for key in ("num_key_value_heads", "head_dim"))
+    if kv_heads is None:
         assumed.append(f"num_key_value_heads is missing: every head has its own keys and values ({heads})")
-    if config.get("head_dim") is None and hidden % heads:
+    if head_dim is None and hidden % heads:
         raise QtoolError(f"{where}: hidden_size {hidden} does not divide by {heads} heads, and there is no head_dim.")
-    if config.get("max_position_embeddings") is None:
+    max_context = _optional(config, "max_position_embeddings", where)
+    if max_context is None:
         assumed.append("max_position_embeddings is missing: no context is refused as too long")
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise QtoolError(f"{where}: architectures is {names!r}; a list of names is needed.")
     architecture = next((name for name in names if name in KNOWN), names[0] if names else "")
     if not architecture:
         assumed.append("no architecture is named: planned as a decoder of attention and gated MLP layers")
     elif architecture not in KNOWN:
         assumed.append(f"{architecture} is not known to qtool: its cache and activations are planned as Llama's")
-    loops = int(config.get("loop_num") or (2 if architecture == LOOPED else 1))
+    for key in ("sliding_window", "sliding_window_pattern", "max_window_layers"):
+        if config.get(key):  # 0 and null say that nothing slides, or all does
+            _positive(config, key, where)
+    loops = _optional(config, "loop_num", where) or (2 if architecture == LOOPED else 1)
     return Geometry(
         architecture=architecture,
         layers=layers,
         hidden=hidden,
         intermediate=_positive(config, "intermediate_size", where),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or hidden // heads,
         vocab=_positive(config, "vocab_size", where),
         tied=is_tied(config),
         windows=layer_windows(config, layers),
-        max_context=config.get("max_position_embeddings"),
+        max_context=max_context,
         dtype=_dtype(config, assumed, where),
         loops=loops,
-        loop_window=int(config.get("loop_window_size") or 64) if loops > 1 else 0,
+        loop_window=(_optional(config, "loop_window_size", where) or 64) if loops > 1 else 0,
         assumed=tuple(assumed),
     )
 
@@ -158,6 +165,10 @@ def _positive(config: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise QtoolError(f"{where}: {key} is {value!r}; a positive whole number is needed.")
     return value
+
+
+def _optional(config: Mapping[str, Any], key: str, where: str) -> int | None:
+    return None if config.get(key) is None else _positive(config, key, where)
 
 
 def _dtype(config: Mapping[str, Any], assumed: list[str], where: str) -> str:

@@ -26,6 +26,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
 from qtool.quantize.ggml import fits, quantize_ggml
 from qtool.quantize.methods import GgufMethod
+from qtool.redaction import without_folders
 from qtool.writers import manifest_of
 
 IMPORTANCE = "importance"
@@ -135,7 +136,8 @@ class GgufOutput:
         rows = Checkpoint.open(self.partial / EXTRAS)
         source = self.job.recipe.calibration
         named = {self.plan.names[f"{linear}.weight"]: rows.tensor(linear) for linear in rows.tensors}
-        write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, source.text)
+        # the file may be published: where the text lay on this machine is nobody's business
+        write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
     def _token_proof(self, beyond: list[str]) -> str:
         """Raises QtoolError showing the first text that llama.cpp splits otherwise."""

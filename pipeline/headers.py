@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,8 +12,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import IMATRIX
-from qtool.convert.checkpoint import DTYPES, INDEX, Checkpoint, TensorInfo, read_json
-from qtool.convert.source import SHIPPED
+from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo, read_json
+from qtool.convert.source import SHIPPED, asking_the_hub
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
 CONFIG = "config.json"
@@ -102,37 +101,22 @@ def _skeleton_shapes(config: Mapping[str, Any], where: str) -> dict[str, tuple[i
 def _hub(model: str, revision: str | None) -> Headers:
     """config.json and each shard's first bytes, by HTTP range requests."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     name = model.split("/")[-1]
-    try:
-        config = json.loads(Path(hf_hub_download(model, CONFIG, revision=revision)).read_text(encoding="utf-8"))
-        metadata = HfApi().get_safetensors_metadata(model, revision=revision)
-    except RevisionNotFoundError as error:
-        raise QtoolError(f"{model}: has no revision {revision!r} on the Hub.") from error
-    except RepositoryNotFoundError as error:
-        raise QtoolError(f"{model}: is not on the Hub, or is private: log in with `hf auth login`.") from error
-    except NotASafetensorsRepoError:
-        return _from_config(config, name, f"{model}/{CONFIG}")
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise QtoolError(
-            f"{model}: the Hub cannot be reached ({type(error).__name__}). Plan from the folder, or from its "
-            "config.json alone: `qtool plan path/to/config.json`.",
-            exit_code=3,
-        ) from error
-    except EntryNotFoundError as error:
-        raise QtoolError(f"{model}: has no config.json on the Hub, so its shape is unknown.") from error
+    offline = "Plan from the folder, or from its config.json alone: `qtool plan path/to/config.json`."
+    with asking_the_hub(model, revision, offline):
+        config = read_json(Path(hf_hub_download(model, CONFIG, revision=revision)))
+        try:
+            metadata = HfApi().get_safetensors_metadata(model, revision=revision)
+        except NotASafetensorsRepoError:
+            return _from_config(config, name, f"{model}/{CONFIG}")
     tensors = {}
     for shard, header in metadata.files_metadata.items():
         for tensor, info in header.tensors.items():
             if info.dtype not in DTYPES:
                 raise QtoolError(f"{model}: {tensor} is stored as {info.dtype}; qtool plans from FP16, BF16 or FP32.")
-            tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
+            if not tensor.endswith(COMPUTED):
+                tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
     geometry = read_geometry(config, f"{model}/{CONFIG}")
     return Headers(name, config, geometry, tensors, assumed=geometry.assumed)

@@ -110,11 +110,14 @@ def differences(uploads: Sequence[Upload], remote: Remote) -> list[str]:
     return faults
 
 
-def publish(target: Target, uploads: Sequence[Upload], stale: Sequence[str], message: str) -> Publication:
+def publish(
+    target: Target, uploads: Sequence[Upload], stale: Sequence[str], message: str, seen: str | None = None
+) -> Publication:
     """Upload and commit at once, so that an interruption leaves no file visible; then read everything back.
 
-    Large files that an earlier attempt sent are not sent again. ``stale``: files to remove in the same commit. A commit
-    that does not read back as sent is withdrawn. Raises QtoolError: 1 not as sent, 2 refused, 3 no connection.
+    Large files that an earlier attempt sent are not sent again. ``stale``: files to remove in the same commit, chosen
+    when the head was ``seen``. A commit that does not read back as sent is withdrawn. Raises QtoolError: 1 not as sent,
+    2 refused, 3 no connection.
     """
     from huggingface_hub import HfApi
 
@@ -123,6 +126,8 @@ def publish(target: Target, uploads: Sequence[Upload], stale: Sequence[str], mes
         raise QtoolError("no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="qtool")
     before = _prepare(api, target)
+    if seen not in (None, before.head):
+        raise QtoolError(f"{target.repo}: somebody published there meanwhile. Look at it, then publish again.")
     if not stale and not differences(uploads, before):
         return Publication(target.repo, before.head, f"{api.endpoint}/{target.repo}/commit/{before.head}", False)
     commit = _commit(api, target, uploads, stale, message, before)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from qtool import QtoolError
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.checkpoint import Checkpoint, read_json
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.convert.source import ModelSource
+from qtool.convert.source import ModelSource, sha256_file
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
@@ -59,6 +60,12 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     architecture = architecture_of(config)
     shapes, tied = expected_shapes(build_skeleton(config, trusted))
     checkpoint.check_shapes(shapes, tied)
+    strangers = [name for name in checkpoint.tensors if name.startswith(architecture.prefix) and name not in shapes]
+    if strangers:  # the walk would leave them unwritten
+        raise QtoolError(
+            f"{checkpoint.tensors[strangers[0]].file}: holds {strangers[0]} ({len(strangers)} such), which config.json "
+            "does not imply. Weights and config.json are not of one model."
+        )
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
@@ -93,17 +100,22 @@ def versions(method: Method | None = None) -> dict[str, str]:
 
 
 def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
-    """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section, device kind,
-    versions."""
-    return digest_of(
-        {
-            "source": job.source.commit,
-            "calibration": calibration.digest if needs_calibration(method) else None,
-            "output": method.model_dump(mode="json"),
-            "device": device_kind(job.device),
-            "versions": versions(method),
-        }
-    )
+    """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section and the
+    importance matrix that it names, device kind, versions. Raises QtoolError where that file cannot be read."""
+    made_from: dict[str, Any] = {
+        "source": job.source.commit,
+        "calibration": calibration.digest if needs_calibration(method) else None,
+        "output": method.model_dump(mode="json"),
+        "device": device_kind(job.device),
+        "versions": versions(method),
+    }
+    if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
+        path = Path(method.imatrix).expanduser()
+        try:
+            made_from["imatrix"] = sha256_file(path)
+        except OSError as error:
+            raise QtoolError(f"{path}: {error.strerror} (`imatrix:` of output {method.name!r}).") from error
+    return digest_of(made_from)
 
 
 def device_kind(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method
 
 GIB = 2**30
+GROUP = Path("/sys/fs/cgroup")
 LIBRARIES = GIB  # torch, transformers and the rest in host memory
 TOKENIZER_AND_CONFIG = 32 * 2**20  # sidecars carried along, the manifest
 
@@ -61,7 +62,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Method] | Non
     peak = peak_of(job, methods) if methods else 0
     layer = max(_layer_bytes(job), _largest(job)) if methods else 0
     on_host = job.device.type == "cpu"
-    disk = sum(_disk(job, method) for method in methods if not job.partial(method).exists())
+    disk = sum(_disk(job, method) for method in methods if not any(job.partial(method).glob("*")))
     parent = _existing(Path(job.recipe.output_dir).expanduser())
     return Needs(
         device="host" if on_host else device_kind(job.device),
@@ -106,11 +107,12 @@ def host_memory() -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError):
             return None
-    group = Path("/sys/fs/cgroup")
     try:
-        most = int((group / "memory.max").read_text())  # "max" where there is no limit
-        return min(available, most - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+        most = int((GROUP / "memory.max").read_text())  # "max" where there is no limit
+        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # files read: given up for whoever asks
+        return min(available, most - int((GROUP / "memory.current").read_text()) + cached)
+    except (OSError, ValueError, KeyError):
         return available
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal, get_args
 
 from qtool import QtoolError
 from qtool.convert.model_config import PERIODS
 from qtool.geometry import Geometry
 from qtool.workspace import UBATCH
 
-Engine = Literal["transformers", "vllm", "llama.cpp"]
-KvDtype = Literal["bf16", "f16", "fp8", "q8_0", "q4_0"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)
 # bytes to a number; ggml's blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
 KV_BYTES: dict[str, Fraction] = {
     "bf16": Fraction(2), "f16": Fraction(2), "fp8": Fraction(1), "q8_0": Fraction(34, 32), "q4_0": Fraction(18, 32),
@@ -36,7 +32,7 @@ def kv_bytes(
     row = geometry.kv_row
     if engine == "vllm" and cards > 1:
         row = max(1, geometry.kv_heads // cards) * geometry.head_dim
-    tokens = sum(cells(geometry, engine, context, window, chunk) for window in cached_windows(geometry, engine))
+    tokens = sum(cells(engine, context, window, chunk) for window in cached_windows(geometry, engine))
     return int(sequences * tokens * 2 * row * KV_BYTES[kv_dtype])
 
 
@@ -51,7 +47,7 @@ def cached_windows(geometry: Geometry, engine: str) -> tuple[int | None, ...]:
     return first + (geometry.loop_window,) * (geometry.layers * (geometry.loops - 1))
 
 
-def cells(geometry: Geometry, engine: str, context: int, window: int | None, chunk: int = 0) -> int:
+def cells(engine: str, context: int, window: int | None, chunk: int = 0) -> int:
     """Tokens that one cache of one sequence has room for."""
     if engine == "llama.cpp":  # a sliding layer keeps its window and one batch (src/llama-kv-cache-iswa.cpp)
         held = context if window is None else min(context, window + UBATCH)
@@ -67,7 +63,7 @@ def cells(geometry: Geometry, engine: str, context: int, window: int | None, chu
 def sliding_cells(geometry: Geometry, context: int) -> int:
     """Tokens that llama.cpp's cache of a sliding layer has room for, 0 where none slides."""
     windows = [window for window in cached_windows(geometry, "llama.cpp") if window is not None]
-    return cells(geometry, "llama.cpp", context, windows[0]) if windows and geometry.loops == 1 else 0
+    return cells("llama.cpp", context, windows[0]) if windows and geometry.loops == 1 else 0
 
 
 def check_kv_dtype(geometry: Geometry, engine: str, kv_dtype: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ LEDGER = "ledger.jsonl"
 
 
 def append(runs: Path, entry: dict[str, Any]) -> None:
-    """Add one line and make it durable. A single write, so that two runs side by side cannot mix their lines."""
+    """Add one line and make it durable. A single write, so that two runs side by side cannot mix their lines; it begins
+    with the end of a line that a power cut tore."""
     runs.mkdir(parents=True, exist_ok=True)
+    path = runs / LEDGER
     line = (json.dumps(entry, sort_keys=True) + "\n").encode()
-    descriptor = os.open(runs / LEDGER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        line = b"\n" + line
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line)
         os.fsync(descriptor)
@@ -23,9 +28,10 @@ def append(runs: Path, entry: dict[str, Any]) -> None:
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
-    """All entries, oldest first; a torn last line (power cut) is left out."""
+    """All entries, oldest first; lines that a power cut tore are left out."""
     path = runs / LEDGER
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
+from qtool.markup import visible
 from qtool.plan import Answer, Plan
 from qtool.sizing import GIB, Cell
 
@@ -37,7 +37,7 @@ def memory_by_context(plan: Plan) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mf" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}" role="img"><title>Memory by context: {escape(plan.headers.name)}</title>'
+        f'height="{height}" role="img"><title>Memory by context: {visible(plan.headers.name)}</title>'
         f'<style>{STYLE}</style><rect class="bg" width="{WIDTH}" height="{height}"/>{"".join(parts)}{legend}</svg>\n'
     )
 
@@ -54,7 +54,7 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
     cards = f"{setting.cards} x {setting.card.key}" if setting.cards > 1 else setting.card.key
     fewest = min(plan.sequences)
     title = f"{plan.headers.name} on {cards}, {fewest} sequence{'s' if fewest > 1 else ''}: GiB on each card"
-    out = [f'<text x="{LEFT}" y="{offset + 20}" font-weight="600">{escape(title)}</text>']
+    out = [f'<text x="{LEFT}" y="{offset + 20}" font-weight="600">{visible(title)}</text>']
     step = _step(top / GIB)
     for number in range(int(top / GIB / step) + 1):
         place = y(number * step * GIB)
@@ -69,10 +69,10 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
             out.append(_bar(cell, left + place * bar, bar - 3, y, top, base))
         label = f"{answer.setting.weights.format}, {answer.setting.kv_dtype}"
         middle = left + bar * len(plan.contexts) / 2
-        out.append(f'<text x="{middle:.1f}" y="{base + 56}" text-anchor="middle">{escape(label)}</text>')
+        out.append(f'<text x="{middle:.1f}" y="{base + 56}" text-anchor="middle">{visible(label)}</text>')
         out.append(
             f'<text class="soft" x="{middle:.1f}" y="{base + 71}" text-anchor="middle">'
-            f"{escape(answer.setting.engine)}</text>"
+            f"{visible(answer.setting.engine)}</text>"
         )
     line = y(limit)
     out.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - 16}" y1="{line:.1f}" y2="{line:.1f}"/>')

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +18,7 @@ from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify import check_files
+from qtool.convert.writer import resume_journal
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key
 from qtool.job_needs import refuse_what_cannot_finish
@@ -49,14 +53,44 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
     keys = {method.name: artifact_key(job, method, calibration) for method in methods}
     pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
     Path(job.recipe.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    refuse_what_cannot_finish(job, pending)
-    importance = _importance(job, pending)
-    writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
-    if writers:
-        _walk(job, pending, writers, calibration, importance)
-    for method in pending:
-        writers[method.name].seal(calibration)
+    with ExitStack() as held:
+        for method in pending:
+            held.enter_context(_alone(job.partial(method)))
+            _discard_other_work(job.partial(method), keys[method.name])
+        refuse_what_cannot_finish(job, pending)
+        importance = _importance(job, pending)
+        writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
+        if writers:
+            _walk(job, pending, writers, calibration, importance)
+        for method in pending:
+            writers[method.name].seal(calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold the unfinished folder: two writers would note every layer twice, and a third would take more layers for
+    finished than are. Raises QtoolError (exit 3) where another process holds it."""
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QtoolError(f"{partial}: another qtool is writing there. Wait until it ends.", exit_code=3) from error
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # renamed, or begun
+            partial.rmdir()
+
+
+def _discard_other_work(partial: Path, key: str) -> None:
+    """What another recipe, source or version began under this name: files that this one does not write would be sealed
+    with its own."""
+    if all(resume_journal(path, key) is None for path in partial.rglob("*journal.jsonl")):
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _writer(job: Job, method: Method, key: str) -> Writer:
@@ -80,7 +114,8 @@ def _rows(plan: GgufPlan, path: Path) -> dict[str, Tensor]:
     named = {linear: plan.names[f"{linear.name}.weight"] for linear in plan.linears}
     wrong = [name for linear, name in named.items() if name in rows and rows[name].numel() != linear.columns]
     if wrong or not any(name in rows for name in named.values()):
-        raise QtoolError(f"{path}: made for another model: {wrong[0] if wrong else 'none of its names'} fits.")
+        why = f"{wrong[0]} has {rows[wrong[0]].numel()} values" if wrong else "it has none of this model's names"
+        raise QtoolError(f"{path}: made for another model: {why}.")
     return {linear.name: rows[name] for linear, name in named.items() if name in rows}
 
 

@@ -143,7 +143,7 @@ def _weights(headers: Headers, asked: Asked) -> tuple[list[Weights], list[str]]:
     if not found:
         raise QtoolError("; ".join(notes))
     if headers.geometry.loops > 1 and any(weights.family != SOURCE for weights in found):
-        notes.append("looped models are planned in every format, but qtool quantizes none of them yet")
+        notes.append("looped models are planned, but qtool quantizes none of them yet")
     return found, notes
 
 

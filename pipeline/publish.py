@@ -213,7 +213,7 @@ def send(planned: Plan) -> hub.Publication:
     remote = hub.look(planned.target.repo, planned.target.revision) or hub.look(planned.target.repo)
     stale = stale_files(planned, remote)
     message = f"{', '.join(planned.names)} of {planned.source} by qtool ({planned.keys[0][:12]})"
-    return hub.publish(planned.target, planned.uploads, stale, message)
+    return hub.publish(planned.target, planned.uploads, stale, message, remote.head if remote else None)
 
 
 def with_options(section: PublishSection | None, to: str | None, **changes: Any) -> PublishSection:

@@ -22,8 +22,8 @@ def without_folders(data: Any) -> Any:
 def recipe_without_folders(text: str) -> str:
     """The recipe as it was written, comments and all, its absolute paths reduced to their last part."""
     for path in sorted(set(_texts(yaml.safe_load(text))), key=len, reverse=True):
-        if _is_absolute(path):
-            text = text.replace(path, _last_part(path))
+        if _is_absolute(path):  # where it stands alone: `/data` is no part of `corpora/data/x.jsonl`
+            text = re.sub(rf"(?<![\w./~:-]){re.escape(path)}(?![\w./-])", _last_part(path), text)
     return re.sub(r"(?<=[\s\"'\[{,])~?/(?:[^/\s\"',\]}]+/)+(?=[^/\s])", "", text)
 
 

@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Mapping
 
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
-from qtool.markup import visible
+from qtool.markup import spelt, visible
 from qtool.tables import count_of, task_label
 
 LONGEST = 12_000  # characters of an answer that are shown
+MANY_LINES = 1000
 
 
 def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[str, str], number: int) -> str:
@@ -101,11 +102,12 @@ def _card(name: str, score: TaskScore, problem: str, answer: ProblemOutcome, ref
 
 def _marked(text: str, reference: str) -> str:
     """The answer, with the lines marked that the reference does not have."""
-    shown = text[:LONGEST]
-    lines, other = shown.splitlines(), reference[:LONGEST].splitlines()
+    # spelt first: what merely looks like the end of a line is shown as what it is
+    lines, other = (spelt(words[:LONGEST]).removesuffix("\n").split("\n") for words in (text, reference))
+    many = len(lines) > MANY_LINES  # a model that repeats one line would take minutes otherwise
     kept = {
         i
-        for block in difflib.SequenceMatcher(None, other, lines, autojunk=False).get_matching_blocks()
+        for block in difflib.SequenceMatcher(None, other, lines, autojunk=many).get_matching_blocks()
         for i in range(block.b, block.b + block.size)
     }
     rows = [visible(line) if i in kept else f"<mark>{visible(line) or ' '}</mark>" for i, line in enumerate(lines)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact, Manifest
-from qtool.convert.checkpoint import TensorStream
+from qtool.convert.gguf_file import GgufFile
 from qtool.convert.source import resolve
 from qtool.convert.text import TextSource, load_tokenizer, token_windows
 from qtool.job import device_kind, open_job, versions
@@ -59,9 +60,12 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
     (made,) = make_artifacts(job, recipe.outputs, calibration).values()
-    before, after = dict(_tensors(original)), dict(_tensors(made))
-    names = sorted(before.keys() | after.keys())
-    differing = [f"{name}: {how}" for name in names if (how := _difference(before.get(name), after.get(name)))]
+    before, after = _stored(original), _stored(made)
+    names = list(dict.fromkeys([*before, *after]))
+    differing = []
+    for name in names:  # one tensor of each at a time: a model may be larger than the memory
+        how = _difference(*(side[name]() if name in side else None for side in (before, after)))
+        differing += [f"{name}: {how}"] if how else []
     reasons = list(_reasons(manifest, device_kind(job.device), versions(recipe.outputs[0])))
     return Reproduction(len(names), tuple(differing), tuple(reasons))
 
@@ -86,13 +90,16 @@ def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recip
         ) from error
 
 
-def _tensors(artifact: Artifact) -> TensorStream:
-    """As stored; of a .gguf file dequantized."""
-    if artifact.gguf is not None:
-        yield from artifact.read()
-        return
-    for name in artifact.checkpoint.tensors:
-        yield name, artifact.checkpoint.tensor(name)
+def _stored(artifact: Artifact) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> what reads that tensor as it is stored; of a .gguf file its bytes."""
+    weights = artifact.weights
+    if isinstance(weights, GgufFile):
+        return {name: partial(_bytes_of, weights, name) for name in weights.tensors}
+    return {name: partial(weights.tensor, name) for name in weights.tensors}
+
+
+def _bytes_of(file: GgufFile, name: str) -> torch.Tensor:
+    return file.blocks(name).data
 
 
 def _difference(before: torch.Tensor | None, after: torch.Tensor | None) -> str:
@@ -109,6 +116,6 @@ def _difference(before: torch.Tensor | None, after: torch.Tensor | None) -> str:
 def _reasons(manifest: Manifest, device: str, here: dict[str, str]) -> Iterator[str]:
     if manifest.device != device:
         yield f"made on {manifest.device}, built again on {device}"
-    for name in manifest.versions.keys() | here.keys():
+    for name in sorted(manifest.versions.keys() | here.keys()):
         if manifest.versions.get(name) != here.get(name):
             yield f"{name} {manifest.versions.get(name)} then, {here.get(name)} now"

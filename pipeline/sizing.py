@@ -105,7 +105,7 @@ def overhead_of(setting: Setting, context: int, sequences: int) -> Overhead:
     if setting.engine == "vllm":
         return vllm_overhead(g, card, setting.cards, sequences)
     if setting.engine == "llama.cpp":
-        each = cells(g, "llama.cpp", context, None)
+        each = cells("llama.cpp", context, None)
         return llama_cpp_overhead(g, each, each * sequences, sequences, card.cuda, sliding_cells(g, context))
     found = transformers_overhead(g, context, sequences, card.compute, setting.weights.largest)
     return Overhead(int(found.activations * (1 + ALLOCATOR_SLACK)), found.fixed)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import INDEX, Checkpoint
+from qtool.convert.checkpoint import INDEX, Checkpoint, read_json
 from qtool.convert.skeleton import _fill_buffers, build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
 
@@ -88,6 +88,46 @@ def test_index_that_promises_too_much(copy: Path) -> None:
         Checkpoint.open(copy)
 
 
+def test_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    with pytest.raises(QtoolError, match=r"deep\.json: not valid JSON"):
+        read_json(tmp_path / "deep.json")
+    with pytest.raises(QtoolError, match="Is a directory"):
+        read_json(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../tiny/model.safetensors", "/etc/model.safetensors", "..", "", 7])
+def test_an_index_that_leads_out_of_the_folder(copy: Path, shard: object) -> None:
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(QtoolError, match=r"model\.norm\.weight is in .*, which is no file of this folder"):
+        Checkpoint.open(copy)
+    (copy / INDEX).write_text(json.dumps({"weight_map": ["model.norm.weight"]}))
+    with pytest.raises(QtoolError, match="has no weight_map"):
+        Checkpoint.open(copy)
+
+
+def test_a_tensor_in_two_shards_is_the_indexs_or_nobodys(copy: Path) -> None:
+    first, second = sorted(copy.glob("*.safetensors"))[:2]
+    norm = torch.full((128,), 7.0, dtype=torch.bfloat16)
+    name, index = "model.norm.weight", json.loads((copy / INDEX).read_text())
+    save_file({name: norm} | load_file(first), first)
+    save_file({name: norm + 1} | load_file(second), second)
+    for shard, value in ((first, 7), (second, 8)):
+        index["weight_map"][name] = shard.name
+        (copy / INDEX).write_text(json.dumps(index))
+        assert Checkpoint.open(copy).tensor(name)[0] == value
+    (copy / INDEX).unlink()
+    with pytest.raises(QtoolError, match=rf"{second.name}: holds {name} \(1 such\), which {first.name} holds too"):
+        Checkpoint.open(copy)
+
+
+def test_what_transformers_does_not_load_is_not_read(copy: Path) -> None:
+    shards = {shard: load_file(shard) for shard in copy.glob("*.safetensors")}
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}, copy / "model.safetensors")
+    assert set(Checkpoint.open(copy).tensors) == set(tensors)  # neither the stale index's shards nor the rotary table
+
+
 def test_shape_that_contradicts_the_config_names_file_and_tensor(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["intermediate_size"] = 512
@@ -117,6 +157,32 @@ def test_local_folders_are_named_by_their_content(tiny: Path, copy: Path) -> Non
     data[-1] ^= 1
     shard.write_bytes(data)
     assert resolve(str(tiny)).commit != resolve(str(copy)).commit
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "qwen.tiktoken", "chat_template.jinja"])
+def test_other_tokens_are_another_source(copy: Path, name: str) -> None:
+    (copy / name).write_text("a b\n")
+    before = resolve(str(copy)).commit
+    (copy / name).write_text("b a\n")
+    assert resolve(str(copy)).commit != before
+    (copy / "notes.json").mkdir()  # a folder with such a name is no file to read
+    resolve(str(copy))
+
+
+def test_a_hub_id_that_the_hub_forbids() -> None:
+    with pytest.raises(QtoolError, match=r"a--b/c\.\.d: is no id that the Hub allows"):
+        resolve("a--b/c..d")
+
+
+def test_a_gated_model_says_what_to_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(QtoolError, match="org/name: is gated: accept its terms"):
+        resolve("org/name")
 
 
 def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub() -> None:

@@ -113,3 +113,12 @@ def test_hostile_imatrix_files(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(QtoolError, match="not an importance matrix"):
         imatrix.read_imatrix(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_an_importance_that_is_no_mean_square_is_named(value: float, tmp_path: Path) -> None:
+    row = torch.ones(8)
+    row[3] = value
+    imatrix.write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": row}, 1, 8, "x")
+    with pytest.raises(QtoolError, match=r"blk\.0\.attn_q\.weight holds NaN, Inf or negative numbers"):
+        imatrix.read_imatrix(tmp_path / "m.gguf")

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from qtool.convert.ggml import row_bytes
-from qtool.convert.gguf_types import FILE_TYPES, tensor_types, use_more_bits
+from qtool.convert.gguf_types import FILE_TYPES, is_70b, tensor_types, use_more_bits
 
 
 def model(
@@ -48,6 +48,25 @@ def test_iquest_coder_40b_as_llama_quantize_sizes_it(file_type: str, mebibytes: 
 def test_llama_8b_bits_per_weight(file_type: str, bpw: float) -> None:
     weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in LLAMA_8B.values())
     assert 8 * nbytes(LLAMA_8B, file_type, 32) / weights == pytest.approx(bpw, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "kv", "expected"),
+    [
+        ("LlamaForCausalLM", 80, 8, True),
+        ("IQuestCoderForCausalLM", 80, 8, True),
+        ("LlamaForCausalLM", 80, 64, False),  # its "65B"
+        ("LlamaForCausalLM", 80, None, False),
+        ("LlamaForCausalLM", 64, 8, False),
+        ("Qwen2ForCausalLM", 80, 8, True),
+        ("Qwen2ForCausalLM", 80, 64, True),  # qwen2 asks for the layers alone
+        ("Qwen2ForCausalLM", 64, 8, False),
+        ("Qwen3ForCausalLM", 80, 8, False),
+    ],
+)
+def test_what_llama_cpp_takes_for_its_70b(architecture: str, layers: int, kv: int | None, expected: bool) -> None:
+    config = {"architectures": [architecture], "num_hidden_layers": layers, "num_attention_heads": 64}
+    assert is_70b(config | {"num_key_value_heads": kv}) is expected
 
 
 def test_rows_that_256_does_not_divide_fall_back() -> None:

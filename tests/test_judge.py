@@ -288,6 +288,9 @@ def test_a_model_without_numbers_is_worse(planted: dict[str, Path], tmp_path: Pa
     assert "not a number" in (folder / "report.html").read_text()
     assert call("baseline", "save", folder, tmp_path / "b.json").exit_code == 0
     assert call("compare", tmp_path / "b.json", planted["good"]).exit_code == 0
+    result = call("check", planted["good"], "--baseline", tmp_path / "b.json")  # the broken one was the baseline
+    assert "better than the baseline: not a number in A" in " ".join(result.output.split()), result.output
+    assert result.exit_code == 0
 
 
 def test_scores_are_of_these_files_against_this_source(planted: dict[str, Path], tmp_path: Path) -> None:

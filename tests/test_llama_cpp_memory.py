@@ -62,7 +62,7 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
     found = allocated(path, context, slots, flash, kind)
     each = context // slots
     assert found["KV"] == pytest.approx(kv_bytes(geometry, "llama.cpp", each, slots, kind) / MIB, abs=0.011)
-    whole, sliding = cells(geometry, "llama.cpp", each, None), sliding_cells(geometry, each)
+    whole, sliding = cells("llama.cpp", each, None), sliding_cells(geometry, each)
     predicted = llama_cpp_compute(geometry, whole, context, flash, sliding=sliding) / MIB
     assert abs(predicted - found["compute"]) < 0.5, (predicted, found)  # asked: 10 % or 16 MiB
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import yaml
 
 from qtool import QtoolError
 from qtool.convert.artifact import MANIFEST, Artifact
-from qtool.convert.source import resolve
+from qtool.convert.source import HUB_PATTERNS, resolve
 from qtool.job import Job, open_job
 from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -76,6 +79,18 @@ EVERY: list[dict[str, Any]] = [
 ]
 
 
+def test_notices_are_carried_and_indices_of_other_weights_are_not(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / "with-notice"))
+    (model / "NOTICE").write_text("made by someone\n")
+    (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}\n')
+    files = contents(make(write_recipe(model=str(model)))["awq"].path)
+    assert files["NOTICE"] == b"made by someone\n"
+    assert not [name for name in files if name.endswith("index.json")]
+    assert any(fnmatch("NOTICE", pattern) for pattern in HUB_PATTERNS)  # or it would never arrive from the Hub
+
+
 def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
     job = job_of(write_recipe(outputs=EVERY))
     artifacts = make_artifacts(job, job.recipe.outputs, CALIBRATION)
@@ -106,6 +121,22 @@ def test_rows_that_do_not_fill_words_are_refused(
     with pytest.raises(QtoolError, match=r"down_proj has 260 columns; this format packs columns in groups of 8"):
         job_of(write_recipe(model=str(model), outputs=[{"method": "gptq", "group_size": -1}]))
     assert job_of(write_recipe(model=str(model), outputs=[{"method": "nf4"}])).plans["nf4"].nbytes
+
+
+def test_everything_is_durable_before_the_folder_gets_its_name(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after the rename must not leave a finished folder with an empty config.json."""
+    durable: set[int] = set()
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        durable.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = make(write_recipe())["awq"].path
+    assert {file.stat().st_ino for file in (*path.rglob("*"), path, path.parent)} <= durable
 
 
 def test_a_finished_artifact_is_reused(write_recipe: Callable[..., Path]) -> None:
@@ -142,6 +173,17 @@ def test_group_size_that_does_not_divide_names_linears_and_sizes(
     assert "Sizes that fit every linear: 64, 32" in error.value.message
 
 
+def test_weights_of_more_layers_than_the_config_has(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    """They would be planned, never visited, and sealed as zeros."""
+    model = Path(shutil.copytree(tiny, tmp_path / "deep"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(QtoolError, match=r"holds model\.layers\.1\..*\(9 such\), which config.json does not imply"):
+        job_of(write_recipe(model=str(model)))
+
+
 def test_a_full_disk_is_said_before_the_work(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +191,21 @@ def test_a_full_disk_is_said_before_the_work(
     with pytest.raises(QtoolError, match=r"0\.00 GB free") as error:
         make(write_recipe())
     assert error.value.exit_code == 3
+
+
+def test_a_second_writer_is_refused(write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe()
+    job = job_of(recipe)
+    partial = job.partial(job.recipe.outputs[0])
+    partial.mkdir(parents=True)
+    holder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(QtoolError, match=r"tiny-awq\.partial: another qtool is writing there") as error:
+        make(recipe)
+    assert error.value.exit_code == 3
+    os.close(holder)
+    assert make(recipe)["awq"].path.exists()
+    assert not partial.exists()
 
 
 def test_an_unfinished_folder_does_not_open(tmp_path: Path) -> None:
@@ -230,3 +287,22 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     assert done == layers_done
     again = {name: contents(a.path) for name, a in make(recipe).items()}
     assert again == uninterrupted
+
+
+Q4, Q8 = ({"method": "gguf", "name": "x", "type": kind} for kind in ("Q4_K_M", "Q8_0"))
+AWQ, NF4 = {"method": "awq", "name": "x", "group_size": 32}, {"method": "nf4", "name": "x"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(Q4, Q8), (AWQ, NF4), (AWQ, Q8), (Q4, AWQ)])
+def test_nothing_of_another_recipes_unfinished_work_is_sealed(
+    before: dict[str, Any], after: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One name, first for work that was killed before its end, then for another format."""
+    pytest.importorskip("gguf")
+    job = job_of(write_recipe(outputs=[before]))
+    whole = make(write_recipe(outputs=[before], output_dir=str(tmp_path / "whole")))["x"].path
+    partial = Path(shutil.copytree(whole, job.partial(job.recipe.outputs[0])))
+    (partial / "model.journal.jsonl").write_text('{"key": "of other work"}\n')
+    made = make(write_recipe(outputs=[after]))["x"]
+    expected = make(write_recipe(outputs=[after], output_dir=str(tmp_path / "expected")))["x"]
+    assert contents(made.path) == contents(expected.path)

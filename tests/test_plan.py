@@ -125,6 +125,8 @@ def test_cards_state_every_source_and_users_add_their_own(tmp_path: Path) -> Non
     for text, said in (
         ("Mine: {memory: 10}\n", "Mine: bandwidth is None; a number above 0"),
         ("Mine: {memory: -1, bandwidth: 1}\n", "memory is -1; a number above 0"),
+        ("Mine: {memory: .inf, bandwidth: 1}\n", "memory is inf; a number above 0"),
+        ("Mine: {memory: 1, bandwidth: 1, sources: [a book]}\n", "Mine: sources is .'a book'.; a mapping is needed"),
         ("Mine: {memory: 1, bandwidth: 1, speed: 3}\n", "Mine: speed; keys are"),
         ("- x\n", "cards are a mapping"),
     ):
@@ -261,6 +263,45 @@ def test_a_hub_model_is_planned_from_headers_alone(tiny: Path, tmp_path: Path) -
     weights = [line for line in asked if ".safetensors" in line and line.startswith("GET") and "index" not in line]
     assert weights
     assert all("bytes=" in line for line in weights)  # never a whole shard
+
+
+def test_files_that_were_read_do_not_fill_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A control group counts its page cache as used: after one read of a large model nothing else seems to be left."""
+    monkeypatch.setattr(job_needs, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("990000\n")
+    (tmp_path / "memory.stat").write_text("anon 90000\nfile 900000\nactive_file 400000\ninactive_file 500000\n")
+    assert job_needs.host_memory() == 910_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (job_needs.host_memory() or 0) > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("RemoteEntryNotFoundError", "has no config.json on the Hub"), ("GatedRepoError", "is gated: accept its terms"),
+        ("SafetensorsParsingError", "holds a file that is not whole safetensors"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_answers_is_told(fault: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, fault)
+
+    def answer(*_: object, **__: object) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    with pytest.raises(QtoolError, match=said) as caught:
+        read_headers("org/name")
+    assert caught.value.exit_code == 2
+
+
+def test_a_config_on_the_hub_that_is_no_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    with pytest.raises(QtoolError, match=r"config\.json: not valid JSON"):
+        read_headers("org/name")
 
 
 def test_the_documented_tables_are_what_plan_says() -> None:

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from hub_server import TOKEN
 from safetensors.torch import save_file
 
-from qtool import ledger
+from qtool import hub, ledger
+from qtool import publish as publishing
 from qtool.admission import Candidate, candidates, refusals
 from qtool.baseline import Baseline
 from qtool.cli import main
@@ -95,6 +96,22 @@ def test_one_repository_with_folders(hub_server: Any, work: Path) -> None:
     assert result.exit_code == 0, result.output
     files = hub_server.files("my-org/tiny-quantized")
     assert {"awq/qtool.json", "nf4/qtool.json", "README.md", "qtool-scores.json"} <= set(files)
+
+
+def test_what_somebody_publishes_meanwhile_is_not_overwritten(
+    hub_server: Any, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(work, "--license", "mit", "--only", "awq").exit_code == 0
+    chosen = publishing.stale_files
+
+    def slowly(planned: publishing.Plan, remote: hub.Remote | None) -> list[str]:
+        files = chosen(planned, remote)
+        hub.publish(hub.Target(AWQ), [hub.upload_of("qtool.json", b"{}")], [], "theirs")
+        return files
+
+    monkeypatch.setattr(publishing, "stale_files", slowly)
+    refused(call(work, "--license", "apache-2.0", "--only", "awq"), "somebody published there meanwhile", 2)
+    assert hub_server.files(AWQ)["qtool.json"] == b"{}"
 
 
 def test_a_pull_request_and_a_branch(hub_server: Any, work: Path) -> None:
@@ -215,6 +232,9 @@ def test_input_that_names_nothing(hub_server: Any, work: Path) -> None:
 def test_texts_lose_the_folders_of_this_machine() -> None:
     recipe = 'model: /home/me/My Models/m  # from /data/x/m\ncalibration: {text: "~/t/code.txt"}\nu: https://a.b/c/d\n'
     assert recipe_without_folders(recipe) == 'model: m  # from m\ncalibration: {text: "code.txt"}\nu: https://a.b/c/d\n'
+    short = "model: /data/m\ncalibration: {text: corpora/data/x.jsonl}\noutput_dir: /data  # on /data/disk\nu: http://h/data\n"
+    kept = "model: m\ncalibration: {text: corpora/data/x.jsonl}\noutput_dir: data  # on disk\nu: http://h/data\n"
+    assert recipe_without_folders(short) == kept
     assert without_folders({"a": ["/x/y", "org/name", 3]}) == {"a": ["y", "org/name", 3]}
 
 

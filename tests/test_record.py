@@ -108,3 +108,15 @@ def test_running_again_withdraws_the_old_end(finished: RunRecord) -> None:
     with pytest.raises(QtoolError, match="did not reach its end"):
         load_run(folder)
     (folder / "result.json").write_bytes(saved)
+
+
+def test_a_line_that_a_power_cut_tore_costs_no_other(tmp_path: Path) -> None:
+    ledger.append(tmp_path, {"run": "one"})
+    with (tmp_path / ledger.LEDGER).open("a") as file:
+        file.write('{"run": "to')
+    assert ledger.read(tmp_path) == [{"run": "one"}]
+    ledger.append(tmp_path, {"run": "three"})
+    ledger.append(tmp_path, {"run": "four"})
+    assert [entry["run"] for entry in ledger.read(tmp_path)] == ["one", "three", "four"]
+    (tmp_path / ledger.LEDGER).write_bytes(b'{"run": "five"}\n\x00\x00\xff\n7\n')
+    assert ledger.read(tmp_path) == [{"run": "five"}]

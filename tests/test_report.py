@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -30,7 +31,7 @@ from qtool.report import print_rows, write_report
 from qtool.report_figures import pictures, verdict_of
 from qtool.report_html import html_report
 from qtool.report_markdown import markdown_report
-from qtool.report_problems import LONGEST
+from qtool.report_problems import LONGEST, _marked
 from qtool.scores import Scores
 from qtool.tables import footnote, score_rows
 
@@ -266,6 +267,9 @@ def test_report_command(finished: RunRecord, tmp_path: Path) -> None:
 def test_visible_spells_out_what_hides() -> None:
     assert visible("a\u202eb\x00\u200b\ufeff<") == "a\\u202eb\\u0000\\u200b\\ufeff&lt;"
     assert visible("a\tb\r\nc") == "a\tb\nc"
+    assert visible("\u061c\xad\u180e\u3164\ufff9") == "\\u061c\\u00ad\\u180e\\u3164\\ufff9"
+    assert visible("".join(chr(0xE0000 + ord(letter)) for letter in "hi")) == "\\U000e0068\\U000e0069"
+    assert visible("\U0001f600 \u00e9 \u4e2d") == "\U0001f600 \u00e9 \u4e2d"
 
 
 MEASURE = """<!doctype html><meta charset=utf-8><body><script>
@@ -313,3 +317,13 @@ def test_nothing_overflows_in_a_browser(record: RunRecord, tmp_path: Path) -> No
         assert view["scripts"] == 0
         assert view["column"] == "1080px"
         assert view["ink"] == "5px, 4px"
+
+
+def test_an_answer_that_repeats_a_line_takes_no_time() -> None:
+    start = time.monotonic()
+    assert "<mark>" in _marked("\n" * 12_000, "\n" * 11_999 + "x")
+    assert time.monotonic() - start < 2  # it was 12 s
+
+
+def test_what_only_looks_like_a_line_end_is_shown() -> None:
+    assert _marked("a\u2028b\r\nc\n", "c") == "<mark>a\\u2028b</mark>\nc"

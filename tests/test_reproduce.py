@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,34 @@ def test_the_same_bits_again(finished: Any, name: str) -> None:
     assert "tensors, the same bit for bit" in result.output
 
 
-def test_a_gguf_file(write_recipe: Any, tmp_path: Path) -> None:
+def test_a_gguf_file_without_holding_two_models(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtool import reproduce as module
     from qtool.run import run
 
     run(write_recipe(outputs=[{"method": "gguf", "type": "Q8_0"}]), tmp_path / "runs", "cpu")
     (path,) = (tmp_path / "artifacts").iterdir()
+    seen: list[weakref.ref[torch.Tensor]] = []
+    compare = module._difference
+
+    def watched(before: torch.Tensor | None, after: torch.Tensor | None) -> str:
+        assert not [tensor for tensor in seen if tensor() is not None]
+        seen.extend(weakref.ref(tensor) for tensor in (before, after) if tensor is not None)
+        return compare(before, after)
+
+    monkeypatch.setattr(module, "_difference", watched)
     result = reproduce(path)
     assert result.exit_code == 0, result.output
     assert "tensors, the same bit for bit" in result.output
+    assert len(seen) == 2 * 20
+    (file,) = path.glob("*.gguf")
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    result = reproduce(path)
+    assert result.exit_code == 1
+    assert "1 of " in result.output
 
 
 def test_a_published_one_whose_manifest_names_no_folders(folder: Path, finished: Any, tiny: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def test_shapes_from_config_are_those_of_transformers(
     assert found == {name: shape for name, shape in shapes.items() if name not in tied}
 
 
+@pytest.mark.parametrize("name", ["source", "awq-g32", "nf4", "Q8_0"])
+def test_a_tied_head_that_is_stored_too_is_counted_once(name: str, tiny: Path) -> None:
+    headers = read_headers(str(tiny))
+    embedding = headers.tensors["model.embed_tokens.weight"]
+    twice = replace(headers, tensors=dict(headers.tensors) | {"lm_head.weight": embedding})
+    plain, stored = weights_of(headers, name), weights_of(twice, name)
+    assert (stored.nbytes, stored.parameters) == (plain.nbytes, plain.parameters)
+    if name != "Q8_0":  # on the disk it lies twice; llama.cpp's files leave it out
+        assert (stored.files or 0) - (plain.files or 0) > 320 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_key_value_heads", "8"), ("num_key_value_heads", 0), ("head_dim", -1), ("max_position_embeddings", "4k"),
+        ("sliding_window", -3), ("loop_num", 1.5), ("max_window_layers", True),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_is_named(key: str, value: object) -> None:
+    config = iquest("40B").config | {"sliding_window": 64, "use_sliding_window": True} | {key: value}
+    with pytest.raises(QtoolError, match=f"{key} is {value!r}; a positive whole number is needed"):
+        read_geometry(config)
+
+
+def test_architectures_are_a_list() -> None:
+    with pytest.raises(QtoolError, match="architectures is 'LlamaForCausalLM'; a list of names is needed"):
+        read_geometry(dict(iquest("40B").config) | {"architectures": "LlamaForCausalLM"})
+
+
 def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     outputs = [
         {"method": "awq", "name": "awq-g32", "group_size": 32},
@@ -112,6 +142,7 @@ def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[
         assert (found.nbytes, found.layers, found.head, found.embedding) == (
             planned.nbytes, planned.layers, planned.head, planned.embedding,
         ), name  # fmt: skip
+        assert (found.group, found.largest) == (planned.group, planned.largest), name
         if artifact.gguf is None:  # headers included
             assert planned.files == (artifact.path / "model.safetensors").stat().st_size
 

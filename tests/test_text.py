@@ -76,7 +76,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tiny: Path) -> No
     ("content", "expected"),
     [
         ("", "no rows"),
-        ('{"text": "short"}\n', "Lower `samples` to 0"),
+        ('{"text": "short"}\n', "fills 0 windows of 32 tokens; 4 are asked for. Lower `length`, or"),
         ('{"text": "fine"}\nnot json\n', "rows.jsonl:2: not JSON"),
         ('{"body": "x"}\n', "rows.jsonl:1: no 'text'"),
     ],
@@ -88,6 +88,14 @@ def test_text_that_does_not_do(tmp_path: Path, tokenizer: Any, content: str, exp
         token_windows(source(path), tokenizer)
     assert expected in error.value.message
     assert error.value.exit_code == 2
+
+
+def test_line_separators_inside_a_json_string_end_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["a\u2028b", "c\u0085d\u2029"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    assert list(read_rows(source(path))) == texts
 
 
 def test_a_missing_file_and_a_column(tmp_path: Path, tokenizer: Any) -> None:

@@ -173,6 +173,8 @@ def scramble_state(folder: Path) -> None:
 EMBEDDING = "model.embed_tokens.weight"
 FORMAT_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("awq", lambda p: rename(p, EMBEDDING, "model.embed_tokens.qweight"), "model.embed_tokens is quantized"),
+    ("nf4", lambda p: rename(p, EMBEDDING, f"{EMBEDDING}.absmax"), "model.embed_tokens is quantized"),
+    ("ct", lambda p: rename(p, EMBEDDING, "model.embed_tokens.weight_packed"), "model.embed_tokens is quantized"),
     ("awq", untie, "lm_head.weight is missing, and tie_word_embeddings is false"),
     ("awq", lambda p: edit_config(p, quant_method="hqq"), "quant_method 'hqq' cannot be read back"),
     *(("gptq", lambda p, k=key: edit_config(p, **{k: None}), f"quantization_config lacks {key!r}")
@@ -250,6 +252,74 @@ def test_only_qtools_artifacts_can_be_verified(copy: Path) -> None:
     with pytest.raises(QtoolError, match=r"no qtool\.json"):
         verify(copy)
     assert Artifact.open(copy).manifest is None
+
+
+@pytest.mark.parametrize("name", ["awq", "nf4"])
+def test_another_models_weights_are_not_the_source(
+    name: str, artifacts: dict[str, Path], model_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = model_maker(tmp_path / "wide", hidden_size=256, head_dim=64, num_hidden_layers=1)
+    told = failures(verify(artifacts[name], wide))
+    assert "layers.0.self_attn.q_proj is [128, 128] here and [256, 256] there: not its source" in told
+    assert "(+11 more)" in told
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ledger": {Q: {}}}, "error against the source: cannot be checked (KeyError: 'frobenius')"),
+        ({"ledger": {"model.layers.9.x": {"frobenius": 1.0}}}, "model.layers.9.x lacks 'qweight'"),
+        ({"output": {"dtype": 7}}, "scales is torch.float16, expected torch.float32"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_fails_its_checks(
+    changes: dict[str, Any], expected: str, copy: Path, tiny: Path
+) -> None:
+    edit_manifest(copy, **changes)
+    assert expected in failures(verify(copy, tiny))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/zero", "a/../../b"])
+def test_a_manifest_reads_no_file_outside_its_folder(name: str, copy: Path) -> None:
+    """/dev/zero has 0 bytes for `stat`, and no end for whoever hashes it."""
+    edit_manifest(copy, files={name: {"bytes": 0, "sha256": "0" * 64}})
+    with pytest.raises(QtoolError, match="names a file outside its folder"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("size", [0, -3, "32", None, True])
+def test_a_group_size_that_is_none(size: Any, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("awq", "gptq"):
+        folder = Path(shutil.copytree(artifacts[name], tmp_path / name))
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["group_size"] = size
+        (folder / "config.json").write_text(json.dumps(config))
+        sign(folder)
+        with pytest.raises(QtoolError, match=r"group_size is .*; a number above 0, or -1, is needed"):
+            list(Artifact.open(folder).read())
+        assert not verify(folder).sound
+
+
+def test_parts_that_do_not_fit_together_are_named(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    faults: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
+        "awq": (f"{Q}.scales", lambda t: t[:-1], "zeros"),
+        "gptq": (f"{Q}.g_idx", lambda t: t - 1, "g_idx does not name one of 4 groups"),
+        "ct": (f"{Q}.weight_scale", lambda t: t[:-8], "codes of 256 rows"),
+        "nf4": (f"{Q}.weight.absmax", lambda t: t[:-1], "32768 weights in blocks of 64"),
+    }
+    for name, (tensor, change, said) in faults.items():
+        folder = Path(shutil.copytree(artifacts[name], tmp_path / name))
+        change_tensor(folder, tensor, change)
+        with pytest.raises(QtoolError, match=f"{Q} does not fit its config.json .*{said}"):
+            Artifact.open(folder).codes(Q)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": ["nf4"]}))
+    with pytest.raises(QtoolError, match="quantization_config is no mapping"):
+        Artifact.open(folder)
 
 
 def test_a_broken_manifest_is_named(copy: Path) -> None:
