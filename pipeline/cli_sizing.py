@@ -155,6 +155,8 @@ def measure(
       qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
     """
     import os
+    import sys
+    from contextlib import nullcontext, redirect_stdout
     from dataclasses import replace
 
     from qtool import measure_report, measurements
@@ -181,7 +183,8 @@ def measure(
         api_key=os.environ.get("OPENAI_API_KEY") if url else None,
         trust_remote_code=trust_remote_code,
     )
-    found = measure_model(asked)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
+        found = measure_model(asked)
     if not no_log:
         found = replace(found, key=model_key(model))
         measurements.log(runs, found)

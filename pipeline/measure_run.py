@@ -137,7 +137,7 @@ def _apart(
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         return f"its process was killed by signal {-done.returncode}; memory ran out, most likely"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]  # no progress bar
     errors = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
     return (errors or lines or [f"its process ended with code {done.returncode}"])[-1]
 

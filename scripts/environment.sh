@@ -7,7 +7,7 @@ make_environment() {
     local state
     # strict editable installs link files one by one: a new file needs a new install
     state=$(cat pyproject.toml constraints.txt; find pipeline convert quantize evaluate recipes -type f ! -name '*.pyc' | sort)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && .venv/bin/python -c 'import qtool' 2>/dev/null; then
         return
     fi
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.progress import Progress
 from qtool import QtoolError, ledger
 from qtool.cli import main
 from qtool.convert.checkpoint import Checkpoint
-from qtool.measure import Row
+from qtool.measure import Row, measure
 from qtool.measure_run import measure_subjects
 from qtool.measurements import (
     Measurement,
@@ -142,7 +142,7 @@ def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
         (-9, "", "killed by signal 9; memory ran out, most likely"),
         (3, "a warning\nError: x: cannot load it\n", "x: cannot load it"),
         (1, "Traceback\nValueError: odd\n", "ValueError: odd"),
-        (4, "", "its process ended with code 4"),
+        (4, "Loading weights:  50%|#####     | 1/2\n", "its process ended with code 4"),
     ],
 )
 def test_why_nothing_was_measured(
@@ -168,7 +168,14 @@ def test_measuring_makes_no_other_run(write_recipe: Callable[..., Path]) -> None
     assert load_recipe(write_recipe(measure={"context": [128, 256], "batch": [1, 8]})).digest == plain.digest
 
 
-def test_the_command_prints_what_it_would_log(tiny: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_would_log(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(*arguments: Any) -> Iterator[Row]:
+        print("GPT-QModel says hello")
+        yield from measure(*arguments)
+
+    monkeypatch.setattr("qtool.measure_run.measure", chatty)
     words = ["measure", str(tiny), "--context", "16", "--batch", "1", "--tokens", "4", "--repeats", "1", "--device"]
     result = CliRunner().invoke(main, [*words, "cpu", "--no-log", "--json", "--runs", str(tmp_path)])
     assert result.exit_code == 0, result.output
