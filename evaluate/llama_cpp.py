@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,16 @@ INSTALL = "pip install 'qtool-llm[gguf]'"
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
 
 
+def installed() -> bool:
+    """Whether llama.cpp is here."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
 @contextmanager
-def serve(file: Path, context: int, slots: int = 1) -> Iterator[str]:
+def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iterator[str]:
     """Load ``file`` and answer under the yielded base URL until the block ends. ``context``: tokens to each of
-    ``slots`` requests at a time. Raises QtoolError (exit 3) when llama.cpp is not installed or cannot load the file.
-    """
+    ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with. Raises
+    QtoolError (exit 3) when llama.cpp is not installed or cannot load the file."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -30,6 +36,7 @@ def serve(file: Path, context: int, slots: int = 1) -> Iterator[str]:
     params.n_ctx, params.n_parallel = context * slots, slots
     params.cpuparams.n_threads = os.cpu_count() or 1
     params.warmup, params.verbosity = False, 0  # only errors are said
+    params.no_extra_bufts = not repack
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.timeout_read = params.timeout_write = PATIENCE
     try:
@@ -61,7 +68,7 @@ def token_difference(file: Path, tokenizer: Any, without: Collection[str] = ()) 
     all agree. Special tokens but those in ``without`` are tried one by one between words. Raises QtoolError as `serve`
     does."""
     special = [f"a {token} b{token}c" for token in tokenizer.all_special_tokens if token not in without]
-    with serve(file, 512) as url:
+    with serve(file, 512, repack=False) as url:  # no weight is looked at: they may still be missing
         for text in (*TOKEN_CORPUS, *special):
             expected = tokenizer(text, add_special_tokens=False).input_ids
             found = served.tokenize(url, text)

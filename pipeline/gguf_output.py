@@ -20,7 +20,7 @@ from qtool.convert.modelfile import modelfile
 from qtool.convert.plan import layer_of
 from qtool.convert.text import load_tokenizer
 from qtool.convert.writer import ShardWriter
-from qtool.evaluate.llama_cpp import token_difference
+from qtool.evaluate.llama_cpp import INSTALL, installed, token_difference
 from qtool.job import Job
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
@@ -50,6 +50,13 @@ class GgufOutput:
         layout = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
         self.file = GgufWriter(self.path, gguf_architecture(self.config), self._describe, layout, key)
         self.written = GgufFile.open(self.path, self.config)
+        self.beyond = unembedded(self.tokenizer, int(self.config["vocab_size"]))
+        if self.layers_done == 0:  # a vocabulary that llama.cpp reads otherwise is known before any work
+            try:
+                self._token_proof()
+            except QtoolError:
+                self._close()
+                raise
 
     def _describe(self, writer: object) -> None:
         add_metadata(writer, self.config, self.job.source.name, self.method.type)
@@ -96,13 +103,11 @@ class GgufOutput:
 
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the file, prove its tokenizer, write what lies beside it, describe all, rename."""
-        self.file.close()
+        self._close()
         if self.squares is not None:
-            self.squares.close()
             self._write_imatrix()
-        beyond = unembedded(self.tokenizer, int(self.config["vocab_size"]))
-        left_out = [f"tokens beyond the embedding's rows, left out: {', '.join(beyond)}"] if beyond else []
-        notes = [*self.plan.notes, *left_out, self._token_proof(beyond)]
+        left_out = [f"tokens beyond the embedding's rows, left out: {', '.join(self.beyond)}"] if self.beyond else []
+        notes = [*self.plan.notes, *left_out, self._token_proof()]
         copy_sidecars(self.job.source.path, self.partial, self.job.recipe.model.trust_remote_code)
         write_config(self.job.source.path, self.partial, {}, None)
         template = getattr(self.tokenizer, "chat_template", None)
@@ -132,6 +137,11 @@ class GgufOutput:
             data = data.view(order.numel(), -1)[order]  # a bias is one row of blocks, but as many numbers
         self.file.write(name, data)
 
+    def _close(self) -> None:
+        self.file.close()
+        if self.squares is not None:
+            self.squares.close()
+
     def _write_imatrix(self) -> None:
         rows = Checkpoint.open(self.partial / EXTRAS)
         source = self.job.recipe.calibration
@@ -139,14 +149,12 @@ class GgufOutput:
         # the file may be published: where the text lay on this machine is nobody's business
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
-    def _token_proof(self, beyond: list[str]) -> str:
-        """Raises QtoolError showing the first text that llama.cpp splits otherwise."""
-        try:
-            difference = token_difference(self.path, self.tokenizer, beyond)
-        except QtoolError as error:
-            if error.exit_code != 3:
-                raise
-            return f"token ids: not compared with llama.cpp's ({error.message})"
+    def _token_proof(self) -> str:
+        """Raises QtoolError showing the first text that llama.cpp splits otherwise, or that it does not load the
+        file."""
+        if not installed():
+            return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {INSTALL}"
+        difference = token_difference(self.path, self.tokenizer, self.beyond)
         if difference is not None:
             raise QtoolError(f"{self.path}: llama.cpp's token ids differ from the tokenizer's: {difference}")
         return "token ids: equal to llama.cpp's on code, white space, unicode and special tokens"

@@ -109,6 +109,8 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
         "device": device_kind(job.device),
         "versions": versions(method),
     }
+    if job.recipe.model.trust_remote_code:
+        made_from["code"] = True  # the model's own *.py files are carried along
     if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
         path = Path(method.imatrix).expanduser()
         try:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool import QtoolError
+from qtool.convert.artifact import PARTIAL
 from qtool.convert.text import TextSource
 from qtool.quantize.methods import Method
 
@@ -198,6 +199,8 @@ class Recipe(_Section):
         if not names:
             raise ValueError("`outputs:` is empty; name at least one, for example `- method: awq`")
         for name in names:
+            if name.endswith(PARTIAL):
+                raise ValueError(f"an output is named {name!r}, as the folder is in which another grows; rename it")
             if names.count(name) > 1:
                 raise ValueError(f"two outputs are named {name!r}; give each its own `name:`")
         for gate in self.gates:

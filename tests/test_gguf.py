@@ -347,6 +347,24 @@ def test_an_unknown_pre_tokenizer_is_refused(
         )
 
 
+def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("qtool.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
+    monkeypatch.setattr("qtool.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
+    with pytest.raises(QtoolError, match=r"llama\.cpp cannot load it"):
+        convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))
+
+
+def test_without_llama_cpp_the_proof_is_said_to_be_missing(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtool.gguf_output.installed", lambda: False)
+    _, made = convert(write_recipe(outputs=[{"method": "gguf", "type": "F16"}]))
+    assert made["gguf"].notes[-1].startswith("token ids: not compared with llama.cpp's, which is not installed here.")
+
+
 def test_ollama_reads_its_stops_as_the_model_writes_them() -> None:
     """Its parser takes off the quotes and decodes nothing (ollama/parser/parser.go, unquote)."""
     stop = "<\uff5cend\u2581of\u2581sentence\uff5c>"

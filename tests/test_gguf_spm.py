@@ -147,6 +147,7 @@ def test_flat_scores_are_found_out(
         return tokens, types, [-1000.0] * len(scores)
 
     monkeypatch.setattr(gguf_vocab, "sentencepiece_tokens", flat)
+    monkeypatch.setattr("qtool.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match="token ids differ from the tokenizer's: "):
         convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
 

@@ -46,6 +46,7 @@ gates:
         ("model: [unclosed", "not valid YAML"),
         ("model: x/y\noutputs: []", "`outputs:` is empty"),
         ("model: x/y\noutputs: [{method: awq}, {method: awq}]", "two outputs are named 'awq'"),
+        ("model: x/y\noutputs: [{method: awq, name: a.partial}]", "an output is named 'a.partial'"),
         ("model: x/y\noutputs: [{method: gguff}]", "outputs[0]: Input tag 'gguff'"),
         ("model: x/y\noutputs: [{bits: 4}]", "outputs[0]"),
         (
