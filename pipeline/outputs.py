@@ -62,9 +62,23 @@ def make_artifacts(job: Job, methods: Sequence[Method], calibration: Calibration
         writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
         if writers:
             _walk(job, pending, writers, calibration, importance)
-        for method in pending:
-            writers[method.name].seal(calibration)
+        _seal(writers, calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
+
+
+def _seal(writers: Mapping[str, Writer], calibration: CalibrationSet) -> None:
+    """Every output that can be; then raises QtoolError for those that cannot."""
+    faults: dict[str, QtoolError] = {}
+    for name, writer in writers.items():
+        try:
+            writer.seal(calibration)
+        except QtoolError as error:
+            faults[name] = error
+    if faults:
+        said = "\n".join(f"{name}: {error.message}" for name, error in faults.items())
+        done = [name for name in writers if name not in faults]
+        rest = f"\nFinished all the same: {', '.join(done)} (`--only {done[0]}` goes on with one)." if done else ""
+        raise QtoolError(said + rest, exit_code=next(iter(faults.values())).exit_code)
 
 
 @contextmanager

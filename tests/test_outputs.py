@@ -25,6 +25,7 @@ from qtool.job import Job, open_job
 from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
+from qtool.writers import SafetensorsOutput
 
 CALIBRATION = CalibrationSet(torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
 
@@ -137,6 +138,29 @@ def test_everything_is_durable_before_the_folder_gets_its_name(
     monkeypatch.setattr(os, "fsync", noted)
     path = make(write_recipe())["awq"].path
     assert {file.stat().st_ino for file in (*path.rglob("*"), path, path.parent)} <= durable
+
+
+def test_one_output_that_cannot_be_sealed_takes_no_other_along(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(outputs=[{"method": "awq", "group_size": 32}, {"method": "nf4"}])
+    whole = SafetensorsOutput.seal
+
+    def seal(self: SafetensorsOutput, calibration: CalibrationSet) -> None:
+        if self.method.name == "awq":
+            self.weights.close()
+            assert self.scales is not None
+            self.scales.close()
+            raise QtoolError("planted", exit_code=3)
+        whole(self, calibration)
+
+    monkeypatch.setattr(SafetensorsOutput, "seal", seal)
+    with pytest.raises(QtoolError, match=r"awq: planted\nFinished all the same: nf4") as error:
+        make(recipe)
+    assert error.value.exit_code == 3
+    assert Artifact.open(Path(load_recipe(recipe).output_dir) / "tiny-nf4").manifest
+    monkeypatch.undo()
+    assert make(recipe)["awq"].manifest  # goes on after its last layer
 
 
 def test_a_finished_artifact_is_reused(write_recipe: Callable[..., Path]) -> None:
