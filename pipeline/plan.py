@@ -29,6 +29,7 @@ from qtool.sizing import (
 
 CONTEXTS = (2048, 8192, 32768, 65536, 131072)
 SEQUENCES = (1, 2, 4, 8)
+SMALLEST = "Q4_K_S"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Asked:
 @dataclass(frozen=True)
 class Answer:
     """One format on one kind of card. ``faults``: why it cannot be served so at all. ``smallest``: the least asked for.
-    ``offload``: how that is served where it does not fit. ``changes``: what would make it fit."""
+    ``offload``: how that is served where it does not fit. ``changes``: what would hold the longest context asked for,
+    ``least_changes``: what the smallest cell, each empty where it fits."""
 
     setting: Setting
     cells: tuple[Cell, ...]
@@ -57,6 +59,7 @@ class Answer:
     sequences: int
     offload: Offload | None
     changes: tuple[str, ...]
+    least_changes: tuple[str, ...]
     command: str
 
     @property
@@ -87,6 +90,7 @@ def make_plan(headers: Headers, asked: Asked) -> Plan:
     sequences = asked.sequences or SEQUENCES
     weights, refused = _weights(headers, asked)
     notes += refused
+    others = [*weights, *_smallest(headers, weights)]
     answers, served, fault = [], False, ""
     for card in asked.cards:
         for found in weights:
@@ -105,7 +109,7 @@ def make_plan(headers: Headers, asked: Asked) -> Plan:
                     continue
                 served = True
                 setting = Setting(geometry, found, engine, card, asked.number, kv_dtype)
-                answers.append(_answer(headers, setting, weights, contexts, sequences, asked))
+                answers.append(_answer(headers, setting, others, contexts, sequences, asked))
     if not served:
         raise QtoolError(fault or f"nothing to plan: {'; '.join(notes)}")
     return Plan(headers, contexts, sequences, tuple(answers), tuple(dict.fromkeys(notes)))
@@ -147,6 +151,16 @@ def _weights(headers: Headers, asked: Asked) -> tuple[list[Weights], list[str]]:
     return found, notes
 
 
+def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
+    """The smallest format that qtool writes, to be advised even where nobody asked for it."""
+    if headers.quantized or any(found.format == SMALLEST for found in weights):
+        return []
+    try:
+        return [weights_of(headers, SMALLEST)]
+    except QtoolError:
+        return []
+
+
 def _engine(weights: Weights) -> str:
     return {"gguf": "llama.cpp", "bitsandbytes": "transformers"}.get(weights.family, "vllm")
 
@@ -168,11 +182,12 @@ def _answer(
     largest = max(contexts)
     wanted = not faults and fits(setting, largest, fewest)
     changes = () if wanted else _changes(setting, others, largest, fewest)
+    least_changes = () if holds or faults else _changes(setting, others, least, fewest)
     served = min(largest, longest) if holds else least
     many = most_sequences(setting, served) if holds else fewest
     command = _command(headers, setting, served, max(1, min(many, max(sequences))), offload)
     return Answer(setting, cells, tuple(faults), longest, 0 if faults else most_sequences(setting, least), offload,
-                  tuple(changes), command)  # fmt: skip
+                  tuple(changes), tuple(least_changes), command)  # fmt: skip
 
 
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
@@ -184,7 +199,7 @@ def _changes(setting: Setting, others: list[Weights], context: int, sequences: i
             found.append(f"--kv-dtype {kv_dtype}")
             break
     for other in sorted(others, key=lambda w: -w.nbytes):
-        if other.nbytes >= setting.weights.nbytes:
+        if other.format == setting.weights.format:
             continue
         engine = _engine(other)
         changed = replace(setting, weights=other, engine=engine, kv_dtype=KV_OF[engine][0])
@@ -240,7 +255,8 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
     return {
         "card": s.card.key, "cards": s.cards, "format": w.format, "engine": s.engine, "kv_dtype": s.kv_dtype,
         "fits": answer.fits, "faults": list(answer.faults), "largest_context": answer.context,
-        "most_sequences": answer.sequences, "changes": list(answer.changes), "command": answer.command,
+        "most_sequences": answer.sequences, "least_changes": list(answer.least_changes),
+        "changes": list(answer.changes), "command": answer.command,
         "weights_bytes": w.nbytes, "file_bytes": w.files, "bits_per_weight": w.bits_per_weight,
         "offload": _offload_json(answer.offload),
         "cells": [_cell_json(cell) for cell in answer.cells],

@@ -59,9 +59,11 @@ def answer_lines(plan: Plan, answer: Answer) -> list[str]:
 
 
 def _advice(plan: Plan, answer: Answer) -> list[str]:
-    if not answer.changes:
-        return []
-    return [f"      to hold {max(plan.contexts):,} tokens x {min(plan.sequences)}: {', or '.join(answer.changes)}"]
+    asked = [(min(plan.contexts), answer.least_changes), (max(plan.contexts), answer.changes)]
+    return [
+        f"      to hold {context:,} tokens x {min(plan.sequences)}: {', or '.join(changes)}"
+        for context, changes in dict(asked).items() if changes
+    ]  # fmt: skip
 
 
 def _table(plan: Plan, card: str) -> Table:

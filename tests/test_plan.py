@@ -44,6 +44,9 @@ def test_the_answer_comes_first() -> None:
     assert lines[0].startswith("does not fit  awq (4.39 bpw, 20.34 GiB) on RTX4090 with vllm")
     assert "--cpu-offload-gb 1" in lines[1]
     assert "over the host link at 32 GB/s" in lines[2]
+    # Q4_K_S was not asked for, and is larger than AWQ: but llama.cpp needs less beside the weights
+    assert lines[3].strip() == "to hold 2,048 tokens x 1: format Q4_K_S (llama.cpp), or 2 x RTX4090"
+    assert "to hold 2,048 tokens x 1: --kv-dtype q4_0, or format Q4_K_S (llama.cpp), or 2 x RTX4090" in result.output
     assert "to hold 131,072 tokens x 1: 4 x RTX4090" in result.output
     assert (
         "fits  awq (4.39 bpw, 20.34 GiB) on H100 with vllm, bf16 cache: one sequence of up to 131,072" in result.output
