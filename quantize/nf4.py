@@ -5,6 +5,7 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.143
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ INSTALL = "pip install 'qtool-llm[nf4]'"
 
 def load_bitsandbytes() -> Any:
     """`bitsandbytes.functional`. Raises QtoolError (exit 3) with the command that installs it."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an inference kernel that is not needed
     try:
         from bitsandbytes import functional
     except ImportError as error:
