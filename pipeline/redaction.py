@@ -1,4 +1,4 @@
-"""Texts without the folders of this machine."""
+"""Texts without the folders of this machine and the servers of its network."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from typing import Any
 
 import yaml
 
+NEUTRAL = "http://127.0.0.1:8000/v1"  # stands for a server of one's own, whose address may even hold a password
+
 
 def without_folders(data: Any) -> Any:
-    """JSON in which every text that is an absolute path is its last part: where it lay on this machine is nobody's
-    business."""
+    """JSON in which every text that is an absolute path is its last part, and `base_url` a neutral one: where things
+    lay here is nobody's business."""
     if isinstance(data, dict):
-        return {key: without_folders(value) for key, value in data.items()}
+        return {k: NEUTRAL if k == "base_url" and v is not None else without_folders(v) for k, v in data.items()}
     if isinstance(data, list):
         return [without_folders(value) for value in data]
     return _last_part(data) if isinstance(data, str) and _is_absolute(data) else data
 
 
 def recipe_without_folders(text: str) -> str:
-    """The recipe as it was written, comments and all, its absolute paths reduced to their last part."""
-    for path in sorted(set(_texts(yaml.safe_load(text))), key=len, reverse=True):
+    """The recipe as it was written, comments and all, its absolute paths reduced to their last part, the address of its
+    server to a neutral one."""
+    data = yaml.safe_load(text)
+    for path in sorted(set(_texts(data)), key=len, reverse=True):
         if _is_absolute(path):  # where it stands alone: `/data` is no part of `corpora/data/x.jsonl`
-            text = re.sub(rf"(?<![\w./~:-]){re.escape(path)}(?![\w./-])", _last_part(path), text)
+            last = _last_part(path).replace("\\", "\\\\")
+            text = re.sub(rf"(?<![\w./~:-]){re.escape(path)}(?![\w./-])", last, text)
+    evaluate = data.get("evaluate") if isinstance(data, dict) else None
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("base_url"), str):
+        text = text.replace(evaluate["base_url"], NEUTRAL)
     return re.sub(r"(?<=[\s\"'\[{,])~?/(?:[^/\s\"',\]}]+/)+(?=[^/\s])", "", text)
 
 
