@@ -56,6 +56,8 @@ class Asked:
 def measure_model(asked: Asked) -> Measurement:
     """Measure; nothing is logged, and the key is left open. Raises QtoolError."""
     url = asked.model.startswith(("http://", "https://"))
+    if url and "@" in asked.model:
+        raise QtoolError("a URL with a password in it would end in the log: put the server's key into OPENAI_API_KEY.")
     known = asked.shape if url else asked.model
     headers = read_headers(known) if known else None
     engine_name = "server" if url else asked.engine
@@ -68,7 +70,7 @@ def measure_model(asked: Asked) -> Measurement:
 
     with _engine(asked, headers, url) as engine:
         rows = tuple(measure(engine, asked.contexts, asked.batches, asked.tokens, asked.repeats, predict, asked.price))
-    machine = asked.model.rsplit("@", 1)[-1] if url else _machine(engine_name, asked.device)
+    machine = asked.model if url else _machine(engine_name, asked.device)
     return Measurement(
         None, asked.model, engine_name, _version(engine_name), machine, asked.tokens, asked.repeats, _now(), rows
     )

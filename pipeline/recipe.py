@@ -102,6 +102,8 @@ class EvaluateSection(_Section):
             raise ValueError(f"samples: {self.samples} with temperature 0 would be one answer; set `temperature: 0.8`")
         if (self.engine == "openai") != (self.base_url is not None):
             raise ValueError("`base_url:` and `engine: openai` go together")
+        if self.base_url is not None and "@" in self.base_url:
+            raise ValueError("`base_url:` holds a password; put the server's key into OPENAI_API_KEY")
         if self.text is not None and self.engine not in ("reference", "transformers"):
             raise ValueError(
                 f"perplexity and KL need all logits, which engine {self.engine} does not give; leave out `text:` or "

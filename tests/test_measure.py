@@ -267,5 +267,12 @@ def test_a_url_from_the_command_line(
     assert "secret-key" not in result.output + (tmp_path / "ledger.jsonl").read_text()
 
 
+def test_a_password_in_a_url_is_refused(tmp_path: Path) -> None:
+    result = call("measure", "http://me:secret@127.0.0.1:9/v1", "--runs", tmp_path)
+    assert result.exit_code == 2
+    assert "put the server's key into OPENAI_API_KEY" in result.output
+    assert "secret" not in result.output
+
+
 def test_help_shows_examples() -> None:
     assert "Examples:" in call("measure", "--help").output

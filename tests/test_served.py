@@ -208,6 +208,7 @@ def test_evaluate_a_served_model(server: Server, tmp_path: Any, style: str) -> N
 def test_a_recipe_and_its_address_go_together() -> None:
     for arguments, message in (
         (["--engine", "openai"], "`base_url:` and `engine: openai` go together"),
+        (["--engine", "openai", "--base-url", "http://a:pw@h/v1"], "`base_url:` holds a password"),
         (["m", "--samples", "3"], "set `temperature: 0.8`"),
         (["m", "--text", "heldout-code", "--engine", "vllm"], "need all logits, which engine vllm does not give"),
     ):
