@@ -45,7 +45,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
         return ModelSource(path.resolve().name, path.resolve(), "sha256:" + digest_folder(path))
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(
-            f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path in the recipe."
+            f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path."
         )
     return _snapshot(model, revision)
 

@@ -59,7 +59,7 @@ def evaluate(
     limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
     base_url: str | None, prompt: str, check: bool, trust_remote_code: bool, runs: Path, device: str, **asked: Any,
 ) -> None:  # fmt: skip
-    """Score MODEL (an artifact, or any unquantized model folder) on coding tasks and held-out text.
+    """Score MODEL (an artifact, any unquantized model's folder, or a Hub id) on coding tasks and held-out text.
 
     With --engine openai, MODEL is a name that the server at --base-url has (its only one if left out), and a key is
     read from OPENAI_API_KEY. A run that was interrupted goes on with the next problem.
@@ -67,6 +67,7 @@ def evaluate(
     \b
     Examples:
       qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten --text heldout-code
+      qtool evaluate qtool-demo --task heldout --limit 100
       qtool evaluate ./My-Model --task humaneval --limit 40 --prompt completion
       qtool evaluate ./My-Model --task humaneval --samples 20 --temperature 0.8 --top-p 0.95
       qtool evaluate --engine openai --base-url http://127.0.0.1:8000/v1 --task humaneval --prompt chat

@@ -156,10 +156,14 @@ def _entry(run: RunRecord) -> dict[str, Any]:
 def evaluate_folders(
     model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
 ) -> Scores:
-    """Score any model folder, and its source beside it where given. Raises QtoolError."""
+    """Score a model (a folder, a shipped name, a Hub id), and its source beside it where given. Raises QtoolError."""
+    name = model.resolve().name
+    if not model.is_dir():
+        found = resolve(str(model))
+        name, model = found.name, found.path
     artifact = Artifact.open(model)
     config = load_config(model, trust_remote_code)
-    subjects = [artifact_subject(model.resolve().name, artifact)]
+    subjects = [artifact_subject(name, artifact)]
     if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
         subjects.insert(0, artifact_subject("source", Artifact.open(source)))
     elif source is not None:

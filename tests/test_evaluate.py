@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from qtool import QtoolError
+from qtool.cli import main
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text import load_tokenizer
@@ -217,3 +219,12 @@ def test_a_sliding_window_keeps_its_own_cache(model_maker: Any, tmp_path: Path) 
         )
         expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     assert answers(model, tokenizer, 4, 12) == expected
+
+
+def test_a_shipped_name_is_scored_as_a_folder_is(tmp_path: Path) -> None:
+    words = ["evaluate", "qtool-demo", "--text", "heldout-code", "--windows", "1", "--window-length", "32"]
+    result = CliRunner().invoke(main, [*words, "--device", "cpu", "--runs", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    missing = CliRunner().invoke(main, ["evaluate", "nope", *words[2:]])
+    assert (missing.exit_code, "no folder 'nope', and it is not a Hub id" in missing.output) == (2, True)
