@@ -32,4 +32,4 @@ def test_a_card_of_empty_lines_takes_no_time(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\n" + "\n" * 300_000)
     start = time.monotonic()
     assert card_metadata(tmp_path) == {}
-    assert time.monotonic() - start < 2  # it was minutes
+    assert time.monotonic() - start < 20  # it was minutes
