@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,14 @@ def measured_models(runs: Path, keys: Mapping[str, str]) -> dict[str, list[Measu
     """Name -> what the ledger has of the model with its key, the newest first; of measurements that repeat one another
     the newest alone, and a failure only until something was measured. ``keys``: name -> key."""
     found: dict[str, list[Measurement]] = {}
-    entries = [e for e in reversed(ledger.read(runs)) if e.get("kind") == KIND and e.get("key") in keys.values()]
+    known: list[Measurement] = []
+    for entry in reversed(ledger.read(runs)):
+        if entry.get("kind") == KIND and entry.get("key") in keys.values():
+            with suppress(ValueError):  # another version's
+                known.append(from_json(entry))
     for name, key in keys.items():
         kept: list[Measurement] = []
-        for measurement in (from_json(entry) for entry in entries if entry["key"] == key):
+        for measurement in (m for m in known if m.key == key):
             if not any(measurement.repeats_of(newer) for newer in kept):
                 kept.append(measurement)
         if any(m.rows for m in kept):

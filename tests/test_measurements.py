@@ -54,6 +54,7 @@ def test_the_ledger_keeps_everything(tmp_path: Path) -> None:
 def test_the_newest_of_the_same_model_and_way_is_shown(tmp_path: Path) -> None:
     ledger.append(tmp_path, {"kind": "measure", "rows": []})  # of an older qtool: it names no model
     ledger.append(tmp_path, {"run": "x"})
+    ledger.append(tmp_path, {"kind": "measure", "key": "k", "rows": "of a newer qtool"})
     slow = made(rows=(replace(made().rows[0], step_seconds=1.0),))
     for measurement in (slow, made(time="2026-01-02"), made(key="other"), made(engine="vllm", time="2026-01-03")):
         log(tmp_path, measurement)
