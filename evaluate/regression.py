@@ -130,8 +130,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """sum(numerators) / sum(denominators) with a PAIRED percentile bootstrap: both drawn by the same index.
 
-    For mean KL of two artifacts on the same sequences, or recovery problem by problem. Resamples whose
-    denominator is 0 count as infinite. ValueError for unequal lengths, none, NaN, or a denominator of 0.
+    For mean KL of two artifacts on the same sequences. Resamples whose denominator is 0 count as infinite. ValueError
+    for unequal lengths, none, NaN, or a denominator of 0.
     """
     top, bottom = _finite(numerators), _finite(denominators)
     if len(top) != len(bottom):
@@ -147,6 +147,19 @@ def bootstrap_ratio(
         infinite = np.full(len(rows), np.inf)
         ratios.append(np.divide(top[rows].sum(axis=1), below, out=infinite, where=below != 0))
     return _percentiles(estimate, np.concatenate(ratios), confidence)
+
+
+def recovery(difference: Difference, source_rate: float) -> Interval:
+    """Quantized score / source score, a fraction: 1 - loss / ``source_rate`` (a fraction above 0, taken as known).
+
+    The interval is the paired loss's own, so that a loss and its recovery never tell two stories, and a few problems of
+    which none changed are not taken for certainty, as resampling them would.
+    """
+    if not 0 < source_rate <= 1:
+        raise ValueError(f"a source score of {source_rate} has nothing to recover")
+    loss, whole = difference.loss, 100 * source_rate
+    estimate, low, high = (1 - points / whole for points in (loss.estimate, loss.high, loss.low))
+    return Interval(estimate, max(0.0, low), high, loss.confidence)
 
 
 def judge_max_drop(difference: Difference, d: float) -> Verdict:

@@ -91,7 +91,8 @@ def _score_verdicts(gate: GateSection, kind: str, name: str, scores: Scores) -> 
             difference = rate_difference(source.solved, quantized.solved, source.samples)
             yield label, regression.judge_max_drop(difference, gate.max_drop)
         elif gate.min_recovery is not None and any(source.solved):
-            ratio = regression.bootstrap_ratio(quantized.rates, source.rates)
-            yield label, regression.judge_min_recovery(ratio, gate.min_recovery)
+            difference = rate_difference(source.solved, quantized.solved, source.samples)
+            found = regression.recovery(difference, sum(source.rates) / len(source.rates))
+            yield label, regression.judge_min_recovery(found, gate.min_recovery)
         else:
             yield label, Verdict("undecided", "the source solved nothing: there is nothing to recover")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qtool.evaluate.rates import mean_rate, rate_difference
-from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, bootstrap_ratio, holm
+from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm, recovery
 from qtool.evaluate.scorecard import FidelityScore, pass_at_k
 from qtool.measurements import Measurement, one_machine
 from qtool.scores import Scores, Sizes
@@ -56,9 +56,9 @@ def score_rows(scores: Scores, known: Sizes, measured: Measured = NOTHING) -> li
                 difference, p = compared[name, task]
                 row[f"{label}: points lost"] = f"{points(difference)}, p={p:.2g}"
                 if any(source[task].solved):
-                    recovery = bootstrap_ratio(score.rates, source[task].rates)
-                    span = f"[{100 * recovery.low:.1f}, {100 * recovery.high:.1f}]"
-                    row[f"{label}: recovery"] = f"{recovery.estimate:.1%} {span}"
+                    kept = recovery(difference, sum(source[task].rates) / len(source[task].rates))
+                    span = f"[{100 * kept.low:.1f}, {100 * kept.high:.1f}]"
+                    row[f"{label}: recovery"] = f"{kept.estimate:.1%} {span}"
         rows.append(row | (_speed_cells(speeds[name]) if name in speeds else {}))
     return rows
 
@@ -84,7 +84,7 @@ def footnote(scores: Scores, measured: Measured = NOTHING) -> str:
     if len(scores.fidelity) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
     if compared:
-        parts.append("Recovery: score in % of the source's, paired bootstrap over problems.")
+        parts.append("Recovery: score in % of the source's, with the paired loss's interval.")
     return " ".join([*parts, *_speed_notes(measured), *caveats(scores)])
 
 

@@ -21,6 +21,7 @@ from qtool.evaluate.regression import (
     judge_min_recovery,
     mcnemar_exact,
     paired_difference,
+    recovery,
     wilson,
 )
 
@@ -214,6 +215,41 @@ def test_max_drop(table: tuple[int, int, int, int], d: float, result: str) -> No
 )
 def test_max_kld(interval: Interval, limit: float, result: str) -> None:
     assert judge_max_kld(interval, limit).result == result
+
+
+def test_recovery_is_the_losss_other_face() -> None:
+    source = [True] * 40 + [False] * 10
+    difference = paired_difference(source, [True] * 36 + [False] * 14)
+    found = recovery(difference, 0.8)
+    assert found.estimate == pytest.approx(0.9)
+    assert found.low == pytest.approx(1 - difference.loss.high / 80)
+    assert found.high == pytest.approx(1 - difference.loss.low / 80)
+    with pytest.raises(ValueError, match="nothing to recover"):
+        recovery(difference, 0.0)
+
+
+def test_four_problems_that_did_not_change_are_no_certainty() -> None:
+    """Resampling them would say 1 [1, 1]."""
+    source = [True] * 4 + [False] * 69
+    found = recovery(paired_difference(source, source), 4 / 73)
+    assert found.estimate == 1
+    assert found.low < 0.5
+    assert found.high > 1.5
+    assert judge_min_recovery(found, 0.95).result == "undecided"
+
+
+@pytest.mark.parametrize(("n", "rate", "lost", "gained"), [(73, 0.06, 0.3, 0.01), (164, 0.6, 0.08, 0.03)])
+def test_recovery_covers(n: int, rate: float, lost: float, gained: float) -> None:
+    """The interval holds the true ratio in at least 94 % of 400 drawn benchmarks (bootstrapped: 71 % at worst)."""
+    generator = np.random.default_rng(0)
+    true, hits, drawn = (rate * (1 - lost) + (1 - rate) * gained) / rate, 0, 0
+    for _ in range(400):
+        source = generator.random(n) < rate
+        kept = np.where(source, generator.random(n) >= lost, generator.random(n) < gained)
+        if source.any():
+            found = recovery(paired_difference(source.tolist(), kept.tolist()), float(source.mean()))
+            hits, drawn = hits + (found.low <= true <= found.high), drawn + 1
+    assert hits / drawn >= 0.94
 
 
 @pytest.mark.parametrize(
