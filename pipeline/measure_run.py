@@ -62,7 +62,7 @@ def measure_model(asked: Asked) -> Measurement:
     headers = read_headers(known) if known else None
     engine_name = "server" if url else asked.engine
     if headers is not None:
-        _check_contexts(headers, asked)
+        check_contexts("--context", asked.contexts, asked.tokens, headers.geometry.max_context, headers.name)
     setting = _setting(headers, engine_name, asked.card) if headers else None
 
     def predict(context: int, sequences: int) -> Cell | None:
@@ -157,14 +157,15 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _check_contexts(headers: Headers, asked: Asked) -> None:
-    most = headers.geometry.max_context
-    for context in asked.contexts:
-        if most and context + asked.tokens > most:
-            raise QtoolError(
-                f"--context {context}: with {asked.tokens} generated tokens that is more than the {most:,} that "
-                f"{headers.name} was made for (max_position_embeddings)."
-            )
+def check_contexts(key: str, contexts: Sequence[int], tokens: int, most: int | None, model: str) -> None:
+    """``key``: where the contexts were asked for. Raises QtoolError for a prompt that is, with ``tokens`` after it,
+    longer than the model's context (None: unknown)."""
+    longest = max(contexts)
+    if most is not None and longest + tokens > most:
+        raise QtoolError(
+            f"{key}: a prompt of {longest:,} tokens and {tokens} generated are more than the {most:,} that {model} was "
+            "made for (max_position_embeddings in config.json). Ask for less."
+        )
 
 
 def _setting(headers: Headers, engine: str, card: Accelerator | None) -> Setting | None:

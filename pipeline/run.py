@@ -21,7 +21,7 @@ from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
 from qtool.gates import judge
 from qtool.job import Job, device_kind, open_job, versions
-from qtool.measure_run import measure_subjects
+from qtool.measure_run import check_contexts, measure_subjects
 from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
@@ -49,17 +49,10 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
     job = open_job(recipe, source, choose_device(device), _chosen(recipe, only))
-    _check_lengths(recipe, job.config)
+    if (asked := recipe.measure) is not None:
+        most = getattr(job.config, "max_position_embeddings", None)
+        check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
     return job
-
-
-def _check_lengths(recipe: Recipe, config: Any) -> None:
-    most, asked = getattr(config, "max_position_embeddings", None), recipe.measure
-    if asked is not None and most is not None and max(asked.contexts) + asked.tokens > most:
-        raise QtoolError(
-            f"measure: a prompt of {max(asked.contexts):,} tokens and {asked.tokens} generated are more than the "
-            f"model's context, {most:,} (max_position_embeddings in config.json)."
-        )
 
 
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:

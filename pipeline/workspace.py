@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qtool.accelerators import Accelerator
 from qtool.geometry import Geometry
+from qtool.quantize.architectures import ARCHITECTURES
 
 MIB = 2**20
 CUDA_CONTEXT = 500 * MIB  # driver context, loaded kernels: 0.4 to 0.6 GiB on Ampere and later
@@ -45,7 +46,8 @@ def transformers_activations(geometry: Geometry, context: int, sequences: int) -
     g, tokens = geometry, context * sequences
     queries = g.heads * g.head_dim
     widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
-    if g.architecture == "Gemma2ForCausalLM":
+    known = ARCHITECTURES.get(g.architecture)
+    if known is not None and known.whole_scores:
         scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
         repeated = 2 * queries if g.heads > g.kv_heads else 0
         widest = max(widest, scores + tokens * (3 * g.hidden + queries + repeated) * g.width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them, so mypy is told to let each pass.
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ LAUNCH = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _mean_squares(weight, found, rows, columns, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mean_squares(weight, found, rows, columns, threads: tl.constexpr):
     """A thread a row, one column after another."""
     row = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = row < rows
@@ -36,7 +36,7 @@ def _mean_squares(weight, found, rows, columns, threads: tl.constexpr):  # type:
 
 
 @triton.jit
-def _weigh_by_row(importance, sigma, place, columns, x, inside):  # type: ignore[no-untyped-def]
+def _weigh_by_row(importance, sigma, place, columns, x, inside):
     mean = tl.load(sigma + place // columns, mask=inside, other=0.0)
     weights = ()
     for i in tl.static_range(32):
@@ -46,7 +46,7 @@ def _weigh_by_row(importance, sigma, place, columns, x, inside):  # type: ignore
 
 
 @triton.jit
-def _store_five_bits(out, codes, inside):  # type: ignore[no-untyped-def]
+def _store_five_bits(out, codes, inside):
     """Codes 0…31 of 32 values: four bytes of fifth bits, sixteen of nibbles, as ten 16-bit words."""
     for half in tl.static_range(2):
         high = tl.zeros_like(codes[0])
@@ -60,7 +60,7 @@ def _store_five_bits(out, codes, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _five_bits(weight, importance, sigma, out, total, columns, weighed: tl.constexpr, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _five_bits(weight, importance, sigma, out, total, columns, weighed: tl.constexpr, threads: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < total
     place = block * 32
@@ -81,7 +81,7 @@ def _five_bits(weight, importance, sigma, out, total, columns, weighed: tl.const
 
 
 @triton.jit
-def _five_bits_affine(weight, importance, sigma, out, total, columns, weighed: tl.constexpr, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _five_bits_affine(weight, importance, sigma, out, total, columns, weighed: tl.constexpr, threads: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < total
     place = block * 32
@@ -107,7 +107,7 @@ def _five_bits_affine(weight, importance, sigma, out, total, columns, weighed: t
 
 
 @triton.jit
-def _eight_bits(weight, out, total, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _eight_bits(weight, out, total, threads: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < total
     x = load(weight, block * 32, inside, 32, 1)

@@ -5,7 +5,7 @@ kquants.py says the same in plain PyTorch. Sums keep ggml's order; with fused mu
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them, so mypy is told to let each pass.
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
@@ -18,29 +18,29 @@ _FLAT, _HALF_MAX = tl.constexpr(FLAT), tl.constexpr(HALF_MAX)
 
 
 @triton.jit
-def nearest(x, low: tl.constexpr, high: tl.constexpr):  # type: ignore[no-untyped-def]  # annotations would be compiled
+def nearest(x, low: tl.constexpr, high: tl.constexpr):
     """Round half to even, within low…high: adding 1.5 * 2**23 leaves no fraction."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def over(number, x):  # type: ignore[no-untyped-def]
+def over(number, x):
     return tl.div_rn(tl.zeros_like(x) + number, x)
 
 
 @triton.jit
-def to_half(x):  # type: ignore[no-untyped-def]
+def to_half(x):
     known = tl.where(x == x, x, 0.0)
     return tl.minimum(tl.maximum(known, -_HALF_MAX), _HALF_MAX).to(tl.float16)
 
 
 @triton.jit
-def bits(half):  # type: ignore[no-untyped-def]
+def bits(half):
     return half.to(tl.int16, bitcast=True).to(tl.int32) & 65535
 
 
 @triton.jit
-def load(weight, place, inside, count: tl.constexpr, stride: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(weight, place, inside, count: tl.constexpr, stride: tl.constexpr):
     """``count`` values of each thread, ``stride`` apart, as float32."""
     values = ()
     for i in tl.static_range(count):
@@ -49,7 +49,7 @@ def load(weight, place, inside, count: tl.constexpr, stride: tl.constexpr):  # t
 
 
 @triton.jit
-def sum_squares(values, count: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_squares(values, count: tl.constexpr):
     total = values[0] * values[0]
     for i in tl.static_range(1, count):
         total += values[i] * values[i]
@@ -57,7 +57,7 @@ def sum_squares(values, count: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def signed_largest(x, count: tl.constexpr):  # type: ignore[no-untyped-def]
+def signed_largest(x, count: tl.constexpr):
     largest = x[0]
     for i in tl.static_range(1, count):
         largest = tl.where(tl.abs(x[i]) > tl.abs(largest), x[i], largest)
@@ -65,7 +65,7 @@ def signed_largest(x, count: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.constexpr, last: tl.constexpr):  # type: ignore[no-untyped-def]
+def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.constexpr, last: tl.constexpr):
     """kquants.fit_affine for 32 values a thread -> scale, minimum, sum of weights; codes are
     ``nearest(inverse * (x - start))``."""
     low, high = x[0], x[0]
@@ -114,7 +114,7 @@ def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.c
 
 
 @triton.jit
-def fit_positive(x, weights):  # type: ignore[no-untyped-def]
+def fit_positive(x, weights):
     """kquants.fit_positive for eight values a thread, levels 63 -> scale and codes."""
     largest = x[0]
     for i in tl.static_range(1, 8):
@@ -162,7 +162,7 @@ def fit_positive(x, weights):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def fit_symmetric(x, weights, levels: tl.constexpr, count: tl.constexpr):  # type: ignore[no-untyped-def]
+def fit_symmetric(x, weights, levels: tl.constexpr, count: tl.constexpr):
     """kquants.fit_symmetric for ``count`` values a thread -> scale, and the inverse that makes the codes (0: none)."""
     largest = signed_largest(x, count)
     nothing = tl.abs(largest) < TINIEST

@@ -7,7 +7,7 @@ scaled_error   awq._scaled_error      W - Q(W s)/s without writing what lies bet
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them, so mypy is told to let each pass.
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
@@ -17,14 +17,14 @@ ROWS = 32
 
 
 @triton.jit
-def _nearest(x):  # type: ignore[no-untyped-def]  # annotations would be compiled
+def _nearest(x):
     """Round half to even, as torch.round: adding and taking away 1.5 * 2**23 leaves an integer for |x| < 2**22."""
     magic = 12582912.0
     return tl.where(tl.abs(x) < 4194304.0, (x + magic) - magic, x)
 
 
 @triton.jit
-def _store_scale(scale, half: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_scale(scale, half: tl.constexpr):
     """The scale as float16 or bfloat16 will hold it, never zero."""
     if half:
         rounded = tl.maximum(scale.to(tl.float16).to(tl.float32), 6.103515625e-05)
@@ -34,7 +34,7 @@ def _store_scale(scale, half: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fit(low, high, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fit(low, high, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr):
     """Scale and zero of a range, as grid._grid_from_range."""
     if sym:
         high = tl.maximum(tl.maximum(high, -low), 0.0)
@@ -51,7 +51,7 @@ def _fit(low, high, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr)
 
 
 @triton.jit
-def _round_block_kernel(  # type: ignore[no-untyped-def]
+def _round_block_kernel(
     block, upper, scale, zero, codes, errors, out, count,
     columns: tl.constexpr, levels: tl.constexpr, rows: tl.constexpr, by_column: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, level
 
 
 @triton.jit
-def _fit_clipped_kernel(  # type: ignore[no-untyped-def]
+def _fit_clipped_kernel(
     weight, metric, scale, zero, out, stride, ratios, step,
     columns: tl.constexpr, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def fit_clipped(
 
 
 @triton.jit
-def _scaled_error_kernel(  # type: ignore[no-untyped-def]
+def _scaled_error_kernel(
     weight, factor, error, out, width,
     columns: tl.constexpr, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip

@@ -8,7 +8,7 @@ _affine_codes, _symmetric_codes     a thread per few words: codes at the stored 
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them, so mypy is told to let each pass.
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +34,7 @@ from qtool.quantize.kquants import PLAIN, WEIGHED
 
 
 @triton.jit
-def _weigh(weight, importance, place, super, column, x, inside, weighed: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weigh(weight, importance, place, super, column, x, inside, weighed: tl.constexpr):
     """What each of a sub-block's 32 errors counts, as Q4_K and Q5_K have it."""
     weights = ()
     if weighed:
@@ -54,7 +54,7 @@ def _weigh(weight, importance, place, super, column, x, inside, weighed: tl.cons
 
 
 @triton.jit
-def _affine_search(  # type: ignore[no-untyped-def]
+def _affine_search(
     weight, importance, found, total, columns, levels: tl.constexpr, first: tl.constexpr, step: tl.constexpr,
     last: tl.constexpr, weighed: tl.constexpr, threads: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def _affine_search(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _largest_scale(x):  # type: ignore[no-untyped-def]
+def _largest_scale(x):
     """kquants._largest_scale for eight values a thread."""
     largest = tl.maximum(x[0], 0.0)
     for i in tl.static_range(1, 8):
@@ -85,7 +85,7 @@ def _largest_scale(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _affine_scales(found, out, supers, words: tl.constexpr, weighed: tl.constexpr, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _affine_scales(found, out, supers, words: tl.constexpr, weighed: tl.constexpr, threads: tl.constexpr):
     """Sixteen bytes of header: d, dmin, eight scales and minima of six bits; found's first two rows become steps."""
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < supers
@@ -118,7 +118,7 @@ def _affine_scales(found, out, supers, words: tl.constexpr, weighed: tl.constexp
 
 
 @triton.jit
-def _affine_codes(weight, found, out, supers, words: tl.constexpr, five: tl.constexpr, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _affine_codes(weight, found, out, supers, words: tl.constexpr, five: tl.constexpr, threads: tl.constexpr):
     """A thread takes four neighbouring columns of each of a super-block's eight sub-blocks."""
     thread = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     block, part = thread // 8, (thread % 8).to(tl.int32)
@@ -150,7 +150,7 @@ def _affine_codes(weight, found, out, supers, words: tl.constexpr, five: tl.cons
 
 
 @triton.jit
-def _symmetric_search(weight, importance, found, total, columns, weighed: tl.constexpr, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _symmetric_search(weight, importance, found, total, columns, weighed: tl.constexpr, threads: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < total
     place = block * 16
@@ -167,7 +167,7 @@ def _symmetric_search(weight, importance, found, total, columns, weighed: tl.con
 
 
 @triton.jit
-def _symmetric_scales(found, out, supers, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _symmetric_scales(found, out, supers, threads: tl.constexpr):
     """d and sixteen signed bytes; found's first row becomes steps, its second is 0 where the super-block is."""
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < supers
@@ -190,7 +190,7 @@ def _symmetric_scales(found, out, supers, threads: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _symmetric_codes(weight, found, out, supers, threads: tl.constexpr):  # type: ignore[no-untyped-def]
+def _symmetric_codes(weight, found, out, supers, threads: tl.constexpr):
     """A thread takes two neighbouring columns in each quarter of half a super-block."""
     thread = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     block, half, part = thread // 32, (thread % 32 // 16).to(tl.int32), (thread % 16).to(tl.int32)

@@ -160,7 +160,7 @@ def test_why_nothing_was_measured(
 
 
 def test_longer_than_the_context_is_refused_before_any_work(write_recipe: Callable[..., Path]) -> None:
-    with pytest.raises(QtoolError, match="250 tokens and 64 generated are more than the model's context, 256"):
+    with pytest.raises(QtoolError, match="measure: a prompt of 250 tokens and 64 generated are more than the 256 that"):
         prepare(write_recipe(measure={"context": 250}), "cpu")
 
 
