@@ -14,10 +14,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import Checkpoint, TensorStream, read_json
+from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.codes import Codes
 from qtool.convert.containers import Linears
 from qtool.convert.gguf_file import GgufFile
+from qtool.convert.reading import read_json
 from qtool.convert.source import sha256_file
 
 MANIFEST = "qtool.json"

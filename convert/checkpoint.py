@@ -5,7 +5,6 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool import QtoolError
+from qtool.convert.reading import read_json
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,21 +116,6 @@ class Checkpoint:
                     f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
                     "Weights and config.json are not of one model."
                 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; QtoolError naming the file when it is missing or is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise QtoolError(f"{path}: no such file. Is this a model folder?") from error
-    except OSError as error:
-        raise QtoolError(f"{path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise QtoolError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(data, dict):
-        raise QtoolError(f"{path}: expected a JSON object.")
-    return data
 
 
 def _read_index(path: Path) -> dict[str, str]:

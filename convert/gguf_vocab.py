@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import read_json
 from qtool.convert.ggml import load_gguf
+from qtool.convert.reading import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -20,7 +20,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    from qtool.convert.checkpoint import read_json
+    from qtool.convert.reading import read_json
 
     raw = read_json(path / "config.json")
     if "auto_map" in raw and not trust_remote_code:

@@ -14,11 +14,12 @@ import torch
 from qtool import QtoolError
 from qtool.convert import autogptq, runtimes
 from qtool.convert.artifact import EXTRAS, MANIFEST, QUANTIZE_CONFIG, Artifact, Manifest
-from qtool.convert.checkpoint import Checkpoint, TensorInfo, read_json
+from qtool.convert.checkpoint import Checkpoint, TensorInfo
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.gguf_metadata import required_keys
 from qtool.convert.gguf_names import ROPE_FREQS
 from qtool.convert.gguf_types import is_70b, tensor_types
+from qtool.convert.reading import read_json
 from qtool.convert.source import sha256_file
 from qtool.convert.writer import Spec
 

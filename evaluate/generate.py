@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import TensorStream, read_json
+from qtool.convert.checkpoint import TensorStream
+from qtool.convert.reading import read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes
 from qtool.evaluate.engines import Completion, Decoding, Request, package_versions
 

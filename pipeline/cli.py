@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from qtool import cli_evaluate, cli_hub, cli_judge, cli_sizing
+from qtool.boundary import Boundary
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 GATE_FAILED = 1
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Boundary, context_settings=CONTEXT)
 @click.version_option(package_name="qtool-llm", prog_name="qtool")
 def main() -> None:
     """Quantize a code model, and know what it cost.
@@ -25,7 +26,8 @@ def main() -> None:
       qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
       qtool check latest --baseline FILE       judge a stored run again, in CI
 
-    Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something.
+    Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
+    130 interrupted.
     """
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import EXTRAS, IMATRIX, copy_sidecars, seal, write_config
-from qtool.convert.checkpoint import Checkpoint, read_json
+from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
@@ -18,6 +18,7 @@ from qtool.convert.gguf_vocab import add_vocabulary, unembedded
 from qtool.convert.imatrix import write_imatrix
 from qtool.convert.modelfile import modelfile
 from qtool.convert.plan import layer_of
+from qtool.convert.reading import read_json
 from qtool.convert.text import load_tokenizer
 from qtool.convert.writer import ShardWriter
 from qtool.evaluate.llama_cpp import INSTALL, installed, token_difference

@@ -12,7 +12,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import IMATRIX
-from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo, read_json
+from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
+from qtool.convert.reading import read_json
 from qtool.convert.source import SHIPPED, asking_the_hub
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 

@@ -13,10 +13,11 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import PARTIAL
-from qtool.convert.checkpoint import Checkpoint, read_json
+from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
+from qtool.convert.reading import read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
 from qtool.quantize.architectures import Architecture, architecture_of

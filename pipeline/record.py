@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError, ledger
 from qtool.convert.artifact import MANIFEST, Artifact, Manifest, write_json
-from qtool.convert.checkpoint import read_json
+from qtool.convert.reading import read_json
 from qtool.convert.verify import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, TaskScore
 from qtool.gates import GateResult

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from qtool.convert.checkpoint import Checkpoint, read_json
+from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.gguf_file import GgufFile
+from qtool.convert.reading import read_json
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve
 from qtool.convert.text import TextSource, load_tokenizer, token_windows

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import INDEX, Checkpoint, read_json
+from qtool.convert.checkpoint import INDEX, Checkpoint
+from qtool.convert.reading import read_json
 from qtool.convert.skeleton import _fill_buffers, build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
 
@@ -92,7 +93,7 @@ def test_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     with pytest.raises(QtoolError, match=r"deep\.json: not valid JSON"):
         read_json(tmp_path / "deep.json")
-    with pytest.raises(QtoolError, match="Is a directory"):
+    with pytest.raises(QtoolError, match="is a folder, not a file"):
         read_json(tmp_path)
 
 

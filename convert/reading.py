@@ -1,0 +1,109 @@
+"""Reading files that strangers made: regular files only, of a bounded size, in an encoding that is said.
+
+Every file that a user or a model folder names is opened here. A pipe would wait for ever and /dev/zero would never end,
+so what a path is, and how large, is asked before the first byte is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qtool import QtoolError
+
+MB = 10**6
+CONFIG_LIMIT = 64 * MB  # config.json, generation_config.json, an index: the largest real one has 11 MB
+TOKENIZER_LIMIT = 512 * MB  # tokenizer.json: the largest real one has 33 MB
+TEXT_LIMIT = 1024 * MB  # calibration and evaluation text, task files
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_file(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises QtoolError naming it where it is missing, unreadable, no regular file, or has over ``limit`` bytes.
+    """
+    try:
+        # a pipe without a writer would wait in open() itself
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise QtoolError(f"{path}: no such file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise QtoolError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        kind = next((word for test, word in _KINDS if test(found.st_mode)), "something else")
+        raise QtoolError(f"{path}: is {kind}, not a file.")
+    if limit is not None and found.st_size > limit:
+        os.close(descriptor)
+        raise QtoolError(f"{path}: has {found.st_size / MB:,.0f} MB; qtool reads at most {limit / MB:,.0f} MB here.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
+    """A whole file. Raises QtoolError as `open_file` does."""
+    with open_file(path, limit) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise QtoolError(f"{path}: {error.strerror}.") from error
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """A whole file of UTF-8, a byte order mark left out. Raises QtoolError as `open_file` does, and for another
+    encoding, with the byte where it shows."""
+    return decoded(read_bytes(path, limit), str(path))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """UTF-8 bytes as text, a byte order mark left out. Raises QtoolError naming ``where``, the byte and the way out."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise QtoolError(f"{where}: is UTF-16, not UTF-8. Convert it: `iconv -f UTF-16 -t UTF-8`.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QtoolError(
+            f"{where}: is not UTF-8 (byte {error.start}: 0x{data[error.start]:02x}). "
+            "If it is Latin-1, convert it: `iconv -f ISO-8859-1 -t UTF-8`."
+        ) from error
+
+
+def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file; QtoolError naming the file when it is missing or is not one."""
+    if not os.path.lexists(path):
+        raise QtoolError(f"{path}: no such file. Is this a model folder?")
+    try:
+        data = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise QtoolError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise QtoolError(f"{path}: expected a JSON object.")
+    return data
+
+
+def leaves_folder(folder: Path, path: Path) -> bool:
+    """Whether ``path``, a name inside ``folder``, is a link to somewhere else.
+
+    The Hub's cache keeps a snapshot as links to its own blobs (snapshots/COMMIT/NAME -> blobs/SHA256): those stay.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return False
+    return not (home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs"))
+
+
+def shown(path: Path | str) -> str:
+    """A name for a message: printable, and short where somebody's name is not."""
+    text = str(path).encode("utf-8", "replace").decode("utf-8")
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-40:]}"

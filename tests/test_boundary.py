@@ -1,0 +1,46 @@
+"""What is no QtoolError still ends in one line and the right code."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from qtool import QtoolError
+from qtool.boundary import Boundary, Interrupted
+
+
+def run(error: BaseException) -> int:
+    group = Boundary("qtool")
+
+    @group.command()
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        group.main(["command"])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (QtoolError("a.yaml: wrong"), 2, "a.yaml: wrong"),
+        (QtoolError("no gguf", exit_code=3), 3, "no gguf"),
+        (OSError(28, "No space left on device", "x/y"), 3, "x/y: No space left on device"),
+        (MemoryError(), 3, "memory"),
+        (KeyError("a"), 3, "KeyError at test_boundary.py"),
+        (KeyboardInterrupt(), 130, "Run the same command again"),
+        (Interrupted("it continues at layer 3"), 130, "it continues at layer 3"),
+        (click.UsageError("no such option"), 2, "no such option"),
+        (SystemExit(1), 1, ""),
+    ],
+)
+def test_a_line_and_a_code(
+    error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QTOOL_TRACEBACK", raising=False)
+    assert run(error) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
