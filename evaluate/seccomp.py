@@ -10,7 +10,7 @@ import os
 import struct
 from typing import Any
 
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOSYS, _EOPNOTSUPP = 1, 38, 95
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _EQUAL, _GREATER, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
 _AT_NUMBER, _AT_ARCHITECTURE, _AT_ARGUMENTS = 0, 4, 16
@@ -54,6 +54,8 @@ _SENDTO = {"x86_64": 44, "aarch64": 206}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
 _EXECVE = {"x86_64": 59, "aarch64": 221}
 _CLONE3 = 435
+# Reserves any amount of disk at once; "not supported" makes the C library write instead.
+_FALLOCATE = {"x86_64": 285, "aarch64": 47}
 # Whoever "owns" a pipe or a socket is sent a signal of its user's choice when it is ready: kill by another name.
 _FCNTL = {"x86_64": 72, "aarch64": 25}
 _IOCTL = {"x86_64": 16, "aarch64": 29}
@@ -90,6 +92,7 @@ def _program(machine: str, execute: bool) -> bytes:
     code += [_op(_LOAD, _AT_NUMBER)]
     # "Not implemented" makes the C library fall back to clone, whose flags a filter can see.
     code += [_op(_EQUAL, _CLONE3, 0, 1), _op(_RETURN, _ERRNO | _ENOSYS)]
+    code += [_op(_EQUAL, _FALLOCATE[machine], 0, 1), _op(_RETURN, _ERRNO | _EOPNOTSUPP)]
     code += [
         _op(_EQUAL, _CLONE[machine], 0, 4),
         *_load_low(0),

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from qtool.evaluate import candidate, checker, in_process, isolation, scratch
-from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
+from qtool.evaluate.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
@@ -33,6 +33,8 @@ MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
 _SAID = ("alive", "passed", "failed", "timeout", "error")
 # Above every descriptor a worker ever has open.
 _PARKED = 128
+# What a program may put on the disk, in all; how often that is looked at.
+_MOST_BYTES, _MOST_FILES, _LOOK_SECONDS = 64 * 2**20, 4096, 0.01
 # Imported once here, so that a job does not spend its time on them.
 _PRELOADED = (
     "abc array ast bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions "
@@ -62,7 +64,7 @@ def main(config: str) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     if tier == "namespaces":
         try:
-            isolation.enter_namespaces(folder, shown_paths(kit))
+            isolation.enter_namespaces(folder, shown_paths(kit), hidden_paths(kit))
         except OSError as error:
             write_frame(1, pack({"missing": str(error)}))
             os._exit(1)
@@ -148,7 +150,7 @@ def _supervise(cell: Cell, mode: bytes) -> None:
         candidate.main(3, 4)
     for fd in (test_in, calls_in, replies_in, replies_out, verdict_out):
         os.close(fd)
-    outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce)
+    outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce, writable)
     _end(cell, answerer)
     if judge:
         _end(cell, judge)
@@ -166,7 +168,7 @@ def _exactly(size: int) -> bytes:
     return data
 
 
-def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str) -> tuple[str, str]:
+def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str, folder: str) -> tuple[str, str]:
     """Hand the job to the children and wait for the verdict until the time is up."""
     program, question = read_frame(0, MAX_JOB), read_frame(0, MAX_JOB)
     if program is None or question is None:
@@ -184,6 +186,8 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str) -> 
     except OSError as error:
         kind = "failed" if nonce else "error"
         return kind, f"the job could not be handed over: {error.strerror}"
+    if not _in_bounds(verdict, deadline, folder):
+        return "failed", f"wrote more than {_MOST_BYTES >> 20} MiB or {_MOST_FILES} files"
     found = _verdict(verdict, deadline, nonce)
     if found is None:
         return "timeout", f"no verdict after {seconds:g} s"
@@ -202,6 +206,17 @@ def _write_until(fd: int, data: bytes, deadline: float) -> bool:
             return False
         with contextlib.suppress(BlockingIOError):
             view = view[os.write(fd, view) :]
+    return True
+
+
+def _in_bounds(fd: int, deadline: float, folder: str) -> bool:
+    """Wait for the verdict or the deadline; False as soon as ``folder`` holds too much. Where it is on the host's own
+    disk nothing else bounds the number of files."""
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([fd], [], [], min(left, _LOOK_SECONDS))[0]:
+            break
+        if scratch.crowded(folder, _MOST_BYTES, _MOST_FILES):
+            return False
     return True
 
 
