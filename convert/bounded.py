@@ -8,6 +8,7 @@ what the work needs is there. The fork touches neither torch nor the terminal, a
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import select
@@ -35,9 +36,13 @@ class Overrun(Exception):
         self.done = done
 
 
-def bounded(work: Callable[[], Iterable[Any]], seconds: float = SECONDS, memory: int = MEMORY) -> list[Any]:
+def bounded(
+    work: Callable[[], Iterable[Any]], seconds: float = SECONDS, memory: int = MEMORY, answer: int = ANSWER
+) -> list[Any]:
     """The values of ``work`` (whatever JSON can say), made with at most ``seconds`` of processor time and ``memory``
-    bytes beyond what this process has. Raises Overrun. Where a system cannot fork, the work is done here."""
+    bytes beyond what this process has, said in ``answer`` bytes. Raises Overrun.
+
+    Where a system cannot fork, the work is done here."""
     if not hasattr(os, "fork"):
         return list(work())
     reader, writer = os.pipe()
@@ -45,13 +50,12 @@ def bounded(work: Callable[[], Iterable[Any]], seconds: float = SECONDS, memory:
     if child == 0:
         _child(work, writer, seconds, memory)
     os.close(writer)
-    data = b""
-    reason = ""
+    data, reason = b"", "was interrupted"
     try:
-        data, reason = _read(reader, 5 * seconds + PATIENCE)
+        data, reason = _read(reader, 5 * seconds + PATIENCE, answer)
     finally:
         os.close(reader)
-        if reason or not data.endswith(b"\n"):
+        if reason:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -82,6 +86,7 @@ def _child(work: Callable[[], Iterable[Any]], writer: int, seconds: float, memor
     code = 1
     try:
         os.environ[_PARALLEL] = "false"
+        faulthandler.disable()  # it would tell a terminal where the child died
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
@@ -94,7 +99,7 @@ def _child(work: Callable[[], Iterable[Any]], writer: int, seconds: float, memor
                     out.flush()
             except MemoryError:
                 out.write(json.dumps({"fault": _too_much(memory)}).encode() + b"\n")
-            except Exception as error:
+            except BaseException as error:  # a panic of Rust is no Exception
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 out.write(json.dumps({"fault": f"ended in {said}"}).encode() + b"\n")
         code = 0
@@ -116,7 +121,7 @@ def _limit(seconds: float, memory: int) -> None:
         resource.setrlimit(which, (value, hard))
 
 
-def _read(reader: int, seconds: float) -> tuple[bytes, str]:
+def _read(reader: int, seconds: float, most: int) -> tuple[bytes, str]:
     """Everything the child says, and why no more of it is waited for."""
     data = bytearray()
     end = time.monotonic() + seconds
@@ -125,8 +130,8 @@ def _read(reader: int, seconds: float) -> tuple[bytes, str]:
         if not piece:
             return bytes(data), ""
         data += piece
-        if len(data) > ANSWER:
-            return bytes(data), f"makes more than {ANSWER // 2**20} MiB of text"
+        if len(data) > most:
+            return bytes(data), f"makes more than {most // 2**20} MiB of text"
     return bytes(data), f"takes more than {seconds:.0f} s"
 
 

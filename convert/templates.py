@@ -32,7 +32,8 @@ def render_chats(tokenizer: Any, chats: Sequence[Chat], names: Sequence[str] = (
 
     def work() -> Iterator[list[str]]:
         for chat in chats:
-            yield _render(tokenizer, list(chat), options)
+            made = render_one(tokenizer, chat, **options)
+            yield [made.text, made.refusal]
 
     try:
         return [Rendered(*pair) for pair in bounded(work, SECONDS + 0.02 * len(chats))]
@@ -41,12 +42,12 @@ def render_chats(tokenizer: Any, chats: Sequence[Chat], names: Sequence[str] = (
         raise QtoolError(f"{place}the model's chat template {error.reason}.") from error
 
 
-def _render(tokenizer: Any, chat: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
+def render_one(tokenizer: Any, chat: Chat, **options: Any) -> Rendered:
+    """One conversation, without limits: for work that is `bounded` already."""
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(list(chat), tokenize=False, **options)
     except MemoryError:
         raise
     except Exception as error:  # jinja's, and whatever a template's own filters raise
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        return ["", said]
-    return [text, ""] if isinstance(text, str) else ["", f"gives a {type(text).__name__}, not text"]
+        return Rendered("", " ".join(str(error).split())[:300] or type(error).__name__)
+    return Rendered(text) if isinstance(text, str) else Rendered("", f"gives a {type(text).__name__}, not text")

@@ -22,6 +22,7 @@ from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import Completion, Decoding, Request
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.prompts import Style
+from qtool.evaluate.rows import syntax_tree
 from qtool.evaluate.tasks import Problem, Task
 
 PIECE = 24  # characters that a model would write between two looks at the text
@@ -121,9 +122,20 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
     # MBPP's prompt is a comment on top, not the beginning of the function.
     whole = style == "chat" or problem.format == "mbpp"
     program = problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
-    function = _function(program, problem.entry_point)
+    function = _function(program, problem)
     if function is None:
         return {}
+    try:
+        return _known(problem, style, program, function, whole)
+    except (RecursionError, MemoryError) as error:
+        raise QtoolError(
+            f"{problem.task_id}: the published solution is nested too deeply for Python to write it anew."
+        ) from error
+
+
+def _known(
+    problem: Problem, style: Style, program: str, function: ast.FunctionDef, whole: bool
+) -> dict[str, str]:
     if whole:
         found = {"solution": program, "raises": _with_body(program, function, [_raise()])}
     else:
@@ -135,12 +147,10 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
     return found
 
 
-def _function(program: str, name: str) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(program)
-    except (SyntaxError, ValueError):
-        return None
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+def _function(program: str, problem: Problem) -> ast.FunctionDef | None:
+    tree = syntax_tree(program, f"{problem.task_id}: the published solution")
+    body = tree.body if tree else []
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point]
     return found[-1] if found else None
 
 

@@ -56,7 +56,8 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
         )
     job = open_job(recipe, source, choose_device(given.device), recipe.outputs)
     tokenizer = load_tokenizer(source.path, given.trust_remote_code)
-    calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer), recipe.calibration.text)
+    rows = getattr(job.config, "vocab_size", None)
+    calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer, rows), recipe.calibration.text)
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
     (made,) = make_artifacts(job, recipe.outputs, calibration).values()

@@ -95,7 +95,7 @@ def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
 def _calibrate(job: Job) -> CalibrationSet:
     source = job.recipe.calibration
     tokenizer = load_tokenizer(job.source.path, job.recipe.model.trust_remote_code)
-    return CalibrationSet(token_windows(source, tokenizer), source.text)
+    return CalibrationSet(token_windows(source, tokenizer, getattr(job.config, "vocab_size", None)), source.text)
 
 
 def _evaluation(job: Job, runs: Path, folder: Path) -> Evaluation:

@@ -59,7 +59,7 @@ def test_parquet_and_messages(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.parquet"
     messages = [{"role": "user", "content": "add two numbers"}, {"role": "assistant", "content": "a + b"}]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [messages] * 40}), path)
-    assert next(read_rows(source(path))) == messages
+    assert next(read_rows(source(path)))[1] == messages
     assert token_windows(source(path), tokenizer).shape == (4, 32)
 
 
@@ -95,7 +95,7 @@ def test_line_separators_inside_a_json_string_end_no_line(tmp_path: Path) -> Non
     texts = ["a\u2028b", "c\u0085d\u2029"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\r\n".join(lines), encoding="utf-8")
-    assert list(read_rows(source(path))) == texts
+    assert [row for _, row in read_rows(source(path))] == texts
 
 
 def test_a_missing_file_and_a_column(tmp_path: Path, tokenizer: Any) -> None:
@@ -103,7 +103,7 @@ def test_a_missing_file_and_a_column(tmp_path: Path, tokenizer: Any) -> None:
         token_windows(source(tmp_path / "absent.txt"), tokenizer)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "x"}\n')
-    assert list(read_rows(source(path, column="body"))) == ["x"]
+    assert [row for _, row in read_rows(source(path, column="body"))] == ["x"]
 
 
 def test_shipped_texts_are_there(tokenizer: Any) -> None:
