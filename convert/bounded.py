@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0
+SECONDS = 5.0  # templates and probes take milliseconds
 MEMORY = 2**30
 ANSWER = 2**28
-PATIENCE = 10.0  # seconds of a clock, beyond five times those of the processor: other programs run too
+PATIENCE = 5.0  # seconds of a clock, beyond three times those of the processor: other programs run too
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
@@ -52,7 +52,7 @@ def bounded(
     os.close(writer)
     data, reason = b"", "was interrupted"
     try:
-        data, reason = _read(reader, 5 * seconds + PATIENCE, answer)
+        data, reason = _read(reader, 3 * seconds + PATIENCE, answer)
     finally:
         os.close(reader)
         if reason:

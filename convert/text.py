@@ -54,7 +54,7 @@ def token_windows(source: TextSource, tokenizer: Any, rows_of_model: int | None 
     is empty or too short, a row is refused by the chat template, or a token has no row in the model.
     """
     rows = _shuffled(source)
-    seconds = min(LONGEST, SECONDS + source.samples * source.length / 5000)
+    seconds = min(LONGEST, 2 * SECONDS + source.samples * source.length / 5000)
 
     def work() -> Iterator[Any]:
         yield from _windows(source, tokenizer, rows)

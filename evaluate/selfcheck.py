@@ -98,6 +98,9 @@ def check_task(task: Task, asking: Asking, tokenizer: Any, sandbox: str, place: 
     faults: dict[str, str] = {}
     counts: dict[str, int] = {}
     unchecked = [problem.task_id for problem in task.problems if not answers(problem, asking.style)]
+    for asked in task.problems:
+        if asked.language == "python" and asked.canonical_solution.strip() and _tree(asked) is None:
+            faults[asked.task_id] = "the published solution is no Python"
     for kind in ("solution", "raises", "altered"):
         known = {p: found[kind] for p in task.problems if kind in (found := answers(p, asking.style))}
         part = Task(name=task.name, problems=tuple(known))
@@ -121,8 +124,8 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
         return {}
     # MBPP's prompt is a comment on top, not the beginning of the function.
     whole = style == "chat" or problem.format == "mbpp"
-    program = problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
-    function = _function(program, problem)
+    program, tree = _program(problem), _tree(problem)
+    function = _function(tree, problem.entry_point) if tree else None
     if function is None:
         return {}
     try:
@@ -147,10 +150,16 @@ def _known(
     return found
 
 
-def _function(program: str, problem: Problem) -> ast.FunctionDef | None:
-    tree = syntax_tree(program, f"{problem.task_id}: the published solution")
-    body = tree.body if tree else []
-    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point]
+def _program(problem: Problem) -> str:
+    return problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
+
+
+def _tree(problem: Problem) -> ast.Module | None:
+    return syntax_tree(_program(problem), f"{problem.task_id}: the published solution")
+
+
+def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     return found[-1] if found else None
 
 

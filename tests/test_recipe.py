@@ -47,7 +47,10 @@ gates:
         ("model: x/y\noutputs: []", "`outputs:` is empty"),
         ("model: x/y\noutputs: [{method: awq}, {method: awq}]", "two outputs are named 'awq'"),
         ("model: x/y\noutputs: [{method: awq, name: a.partial}]", "an output is named 'a.partial'"),
-        ("model: x/y\noutputs: [{method: gguff}]", "outputs[0]: Input tag 'gguff'"),
+        (
+            "model: x/y\noutputs: [{method: gguff}]",
+            "outputs[0]: 'gguff' is no such method; did you mean 'gguf'? It is one of awq, gptq, nf4, gguf",
+        ),
         ("model: x/y\noutputs: [{bits: 4}]", "outputs[0]"),
         (
             "model: x/y\noutputs: [{method: gptq, group_size: 100, zero_point: true}]",
