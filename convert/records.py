@@ -182,7 +182,7 @@ def _csv(source: str, file: BinaryIO, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(ROW_LIMIT)
     with _unpacked(file) as stream:
         lines = _text_lines(source, stream)
-        reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, restkey="")
+        reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, restkey="", strict=True)
         try:
             for row in reader:
                 where = f"{source}:{reader.line_num}"

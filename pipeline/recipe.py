@@ -204,9 +204,7 @@ class Recipe(_Section):
     def _possible(cls, value: str) -> str:
         long = [part for part in Path(value).parts if len(part.encode("utf-8", "replace")) > 200]
         if long:
-            raise ValueError(
-                f"a folder's name of {len(long[0])} characters; file systems take 255 bytes with what is added"
-            )
+            raise ValueError(f"a folder's name has {len(long[0])} characters; file systems take 255 bytes")
         return value
 
     @model_validator(mode="after")

@@ -75,11 +75,9 @@ def _unknown_key(key: str, loc: Loc, recipe: type[BaseModel]) -> str:
     meant = _meant(key, keys)
     if not meant:
         homes = [where for where, model in _sections(recipe, "") if key in model.model_fields and model not in section]
-        meant = f"; it belongs under `{homes[0]}`." if homes else ""
+        meant = f"; it belongs under {homes[0]}." if homes else ""
     return (
-        f"unknown key{meant} The keys here are {', '.join(keys)}"
-        if meant
-        else f"unknown key; the keys here are {', '.join(keys)}"
+        f"unknown key{meant} The keys here are {', '.join(keys)}" if meant else f"unknown key; here {', '.join(keys)}"
     )
 
 
