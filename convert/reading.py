@@ -47,8 +47,12 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
         raise QtoolError(f"{path}: is {kind}, not a file.")
     if limit is not None and found.st_size > limit:
         os.close(descriptor)
-        raise QtoolError(f"{path}: has {found.st_size / MB:,.0f} MB; qtool reads at most {limit / MB:,.0f} MB here.")
+        raise QtoolError(f"{path}: has {_mb(found.st_size)} MB; qtool reads at most {_mb(limit)} MB here.")
     return os.fdopen(descriptor, "rb")
+
+
+def _mb(size: int) -> str:
+    return f"{size / MB:,.0f}" if size >= MB else f"{size / MB:.2g}"
 
 
 def named(text: str) -> Path:

@@ -76,9 +76,8 @@ def _unknown_key(key: str, loc: Loc, recipe: type[BaseModel]) -> str:
     if not meant:
         homes = [where for where, model in _sections(recipe, "") if key in model.model_fields and model not in section]
         meant = f"; it belongs under {homes[0]}." if homes else ""
-    return (
-        f"unknown key{meant} The keys here are {', '.join(keys)}" if meant else f"unknown key; here {', '.join(keys)}"
-    )
+    here = ", ".join(keys)
+    return f"unknown key{meant} The keys here are {here}" if meant else f"unknown key; the keys here are {here}"
 
 
 def _meant(given: str, allowed: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import yaml
 from qtool import QtoolError
 from qtool.convert.reading import MB, read_text
 
-SIZE = MB // 2  # the longest recipe that ships has 3,000 bytes
+SIZE = MB // 10  # the longest recipe that ships has 3,000 bytes
 NODES = 10_000  # with what aliases repeat: a bomb of aliases has 10**9
 DEPTH = 40
 
@@ -29,6 +29,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """What a YAML file says. Raises QtoolError naming file and line."""
     text = read_text(path, SIZE)
+    _check_brackets(path, text)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -51,6 +52,15 @@ def read_yaml(path: Path) -> Any:
         raise QtoolError(f"{path}: not valid YAML: nested too deeply.") from error
     finally:
         loader.dispose()
+
+
+def _check_brackets(path: Path, text: str) -> None:
+    """The scanner looks at every open bracket for every token: thousands would take minutes."""
+    depth = 0
+    for mark in text:
+        depth += (mark in "[{") - (mark in "]}")
+        if depth > DEPTH:
+            raise QtoolError(f"{path}: not valid YAML: nested too deeply.")
 
 
 def _check(path: Path, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:

@@ -95,7 +95,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 
         (BASE + "evaluate: {task: x}", "evaluate.task: unknown key; did you mean 'tasks'?"),
         (BASE + "evaluate: {tasks: [{task: x, limits: 3}]}", "evaluate.tasks[0].limits: unknown key; did you mean"),
         (BASE + "group_size: 32", "group_size: unknown key; it belongs under `outputs:` with method awq"),
-        (BASE + "zzz: 32", "zzz: unknown key; here model, calibration"),
+        (BASE + "zzz: 32", "zzz: unknown key; the keys here are model, calibration"),
         ("model: x\noutputs: [{method: awk}]", "outputs[0]: 'awk' is no such method; did you mean 'awq'?"),
         ("model: x\noutputs: [{method: awq, bits: 3}]", "outputs[0].bits: 3 is not possible; it is 4"),
         ("model: x\noutputs: [{method: gptq, bits: 3}]", "outputs[0].bits: 3 is not possible; it is one of 4, 8"),
