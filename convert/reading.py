@@ -6,6 +6,7 @@ so what a path is, and how large, is asked before the first byte is read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -46,8 +47,28 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
         raise QtoolError(f"{path}: is {kind}, not a file.")
     if limit is not None and found.st_size > limit:
         os.close(descriptor)
-        raise QtoolError(f"{path}: has {found.st_size / MB:,.0f} MB; qtool reads at most {limit / MB:,.0f} MB here.")
+        raise QtoolError(f"{path}: has {_mb(found.st_size)} MB; qtool reads at most {_mb(limit)} MB here.")
     return os.fdopen(descriptor, "rb")
+
+
+def _mb(size: int) -> str:
+    return f"{size / MB:,.0f}" if size >= MB else f"{size / MB:.2g}"
+
+
+def named(text: str) -> Path:
+    """The path that a user wrote, ~ read as a home. Raises QtoolError for what no file system could hold."""
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except RuntimeError as error:
+        raise QtoolError(f"{shown(text)}: there is no such user's home folder.") from error
+    except ValueError as error:
+        raise QtoolError(f"{shown(text)}: a path cannot hold this character ({error}).") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP):
+            raise QtoolError(f"{shown(text)}: {error.strerror}.") from error
+        return path  # missing: whoever needs it says so
+    return path
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:

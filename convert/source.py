@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
+from qtool.convert.reading import named
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -36,7 +37,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
 
     Raises QtoolError: exit 2 for a missing folder or an unknown id, exit 3 when the network is missing.
     """
-    path = Path(model).expanduser()
+    path = named(model)
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         path = Path(str(files(package).joinpath(folder)))

@@ -45,7 +45,11 @@ def answer_task(
     """
     problems = {problem.task_id: problem for problem in task.problems}
     places = [(name, sample) for name in problems for sample in range(asking.samples)]
-    requests = [_request(problems[name], sample, asking, tokenizer) for name, sample in places]
+    texts_asked = [problem.prompt for problem in task.problems]
+    if tokenizer is not None:
+        texts_asked = prompts.render_all(task.problems, asking.style, tokenizer)
+    asked = dict(zip(problems, texts_asked, strict=True))
+    requests = [_request(problems[name], asked[name], sample, asking, tokenizer is None) for name, sample in places]
     done = {number for number, place in enumerate(places) if place in journal.judged or place in journal.texts}
     texts: queue.SimpleQueue[tuple[Place, str] | None] = queue.SimpleQueue()
     for item in journal.texts.items():
@@ -79,15 +83,14 @@ def answer_task(
     return {name: tuple(journal.judged[name, sample] for sample in range(asking.samples)) for name in problems}
 
 
-def _request(problem: Problem, sample: int, asking: Asking, tokenizer: Any) -> Request:
+def _request(problem: Problem, text: str, sample: int, asking: Asking, served: bool) -> Request:
     def finished(text: str) -> bool:
         return prompts.finished(text, asking.style, problem)
 
     seed = sample_seed(asking.seed, problem.task_id, sample)
-    if tokenizer is not None:
-        return Request(prompts.render(problem, asking.style, tokenizer), finished, seed=seed)
-    messages: tuple[Message, ...] = tuple(prompts.messages(problem)) if asking.style == "chat" else ()
-    return Request(problem.prompt, finished, messages, seed)
+    chat = served and asking.style == "chat"
+    messages: tuple[Message, ...] = tuple(prompts.messages(problem)) if chat else ()
+    return Request(text, finished, messages, seed)
 
 
 def _judge_all(

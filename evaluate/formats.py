@@ -16,7 +16,7 @@ from typing import Any
 from qtool import QtoolError
 from qtool.evaluate import evalplus, livecodebench
 from qtool.evaluate.problems import Format, Problem
-from qtool.evaluate.rows import Row, problem, text_of, texts_of
+from qtool.evaluate.rows import Row, problem, syntax_tree, text_of, texts_of
 
 # Base-model stop sequences as published: evalplus/provider/utility.py (also BigCodeBench's) and, for MBPP, with those
 # of bigcode-evaluation-harness' tasks/mbpp.py.
@@ -79,7 +79,7 @@ def mbpp(where: str, row: Row) -> Problem | None:
             "canonical_solution": code,
             "test": test,
             "format": "mbpp",
-            "run": "in_process" if _shares_objects(test, name) else "call",
+            "run": "in_process" if _shares_objects(where, test, name) else "call",
             "stop": STOP_MBPP,
             "libraries": third_party([test, code]),
             "instruction": _ask(prompt),
@@ -165,7 +165,7 @@ def third_party(sources: Iterable[str]) -> tuple[str, ...]:
     for source in sources:
         try:
             tree = ast.parse(source)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the sandbox, or `problem`, says so
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -197,22 +197,25 @@ def _called(where: str, code: str, asserts: list[str]) -> str:
             node.name for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         }
         calls = [node for text in asserts for node in ast.walk(ast.parse(text.strip())) if isinstance(node, ast.Call)]
-    except SyntaxError as error:
-        raise QtoolError(f"{where}: 'code' or 'test_list' is not Python ({error.msg}).") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        said = f" ({error.msg})" if isinstance(error, SyntaxError) else ", or nested too deeply"
+        raise QtoolError(f"{where}: 'code' or 'test_list' is not Python{said}.") from error
     for call in calls:
         if isinstance(call.func, ast.Name) and call.func.id in defined:
             return call.func.id
     raise QtoolError(f"{where}: no assert of 'test_list' calls a function that 'code' defines.")
 
 
-def _shares_objects(test: str, name: str) -> bool:
+def _shares_objects(where: str, test: str, name: str) -> bool:
     """Whether the test needs more of the program than plain values from ``name``: then both share one process.
 
     That is: it uses other names of the program, makes objects of its own classes, or passes functions.
     """
     if name in evalplus.RETURNS_OBJECT:
         return True
-    tree = ast.parse(test)
+    tree = syntax_tree(test, f"{where}: key 'test'")
+    if tree is None:
+        raise QtoolError(f"{where}: the test is not Python.")
     loaded: set[str] = set()
     bound = {name, *dir(builtins)}
     for node in ast.walk(tree):

@@ -165,7 +165,7 @@ def _function_name(where: str, row: Row) -> str:
     try:
         known = json.loads(metadata) if isinstance(metadata, str) else metadata
         name = known.get("func_name") or ""
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise QtoolError(f"{where}: key 'metadata' is not a JSON object.") from error
     return str(name)
 
@@ -177,6 +177,8 @@ def _tests(where: str, row: Row) -> list[tuple[str, str]]:
         text = text_of(where, row, key)
         try:
             found = json.loads(text)
+        except RecursionError as error:
+            raise QtoolError(f"{where}: key {key!r} is nested too deeply.") from error
         except ValueError:
             found = json.loads(decode_tests(f"{where}: key {key!r}", text))
         if not isinstance(found, list):
@@ -215,6 +217,6 @@ def decode_tests(where: str, text: str) -> str:
         raise QtoolError(f"{where}: the pickle holds {len(found)} texts, not one.")
     try:
         json.loads(found[0])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QtoolError(f"{where}: the pickled text is not JSON.") from error
     return found[0]

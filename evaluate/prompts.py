@@ -9,8 +9,12 @@ chat prompt: those are qtool's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from qtool import QtoolError
+from qtool.convert.bounded import SECONDS, Overrun, bounded
+from qtool.convert.text import require_rows
 from qtool.evaluate.extract import (
     cut,
     program_from_chat,
@@ -44,6 +48,39 @@ def messages(problem: Problem) -> list[dict[str, str]]:
     language = "JavaScript" if problem.language == "javascript" else "Python"
     content = CHAT.format(language=language, fence=language.lower(), prompt=problem.prompt)
     return [{"role": "user", "content": content}]
+
+
+def render_all(problems: Sequence[Problem], style: Style, tokenizer: Any, rows: int | None = None) -> list[str]:
+    """The exact text the model continues, of each problem; template and tokenizer at work within limits.
+
+    ``rows``: of the model's embedding. Raises QtoolError naming the problem that a template refuses, or whose tokens
+    the model does not have.
+    """
+
+    def work() -> Iterator[list[Any]]:
+        for problem in problems:
+            try:
+                text = render(problem, style, tokenizer)
+            except MemoryError:
+                raise
+            except Exception as error:  # jinja's, and whatever a template's own filters raise
+                yield ["", -1, " ".join(str(error).split())[:300] or type(error).__name__]
+                return
+            yield [text, max(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, default=-1), ""]
+
+    try:
+        made = bounded(work, SECONDS + 0.1 * len(problems))
+    except Overrun as error:
+        name = problems[min(len(error.done), len(problems) - 1)].task_id
+        raise QtoolError(f"{name}: the model's chat template or tokenizer {error.reason}.") from error
+    for problem, (text, token, refusal) in zip(problems, made, strict=False):
+        if refusal:
+            raise QtoolError(f"{problem.task_id}: the model's chat template refuses the problem: {refusal}")
+        if not text.strip():
+            raise QtoolError(f"{problem.task_id}: the model's chat template makes an empty prompt of the problem.")
+        if rows is not None:
+            require_rows(token, rows, tokenizer)
+    return [text for text, _, _ in made]
 
 
 def render(problem: Problem, style: Style, tokenizer: Any) -> str:

@@ -1,8 +1,7 @@
 """Rows of a task's file (.jsonl, .jsonl.gz, a .json list, .parquet), each with the place to name when it is wrong."""
 
-import gzip
-import json
-import zlib
+import ast
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,43 +9,28 @@ from typing import Any
 from pydantic import ValidationError
 
 from qtool import QtoolError
+from qtool.convert.records import parse_records, read_records
 from qtool.evaluate.problems import Problem
 
 Row = dict[str, Any]
+LONGEST_TEXT = 1_000_000  # characters; the longest published prompt has 20,000
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """("file:line", row) of one file. Raises QtoolError (exit 2) naming the line that cannot be read."""
-    try:
-        # The content, not the name, says what it is: downloads often lose their suffix.
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic == b"PAR1":
-            yield from _parquet(path)
-        elif magic[:2] == b"\x1f\x8b":
-            yield from parse_rows(str(path), path.read_bytes())
-        else:
-            yield from _plain(path, magic)
-    except OSError as error:
-        raise QtoolError(f"task file {path} cannot be read: {error.strerror or error}.") from error
+    for where, value in read_records(path):
+        yield where, _object(where, value)
 
 
 def parse_rows(source: str, data: bytes) -> Iterator[tuple[str, Row]]:
     """The same for a JSONL file's bytes, gzip or not."""
-    try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise QtoolError(f"{source}: damaged gzip file ({error}). Download it again.") from error
-    except UnicodeDecodeError as error:
-        raise QtoolError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    # Not splitlines(): U+2028 and friends are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{source}:{number}", _row(f"{source}:{number}", line)
+    for where, value in parse_records(source, io.BytesIO(data)):
+        yield where, _object(where, value)
 
 
 def problem(where: str, fields: Row) -> Problem:
     """The fields as a Problem. Raises QtoolError (exit 2) naming every key at fault."""
+    _require_sizes(where, fields)
     try:
         return Problem.model_validate(fields)
     except ValidationError as error:
@@ -77,49 +61,26 @@ def texts_of(where: str, row: Row, key: str) -> list[str]:
     raise QtoolError(f"{where}: key {key!r} is not a list of texts.")
 
 
-def _plain(path: Path, magic: bytes) -> Iterator[tuple[str, Row]]:
-    """Line by line, for files of gigabytes; a file that begins with ``[`` is one JSON list."""
-    if magic.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"["):
-        rows = _json(str(path), path.read_text(encoding="utf-8-sig"))
-        if not isinstance(rows, list):
-            raise QtoolError(f"{path}: not a JSON list of problems.")
-        for number, row in enumerate(rows):
-            yield f"{path}[{number}]", _object(f"{path}[{number}]", row)
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise QtoolError(f"{path}: not UTF-8 text ({error.reason} in line {number}).") from error
-            if text.strip():
-                yield f"{path}:{number}", _row(f"{path}:{number}", text)
+def _require_sizes(where: str, fields: Row) -> None:
+    """A prompt is read by a model, a solution by Python's compiler: neither takes any length or any depth."""
+    for key in ("prompt", "instruction", "canonical_solution", "setup"):
+        value = fields.get(key)
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise QtoolError(f"{where}: key {key!r} has {len(value):,} characters; at most {LONGEST_TEXT:,} are asked.")
+    texts = [fields.get(key) for key in ("prompt", "canonical_solution")]
+    if fields.get("language", "python") == "python" and all(isinstance(text, str) for text in texts):
+        syntax_tree("".join(map(str, texts)), f"{where}: key 'canonical_solution'")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
-
+def syntax_tree(program: str, where: str) -> ast.Module | None:
+    """Python's own tree of a program, None for what is no Python. Raises QtoolError for one that is nested deeper than
+    Python's compiler goes."""
     try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=32):
-                for row in batch.to_pylist():
-                    yield f"{path}[{number}]", row
-                    number += 1
-    except pyarrow.ArrowException as error:
-        raise QtoolError(f"{path}: damaged parquet file ({error}). Download it again.") from error
-
-
-def _row(where: str, line: str) -> Row:
-    return _object(where, _json(where, line))
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise QtoolError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+        return ast.parse(program)
+    except (SyntaxError, ValueError):
+        return None
+    except (RecursionError, MemoryError) as error:
+        raise QtoolError(f"{where} is nested deeper than Python's own compiler goes.") from error
 
 
 def _object(where: str, row: Any) -> Row:

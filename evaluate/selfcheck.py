@@ -22,6 +22,7 @@ from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import Completion, Decoding, Request
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.prompts import Style
+from qtool.evaluate.rows import syntax_tree
 from qtool.evaluate.tasks import Problem, Task
 
 PIECE = 24  # characters that a model would write between two looks at the text
@@ -97,6 +98,9 @@ def check_task(task: Task, asking: Asking, tokenizer: Any, sandbox: str, place: 
     faults: dict[str, str] = {}
     counts: dict[str, int] = {}
     unchecked = [problem.task_id for problem in task.problems if not answers(problem, asking.style)]
+    for asked in task.problems:
+        if asked.language == "python" and asked.canonical_solution.strip() and _tree(asked) is None:
+            faults[asked.task_id] = "the published solution is no Python"
     for kind in ("solution", "raises", "altered"):
         known = {p: found[kind] for p in task.problems if kind in (found := answers(p, asking.style))}
         part = Task(name=task.name, problems=tuple(known))
@@ -120,10 +124,21 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
         return {}
     # MBPP's prompt is a comment on top, not the beginning of the function.
     whole = style == "chat" or problem.format == "mbpp"
-    program = problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
-    function = _function(program, problem.entry_point)
+    program, tree = _program(problem), _tree(problem)
+    function = _function(tree, problem.entry_point) if tree else None
     if function is None:
         return {}
+    try:
+        return _known(problem, style, program, function, whole)
+    except (RecursionError, MemoryError) as error:
+        raise QtoolError(
+            f"{problem.task_id}: the published solution is nested too deeply for Python to write it anew."
+        ) from error
+
+
+def _known(
+    problem: Problem, style: Style, program: str, function: ast.FunctionDef, whole: bool
+) -> dict[str, str]:
     if whole:
         found = {"solution": program, "raises": _with_body(program, function, [_raise()])}
     else:
@@ -135,11 +150,15 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
     return found
 
 
-def _function(program: str, name: str) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(program)
-    except (SyntaxError, ValueError):
-        return None
+def _program(problem: Problem) -> str:
+    return problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
+
+
+def _tree(problem: Problem) -> ast.Module | None:
+    return syntax_tree(_program(problem), f"{problem.task_id}: the published solution")
+
+
+def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     return found[-1] if found else None
 

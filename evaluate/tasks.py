@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qtool import QtoolError
+from qtool.convert.reading import named
 from qtool.evaluate import livecodebench
 from qtool.evaluate.benchmarks import BENCHMARKS, fetch
 from qtool.evaluate.execute import Job
@@ -49,13 +50,13 @@ def load_task(
         rows = parse_rows(SHIPPED[name_or_path], _shipped(name_or_path))
         return _task(name_or_path, "shipped with qtool", rows, "humaneval", after, before)
     if name_or_path not in BENCHMARKS:
-        path = _existing(name_or_path, Path(name_or_path).expanduser())
+        path = _existing(name_or_path, named(name_or_path))
         return _task(_stem(path), str(path), read_rows(path), None, after, before)
     known = BENCHMARKS[name_or_path]
     if dated and known.format != "livecodebench":
         raise QtoolError(f"task {name_or_path!r} has no contest dates; `after` and `before` are for livecodebench.")
     if file is not None:
-        path = _existing(name_or_path, Path(file).expanduser())
+        path = _existing(name_or_path, named(file))
         return _task(name_or_path, str(path), read_rows(path), known.format, after, before)
     if name_or_path == "humaneval" and revision is None and (installed := _installed_humaneval()) is not None:
         return _task("humaneval", str(installed), read_rows(installed), "humaneval", after, before)

@@ -124,12 +124,12 @@ def reproduce(artifact: str, source: str | None, text: str | None, device: str, 
     import tempfile
 
     from qtool import hub
-    from qtool.reproduce import Given
+    from qtool.reproduce import Given, published
     from qtool.reproduce import reproduce as build_again
 
     with tempfile.TemporaryDirectory(prefix="qtool-reproduce-") as work:
         folder = Path(artifact)
-        if not folder.exists() and artifact.count("/") == 1:
+        if published(artifact):
             folder = Path(work) / "published" / folder.name
             click.echo(f"{artifact} at {hub.fetch(artifact, None, folder)}")
         found = build_again(folder, Given(source, text, device, trust_remote_code), Path(work) / "again")

@@ -242,6 +242,9 @@ def explained(doing: str) -> Iterator[None]:
         # hf_xet, which moves large files, says most of what goes wrong as a bare RuntimeError
         if any(isinstance(cause, httpx2.HTTPError | OSError) or type(cause) is RuntimeError for cause in chain):
             kind = type(chain[-1]).__name__
+            if kind == "gaierror":
+                said = f"{doing}: the Hub cannot be reached: there is no network here, or no name service."
+                raise QtoolError(said, exit_code=3) from None
             raise QtoolError(
                 f"{doing}: the connection broke ({kind}). Run the same command again: it goes on, and large files that "
                 "arrived are not sent again.", exit_code=3,

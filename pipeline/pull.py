@@ -13,6 +13,7 @@ from qtool.baseline import Baseline, load_baseline, resolve_side
 from qtool.card import EVIDENCE
 from qtool.compare import Change, compare, pair_up
 from qtool.convert.artifact import MANIFEST, Manifest, read_manifest
+from qtool.convert.reading import named, shown
 from qtool.convert.verify import Verification, verify
 from qtool.recipe import EvaluateSection
 from qtool.run import evaluate_folders
@@ -48,6 +49,8 @@ def pull(
 ) -> tuple[str, list[Pulled]]:
     """The commit, and each artifact in it, scored anew where ``again`` says so. Raises QtoolError for a repository that
     qtool did not publish, and for a folder that holds something else."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise QtoolError(f"{shown(repo)}: is no name of a repository on the Hub, which is ORG/NAME.{_is_here(repo)}")
     if folder.exists() and any(folder.iterdir()) and not (folder / ".cache/huggingface").is_dir():
         raise QtoolError(f"{folder}: exists and was not pulled from the Hub. Choose another folder with --into.")
     remote = hub.look(repo, revision or "main")
@@ -58,6 +61,10 @@ def pull(
         raise QtoolError(f"{repo}: holds no {MANIFEST}; only what qtool published can be verified. Use `hf download`.")
     commit = hub.fetch(repo, remote.head, folder)
     return commit, [_examine(folder / place, folder / EVIDENCE, runs, again) for place in sorted(places)]
+
+
+def _is_here(name: str) -> str:
+    return f" It is a folder here: `qtool verify {name}` checks it." if named(name).is_dir() else ""
 
 
 def _examine(path: Path, evidence: Path, runs: Path, again: Again | None) -> Pulled:

@@ -8,23 +8,29 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qtool import QtoolError
+from qtool import QtoolError, recipe_faults
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.text import TextSource
 from qtool.quantize.methods import Method
+from qtool.yaml_file import read_yaml
+
+Length = Annotated[int, Field(ge=8, le=10**7)]
+Positive = Annotated[int, Field(gt=0, le=10**6)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address
+HOUR = 3600.0
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(_Section):
     """`model:` a local folder or Hub id; as a string, or with a revision and leave to run the model's own code."""
 
-    id: str
+    id: Text
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -35,16 +41,12 @@ class TaskSection(_Section):
     ``file`` is a local copy of a benchmark in its published format, ``revision`` another commit of its data set;
     ``after`` and ``before`` (both days included) are LiveCodeBench's window of contest dates."""
 
-    task: str
-    file: str | None = None
+    task: Text
+    file: Text | None = None
     revision: str | None = None
     after: date | None = None
     before: date | None = None
-    limit: Annotated[int, Field(gt=0)] | None = None
-
-
-Length = Annotated[int, Field(ge=8)]
-Positive = Annotated[int, Field(gt=0)]
+    limit: Positive | None = None
 
 
 class FidelitySection(_Section):
@@ -52,13 +54,13 @@ class FidelitySection(_Section):
     gates judge the first. ``samples`` windows of the shortest, and of a longer one as many as hold no more tokens.
     ``by_layer``: also the KL of each layer alone (one more pass over the first length for every layer)."""
 
-    text: str
+    text: Text
     split: str = "train"
     revision: str | None = None
     column: str | None = None
-    samples: Annotated[int, Field(gt=0)] = 128
+    samples: Positive = 128
     length: Length | Annotated[tuple[Length, ...], Field(min_length=1)] = 512
-    seed: int = 0
+    seed: Seed = 0
     by_layer: bool = False
 
     @property
@@ -86,20 +88,22 @@ class EvaluateSection(_Section):
     engine: Literal["reference", "transformers", "llama.cpp", "vllm", "openai"] = "reference"
     base_url: str | None = None
     models: dict[str, str] = {}
-    samples: Annotated[int, Field(gt=0)] = 1
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    samples: Positive = 1
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int = 0
+    seed: Seed = 0
     prompt: Literal["auto", "completion", "chat"] = "auto"
-    max_new_tokens: Annotated[int, Field(gt=0)] = 384
-    batch_size: Annotated[int, Field(gt=0)] = 32
-    timeout: Annotated[float, Field(gt=0)] = 5.0
+    max_new_tokens: Positive = 384
+    batch_size: Positive = 32
+    timeout: Annotated[float, Field(gt=0, le=HOUR)] = 5.0  # seconds of one program
     sandbox: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateSection:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples: {self.samples} with temperature 0 would be one answer; set `temperature: 0.8`")
+        if 0 < self.temperature < 0.001:
+            raise ValueError("`temperature:` below 0.001 is not drawing; 0 takes the likeliest token")
         if (self.engine == "openai") != (self.base_url is not None):
             raise ValueError("`base_url:` and `engine: openai` go together")
         if self.base_url is not None and "@" in self.base_url:
@@ -139,7 +143,7 @@ class MeasureSection(_Section):
 
     context: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 2048
     batch: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1
-    tokens: Annotated[int, Field(ge=2)] = 64
+    tokens: Annotated[int, Field(ge=2, le=10**6)] = 64
     repeats: Positive = 3
     price: Annotated[float, Field(ge=0)] | None = None
 
@@ -188,12 +192,20 @@ class Recipe(_Section):
     measure: MeasureSection | None = None
     gates: tuple[GateSection, ...] = ()
     publish: PublishSection | None = None
-    output_dir: str = "artifacts"
+    output_dir: Text = "artifacts"
 
     @field_validator("model", mode="before")
     @classmethod
     def _plain_id(cls, value: Any) -> Any:
         return {"id": value} if isinstance(value, str) else value
+
+    @field_validator("output_dir")
+    @classmethod
+    def _possible(cls, value: str) -> str:
+        long = [part for part in Path(value).parts if len(part.encode("utf-8", "replace")) > 200]
+        if long:
+            raise ValueError(f"a folder's name has {len(long[0])} characters; file systems take 255 bytes")
+        return value
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
@@ -226,33 +238,25 @@ def digest_of(data: Any) -> str:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises QtoolError listing every fault with its path in the file."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QtoolError(f"{path}: {error.strerror}. Check the path; the folder recipes/ has examples.") from error
-    except yaml.YAMLError as error:
-        raise QtoolError(f"{path}: not valid YAML: {error}") from error
+    if not path.exists():
+        raise QtoolError(f"{path}: No such file or directory. Check the path; the folder recipes/ has examples.")
+    data = read_yaml(path)
     if not isinstance(data, dict):
-        raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`.")
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        faults = [f"  {_place(fault['loc'])}: {_say(fault)}" for fault in error.errors()]
-        raise QtoolError(f"{path}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
+        there = {type(None): "it is empty", list: "it is a list"}.get(type(data), "it is one value")
+        raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`; {there}.")
+    while True:
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            written_otherwise = recipe_faults.other_case(error, Recipe)
+            if not written_otherwise:
+                faults = recipe_faults.sentences(error, Recipe)
+                raise QtoolError(f"{path}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
+            for loc, value in written_otherwise:
+                _put(data, loc, value)
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    if loc[:1] == ("outputs",):
-        loc = (*loc[:2], *loc[3:])  # the third part is the method, which chose the model, not a key
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.lstrip(".") or "recipe"
-
-
-def _say(fault: Any) -> str:
-    if fault["type"] == "extra_forbidden":
-        return "unknown key"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = fault.get("input")
-    return message if isinstance(given, dict | list) else f"{message} (got {given!r})"
+def _put(data: Any, loc: tuple[int | str, ...], value: Any) -> None:
+    for part in loc[:-1]:
+        data = data[part]
+    data[loc[-1]] = value

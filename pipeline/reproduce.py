@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact, Manifest
 from qtool.convert.gguf_file import GgufFile
+from qtool.convert.reading import named, shown
 from qtool.convert.source import resolve
 from qtool.convert.text import TextSource, load_tokenizer, token_windows
 from qtool.job import device_kind, open_job, versions
@@ -56,7 +58,8 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
         )
     job = open_job(recipe, source, choose_device(given.device), recipe.outputs)
     tokenizer = load_tokenizer(source.path, given.trust_remote_code)
-    calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer), recipe.calibration.text)
+    rows = getattr(job.config, "vocab_size", None)
+    calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer, rows), recipe.calibration.text)
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
     (made,) = make_artifacts(job, recipe.outputs, calibration).values()
@@ -68,6 +71,24 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
         differing += [f"{name}: {how}"] if how else []
     reasons = list(_reasons(manifest, device_kind(job.device), versions(recipe.outputs[0])))
     return Reproduction(len(names), tuple(differing), tuple(reasons))
+
+
+def published(name: str) -> bool:
+    """Whether ``name`` is a repository of the Hub, and no folder. Raises QtoolError (exit 2) for a folder that is not
+    there: what lies in a folder that is here, or is written as a path, is never looked for on the network."""
+    folder = named(name)
+    if folder.exists():
+        return False
+    first = Path(name).parts[0] if Path(name).parts else ""
+    is_path = name.startswith(".") or first in ("artifacts", "runs") or Path(first).exists()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_path:
+        return True
+    there = folder.parent
+    others = sorted(path.name for path in there.iterdir() if path.is_dir())[:8] if there.is_dir() else []
+    raise QtoolError(
+        f"{shown(name)}: no such folder." + (f" {there} has {', '.join(others)}." if others else "")
+        + " Name an artifact's folder, or ORG/NAME of a repository on the Hub."
+    )  # fmt: skip
 
 
 def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recipe:

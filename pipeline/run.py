@@ -26,6 +26,7 @@ from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
+from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
 from qtool.scores import Evaluation, Scores
 from qtool.subjects import Subject, artifact_subject, source_subject
@@ -43,6 +44,7 @@ def choose_device(asked: str) -> torch.device:
 def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
     """Everything that can be refused is refused here, before a weight is read."""
     recipe = load_recipe(path)
+    require_paths(recipe, path)
     names = [output.name for output in recipe.outputs]
     unknown = [name for name in only if name not in names]
     if unknown:
@@ -95,7 +97,7 @@ def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
 def _calibrate(job: Job) -> CalibrationSet:
     source = job.recipe.calibration
     tokenizer = load_tokenizer(job.source.path, job.recipe.model.trust_remote_code)
-    return CalibrationSet(token_windows(source, tokenizer), source.text)
+    return CalibrationSet(token_windows(source, tokenizer, getattr(job.config, "vocab_size", None)), source.text)
 
 
 def _evaluation(job: Job, runs: Path, folder: Path) -> Evaluation:

@@ -91,7 +91,8 @@ class Evaluation:
                 f"text: windows of {too_long[0]} tokens are longer than the model's context, {limit} "
                 "(max_position_embeddings in config.json)."
             )
-        return {length: token_windows(text.source(length), self.tokenizer) for length in text.lengths}
+        rows = getattr(self.config, "vocab_size", None)
+        return {length: token_windows(text.source(length), self.tokenizer, rows) for length in text.lengths}
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt, for readers of the answers."""
@@ -146,7 +147,7 @@ class Evaluation:
         """What the model is asked, word for word; nothing where a server applies its own template."""
         if self.tokenizer is None:
             return []
-        return [prompts.render(problem, self.style, self.tokenizer) for problem in task.problems]
+        return prompts.render_all(task.problems, self.style, self.tokenizer, getattr(self.config, "vocab_size", None))
 
     def _engine(self, subject: Subject, pending: dict[str, Task]) -> Any:
         asked = [prompt for label in pending for prompt in self.prompts[label]]

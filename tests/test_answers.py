@@ -322,3 +322,10 @@ def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatc
     assert [len(prompts) for prompts, _ in engine.llm.calls] == [2, 1]
     greedy = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 8, "seed": None, "skip_special_tokens": True}
     assert engine.llm.calls[0][1] == [greedy, greedy]
+
+
+@pytest.mark.parametrize("solution", ["    return " + "(" * 5000 + "1" + ")" * 5000 + "\n", "    return 1 +\n"])
+def test_a_published_solution_that_is_no_python_is_named(solution: str, tmp_path: Path) -> None:
+    problem = load_task("heldout").problems[0].model_copy(update={"canonical_solution": solution})
+    found = check(Task(name="t", problems=(problem,)), "completion", tmp_path)
+    assert found.faults == {problem.task_id: "the published solution is no Python"}

@@ -228,3 +228,26 @@ def test_a_shipped_name_is_scored_as_a_folder_is(tmp_path: Path) -> None:
     assert "perplexity" in result.output
     missing = CliRunner().invoke(main, ["evaluate", "nope", *words[2:]])
     assert (missing.exit_code, "no folder 'nope', and it is not a Hub id" in missing.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ nope.a.b }}", "template refuses the problem: 'nope' is undefined"),
+        ("{# nothing #}", "makes an empty prompt"),
+        ("{{ 'a' * 10**11 }}", "takes more than 1024 MiB of memory"),
+    ],
+)
+def test_a_hostile_template_is_refused_naming_the_problem(tiny: Path, template: str, said: str) -> None:
+    own = load_tokenizer(tiny)
+    own.chat_template = template
+    with pytest.raises(QtoolError, match=f"{PROBLEM.task_id}: .*{said}"):
+        prompts.render_all([PROBLEM], "chat", own)
+
+
+def test_prompts_of_a_task_are_those_of_its_problems(tokenizer: Any) -> None:
+    asked = [PROBLEM, PROBLEM.model_copy(update={"prompt": "def g():\n"})]
+    assert prompts.render_all(asked, "completion", tokenizer) == [problem.prompt for problem in asked]
+    assert prompts.render_all([], "chat", tokenizer) == []
+    with pytest.raises(QtoolError, match="embedding has 3 rows"):
+        prompts.render_all(asked, "completion", tokenizer, rows=3)

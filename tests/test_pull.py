@@ -204,3 +204,10 @@ def test_a_strangers_questions_are_made_safe(tmp_path: Path) -> None:
     assert asked_again(server, True) == (None, ["scores: were made through a server, which is not asked again"])
     assert asked_again(None, True) == (None, ["scores: the card does not say what was asked"])
     assert asked_again(EvaluateSection(text=FidelitySection(text="heldout-code")), False)[0] is None
+
+
+@pytest.mark.parametrize("name", ["nonsense", "a/b/c", "https://hub/a/b", "../x y", ""])
+def test_what_is_no_name_of_a_repository(name: str, tmp_path: Path) -> None:
+    said = CliRunner().invoke(main, ["pull", name, "--into", str(tmp_path / "got")])
+    assert said.exit_code == 2
+    assert "is no name of a repository" in said.output

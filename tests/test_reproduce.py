@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from qtool import QtoolError
 from qtool.cli import main
 from qtool.redaction import without_folders
 
@@ -111,3 +112,19 @@ def test_a_folder_of_another_tool(tiny: Path) -> None:
     result = reproduce(tiny)
     assert result.exit_code == 2
     assert "only artifacts written by qtool say how they were made" in result.output
+
+
+def test_what_is_no_folder_and_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtool.reproduce import published
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/a-awq").mkdir(parents=True)
+    assert published("my-org/a-awq")
+    assert not published("mine/a-awq")
+    for name, said in (
+        ("mine/b-awq", "no such folder. mine has a-awq"), ("artifacts/none", "no such folder"), ("./a/b", "no such"),
+        ("nonsense", "no such folder"), ("a/b/c", "no such folder"), ("~nouser_x/a", "no such user"),
+    ):  # fmt: skip
+        with pytest.raises(QtoolError, match=said) as error:
+            published(name)
+        assert error.value.exit_code == 2

@@ -324,3 +324,32 @@ def test_every_mutated_solution_fails() -> None:
 def test_no_equivalent_is_listed_in_vain() -> None:
     known = {(p.entry_point, description) for p in HANDWRITTEN.problems for description, _ in mutants(p)}
     assert set(EQUIVALENT) <= known
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "# " + "a" * 30_000_000}, "bad.jsonl:1: key 'prompt' has 30,000,002 characters"),
+        ({"canonical_solution": "    return " + "-" * 100_000 + "1"}, "1: key 'canonical_solution' is nested"),
+        ({"canonical_solution": "    return 1" + " " * 2_000_000}, "1: key 'canonical_solution' has 2,000,012"),
+    ],
+)
+def test_a_problem_has_a_bounded_size_and_depth(tmp_path: Path, change: dict[str, str], said: str) -> None:
+    with pytest.raises(QtoolError, match=said) as caught:
+        load_task(write(tmp_path / "bad.jsonl", {**ROW, **change}))
+    assert caught.value.exit_code == 2
+
+
+def test_a_bomb_of_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", 1) as file:
+        for _ in range(300):
+            file.write(b" " * 2**20)
+    with pytest.raises(QtoolError, match=r"bomb.jsonl.gz:1: a line of more than 256 MB"):
+        load_task(str(path))
+
+
+def test_names_that_are_no_path() -> None:
+    for name, said in (("~nouser_x/t.jsonl", "no such user"), ("a\0.jsonl", "cannot hold"), ("x" * 5000, "too long")):
+        with pytest.raises(QtoolError, match=said):
+            load_task(name)

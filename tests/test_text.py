@@ -59,7 +59,7 @@ def test_parquet_and_messages(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.parquet"
     messages = [{"role": "user", "content": "add two numbers"}, {"role": "assistant", "content": "a + b"}]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [messages] * 40}), path)
-    assert next(read_rows(source(path))) == messages
+    assert next(read_rows(source(path)))[1] == messages
     assert token_windows(source(path), tokenizer).shape == (4, 32)
 
 
@@ -95,7 +95,7 @@ def test_line_separators_inside_a_json_string_end_no_line(tmp_path: Path) -> Non
     texts = ["a\u2028b", "c\u0085d\u2029"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\r\n".join(lines), encoding="utf-8")
-    assert list(read_rows(source(path))) == texts
+    assert [row for _, row in read_rows(source(path))] == texts
 
 
 def test_a_missing_file_and_a_column(tmp_path: Path, tokenizer: Any) -> None:
@@ -103,7 +103,7 @@ def test_a_missing_file_and_a_column(tmp_path: Path, tokenizer: Any) -> None:
         token_windows(source(tmp_path / "absent.txt"), tokenizer)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "x"}\n')
-    assert list(read_rows(source(path, column="body"))) == ["x"]
+    assert [row for _, row in read_rows(source(path, column="body"))] == ["x"]
 
 
 def test_shipped_texts_are_there(tokenizer: Any) -> None:
@@ -121,3 +121,90 @@ def test_a_data_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, toke
     with pytest.raises(QtoolError, match=r"some/dataset.*Offline") as error:
         token_windows(source("some/dataset"), tokenizer)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": ""}] * 2000, "2000 rows, none of them with text"),
+        ([{"text": " \n"}, {"text": None}], "2 rows, none of them with text"),
+        ([{"messages": [{"role": "user", "content": ""}]}] * 9, "9 rows, none of them with text"),
+    ],
+)
+def test_rows_without_text_do_not_count(tmp_path: Path, tokenizer: Any, rows: list[Any], said: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(QtoolError, match=said):
+        token_windows(source(path), tokenizer)
+    path.write_text("\n".join(map(json.dumps, [*rows, {"text": "word " * 200}, *rows])))
+    windows = token_windows(source(path), tokenizer)
+    assert not (windows == tokenizer.eos_token_id).any()
+
+
+def test_a_tokenizer_that_leaves_nothing_fills_no_window(tmp_path: Path, tiny: Path) -> None:
+    from tokenizers import Regex, normalizers
+
+    tokenizer = load_tokenizer(tiny)
+    tokenizer._tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps({"text": "a"})] * 500))
+    with pytest.raises(QtoolError, match="fills 0 windows"):
+        token_windows(source(path), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.PY", "NOTES", "a.txt.gz", "A.TXT"])
+def test_text_files_of_any_name(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    import gzip
+
+    path = tmp_path / name
+    data = b"def f(a):\n    return a\n" * 40
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert tokenizer.decode(token_windows(source(path), tokenizer)[0]).startswith("def f(a):\n    return a\n")
+
+
+def test_what_is_there_is_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/data").write_bytes(b"caf\xe9 " * 99)
+    (tmp_path / "img.png").write_bytes(b"\x89PNG\0\0" * 99)
+    for name, said in (
+        ("org/data", "not UTF-8 .*Latin-1"), ("org", "is a folder"), ("img.png", "null characters"),
+        ("absent.json", "no file"), ("./absent", "no file"), ("a/b/c", "no file"), ("~nouser_x/a", "no such user"),
+        ("a\0b", "cannot hold"), ("x" * 5000, "too long"), ("/dev/zero", "is a device"),
+    ):  # fmt: skip
+        with pytest.raises(QtoolError, match=said) as error:
+            token_windows(source(name), tokenizer)
+        assert error.value.exit_code == 2
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + "{{ messages[0].content }}"
+    path = tmp_path / "rows.jsonl"
+    fine, bad = ({"messages": [{"role": role, "content": "x"}]} for role in ("user", "system"))
+    path.write_text("\n".join(map(json.dumps, [fine, fine, bad])))
+    with pytest.raises(QtoolError, match=r"rows.jsonl:3: the model's chat template refuses this row: no system"):
+        token_windows(source(path), tokenizer)
+
+
+def test_tokens_without_a_row_in_the_model_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("some text " * 100)
+    most = int(token_windows(source(path), tokenizer).max())
+    assert token_windows(source(path), tokenizer, most + 1).shape == (4, 32)
+    with pytest.raises(QtoolError, match=f"token {most} .*embedding has {most} rows"):
+        token_windows(source(path), tokenizer, most)
+
+
+def test_a_long_text_is_encoded_in_parts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(300)))
+    whole = token_windows(source(path), tokenizer)
+    monkeypatch.setattr("qtool.convert.text.PIECE", 50)
+    assert torch.equal(whole, token_windows(source(path), tokenizer))
+    path.write_text("ab" * 3000)  # one line
+    assert tokenizer.decode(token_windows(source(path), tokenizer).flatten()).startswith("abab" * 16)
