@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from qtool import QtoolError, ledger, record
 from qtool.convert.artifact import Artifact, write_json
 from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
+from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import verify
 from qtool.evaluate.selfcheck import SelfCheck
@@ -150,11 +152,15 @@ def evaluate_folders(
     model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
 ) -> Scores:
     """Score a model (a folder, a shipped name, a Hub id), and its source beside it where given. Raises QtoolError."""
-    name = model.resolve().name
-    if not model.is_dir():
+    if os.path.isdir(model):
+        name = name_of(model)
+    else:
         found = resolve(str(model))
         name, model = found.name, found.path
+    check_sidecars(model)
     artifact = Artifact.open(model)
+    if artifact.gguf is None:
+        artifact.checkpoint.check_sizes(artifact.config)
     config = load_config(model, trust_remote_code)
     subjects = [artifact_subject(name, artifact)]
     if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
