@@ -170,8 +170,9 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
 
 
 def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any; its dtype key follows the stored tensors
-    (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
+    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any; its dtype key follows
+    the stored tensors (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for
+    it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """

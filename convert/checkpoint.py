@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,15 +124,16 @@ class Checkpoint:
 
     def check_sizes(self, config: Mapping[str, Any]) -> None:
         """Compare config.json's sizes with the headers, before a model of these sizes is built. Raises QtoolError."""
-        layers = {int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
         said = config.get("num_hidden_layers")
-        if layers and isinstance(said, int) and said != max(layers) + 1:
-            first = f"model.layers.{max(layers) + 1}" if said > max(layers) else f"model.layers.{said}"
-            raise QtoolError(
-                f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {max(layers) + 1} layers: "
-                f"{first} is {'missing' if said > max(layers) else 'too many'}. Weights and config.json are not of one "
-                "model."
-            )
+        layers = {name: int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
+        if layers and isinstance(said, int):
+            held = max(layers.values()) + 1
+            if said > held:
+                raise QtoolError(
+                    f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
+                    f"model.layers.{held} is missing. Weights and config.json are not of one model."
+                )
+            self.refuse_strangers([name for name, layer in layers.items() if layer >= said])
         for key, name, axis in _SIZES:
             info, said = self.tensors.get(name), config.get(key)
             if info is not None and len(info.shape) == 2 and isinstance(said, int) and info.shape[axis] != said:
@@ -141,8 +142,17 @@ class Checkpoint:
                     "and config.json are not of one model."
                 )
 
+    def refuse_strangers(self, names: Sequence[str]) -> None:
+        """Raises QtoolError where there are any: the walk would leave them unwritten, and no loader has a place for
+        them."""
+        if names:
+            raise QtoolError(
+                f"{self.tensors[names[0]].file}: holds {names[0]} ({len(names)} such), which config.json does not "
+                "imply. Weights and config.json are not of one model."
+            )
+
     def check_dtypes(self) -> None:
-        """Raises QtoolError for a tensor that is no 16- or 32-bit float: rounded integers, whatever config.json says."""
+        """Raises QtoolError for a tensor that is no 16- or 32-bit float, whatever config.json says."""
         for name, info in self.tensors.items():
             if info.dtype not in SOURCES:
                 raise QtoolError(

@@ -52,7 +52,8 @@ def read_header(shard: Path) -> dict[str, Stored]:
             entries = _entries(file.read(length))
         return _tensors(entries, size - _LENGTH - length)
     except _Broken as error:
-        raise QtoolError(f"{shown(shard)}: not a whole safetensors file ({error}). Download the shard again.") from error
+        said = f"{shown(shard)}: not a whole safetensors file ({error}). Download the shard again."
+        raise QtoolError(said) from error
 
 
 def _entries(header: bytes) -> dict[str, Any]:

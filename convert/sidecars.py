@@ -45,9 +45,9 @@ def sidecars(folder: Path, with_code: bool = False) -> Iterator[Path]:
             yield path
 
 
-def check_sidecars(folder: Path) -> None:
+def check_sidecars(folder: Path, with_code: bool = False) -> None:
     """Raises QtoolError as `sidecars` does, before a library opens one of them."""
-    for _ in sidecars(folder):
+    for _ in sidecars(folder, with_code):
         pass
 
 

@@ -16,7 +16,7 @@ from qtool.convert.artifact import IMATRIX
 from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
 from qtool.convert.config_file import CONFIG, check_config, read_config
 from qtool.convert.diagnosis import why_no_model
-from qtool.convert.reading import read_json, refuse_link
+from qtool.convert.reading import read_json, refuse_link, shown
 from qtool.convert.source import SHIPPED, asking_the_hub, expand, name_of
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
@@ -54,7 +54,7 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
         config = check_config(read_json(path), str(path))
         return _from_config(config, name_of(path.parent), str(path))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise QtoolError(f"{model}: no such folder or file, and not a Hub id (org/name).")
+        raise QtoolError(f"{shown(model)}: no such folder or file, and not a Hub id (org/name).")
     return _hub(model, revision)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from qtool import QtoolError, ledger, record
@@ -62,6 +63,8 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     started = time.monotonic()
     job = prepare(path, device, only)
     recipe = job.recipe
+    for note in job.remarks:
+        click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
     evaluation = _evaluation(job, runs, folder)
     calibration = _calibrate(job)
