@@ -207,8 +207,7 @@ def _read_header(folder: Path, shard: Path) -> dict[str, TensorInfo]:
     for name, (dtype, shape) in read_header(shard).items():
         if dtype not in DTYPES:
             raise QtoolError(
-                f"{shard}: {name} is stored as {dtype}; qtool starts from FP16, BF16 or FP32 weights. "
-                f"{UNQUANTIZED}."
+                f"{shard}: {name} is stored as {dtype}; qtool starts from FP16, BF16 or FP32 weights. {UNQUANTIZED}."
             )
         infos[name] = TensorInfo(shard, DTYPES[dtype], shape)
     return infos

@@ -49,9 +49,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
         path = Path(os.path.realpath(path))
         return ModelSource(name_of(path), path, "sha256:" + digest_folder(path))
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise QtoolError(
-            f"model: no folder {shown(model)!r}, and it is not a Hub id (org/name). Check the path."
-        )
+        raise QtoolError(f"model: no folder {shown(model)!r}, and it is not a Hub id (org/name). Check the path.")
     return _snapshot(model, revision)
 
 

@@ -114,9 +114,7 @@ def _hub(model: str, revision: str | None) -> Headers:
     name = model.split("/")[-1]
     offline = "Plan from the folder, or from its config.json alone: `qtool plan path/to/config.json`."
     with asking_the_hub(model, revision, offline):
-        config = check_config(
-            read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}"
-        )
+        config = check_config(read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}")
         try:
             metadata = HfApi().get_safetensors_metadata(model, revision=revision)
         except NotASafetensorsRepoError:

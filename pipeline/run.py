@@ -174,9 +174,7 @@ def evaluate_folders(
     elif section.text is not None:
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    return _scored(
-        Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects
-    )
+    return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
 
 
 def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
