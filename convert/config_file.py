@@ -66,7 +66,8 @@ def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _check(config: Mapping[str, Any], where: str) -> None:
     for key, most in SIZES.items():
-        _need(config, where, key, f"a whole number from 1 to {most:,}", partial(_whole, 1, most))
+        _need(config, where, key, "a positive whole number", partial(_whole, 1, 1 << 63))
+        _need(config, where, key, f"a whole number up to {most:,}", partial(_whole, 1, most))
     for key in _WINDOWS:
         _need(config, where, key, f"a whole number up to {1 << 32:,}", partial(_whole, 0, 1 << 32))
     for key in _POSITIVE:
@@ -80,7 +81,8 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     for key in _TOKENS:
         _need(config, where, key, "a token's number, or a list of them", _tokens)
     for key in ("rope_scaling", "rope_parameters", "quantization_config", "auto_map"):
-        _need(config, where, key, "a mapping", lambda v: isinstance(v, dict))
+        if not isinstance(config.get(key) or {}, dict):
+            raise QtoolError(f"{where}: {key} is no mapping.")
     _need(config, where, "layer_types", "a list of names", _texts)
     for key in ("rope_scaling", "rope_parameters"):
         _check_rope(config.get(key) or {}, f"{where}: {key}")
