@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.codes import Codes
+from qtool.convert.config_file import read_config
 from qtool.convert.containers import Linears
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.reading import read_json
+from qtool.convert.sidecars import carried_bytes, sidecars, without_private_paths
 from qtool.convert.source import sha256_file
 
 MANIFEST = "qtool.json"
@@ -26,10 +27,7 @@ EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
 IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
-# Carried byte for byte. config.json is edited, not carried; weights, their indices and the source's card stay behind.
-SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 QUANTIZE_CONFIG = "quantize_config.json"
-_NOT_SIDECARS = {"config.json", MANIFEST, QUANTIZE_CONFIG}
 
 
 class FileEntry(BaseModel):
@@ -83,9 +81,7 @@ class Artifact:
         if path.name.endswith(PARTIAL):
             raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
-        config = read_json(path / "config.json")
-        if not isinstance(config.get("quantization_config") or {}, dict):
-            raise QtoolError(f"{path / 'config.json'}: quantization_config is no mapping.")
+        config = read_config(path)
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
         return cls(path, config, manifest, files[0] if files else Checkpoint.open(path))
 
@@ -166,21 +162,21 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
-    """Carry tokenizer, generation config, chat template and licence along byte for byte."""
-    patterns = (*SIDECARS, "*.py") if with_code else SIDECARS
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in _NOT_SIDECARS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+    """Carry tokenizer, generation config, chat template and licence along, byte for byte but for private paths."""
+    for path in sidecars(source, with_code):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(carried_bytes(path))
 
 
 def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The source's own config.json plus ``quantization_config``, if any; its dtype key follows the stored tensors
-    (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it.
+    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any; its dtype key follows
+    the stored tensors (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for
+    it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """
-    config = read_json(source / "config.json")
+    config = without_private_paths(read_config(source))
     if dtype is not None:
         key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
         config[key] = str(dtype).removeprefix("torch.")

@@ -5,16 +5,21 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from qtool import QtoolError
-from qtool.convert.reading import read_json
+from qtool.convert.config_file import CONFIG
+from qtool.convert.diagnosis import UNQUANTIZED, why_missing, why_no_model
+from qtool.convert.reading import read_json, refuse_link, shown
+from qtool.convert.shard_header import read_header
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,6 +30,15 @@ DTYPES = {
 }  # fmt: skip
 # Rotary tables that old checkpoints carry and every loader computes anew: not part of the model.
 COMPUTED = ".rotary_emb.inv_freq"
+# Weights that lie beside a model's own: an adapter's, a trainer's, Mistral's second copy under names of its own.
+NOT_THE_MODEL = ("adapter", "optimizer", "scheduler", "training_args", "rng_state", "consolidated")
+SOURCES = (torch.float16, torch.bfloat16, torch.float32)
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_SIZES = (  # key of config.json, a tensor that shows it, and where
+    ("vocab_size", "model.embed_tokens.weight", 0), ("hidden_size", "model.embed_tokens.weight", 1),
+    ("intermediate_size", "model.layers.0.mlp.gate_proj.weight", 0),
+)  # fmt: skip
+_NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -62,18 +76,16 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise QtoolError(f"{path}: no such folder.")
-        shards = sorted(path.glob("*.safetensors"))
+        shards = _shards(path)
         promised: dict[str, str] = {}
-        if path / SINGLE in shards:  # as transformers does: nothing beside it is looked at
-            shards = [path / SINGLE]
-        elif (path / INDEX).exists():
-            promised = _read_index(path / INDEX)
+        if path / SINGLE not in shards and os.path.lexists(path / INDEX):
+            promised = _read_index(path)
             shards = [path / name for name in sorted(set(promised.values()))]
         if not shards:
-            raise QtoolError(_no_safetensors(path))
+            raise QtoolError(why_no_model(path))
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
-            found = _read_header(shard)
+            found = _read_header(path, shard)
             twice = sorted((set(found) & set(tensors)) - set(promised))
             if twice:
                 raise QtoolError(
@@ -81,9 +93,13 @@ class Checkpoint:
                     "Which one is the model's cannot be told: remove the other file, or give the folder its index."
                 )
             tensors |= {n: info for n, info in found.items() if n not in tensors or promised[n] == shard.name}
-        missing = sorted(set(promised) - set(tensors))
-        if missing:
-            raise QtoolError(f"{path / INDEX}: lists {missing[0]} ({len(missing)} such), which no shard holds.")
+        wrong = [name for name, shard in promised.items() if name not in tensors or tensors[name].file.name != shard]
+        if wrong:
+            holder = tensors[wrong[0]].file.name if wrong[0] in tensors else "no shard"
+            raise QtoolError(
+                f"{path / INDEX}: says that {promised[wrong[0]]} holds {shown(wrong[0])} ({len(wrong)} such); {holder} "
+                "does. Index and shards are not of one model: download it again."
+            )
         return cls(path, {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)})
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -96,10 +112,53 @@ class Checkpoint:
         tensor: torch.Tensor = self._open[info.file].get_tensor(name)
         return tensor
 
+    def without(self, names: Iterable[str]) -> Checkpoint:
+        """The same folder, some of its tensors left out."""
+        gone = set(names)
+        return Checkpoint(self.path, {name: info for name, info in self.tensors.items() if name not in gone})
+
     def read(self, names: Iterable[str] | None = None) -> TensorStream:
         """Every tensor (or those named), shard by shard."""
         for name in names if names is not None else self.tensors:
             yield name, self.tensor(name)
+
+    def check_sizes(self, config: Mapping[str, Any]) -> None:
+        """Compare config.json's sizes with the headers, before a model of these sizes is built. Raises QtoolError."""
+        said = config.get("num_hidden_layers")
+        layers = {name: int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
+        if layers and isinstance(said, int):
+            held = max(layers.values()) + 1
+            if said > held:
+                raise QtoolError(
+                    f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
+                    f"model.layers.{held} is missing. Weights and config.json are not of one model."
+                )
+            self.refuse_strangers([name for name, layer in layers.items() if layer >= said])
+        for key, name, axis in _SIZES:
+            info, said = self.tensors.get(name), config.get(key)
+            if info is not None and len(info.shape) == 2 and isinstance(said, int) and info.shape[axis] != said:
+                raise QtoolError(
+                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {key} {said}. Weights "
+                    "and config.json are not of one model."
+                )
+
+    def refuse_strangers(self, names: Sequence[str]) -> None:
+        """Raises QtoolError where there are any: the walk would leave them unwritten, and no loader has a place for
+        them."""
+        if names:
+            raise QtoolError(
+                f"{self.tensors[names[0]].file}: holds {names[0]} ({len(names)} such), which config.json does not "
+                "imply. Weights and config.json are not of one model."
+            )
+
+    def check_dtypes(self) -> None:
+        """Raises QtoolError for a tensor that is no 16- or 32-bit float, whatever config.json says."""
+        for name, info in self.tensors.items():
+            if info.dtype not in SOURCES:
+                raise QtoolError(
+                    f"{info.file}: {name} is stored as {DTYPE_NAMES[info.dtype]}; qtool starts from FP16, BF16 or FP32 "
+                    + ("weights: save it as FP32." if info.dtype == torch.float64 else f"weights. {UNQUANTIZED}.")
+                )
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()) -> None:
         """Compare with what config.json implies. Raises QtoolError naming the tensor, its shard and both shapes."""
@@ -108,9 +167,7 @@ class Checkpoint:
             if info is None:
                 if name in set(tied):
                     continue
-                raise QtoolError(
-                    f"{self.path}: config.json implies a tensor {name} {list(shape)}, which no shard holds."
-                )
+                raise QtoolError(why_missing(self.path, name, self.tensors))
             if info.shape != shape:
                 raise QtoolError(
                     f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
@@ -118,43 +175,39 @@ class Checkpoint:
                 )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _shards(folder: Path) -> list[Path]:
+    """What transformers and vLLM take for the model's where there is no index. One file named model.safetensors is the
+    model; else numbered shards are; else what is left without the files of trainers and adapters."""
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / SINGLE in found:  # as transformers does: nothing beside it is looked at
+        return [folder / SINGLE]
+    numbered = [shard for shard in found if _NUMBERED.fullmatch(shard.name)]
+    return numbered or [shard for shard in found if not shard.name.startswith(NOT_THE_MODEL)]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard, a file beside the index. Raises QtoolError for what is no such map."""
+    path = folder / INDEX
+    refuse_link(folder, path)
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict):
         raise QtoolError(f"{path}: has no weight_map, which says in which shard each tensor is.")
     for name, shard in shards.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise QtoolError(f"{path}: says that {name} is in {shard!r}, which is no file of this folder.")
+            shard = shown(shard) if isinstance(shard, str) else shard
+            raise QtoolError(f"{path}: says that {shown(name)} is in {shard!r}, which is no file of this folder.")
     return shards
 
 
-def _read_header(shard: Path) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            infos = {}
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
-                view = file.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise QtoolError(
-                        f"{shard}: {name} is stored as {view.get_dtype()}; qtool starts from FP16, BF16 or FP32 "
-                        "weights. Take the unquantized release of this model."
-                    )
-                infos[name] = TensorInfo(shard, dtype, tuple(view.get_shape()))
-            return infos
-    except FileNotFoundError as error:
-        raise QtoolError(f"{shard}: the shard is missing. Download the model again.") from error
-    except SafetensorError as error:
-        raise QtoolError(f"{shard}: not a whole safetensors file ({error}). Download the shard again.") from error
-
-
-def _no_safetensors(path: Path) -> str:
-    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickles:
-        return (
-            f"{path}: holds only pickle weights ({pickles[0].name}), which can run code when opened, so qtool refuses "
-            'them. Convert where you trust the file: `python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{path.name}', torch_dtype='auto').save_pretrained('{path.name}-safetensors')\"`"
-        )
-    return f"{path}: no *.safetensors in this folder. Name a folder that holds a Hugging Face model."
+def _read_header(folder: Path, shard: Path) -> dict[str, TensorInfo]:
+    if not os.path.lexists(shard):
+        raise QtoolError(f"{shown(shard)}: the shard is missing. Download the model again.")
+    refuse_link(folder, shard)
+    infos = {}
+    for name, (dtype, shape) in read_header(shard).items():
+        if dtype not in DTYPES:
+            raise QtoolError(
+                f"{shard}: {name} is stored as {dtype}; qtool starts from FP16, BF16 or FP32 weights. {UNQUANTIZED}."
+            )
+        infos[name] = TensorInfo(shard, DTYPES[dtype], shape)
+    return infos

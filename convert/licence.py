@@ -10,6 +10,10 @@ from typing import Any
 
 import yaml
 
+from qtool import QtoolError
+from qtool.convert.reading import CONFIG_LIMIT, leaves_folder, read_bytes
+from qtool.convert.sidecars import without_private_paths
+
 KEYS = ("license", "license_name", "license_link", "base_model")
 _HEADS = {  # how the text of a well-known licence begins, spaces folded
     "apache-2.0": r"apache license version 2\.0",
@@ -32,10 +36,11 @@ class Licence:
 def read_licence(folder: Path) -> dict[str, str]:
     """Licence keys of a model folder's README.md metadata; else of a LICENSE file whose text is known. Only what is
     said is in the result: no guess."""
-    found = {key: value for key, value in card_metadata(folder).items() if key in KEYS and isinstance(value, str)}
+    said = {key: value for key, value in card_metadata(folder).items() if key in KEYS and isinstance(value, str)}
+    found: dict[str, str] = without_private_paths(said)
     if "license" not in found:
-        for path in sorted(path for path in folder.glob("LICENSE*") if path.is_file()):
-            text = " ".join(path.read_text(encoding="utf-8", errors="replace")[:500].lower().split())
+        for path in sorted(folder.glob("LICENSE*")):
+            text = " ".join(_text(folder, path)[:500].lower().split())
             known = next((name for name, head in _HEADS.items() if re.match(head, text)), None)
             if known:
                 return found | {"license": known}
@@ -44,16 +49,23 @@ def read_licence(folder: Path) -> dict[str, str]:
 
 def card_metadata(folder: Path) -> dict[str, Any]:
     """The YAML on top of README.md; empty where there is none, or it is no YAML mapping."""
-    path = folder / "README.md"
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace").lstrip()
+    text = _text(folder, folder / "README.md").lstrip()
     match = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.S)
     try:
         data = yaml.safe_load(match[1]) if match else None
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date in month 13
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _text(folder: Path, path: Path) -> str:
+    """Empty for what is no regular file of this folder, or no card: nothing is said then."""
+    if not path.is_file() or leaves_folder(folder, path):
+        return ""
+    try:
+        return read_bytes(path, CONFIG_LIMIT).decode("utf-8", "replace")
+    except QtoolError:
+        return ""
 
 
 def licence_fault(said: Mapping[str, Any], has_file: bool) -> str | None:

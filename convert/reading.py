@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ MB = 10**6
 CONFIG_LIMIT = 64 * MB  # config.json, generation_config.json, an index: the largest real one has 11 MB
 TOKENIZER_LIMIT = 512 * MB  # tokenizer.json: the largest real one has 33 MB
 TEXT_LIMIT = 1024 * MB  # calibration and evaluation text, task files
+_SHARED_BLOB = re.compile(r"blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -113,14 +115,34 @@ def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
 
 
 def leaves_folder(folder: Path, path: Path) -> bool:
-    """Whether ``path``, a name inside ``folder``, is a link to somewhere else.
+    """Whether ``path``, a name inside ``folder``, is a link to somewhere else, or lies behind one.
 
-    The Hub's cache keeps a snapshot as links to its own blobs (snapshots/COMMIT/NAME -> blobs/SHA256): those stay.
+    The Hub's cache keeps a snapshot as links to its own blobs (models--A--B/snapshots/COMMIT/NAME -> blobs/SHA256), of
+    a folder in a snapshot too, and these as links to a store that all its models share (blobs/XX/HASH beside
+    models--A--B): both stay.
     """
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return False
-    return not (home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs"))
+    cache = hub_cache(home)
+    if cache is None:
+        return True
+    shared = real.is_relative_to(cache.parent) and _SHARED_BLOB.fullmatch(real.relative_to(cache.parent).as_posix())
+    return not (shared or real.is_relative_to(cache / "blobs"))
+
+
+def refuse_link(folder: Path, path: Path) -> None:
+    """Raises QtoolError for a file of a model's folder that lies elsewhere: what it holds was not meant to be read."""
+    if leaves_folder(folder, path):
+        raise QtoolError(f"{shown(path)}: is a link that leaves its folder. Put the file itself there.")
+
+
+def hub_cache(home: Path) -> Path | None:
+    """The folder models--A--B of the Hub's cache that ``home``, a snapshot or a folder inside one, belongs to."""
+    for folder in home.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder.parent
+    return None
 
 
 def shown(path: Path | str) -> str:

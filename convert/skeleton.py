@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from qtool import QtoolError
+from qtool.convert.config_file import CONFIG, read_config
+from qtool.convert.reading import shown
 
 _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 
@@ -16,34 +19,54 @@ _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """config.json as transformers reads it, without the quantization section (dequantized weights are loaded).
 
-    Raises QtoolError when the config is unreadable or wants custom code that the recipe does not allow.
+    Raises QtoolError when the config is unreadable, says what no model can be, or wants custom code that the recipe
+    does not allow.
     """
     from transformers import AutoConfig
 
-    from qtool.convert.reading import read_json
-
-    raw = read_json(path / "config.json")
+    raw = read_config(path)
     if "auto_map" in raw and not trust_remote_code:
         raise QtoolError(
             f"{path}: config.json asks to run the model's own code (auto_map). Read that code, then set "
-            "`trust_remote_code: true` under `model:` in the recipe."
+            f"`trust_remote_code: true` under `model:` in the recipe.{_known_class(raw)}"
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QtoolError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
+    except Exception as error:  # its checks raise what they like
+        raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
+def _known_class(raw: Mapping[str, Any]) -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if raw.get("model_type") not in CONFIG_MAPPING_NAMES:
+        return ""
+    return (
+        f" Or remove auto_map from config.json: transformers has a class of its own for model_type "
+        f"{raw['model_type']}, which needs no such code."
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> QtoolError:
+    reason = shown(" ".join(str(error).split()[:40])) or type(error).__name__
+    return QtoolError(f"{path / CONFIG}: transformers cannot make a model of it: {reason}")
+
+
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """An AutoModelForCausalLM whose parameters take no memory. Non-persistent buffers (rotary tables) are real."""
+    """An AutoModelForCausalLM whose parameters take no memory. Non-persistent buffers (rotary tables) are real.
+
+    Raises QtoolError for a config of which transformers makes no model.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config may hold anything, and so do the exceptions of a model's constructor
+        raise _unreadable(Path(getattr(config, "name_or_path", "") or "."), error) from error
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             if next(module.parameters(), None) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
-from qtool.convert.reading import named
+from qtool.convert.reading import hub_cache, named, shown
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -19,6 +20,8 @@ HUB_PATTERNS = [
 ]  # fmt: skip
 # What the model is, and its tokens.
 DECIDING = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+NAME_BYTES = 120  # a file's name ends at 255 bytes, and an output's name follows
+_UNFIT = r"[\s/\\:*?\"<>|'`$&;!()\[\]{}#%]+"  # for a shell, or for another system's files
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,18 +40,34 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
 
     Raises QtoolError: exit 2 for a missing folder or an unknown id, exit 3 when the network is missing.
     """
-    path = named(model)
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         path = Path(str(files(package).joinpath(folder)))
         return ModelSource(model, path, "sha256:" + digest_folder(path))
-    if path.is_dir():
-        return ModelSource(path.resolve().name, path.resolve(), "sha256:" + digest_folder(path))
+    path = named(model)
+    if os.path.isdir(path):  # False for a name that no file can have
+        path = Path(os.path.realpath(path))
+        return ModelSource(name_of(path), path, "sha256:" + digest_folder(path))
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise QtoolError(
-            f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path."
-        )
+        raise QtoolError(f"model: no folder {shown(model)!r}, and it is not a Hub id (org/name). Check the path.")
     return _snapshot(model, revision)
+
+
+def name_of(folder: Path) -> str:
+    """What artifacts of the model in ``folder`` are called, whatever path or link leads there: the folder's own name,
+    the repository's for a snapshot in the Hub's cache. No blanks, and no dash or dot in front: the name stands in
+    commands and in files."""
+    home = Path(os.path.realpath(folder))
+    cache = hub_cache(home)
+    name = home.name
+    if cache is not None:
+        inner = home.relative_to(cache / "snapshots").parts[1:]
+        name = "-".join((cache.name.split("--")[-1], *inner))
+    name = "".join(c if c.isprintable() else " " for c in name)
+    name = re.sub(_UNFIT, "-", name).strip("-.")
+    while len(name.encode()) > NAME_BYTES:
+        name = name[:-1]
+    return name or "model"
 
 
 def _snapshot(model: str, revision: str | None) -> ModelSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,11 +14,11 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import IMATRIX
 from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
-from qtool.convert.reading import read_json
-from qtool.convert.source import SHIPPED, asking_the_hub
+from qtool.convert.config_file import CONFIG, check_config, read_config
+from qtool.convert.diagnosis import why_no_model
+from qtool.convert.reading import named, read_json, refuse_link, shown
+from qtool.convert.source import SHIPPED, asking_the_hub, name_of
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,34 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         return _local(Path(str(files(package).joinpath(folder))), model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _local(path, path.resolve().name)
-    if path.is_file():
+    path = named(model)
+    if os.path.isdir(path):  # False for a name that no file can have
+        return _local(path, name_of(path))
+    if os.path.exists(path):
         if path.suffix != ".json":
             raise QtoolError(f"{path}: name a model's folder, its config.json, a recipe (.yaml) or a Hub id.")
-        return _from_config(read_json(path), path.parent.name or path.stem, str(path))
+        config = check_config(read_json(path), str(path))
+        return _from_config(config, name_of(path.parent), str(path))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise QtoolError(f"{model}: no such folder or file, and not a Hub id (org/name).")
+        raise QtoolError(f"{shown(model)}: no such folder or file, and not a Hub id (org/name).")
     return _hub(model, revision)
 
 
 def _local(path: Path, name: str) -> Headers:
-    config = read_json(path / CONFIG)
     where = str(path / CONFIG)
+    if not (path / CONFIG).exists():
+        raise QtoolError(f"{where}: no such file. {why_no_model(path)}")
+    config = read_config(path)
     found = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
     if found:
+        refuse_link(path, found[0])
         geometry = read_geometry(config, where)
         return Headers(name, config, geometry, {}, found[0], geometry.assumed)
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         geometry = read_geometry(config, where)
-        return Headers(name, config, geometry, Checkpoint.open(path).tensors, assumed=geometry.assumed)
+        checkpoint = Checkpoint.open(path)
+        checkpoint.check_sizes(config)
+        return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)
 
 
@@ -107,7 +114,7 @@ def _hub(model: str, revision: str | None) -> Headers:
     name = model.split("/")[-1]
     offline = "Plan from the folder, or from its config.json alone: `qtool plan path/to/config.json`."
     with asking_the_hub(model, revision, offline):
-        config = read_json(Path(hf_hub_download(model, CONFIG, revision=revision)))
+        config = check_config(read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}")
         try:
             metadata = HfApi().get_safetensors_metadata(model, revision=revision)
         except NotASafetensorsRepoError:

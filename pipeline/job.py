@@ -14,13 +14,16 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.config_file import CONFIG, read_config
+from qtool.convert.diagnosis import refuse_architecture, refuse_quantized, why_no_model
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
-from qtool.convert.reading import read_json
+from qtool.convert.reading import shown
+from qtool.convert.sidecars import check_sidecars, left_out
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
-from qtool.quantize.architectures import Architecture, architecture_of
+from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
 from qtool.quantize.methods import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
@@ -28,6 +31,7 @@ from qtool.quantize.nf4 import load_bitsandbytes
 from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
+PARTS = ("model.", "lm_head.")  # of every model; what stands elsewhere is a value head, a draft head, a tower
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
 
 
@@ -42,6 +46,16 @@ class Job:
     architecture: Architecture
     plans: Mapping[str, OutputPlan]
     device: torch.device
+    notes: tuple[str, ...] = ()  # tensors of the source that go into no artifact
+    behind: tuple[str, ...] = ()  # names of files that do not; not for artifacts, which may be published
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the source's folder no artifact carries."""
+        more = f" and {len(self.behind) - 5} more" if len(self.behind) > 5 else ""
+        names = ", ".join(map(shown, self.behind[:5]))
+        files = [f"files that stay behind, no part of the model: {names}{more}"] if self.behind else []
+        return [*self.notes, *files]
 
     def folder(self, method: Method) -> Path:
         """Where an output's artifact goes."""
@@ -56,21 +70,36 @@ class Job:
 def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs: Sequence[Method]) -> Job:
     """Validate everything that can be validated without reading a weight. Raises QtoolError."""
     trusted = recipe.model.trust_remote_code
-    checkpoint = Checkpoint.open(source.path)
+    checkpoint = open_source(source.path)
+    check_sidecars(source.path, trusted)
     config = load_config(source.path, trusted)
     architecture = architecture_of(config)
     shapes, tied = expected_shapes(build_skeleton(config, trusted))
     checkpoint.check_shapes(shapes, tied)
-    strangers = [name for name in checkpoint.tensors if name.startswith(architecture.prefix) and name not in shapes]
-    if strangers:  # the walk would leave them unwritten
-        raise QtoolError(
-            f"{checkpoint.tensors[strangers[0]].file}: holds {strangers[0]} ({len(strangers)} such), which config.json "
-            "does not imply. Weights and config.json are not of one model."
-        )
+    unknown = [name for name in checkpoint.tensors if name not in shapes]
+    checkpoint.refuse_strangers([name for name in unknown if name.startswith(PARTS)])
+    said = f"left out, no part of {config.architectures[0]}: {', '.join(unknown[:3])} ({len(unknown)} tensors)"
+    checkpoint = checkpoint.without(unknown)
+    checkpoint.check_dtypes()
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
-    return Job(recipe, source, checkpoint, config, architecture, plans, device)
+    return Job(recipe, source, checkpoint, config, architecture, plans, device, (said,) if unknown else (),
+               tuple(left_out(source.path, trusted)))  # fmt: skip
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """The unquantized model in a folder. Every cheap look comes before a model is built, the sizes of config.json
+    against the shards' headers among them. Raises QtoolError saying what the folder holds instead."""
+    if not folder.is_dir() or not (folder / CONFIG).exists():
+        raise QtoolError(why_no_model(folder) if folder.is_dir() else f"{folder}: no such folder.")
+    raw = read_config(folder)
+    refuse_quantized(folder, raw, ())
+    checkpoint = Checkpoint.open(folder)
+    refuse_quantized(folder, raw, checkpoint.tensors)
+    refuse_architecture(folder, raw, ARCHITECTURES)
+    checkpoint.check_sizes(raw)
+    return checkpoint
 
 
 def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
@@ -78,7 +107,7 @@ def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, de
         load_gguf()  # said now, not after hours
         if method.type not in FLOATS and device.type == "cpu":
             load_library()
-        config = read_json(checkpoint.path / "config.json")
+        config = read_config(checkpoint.path)
         return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)
     return plan_output(
         checkpoint.tensors,

@@ -152,6 +152,8 @@ def print_plan(job: Job) -> None:
     """`--dry-run`: what each linear becomes, then totals, memory and disk."""
     from qtool.job_needs import peak_of
 
+    for note in job.remarks:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     for name, plan in job.plans.items():
         table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
         grouped = "type" if isinstance(plan, GgufPlan) else "group size"

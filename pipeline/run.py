@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from qtool import QtoolError, ledger, record
 from qtool.convert.artifact import Artifact, write_json
 from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
+from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import verify
 from qtool.evaluate.selfcheck import SelfCheck
@@ -62,6 +65,8 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     started = time.monotonic()
     job = prepare(path, device, only)
     recipe = job.recipe
+    for note in job.remarks:
+        click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
     evaluation = _evaluation(job, runs, folder)
     calibration = _calibrate(job)
@@ -152,11 +157,15 @@ def evaluate_folders(
     model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
 ) -> Scores:
     """Score a model (a folder, a shipped name, a Hub id), and its source beside it where given. Raises QtoolError."""
-    name = model.resolve().name
-    if not model.is_dir():
+    if os.path.isdir(model):
+        name = name_of(model)
+    else:
         found = resolve(str(model))
         name, model = found.name, found.path
+    check_sidecars(model)
     artifact = Artifact.open(model)
+    if artifact.gguf is None:
+        artifact.checkpoint.check_sizes(artifact.config)
     config = load_config(model, trust_remote_code)
     subjects = [artifact_subject(name, artifact)]
     if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
@@ -167,9 +176,7 @@ def evaluate_folders(
     elif section.text is not None:
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    return _scored(
-        Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects
-    )
+    return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
 
 
 def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:

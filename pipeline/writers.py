@@ -133,7 +133,7 @@ def manifest_of(
         bits_per_weight=round(plan.bits_per_weight, 4),
         ledger=ledger,
         files=file_entries(folder),
-        notes=list(notes),
+        notes=[*job.notes, *notes],
     )
 
 
