@@ -20,9 +20,11 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    from qtool.convert.config_keys import check_class, check_config
     from qtool.convert.reading import read_json
 
     raw = read_json(path / "config.json")
+    check_config(raw)
     if "auto_map" in raw and not trust_remote_code:
         raise QtoolError(
             f"{path}: config.json asks to run the model's own code (auto_map). Read that code, then set "
@@ -35,6 +37,10 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
         raise QtoolError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_class(config, trust_remote_code)
+    # how a model answers, not what: qtool asks for these itself
+    config.return_dict, config._attn_implementation = True, None
+    config.output_hidden_states = config._output_attentions = False
     return config
 
 

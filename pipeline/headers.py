@@ -14,6 +14,7 @@ from qtool import QtoolError
 from qtool.convert.artifact import IMATRIX
 from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
 from qtool.convert.reading import read_json
+from qtool.convert.tied import check_folder
 from qtool.convert.source import SHIPPED, asking_the_hub
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
@@ -65,6 +66,7 @@ def _local(path: Path, name: str) -> Headers:
         return Headers(name, config, geometry, {}, found[0], geometry.assumed)
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         geometry = read_geometry(config, where)
+        check_folder(path)
         return Headers(name, config, geometry, Checkpoint.open(path).tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)
 

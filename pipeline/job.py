@@ -14,12 +14,14 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.config_keys import prove_gguf
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
 from qtool.convert.reading import read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
+from qtool.convert.tied import check_head
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
@@ -59,7 +61,9 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint = Checkpoint.open(source.path)
     config = load_config(source.path, trusted)
     architecture = architecture_of(config)
-    shapes, tied = expected_shapes(build_skeleton(config, trusted))
+    skeleton = build_skeleton(config, trusted)
+    shapes, tied = expected_shapes(skeleton)
+    check_head(checkpoint, bool(tied))
     checkpoint.check_shapes(shapes, tied)
     strangers = [name for name in checkpoint.tensors if name.startswith(architecture.prefix) and name not in shapes]
     if strangers:  # the walk would leave them unwritten
@@ -69,6 +73,8 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
         )
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
+    if any(isinstance(method, GgufMethod) for method in outputs):
+        prove_gguf(skeleton, read_json(source.path / "config.json"))
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
     return Job(recipe, source, checkpoint, config, architecture, plans, device)
 

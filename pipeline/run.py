@@ -16,6 +16,7 @@ from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
+from qtool.convert.tied import check_folder
 from qtool.convert.verify import verify
 from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
@@ -156,18 +157,18 @@ def evaluate_folders(
         name, model = found.name, found.path
     artifact = Artifact.open(model)
     config = load_config(model, trust_remote_code)
+    check_folder(model)
     subjects = [artifact_subject(name, artifact)]
     if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
         subjects.insert(0, artifact_subject("source", Artifact.open(source)))
     elif source is not None:
         resolved = resolve(str(source))
+        check_folder(resolved.path)
         subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
     elif section.text is not None:
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    return _scored(
-        Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects
-    )
+    return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
 
 
 def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
