@@ -114,7 +114,7 @@ def _check_windows(config: Mapping[str, Any], architecture: str) -> None:
     mistral = architecture == "MistralForCausalLM" and full.get("sliding_window") is not None
     if mistral and isinstance(kinds, list) and any(kind != SLIDING for kind in kinds):
         raise QtoolError("config.json: layer_types lets some layers attend to everything; transformers' Mistral slides"
-                         " in all of them, vLLM's does not. Name the architecture that was meant (Ministral).")  # fmt: skip
+                         " in all of them, vLLM's does not. Name the one that is meant.")  # fmt: skip
     if sliding and not any(layer_windows(config, layers)) and architecture != "MistralForCausalLM":
         raise QtoolError(f"config.json: layer_types lets layers slide ({SLIDING}), but there is no window for them: "
                          "sliding_window is null or use_sliding_window is false.")  # fmt: skip
@@ -157,8 +157,8 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
         return []
     count = sum(window is not None for window in windows)
     return [
-        f"right only up to the window of {shortest} tokens: config.json's sliding_window lets {count} of {len(windows)} "
-        f"layers attend to the last {shortest} tokens alone, llama.cpp's {target} attends to all"
+        f"right only up to the window of {shortest} tokens: config.json's sliding_window lets {count} of "
+        f"{len(windows)} layers attend to the last {shortest} tokens alone, llama.cpp's {target} attends to all"
     ]
 
 

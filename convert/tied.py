@@ -26,8 +26,8 @@ def check_head(checkpoint: Checkpoint, tied: bool) -> None:
     if not tied:
         if HEAD not in names and EMBEDDING in names:
             raise QtoolError(
-                f"{checkpoint.path}: no shard holds {HEAD}, and tie_word_embeddings of config.json is false or missing. "
-                f"Set it to true if the head is {EMBEDDING}; otherwise download the model again."
+                f"{checkpoint.path}: no shard holds {HEAD}, and tie_word_embeddings of config.json is false or missing."
+                f" Set it to true if the head is {EMBEDDING}; otherwise download the model again."
             )
         return
     if HEAD in names and EMBEDDING not in names:

@@ -14,8 +14,8 @@ from qtool import QtoolError
 from qtool.convert.artifact import IMATRIX
 from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
 from qtool.convert.reading import read_json
-from qtool.convert.tied import check_folder
 from qtool.convert.source import SHIPPED, asking_the_hub
+from qtool.convert.tied import check_folder
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
 CONFIG = "config.json"

@@ -73,9 +73,9 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
         )
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
+    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
     if any(isinstance(method, GgufMethod) for method in outputs):
         prove_gguf(skeleton, read_json(source.path / "config.json"))
-    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
     return Job(recipe, source, checkpoint, config, architecture, plans, device)
 
 
