@@ -19,7 +19,7 @@ from torch import nn
 from qtool import QtoolError
 from qtool.convert.gguf_names import gguf_architecture
 from qtool.convert.model_config import FULL, SLIDING, architecture_name, completed, head_dim, layer_windows
-from qtool.convert.rope import rope_factors, rope_keys, rotation
+from qtool.convert.rope import check_rope, rope_factors, rope_keys, rotation
 
 # said by a key, by a tensor, or by the architecture that a .gguf file names
 WRITTEN = frozenset((
@@ -42,11 +42,13 @@ HARMLESS = frozenset((
     "output_hidden_states", "return_dict", "use_return_dict", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "transformers_version", "chunk_size_feed_forward", "gradient_checkpointing",
     "quantization_config", "auto_map", "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels",
-    "problem_type", "router_aux_loss_coef",
+    "problem_type", "vision_config", "text_config", "image_token_id", "mm_tokens_per_image",  # of Gemma 3 with images
 ))  # fmt: skip
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 SILU = ("silu", "swish")
 CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}  # the values of a model that answers
+CODE = ("transformers.models.", "transformers_modules.")  # transformers' own models; code that came with a model
+COMMON = ("transformers.masking_utils", "transformers.modeling_rope_utils")  # what all of them call
 _READ = re.compile(r"""\bconfig\.([a-zA-Z_]\w*)|getattr\(\s*(?:self\.)?config,\s*["'](\w+)["']""")
 _TAKEN = re.compile(r"""kwargs\.(?:get|pop)\(\s*["'](\w+)["']""")
 
@@ -61,17 +63,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(key) not in (None, usual):
             raise QtoolError(f"config.json: {key} is {config[key]!r}; qtool quantizes models that answer from left to "
                              "right.")  # fmt: skip
-    for where in ("rope_scaling", "rope_parameters"):
-        rope = config.get(where)
-        kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
-        for one in (kind for kind in kinds if isinstance(kind, Mapping)):
-            if None not in (one.get("type"), one.get("rope_type")) and one["type"] != one["rope_type"]:
-                raise QtoolError(f"config.json: {where} says type {one['type']!r} and rope_type {one['rope_type']!r}; "
-                                 "remove the one that is not meant.")  # fmt: skip
-            part = one.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-            if part not in (None, 1) and architecture in ACTIVATIONS:
-                raise QtoolError(f"config.json: partial_rotary_factor is {part!r}; vLLM follows it and transformers' "
-                                 f"{architecture} does not.")  # fmt: skip
+    if architecture in ACTIVATIONS:
+        for kind in (FULL, SLIDING) if architecture == "Gemma3ForCausalLM" else (FULL,):
+            check_rope(config, kind)
     _check_windows(config, architecture)
 
 
@@ -127,11 +121,12 @@ ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "IQuestCoderForCausalLM": ("hidden_act", SILU),
     "Qwen2ForCausalLM": ("hidden_act", SILU),
     "Qwen3ForCausalLM": ("hidden_act", SILU),
-    "GemmaForCausalLM": ("hidden_act", ("gelu", *TANH_GELU)),  # transformers takes its "gelu" for the tanh one
+    "GemmaForCausalLM": ("hidden_act", (*TANH_GELU, "gelu")),  # transformers takes its "gelu" for the tanh one
     "Gemma2ForCausalLM": ("hidden_activation", TANH_GELU),
     "Gemma3ForCausalLM": ("hidden_activation", TANH_GELU),
 }
-NO_FACTORS = ("gemma", "gemma2", "gemma3")  # llama.cpp's architectures without `rope_freqs.weight`
+# what llama.cpp loads for one architecture alone: with another it calls the file's tensors too many
+ONLY_LLAMA = ("llama",)
 
 
 def check_gguf(config: Mapping[str, Any]) -> list[str]:
@@ -141,16 +136,19 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
     target, architecture, full = gguf_architecture(config), architecture_name(config), completed(config)
     key, allowed = ACTIVATIONS[architecture]
     if full.get(key) not in allowed:
-        raise QtoolError(
-            f"config.json: {key} is {full.get(key)!r}; llama.cpp's {target} always computes {allowed[-1]}."
-        )
+        raise QtoolError(f"config.json: {key} is {full.get(key)!r}; llama.cpp's {target} always computes {allowed[0]}.")
     if full.get("clip_qkv") is not None:
         raise QtoolError(f"config.json: clip_qkv is {full['clip_qkv']!r}; llama.cpp's {target} clips nothing.")
     if target == "gemma3" and full.get("attn_logit_softcapping") is not None:
         raise QtoolError("config.json: attn_logit_softcapping is set; llama.cpp's gemma3 has no such cap.")
-    rope_keys(config)
-    if rope_factors(config) is not None and target in NO_FACTORS:
+    if full.get("attention_bias") and target not in ONLY_LLAMA and target != "qwen2":
+        raise QtoolError(f"config.json: attention_bias is set; llama.cpp's {target} has no biases.")
+    keys = rope_keys(config)
+    if rope_factors(config) is not None and target not in ONLY_LLAMA:
         raise QtoolError(f"config.json: rotary scaling 'llama3' cannot be written for llama.cpp's {target}.")
+    if target == "gemma3" and "scaling.attn_factor" in keys:  # KL 1.7e-2
+        raise QtoolError("config.json: an attention_factor of the rotary scaling cannot be written for llama.cpp's"
+                         " gemma3, which applies it to sliding layers as well.")  # fmt: skip
     windows = layer_windows(config, int(config["num_hidden_layers"]))
     shortest = min((window for window in windows if window is not None), default=None)
     if target in ("gemma2", "gemma3") or shortest is None or shortest >= full["max_position_embeddings"]:
@@ -188,19 +186,14 @@ def prove_gguf(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 def keys_read(model: nn.Module) -> set[str]:
     """Names that the source of the model's classes, of its config's, and of what both call reads from a config."""
-    config: Any = model.config
-    classes = [kind for kind in (*type(model).__mro__, *type(config).__mro__) if kind.__module__.count(".") >= 2]
-    modules = {kind.__module__ for kind in classes} - {
-        "transformers.configuration_utils",
-        "transformers.modeling_utils",
-    }
-    modules |= {type(module).__module__ for module in model.modules() if "transformers" in type(module).__module__}
+    kinds = [*type(model).__mro__, *type(model.config).__mro__, *{type(module) for module in model.modules()}]
+    modules = {kind.__module__ for kind in kinds if kind.__module__.startswith(CODE)}
     found: set[str] = set()
-    for name in sorted(modules | {"transformers.masking_utils", "transformers.modeling_rope_utils"}):
-        if not name.startswith("transformers"):
-            continue
+    for name in (*sorted(modules), *COMMON):
         source = inspect.getsource(sys.modules[name])
-        found |= {a or b for a, b in _READ.findall(source)} | set(_TAKEN.findall(source))
+        found |= {a or b for a, b in _READ.findall(source)}
+        if "configuration_" in name:
+            found |= set(_TAKEN.findall(source))
     return found
 
 

@@ -14,11 +14,40 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.model_config import FULL, head_dim, rope_parameters
+from qtool.convert.model_config import FULL, completed, head_dim, rope_parameters
 
 Value = int | float | str
 KINDS = ("default", "linear", "yarn", "llama3")
+NUMBERS = {  # what each variant of transformers cannot do without
+    "default": (), "proportional": (), "linear": ("factor",), "dynamic": ("factor",),
+    "yarn": ("original_max_position_embeddings",), "longrope": ("original_max_position_embeddings",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+OPTIONAL = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 BETA_FAST, BETA_SLOW = 32, 1  # llama.cpp's own, which no key of these architectures changes
+
+
+def check_rope(config: Mapping[str, Any], kind: str = FULL) -> None:
+    """Raises QtoolError for rotary settings that transformers cannot compute with, and for what other runtimes read
+    otherwise than it does."""
+    rope = rope_parameters(config, kind)
+    variant = rope["rope_type"]
+    if variant not in NUMBERS:
+        raise QtoolError(
+            f"config.json: rotary scaling {variant!r} is none that transformers has: {', '.join(NUMBERS)}."
+        )
+    if "type" in rope and rope["type"] not in (None, variant):
+        raise QtoolError(f"config.json: the rotary settings say type {rope['type']!r} and rope_type {variant!r}; "
+                         "remove the one that is not meant.")  # fmt: skip
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise QtoolError(f"config.json: partial_rotary_factor is {part!r}; vLLM follows it, transformers' code of this "
+                         "architecture does not.")  # fmt: skip
+    for key in ("rope_theta", *NUMBERS[variant]):
+        _positive(rope, key)
+    for key in OPTIONAL if variant == "yarn" else ():  # null or 0: not given
+        if rope.get(key) not in (None, 0) or (key in ("factor", "attention_factor") and rope.get(key) == 0):
+            _positive(rope, key)
 
 
 def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
@@ -28,8 +57,6 @@ def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
     variant = rope["rope_type"]
     if variant not in KINDS:
         raise QtoolError(f"config.json: rotary scaling {variant!r} cannot be written as GGUF; {', '.join(KINDS)} can.")
-    if (part := rope.get("partial_rotary_factor")) not in (None, 1):
-        raise QtoolError(f"config.json: partial_rotary_factor is {part!r}; as GGUF a whole head is turned, or none.")
     keys: dict[str, Value] = {"freq_base": _positive(rope, "rope_theta")}
     if variant == "linear":
         return keys | {"scaling.type": "linear", "scaling.factor": _positive(rope, "factor")}
@@ -113,8 +140,6 @@ def _magnitude(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def _longest(config: Mapping[str, Any]) -> float:
-    from qtool.convert.model_config import completed
-
     return _positive(completed(config), "max_position_embeddings", "")
 
 
