@@ -46,6 +46,7 @@ HARMLESS = frozenset((
 ))  # fmt: skip
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 SILU = ("silu", "swish")
+LIMIT = "right only up to"  # how a line on a limit begins
 CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}  # the values of a model that answers
 CODE = ("transformers.models.", "transformers_modules.")  # transformers' own models; code that came with a model
 COMMON = ("transformers.masking_utils", "transformers.modeling_rope_utils")  # what all of them call
@@ -155,7 +156,7 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
         return []
     count = sum(window is not None for window in windows)
     return [
-        f"right only up to the window of {shortest} tokens: config.json's sliding_window lets {count} of "
+        f"{LIMIT} the window of {shortest} tokens: config.json's sliding_window lets {count} of "
         f"{len(windows)} layers attend to the last {shortest} tokens alone, llama.cpp's {target} attends to all"
     ]
 

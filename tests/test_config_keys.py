@@ -71,7 +71,8 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
     theirs = getattr(transformers, f"{kind}ForCausalLM").config_class()
     ours = DEFAULTS[f"{kind}ForCausalLM"]
     named = ("hidden_act", "hidden_activation", "num_key_value_heads", "max_position_embeddings",
-             "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "clip_qkv", "max_window_layers")  # fmt: skip
+             "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "clip_qkv",
+             "max_window_layers")  # fmt: skip
     for key in named:
         given = getattr(theirs, key, None)
         if key == "num_key_value_heads" and given == theirs.num_attention_heads and key not in ours:
@@ -157,21 +158,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"rope_parameters": YARN | {"factor": 0}}, "factor of the rotary settings is 0; a number above 0"),
     ("Llama", {"rope_parameters": YARN | {"factor": 0.5}}, "yarn by 0.5, which is below 1"),
     ("Llama", {"rope_parameters": YARN | {"factor": "8"}}, "factor of the rotary settings is '8'"),
-    ("Llama", {"rope_parameters": YARN | {"attention_factor": -1.0}}, "attention_factor of the rotary settings is -1.0"),
+    ("Llama", {"rope_parameters": YARN | {"attention_factor": -1.0}}, "attention_factor of the rotary settings is -1"),
     ("Llama", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary settings is None"),
     ("Llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta of the rotary settings is 0"),
     ("Llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor of the rotary settings is 0"),
-    ("Llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 0.5}}, "low_freq_factor 1 .* not below high_freq_factor"),
-    ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' cannot be written"),
+    ("Llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 0.5}}, "low_freq_factor 1 .* not below"),
+    ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' cannot be written"),
     ("Llama", {"rope_scaling": {"rope_type": "longrope"}}, "rotary scaling 'longrope' cannot be written"),
     ("Llama", {"rope_scaling": {"rope_type": "proportional"}}, "rotary scaling 'proportional' cannot"),
     ("Qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "reads one set for all layers"),
-    ("Gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "factor, rope_type would be read by nobody"),
+    ("Gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type would be read by nobody"),
 ]  # fmt: skip
 AMBIGUOUS: list[tuple[str, dict[str, Any], str]] = [  # for every output
     ("Llama", {"rope_parameters": YARN | {"type": "linear"}}, "type 'linear' and rope_type 'yarn'"),
     ("Llama", {"rope_scaling": {"rope_type": "yarn", "type": "default"}}, "type 'default' and rope_type 'yarn'"),
-    ("Llama", {"rope_parameters": {"rope_type": "ntk"}}, "rotary scaling 'ntk' is none of transformers'"),
+    ("Llama", {"rope_parameters": {"rope_type": "ntk"}}, "rotary scaling 'ntk' is none that transformers has"),
     ("Llama", {"rope_parameters": YARN | {"factor": "8"}}, "factor of the rotary settings is '8'"),
     ("Llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor of the rotary settings is 0"),
     ("Llama", {"rope_parameters": [1]}, "rope_parameters is .1.; a mapping is needed"),
@@ -185,7 +186,7 @@ AMBIGUOUS: list[tuple[str, dict[str, Any], str]] = [  # for every output
     ("Qwen3", WINDOW | {"layer_types": SLIDES * 2}, "layer_types names 4 layers, num_hidden_layers 2"),
     ("Llama", {"is_causal": False}, "is_causal is False"),
     ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
-    ("Llama", {"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "per_layer_config gives layers settings of their own"),
+    ("Llama", {"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "per_layer_config gives layers"),
     ("Llama", {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}, "partial_rotary_factor is 0.5"),
     ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
 ]  # fmt: skip
@@ -351,8 +352,8 @@ def test_a_head_that_the_flag_ties_away_is_refused(tiny: Path, tmp_path: Path) -
     check_folder(retied(tiny, tmp_path / "equal", True, same))
     check_folder(retied(tiny, tmp_path / "untied", False, other))
     renamed = retied(tiny, tmp_path / "renamed", True, lambda state: state.update({head: state.pop(embedding)}))
-    with pytest.raises(QtoolError, match="the shards hold only the head. Rename it to model.embed_tokens.weight"):
+    with pytest.raises(QtoolError, match=r"only the head\. Rename it to model\.embed_tokens\.weight"):
         check_head(Checkpoint.open(renamed), True)
     bare = retied(tiny, tmp_path / "bare", False, lambda _: None)
-    with pytest.raises(QtoolError, match="no shard holds lm_head.weight, and tie_word_embeddings .* false or missing"):
+    with pytest.raises(QtoolError, match=r"no shard holds lm_head\.weight, and tie_word_embeddings .* false or"):
         check_head(Checkpoint.open(bare), False)
