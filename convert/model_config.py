@@ -106,13 +106,14 @@ def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, An
     given, scaling = _mapping(config, "rope_parameters"), _mapping(config, "rope_scaling")
     theta = full.get("rope_theta", 1e4)
     nested = [key for key in given if isinstance(given[key], Mapping) or key in (FULL, SLIDING)]
-    if architecture_name(config) == "Gemma3ForCausalLM":
+    architecture = architecture_name(config)
+    if architecture == "Gemma3ForCausalLM" or (nested and architecture not in DEFAULTS):
         flat = sorted(set(given) - {FULL, SLIDING})
         if flat:
-            raise QtoolError(f"config.json: rope_parameters: Gemma 3 has settings for each kind of layer ({FULL}, "
+            raise QtoolError(f"config.json: rope_parameters has settings for each kind of layer ({FULL}, "
                              f"{SLIDING}); {', '.join(flat)} would be read by nobody.")  # fmt: skip
         rope = dict(_mapping(given, kind, "rope_parameters.")) | (scaling if kind == FULL else {})
-        theta = theta if kind == FULL else full["rope_local_base_freq"]
+        theta = theta if kind == FULL else full.get("rope_local_base_freq", theta)
     elif nested and not scaling:
         raise QtoolError(f"config.json: rope_parameters has settings of its own for {', '.join(nested)}; the code of "
                          f"{architecture_name(config)} reads one set for all layers.")  # fmt: skip
