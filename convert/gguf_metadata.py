@@ -11,7 +11,8 @@ from typing import Any
 from qtool import QtoolError
 from qtool.convert.gguf_names import gguf_architecture
 from qtool.convert.gguf_types import FILE_TYPES
-from qtool.convert.model_config import GEMMA_WINDOW, SLIDING, layer_windows, rope_parameters
+from qtool.convert.model_config import GEMMA_WINDOW, SLIDING, completed, head_dim, layer_windows
+from qtool.convert.rope import Value, rope_keys
 
 REQUIRED = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size",
@@ -22,31 +23,41 @@ SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}  # with so many layers llama.cpp
 
 
 def add_metadata(writer: Any, config: Mapping[str, Any], name: str, file_type: str) -> None:
-    """Write every key but the tokenizer's into a `gguf.GGUFWriter`. Raises QtoolError for a config that lacks one, or
-    for a rotary scaling or an attention that llama.cpp does not know."""
-    missing = [key for key in REQUIRED if config.get(key) is None]
-    if missing:
-        raise QtoolError(f"config.json lacks {', '.join(missing)}, which GGUF needs.")
-    heads = int(config["num_attention_heads"])
-    dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    """Write every key but the tokenizer's into a `gguf.GGUFWriter`. Raises QtoolError as `model_keys` does."""
     writer.add_type("model")
     writer.add_name(name)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_file_type(FILE_TYPES[file_type])
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_context_length(int(config.get("max_position_embeddings") or 2048))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(int(config["vocab_size"]))
-    writer.add_rope_dimension_count(dim)
-    _add_rope(writer, config)
-    if gguf_architecture(config) in WINDOWED:
-        _add_gemma(writer, config, gguf_architecture(config), heads, dim)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in model_keys(config).items():
+        add[type(value)](key, value)
+
+
+def model_keys(config: Mapping[str, Any]) -> dict[str, Value]:
+    """The architecture's own keys. Raises QtoolError for a config that lacks one, or for a rotary scaling or an
+    attention that llama.cpp does not know."""
+    missing = [key for key in REQUIRED if config.get(key) is None]
+    if missing:
+        raise QtoolError(f"config.json lacks {', '.join(missing)}, which GGUF needs.")
+    full, architecture, dim = completed(config), gguf_architecture(config), head_dim(config)
+    heads = int(full["num_attention_heads"])
+    keys: dict[str, Value] = {
+        "block_count": int(full["num_hidden_layers"]),
+        "context_length": int(full.get("max_position_embeddings") or 2048),
+        "embedding_length": int(full["hidden_size"]),
+        "feed_forward_length": int(full["intermediate_size"]),
+        "attention.head_count": heads,
+        "attention.head_count_kv": int(full["num_key_value_heads"]),
+        "attention.key_length": dim,
+        "attention.value_length": dim,
+        "attention.layer_norm_rms_epsilon": float(full["rms_norm_eps"]),
+        "vocab_size": int(full["vocab_size"]),
+        "rope.dimension_count": dim,
+    }
+    keys |= {f"rope.{key}": value for key, value in rope_keys(config).items()}
+    if architecture in WINDOWED:
+        keys |= _gemma_keys(full, architecture, heads, dim)
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def required_keys(architecture: str) -> list[str]:
@@ -60,59 +71,34 @@ def required_keys(architecture: str) -> list[str]:
     return [*general, *(f"{architecture}.{key}" for key in (*own, *windows))]
 
 
-def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
-    rope = rope_parameters(config)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 1e6 if gguf_architecture(config) == "gemma3" else 1e4)))
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind in ("default", "llama3"):  # llama3's factors are a tensor of their own
-        return
-    if kind not in ("linear", "yarn"):
-        raise QtoolError(f"config.json: rotary scaling {kind!r} cannot be written as GGUF; default, linear, yarn and "
-                         "llama3 can.")  # fmt: skip
-    from gguf import RopeScalingType
-
-    writer.add_rope_scaling_type(RopeScalingType(kind))
-    writer.add_rope_scaling_factor(float(rope["factor"]))
-    if kind == "yarn":
-        context = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        writer.add_rope_scaling_orig_ctx_len(int(context))
-        optional = {
-            "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
-            "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
-            "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
-        }
-        for key, add in optional.items():
-            if rope.get(key) is not None:
-                add(float(rope[key]))
-
-
-def _add_gemma(writer: Any, config: Mapping[str, Any], architecture: str, heads: int, dim: int) -> None:
+def _gemma_keys(full: Mapping[str, Any], architecture: str, heads: int, dim: int) -> dict[str, Value]:
     """Windows, soft caps and the rotary base of sliding layers (llama.cpp src/models/gemma2.cpp, gemma3.cpp)."""
-    layers = int(config["num_hidden_layers"])
-    windows = layer_windows(config, layers)
-    full = [index for index, window in enumerate(windows) if window is None]
-    period = full[0] + 1 if full else layers + 1
-    if period == 1 or full != [index for index in range(layers) if (index + 1) % period == 0]:
+    layers = int(full["num_hidden_layers"])
+    windows = layer_windows(full, layers)
+    full_layers = [index for index, window in enumerate(windows) if window is None]
+    period = full_layers[0] + 1 if full_layers else layers + 1
+    if period == 1 or full_layers != [index for index in range(layers) if (index + 1) % period == 0]:
         raise QtoolError(
-            f"config.json: attention slides in all of {layers} layers but {full}; llama.cpp's {architecture} needs one "
-            "layer in so many, and not every one, to attend to everything."
+            f"config.json: attention slides in all of {layers} layers but {full_layers}; llama.cpp's {architecture} "
+            "needs one layer in so many, and not every one, to attend to everything."
         )
-    scale = int(config["hidden_size"]) // heads if layers == SCALED_BY_HIDDEN[architecture] else dim
-    asked = config.get("query_pre_attn_scalar", 256)
+    scale = int(full["hidden_size"]) // heads if layers == SCALED_BY_HIDDEN[architecture] else dim
+    asked = full["query_pre_attn_scalar"]
     if asked != scale:
         raise QtoolError(f"config.json: query_pre_attn_scalar is {asked}; llama.cpp's {architecture} takes {scale}.")
-    writer.add_sliding_window(int(config.get("sliding_window", GEMMA_WINDOW)))
-    writer.add_sliding_window_pattern(period)
-    final = config.get("final_logit_softcapping", 30.0 if architecture == "gemma2" else None)
+    keys: dict[str, Value] = {
+        "attention.sliding_window": int(full.get("sliding_window") or GEMMA_WINDOW),
+        "attention.sliding_window_pattern": period,
+    }
+    final = full.get("final_logit_softcapping")
     if final is not None:
-        writer.add_final_logit_softcapping(float(final))
+        keys["final_logit_softcapping"] = float(final)
     if architecture == "gemma2":
-        cap = config.get("attn_logit_softcapping", 50.0)
+        cap = full.get("attn_logit_softcapping")
         if cap is None or final is None:
             raise QtoolError("config.json: a soft cap is null; llama.cpp's gemma2 always has both.")
-        writer.add_attn_logit_softcapping(float(cap))
-        return
-    rope = rope_parameters(config, SLIDING)
-    if (rope.get("rope_type") or "default") != "default":
+        return keys | {"attn_logit_softcapping": float(cap)}
+    local = rope_keys(full, SLIDING)
+    if len(local) > 1:
         raise QtoolError("config.json: sliding layers with a rotary scaling of their own cannot be written as GGUF.")
-    writer.add_rope_freq_base_swa(float(rope.get("rope_theta", 1e4)))
+    return keys | {"rope.freq_base_swa": local["freq_base"]}

@@ -3,7 +3,6 @@ order that llama's interleaved rotation expects."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.ggml import load_gguf
-from qtool.convert.model_config import is_tied, rope_parameters
+from qtool.convert.model_config import completed, is_tied
 
 # config.json's architecture -> general.architecture
 ARCHITECTURES = {
@@ -87,7 +86,7 @@ def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor |
         return None
     heads = int(config["num_attention_heads"])
     if ".attn_k." in name:
-        heads = int(config.get("num_key_value_heads") or heads)
+        heads = int(completed(config)["num_key_value_heads"])
     elif ".attn_q." not in name:
         return None
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
@@ -96,21 +95,3 @@ def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor |
 def norm_offset(name: str, config: Mapping[str, Any]) -> float:
     """What llama.cpp's file has on top of a GGUF tensor's weight in the checkpoint."""
     return 1.0 if name.endswith("norm.weight") and gguf_architecture(config) in ADDED_ONE else 0.0
-
-
-def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
-    """`rope_freqs.weight`, float32 ``[head_dim / 2]``: what llama-3 scaling divides each frequency by; None without.
-
-    Llama 3.1's rule (transformers modeling_rope_utils.py, `_compute_llama3_parameters`)."""
-    rope = rope_parameters(config)
-    if rope.get("rope_type", rope.get("type")) != "llama3":
-        return None
-    dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    base, factor = float(rope.get("rope_theta", 10000.0)), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    context = float(rope["original_max_position_embeddings"])
-    lengths = 2 * math.pi * base ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    smooth = (context / lengths - low) / (high - low)
-    factors = 1 / ((1 - smooth) / factor + smooth)
-    factors = torch.where(lengths > context / low, factor, torch.where(lengths < context / high, 1.0, factors))
-    return factors.float()

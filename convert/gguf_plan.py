@@ -10,31 +10,36 @@ from typing import Any
 import torch
 
 from qtool.convert.checkpoint import TensorInfo
+from qtool.convert.config_keys import check_gguf
 from qtool.convert.ggml import BLOCKS, row_bytes
-from qtool.convert.gguf_names import ROPE_FREQS, gguf_names, rope_factors
+from qtool.convert.gguf_metadata import model_keys
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_names
 from qtool.convert.gguf_types import Typed, is_70b, tensor_types
 from qtool.convert.plan import LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.rope import rope_factors
 from qtool.convert.writer import Spec
 
 
 @dataclass(frozen=True)
 class GgufPlan(OutputPlan):
     """``names``: HF name -> GGUF name. ``types``: GGUF name -> type, and what the rule wanted before a row's length
-    forced another. ``shapes``: GGUF name -> shape (torch order), in file order."""
+    forced another. ``shapes``: GGUF name -> shape (torch order), in file order. ``limits``: what the file is right only
+    up to, a line each."""
 
     names: dict[str, str]
     types: dict[str, Typed]
     shapes: dict[str, tuple[int, ...]]
+    limits: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
-        """A line for each kind of tensor that could not get the type of its rule."""
+        """The limits, and a line for each kind of tensor that could not get the type of its rule."""
         kinds: dict[tuple[str, int, str, str], int] = {}
         for name, typed in self.types.items():
             if typed.fell_back:
                 kind = (re.sub(r"^blk\.\d+\.", "", name), self.shapes[name][-1], typed.wanted, typed.type)
                 kinds[kind] = kinds.get(kind, 0) + 1
-        return [
+        return list(self.limits) + [
             f"{kind} ({count} of them): {columns} columns do not divide by {BLOCKS[wanted][0]}: {wanted} -> {given}"
             for (kind, columns, wanted, given), count in kinds.items()
         ]
@@ -43,7 +48,10 @@ class GgufPlan(OutputPlan):
 def plan_gguf(
     tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
 ) -> GgufPlan:
-    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know."""
+    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, and for
+    what config.json says and a .gguf file cannot."""
+    limits = tuple(check_gguf(config))
+    model_keys(config)
     names = gguf_names(walk_order(tensors, prefix), config)
     shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
     factors = rope_factors(config)
@@ -63,7 +71,7 @@ def plan_gguf(
     specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in names.items()}
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
-    return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes)
+    return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes, limits)
 
 
 def _rows(shape: tuple[int, ...]) -> int:

@@ -24,7 +24,10 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    from qtool.convert.config_keys import check_class, check_config
+
     raw = read_config(path)
+    check_config(raw)
     if "auto_map" in raw and not trust_remote_code:
         raise QtoolError(
             f"{path}: config.json asks to run the model's own code (auto_map). Read that code, then set "
@@ -36,6 +39,10 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
         raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_class(config, trust_remote_code)
+    # how a model answers, not what: qtool asks for these itself
+    config.return_dict, config._attn_implementation = True, None
+    config.output_hidden_states = config._output_attentions = False
     return config
 
 

@@ -17,6 +17,7 @@ from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
 from qtool.convert.reading import read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes
+from qtool.convert.tied import check_equal
 from qtool.evaluate.engines import Completion, Decoding, Request, package_versions
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
@@ -74,6 +75,8 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
     state = {name: tensor.to(device, dtype) for name, tensor in stream if name in shapes}
+    if tied:
+        check_equal(state)
     missing = sorted(set(shapes) - set(state) - tied)
     if missing:
         raise QtoolError(f"the model lacks {missing[0]} ({len(missing)} tensors missing).")

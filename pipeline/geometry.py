@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.model_config import PERIODS, is_tied, layer_windows
+from qtool.convert.model_config import PERIODS, completed, is_tied, layer_windows
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -78,8 +78,9 @@ def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geom
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     layers = _positive(config, "num_hidden_layers", where)
-    kv_heads, head_dim = (_optional(config, key, where) for key in ("num_key_value_heads", "head_dim"))
-    if kv_heads is None:
+    full = completed(config)  # with what transformers' class takes for keys that are missing
+    kv_heads, head_dim = (_optional(full, key, where) for key in ("num_key_value_heads", "head_dim"))
+    if config.get("num_key_value_heads") is None and kv_heads == heads:
         assumed.append(f"num_key_value_heads is missing: every head has its own keys and values ({heads})")
     if head_dim is None and hidden % heads:
         raise QtoolError(f"{where}: hidden_size {hidden} does not divide by {heads} heads, and there is no head_dim.")

@@ -12,13 +12,14 @@ from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
-from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, rope_factors, row_order
+from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.gguf_vocab import add_vocabulary, unembedded
 from qtool.convert.imatrix import write_imatrix
 from qtool.convert.modelfile import modelfile
 from qtool.convert.plan import layer_of
 from qtool.convert.reading import read_json
+from qtool.convert.rope import rope_factors
 from qtool.convert.text import load_tokenizer
 from qtool.convert.writer import ShardWriter
 from qtool.evaluate.llama_cpp import INSTALL, installed, token_difference

@@ -18,6 +18,7 @@ from qtool.convert.config_file import CONFIG, check_config, read_config
 from qtool.convert.diagnosis import why_no_model
 from qtool.convert.reading import named, read_json, refuse_link, shown
 from qtool.convert.source import SHIPPED, asking_the_hub, name_of
+from qtool.convert.tied import check_folder
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
 
@@ -72,6 +73,7 @@ def _local(path: Path, name: str) -> Headers:
         geometry = read_geometry(config, where)
         checkpoint = Checkpoint.open(path)
         checkpoint.check_sizes(config)
+        check_folder(path)
         return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)
 

@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.config_file import CONFIG, read_config
+from qtool.convert.config_keys import prove_gguf
 from qtool.convert.diagnosis import refuse_architecture, refuse_quantized, why_no_model
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
@@ -23,6 +24,7 @@ from qtool.convert.reading import shown
 from qtool.convert.sidecars import check_sidecars, left_out
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
+from qtool.convert.tied import check_head
 from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
@@ -74,7 +76,9 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     check_sidecars(source.path, trusted)
     config = load_config(source.path, trusted)
     architecture = architecture_of(config)
-    shapes, tied = expected_shapes(build_skeleton(config, trusted))
+    skeleton = build_skeleton(config, trusted)
+    shapes, tied = expected_shapes(skeleton)
+    check_head(checkpoint, bool(tied))
     checkpoint.check_shapes(shapes, tied)
     unknown = [name for name in checkpoint.tensors if name not in shapes]
     checkpoint.refuse_strangers([name for name in unknown if name.startswith(PARTS)])
@@ -84,6 +88,8 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
+    if any(isinstance(method, GgufMethod) for method in outputs):
+        prove_gguf(skeleton, read_config(source.path))
     return Job(recipe, source, checkpoint, config, architecture, plans, device, (said,) if unknown else (),
                tuple(left_out(source.path, trusted)))  # fmt: skip
 

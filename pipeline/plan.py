@@ -10,6 +10,7 @@ from typing import Any
 from qtool import QtoolError
 from qtool.accelerators import Accelerator
 from qtool.bounds import Range
+from qtool.convert.config_keys import LIMIT
 from qtool.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weights, method_of, weights_of
 from qtool.headers import Headers
 from qtool.kv_cache import KV_OF, check_kv_dtype
@@ -142,6 +143,7 @@ def _weights(headers: Headers, asked: Asked) -> tuple[list[Weights], list[str]]:
         method_of(name)  # a misspelt one is an error, not a note
         try:
             found.append(weights_of(headers, name))
+            notes += [f"{name}: {limit}" for limit in found[-1].notes if limit.startswith(LIMIT)]
         except QtoolError as error:
             notes.append(f"{name}: {error.message}")
     if not found:

@@ -19,6 +19,7 @@ from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
+from qtool.convert.tied import check_folder
 from qtool.convert.verify import verify
 from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
@@ -167,11 +168,13 @@ def evaluate_folders(
     if artifact.gguf is None:
         artifact.checkpoint.check_sizes(artifact.config)
     config = load_config(model, trust_remote_code)
+    check_folder(model)
     subjects = [artifact_subject(name, artifact)]
     if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
         subjects.insert(0, artifact_subject("source", Artifact.open(source)))
     elif source is not None:
         resolved = resolve(str(source))
+        check_folder(resolved.path)
         subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
     elif section.text is not None:
         subjects[0] = replace(subjects[0], name="source")

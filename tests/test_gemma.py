@@ -193,9 +193,9 @@ def test_a_config_that_leaves_windows_and_bases_to_defaults() -> None:
     assert layer_windows(three, 7) == (512, 512, 512, 512, 512, None, 512)
     assert layer_windows(config_of("Gemma"), 2) == (None, None)
     assert rope_parameters(three)["rope_theta"] == 1000000
-    assert rope_parameters(three, SLIDING) == {"rope_theta": 10000}
+    assert rope_parameters(three, SLIDING) == {"rope_theta": 10000, "rope_type": "default"}
     nested = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
-    assert rope_parameters(nested, SLIDING) == {"rope_theta": 1e4}
+    assert rope_parameters(nested, SLIDING) == {"rope_theta": 1e4, "rope_type": "default"}
     geometry = read_geometry(three)
     row = 2 * 256 * 2
     assert kv_bytes(geometry, "transformers", 8192, 1, "bf16") == (4 * 8192 + 22 * 512) * row

@@ -37,6 +37,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 WINDOWS = {"vocab_size": 384, "query_pre_attn_scalar": 32, "sliding_window": 24}  # shorter than the text
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
@@ -55,7 +56,8 @@ def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
     [
         ("Llama", {}),
         ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
-        ("Mistral", {"sliding_window": None}),
+        ("Llama", {"rope_parameters": YARN | {"attention_factor": 1.0}, "attention_bias": True, "mlp_bias": True}),
+        ("Mistral", {"sliding_window": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}}),
         ("Qwen2", {"vocab_size": 384}),  # more rows than tokens: the vocabulary is padded
         ("Qwen3", {"vocab_size": 384}),
         ("Gemma", {"vocab_size": 384}),
