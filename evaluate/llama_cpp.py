@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.gguf_header import read_header
 from qtool.evaluate import served
 from qtool.evaluate.engines import package_versions
 
@@ -31,6 +32,10 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
         import xllamacpp
     except ImportError as error:
         raise QtoolError(f"engine llama.cpp needs xllamacpp, which is not installed here. Run: {INSTALL}", 3) from error
+    try:
+        read_header(file)  # llama.cpp believes what a header claims
+    except ValueError as error:
+        raise QtoolError(f"{file}: not a whole GGUF file ({error}).") from error
     params: Any = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.n_parallel = context * slots, slots
