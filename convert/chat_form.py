@@ -6,7 +6,6 @@ are rendered and cut at the marks; what is left must put other conversations tog
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +137,12 @@ def _cut(text: str, chat: Chat) -> list[str] | None:
 
 
 def _common_end(*texts: str) -> str:
-    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    same = 0
+    for letters in zip(*(reversed(text) for text in texts), strict=False):
+        if len(set(letters)) > 1:
+            break
+        same += 1
+    return texts[0][len(texts[0]) - same :]
 
 
 def _lost(form: ChatForm, given: dict[str, Rendered], tools: Rendered) -> tuple[str, ...]:

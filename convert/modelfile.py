@@ -60,17 +60,15 @@ def _template(form: ChatForm, bos: str | None) -> list[str]:
 def template(form: ChatForm, bos: str | None = None) -> str:
     """``form`` in Go's template language, as Ollama fills it: .System is the system text of the conversation or of
     SYSTEM, .Messages all messages. No action trims the text beside it."""
-    bare = form.bare.removeprefix(bos or "")
-    user, answer = (
-        f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}" for before, after in (form.user, form.answer)
-    )
-    head = _literal(bare)
+
+    def around(pair: tuple[str, str], field: str) -> str:
+        return f"{_literal(pair[0])}{{{{ .{field} }}}}{_literal(pair[1])}"
+
+    head = _literal(form.bare.removeprefix(bos or ""))
     if form.system is not None:
-        before, after = form.system[0].removeprefix(bos or ""), form.system[1]
-        head = (
-            f"{{{{ if .System }}}}{_literal(before)}{{{{ .System }}}}{_literal(after)}{{{{ else }}}}{head}{{{{ end }}}}"
-        )
-        head = head.replace("{{ else }}{{ end }}", "{{ end }}")
+        system = around((form.system[0].removeprefix(bos or ""), form.system[1]), "System")
+        head = f"{{{{ if .System }}}}{system}{'{{ else }}' if head else ''}{head}{{{{ end }}}}"
+    user, answer = around(form.user, "Content"), around(form.answer, "Content")
     return (
         f'{head}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}'
         f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}{_literal(form.opening)}'

@@ -8,7 +8,8 @@ each added token is tried alone, doubled, against text, white space and line end
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """``fatal``: the first text that must not differ and does; ``limits``: one example for each added token that takes
-    white space or whole words with it, which llama.cpp does not; ``tokens``: added tokens that were tried."""
+    """``fatal``: the first text that must not differ and does; ``limits``: one example for each token that is found
+    by other rules there (white space or whole words beside it, letters that two share); ``tokens``: how many added
+    tokens were tried."""
 
     fatal: Difference | None
     limits: list[Difference]
@@ -63,20 +65,24 @@ def prove_tokens(file: Path, tokenizer: Any, without: Collection[str] = (), prom
     texts of the model's own chat template. Raises QtoolError as `serve` does."""
     added = {token.content: _habit(token) for token in tokenizer.added_tokens_decoder.values()}
     tokens = [text for text in added if text and text not in without]
-    # pieces of the vocabulary that llama.cpp takes for special by their text alone
-    tokens += sorted((KNOWN | SOMETIMES | MARKS) & tokenizer.get_vocab().keys() - added.keys())
+    pieces = sorted((KNOWN | SOMETIMES | MARKS) & tokenizer.get_vocab().keys() - added.keys())
+    added |= dict.fromkeys(pieces, "special to llama.cpp by its text alone")
     with serve(file, 512, repack=False) as url:  # no weight is looked at: they may still be missing
 
         def differs(text: str, token: str | None = None) -> Difference | None:
             expected = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             found = served.tokenize(url, text)
-            return None if found == expected else Difference(text, found, expected, token, added.get(token or "", ""))
+            if found == expected:
+                return None
+            if token is not None and not added[token]:  # another token in the text may be the one with a habit
+                token = next((other for other, habit in added.items() if habit and other in text), token)
+            return Difference(text, found, expected, token, added.get(token or "", ""))
 
         for text in (*CORPUS, *prompts, *tokens):
             if (fatal := differs(text)) is not None:
                 return Proof(fatal, [], len(tokens))
         limits: dict[str, Difference] = {}
-        for difference in _around(tokens, differs):
+        for difference in _around([*tokens, *pieces], differs):
             assert difference.token is not None
             if not difference.habit:
                 return Proof(difference, [], len(tokens))
@@ -90,11 +96,12 @@ def _around(tokens: Sequence[str], differs: Callable[..., Difference | None]) ->
         some = tokens[start : start + TOGETHER]
         pieces = [(token, around.replace("{}", token)) for token in some for around in AROUND]
         pieces += [(token, token[:-1]) for token in some] + [(token, token[1:]) for token in some]
-        pieces += [(one, one + two) for one, two in zip(some, some[1:], strict=False)]
+        pieces += [(one, one + two) for one, two in pairwise(some)]
         yield from _tried(pieces, differs)
     pieces = list(_overlapping(tokens))
     for start in range(0, len(pieces), 10 * TOGETHER):
-        yield from _tried(pieces[start : start + 10 * TOGETHER], differs)
+        for found in _tried(pieces[start : start + 10 * TOGETHER], differs):
+            yield replace(found, habit=found.habit or "shares letters with another")
 
 
 def _tried(pieces: Sequence[tuple[str, str]], differs: Callable[..., Difference | None]) -> Iterator[Difference]:
@@ -103,7 +110,7 @@ def _tried(pieces: Sequence[tuple[str, str]], differs: Callable[..., Difference 
     alone = [found for token, text in pieces if (found := differs(text, token)) is not None]
     yield from alone
     if not alone:  # what differs shows only beside another piece
-        for (token, text), (_, following) in zip(pieces, pieces[1:], strict=False):
+        for (token, text), (_, following) in pairwise(pieces):
             if (found := differs(f"{text} and\n{following}", token)) is not None:
                 yield found
 

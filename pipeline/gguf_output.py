@@ -184,7 +184,7 @@ class GgufOutput:
             shown = "; ".join(f"{limit.token!r} ({limit.habit}), as in {limit}" for limit in proof.limits[:3])
             return (
                 f"token ids: as llama.cpp's on code, white space, unicode and the model's own prompts; beside "
-                f"{len(proof.limits)} of {proof.tokens} added tokens they differ, for llama.cpp looks at no white "
-                f"space or word ends there: {shown}"
+                f"{len(proof.limits)} of {proof.tokens} added tokens they differ, for llama.cpp finds those by other "
+                f"rules: {shown}"
             )
         return f"token ids: equal to llama.cpp's on code, white space, unicode and {proof.tokens} added tokens"
