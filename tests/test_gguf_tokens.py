@@ -28,8 +28,12 @@ Start = Callable[..., tuple[GgufOutput, str]]
 
 
 @pytest.fixture
-def start(model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path) -> Start:
+def start(
+    model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Start:
     """A GGUF output of a tiny model with more added tokens, begun and proved as every run begins one, and its note."""
+    notes, prove = [], GgufOutput._token_proof
+    monkeypatch.setattr(GgufOutput, "_token_proof", lambda output: notes.append(prove(output)))
 
     def begin(
         added: list[dict[str, Any]], size: int = 400, edit: Callable[[dict[str, Any]], None] | None = None,
@@ -52,8 +56,7 @@ def start(model_maker: Callable[..., Path], write_recipe: Callable[..., Path], t
         job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
         method = recipe.outputs[0]
         assert isinstance(method, GgufMethod)
-        output = GgufOutput(job, method, "k")
-        return output, output._token_proof()
+        return GgufOutput(job, method, "k"), notes[-1]
 
     return begin
 
