@@ -136,8 +136,11 @@ def special_ids(tokenizer: Any, config: Mapping[str, Any], size: int) -> dict[st
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts the token that begins a text before every text."""
-    return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    """Whether every text begins with the BOS token: the tokenizer puts it there, or its settings ask for it."""
+    if tokenizer.bos_token_id is None:
+        return False
+    asked = getattr(tokenizer, "init_kwargs", {}).get("add_bos_token") is True
+    return asked or tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _ends_with_eos(tokenizer: Any) -> bool:
