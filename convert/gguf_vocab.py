@@ -119,7 +119,7 @@ def add_vocabulary(
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError) as error:
         raise QtoolError(f"{folder}: the gguf package cannot read its tokenizer's files ({error}).") from error
     special.special_token_ids = special_ids(tokenizer, config, size) | find_stops(folder, tokenizer, config, size).ids
-    special.add_special_token = {"bos": begins_with_bos(tokenizer), "eos": _ends_with_eos(tokenizer)}
+    special.add_special_token = {"bos": begins_with_bos(folder, tokenizer), "eos": _ends_with_eos(tokenizer)}
     special.add_to_gguf(writer)
 
 
@@ -135,12 +135,13 @@ def special_ids(tokenizer: Any, config: Mapping[str, Any], size: int) -> dict[st
     return found
 
 
-def begins_with_bos(tokenizer: Any) -> bool:
+def begins_with_bos(folder: Path, tokenizer: Any) -> bool:
     """Whether every text begins with the BOS token: the tokenizer puts it there, or its settings ask for it."""
     if tokenizer.bos_token_id is None:
         return False
-    asked = getattr(tokenizer, "init_kwargs", {}).get("add_bos_token") is True
-    return asked or tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    settings = folder / "tokenizer_config.json"
+    asked = settings.exists() and read_json(settings).get("add_bos_token") is True
+    return asked or bool(tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id])
 
 
 def _ends_with_eos(tokenizer: Any) -> bool:

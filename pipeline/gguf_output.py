@@ -155,7 +155,7 @@ class GgufOutput:
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
     def _write_modelfile(self) -> list[str]:
-        bos = self.tokenizer.bos_token if begins_with_bos(self.tokenizer) else None
+        bos = self.tokenizer.bos_token if begins_with_bos(self.job.source.path, self.tokenizer) else None
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         made = modelfile(self.path.name, self.chat, self.stops.texts, bos, added)
         (self.partial / "Modelfile").write_text(made.text, encoding="utf-8")

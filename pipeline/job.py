@@ -16,8 +16,9 @@ from qtool.convert.artifact import PARTIAL
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
+from qtool.convert.imatrix import SIZE_LIMIT
 from qtool.convert.plan import OutputPlan, plan_output
-from qtool.convert.reading import read_json
+from qtool.convert.reading import open_file, read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
 from qtool.quantize.architectures import Architecture, architecture_of
@@ -115,6 +116,8 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
     if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
         path = Path(method.imatrix).expanduser()
         try:
+            if path.exists():
+                open_file(path, SIZE_LIMIT).close()  # a device would be hashed for ever
             made_from["imatrix"] = sha256_file(path)
         except OSError as error:
             raise QtoolError(f"{path}: {error.strerror} (`imatrix:` of output {method.name!r}).") from error
