@@ -17,6 +17,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
 from qtool.convert.ggml import GgmlBlocks, load_gguf, row_bytes
+from qtool.convert.gguf_header import Header, read_header, read_tensor, read_value
 from qtool.convert.gguf_names import norm_offset, possible_names, row_order
 from qtool.convert.writer import resume_journal, start_journal
 
@@ -143,41 +144,31 @@ def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
 class GgufFile:
     """A .gguf file opened for reading; nothing is loaded before it is asked for."""
 
-    def __init__(self, path: Path, reader: Any, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Header, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, config
-        self._reader = reader
+        self._header = header
         self._names: dict[str, str] = {}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.layout: dict[str, tuple[str, tuple[int, ...]]] = {
-            name: (tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape)))
-            for name, tensor in self.tensors.items()
-        }
+        self.tensors = header.tensors
+        self.layout = {name: (tensor.type, tensor.shape) for name, tensor in self.tensors.items()}
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any]) -> GgufFile:
         """``config``: config.json of the model, which the rows' order follows. Raises QtoolError for a file that is no
         whole GGUF file."""
-        gguf = load_gguf()
         try:
-            reader = gguf.GGUFReader(path)
-            end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-        except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
+            return cls(path, read_header(path), config)
+        except (ValueError, OSError) as error:
             raise QtoolError(f"{path}: not a whole GGUF file ({error}).") from error
-        if end > path.stat().st_size:
-            raise QtoolError(f"{path}: truncated: its tensors end at byte {end}, the file at {path.stat().st_size}.")
-        return cls(path, reader, config)
 
     def metadata(self, key: str) -> Any:
         """A key's value, None where the file does not have it."""
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+        return read_value(self.path, self._header, key)
 
     def blocks(self, name: str) -> GgmlBlocks:
         """A tensor as stored, in llama.cpp's row order; vectors become one row."""
-        type_name, shape = self.layout[name]
-        rows = shape[0] if len(shape) > 1 else 1
-        raw = torch.from_numpy(self.tensors[name].data.copy()).contiguous().view(torch.uint8)
-        return GgmlBlocks(raw.view(rows, -1), type_name, (rows, shape[-1]))
+        place = self.tensors[name]
+        rows = place.shape[0] if len(place.shape) > 1 else 1
+        return GgmlBlocks(read_tensor(self.path, place).view(rows, -1), place.type, (rows, place.shape[-1]))
 
     def hf_names(self) -> dict[str, str]:
         """HF name -> GGUF name of every tensor that the model has."""

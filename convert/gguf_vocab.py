@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from qtool import QtoolError
 from qtool.convert.ggml import load_gguf
 from qtool.convert.reading import read_json
+from qtool.convert.stops import find_stops
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.h, llama_token_type
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -108,8 +110,43 @@ def add_vocabulary(
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or pre_tokenizer(folder, tokenizer))
         writer.add_token_list(tokens)
+    if len(set(tokens)) < len(tokens):
+        twice = next(text for text, count in Counter(tokens).items() if count > 1)
+        raise QtoolError(f"{folder}: two tokens of the file would be {twice!r}, and llama.cpp would know one of them.")
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=size).add_to_gguf(writer)
+    try:
+        special = gguf.SpecialVocab(folder, not model.get("byte_fallback"), special_token_types=(), n_vocab=size)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError) as error:
+        raise QtoolError(f"{folder}: the gguf package cannot read its tokenizer's files ({error}).") from error
+    special.special_token_ids = special_ids(tokenizer, config, size) | find_stops(folder, tokenizer, config, size).ids
+    special.add_special_token = {"bos": begins_with_bos(folder, tokenizer), "eos": _ends_with_eos(tokenizer)}
+    special.add_to_gguf(writer)
+
+
+def special_ids(tokenizer: Any, config: Mapping[str, Any], size: int) -> dict[str, int]:
+    """Kind -> token, of those that the tokenizer, or for the first and the padding token config.json, names."""
+    found = {}
+    for kind in ("bos", "unk", "sep", "pad", "cls", "mask"):
+        number = getattr(tokenizer, f"{kind}_token_id", None)
+        if number is None and kind in ("bos", "pad"):
+            number = config.get(f"{kind}_token_id")
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < size:
+            found[kind] = number
+    return found
+
+
+def begins_with_bos(folder: Path, tokenizer: Any) -> bool:
+    """Whether every text begins with the BOS token: the tokenizer puts it there, or its settings ask for it."""
+    if tokenizer.bos_token_id is None:
+        return False
+    settings = folder / "tokenizer_config.json"
+    asked = settings.exists() and read_json(settings).get("add_bos_token") is True
+    return asked or bool(tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id])
+
+
+def _ends_with_eos(tokenizer: Any) -> bool:
+    ids = tokenizer("x").input_ids
+    return tokenizer.eos_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
 
 
 def bpe_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list[int]]:
@@ -118,16 +155,11 @@ def bpe_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[str], list
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for number in range(size):
-        text = texts.get(number, f"[PAD{number}]")
-        if number not in texts:
-            types.append(UNUSED)
-        elif number in added:
-            # llama.cpp matches added tokens against plain text, so the tokenizer's own changes to it are made here
-            if not added[number].normalized:
-                text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) or text
+        text = texts[number]
+        if number not in added:
+            types.append(UNUSED if isinstance(text, _Padding) else NORMAL)
+        else:  # matched against plain text by llama.cpp too, whatever letters it holds
             types.append(CONTROL if added[number].special or _looks_special(text) else USER_DEFINED)
-        else:
-            types.append(NORMAL)
         tokens.append(text)
     return tokens, types
 
@@ -145,8 +177,8 @@ def sentencepiece_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[
     texts, added = _texts(tokenizer, size, folder), tokenizer.added_tokens_decoder
     tokens, types, scores = [], [], []
     for number in range(size):
-        text = texts.get(number, f"[PAD{number}]")
-        if number not in texts:
+        text = texts[number]
+        if isinstance(text, _Padding):
             kind = UNUSED
         elif number == tokenizer.unk_token_id:
             kind = UNKNOWN
@@ -154,7 +186,7 @@ def sentencepiece_tokens(tokenizer: Any, size: int, folder: Path) -> tuple[list[
             kind = BYTE
         elif number in added:
             kind = CONTROL if added[number].special or _looks_special(text) else USER_DEFINED
-            text = text.replace("\u2581", " ")
+            text = _matched(tokenizer, text, number)
         else:
             kind = NORMAL
         tokens.append(text)
@@ -175,12 +207,37 @@ def unembedded(tokenizer: Any, size: int) -> list[str]:
     return [str(added) for number, added in sorted(tokenizer.added_tokens_decoder.items()) if number >= size]
 
 
+class _Padding(str):
+    """The text of an id that no token has."""
+
+
 def _texts(tokenizer: Any, size: int, folder: Path) -> dict[int, str]:
+    """The text of every id below ``size``; no two are the same, or llama.cpp would know one of them only."""
     beyond = unembedded(tokenizer, size)
-    texts = {number: text for text, number in tokenizer.get_vocab().items() if text not in beyond}
-    if max(texts) >= size:
-        raise QtoolError(f"{folder}: the tokenizer has token {max(texts)}, config.json's vocab_size is {size}.")
+    vocabulary = tokenizer.get_vocab()
+    texts = {number: text for text, number in vocabulary.items() if text not in beyond}
+    if not texts or max(texts) >= size:
+        highest = f"token {max(texts)}" if texts else "no token"
+        raise QtoolError(f"{folder}: the tokenizer has {highest}, config.json's vocab_size is {size}.")
+    if len(texts) + len(beyond) < len(vocabulary):
+        twice = next(text for text, number in vocabulary.items() if texts.get(number, text) != text)
+        raise QtoolError(f"{folder}: the tokenizer has two texts for token {vocabulary[twice]}, one is {twice!r}.")
+    taken = set(texts.values())
+    for number in range(size):
+        if number not in texts:
+            text = f"[PAD{number}]"
+            while text in taken:
+                text = f"[{text}]"
+            texts[number] = _Padding(text)
     return texts
+
+
+def _matched(tokenizer: Any, text: str, number: int) -> str:
+    """``text`` of an added token as it stands in plain text: a lower bar may stand for a space."""
+    plain = text.replace("\u2581", " ")
+    if plain == text or tokenizer(text, add_special_tokens=False).input_ids == [number]:
+        return text
+    return plain
 
 
 def _looks_special(text: str) -> bool:

@@ -156,7 +156,8 @@ def check_gguf(artifact: Artifact) -> tuple[str, list[str], str]:
             reasons.append(f"{name} holds NaN or Inf")
     architecture = file.metadata("general.architecture")
     reasons += [f"the key {key} is missing" for key in required_keys(str(architecture)) if file.metadata(key) is None]
-    tokens = file.metadata("tokenizer.ggml.tokens") or []
+    tokens = file.metadata("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     rows = shapes.get("token_embd.weight", (len(tokens),))[0]
     if len(tokens) != rows:
         reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")

@@ -218,9 +218,12 @@ def _draws(seed: int, count: int) -> Tensor:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """End-of-text ids of the tokenizer and of the model's configs (a chat model may have several)."""
+    """End-of-text ids of the tokenizer and of the model's generation_config (a chat model may have several), of its
+    config where that names none: transformers' own order, and that of convert/stops.py."""
     ends = {tokenizer.eos_token_id}
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         eos = getattr(config, "eos_token_id", None)
-        ends |= set(eos) if isinstance(eos, list) else {eos}
+        if eos is not None:
+            ends |= set(eos) if isinstance(eos, list) else {eos}
+            break
     return ends - {None}

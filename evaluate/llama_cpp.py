@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.gguf_header import read_header
 from qtool.evaluate import served
 from qtool.evaluate.engines import package_versions
 
@@ -31,6 +32,10 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
         import xllamacpp
     except ImportError as error:
         raise QtoolError(f"engine llama.cpp needs xllamacpp, which is not installed here. Run: {INSTALL}", 3) from error
+    try:
+        read_header(file)  # llama.cpp believes what a header claims
+    except ValueError as error:
+        raise QtoolError(f"{file}: not a whole GGUF file ({error}).") from error
     params: Any = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.n_parallel = context * slots, slots
@@ -49,32 +54,6 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
         yield f"{server.listening_address}/v1"
     finally:
         del server
-
-
-TOKEN_CORPUS = (
-    "def f(x, y=1):\n\treturn x**2 + y  # square\n\n\nclass A(B):\n    pass\n",
-    "  leading,   inner and trailing spaces   \n\n\n\t\t\tmixed \t \n \r\n end",
-    "for (int i = 0; i < 1000000; ++i) { a[i] ^= 0xDEADBEEF >> 3; } // 3.14159e-10 1234567890",
-    "I've they'RE we'Ll don't 'quoted' \"double\" `back` $HOME && || != == => -> ::",
-    "na\u00efve caf\u00e9 \u03a9\u2248\u00e7 \u4f60\u597d\u4e16\u754c "
-    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
-    "\U0001f680 \U0001f9d1\u200d\U0001f4bb \u00a0 \u3000 end",
-    "snake_case camelCase SCREAMING_CASE kebab-case x1y2z3 http://example.org/a?b=c&d=%20#e",
-)  # NFC text: llama.cpp never composes marks, where some tokenizers do
-
-
-def token_difference(file: Path, tokenizer: Any, without: Collection[str] = ()) -> str | None:
-    """The first text that llama.cpp, reading ``file``, splits into other token ids than ``tokenizer`` does; None when
-    all agree. Special tokens but those in ``without`` are tried one by one between words. Raises QtoolError as `serve`
-    does."""
-    special = [f"a {token} b{token}c" for token in tokenizer.all_special_tokens if token not in without]
-    with serve(file, 512, repack=False) as url:  # no weight is looked at: they may still be missing
-        for text in (*TOKEN_CORPUS, *special):
-            expected = tokenizer(text, add_special_tokens=False).input_ids
-            found = served.tokenize(url, text)
-            if found != expected:
-                return f"{text!r}: {found} instead of {expected}"
-    return None
 
 
 @contextmanager

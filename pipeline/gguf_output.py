@@ -8,21 +8,24 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import EXTRAS, IMATRIX, copy_sidecars, seal, write_config
+from qtool.convert.chat_form import learn
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.ggml import GgmlBlocks
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
 from qtool.convert.gguf_plan import GgufPlan
-from qtool.convert.gguf_vocab import add_vocabulary, unembedded
+from qtool.convert.gguf_vocab import add_vocabulary, begins_with_bos, unembedded
 from qtool.convert.imatrix import write_imatrix
 from qtool.convert.modelfile import modelfile
 from qtool.convert.plan import layer_of
 from qtool.convert.reading import read_json
 from qtool.convert.rope import rope_factors
+from qtool.convert.stops import find_stops
 from qtool.convert.text import load_tokenizer
 from qtool.convert.writer import ShardWriter
-from qtool.evaluate.llama_cpp import INSTALL, installed, token_difference
+from qtool.evaluate.llama_cpp import INSTALL, installed
+from qtool.evaluate.token_proof import prove_tokens
 from qtool.job import Job
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
@@ -52,7 +55,10 @@ class GgufOutput:
         layout = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
         self.file = GgufWriter(self.path, gguf_architecture(self.config), self._describe, layout, key)
         self.written = GgufFile.open(self.path, self.config)
-        self.beyond = unembedded(self.tokenizer, int(self.config["vocab_size"]))
+        size = int(self.config["vocab_size"])
+        self.beyond = unembedded(self.tokenizer, size)
+        self.stops = find_stops(job.source.path, self.tokenizer, self.config, size)
+        self.chat = learn(self.tokenizer)
         if self.layers_done == 0:  # a vocabulary that llama.cpp reads otherwise is known before any work
             try:
                 self._token_proof()
@@ -109,12 +115,10 @@ class GgufOutput:
         if self.squares is not None:
             self._write_imatrix()
         left_out = [f"tokens beyond the embedding's rows, left out: {', '.join(self.beyond)}"] if self.beyond else []
-        notes = [*self.plan.notes, *left_out, self._token_proof()]
+        notes = [*self.plan.notes, *self._unweighed(), *left_out, self._token_proof(), *self.stops.notes]
         copy_sidecars(self.job.source.path, self.partial, self.job.recipe.model.trust_remote_code)
         write_config(self.job.source.path, self.partial, {}, None)
-        template = getattr(self.tokenizer, "chat_template", None)
-        stops = [token for token in (self.tokenizer.eos_token,) if token]
-        (self.partial / "Modelfile").write_text(modelfile(self.path.name, template, stops), encoding="utf-8")
+        notes += self._write_modelfile()
         ledger = {linear: record for step in self.file.steps for linear, record in step["records"].items()}
         manifest = manifest_of(self.job, self.method, self.key, calibration, ledger, self.partial, notes)
         seal(self.partial, self.job.folder(self.method), manifest)
@@ -151,12 +155,37 @@ class GgufOutput:
         # the file may be published: where the text lay on this machine is nobody's business
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
+    def _write_modelfile(self) -> list[str]:
+        bos = self.tokenizer.bos_token if begins_with_bos(self.job.source.path, self.tokenizer) else None
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        made = modelfile(self.path.name, self.chat, self.stops.texts, bos, added)
+        (self.partial / "Modelfile").write_text(made.text, encoding="utf-8")
+        return made.notes
+
+    def _unweighed(self) -> list[str]:
+        """What a named importance matrix does not hold."""
+        if not isinstance(self.method.imatrix, str):
+            return []
+        records = [record for step in self.file.steps for record in step["records"].items()]
+        without = [linear for linear, record in records if "weighted_error" not in record]
+        if not without:
+            return []
+        return [f"{len(without)} of {len(records)} linears have no row in the importance matrix: {without[0]} first"]
+
     def _token_proof(self) -> str:
         """Raises QtoolError showing the first text that llama.cpp splits otherwise, or that it does not load the
         file."""
         if not installed():
             return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {INSTALL}"
-        difference = token_difference(self.path, self.tokenizer, self.beyond)
-        if difference is not None:
-            raise QtoolError(f"{self.path}: llama.cpp's token ids differ from the tokenizer's: {difference}")
-        return "token ids: equal to llama.cpp's on code, white space, unicode and special tokens"
+        prompts = self.chat.prompts if self.chat else ()
+        proof = prove_tokens(self.path, self.tokenizer, self.beyond, prompts)
+        if proof.fatal is not None:
+            raise QtoolError(f"{self.path}: llama.cpp's token ids differ from the tokenizer's: {proof.fatal}")
+        if proof.limits:
+            shown = "; ".join(f"{limit.token!r} ({limit.habit}), as in {limit}" for limit in proof.limits[:3])
+            return (
+                f"token ids: as llama.cpp's on code, white space, unicode and the model's own prompts; beside "
+                f"{len(proof.limits)} of {proof.tokens} added tokens they differ, for llama.cpp finds those by other "
+                f"rules: {shown}"
+            )
+        return f"token ids: equal to llama.cpp's on code, white space, unicode and {proof.tokens} added tokens"

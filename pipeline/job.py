@@ -19,8 +19,9 @@ from qtool.convert.config_keys import prove_gguf
 from qtool.convert.diagnosis import refuse_architecture, refuse_quantized, why_no_model
 from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
+from qtool.convert.imatrix import SIZE_LIMIT
 from qtool.convert.plan import OutputPlan, plan_output
-from qtool.convert.reading import shown
+from qtool.convert.reading import open_file, shown
 from qtool.convert.sidecars import check_sidecars, left_out
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource, sha256_file
@@ -150,6 +151,8 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
     if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
         path = Path(method.imatrix).expanduser()
         try:
+            if path.exists():
+                open_file(path, SIZE_LIMIT).close()  # a device would be hashed for ever
             made_from["imatrix"] = sha256_file(path)
         except OSError as error:
             raise QtoolError(f"{path}: {error.strerror} (`imatrix:` of output {method.name!r}).") from error

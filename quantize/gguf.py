@@ -12,6 +12,8 @@ from qtool.quantize.architectures import Architecture
 from qtool.quantize.folding import LayerOutput
 from qtool.quantize.ggml import fits, quantize_ggml
 
+TINY = 1e-12  # its square times a weight's is still a normal float32
+
 
 def quantize_layer(
     architecture: Architecture,
@@ -29,7 +31,7 @@ def quantize_layer(
     output = LayerOutput(importance=dict(importance))
     for linear in architecture.linears:
         weight = weights[f"{linear}.weight"].to(device)
-        row = importance[linear].to(device) if linear in importance else None
+        row = live(importance[linear].to(device)) if linear in importance else None
         if not fits(weight, types[linear]):
             raise QtoolError(f"{linear}: does not fit {types[linear]}, which ends at 65504; set `type: BF16`.")
         blocks = quantize_ggml(weight, types[linear], row)
@@ -43,6 +45,22 @@ def quantize_layer(
         output.records[linear] = figures
     output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
     return output
+
+
+def live(row: Tensor) -> Tensor:
+    """``row [in]``, mean squares, without zeros: channels that no text moved count as the least that any channel
+    counted; where a matrix saw nothing at all, all count alike.
+
+    Where the weights that share a scale all count 0, or so little or much that the products leave float32, ggml finds
+    no scale and writes zeros for them.
+    """
+    row = row.float()
+    top = float(row.max())
+    if top == 0:
+        return torch.ones_like(row)
+    if not TINY < top < 1 / TINY:
+        row = row / top
+    return row.clamp_min(float(row[row >= TINY].min()))
 
 
 def _ratio(error: Tensor, power: Tensor) -> float:

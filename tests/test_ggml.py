@@ -13,7 +13,8 @@ import torch
 from qtool import QtoolError
 from qtool.convert import imatrix
 from qtool.convert.ggml import BLOCKS, GgmlBlocks, load_gguf, row_bytes
-from qtool.quantize import ggml
+from qtool.quantize import ggml, kquants
+from qtool.quantize.gguf import live
 
 gguf: Any = pytest.importorskip("gguf")
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
@@ -122,3 +123,109 @@ def test_an_importance_that_is_no_mean_square_is_named(value: float, tmp_path: P
     imatrix.write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": row}, 1, 8, "x")
     with pytest.raises(QtoolError, match=r"blk\.0\.attn_q\.weight holds NaN, Inf or negative numbers"):
         imatrix.read_imatrix(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("sums", "count", "said"),
+    [
+        ([0.0, 0.0], 4.0, "holds only zeros"),
+        ([1.0, 2.0], 0.0, "holds sums of 0 tokens"),
+        ([1.0, 2.0], -3.0, "NaN, Inf or negative"),
+        ([1.0, 2.0], float("nan"), "NaN, Inf or negative"),
+        ([1.0, 2.0], float("inf"), "NaN, Inf or negative"),
+        ([3e38, 2.0], 1e-9, "too large for its count"),
+    ],
+)
+def test_rows_that_are_no_means_are_refused(sums: list[float], count: float, said: str, tmp_path: Path) -> None:
+    """A row of zeros lets every error of its weights pass: llama.cpp then writes zeros for all of them."""
+    path = tmp_path / "m.gguf"
+    _sums(path, {"blk.0.ffn_down.weight": ([sums], [[count]])})
+    with pytest.raises(QtoolError, match=rf"m\.gguf: .*blk\.0\.ffn_down\.weight.* {said}"):
+        imatrix.read_imatrix(path)
+
+
+def _sums(path: Path, entries: dict[str, tuple[list[list[float]], list[list[float]]]]) -> None:
+    writer = gguf.GGUFWriter(path, "imatrix")
+    for name, (sums, counts) in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", torch.tensor(sums).numpy())
+        writer.add_tensor(f"{name}.counts", torch.tensor(counts).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_experts_that_saw_nothing_count_alike_and_zeros_beside_a_count_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    _sums(path, {"x": ([[2.0, 4.0], [0.0, 0.0]], [[2.0], [0.0]])})
+    assert imatrix.read_imatrix(path)["x"].tolist() == [1.0, 2.0, 1.0, 1.0]
+    _sums(path, {"x": ([[2.0, 4.0], [0.0, 0.0]], [[2.0], [5.0]])})
+    with pytest.raises(QtoolError, match=r"x \(matrix 1 of 2\) holds only zeros"):
+        imatrix.read_imatrix(path)
+    _sums(path, {"x": ([[2.0, 0.0]], [[2.0]])})  # single channels may be zero
+    assert imatrix.read_imatrix(path)["x"].tolist() == [1.0, 0.0]
+
+
+def test_half_an_entry_of_an_imatrix_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for lone in ("x.in_sum2", "x.counts"):
+        writer = gguf.GGUFWriter(path, "imatrix")
+        writer.add_tensor("y.in_sum2", torch.ones(1, 2).numpy())
+        writer.add_tensor("y.counts", torch.ones(1, 1).numpy())
+        writer.add_tensor(lone, torch.ones(1, 1).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(QtoolError, match=r"x has \.in_sum2 or \.counts alone"):
+            imatrix.read_imatrix(path)
+
+
+@pytest.mark.parametrize(
+    ("calls", "values", "said"),
+    [
+        (3, [0.0, 0.0], "only zeros"),
+        (0, [1.0, 1.0], "sums of 0"),
+        (-1, [1.0, 1.0], "negative"),
+        (2, [-1.0, 1.0], "neg"),
+    ],
+)
+def test_old_imatrix_files_are_held_to_the_same(calls: int, values: list[float], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "old.dat"
+    path.write_bytes(struct.pack("<ii", 1, 1) + b"w" + struct.pack("<ii2f", calls, 2, *values))
+    with pytest.raises(QtoolError, match=said):
+        imatrix.read_imatrix(path)
+
+
+def test_a_row_of_zeros_of_ones_own_pass_comes_back_as_it_was_used(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    imatrix.write_imatrix(path, {"w": torch.zeros(4), "v": torch.tensor([0.0, 2.0])}, 1, 8, "x")
+    rows = imatrix.read_imatrix(path)
+    assert live(torch.zeros(4)).tolist() == live(rows["w"]).tolist() == [1.0] * 4
+    assert rows["v"].tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q5_K", "Q6_K", "Q5_0"])
+def test_no_importance_row_makes_weights_vanish(type_name: str) -> None:
+    """Whatever counts 0, or hardly, keeps a scale: without `live` the C code writes zeros for whole groups."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 1024, generator=generator)
+    row = torch.rand(1024, generator=generator) + 0.1
+    rows = {
+        "all": torch.zeros(1024),
+        "super-block": row * (torch.arange(1024) >= 256),
+        "group": row * (torch.arange(1024) >= 16),
+        "middle": row * ((torch.arange(1024) < 512) | (torch.arange(1024) >= 544)),
+        "most": row * (torch.arange(1024) % 16 == 0),
+        "tiny": row * 1e-37,
+        "huge": row * 1e34,
+        "far apart": row * torch.where(torch.arange(1024) < 256, 1e-20, 1e3),
+    }
+    for name, given in rows.items():
+        for quantize in (ggml.quantize_ggml, kquants.quantize):
+            found = quantize(weight, type_name, live(given)).dequantize()
+            error = (found - weight).view(4, -1, 16).norm(dim=-1) / weight.view(4, -1, 16).norm(dim=-1)
+            assert float(error.max()) < 0.25, name
+    bare = ggml.quantize_ggml(weight, type_name, rows["super-block"]).dequantize()
+    assert not bool(bare[:, :256].any())  # what is planted here is a fault there
+    assert torch.equal(live(row), row)

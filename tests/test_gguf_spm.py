@@ -117,7 +117,7 @@ def test_llama_cpp_splits_as_the_tokenizer_does(
     model = model_maker(tmp_path / "model", vocab_size=SIZE)
     make_tokenizer(model, prepend)
     artifact = convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
-    equal = "token ids: equal to llama.cpp's on code, white space, unicode and special tokens"
+    equal = "token ids: equal to llama.cpp's on code, white space, unicode and 3 added tokens"
     assert equal in artifact.manifest.notes
     file = GgufFile.open(artifact.gguf, json.loads((model / "config.json").read_text()))
     assert file.metadata("tokenizer.ggml.model") == "llama"
@@ -180,7 +180,7 @@ def test_gemma_splits_runs_and_keeps_within_its_embedding(
     artifact = convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
     assert artifact.notes == [
         "tokens beyond the embedding's rows, left out: <image_soft_token>",
-        "token ids: equal to llama.cpp's on code, white space, unicode and special tokens",
+        "token ids: equal to llama.cpp's on code, white space, unicode and 14 added tokens",
     ]
     file = GgufFile.open(artifact.gguf, artifact.config)
     assert len(file.metadata("tokenizer.ggml.tokens")) == SIZE
