@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from qtool.convert.durable import save as save
 
 Outcome = Literal["passed", "failed", "timeout", "error"]
 
@@ -137,11 +138,3 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     for i in range(n - c + 1, n + 1):
         missed *= max(0.0, 1 - k / i)
     return 1 - missed
-
-
-def save(path: Path, score: BaseModel) -> None:
-    """Write beside, then rename: a score is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(score.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)

@@ -116,7 +116,7 @@ class GgufOutput:
         (self.partial / "Modelfile").write_text(modelfile(self.path.name, template, stops), encoding="utf-8")
         ledger = {linear: record for step in self.file.steps for linear, record in step["records"].items()}
         manifest = manifest_of(self.job, self.method, self.key, calibration, ledger, self.partial, notes)
-        seal(self.partial, self.job.folder(self.method), manifest)
+        seal(self.partial, self.job.folder(self.method), manifest, self.job.require_unchanged)
 
     def _write(self, hf: str, tensor: torch.Tensor) -> None:
         name = self.plan.names[hf]

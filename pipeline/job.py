@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.plan import OutputPlan, plan_output
 from qtool.convert.reading import read_json
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.convert.source import ModelSource, sha256_file
+from qtool.convert.source import ModelSource
+from qtool.convert.watch import Watched, require_unchanged, watch
 from qtool.quantize.architectures import Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
@@ -28,6 +29,7 @@ from qtool.quantize.nf4 import load_bitsandbytes
 from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
+THREADS = "threads"  # among a manifest's versions
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
 
 
@@ -42,6 +44,13 @@ class Job:
     architecture: Architecture
     plans: Mapping[str, OutputPlan]
     device: torch.device
+    matrices: Mapping[str, Watched] = field(default_factory=dict)
+    """Output -> the importance matrix that its recipe names."""
+
+    def require_unchanged(self) -> None:
+        """Raises QtoolError naming a file that is no longer what the outputs' keys were made of."""
+        self.source.require_unchanged()
+        require_unchanged(list(self.matrices.values()))
 
     def folder(self, method: Method) -> Path:
         """Where an output's artifact goes."""
@@ -70,7 +79,20 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
     plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
-    return Job(recipe, source, checkpoint, config, architecture, plans, device)
+    return Job(recipe, source, checkpoint, config, architecture, plans, device, _matrices(outputs))
+
+
+def _matrices(outputs: Sequence[Method]) -> dict[str, Watched]:
+    found = {}
+    for method in outputs:
+        if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
+            path = Path(method.imatrix).expanduser()
+            try:
+                found[method.name] = watch(path)
+            except (OSError, QtoolError) as error:
+                why = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").rstrip(".")
+                raise QtoolError(f"{path}: {why} (`imatrix:` of output {method.name!r}).") from error
+    return found
 
 
 def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
@@ -90,19 +112,26 @@ def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, de
     )
 
 
-def versions(method: Method | None = None) -> dict[str, str]:
-    """Of the packages that decide the bytes (of ``method``'s output)."""
+def versions(method: Method | None = None, device: torch.device | None = None) -> dict[str, str]:
+    """Of the packages that decide the bytes (of ``method``'s output); made on ``device``, the threads that do."""
     names = PACKAGES
     if isinstance(method, Nf4Method):
         names = (*names, "bitsandbytes")
     elif isinstance(method, GgufMethod):
         names = (*names, "gguf", *quantizer_package())
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    threads = {THREADS: str(torch.get_num_threads())} if method and device and threads_matter(device, method) else {}
+    return {"python": platform.python_version()} | {name: version(name) for name in names} | threads
 
 
-def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
+def artifact_key(job: Job, method: Method, calibration: CalibrationSet, threads: int | None = None) -> str:
     """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section and the
-    importance matrix that it names, device kind, versions. Raises QtoolError where that file cannot be read."""
+    importance matrix that it names, device kind, versions, and the number of threads (None: as many as torch uses now)
+    where sums of calibration were cut into as many parts."""
+    return keys_by_threads(job, method, calibration, [threads or torch.get_num_threads()])[0]
+
+
+def keys_by_threads(job: Job, method: Method, calibration: CalibrationSet, threads: Sequence[int]) -> list[str]:
+    """`artifact_key` for each of these numbers; one key alone where the number does not matter."""
     made_from: dict[str, Any] = {
         "source": job.source.commit,
         "calibration": calibration.digest if needs_calibration(method) else None,
@@ -112,13 +141,17 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
     }
     if job.recipe.model.trust_remote_code:
         made_from["code"] = True  # the model's own *.py files are carried along
-    if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
-        path = Path(method.imatrix).expanduser()
-        try:
-            made_from["imatrix"] = sha256_file(path)
-        except OSError as error:
-            raise QtoolError(f"{path}: {error.strerror} (`imatrix:` of output {method.name!r}).") from error
-    return digest_of(made_from)
+    if method.name in job.matrices:
+        made_from["imatrix"] = job.matrices[method.name].digest
+    if not threads_matter(job.device, method):
+        return [digest_of(made_from)]
+    return [digest_of(made_from | {THREADS: number}) for number in threads]
+
+
+def threads_matter(device: torch.device, method: Method) -> bool:
+    """Whether the number of threads decides bytes: a processor's matrix products are summed in as many parts. Without
+    calibration every row is rounded by itself; an accelerator sums in its own order."""
+    return device.type == "cpu" and needs_calibration(method)
 
 
 def device_kind(device: torch.device) -> str:

@@ -104,7 +104,8 @@ class SafetensorsOutput:
         copy_sidecars(job.source.path, self.partial, job.recipe.model.trust_remote_code)
         write_config(job.source.path, self.partial, self.section, method.stored_dtype)
         ledger = {linear: record for step in self.weights.steps for linear, record in step["records"].items()}
-        seal(self.partial, job.folder(method), manifest_of(job, method, self.key, calibration, ledger, self.partial))
+        manifest = manifest_of(job, method, self.key, calibration, ledger, self.partial)
+        seal(self.partial, job.folder(method), manifest, job.require_unchanged)
 
 
 def manifest_of(
@@ -127,7 +128,7 @@ def manifest_of(
         | read_licence(job.source.path),
         calibration=used if needs_calibration(method) else {},
         device=device_kind(job.device),
-        versions=versions(method),
+        versions=versions(method, job.device),
         parameters=plan.parameters,
         tensor_bytes=plan.nbytes,
         bits_per_weight=round(plan.bits_per_weight, 4),
