@@ -1,4 +1,4 @@
-"""Files that outlive a kill: whole or absent, read again or set aside, locked by one process, swept after a dead one."""
+"""Files that outlive a kill: whole or absent, read again or set aside, held by one process, swept after a dead one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.reading import CONFIG_LIMIT, read_bytes
+from qtool.convert.reading import CONFIG_LIMIT, read_bytes, shown
 
 Record = TypeVar("Record", bound=BaseModel)
 DAMAGED = ".damaged"
@@ -199,6 +199,17 @@ def work_folder(prefix: str, remove: Callable[[str], None] = shutil.rmtree) -> t
     return folder, descriptor
 
 
+@contextmanager
+def working_folder(prefix: str) -> Iterator[str]:
+    """`work_folder`, removed when the block ends."""
+    folder, descriptor = work_folder(prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
 def _ours(path: Path) -> bool:
     with suppress(OSError):
         found = path.lstat()
@@ -231,11 +242,15 @@ def _abandoned(path: Path, owner: int) -> bool:
 
 
 def require_writable(folder: Path, key: str) -> None:
-    """Make ``folder`` and write into it, before any work. ``key``: what names it. Raises QtoolError: exit 2 where the
-    name is a file's or no name, exit 3 where the disk is full or may not be written."""
+    """Write into ``folder``, or where it will be made, before any work. ``key``: what names it. Raises QtoolError:
+    exit 2 where the name is a file's or no name, exit 3 where the disk is full or may not be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary(folder / "probe")
+        place = folder
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
+        probe = temporary(place / "probe")
         try:
             with probe.open("wb") as file:
                 file.write(bytes(4096))
@@ -244,11 +259,11 @@ def require_writable(folder: Path, key: str) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, ValueError) or number in _INPUT_FAULTS:
-            why = "is not a folder" if number in (errno.EEXIST, errno.ENOTDIR) else getattr(error, "strerror", error)
-            raise QtoolError(f"{key} {folder}: {why}. Name a folder.") from error
+        why = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, ValueError) or error.errno in _INPUT_FAULTS:
+            where = f"{shown(place)} " if place != folder and isinstance(error, NotADirectoryError) else ""
+            raise QtoolError(f"{key} {shown(folder)}: {where}{why}. Name a folder.") from error
         raise QtoolError(
-            f"{key} {folder}: cannot be written ({error.strerror}). Free some space, mend its rights, or name another.",
+            f"{key} {folder}: cannot be written ({why}). Free some space, mend its rights, or name another folder.",
             exit_code=3,
         ) from error

@@ -55,9 +55,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if path.is_dir():
         return _local(path.resolve().name, path.resolve())
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise QtoolError(
-            f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path."
-        )
+        raise QtoolError(f"model: no folder {model!r}, and it is not a Hub id (org/name). Check the path.")
     return _snapshot(model, revision)
 
 

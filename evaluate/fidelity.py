@@ -52,8 +52,9 @@ class Reference:
                 shape = logs.ndim == 2 and len(logs) == positions and (tokens is None or tokens.shape == logs.shape)
                 if not shape or logs.dtype != torch.float32 or (tokens is not None and tokens.dtype != torch.int32):
                     return f"{name} is of another shape"
+                least = 0.999 if tokens is None else 0.0
                 total = logs.double().exp().sum(-1)
-                if not bool((total <= 1 + 1e-3).all()) or not bool((total > (0 if tokens is not None else 0.999)).all()):
+                if not bool(((total <= 1.001) & (total > least)).all()):
                     return f"{name} holds no probabilities"
         return ""
 

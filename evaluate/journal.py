@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -77,12 +78,14 @@ class Journal:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         # a newline first: a torn line must not swallow this one
         data = "".join(f"\n{json.dumps(row)}" for row in rows) + "\n"
-        with naming(self.path):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(data.encode())
-                file.flush()
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(data.encode()) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
+        except OSError as error:  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """The score is saved: nothing is left to resume."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +108,7 @@ class Evaluation:
             path = self.runs / "selfchecks" / f"{key[:16]}.json"
             with held(path.with_suffix(".lock"), f"{path}: another qtool is making this self-check; waiting."):
                 sweep(path.parent)
-                known = load(SelfCheck, path, lambda check, task=task: _wrong_check(check, task))  # type: ignore[misc]
+                known = load(SelfCheck, path, partial(SelfCheck.fault, digest=task.digest))
                 found[label] = known or self._check(task, path, bar)
         return found
 
@@ -131,7 +132,8 @@ class Evaluation:
             pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
             lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, source, length)]
             if number == 0:  # artifacts that are still to come need its distribution
-                lengths = [n for n in self.windows if n in lengths or (n in wanted and self._reference(source, n) is None)]
+                lost = {length for length in wanted if self._reference(source, length) is None}
+                lengths = [length for length in self.windows if length in lengths or length in lost]
             if pending:
                 for check in self.self_check(bar).values():
                     check.require()
@@ -194,7 +196,7 @@ class Evaluation:
     def _load_task(self, scores: Scores, subject: Subject, label: str) -> bool:
         task, key = self.tasks[label], self._task_key(subject, label)
         name = f"{_file_name(task)}-{key[:16]}.json"
-        score = self._load(TaskScore, name, key, lambda score: _wrong_task_score(score, task))
+        score = self._load(TaskScore, name, key, lambda score: score.fault([p.task_id for p in task.problems]))
         if score is not None:
             scores.tasks.setdefault(subject.name, {})[label] = self._keep(name, score, subject)
         return score is not None
@@ -202,7 +204,7 @@ class Evaluation:
     def _fidelity(self, subject: Subject, source: Subject, length: int) -> tuple[str, FidelityScore | None]:
         key = self._fidelity_key(subject, source, length)
         name = f"fidelity-{key[:16]}.json"
-        return name, self._load(FidelityScore, name, key, lambda s: _wrong_fidelity(s, self.windows[length]))
+        return name, self._load(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
 
     def _load_fidelity(self, scores: Scores, subject: Subject, source: Subject, length: int) -> bool:
         name, score = self._fidelity(subject, source, length)
@@ -301,20 +303,3 @@ def _load(asked: TaskSection, section: EvaluateSection) -> Task:
 
 def _file_name(task: Task) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", task.name).strip("_")
-
-
-def _wrong_check(check: SelfCheck, task: Task) -> str:
-    return "" if check.digest == task.digest and not check.faults else "it is of another task"
-
-
-def _wrong_task_score(score: TaskScore, task: Task) -> str:
-    asked = [problem.task_id for problem in task.problems]
-    answers = [answer for name in score.outcomes for answer in score.answers(name)]
-    if sorted(score.outcomes) != sorted(asked):
-        return "it has not the task's problems"
-    return "it holds answers that could not be run" if any(a.outcome == "error" for a in answers) else ""
-
-
-def _wrong_fidelity(score: FidelityScore, windows: torch.Tensor) -> str:
-    lists = (score.nll, score.kl, score.top1)
-    return "" if all(len(values) == len(windows) for values in lists) else "it has not the text's windows"
