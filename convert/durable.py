@@ -241,12 +241,20 @@ def _abandoned(path: Path, owner: int) -> bool:
         os.close(descriptor)
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def require_writable(folder: Path, key: str) -> None:
     """Write into ``folder``, or where it will be made, before any work. ``key``: what names it. Raises QtoolError:
     exit 2 where the name is a file's or no name, exit 3 where the disk is full or may not be written."""
     try:
         place = folder
-        while not os.path.lexists(place):
+        while not _is_there(place):
             place = place.parent
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class GgufWriter:
         self.flush()
         self._file.close()
         self._journal.close()
+
+    def release(self) -> None:
+        """Close what is open, finished or not; what cannot be written any more was not noted as done."""
+        for file in (self._file, self._journal):
+            with suppress(OSError):
+                file.close()
 
     def _resume(self, header: bytes, key: str) -> bool:
         if not self.path.exists() or self.path.stat().st_size != self._size:

@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +84,12 @@ class ShardWriter:
             index = {"metadata": {"total_size": self._layout.total}, "weight_map": dict(sorted(weight_map.items()))}
             with naming(self.folder / INDEX):
                 (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Close what is open, finished or not; what cannot be written any more was not noted as done."""
+        for file in (*self._files.values(), self._journal):
+            with suppress(OSError):
+                file.close()
 
     def _file(self, shard: str) -> BinaryIO:
         if shard not in self._files:

@@ -102,6 +102,12 @@ class GgufOutput:
         """Never asked for: only outputs with a stream of their own are restored, and this one has none."""
         raise AssertionError(f"{self.path}: restored, though no stream passes through it")
 
+    def release(self) -> None:
+        """Close what is open, finished or not."""
+        for writer in (self.file, self.squares):
+            if writer is not None:
+                writer.release()
+
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the file, prove its tokenizer, write what lies beside it, describe all, rename."""
         self._close()

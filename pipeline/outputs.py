@@ -68,7 +68,10 @@ def make_artifacts(
             _discard_other_work(job.partial(method), keys[method.name])
         refuse_what_cannot_finish(job, pending)
         importance = _importance(job, pending)
-        writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
+        writers: dict[str, Writer] = {}
+        for method in pending:
+            writers[method.name] = _writer(job, method, keys[method.name])
+            held.callback(writers[method.name].release)
         with _threads(number), _saying_where(writers, job.config.num_hidden_layers):
             if writers:
                 _walk(job, pending, writers, calibration, importance)

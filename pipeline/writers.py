@@ -95,6 +95,12 @@ class SafetensorsOutput:
         state |= {name: self.written.tensor(name) for name in others}
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
+    def release(self) -> None:
+        """Close what is open, finished or not."""
+        for writer in (self.weights, self.scales):
+            if writer is not None:
+                writer.release()
+
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the files, carry the sidecars along, describe everything in the manifest, rename."""
         self.weights.close()

@@ -31,7 +31,8 @@ LAYERS = 2
 OUTPUTS = "[{method: awq, group_size: 32}, {method: gguf, type: Q8_0}, {method: nf4}]"
 USED = (
     "bitsandbytes", "gguf", "xllamacpp", "datasets", "qtool.report", "qtool.run",
-    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 SCORES = """evaluate:
   tasks: [{task: heldout, limit: 2}]
