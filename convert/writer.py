@@ -87,9 +87,10 @@ class ShardWriter:
 
     def release(self) -> None:
         """Close what is open, finished or not; what cannot be written any more was not noted as done."""
-        for file in (*self._files.values(), self._journal):
+        for file in self._files.values():
             with suppress(OSError):
                 file.close()
+        self._journal.close()
 
     def _file(self, shard: str) -> BinaryIO:
         if shard not in self._files:
