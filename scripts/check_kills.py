@@ -11,6 +11,7 @@ again that a journal had, no file is left over, artifacts and scores have the by
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import importlib
 import json
@@ -39,7 +40,7 @@ SCORES = """evaluate:
   text: {text: heldout-code, samples: 2, length: 32}
   max_new_tokens: 4
 """
-LIMIT = 300.0
+LIMIT = float(os.environ.get("LIMIT", "300"))
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
@@ -120,6 +121,7 @@ def start(folder: Path, log: Path, fatal: int | None) -> int:
         said = os.open(log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for number in (1, 2):
             os.dup2(said, number)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         from qtool.cli import main
 
         hooks = Hooks(folder, log, fatal)
@@ -141,6 +143,8 @@ def wait(pid: int) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
+    os.kill(pid, signal.SIGUSR1)  # where it hangs goes to its output
+    time.sleep(1)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"no end after {LIMIT:.0f} s")
@@ -198,6 +202,10 @@ class Trials:
             path.unlink(missing_ok=True)
         return folder, log
 
+    def said(self) -> str:
+        """What the last children printed."""
+        return "".join(path.read_text()[-3000:] for path in sorted(self.work.glob("*.out")) if path.stem != "base")
+
     def fault(self, fatal: int | None, signum: int = signal.SIGKILL, after: float = 0.0) -> str:
         """What is wrong after a kill before operation ``fatal`` (None: ``signum`` after so many seconds)."""
         folder, log = self.fresh("killed")
@@ -254,7 +262,10 @@ def main() -> int:
             signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             numbers += [(None, signals[number % 4]) for number in range(options.random)]
             for fatal, signum in numbers:
-                fault = trials.fault(fatal, signum, rng.random() * trials.seconds)
+                try:
+                    fault = trials.fault(fatal, signum, rng.random() * trials.seconds)
+                except TimeoutError as error:
+                    fault = f"{error}: {trials.said()}"
                 total, good = total + 1, good + (not fault)
                 if fault:
                     print(f"  {what}, {fatal or signal.Signals(signum).name}: {fault}", flush=True)
