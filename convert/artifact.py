@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +16,7 @@ from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.codes import Codes
 from qtool.convert.config_file import read_config
 from qtool.convert.containers import Linears
+from qtool.convert.durable import make_durable, naming
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.reading import read_json
 from qtool.convert.sidecars import carried_bytes, sidecars, without_private_paths
@@ -202,22 +202,24 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
     return entries
 
 
-def seal(partial: Path, final: Path, manifest: Manifest) -> Artifact:
-    """Write the manifest, drop the journals and give the folder its name: from here on it exists, power cuts or not."""
+def seal(partial: Path, final: Path, manifest: Manifest, look_again: Callable[[], None] = lambda: None) -> Artifact:
+    """Write the manifest and give the folder its name: from here on it exists, power cuts or not. The journals go
+    last, so that whatever ends this process before, no finished layer is lost. ``look_again`` raises QtoolError where
+    what the artifact was made from is no longer what its key says. Raises QtoolError where something is in the way."""
     write_json(partial / MANIFEST, manifest.model_dump())
-    for journal in partial.rglob("*journal.jsonl"):
-        journal.unlink()
-    for path in (*partial.rglob("*"), partial):
-        _make_durable(path)
-    partial.rename(final)
-    _make_durable(final.parent)
+    with naming(partial):
+        for path in (*partial.rglob("*"), partial):
+            make_durable(path)
+    look_again()
+    with naming(final):
+        partial.rename(final)
+        make_durable(final.parent)
+    drop_journals(final)
     return Artifact.open(final)
 
 
-def _make_durable(path: Path) -> None:
-    """A file's contents, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def drop_journals(folder: Path) -> None:
+    """What a finished artifact needs no more. Raises QtoolError (exit 3)."""
+    with naming(folder):
+        for journal in folder.rglob("*journal.jsonl"):
+            journal.unlink(missing_ok=True)

@@ -6,9 +6,9 @@ order; a journal line follows each fsynced step, so that a killed run continues 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
+from qtool.convert.durable import naming, say
 from qtool.convert.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.gguf_header import Header, read_header, read_tensor, read_value
 from qtool.convert.gguf_names import norm_offset, possible_names, row_order
-from qtool.convert.writer import resume_journal, start_journal
+from qtool.convert.writer import StepJournal, journal_key, resume_journal, start_journal
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """GGUF name -> (ggml type, shape in torch order), in file order."""
@@ -38,12 +39,13 @@ class GgufWriter:
         self.path, self._layout = path, layout
         self.steps: list[dict[str, Any]] = []
         self.journal_path = path.with_name(path.name + ".journal.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header, self._offsets, self._size = _header(path, architecture, describe, layout)
-        if not self._resume(header, key):
-            self._start(header, key)
-        self._file = path.open("r+b")
-        self._journal = self.journal_path.open("a", encoding="utf-8")
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header, self._offsets, self._size = _header(path, architecture, describe, layout)
+            if not self._resume(header, key):
+                self._start(header, key)
+            self._file = path.open("r+b")
+        self._journal = StepJournal(self.journal_path)
 
     def write(self, name: str, data: torch.Tensor) -> None:
         """Put one tensor's bytes (uint8, any shape) at its place. Raises ValueError when there are not as many as
@@ -53,27 +55,32 @@ class GgufWriter:
         if data.dtype != torch.uint8 or data.numel() != planned:
             raise ValueError(f"{name}: planned {planned} bytes, got {data.numel()} of {data.dtype}")
         self._file.seek(self._offsets[name])
-        try:
+        with naming(self.path):
             self._file.write(data.contiguous().numpy().data)
-        except OSError as error:
-            raise QtoolError(f"{self.path}: {error.strerror}. Free some space and run again.", 3) from error
 
     def flush(self) -> None:
         """Let readers of the same file see what was written."""
-        self._file.flush()
+        with naming(self.path):
+            self._file.flush()
 
     def commit(self, step: dict[str, Any]) -> None:
-        """Make everything written so far durable, then note the step in the journal."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._journal.write(json.dumps(step) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        """Make everything written so far durable, then note the step in the journal. Raises QtoolError (exit 3)."""
+        self.flush()
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+        self._journal.add(step)
         self.steps.append(step)
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
         self._journal.close()
+
+    def release(self) -> None:
+        """Close what is open, finished or not; what cannot be written any more was not noted as done."""
+        for file in (self._file, self._journal):
+            with suppress(OSError):
+                file.close()
 
     def _resume(self, header: bytes, key: str) -> bool:
         if not self.path.exists() or self.path.stat().st_size != self._size:
@@ -88,6 +95,8 @@ class GgufWriter:
         return True
 
     def _start(self, header: bytes, key: str) -> None:
+        if self.journal_path.exists() and journal_key(self.journal_path) is None:
+            say(f"{self.journal_path}: damaged; its layers are made again.")
         self.journal_path.unlink(missing_ok=True)  # killed here, no old step must speak of the new, empty file
         try:
             with self.path.open("wb") as file:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
 from qtool.convert.reading import hub_cache, named, shown
+from qtool.convert.watch import Watched, require_unchanged, watch, watch_blob
+from qtool.convert.watch import sha256_file as sha256_file
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -28,11 +30,20 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as files on this machine. ``commit`` is the Hub commit, or ``sha256:…`` over a local folder's files."""
+    """A model as files on this machine. ``commit`` is the Hub commit, or ``sha256:…`` over a local folder's files;
+    ``files``: those that decide what it is, as they were then."""
 
     name: str
     path: Path
     commit: str
+    files: tuple[Watched, ...] = field(default=(), compare=False, repr=False)
+
+    def require_unchanged(self) -> None:
+        """Raises QtoolError naming a file that changed, came or went since ``commit`` was made of them."""
+        require_unchanged(self.files)
+        known = {file.path for file in self.files}
+        if new := [path for path in deciding_files(self.path) if path not in known and self.files]:
+            raise QtoolError(f"{new[0]}: was put there while the model was being converted. Remove it, or run again.")
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:
@@ -43,14 +54,19 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if model in SHIPPED:
         package, folder = SHIPPED[model]
         path = Path(str(files(package).joinpath(folder)))
-        return ModelSource(model, path, "sha256:" + digest_folder(path))
+        return _local(model, path)
     path = named(model)
     if os.path.isdir(path):  # False for a name that no file can have
         path = Path(os.path.realpath(path))
-        return ModelSource(name_of(path), path, "sha256:" + digest_folder(path))
+        return _local(name_of(path), path)
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(f"model: no folder {shown(model)!r}, and it is not a Hub id (org/name). Check the path.")
     return _snapshot(model, revision)
+
+
+def _local(name: str, path: Path) -> ModelSource:
+    seen = tuple(watch(file) for file in deciding_files(path))
+    return ModelSource(name, path, "sha256:" + _digest_of(seen), seen)
 
 
 def name_of(folder: Path) -> str:
@@ -76,7 +92,8 @@ def _snapshot(model: str, revision: str | None) -> ModelSource:
     offline = "Download it elsewhere with `hf download`, copy the folder here and name the folder as `model:`."
     with asking_the_hub(model, revision, offline):
         path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-    return ModelSource(model.split("/")[-1], path, path.name)  # a snapshot folder is named by its commit
+    seen = tuple(watch_blob(file) for file in deciding_files(path))
+    return ModelSource(model.split("/")[-1], path, path.name, seen)  # a snapshot folder is named by its commit
 
 
 @contextmanager
@@ -107,15 +124,18 @@ def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[N
         ) from error
 
 
+def deciding_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that decide what it is, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in DECIDING and path.is_file())
+
+
 def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
+    return _digest_of([watch(path) for path in deciding_files(folder)])
+
+
+def _digest_of(files: Sequence[Watched]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in DECIDING and p.is_file()):
-        digest.update(path.name.encode() + b"\0" + sha256_file(path).encode())
+    for file in files:
+        digest.update(file.path.name.encode() + b"\0" + str(file.digest).encode())
     return digest.hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of one file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

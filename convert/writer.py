@@ -6,10 +6,12 @@ bytes. Format: https://github.com/huggingface/safetensors#format (u64 little-end
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +19,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import DTYPE_NAMES, INDEX
+from qtool.convert.durable import naming, say
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 MAX_SHARD_BYTES = 5_000_000_000
@@ -37,10 +40,11 @@ class ShardWriter:
         self._specs = specs
         self.journal_path = folder / f"{stem}.journal.jsonl"
         self._files: dict[str, BinaryIO] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self._resume(key):
-            self._start(key)
-        self._journal = self.journal_path.open("a", encoding="utf-8")
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self._resume(key):
+                self._start(key)
+        self._journal = StepJournal(self.journal_path)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor at its place. Raises ValueError when it is not what the plan says."""
@@ -51,35 +55,42 @@ class ShardWriter:
         file = self._file(shard)
         file.seek(offset)
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        try:
+        with naming(self.folder / shard):
             file.write(data.data)
-        except OSError as error:
-            raise QtoolError(f"{self.folder / shard}: {error.strerror}. Free some space and run again.", 3) from error
 
     def commit(self, step: dict[str, Any]) -> None:
-        """Make everything written so far durable, then note the step in the journal."""
+        """Make everything written so far durable, then note the step in the journal. Raises QtoolError (exit 3)."""
         self.flush()
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        self._journal.write(json.dumps(step) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        for shard, file in self._files.items():
+            with naming(self.folder / shard):
+                os.fsync(file.fileno())
+        self._journal.add(step)
         self.steps.append(step)
 
     def flush(self) -> None:
         """Let readers of the same files see what was written."""
-        for file in self._files.values():
-            file.flush()
+        for shard, file in self._files.items():
+            with naming(self.folder / shard):
+                file.flush()
 
     def close(self) -> None:
         """Close the files and write the index that loaders follow when there are several shards."""
+        self.flush()
         for file in self._files.values():
             file.close()
         self._journal.close()
         if len(self._layout.headers) > 1:
             weight_map = {name: shard for name, (shard, _) in self._layout.places.items()}
             index = {"metadata": {"total_size": self._layout.total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            with naming(self.folder / INDEX):
+                (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Close what is open, finished or not; what cannot be written any more was not noted as done."""
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+        self._journal.close()
 
     def _file(self, shard: str) -> BinaryIO:
         if shard not in self._files:
@@ -102,6 +113,8 @@ class ShardWriter:
         return True
 
     def _start(self, key: str) -> None:
+        if self.journal_path.exists() and journal_key(self.journal_path) is None:
+            say(f"{self.journal_path}: damaged; its layers are made again.")
         for path in self.folder.iterdir():
             if path.is_file():
                 path.unlink()
@@ -119,24 +132,77 @@ class ShardWriter:
         start_journal(self.journal_path, key)
 
 
+class StepJournal:
+    """The journal of a file that grows, open at its end: a line for each step, durable before `add` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming(path):
+            self._file = path.open("ab", buffering=0)
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Raises QtoolError (exit 3); half a line, should it be left, is cut off by `resume_journal`."""
+        with naming(self.path):
+            data = (json.dumps(step) + "\n").encode()
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def start_journal(path: Path, key: str) -> None:
     """A journal of the work ``key`` without a finished step."""
-    path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+
+def journal_key(path: Path) -> str | None:
+    """The work that a journal belongs to; None where there is no journal that says it."""
+    try:
+        with path.open("rb") as file:
+            key = json.loads(file.readline(1 << 16))["key"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return key if isinstance(key, str) else None
 
 
 def resume_journal(path: Path, key: str) -> list[dict[str, Any]] | None:
-    """The finished steps of the work ``key``; None where there is no journal, or another work's. A torn last line is
-    cut off: its step was never finished."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        first, *steps = map(json.loads, whole)
-        if first["key"] != key:
-            return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    """The finished steps of the work ``key``; None where there is no journal, or another work's.
+
+    The steps are layers, in order. What follows the last good line is cut off: half a line is a step that was never
+    finished; anything else is said, and its layers are made again.
+    """
+    if journal_key(path) != key:
         return None
-    os.truncate(path, sum(map(len, whole)))
+    with naming(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        steps: list[dict[str, Any]] = []
+        end = len(lines[0])
+        for line in lines[1:]:
+            step = _step(line)
+            if step is None or step.get("layer", len(steps)) != len(steps):
+                if line.endswith(b"\n"):
+                    say(f"{path}: damaged after layer {len(steps)}; the layers behind it are made again.")
+                break
+            steps.append(step)
+            end += len(line)
+        os.truncate(path, end)
     return steps
+
+
+def _step(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None where it is not whole."""
+    try:
+        step = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(step, dict) or not isinstance(records := step.get("records", {}), dict):
+        return None
+    rows = [row for row in records.values() if isinstance(row, dict)]
+    numbers = all(isinstance(value, int | float) for row in rows for value in row.values())
+    return step if numbers and len(rows) == len(records) else None
 
 
 class _Layout:

@@ -7,7 +7,7 @@ data-processing inequality); where the vocabulary is no larger than what is kept
 
 from __future__ import annotations
 
-import shutil
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import TensorStream
+from qtool.convert.durable import naming, whole_folder
 
 TOP = 2048  # tokens kept at a position
 BUDGET = 2**30  # bytes on disk for one reference: fewer are kept where TOP would need more
@@ -34,6 +35,28 @@ class Reference:
     ``[positions, kept]``, falling, with ``tokens`` int32; or, exact, ``[positions, vocabulary]`` in its own order."""
 
     folder: Path
+
+    def fault(self, windows: Tensor) -> str:
+        """What is wrong with it as the source's distributions over ``windows`` int64 ``[n, length]``; "" for nothing.
+        Reads it once: no probability is more than one, none is left over."""
+        for window in range(windows.shape[0]):
+            for start in range(0, windows.shape[1], _chunk_length(windows.shape[1])):
+                name = _file(window, start)
+                if not (self.folder / name).is_file():
+                    return f"{name} is missing"
+                try:
+                    tokens, logs = self.chunk(window, start)
+                except (SafetensorError, OSError, ValueError) as error:
+                    return f"{name}: {error}"
+                positions = min(_chunk_length(windows.shape[1]), windows.shape[1] - start)
+                shape = logs.ndim == 2 and len(logs) == positions and (tokens is None or tokens.shape == logs.shape)
+                if not shape or logs.dtype != torch.float32 or (tokens is not None and tokens.dtype != torch.int32):
+                    return f"{name} is of another shape"
+                least = 0.999 if tokens is None else 0.0
+                total = logs.double().exp().sum(-1)
+                if not bool(((total <= 1.001) & (total > least)).all()):
+                    return f"{name} holds no probabilities"
+        return ""
 
     def chunk(self, window: int, start: int) -> tuple[Tensor | None, Tensor]:
         """(tokens, or None for the whole vocabulary; log-probabilities) of the chunk at ``start``."""
@@ -71,21 +94,25 @@ def make_reference(
     kept: int | None = None,
 ) -> Reference:  # fmt: skip
     """Run the source over ``windows`` int64 ``[n, length]``; ``folder`` is whole or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, window in enumerate(windows):
-        for start, logs in _logprobs(model, window):
-            count = kept or kept_tokens(logs.shape[-1], windows.numel())
-            if count >= logs.shape[-1]:
-                save_file({"logprobs": logs.cpu()}, partial / _file(number, start))
-                continue
-            top = logs.topk(count, dim=-1)
-            tensors = {"tokens": top.indices.to(torch.int32).cpu(), "logprobs": top.values.cpu()}
-            save_file(tensors, partial / _file(number, start))
-        progress()
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        for number, window in enumerate(windows):
+            for start, logs in _logprobs(model, window):
+                count = kept or kept_tokens(logs.shape[-1], windows.numel())
+                tensors = {"logprobs": logs.cpu()}
+                if count < logs.shape[-1]:
+                    top = logs.topk(count, dim=-1)
+                    tensors = {"tokens": top.indices.to(torch.int32).cpu(), "logprobs": top.values.cpu()}
+                _write(tensors, partial / _file(number, start))
+            progress()
     return Reference(folder)
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    with naming(path):
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # its words for a full disk
+            raise OSError(errno.EIO, str(error)) from error
 
 
 @torch.inference_mode()
@@ -188,6 +215,10 @@ def _logprobs(model: nn.Module, window: Tensor) -> Iterator[tuple[int, Tensor]]:
         part = window[start : start + CHUNK].unsqueeze(0).to(device)
         logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
         yield start, torch.log_softmax(logits.float(), dim=-1)
+
+
+def _chunk_length(length: int) -> int:
+    return min(length, CHUNK)
 
 
 def _file(window: int, start: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtool import QtoolError
+from qtool.convert.durable import naming, say, set_aside
+from qtool.convert.reading import read_bytes
 from qtool.evaluate.scorecard import ProblemOutcome
 
 Place = tuple[str, int]  # problem id, number of the sample
@@ -24,14 +28,26 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """What an earlier run left, or an empty journal. A torn line (a kill, a power cut) is left out."""
+        """What an earlier run left, or an empty journal. A torn line (a kill, a power cut) is left out; other damage
+        is said, and those answers are made again."""
         journal = cls(path)
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        if not os.path.lexists(path):
+            return journal
+        try:
+            lines = read_bytes(path).split(b"\n")
+        except QtoolError as error:
+            set_aside(path, error.message.removeprefix(f"{path}: "))
+            return journal
+        damaged = 0
+        for line in lines[:-1]:
             try:
-                row = json.loads(line)
-                journal._take((row["problem"], row["sample"]), row)
-            except (ValueError, KeyError, TypeError):
-                continue
+                if line:  # every line begins with the end of one that may have been torn
+                    row = json.loads(line)
+                    journal._take((row["problem"], row["sample"]), row)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged += 1
+        if damaged:
+            say(f"{path}: {damaged} damaged lines left out; what they held is made again.")
         return journal
 
     def _take(self, place: Place, row: dict[str, Any]) -> None:
@@ -41,6 +57,8 @@ class Journal:
             )
             self.texts.pop(place, None)
         elif place not in self.judged:
+            if not isinstance(row["completion"], str):
+                raise ValueError("an answer is text")
             self.texts[place] = row["completion"]
 
     def answered(self, place: Place, text: str) -> None:
@@ -58,14 +76,18 @@ class Journal:
             self._take(place, row)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # a newline first: a torn line must not swallow this one
         data = "".join(f"\n{json.dumps(row)}" for row in rows) + "\n"
-        with self.path.open("ab") as file:
-            file.write(data.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(data.encode()) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+        except OSError as error:  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """The score is saved: nothing is left to resume."""
-        self.path.unlink(missing_ok=True)
+        with naming(self.path):
+            self.path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,19 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
     params.no_extra_bufts = not repack
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.timeout_read = params.timeout_write = PATIENCE
-    try:
+
+    def start() -> Any:
         server = xllamacpp.Server(params)
+        # It listens before its loop runs, and told to end in between it would wait for ever: the loop answers this.
+        served.ask(f"{server.listening_address}/slots")
+        return server
+
+    try:
+        with ThreadPoolExecutor(max_workers=1) as starter:  # where no Ctrl-C can come in between
+            server = starter.submit(start).result()
     except RuntimeError as error:
         raise QtoolError(f"{file}: llama.cpp cannot load it ({error}).", exit_code=3) from error
     try:
-        # It listens before its loop runs, and told to end in between it would wait for ever: the loop answers this.
-        served.ask(f"{server.listening_address}/slots")
         yield f"{server.listening_address}/v1"
     finally:
         del server

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from qtool.convert.durable import work_folder
 from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
 from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack
@@ -83,7 +84,7 @@ class Worker:
     def __init__(self, tier: str, timeout: float, kit: Kit | None = None) -> None:
         self._timeout = timeout
         self._kit = kit or Kit()
-        self._folder = tempfile.mkdtemp(prefix="qtool-cell-")
+        self._folder, self._hold = work_folder("qtool-cell-", scratch.remove)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         try:
             os.chmod(self._folder, 0o711)
@@ -192,6 +193,7 @@ class Worker:
         self._errors.close()
         with contextlib.suppress(OSError):
             scratch.remove(self._folder)
+        os.close(self._hold)
 
     def __enter__(self) -> Self:
         return self
@@ -214,8 +216,6 @@ def _bubblewrap(folder: str, kit: Kit) -> list[str]:
         raise WorkerLost("bwrap is not installed")
     shown = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent, Path(__file__).parent]
     shown += [*shown_paths(kit), Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
-    binds = itertools.chain.from_iterable(
-        ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
-    )
+    binds = itertools.chain.from_iterable(("--ro-bind", str(path), str(path)) for path in shown if path.exists())
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     return [program, *options, "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--bind", folder, folder]

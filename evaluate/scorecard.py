@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from qtool.convert.durable import save as save
 
 Outcome = Literal["passed", "failed", "timeout", "error"]
 
@@ -68,9 +70,18 @@ class TaskScore(_Record):
     @model_validator(mode="after")
     def _whole(self) -> TaskScore:
         expected = set(self.outcomes) if self.samples > 1 else set()
+        if not self.outcomes:
+            raise ValueError("`outcomes` must hold an answer to every problem")
         if set(self.more) != expected or any(len(rest) != self.samples - 1 for rest in self.more.values()):
             raise ValueError(f"`more` must hold {self.samples - 1} further answers to every problem")
         return self
+
+    def fault(self, problems: Collection[str]) -> str:
+        """What is wrong with a stored score of these problems; "" for nothing."""
+        if sorted(self.outcomes) != sorted(problems):
+            return "it has not the task's problems"
+        broken = any(answer.outcome == "error" for name in self.outcomes for answer in self.answers(name))
+        return "it holds answers that could not be run" if broken else ""
 
     def answers(self, problem: str) -> tuple[ProblemOutcome, ...]:
         """All ``samples`` answers to a problem."""
@@ -124,6 +135,17 @@ class FidelityScore(_Record):
     kl_by_layer: list[float] = []
     kept: int = 0
 
+    @model_validator(mode="after")
+    def _whole(self) -> FidelityScore:
+        if not self.kl or self.fault(len(self.kl)):
+            raise ValueError("`nll`, `kl` and `top1` must hold a number for each window")
+        return self
+
+    def fault(self, windows: int) -> str:
+        """What is wrong with a stored score of so many windows; "" for nothing."""
+        whole = all(len(values) == windows for values in (self.nll, self.kl, self.top1))
+        return "" if whole else "it has not the text's windows"
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that one of ``k`` samples drawn from ``n``, of which ``c`` passed, is a passing one: the unbiased
@@ -137,11 +159,3 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     for i in range(n - c + 1, n + 1):
         missed *= max(0.0, 1 - k / i)
     return 1 - missed
-
-
-def save(path: Path, score: BaseModel) -> None:
-    """Write beside, then rename: a score is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(score.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)

@@ -26,7 +26,7 @@ from qtool.evaluate.rows import syntax_tree
 from qtool.evaluate.tasks import Problem, Task
 
 PIECE = 24  # characters that a model would write between two looks at the text
-_ALTER = '''
+_ALTER = """
 def altered_(value):
     if value is None:
         return 0
@@ -43,7 +43,7 @@ def altered_(value):
     else:
         return None
     return None if other == value else other
-'''
+"""
 
 
 class SelfCheck(BaseModel):
@@ -58,6 +58,10 @@ class SelfCheck(BaseModel):
     wrong: int
     unchecked: list[str]
     faults: dict[str, str]
+
+    def fault(self, digest: str) -> str:
+        """What is wrong with a stored check of the task with this digest; "" for nothing."""
+        return "" if self.digest == digest and not self.faults else "it is of another task"
 
     def require(self) -> None:
         """Raises QtoolError (exit 3) naming the problems that the harness judged wrongly."""

@@ -1,22 +1,27 @@
 """The one place where exceptions of other people's code become a line and an exit code.
 
-0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something, 130 interrupted. Whoever knows
-what went wrong raises QtoolError; what arrives here as anything else was foreseen by nobody nearer to it.
+0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something, 130 interrupted (128 and the
+signal's number). Whoever knows what went wrong raises QtoolError; what arrives here as anything else was foreseen by
+nobody nearer to it.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from qtool import QtoolError
 
-INTERRUPTED = 130
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_received: list[int] = []
 TRACEBACK = "QTOOL_TRACEBACK"
 
 
@@ -34,13 +39,17 @@ class Boundary(click.Group):
         if not extra.pop("standalone_mode", True):
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **extra)
+            with _ended_orderly():
+                code = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort) as error:
-            click.echo(f"\nInterrupted. {_go_on(error)}", err=True)
-            sys.exit(INTERRUPTED)
+            signum = _received[-1] if _received else signal.SIGINT
+            _received.clear()
+            said = "Interrupted" if signum == signal.SIGINT else f"Ended by {signal.Signals(signum).name}"
+            click.echo(f"\n{said}. {_go_on(error)}", err=True)
+            sys.exit(128 + signum)
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
@@ -48,6 +57,26 @@ class Boundary(click.Group):
             line.show()
             sys.exit(line.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ended_orderly() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: what is open is closed, and it is said how to go on."""
+
+    def end(signum: int, _: object) -> None:
+        _received.append(signum)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # what the starter of this process chose to ignore (nohup) stays ignored
+    before = {s: signal.signal(s, end) for s in _ENDING if signal.getsignal(s) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _go_on(error: BaseException) -> str:

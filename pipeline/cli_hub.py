@@ -121,13 +121,12 @@ def reproduce(artifact: str, source: str | None, text: str | None, device: str, 
       qtool reproduce artifacts/My-Model-awq
       qtool reproduce my-org/My-Model-AWQ-4bit --source ./My-Model --text ./calibration.txt
     """
-    import tempfile
-
     from qtool import hub
+    from qtool.convert.durable import working_folder
     from qtool.reproduce import Given, published
     from qtool.reproduce import reproduce as build_again
 
-    with tempfile.TemporaryDirectory(prefix="qtool-reproduce-") as work:
+    with working_folder("qtool-reproduce-") as work:
         folder = Path(artifact)
         if published(artifact):
             folder = Path(work) / "published" / folder.name

@@ -109,6 +109,12 @@ class GgufOutput:
         """Never asked for: only outputs with a stream of their own are restored, and this one has none."""
         raise AssertionError(f"{self.path}: restored, though no stream passes through it")
 
+    def release(self) -> None:
+        """Close what is open, finished or not."""
+        for writer in (self.file, self.squares):
+            if writer is not None:
+                writer.release()
+
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the file, prove its tokenizer, write what lies beside it, describe all, rename."""
         self._close()
@@ -121,7 +127,7 @@ class GgufOutput:
         notes += self._write_modelfile()
         ledger = {linear: record for step in self.file.steps for linear, record in step["records"].items()}
         manifest = manifest_of(self.job, self.method, self.key, calibration, ledger, self.partial, notes)
-        seal(self.partial, self.job.folder(self.method), manifest)
+        seal(self.partial, self.job.folder(self.method), manifest, self.job.require_unchanged)
 
     def _write(self, hf: str, tensor: torch.Tensor) -> None:
         name = self.plan.names[hf]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from qtool.convert.plan import OutputPlan, plan_output
 from qtool.convert.reading import open_file, shown
 from qtool.convert.sidecars import check_sidecars, left_out
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.convert.source import ModelSource, sha256_file
+from qtool.convert.source import ModelSource
 from qtool.convert.tied import check_head
+from qtool.convert.watch import Watched, require_unchanged, watch
 from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ggml import load_library, quantizer_package
@@ -35,6 +36,7 @@ from qtool.quantize.precision import fast_bfloat16
 from qtool.recipe import Recipe, digest_of
 
 PARTS = ("model.", "lm_head.")  # of every model; what stands elsewhere is a value head, a draft head, a tower
+THREADS = "threads"  # among a manifest's versions
 PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors")
 
 
@@ -51,6 +53,8 @@ class Job:
     device: torch.device
     notes: tuple[str, ...] = ()  # tensors of the source that go into no artifact
     behind: tuple[str, ...] = ()  # names of files that do not; not for artifacts, which may be published
+    matrices: Mapping[str, Watched] = field(default_factory=dict)
+    """Output -> the importance matrix that its recipe names."""
 
     @property
     def remarks(self) -> list[str]:
@@ -59,6 +63,11 @@ class Job:
         names = ", ".join(map(shown, self.behind[:5]))
         files = [f"files that stay behind, no part of the model: {names}{more}"] if self.behind else []
         return [*self.notes, *files]
+
+    def require_unchanged(self) -> None:
+        """Raises QtoolError naming a file that is no longer what the outputs' keys were made of."""
+        self.source.require_unchanged()
+        require_unchanged(list(self.matrices.values()))
 
     def folder(self, method: Method) -> Path:
         """Where an output's artifact goes."""
@@ -92,7 +101,7 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     if any(isinstance(method, GgufMethod) for method in outputs):
         prove_gguf(skeleton, read_config(source.path))
     return Job(recipe, source, checkpoint, config, architecture, plans, device, (said,) if unknown else (),
-               tuple(left_out(source.path, trusted)))  # fmt: skip
+               tuple(left_out(source.path, trusted)), _matrices(outputs))  # fmt: skip
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -107,6 +116,20 @@ def open_source(folder: Path) -> Checkpoint:
     refuse_architecture(folder, raw, ARCHITECTURES)
     checkpoint.check_sizes(raw)
     return checkpoint
+
+
+def _matrices(outputs: Sequence[Method]) -> dict[str, Watched]:
+    found = {}
+    for method in outputs:
+        if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
+            path = Path(method.imatrix).expanduser()
+            try:
+                open_file(path, SIZE_LIMIT).close()
+                found[method.name] = watch(path)
+            except (OSError, QtoolError) as error:
+                why = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").rstrip(".")
+                raise QtoolError(f"{path}: {why} (`imatrix:` of output {method.name!r}).") from error
+    return found
 
 
 def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
@@ -126,19 +149,26 @@ def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, de
     )
 
 
-def versions(method: Method | None = None) -> dict[str, str]:
-    """Of the packages that decide the bytes (of ``method``'s output)."""
+def versions(method: Method | None = None, device: torch.device | None = None) -> dict[str, str]:
+    """Of the packages that decide the bytes (of ``method``'s output); made on ``device``, the threads that do."""
     names = PACKAGES
     if isinstance(method, Nf4Method):
         names = (*names, "bitsandbytes")
     elif isinstance(method, GgufMethod):
         names = (*names, "gguf", *quantizer_package())
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    threads = {THREADS: str(torch.get_num_threads())} if method and device and threads_matter(device, method) else {}
+    return {"python": platform.python_version()} | {name: version(name) for name in names} | threads
 
 
-def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
+def artifact_key(job: Job, method: Method, calibration: CalibrationSet, threads: int | None = None) -> str:
     """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section and the
-    importance matrix that it names, device kind, versions. Raises QtoolError where that file cannot be read."""
+    importance matrix that it names, device kind, versions, and the number of threads (None: as many as torch uses now)
+    where sums of calibration were cut into as many parts."""
+    return keys_by_threads(job, method, calibration, [threads or torch.get_num_threads()])[0]
+
+
+def keys_by_threads(job: Job, method: Method, calibration: CalibrationSet, threads: Sequence[int]) -> list[str]:
+    """`artifact_key` for each of these numbers; one key alone where the number does not matter."""
     made_from: dict[str, Any] = {
         "source": job.source.commit,
         "calibration": calibration.digest if needs_calibration(method) else None,
@@ -148,15 +178,17 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
     }
     if job.recipe.model.trust_remote_code:
         made_from["code"] = True  # the model's own *.py files are carried along
-    if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
-        path = Path(method.imatrix).expanduser()
-        try:
-            if path.exists():
-                open_file(path, SIZE_LIMIT).close()  # a device would be hashed for ever
-            made_from["imatrix"] = sha256_file(path)
-        except OSError as error:
-            raise QtoolError(f"{path}: {error.strerror} (`imatrix:` of output {method.name!r}).") from error
-    return digest_of(made_from)
+    if method.name in job.matrices:
+        made_from["imatrix"] = job.matrices[method.name].digest
+    if not threads_matter(job.device, method):
+        return [digest_of(made_from)]
+    return [digest_of(made_from | {THREADS: number}) for number in threads]
+
+
+def threads_matter(device: torch.device, method: Method) -> bool:
+    """Whether the number of threads decides bytes: a processor's matrix products are summed in as many parts. Without
+    calibration every row is rounded by itself; an accelerator sums in its own order."""
+    return device.type == "cpu" and needs_calibration(method)
 
 
 def device_kind(device: torch.device) -> str:

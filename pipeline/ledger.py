@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from qtool.convert.durable import naming, set_aside
+from qtool.convert.reading import read_bytes
 
 LEDGER = "ledger.jsonl"
 
@@ -14,24 +18,29 @@ LEDGER = "ledger.jsonl"
 def append(runs: Path, entry: dict[str, Any]) -> None:
     """Add one line and make it durable. A single write, so that two runs side by side cannot mix their lines; it begins
     with the end of a line that a power cut tore."""
-    runs.mkdir(parents=True, exist_ok=True)
     path = runs / LEDGER
+    if os.path.lexists(path) and not path.is_file():
+        set_aside(path, "not a file")
     line = (json.dumps(entry, sort_keys=True) + "\n").encode()
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        line = b"\n" + line
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        runs.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read(runs: Path) -> list[dict[str, Any]]:
-    """All entries, oldest first; lines that a power cut tore are left out."""
+    """All entries, oldest first; lines that a power cut tore are left out. Raises QtoolError where it is no file."""
     path = runs / LEDGER
     found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
+    for line in read_bytes(path).splitlines() if os.path.lexists(path) else []:
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict)]

@@ -22,7 +22,7 @@ from qtool.convert.artifact import MANIFEST, read_manifest
 from qtool.convert.source import resolve
 from qtool.engines import PACKAGES
 from qtool.evaluate.engines import package_versions
-from qtool.evaluate.secrets import without_secrets
+from qtool.evaluate.secrets import for_child
 from qtool.formats import artifact_weights, weights_of
 from qtool.headers import Headers, read_headers
 from qtool.measure import Engine, Row, measure
@@ -126,8 +126,8 @@ def _apart(
         free, total = torch.cuda.mem_get_info(device)
         taken = total - free  # by this process and others, all the while
     done = subprocess.run(
-        [sys.executable, "-m", "qtool", "measure", str(path), *map(str, words)],
-        capture_output=True, text=True, errors="replace", check=False, env=without_secrets(os.environ),
+        [sys.executable, "-P", "-m", "qtool", "measure", str(path), *map(str, words)],
+        capture_output=True, text=True, errors="replace", check=False, env=for_child(os.environ),
     )  # fmt: skip
     try:
         found = from_json(json.loads(done.stdout))

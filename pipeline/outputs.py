@@ -9,18 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from qtool import QtoolError
-from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
+from qtool.boundary import Interrupted
+from qtool.convert.artifact import MANIFEST, Artifact, drop_journals, read_manifest
+from qtool.convert.durable import is_still, naming
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify import check_files
-from qtool.convert.writer import resume_journal
+from qtool.convert.writer import journal_key
 from qtool.gguf_output import GgufOutput
-from qtool.job import Job, artifact_key
+from qtool.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.job_needs import refuse_what_cannot_finish
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.layers import Walk
@@ -28,6 +31,7 @@ from qtool.quantize.methods import GgufMethod, Method
 from qtool.writers import SafetensorsOutput
 
 Writer = SafetensorsOutput | GgufOutput
+MOST_THREADS = 512  # that an artifact is looked for with
 
 
 def finished(folder: Path, key: str) -> bool:
@@ -48,22 +52,91 @@ def finished(folder: Path, key: str) -> bool:
     return True
 
 
-def make_artifacts(job: Job, methods: Sequence[Method], calibration: CalibrationSet) -> dict[str, Artifact]:
-    """Every output as a sealed artifact; those finished before are reused, those begun are continued."""
-    keys = {method.name: artifact_key(job, method, calibration) for method in methods}
-    pending = [method for method in methods if not finished(job.folder(method), keys[method.name])]
-    Path(job.recipe.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+def make_artifacts(
+    job: Job, methods: Sequence[Method], calibration: CalibrationSet, threads: int | None = None
+) -> dict[str, Artifact]:
+    """Every output as a sealed artifact; those finished before are reused, those begun are continued.
+
+    ``threads``: of the processor, as the key has them. None: what unfinished work was begun with, else as many as torch
+    uses; a finished artifact is then reused whatever number it was made with.
+    """
     with ExitStack() as held:
+        pending = [method for method in methods if not _done(job, method, calibration, threads, held)]
+        number = threads or _begun_with(job, pending, calibration) or torch.get_num_threads()
+        keys = {method.name: artifact_key(job, method, calibration, number) for method in pending}
         for method in pending:
-            held.enter_context(_alone(job.partial(method)))
             _discard_other_work(job.partial(method), keys[method.name])
         refuse_what_cannot_finish(job, pending)
         importance = _importance(job, pending)
-        writers = {method.name: _writer(job, method, keys[method.name]) for method in pending}
-        if writers:
-            _walk(job, pending, writers, calibration, importance)
-        _seal(writers, calibration)
+        writers: dict[str, Writer] = {}
+        for method in pending:
+            writers[method.name] = _writer(job, method, keys[method.name])
+            held.callback(writers[method.name].release)
+        with _threads(number), _saying_where(writers, job.config.num_hidden_layers):
+            if writers:
+                _walk(job, pending, writers, calibration, importance)
+            _seal(writers, calibration)
     return {method.name: Artifact.open(job.folder(method)) for method in methods}
+
+
+def _done(job: Job, method: Method, calibration: CalibrationSet, threads: int | None, held: ExitStack) -> bool:
+    """Whether the output is finished; where it is not, its unfinished folder is ``held`` from here on."""
+    final, partial = job.folder(method), job.partial(method)
+    numbers = [threads] if threads else [torch.get_num_threads(), *range(1, MOST_THREADS + 1)]
+    keys = keys_by_threads(job, method, calibration, numbers)
+    if final.exists():
+        return _reusable(final, partial, keys)
+    with naming(partial):
+        held.enter_context(_alone(partial))
+    # looked at again: whoever held it may have finished it in the meantime
+    return final.exists() and _reusable(final, partial, keys)
+
+
+def _reusable(final: Path, partial: Path, keys: Sequence[str]) -> bool:
+    """As `finished`; what a kill left after the folder got its name is tidied away."""
+    key = read_manifest(final).key if (final / MANIFEST).exists() else ""
+    if not finished(final, key if key in keys else keys[0]):
+        return False
+    with suppress(OSError, QtoolError):  # on a disk that is read-only nothing is tidied
+        drop_journals(final)
+        if any(journal_key(path) in keys for path in partial.rglob("*journal.jsonl")):
+            with _alone(partial):
+                shutil.rmtree(partial)
+        elif partial.exists():
+            partial.rmdir()
+    return True
+
+
+def _begun_with(job: Job, methods: Sequence[Method], calibration: CalibrationSet) -> int | None:
+    """The number of threads that unfinished work was begun with: going on with another would end in other bytes."""
+    for method in methods:
+        begun = {journal_key(path) for path in job.partial(method).rglob("*journal.jsonl")}
+        if begun and threads_matter(job.device, method):
+            keys = keys_by_threads(job, method, calibration, range(1, MOST_THREADS + 1))
+            if numbers := [number for number, key in enumerate(keys, 1) if key in begun]:
+                return numbers[0]
+    return None
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _saying_where(writers: Mapping[str, Writer], layers: int) -> Iterator[None]:
+    """Ctrl-C says where the next run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = min((writer.layers_done for writer in writers.values()), default=layers)
+        where = f"at layer {done + 1} of {layers}" if done < layers else f"after the last of {layers} layers"
+        raise Interrupted(f"Run the same command again: it continues {where}.") from error
 
 
 def _seal(writers: Mapping[str, Writer], calibration: CalibrationSet) -> None:
@@ -85,13 +158,18 @@ def _seal(writers: Mapping[str, Writer], calibration: CalibrationSet) -> None:
 def _alone(partial: Path) -> Iterator[None]:
     """Hold the unfinished folder: two writers would note every layer twice, and a third would take more layers for
     finished than are. Raises QtoolError (exit 3) where another process holds it."""
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(descriptor)
             raise QtoolError(f"{partial}: another qtool is writing there. Wait until it ends.", exit_code=3) from error
+        if is_still(partial, descriptor):
+            break
+        os.close(descriptor)  # it was renamed or removed while we opened it
+    try:
         yield
     finally:
         os.close(descriptor)
@@ -102,7 +180,7 @@ def _alone(partial: Path) -> Iterator[None]:
 def _discard_other_work(partial: Path, key: str) -> None:
     """What another recipe, source or version began under this name: files that this one does not write would be sealed
     with its own."""
-    if all(resume_journal(path, key) is None for path in partial.rglob("*journal.jsonl")):
+    if all(journal_key(path) != key for path in partial.rglob("*journal.jsonl")):
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -151,7 +229,8 @@ def _walk(
         writer.write_outside_layers()
     with progress_bar() as bar:
         task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
-        for result in walk.run(start):
+        for result in walk.run(start) if start < len(walk.layers) else ():
+            job.require_unchanged()  # before any layer is noted as done
             for name, output in result.outputs.items():
                 writers[name].write_layer(result.index, output)
             bar.advance(task)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from qtool import QtoolError, ledger
-from qtool.convert.artifact import MANIFEST, Artifact, Manifest, write_json
-from qtool.convert.reading import read_json
+from qtool.convert.artifact import MANIFEST, Artifact, Manifest
+from qtool.convert.durable import held, naming, sweep, write_whole
+from qtool.convert.reading import read_bytes, read_text
 from qtool.convert.verify import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, TaskScore
 from qtool.gates import GateResult
@@ -21,7 +24,8 @@ from qtool.recipe import Recipe, load_recipe
 from qtool.scores import Scores, Sizes
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
-MANIFESTS, SCORES = "manifests", "scores"
+MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
+_QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
 
 
 class _File(BaseModel):
@@ -106,23 +110,34 @@ class RunRecord:
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
         path = self.folder / QUESTIONS
-        found: dict[str, dict[str, str]] = read_json(path) if path.exists() else {}
-        return found
+        return _checked(_QUESTIONS, path) if path.exists() else {}
 
 
 def begin(folder: Path, recipe_text: str) -> None:
     """Start (again): what an earlier run of the same recipe concluded is withdrawn, its scores stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).unlink(missing_ok=True)
-    (folder / RECIPE).write_text(recipe_text, encoding="utf-8")
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
+    sweep(folder)
+    write_whole(folder / RECIPE, recipe_text)
+
+
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """Only one process at a time judges the models of a run or evaluation and writes what it found; a second waits,
+    and finds the scores."""
+    return held(folder / LOCKED, f"{folder}: another qtool is working on this run; waiting until it ends.")
+
+
+def write_questions(folder: Path, questions: dict[str, dict[str, str]]) -> None:
+    """Task -> problem -> its prompt."""
+    _write(folder / QUESTIONS, questions)
 
 
 def write_lock(folder: Path, lock: Lock, artifacts: dict[str, Artifact]) -> None:
     """The lock, and a copy of each artifact's manifest."""
-    write_json(folder / LOCK, lock.model_dump(mode="json"))
-    (folder / MANIFESTS).mkdir(exist_ok=True)
+    _write(folder / LOCK, lock.model_dump(mode="json"))
     for name, artifact in artifacts.items():
-        (folder / MANIFESTS / f"{name}.json").write_bytes((artifact.path / MANIFEST).read_bytes())
+        write_whole(folder / MANIFESTS / f"{name}.json", read_bytes(artifact.path / MANIFEST))
 
 
 def locked(artifact: Artifact, folder: Path) -> LockedArtifact:
@@ -139,14 +154,16 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
         fidelity={name: score.key for name, score in scores.fidelity.items()},
         contexts={name: [score.key for score in found.values()] for name, found in scores.contexts.items()},
     )
-    write_json(folder / INDEX, index.model_dump(mode="json"))
+    _write(folder / INDEX, index.model_dump(mode="json"))
 
 
 def write_result(folder: Path, result: Outcome) -> None:
     """The end of a run: whole or absent."""
-    partial = folder / f"{RESULT}.partial"
-    write_json(partial, result.model_dump(mode="json"))
-    partial.rename(folder / RESULT)
+    _write(folder / RESULT, result.model_dump(mode="json"))
+
+
+def _write(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_run(folder: Path) -> RunRecord:
@@ -162,7 +179,7 @@ def load_run(folder: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         recipe=load_recipe(folder / RECIPE),
-        recipe_text=(folder / RECIPE).read_text(encoding="utf-8"),
+        recipe_text=read_text(folder / RECIPE),
         lock=lock,
         artifacts={name: artifact for name, artifact in artifacts.items() if artifact is not None},
         manifests={name: _read(Manifest, folder / MANIFESTS / f"{name}.json") for name in lock.artifacts},
@@ -194,7 +211,10 @@ def load_scores(folder: Path) -> Scores:
     scores = Scores()
     for name, keys in index.tasks.items():
         for label, key in keys.items():
-            task: TaskScore = _read(TaskScore, _score_file(folder, key))
+            path = _score_file(folder, key)
+            task: TaskScore = _read(TaskScore, path)
+            if fault := task.fault(list(task.outcomes)):
+                raise QtoolError(f"{path}: {fault}. Run the recipe again: it is made anew.")
             scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
     for name, first in index.fidelity.items():
         for key in index.contexts.get(name, [first]):
@@ -244,10 +264,15 @@ def _score_file(folder: Path, key: str) -> Path:
 
 
 def _read(kind: type[BaseModel], path: Path) -> Any:
+    return _checked(TypeAdapter(kind), path)
+
+
+def _checked(reader: TypeAdapter[Any], path: Path) -> Any:
+    """Raises QtoolError naming a file that is missing or damaged."""
+    if not path.exists():
+        raise QtoolError(f"{path}: No such file or directory. The run's folder is incomplete; run its recipe again.")
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise QtoolError(f"{path}: {error.strerror}. The run's folder is incomplete; run its recipe again.") from error
+        return reader.validate_json(read_bytes(path))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))

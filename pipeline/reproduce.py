@@ -17,8 +17,8 @@ from qtool.convert.gguf_file import GgufFile
 from qtool.convert.reading import named, shown
 from qtool.convert.source import resolve
 from qtool.convert.text import TextSource, load_tokenizer, token_windows
-from qtool.job import device_kind, open_job, versions
-from qtool.outputs import make_artifacts
+from qtool.job import THREADS, device_kind, open_job
+from qtool.outputs import MOST_THREADS, make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import Recipe
 from qtool.run import choose_device
@@ -62,14 +62,15 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
     calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer, rows), recipe.calibration.text)
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
-    (made,) = make_artifacts(job, recipe.outputs, calibration).values()
+    (made,) = make_artifacts(job, recipe.outputs, calibration, _threads(manifest)).values()
     before, after = _stored(original), _stored(made)
     names = list(dict.fromkeys([*before, *after]))
     differing = []
     for name in names:  # one tensor of each at a time: a model may be larger than the memory
         how = _difference(*(side[name]() if name in side else None for side in (before, after)))
         differing += [f"{name}: {how}"] if how else []
-    reasons = list(_reasons(manifest, device_kind(job.device), versions(recipe.outputs[0])))
+    assert made.manifest is not None
+    reasons = list(_reasons(manifest, device_kind(job.device), made.manifest.versions))
     return Reproduction(len(names), tuple(differing), tuple(reasons))
 
 
@@ -89,6 +90,10 @@ def published(name: str) -> bool:
         f"{shown(name)}: no such folder." + (f" {there} has {', '.join(others)}." if others else "")
         + " Name an artifact's folder, or ORG/NAME of a repository on the Hub."
     )  # fmt: skip
+def _threads(manifest: Manifest) -> int | None:
+    """As many as it was made with: with another number a processor's sums end in other bits."""
+    said = manifest.versions.get(THREADS, "")
+    return int(said) if said.isdecimal() and 0 < int(said) <= MOST_THREADS else None
 
 
 def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recipe:
@@ -138,5 +143,7 @@ def _reasons(manifest: Manifest, device: str, here: dict[str, str]) -> Iterator[
     if manifest.device != device:
         yield f"made on {manifest.device}, built again on {device}"
     for name in sorted(manifest.versions.keys() | here.keys()):
-        if manifest.versions.get(name) != here.get(name):
+        if name == THREADS and name not in manifest.versions:
+            yield f"built again with {here[name]} threads; how many it was made with is not recorded"
+        elif manifest.versions.get(name) != here.get(name):
             yield f"{name} {manifest.versions.get(name)} then, {here.get(name)} now"

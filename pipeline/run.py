@@ -13,8 +13,10 @@ import click
 import torch
 
 from qtool import QtoolError, ledger, record
-from qtool.convert.artifact import Artifact, write_json
+from qtool.convert.artifact import MANIFEST, Artifact
 from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.durable import require_writable
+from qtool.convert.reading import read_text
 from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import name_of, resolve
@@ -45,10 +47,16 @@ def choose_device(asked: str) -> torch.device:
     return torch.device(asked)
 
 
-def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
-    """Everything that can be refused is refused here, before a weight is read."""
+def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
+    """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
+    (None: nothing will be written)."""
     recipe = load_recipe(path)
     require_paths(recipe, path)
+    if runs is not None:
+        require_writable(runs, "--runs")
+        made = Path(recipe.output_dir).expanduser()
+        if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
+            require_writable(made, "output_dir:")
     names = [output.name for output in recipe.outputs]
     unknown = [name for name in only if name not in names]
     if unknown:
@@ -64,36 +72,46 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = ()) -> Job:
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:
     """Run a recipe. Raises QtoolError; gate results are returned, not raised."""
     started = time.monotonic()
-    job = prepare(path, device, only)
+    text = read_text(path) if path.is_file() else ""
+    job = prepare(path, device, only, runs)
     recipe = job.recipe
     for note in job.remarks:
         click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
     evaluation = _evaluation(job, runs, folder)
     calibration = _calibrate(job)
-    record.begin(folder, path.read_text(encoding="utf-8"))
-    write_json(folder / record.QUESTIONS, evaluation.questions())
+    if read_text(path) != text:
+        raise QtoolError(f"{path}: changed while it was read. Run again.")
+    with record.alone(folder):
+        record.begin(folder, text)
     artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
     checks = {name: verify(artifact.path) for name, artifact in artifacts.items()}
-    lock = _lock(folder, job, calibration, artifacts)
-    record.write_lock(folder, lock, artifacts)
-    manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
-    subjects = _subjects(job, artifacts)
-    with progress_bar() as bar:
-        scores = evaluation.score(subjects, bar)
-        if recipe.measure is not None:
-            measure_subjects(recipe.measure, subjects, job.device, recipe.model.trust_remote_code, runs, bar)
-    record.write_scores(folder, {subject.name: subject.key for subject in subjects}, scores)
-    result = record.Outcome(
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - started, 1),
-        checks={name: found.checks for name, found in checks.items()},
-        verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
-    )
-    record.write_result(folder, result)
-    finished = record.load_run(folder)
+    with record.alone(folder):
+        record.write_questions(folder, evaluation.questions())
+        lock = _lock(folder, job, calibration, artifacts)
+        record.write_lock(folder, lock, artifacts)
+        scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
+        manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
+        result = record.Outcome(
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 1),
+            checks={name: found.checks for name, found in checks.items()},
+            verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
+        )
+        record.write_result(folder, result)
+        finished = record.load_run(folder)
     ledger.append(runs, _entry(finished))
     return finished
+
+
+def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
+    """Scores, and where the recipe asks for it memory and speed."""
+    with progress_bar() as bar:
+        scores = evaluation.score(subjects, bar)
+        if (asked := job.recipe.measure) is not None:
+            measure_subjects(asked, subjects, job.device, job.recipe.model.trust_remote_code, runs, bar)
+    record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+    return scores
 
 
 def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
@@ -163,6 +181,7 @@ def evaluate_folders(
     else:
         found = resolve(str(model))
         name, model = found.name, found.path
+    require_writable(runs, "--runs")
     check_sidecars(model)
     artifact = Artifact.open(model)
     if artifact.gguf is None:
@@ -186,6 +205,7 @@ def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
     """Score what a server has (``section.models``: one name -> the model there; empty: its only one). Raises
     QtoolError."""
     assert section.base_url is not None
+    require_writable(runs, "--runs")
     model = connect(section.base_url, next(iter(section.models.values()), None)).model
     section = section.model_copy(update={"models": {model: model}})
     subject = Subject(model, digest_of([section.base_url, model]))
@@ -201,7 +221,7 @@ def check_harness(section: EvaluateSection, model: Path | None, runs: Path, trus
 
 
 def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
-    with progress_bar() as bar:
+    with record.alone(evaluation.run), progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
-    record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+        record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
     return scores

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel
 from rich.progress import Progress
 
 from qtool import QtoolError
+from qtool.convert.durable import held, load, save, set_aside, sweep
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.engines import open_engine, served_name, settings_of
 from qtool.evaluate import fidelity, prompts
@@ -23,7 +25,7 @@ from qtool.evaluate.engines import Decoding, Engine, package_versions
 from qtool.evaluate.execute import detect_sandbox
 from qtool.evaluate.generate import TorchEngine, load_model
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.scorecard import FidelityScore, TaskScore, save
+from qtool.evaluate.scorecard import FidelityScore, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
@@ -33,7 +35,7 @@ from qtool.recipe import EvaluateSection, TaskSection, digest_of
 from qtool.subjects import Subject
 
 Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
-Record = TypeVar("Record", bound=BaseModel)
+Score = TypeVar("Score", TaskScore, FidelityScore)
 
 
 @dataclass
@@ -105,27 +107,34 @@ class Evaluation:
             versions = package_versions(*PACKAGES)
             key = digest_of([task.digest, self.style, self.sandbox, self.section.timeout, versions])
             path = self.runs / "selfchecks" / f"{key[:16]}.json"
-            if path.exists():
-                found[label] = SelfCheck.model_validate_json(path.read_text(encoding="utf-8"))
-                continue
-            row = bar.add_task(f"self-check: {task.name}", total=1)
-            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
-            bar.advance(row)
-            found[label] = result
-            if not result.faults:  # one that failed is made again: its cause may be gone
-                save(path, result)
+            with held(path.with_suffix(".lock"), f"{path}: another qtool is making this self-check; waiting."):
+                sweep(path.parent)
+                known = load(SelfCheck, path, partial(SelfCheck.fault, digest=task.digest))
+                found[label] = known or self._check(task, path, bar)
         return found
+
+    def _check(self, task: Task, path: Path, bar: Progress) -> SelfCheck:
+        row = bar.add_task(f"self-check: {task.name}", total=1)
+        result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
+        bar.advance(row)
+        if not result.faults:  # one that failed is made again: its cause may be gone
+            save(path, result)
+        return result
 
     def score(self, subjects: list[Subject], bar: Progress) -> Scores:
         """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
         QtoolError (exit 3) where the harness fails its self-check."""
+        for folder in (self.run / "scores", self.runs / "references"):
+            sweep(folder)
         scores = Scores()
+        wanted = {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
         for number, subject in enumerate(subjects):
             source = subjects[0]
             pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
             lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, source, length)]
             if number == 0:  # artifacts that are still to come need its distribution
-                lengths = [n for n in self.windows if n in lengths or not self._reference_path(source, n).exists()]
+                lost = {length for length in wanted if self._reference(source, length) is None}
+                lengths = [length for length in self.windows if length in lengths or length in lost]
             if pending:
                 for check in self.self_check(bar).values():
                     check.require()
@@ -170,32 +179,56 @@ class Evaluation:
     def _layered(self, length: int) -> bool:
         return bool(self.section.text and self.section.text.by_layer and length == self.section.text.lengths[0])
 
-    def _load(self, kind: type[Record], name: str, subject: Subject) -> Record | None:
-        """A score of that name from this run or any earlier one."""
-        found = next(iter([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")]), None)
-        if found is None:
-            return None
-        score = kind.model_validate_json(found.read_text(encoding="utf-8"))
+    def _load(self, kind: type[Score], name: str, key: str, fault: Callable[[Score], str]) -> Score | None:
+        """A score of that name and key from this run or any earlier one; damaged ones are set aside."""
+        places = dict.fromkeys([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")])
+        for path in places:
+            if (score := load(kind, path, lambda s: fault(s) if s.key == key else "it is of another key")) is not None:
+                return score
+        return None
+
+    def _keep(self, name: str, score: Score, subject: Subject) -> Score:
+        """An earlier score as this run's; what a kill left of its journal is tidied away."""
         score = score.model_copy(update={"subject": subject.name})
-        save(self.run / "scores" / found.name, score)
+        save(self.run / "scores" / name, score)
+        Journal(self.run / "scores" / f"{name.removesuffix('.json')}.jsonl").close()
         return score
 
     def _load_task(self, scores: Scores, subject: Subject, label: str) -> bool:
-        name = f"{_file_name(self.tasks[label])}-{self._task_key(subject, label)[:16]}.json"
-        score = self._load(TaskScore, name, subject)
+        task, key = self.tasks[label], self._task_key(subject, label)
+        name = f"{_file_name(task)}-{key[:16]}.json"
+        score = self._load(TaskScore, name, key, lambda score: score.fault([p.task_id for p in task.problems]))
         if score is not None:
-            scores.tasks.setdefault(subject.name, {})[label] = score
+            scores.tasks.setdefault(subject.name, {})[label] = self._keep(name, score, subject)
         return score is not None
 
+    def _fidelity(self, subject: Subject, source: Subject, length: int) -> tuple[str, FidelityScore | None]:
+        key = self._fidelity_key(subject, source, length)
+        name = f"fidelity-{key[:16]}.json"
+        return name, self._load(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
+
     def _load_fidelity(self, scores: Scores, subject: Subject, source: Subject, length: int) -> bool:
-        name = f"fidelity-{self._fidelity_key(subject, source, length)[:16]}.json"
-        score = self._load(FidelityScore, name, subject)
+        name, score = self._fidelity(subject, source, length)
         if score is not None:
-            scores.add_fidelity(score)
+            scores.add_fidelity(self._keep(name, score, subject))
         return score is not None
+
+    def _lengths_missing(self, subject: Subject, source: Subject) -> list[int]:
+        return [length for length in self.windows if self._fidelity(subject, source, length)[1] is None]
 
     def _reference_path(self, source: Subject, length: int) -> Path:
         return self.runs / "references" / self._fidelity_key(source, source, length)[:16]
+
+    def _reference(self, source: Subject, length: int) -> fidelity.Reference | None:
+        """The source's distributions; None where there are none, or where they are damaged: they are set aside."""
+        path = self._reference_path(source, length)
+        if not os.path.lexists(path):
+            return None
+        found = fidelity.Reference(path)
+        fault = found.fault(self.windows[length]) if path.is_dir() else "not a folder"
+        if fault:
+            set_aside(path, fault)
+        return None if fault else found
 
     def _diverge(
         self, engine: Engine, subject: Subject, source: Subject, length: int, bar: Progress
@@ -204,7 +237,7 @@ class Evaluation:
         assert isinstance(engine, TorchEngine)
         windows, path = self.windows[length], self._reference_path(source, length)
         step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
-        if subject is source and not path.exists():
+        if subject is source and self._reference(source, length) is None:
             making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
             fidelity.make_reference(engine.model, windows, path, making)
         return fidelity.diverge(engine.model, windows, fidelity.Reference(path), step)

@@ -95,6 +95,12 @@ class SafetensorsOutput:
         state |= {name: self.written.tensor(name) for name in others}
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
+    def release(self) -> None:
+        """Close what is open, finished or not."""
+        for writer in (self.weights, self.scales):
+            if writer is not None:
+                writer.release()
+
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the files, carry the sidecars along, describe everything in the manifest, rename."""
         self.weights.close()
@@ -104,7 +110,8 @@ class SafetensorsOutput:
         copy_sidecars(job.source.path, self.partial, job.recipe.model.trust_remote_code)
         write_config(job.source.path, self.partial, self.section, method.stored_dtype)
         ledger = {linear: record for step in self.weights.steps for linear, record in step["records"].items()}
-        seal(self.partial, job.folder(method), manifest_of(job, method, self.key, calibration, ledger, self.partial))
+        manifest = manifest_of(job, method, self.key, calibration, ledger, self.partial)
+        seal(self.partial, job.folder(method), manifest, job.require_unchanged)
 
 
 def manifest_of(
@@ -127,7 +134,7 @@ def manifest_of(
         | read_licence(job.source.path),
         calibration=used if needs_calibration(method) else {},
         device=device_kind(job.device),
-        versions=versions(method),
+        versions=versions(method, job.device),
         parameters=plan.parameters,
         tensor_bytes=plan.nbytes,
         bits_per_weight=round(plan.bits_per_weight, 4),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import click
 import pytest
 
@@ -44,3 +47,23 @@ def test_a_line_and_a_code(
     said = capsys.readouterr().err
     assert says in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_orderly(signum: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    group, closed = Boundary("qtool"), []
+
+    @group.command()
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signum)
+        finally:
+            closed.append(signum)
+
+    before = signal.getsignal(signum)
+    with pytest.raises(SystemExit) as ended:
+        group.main(["command"])
+    assert ended.value.code == 128 + signum
+    assert closed == [signum]
+    assert f"Ended by {signum.name}. Run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signum) is before

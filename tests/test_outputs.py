@@ -19,9 +19,11 @@ import torch
 import yaml
 
 from qtool import QtoolError
+from qtool.boundary import Interrupted
 from qtool.convert.artifact import MANIFEST, Artifact
 from qtool.convert.source import HUB_PATTERNS, resolve
-from qtool.job import Job, open_job
+from qtool.convert.writer import ShardWriter
+from qtool.job import Job, artifact_key, open_job
 from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
@@ -330,3 +332,109 @@ def test_nothing_of_another_recipes_unfinished_work_is_sealed(
     made = make(write_recipe(outputs=[after]))["x"]
     expected = make(write_recipe(outputs=[after], output_dir=str(tmp_path / "expected")))["x"]
     assert contents(made.path) == contents(expected.path)
+
+
+def test_a_source_that_changes_is_not_sealed_under_the_old_ones_key(
+    write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed after the first layer was noted: that layer stays, with the source put back the bytes are right."""
+    model = Path(shutil.copytree(tiny, tmp_path / "source" / "tiny"))
+    recipe = write_recipe(model=str(model))
+    expected = contents(make(write_recipe(model=str(model), output_dir=str(tmp_path / "expected")))["awq"].path)
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    data, commit, done = shard.read_bytes(), ShardWriter.commit, 0
+
+    def changing(self: ShardWriter, step: dict[str, Any]) -> None:
+        nonlocal done
+        commit(self, step)
+        done += 1
+        if done == 2:  # scales and weights of layer 0
+            shard.write_bytes(data[:-100] + bytes(100))
+
+    write_recipe(model=str(model))
+    monkeypatch.setattr(ShardWriter, "commit", changing)
+    with pytest.raises(QtoolError, match=rf"{shard.name}: changed while the model was being converted"):
+        make(recipe)
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["tiny-awq.partial"]
+    monkeypatch.undo()
+    shard.write_bytes(data)
+    assert contents(make(recipe)["awq"].path) == expected
+
+
+def test_whatever_number_of_threads_what_was_begun_is_ended_with_it(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number is in the key; a finished artifact is not made again for it, and begun work goes on with its own."""
+    before = torch.get_num_threads()
+    job = job_of(write_recipe())
+    (method,) = job.recipe.outputs
+    nf4 = job_of(write_recipe(outputs=[{"method": "nf4"}]))
+    keys = [artifact_key(job, method, CALIBRATION, number) for number in (1, 2)]
+    assert keys[0] != keys[1]
+    same = [artifact_key(nf4, nf4.recipe.outputs[0], CALIBRATION, number) for number in (1, 2)]
+    assert same[0] == same[1]
+    seal = SafetensorsOutput.seal
+
+    def fail(*_: object) -> None:
+        raise QtoolError("planted")
+
+    monkeypatch.setattr(SafetensorsOutput, "seal", fail)
+    with pytest.raises(QtoolError, match="planted"):
+        make_artifacts(job, [method], CALIBRATION, threads=2)
+    monkeypatch.setattr(SafetensorsOutput, "seal", seal)
+    torch.set_num_threads(1)
+    try:
+        made = make_artifacts(job, [method], CALIBRATION)["awq"]
+        assert made.manifest is not None
+        assert made.manifest.key == keys[1]
+        assert made.manifest.versions["threads"] == "2"
+        stamp = (made.path / "model.safetensors").stat().st_mtime_ns
+        again = make_artifacts(job, [method], CALIBRATION)["awq"]
+        assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_who_had_looked_before_another_finished(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(outputs=[{"method": "nf4"}])
+    flock, first = fcntl.flock, True
+
+    def late(descriptor: int, operation: int) -> None:
+        nonlocal first
+        if first:
+            first = False
+            make(recipe)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    made = make(recipe)["nf4"]
+    assert [path.name for path in made.path.parent.iterdir()] == ["tiny-nf4"]
+
+
+def test_what_a_kill_left_after_the_rename_is_tidied(write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe(outputs=[{"method": "nf4"}])
+    made = make(recipe)["nf4"]
+    whole = contents(made.path)
+    assert made.manifest is not None
+    begun = made.path.with_name(made.path.name + ".partial")
+    begun.mkdir()
+    for folder in (made.path, begun):
+        (folder / "model.journal.jsonl").write_text(json.dumps({"key": made.manifest.key}) + "\n")
+    assert contents(make(recipe)["nf4"].path) == whole
+    assert not begun.exists()
+
+
+def test_ctrl_c_says_where_it_goes_on(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    write = SafetensorsOutput.write_layer
+
+    def interrupted(self: SafetensorsOutput, index: int, output: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, output)
+
+    monkeypatch.setattr(SafetensorsOutput, "write_layer", interrupted)
+    with pytest.raises(Interrupted, match="it continues at layer 2 of 2"):
+        make(write_recipe(outputs=[{"method": "nf4"}]))
