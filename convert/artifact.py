@@ -7,21 +7,23 @@ import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint, TensorStream
 from qtool.convert.codes import Codes
 from qtool.convert.containers import Linears
 from qtool.convert.gguf_file import GgufFile
+from qtool.convert.manifest import MANIFEST as MANIFEST
+from qtool.convert.manifest import FileEntry as FileEntry
+from qtool.convert.manifest import Manifest as Manifest
+from qtool.convert.manifest import read_manifest as read_manifest
 from qtool.convert.reading import read_json
 from qtool.convert.source import sha256_file
 
-MANIFEST = "qtool.json"
 EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
 IMATRIX = "imatrix.gguf"
@@ -30,38 +32,6 @@ PARTIAL = ".partial"
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 QUANTIZE_CONFIG = "quantize_config.json"
 _NOT_SIDECARS = {"config.json", MANIFEST, QUANTIZE_CONFIG}
-
-
-class FileEntry(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What is in the folder, how it was made, and what each linear lost."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    qtool: str
-    key: str
-    output: dict[str, Any]
-    source: dict[str, Any]
-    calibration: dict[str, Any]
-    device: str
-    versions: dict[str, str]
-    parameters: int
-    tensor_bytes: int
-    bits_per_weight: float
-    ledger: dict[str, dict[str, float]]
-    files: dict[str, FileEntry]
-    notes: list[str] = []
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole folder, without the manifest itself."""
-        return sum(entry.bytes for entry in self.files.values())
 
 
 class Artifact:
@@ -147,22 +117,6 @@ class Artifact:
                 yield f"{linear}.weight", packed.codes(linear).dequantize()
             elif name not in parts:
                 yield name, self.checkpoint.tensor(name)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault, a file outside the folder among
-    them."""
-    file = path / MANIFEST
-    try:
-        manifest = Manifest.model_validate(read_json(file))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise QtoolError(f"{file}: not a manifest this qtool understands ({place}: {fault['msg']}).") from error
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise QtoolError(f"{file}: names a file outside its folder ({name}). Do not trust it.")
-    return manifest
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
