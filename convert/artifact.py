@@ -48,10 +48,7 @@ class Artifact:
     @classmethod
     def open(cls, path: Path) -> Artifact:
         """Raises QtoolError when the folder is unfinished, is no model, or its manifest is not qtool's."""
-        if not path.is_dir():
-            raise QtoolError(f"{path}: no such folder.")
-        if path.name.endswith(PARTIAL):
-            raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
+        refuse_unfinished(path)
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_json(path / "config.json")
         if not isinstance(config.get("quantization_config") or {}, dict):
@@ -117,6 +114,14 @@ class Artifact:
                 yield f"{linear}.weight", packed.codes(linear).dequantize()
             elif name not in parts:
                 yield name, self.checkpoint.tensor(name)
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raises QtoolError for what is no folder, or one that still grows."""
+    if not path.is_dir():
+        raise QtoolError(f"{path}: no such folder.")
+    if path.name.endswith(PARTIAL):
+        raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:

@@ -51,6 +51,8 @@ NF4 = (
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """Names, or parts of them, of modules that stay unquantized."""
     return names_in(section.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
+
+
 LONGEST_FLOAT = "-2.2250738585072014e-308"
 
 

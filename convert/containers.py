@@ -101,6 +101,8 @@ class Linears:
         try:
             codes = self.container.unpack(tensors, self.section)
             check_codes(codes)
+        except QtoolError as error:
+            raise QtoolError(f"{self.checkpoint.path}: {linear}: {error.message}") from error
         except KeyError as error:
             raise QtoolError(f"{self.checkpoint.path}: {linear} lacks {error}, or config.json does.") from error
         except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # the last two: torch's

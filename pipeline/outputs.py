@@ -17,7 +17,7 @@ from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
-from qtool.convert.verify import check_files
+from qtool.convert.verify_files import check_files
 from qtool.convert.writer import resume_journal
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key
