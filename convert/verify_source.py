@@ -44,7 +44,8 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
     """Each linear's |W - Ŵ| / |W| with fold scales undone, against the figure the manifest recorded when it was made;
     and every other tensor against its own."""
     assert artifact.manifest is not None
-    ledger, linears = artifact.manifest.ledger, artifact.linears()
+    ledger, there = artifact.manifest.ledger, artifact.linears()
+    linears = [*(name for name in ledger if name in set(there)), *(name for name in there if name not in ledger)]
     folder = artifact.path / EXTRAS
     folded = any(folder.glob(f"{FOLD_SCALES}*.safetensors"))
     scales = Checkpoint.open(folder) if folded else None
