@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import Checkpoint, TensorStream
@@ -18,48 +17,18 @@ from qtool.convert.config_file import read_config
 from qtool.convert.containers import Linears
 from qtool.convert.durable import make_durable, naming
 from qtool.convert.gguf_file import GgufFile
-from qtool.convert.reading import read_json
+from qtool.convert.manifest import MANIFEST as MANIFEST
+from qtool.convert.manifest import FileEntry as FileEntry
+from qtool.convert.manifest import Manifest as Manifest
+from qtool.convert.manifest import read_manifest as read_manifest
 from qtool.convert.sidecars import carried_bytes, sidecars, without_private_paths
 from qtool.convert.source import sha256_file
 
-MANIFEST = "qtool.json"
 EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
 IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
 QUANTIZE_CONFIG = "quantize_config.json"
-
-
-class FileEntry(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What is in the folder, how it was made, and what each linear lost."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    qtool: str
-    key: str
-    output: dict[str, Any]
-    source: dict[str, Any]
-    calibration: dict[str, Any]
-    device: str
-    versions: dict[str, str]
-    parameters: int
-    tensor_bytes: int
-    bits_per_weight: float
-    ledger: dict[str, dict[str, float]]
-    files: dict[str, FileEntry]
-    notes: list[str] = []
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole folder, without the manifest itself."""
-        return sum(entry.bytes for entry in self.files.values())
 
 
 class Artifact:
@@ -76,10 +45,7 @@ class Artifact:
     @classmethod
     def open(cls, path: Path) -> Artifact:
         """Raises QtoolError when the folder is unfinished, is no model, or its manifest is not qtool's."""
-        if not path.is_dir():
-            raise QtoolError(f"{path}: no such folder.")
-        if path.name.endswith(PARTIAL):
-            raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
+        refuse_unfinished(path)
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_config(path)
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
@@ -145,20 +111,12 @@ class Artifact:
                 yield name, self.checkpoint.tensor(name)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """`qtool.json` of a folder. Raises QtoolError naming the file and the first fault, a file outside the folder among
-    them."""
-    file = path / MANIFEST
-    try:
-        manifest = Manifest.model_validate(read_json(file))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise QtoolError(f"{file}: not a manifest this qtool understands ({place}: {fault['msg']}).") from error
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise QtoolError(f"{file}: names a file outside its folder ({name}). Do not trust it.")
-    return manifest
+def refuse_unfinished(path: Path) -> None:
+    """Raises QtoolError for what is no folder, or one that still grows."""
+    if not path.is_dir():
+        raise QtoolError(f"{path}: no such folder.")
+    if path.name.endswith(PARTIAL):
+        raise QtoolError(f"{path}: an unfinished artifact. Run its recipe again; it continues where it stopped.")
 
 
 def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:

@@ -12,13 +12,20 @@ from typing import Any
 
 import torch
 
-from qtool.convert.codes import Codes, UniformCodes, group_size_of
+from qtool import QtoolError
+from qtool.convert.codes import Codes, UniformCodes, group_size_of, names_in
 from qtool.convert.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
 
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 POSITIVE: tuple[str, ...] = ("scales",)
 BY_ROW = True
+KEYS = frozenset({"quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert"})
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """Names, or parts of them, of modules that stay unquantized."""
+    return names_in(section.get("modules_to_not_convert"), "modules_to_not_convert")
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +61,9 @@ def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> UniformCodes:
-    """Inverse of `pack`."""
+    """Inverse of `pack`. Raises QtoolError for a section that speaks of another packing."""
+    if section.get("bits", 4) != 4 or section.get("version", "gemm") != "gemm":
+        raise QtoolError("quantization_config: qtool reads AWQ with bits 4 in version 'gemm'.")
     return UniformCodes(
         codes=unpack_nibbles(tensors["qweight"], AWQ_ORDER).t().contiguous(),
         scale=tensors["scales"].t().contiguous(),

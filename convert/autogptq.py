@@ -22,10 +22,21 @@ MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 POSITIVE: tuple[str, ...] = ("scales",)
 BY_ROW = True
+KEYS = frozenset(
+    {
+        "quant_method", "bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential", "static_groups",
+        "lm_head", "checkpoint_format", "method", "format", "pack_dtype", "meta",
+    }
+)  # fmt: skip
 V1, V2 = "gptq", "gptq_v2"
 # One in every value of a word. Version 1 is version 2 minus this, as 32-bit words: a zero of 0 borrows from its
 # neighbour when written and gives it back when read, so that GPTQModel's own conversions are undone exactly.
 ONES = {4: 0x11111111, 8: 0x01010101}
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """None: GPTQ's section names no modules."""
+    return []
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from qtool import QtoolError
 from qtool.convert.checkpoint import DTYPES
-from qtool.convert.codes import Codes, Nested, Nf4Blocks
+from qtool.convert.codes import Codes, Nested, Nf4Blocks, names_in
+from qtool.convert.reading import strict_json
 
 MARK = "weight.quant_state.bitsandbytes__nf4"
 SUFFIXES: tuple[str, ...] = (
@@ -30,6 +32,27 @@ SUFFIXES: tuple[str, ...] = (
 POSITIVE: tuple[str, ...] = ()
 BY_ROW = False
 BLOCK, NESTED_BLOCK = 64, 256
+LONGEST_STATE = 4096  # bytes of a QuantState's JSON; real ones have 200
+KEYS = frozenset(
+    {
+        "quant_method", "load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit", "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_skip_modules",
+        "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight",
+    }
+)  # fmt: skip
+# Kernels have these values built in, whatever quant_map says. bitsandbytes functional.py, get_4bit_type("nf4").
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """Names, or parts of them, of modules that stay unquantized."""
+    return names_in(section.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
+
+
 LONGEST_FLOAT = "-2.2250738585072014e-308"
 
 
@@ -81,10 +104,12 @@ def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> Nf4Blocks:
     """Inverse of `pack`."""
     state = _read_state(tensors[MARK])
+    if tensors["weight.quant_map"].tolist() != list(NF4):
+        raise QtoolError("weight.quant_map does not hold NF4's 16 values, which kernels have built in")
     nested = None
     if "nested_offset" in state:
         nested = Nested(
-            tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"], int(state["nested_blocksize"]),
+            tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"], state["nested_blocksize"],
             float(state["nested_offset"]),
         )  # fmt: skip
     out, columns = state["shape"]
@@ -93,7 +118,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> N
         absmax=tensors["weight.absmax"],
         table=tensors["weight.quant_map"],
         shape=(out, columns),
-        block=int(state["blocksize"]),
+        block=state["blocksize"],
         dtype=_dtype(state["dtype"]),
         nested=nested,
     )
@@ -138,14 +163,23 @@ def _state(shape: tuple[int, int], block: int, dtype: torch.dtype, nested_block:
 
 
 def _read_state(tensor: torch.Tensor) -> dict[str, Any]:
-    try:
-        state = json.loads(bytes(tensor.tolist()))
-        if {"shape", "blocksize", "dtype"} <= set(state):
-            found: dict[str, Any] = state
-            return found
-    except (ValueError, TypeError):
-        pass
+    if tensor.dtype == torch.uint8 and tensor.ndim == 1 and tensor.numel() <= LONGEST_STATE:
+        with suppress(ValueError, RecursionError):
+            state = strict_json(bytes(tensor.tolist()).decode())
+            if isinstance(state, dict) and _is_state(state):
+                return state
     raise QtoolError(f"{MARK} is not the JSON of a bitsandbytes QuantState.")
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether the numbers that `unpack` takes are there, and numbers."""
+    shape, nested = state.get("shape"), "nested_offset" in state
+    sizes = [*shape] if isinstance(shape, list) and len(shape) == 2 else [None]
+    sizes += [state.get("blocksize"), *([state.get("nested_blocksize")] if nested else [])]
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        return False
+    offset = isinstance(state["nested_offset"], int | float) if nested else True
+    return offset and state.get("quant_type", "nf4") == "nf4" and isinstance(state.get("dtype"), str)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -157,6 +157,15 @@ def group_size_of(said: object, columns: int) -> int:
     return columns if said == -1 else said
 
 
+def names_in(said: object, key: str) -> list[str]:
+    """A list of module names in a config, or nothing. Raises QtoolError for what is neither."""
+    if said is None:
+        return []
+    if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+        raise QtoolError(f"quantization_config: {key} is no list of names.")
+    return said
+
+
 def ordered_groups(columns: int, group_size: int) -> torch.Tensor:
     """``i // group_size`` for every column: int64 ``[columns]``."""
     return torch.arange(columns) // group_size

@@ -16,18 +16,32 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert import packing
-from qtool.convert.codes import Codes, UniformCodes, group_size_of, ordered_groups
+from qtool.convert.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
 
 MARK = "weight_packed"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 POSITIVE: tuple[str, ...] = ("weight_scale",)
 BY_ROW = True
 FORMAT = "pack-quantized"
+KEYS = frozenset({"quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme"})
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """Names and patterns (`re:…`) of modules that stay unquantized. Raises QtoolError for a scheme that qtool does not
+    read: activations, the cache or other modules than all linears."""
+    (group,) = _groups(section).values()
+    if group.get("targets") != ["Linear"]:
+        raise QtoolError(f"quantization_config: targets is {group.get('targets')!r}; qtool reads ['Linear'].")
+    others = [key for key in ("input_activations", "output_activations") if group.get(key) is not None]
+    if section.get("kv_cache_scheme") is not None or others:
+        raise QtoolError("quantization_config: quantizes activations or the cache too; qtool reads weights only.")
+    return names_in(section.get("ignore"), "ignore")
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """bits, group_size, sym."""
-    scheme = _scheme(section) if len(section.get("config_groups") or {}) == 1 else {}
+    groups = section.get("config_groups")
+    scheme = _scheme(section) if isinstance(groups, dict) and len(groups) == 1 else {}
     size = -1 if scheme.get("strategy") == "channel" else scheme.get("group_size")
     return {"bits": scheme.get("num_bits"), "group_size": size, "sym": scheme.get("symmetric")}
 
@@ -86,7 +100,10 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
 
 def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
     """``(out, in)``."""
-    out, columns = tensor("weight_shape").tolist()
+    said = tensor("weight_shape")
+    if said.dtype != torch.int64 or said.shape != (2,) or not bool((said > 0).all()):
+        raise QtoolError("weight_shape is not two whole numbers above 0")
+    out, columns = said.tolist()
     return out, columns
 
 
@@ -114,12 +131,18 @@ def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool) -
 
 def _scheme(section: Mapping[str, Any]) -> dict[str, Any]:
     """The weights' arguments of the only group."""
-    groups = section.get("config_groups") or {}
-    if len(groups) != 1:
-        raise QtoolError(f"quantization_config: {len(groups)} config_groups; qtool reads files with one.")
-    (group,) = groups.values()
+    (group,) = _groups(section).values()
     scheme: dict[str, Any] = group.get("weights") or {}
+    if not isinstance(scheme, dict) or scheme.get("type", "int") != "int" or scheme.get("dynamic"):
+        raise QtoolError("quantization_config: weights is no scheme of static integers, which is what qtool reads.")
     return scheme
+
+
+def _groups(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    groups = section.get("config_groups") or {}
+    if not isinstance(groups, dict) or len(groups) != 1 or not all(isinstance(g, dict) for g in groups.values()):
+        raise QtoolError(f"quantization_config: {len(groups)} config_groups; qtool reads files with one.")
+    return groups
 
 
 def _bits(section: Mapping[str, Any]) -> int:

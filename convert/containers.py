@@ -33,6 +33,12 @@ class Container(Protocol):
     BY_ROW: bool
     """Whether a scale belongs to columns of one row, so that the group size must divide them."""
 
+    KEYS: frozenset[str]
+    """What the section says: a key beside these makes some loader read the tensors in another way."""
+
+    def skipped(self, section: Section) -> list[str]:
+        """Names and patterns of the modules that loaders told by this section leave unquantized."""
+
     def geometry(self, section: Section) -> dict[str, Any]:
         """What the section says of all linears, under the names recipes use (``group_size``, ``bits``, ``sym`` …); None
         where it says nothing."""
@@ -95,9 +101,11 @@ class Linears:
         try:
             codes = self.container.unpack(tensors, self.section)
             check_codes(codes)
+        except QtoolError as error:
+            raise QtoolError(f"{self.checkpoint.path}: {linear}: {error.message}") from error
         except KeyError as error:
             raise QtoolError(f"{self.checkpoint.path}: {linear} lacks {error}, or config.json does.") from error
-        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's word for shapes that do not fit
+        except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # the last two: torch's
             raise QtoolError(f"{self.checkpoint.path}: {linear} does not fit its config.json ({error}).") from error
         return codes
 

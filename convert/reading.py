@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -101,17 +102,41 @@ def decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
-    """A JSON object from a file; QtoolError naming the file when it is missing or is not one."""
+def read_json(path: Path, limit: int = CONFIG_LIMIT, strict: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; QtoolError naming the file when it is missing or is not one. ``strict``: as
+    `strict_json` reads it."""
     if not os.path.lexists(path):
         raise QtoolError(f"{path}: no such file. Is this a model folder?")
     try:
-        data = json.loads(read_text(path, limit))
+        text = read_text(path, limit)
+        data = strict_json(text) if strict else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise QtoolError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise QtoolError(f"{path}: expected a JSON object.")
     return data
+
+
+def strict_json(text: str) -> Any:
+    """JSON in which every reader sees the same: no key twice, no NaN, no Infinity, no number beyond a float's range.
+    Raises ValueError saying which."""
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return value
 
 
 def leaves_folder(folder: Path, path: Path) -> bool:

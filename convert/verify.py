@@ -3,29 +3,25 @@ source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from qtool import QtoolError
 from qtool.convert import autogptq, runtimes
-from qtool.convert.artifact import EXTRAS, MANIFEST, QUANTIZE_CONFIG, Artifact, Manifest
-from qtool.convert.checkpoint import Checkpoint, TensorInfo
-from qtool.convert.gguf_file import GgufFile
-from qtool.convert.gguf_metadata import required_keys
-from qtool.convert.gguf_names import ROPE_FREQS
-from qtool.convert.gguf_types import is_70b, tensor_types
+from qtool.convert.artifact import PARTIAL, QUANTIZE_CONFIG, Artifact, refuse_unfinished
+from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.implied import implied
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import read_json
-from qtool.convert.source import sha256_file
-from qtool.convert.writer import Spec
+from qtool.convert.verify_config import check_config, check_ledger, check_share, stored_shapes
+from qtool.convert.verify_files import MISSING, check_files, unfit
+from qtool.convert.verify_source import AGAINST_SOURCE, check_against_source, open_source
+from qtool.convert.verify_tensors import check_gguf, check_tensors
 
 Status = Literal["pass", "fail", "not made"]
-AGAINST_SOURCE = "error against the source"
-FROBENIUS_TOLERANCE = 1e-3  # relative; float32 sums in another order move the sixth digit
 
 
 @dataclass(frozen=True)
@@ -67,112 +63,52 @@ class Verification:
 
 
 def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
-    """Run every check that can be made. Raises QtoolError when the folder cannot be opened at all."""
-    artifact = Artifact.open(path)
-    if artifact.manifest is None:
+    """Run every check that can be made. Raises QtoolError when ``path`` is no artifact, or ``source`` no source."""
+    if path.is_dir() and not (path / MANIFEST).exists() and not path.name.endswith(PARTIAL):
         raise QtoolError(f"{path}: no {MANIFEST}; only artifacts written by qtool can be verified.")
+    refuse_unfinished(path)
+    manifest = read_manifest(path)
+    original = None if source is None else open_source(path, source)
     result = Verification(path)
     progress("files")
-    result.add(*check_files(path, artifact.manifest))
-    progress("tensors")
-    with result.guarded("tensors"):
-        result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
-    with result.guarded("loading rules"):
-        check_runtimes(artifact, result)
-    if source is None:
+    result.add(*check_files(path, manifest))
+    if dangers := [fault for fault in unfit(path, manifest).values() if not fault.endswith(MISSING)]:
+        result.checks.append(Check("tensors", "not made", f"{dangers[0]}: nothing is read from this folder"))
+        return result
+    with result.guarded("weights"):
+        check_weights(Artifact.open(path), original, result, progress)
+    if original is None:
         result.checks.append(Check(AGAINST_SOURCE, "not made", "no --source given"))
-    else:
-        progress(AGAINST_SOURCE)
-        original = Checkpoint.open(source)
-        with result.guarded(AGAINST_SOURCE):
-            result.add(*check_against_source(artifact, original))
     return result
 
 
-def check_files(path: Path, manifest: Manifest) -> tuple[str, list[str], str]:
-    """Every file of the manifest is there with its sha256, and no weight file besides."""
-    reasons = []
-    for name, entry in manifest.files.items():
-        file = path / name
-        if not file.exists():
-            reasons.append(f"{name} is missing")
-        elif file.stat().st_size != entry.bytes:
-            reasons.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
-        elif sha256_file(file) != entry.sha256:
-            reasons.append(f"{name} has changed (sha256)")
-    weights = {file.name for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)}
-    strangers = weights - set(manifest.files)
-    reasons += [f"{name} is not in the manifest" for name in sorted(strangers)]
-    return "files and sha256", reasons, f"{len(manifest.files)} files as written"
+def check_weights(
+    artifact: Artifact, source: Checkpoint | None, result: Verification, progress: Callable[[str], None]
+) -> None:
+    """Every check that opens the tensors; one that breaks off does not keep the next from being made."""
+    progress("tensors")
+    with result.guarded("tensors"):
+        result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
+    with result.guarded("config.json"):
+        check_model(artifact, result)
+    with result.guarded("error ledger"):
+        result.add(*check_ledger(artifact))
+    with result.guarded("loading rules"):
+        check_runtimes(artifact, result)
+    if source is not None:
+        progress(AGAINST_SOURCE)
+        with result.guarded(AGAINST_SOURCE):
+            result.add(*check_against_source(artifact, source))
 
 
-def check_tensors(artifact: Artifact) -> tuple[str, list[str], str]:
-    """Every linear of the manifest unpacks to its shape with finite, positive scales; every other tensor is finite."""
-    assert artifact.manifest is not None
-    packed, tensors = artifact.packed, artifact.checkpoint.tensors
-    try:
-        linears = packed.names()
-    except QtoolError as error:
-        return "tensors", [f"config.json: {error.message}"], ""
-    reasons = [f"{name} is missing" for name in sorted(set(artifact.manifest.ledger) - set(linears))]
-    made = artifact.manifest.output
-    for key, said in packed.container.geometry(packed.section).items():
-        if key in made and said != made[key]:
-            reasons.append(f"config.json says {key} {said}, the artifact was made with {made[key]}")
-    for name, info in tensors.items():
-        if info.dtype.is_floating_point and not bool(artifact.checkpoint.tensor(name).isfinite().all()):
-            reasons.append(f"{name} holds NaN or Inf")
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(made.get("dtype")), torch.float32)
-    for linear in linears:
-        try:
-            expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
-        except (KeyError, ValueError, TypeError, QtoolError) as error:
-            reasons.append(f"{linear} cannot be read: {error}")
-            continue
-        reasons += _misfits(linear, expected, tensors)
-        for suffix in packed.container.POSITIVE:
-            name = f"{linear}.{suffix}"
-            if name in tensors and not bool((artifact.checkpoint.tensor(name) > 0).all()):
-                reasons.append(f"{name} holds zeros or negative numbers")
-    count = len(tensors)
-    return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
-
-
-def check_gguf(artifact: Artifact) -> tuple[str, list[str], str]:
-    """Every tensor that the linears of the manifest imply, with the type of llama.cpp's rule and finite; the keys that
-    llama.cpp cannot do without."""
-    assert artifact.manifest is not None
-    assert isinstance(artifact.weights, GgufFile)
-    file, config = artifact.weights, artifact.config
-    wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {"model.embed_tokens.weight"}
-    reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
-    shapes = {name: shape for name, (_, shape) in file.layout.items()}
-    made = artifact.manifest.output["type"]
-    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_70b(config)).items():
-        found = file.layout[name][0]
-        if name != ROPE_FREQS and found != typed.type:
-            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
-        elif not bool(file.blocks(name).dequantize().isfinite().all()):
-            reasons.append(f"{name} holds NaN or Inf")
-    architecture = file.metadata("general.architecture")
-    reasons += [f"the key {key} is missing" for key in required_keys(str(architecture)) if file.metadata(key) is None]
-    tokens = file.metadata("tokenizer.ggml.tokens")
-    tokens = tokens if isinstance(tokens, list) else []
-    rows = shapes.get("token_embd.weight", (len(tokens),))[0]
-    if len(tokens) != rows:
-        reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")
-    return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
-
-
-def _misfits(linear: str, expected: Mapping[str, Spec], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    for suffix, (dtype, shape) in expected.items():
-        found = tensors.get(f"{linear}.{suffix}")
-        if found is None:
-            yield f"{linear}.{suffix} is missing"
-        elif found.shape != shape:
-            yield f"{linear}.{suffix} has shape {list(found.shape)}, expected {list(shape)}"
-        elif found.dtype != dtype:
-            yield f"{linear}.{suffix} is {found.dtype}, expected {dtype}"
+def check_model(artifact: Artifact, result: Verification) -> None:
+    """What config.json implies, and how much of it is quantized."""
+    shapes = stored_shapes(artifact)
+    model = implied(artifact.path, artifact.config, shapes)
+    result.add(*check_config(artifact, shapes, model))
+    share = check_share(artifact, shapes, model)
+    if share is not None:
+        result.add(*share)
 
 
 def subject_of(artifact: Artifact) -> runtimes.Subject:
@@ -203,39 +139,3 @@ def check_runtimes(artifact: Artifact, result: Verification) -> None:
         for tp in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (1,):
             label = f"{rule.runtime} {rule.version}: {rule.name}" + (f", TP {tp}" if rule.tensor_parallel else "")
             result.add(label, list(rule.broken(subject, tp)), "loads by the rules", required=rule.required)
-
-
-def check_against_source(artifact: Artifact, source: Checkpoint) -> tuple[str, list[str], str]:
-    """Each linear's |W - Ŵ| / |W| with fold scales undone, against the figure the manifest recorded when it was
-    made."""
-    assert artifact.manifest is not None
-    folder = artifact.path / EXTRAS
-    scales = Checkpoint.open(folder) if folder.exists() else None  # nothing was folded where there is none
-    reasons = []
-    for linear, record in artifact.manifest.ledger.items():
-        info, quantized = source.tensors.get(f"{linear}.weight"), artifact.codes(linear).dequantize()
-        if info is None or info.shape != quantized.shape:
-            found = "no such tensor" if info is None else f"{list(info.shape)}"
-            reasons.append(f"{linear} is {list(quantized.shape)} here and {found} there: not its source")
-            continue
-        weight = source.tensor(f"{linear}.weight").float()
-        error = relative_frobenius(weight, quantized, _scales_of(scales, linear))
-        if not abs(error - record["frobenius"]) <= FROBENIUS_TOLERANCE * max(record["frobenius"], 1e-6):
-            reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {record['frobenius']:.4g}")
-    return AGAINST_SOURCE, reasons, f"{len(artifact.manifest.ledger)} linears as recorded"
-
-
-def relative_frobenius(
-    weight: torch.Tensor, quantized: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None
-) -> float:
-    """``|W - Ŵ| / |W|`` in the source's own scaling: Ŵ's columns divided by, its rows multiplied by the fold scales."""
-    if scales is not None:
-        columns, rows = scales
-        quantized = quantized / columns * rows.unsqueeze(1)
-    return float((quantized - weight).norm() / weight.norm().clamp_min(1e-30))
-
-
-def _scales_of(scales: Checkpoint | None, linear: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if scales is None or f"{linear}.columns" not in scales.tensors:
-        return None
-    return scales.tensor(f"{linear}.columns"), scales.tensor(f"{linear}.rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from qtool import QtoolError
 from qtool.baseline import Baseline, measured
 from qtool.compare import Change, compare
+from qtool.convert.artifact import MANIFEST, read_manifest
+from qtool.convert.verify_files import check_files
 from qtool.evaluate.regression import Result
 from qtool.gates import GateResult, judge
 from qtool.markup import spelt
@@ -19,7 +22,7 @@ from qtool.record import RunRecord
 def check_run(run: RunRecord, gates: Sequence[GateSection], baseline: Baseline | None) -> list[GateResult]:
     """Verification of each artifact, every gate, and every measurement of the baseline. Raises QtoolError when the
     baseline's scores must not be paired with this run's."""
-    results = [_verified(name, run) for name in run.checks]
+    results = [_verified(name, run) for name in run.lock.artifacts]
     results += judge(gates, run.manifests, run.sizes["source"][1], run.scores)
     if baseline is not None:
         results += _against(run, baseline)
@@ -27,9 +30,31 @@ def check_run(run: RunRecord, gates: Sequence[GateSection], baseline: Baseline |
 
 
 def _verified(name: str, run: RunRecord) -> GateResult:
-    broken = [f"{c.name}: {c.detail}" for c in run.checks[name].checks if c.required and c.status == "fail"]
-    reason = "; ".join(broken) or "files, tensors and required rules hold, as the run found them"
-    return GateResult(name, "verified", "fail" if broken else "pass", reason, "fail")
+    checks = run.checks[name].checks if name in run.checks else []
+    broken = [f"{c.name}: {c.detail}" for c in checks if c.required and c.status == "fail"]
+    if not any(c.required and c.status == "pass" for c in checks):
+        broken.append("the run holds no checks of it")
+    now, reason = _now(name, run)
+    reason = "; ".join([*broken, *now]) or f"files, tensors and required rules held in the run; {reason}"
+    return GateResult(name, "verified", "fail" if broken or now else "pass", reason, "fail")
+
+
+def _now(name: str, run: RunRecord) -> tuple[list[str], str]:
+    """(what is no longer as the run left it, what was looked at): the artifact's files by the manifest that the run
+    kept, where its folder is still there."""
+    entry, manifest = run.lock.artifacts[name], run.manifests[name]
+    folder = run.folder / entry.path
+    if not os.path.lexists(folder / MANIFEST):
+        return [], f"as stored: {os.path.relpath(folder)} is gone"
+    try:
+        there = read_manifest(folder)
+    except QtoolError as error:
+        return [error.message], ""
+    if there.key != manifest.key:
+        return [], f"as stored: {os.path.relpath(folder)} holds another artifact now"
+    _, reasons, _ = check_files(folder, manifest)
+    reasons += ["its manifest is not the one of the run"] if there != manifest else []
+    return [f"since the run: {reason}" for reason in reasons[:3]], f"the {len(manifest.files)} files are unchanged"
 
 
 def _against(run: RunRecord, baseline: Baseline) -> list[GateResult]:

@@ -20,7 +20,7 @@ from qtool.convert.durable import is_still, naming
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
 from qtool.convert.skeleton import build_skeleton
-from qtool.convert.verify import check_files
+from qtool.convert.verify_files import check_files
 from qtool.convert.writer import journal_key
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key, keys_by_threads, threads_matter

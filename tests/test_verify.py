@@ -92,6 +92,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 Q = "model.layers.1.mlp.up_proj"
+MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+LINEARS = [f"model.layers.{index}.{module}" for index in (0, 1) for module in MODULES]
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing file": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "one flipped bit": (
@@ -272,8 +274,8 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"ledger": {Q: {}}}, "error against the source: cannot be checked (KeyError: 'frobenius')"),
-        ({"ledger": {"model.layers.9.x": {"frobenius": 1.0}}}, "model.layers.9.x lacks 'qweight'"),
+        ({"ledger": {name: {} for name in LINEARS}}, f"the ledger has no error (frobenius) of {LINEARS[0]}"),
+        ({"ledger": {"model.layers.9.x": {"frobenius": 1.0}}}, "model.layers.9.x is missing"),
         ({"output": {"dtype": 7}}, "scales is torch.float16, expected torch.float32"),
     ],
 )
