@@ -107,6 +107,7 @@ def artifact_key(job: Job, method: Method, calibration: CalibrationSet) -> str:
         "source": job.source.commit,
         "calibration": calibration.digest if needs_calibration(method) else None,
         "output": method.model_dump(mode="json"),
+        "container": method.quantization_config(),
         "device": device_kind(job.device),
         "versions": versions(method),
     }
