@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ CONFIG = "config.json"
 @dataclass(frozen=True)
 class Headers:
     """``tensors``: as stored. ``gguf``: the .gguf file, where the folder holds one. ``assumed``: what was not found and
-    what was taken instead."""
+    what was taken instead. ``place``: the model as it was typed, for commands typed in the same folder, with its
+    ``revision`` on the Hub."""
 
     name: str
     config: Mapping[str, Any]
@@ -31,6 +33,8 @@ class Headers:
     tensors: Mapping[str, TensorInfo]
     gguf: Path | None = None
     assumed: tuple[str, ...] = ()
+    place: str = ""
+    revision: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -43,17 +47,21 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
     or is no model, exit 3 where the Hub cannot be reached."""
     if model in SHIPPED:
         package, folder = SHIPPED[model]
-        return _local(Path(str(files(package).joinpath(folder))), model)
+        shipped = Path(str(files(package).joinpath(folder)))
+        return replace(_local(shipped, model), place=str(shipped))
     path = Path(model).expanduser()
     if path.is_dir():
-        return _local(path, path.resolve().name)
+        return replace(_local(path, path.resolve().name), place=str(path) if model.startswith("~") else model)
     if path.is_file():
+        if path.suffix == ".gguf":
+            return _gguf(path)
         if path.suffix != ".json":
-            raise QtoolError(f"{path}: name a model's folder, its config.json, a recipe (.yaml) or a Hub id.")
-        return _from_config(read_json(path), path.parent.name or path.stem, str(path))
+            raise QtoolError(f"{path}: name a model's folder, its config.json, a .gguf file beside one, a recipe (.yaml) or a Hub id.")
+        found = _from_config(read_json(path), path.parent.name or path.stem, str(path))
+        return replace(found, place=str(path.parent))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise QtoolError(f"{model}: no such folder or file, and not a Hub id (org/name).")
-    return _hub(model, revision)
+    return replace(_hub(model, revision), place=model, revision=revision)
 
 
 def _local(path: Path, name: str) -> Headers:
@@ -67,6 +75,19 @@ def _local(path: Path, name: str) -> Headers:
         geometry = read_geometry(config, where)
         return Headers(name, config, geometry, Checkpoint.open(path).tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)
+
+
+def _gguf(path: Path) -> Headers:
+    """One .gguf file, whose folder has the config.json that goes with it."""
+    if not (path.parent / CONFIG).is_file():
+        command = shlex.join(["llama-server", "-m", str(path)])
+        raise QtoolError(
+            f"{path}: its folder has no {CONFIG}, from which the model's shape is read. Put the source's there. To serve "
+            f"the file: {command}"
+        )
+    config = read_json(path.parent / CONFIG)
+    geometry = read_geometry(config, str(path.parent / CONFIG))
+    return Headers(path.parent.resolve().name, config, geometry, {}, path, geometry.assumed, str(path.parent))
 
 
 def _from_config(config: Mapping[str, Any], name: str, where: str) -> Headers:
