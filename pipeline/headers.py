@@ -56,7 +56,9 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
         if path.suffix == ".gguf":
             return _gguf(path)
         if path.suffix != ".json":
-            raise QtoolError(f"{path}: name a model's folder, its config.json, a .gguf file beside one, a recipe (.yaml) or a Hub id.")
+            raise QtoolError(
+                f"{path}: name a model's folder, its config.json, a .gguf file beside one, a recipe (.yaml), a Hub id."
+            )
         found = _from_config(read_json(path), path.parent.name or path.stem, str(path))
         return replace(found, place=str(path.parent))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -82,8 +84,8 @@ def _gguf(path: Path) -> Headers:
     if not (path.parent / CONFIG).is_file():
         command = shlex.join(["llama-server", "-m", str(path)])
         raise QtoolError(
-            f"{path}: its folder has no {CONFIG}, from which the model's shape is read. Put the source's there. To serve "
-            f"the file: {command}"
+            f"{path}: its folder has no {CONFIG}, from which the model's shape is read. Put the source's there. To "
+            f"serve the file: {command}"
         )
     config = read_json(path.parent / CONFIG)
     geometry = read_geometry(config, str(path.parent / CONFIG))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Greedy answers and best log-probabilities of models under vLLM; knows nothing of qtool, and runs in vLLM's environment.
+"""Greedy answers and best log-probabilities of models under vLLM, in vLLM's environment; knows nothing of qtool.
 
 usage: interop_vllm.py JOB.json OUT.jsonl
 
 JOB.json: ``{"models": [{"label", "path", "dtype"}], "prompts": [[token id]], "tokens": 32, "best": 5, "options": {}}``.
-A line of OUT.jsonl for each model, as soon as it is done: dtype, device and kernels used, and the answers; or ``error``,
-what vLLM says where it refuses. Before a model is tried its label goes into OUT.jsonl.trying, so that whoever started
-this can tell which model took the process down.
+A line of OUT.jsonl for each model, as soon as it is done: dtype, device and kernels used, and the answers; or
+``error``, what vLLM says where it refuses. Before a model is tried its label goes into OUT.jsonl.trying, so that
+whoever started this can tell which model took the process down.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def answer(job: dict[str, Any], model: dict[str, str]) -> dict[str, Any]:
         "answers": [
             {
                 "tokens": list(one.outputs[0].token_ids),
-                "best": [{str(t): found.logprob for t, found in step.items()} for step in one.outputs[0].logprobs or []],
+                "best": [{str(t): p.logprob for t, p in step.items()} for step in one.outputs[0].logprobs or []],
             }
             for one in made
         ],

@@ -1,4 +1,4 @@
-"""vLLM's rules against what vLLM 0.32 said when it was run (scripts/check_vllm.py), and what qtool's own configs say."""
+"""vLLM's rules against what vLLM 0.32 said when it was run (scripts/check_vllm.py)."""
 
 from __future__ import annotations
 
