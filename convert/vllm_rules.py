@@ -45,6 +45,14 @@ def plugin_of(config: Mapping[str, Any]) -> str | None:
     return PLUGIN if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes" else None
 
 
+def notes(section: Mapping[str, Any]) -> list[str]:
+    """What whoever makes an artifact with this quantization_config should hear of vLLM."""
+    config = {"quantization_config": section}
+    found = [f"vLLM does not load it: {reason}" for reason in refusals(config)]
+    plugin = plugin_of(config)
+    return [*found, f"vLLM loads it with {plugin} only ({INSTALL_PLUGIN}, in vLLM's environment)"] if plugin else found
+
+
 def dtype_flag(config: Mapping[str, Any]) -> str | None:
     """What must follow ``--dtype`` where config.json says a dtype that vLLM does not run the model in."""
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")

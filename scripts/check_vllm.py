@@ -3,10 +3,10 @@
 
 The outputs are made here, of the demo model or of --model; vLLM runs in an environment of its own (--python;
 docs/vllm.md says how to make one), knows nothing of qtool, and continues held-out prompts greedily. Its answers are
-then put to qtool's reference engine (the artifact's codes dequantized, float32): the mean difference of the log-probabilities of
-vLLM's five best tokens at every step, and how often both would choose the same token. An artifact with two linears of
-its first layer exchanged goes the same way: it must be told from the right one, or the comparison proves nothing. What
-vLLM loads and refuses must be what `qtool verify` says of it.
+then put to qtool's reference engine (the artifact's codes dequantized, float32): the mean difference of the
+log-probabilities of vLLM's five best tokens at every step, and how often both would choose the same token. An artifact
+with two linears of its first layer exchanged goes the same way: it must be told from the right one, or the comparison
+proves nothing. What vLLM loads and refuses must be what `qtool verify` says of it.
 
 Where vLLM is on another machine, --job writes the question alone; `interop_vllm.py JOB OUT` answers it there, and
 --answers reads OUT here.
@@ -106,7 +106,6 @@ def outputs(groups: Sequence[int]) -> list[dict[str, Any]]:
     packed = {"method": "gptq", "format": "compressed-tensors", "group_size": first}
     return [
         *({"method": "awq", "name": f"awq-g{size}", "group_size": size} for size in dict.fromkeys((first, last))),
-        {"method": "awq", "name": "awq-bf16", "group_size": first, "dtype": "bfloat16"},
         {"method": "gptq", "name": f"gptq-g{first}", "group_size": first},
         {"method": "gptq", "name": "gptq-rows", "group_size": -1},
         {"method": "gptq", "name": "gptq-act-order", "group_size": first, "desc_act": True},
@@ -117,7 +116,6 @@ def outputs(groups: Sequence[int]) -> list[dict[str, Any]]:
         {"method": "nf4", "name": "nf4-single", "double_quant": False},
         {"method": "gptq", "name": "gptq-asym", "group_size": first, "sym": False},
         {"method": "gptq", "name": "gptq-8bit", "group_size": first, "bits": 8},
-        packed | {"name": "ct-8bit", "bits": 8},
         {"method": "gguf", "name": "gguf", "type": "Q8_0", "imatrix": False},
     ]
 
@@ -131,11 +129,12 @@ def make_cases(model: str, groups: Sequence[int], work: Path) -> list[Case]:
     }  # fmt: skip
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "qtool", "run", str(file), "--runs", str(work / "runs")]
-    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
-        raise QtoolError(f"{' '.join(command)}: did not end well.")
     source = resolve(model)
     folders = {section["name"]: work / "artifacts" / f"{source.name}-{section['name']}" for section in sections}
+    if not all(folder.is_dir() for folder in folders.values()):
+        command = [sys.executable, "-P", "-m", "qtool", "run", str(file), "--runs", str(work / "runs")]
+        if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
+            raise QtoolError(f"{' '.join(command)}: did not end well.")
     both = ("float16", "bfloat16")
     cases = [Case("source", source.path, ("float32", *both), source.path)]
     cases += [Case(name, folder, both, folder) for name, folder in folders.items()]
@@ -347,7 +346,7 @@ def main() -> None:
     parser.add_argument("--llm", type=json.loads, default={}, metavar="JSON", help="more options of vllm.LLM")
     parser.add_argument("--job", type=Path, help="write the question here and stop")
     parser.add_argument("--answers", type=Path, help="answers that interop_vllm.py gave elsewhere")
-    parser.add_argument("--work", type=Path, help="keep artifacts, answers and vLLM's log in this folder")
+    parser.add_argument("--work", type=Path, help="keep outputs, answers and vLLM's log here; outputs that are there are taken")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between its marks")
     args = parser.parse_args()
     try:
