@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.vllm_rules import INSTALL_PLUGIN
 from qtool.evaluate import secrets
@@ -86,9 +88,10 @@ def load(path: Path, tokenizer: Any, context: int, trust_remote_code: bool = Fal
         from vllm import LLM
     except ImportError as error:
         raise _missing(error) from error
+    eager = not torch.cuda.is_available()  # on a CPU compiling takes minutes and a C++ compiler
     with _told(path), secrets.withheld():  # it starts processes
         llm = LLM(
-            model=str(path), max_model_len=context, enforce_eager=False, seed=0, trust_remote_code=trust_remote_code
+            model=str(path), max_model_len=context, enforce_eager=eager, seed=0, trust_remote_code=trust_remote_code
         )
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     return VllmEngine(llm, tokenizer, dtype, device_of(llm))

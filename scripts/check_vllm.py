@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--llm", type=json.loads, default={}, metavar="JSON", help="more options of vllm.LLM")
     parser.add_argument("--job", type=Path, help="write the question here and stop")
     parser.add_argument("--answers", type=Path, help="answers that interop_vllm.py gave elsewhere")
-    parser.add_argument("--work", type=Path, help="keep outputs, answers and vLLM's log here; outputs that are there are taken")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep all here; outputs that are there are taken")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between its marks")
     args = parser.parse_args()
     try:
