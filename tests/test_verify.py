@@ -422,3 +422,27 @@ def test_compressed_tensors_and_nf4_kernels() -> None:
     assert reasons(runtimes.NF4_RULES, "bitsandbytes", subject) == [
         "k_proj: out 1000 is not a multiple of 32", "k_proj: in 4128 is not a multiple of 64"
     ]  # fmt: skip
+
+
+def test_groups_of_scattered_columns_need_their_mark(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """Kernels that are told desc_act false do not look at g_idx."""
+    folder = Path(shutil.copytree(artifacts["gptq"], tmp_path / "copy"))
+    change_tensor(folder, f"{Q}.g_idx", lambda t: t.flip(0))
+    result = verify(folder)
+    assert not result.sound
+    assert f"{Q}: g_idx is not i // group_size, and desc_act is false" in failures(result)
+
+
+def test_an_old_file_with_desc_act_is_refused_by_vllms_rule(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """As qtool wrote act-order before 0.32 refused it: sound, but vLLM does not load it."""
+    folder = Path(shutil.copytree(artifacts["gptq"], tmp_path / "copy"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    edit_config(folder, desc_act=True)
+    edit_side(folder, desc_act=True)
+    renewed = json.loads((folder / MANIFEST).read_text())
+    edit_manifest(folder, files=renewed["files"], output=manifest["output"] | {"desc_act": True})
+    result = verify(folder)
+    assert result.sound
+    (check,) = [check for check in result.checks if check.name.startswith("vLLM")]
+    assert (check.name, check.status) == ("vLLM 0.32: loading", "fail")
+    assert "desc_act is true" in check.detail
