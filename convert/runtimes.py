@@ -166,9 +166,7 @@ GPTQ_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (GPTQConfig)", _gptq_keys, required=True),
     RuntimeRule("zero points", "GPTQModel", "7.6", "gptqmodel/utils/model.py", _gptq_zeros, required=True),
     RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _gptq_groups, required=True),
-    RuntimeRule(
-        "quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _gptq_side, required=True
-    ),
+    RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _gptq_side, required=True),
     _HEAD,
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _gptq_shapes, proof="run"),
     RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
