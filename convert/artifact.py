@@ -128,16 +128,17 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
 
 
 def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any; its dtype key follows
-    the stored tensors (None: the source's). GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for
-    it.
+    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any. ``dtype`` and
+    ``torch_dtype`` both say how the tensors are stored (None: what the source says): transformers 4 reads the second;
+    vLLM and transformers 5 follow the first where both stand. GPTQ's section also becomes quantize_config.json, where
+    AutoGPTQ looks for it.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """
     config = without_private_paths(read_config(source))
-    if dtype is not None:
-        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        config[key] = str(dtype).removeprefix("torch.")
+    said = config.get("dtype") or config.get("torch_dtype") if dtype is None else str(dtype).removeprefix("torch.")
+    if said:
+        config |= {"dtype": said, "torch_dtype": said}
     if quantization:
         config["quantization_config"] = dict(quantization)
     write_json(target / "config.json", config)

@@ -96,6 +96,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     )
 
 
+def scattered(g_idx: torch.Tensor, section: Mapping[str, Any]) -> bool:
+    """Whether some group's columns lie apart."""
+    columns = g_idx.shape[0]
+    return not torch.equal(g_idx.long(), ordered_groups(columns, group_size_of(section.get("group_size"), columns)))
+
+
 def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
     """``(out, in)``."""
     words, out = tensor("qweight").shape
@@ -113,15 +119,19 @@ def checkpoint_format(section: Mapping[str, Any]) -> str:
     return str(section.get("checkpoint_format") or section.get("format") or V1)
 
 
-def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool, damp_percent: float) -> dict[str, Any]:
-    """The section of config.json, which is also the whole of quantize_config.json."""
+def quantization_config(bits: int, group_size: int, sym: bool, damp_percent: float) -> dict[str, Any]:
+    """The section of config.json, which is also the whole of quantize_config.json.
+
+    ``desc_act`` tells readers that groups are of scattered columns, so that they need g_idx. Ours never are, in
+    whatever order the columns were rounded (static groups): g_idx is ``i // group_size``. vLLM refuses true.
+    """
     container = V1 if sym else V2  # version 1 cannot say "zero is 0" in a way that every reader understands
     return {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "sym": sym,
-        "desc_act": desc_act,
+        "desc_act": False,
         "damp_percent": damp_percent,
         "true_sequential": True,
         "static_groups": True,

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
-from qtool.convert.containers import container_of
+from qtool.convert import vllm_rules
+from qtool.convert.runtime_rule import RuntimeRule, Subject, heads, shards
+
+__all__ = ["RULES", "TENSOR_PARALLEL", "RuntimeRule", "Subject"]
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
-ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is split along OUT
 AWQ_KEYS = ("quant_method", "bits", "group_size", "zero_point", "version")
 GPTQ_KEYS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
-MARLIN_GROUPS = (-1, 32, 64, 128)
-NO_FLOAT16 = ("gemma2", "gemma3_text")  # model_type of what vLLM runs in bfloat16 alone (vllm/config/model.py)
+MARLIN_GROUPS = (-1, 32, 64, 128)  # of SGLang, which has vLLM's older Marlin
 QUANTIZED = (".qweight", ".weight_packed", ".weight.absmax")  # how the tensors of a quantized module end
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``; for GPTQ also each
-    linear's least and greatest zero point as decoded; the names of all tensors; quantize_config.json."""
-
-    config: dict[str, Any]
-    linears: dict[str, tuple[int, int]]
-    zeros: dict[str, tuple[int, int]] = field(default_factory=dict)
-    tensors: frozenset[str] = frozenset()
-    quantize_config: dict[str, Any] | None = None
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        section: dict[str, Any] = self.config.get("quantization_config") or {}
-        return section
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """bits, group_size, sym, as the container's config says them."""
-        return container_of(self.quantization).geometry(self.quantization)
-
-
-@dataclass(frozen=True)
-class RuntimeRule:
-    """``broken(subject, tp)`` yields a reason for every way the rule is broken at that tensor-parallel size. A
-    ``required`` rule tells a fault of the artifact; the others tell what a kernel does not take, a fact about the
-    model."""
-
-    name: str
-    runtime: str
-    version: str
-    source: str
-    broken: Callable[[Subject, int], Iterator[str]]
-    tensor_parallel: bool = False
-    required: bool = False
 
 
 def _awq_keys(subject: Subject, _: int) -> Iterator[str]:
@@ -65,15 +27,7 @@ def _awq_keys(subject: Subject, _: int) -> Iterator[str]:
 
 
 def _awq_shapes(subject: Subject, _: int) -> Iterator[str]:
-    yield from _shards(subject, 1, multiple_out=8, multiple_in=1)
-
-
-def _vllm_plain(subject: Subject, tp: int) -> Iterator[str]:
-    kind = subject.config.get("model_type")
-    if kind in NO_FLOAT16:
-        yield f"the kernel computes in float16, in which vLLM runs no {kind}"
-    yield from _heads(subject, tp)
-    yield from _shards(subject, tp, multiple_out=8, multiple_in=1)
+    yield from shards(subject, 1, multiple_out=8, multiple_in=1)
 
 
 def _awq_marlin(subject: Subject, tp: int) -> Iterator[str]:
@@ -85,8 +39,8 @@ def _awq_marlin(subject: Subject, tp: int) -> Iterator[str]:
 def _marlin(subject: Subject, tp: int) -> Iterator[str]:
     if subject.geometry["group_size"] not in MARLIN_GROUPS:
         yield f"group_size {subject.geometry['group_size']} is not one of -1, 32, 64, 128"
-    yield from _heads(subject, tp)
-    yield from _shards(subject, tp, multiple_out=64, multiple_in=128)
+    yield from heads(subject, tp)
+    yield from shards(subject, tp, multiple_out=64, multiple_in=128)
 
 
 def _symmetric_marlin(subject: Subject, tp: int) -> Iterator[str]:
@@ -94,12 +48,6 @@ def _symmetric_marlin(subject: Subject, tp: int) -> Iterator[str]:
         yield "the grid is asymmetric (sym: false); Marlin takes symmetric ones"
     if subject.geometry["bits"] not in (4, 8):
         yield f"bits is {subject.geometry['bits']}; Marlin takes 4 and 8"
-    yield from _marlin(subject, tp)
-
-
-def _compressed_marlin(subject: Subject, tp: int) -> Iterator[str]:
-    if not subject.geometry["sym"] and subject.geometry["bits"] != 4:
-        yield "the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
     yield from _marlin(subject, tp)
 
 
@@ -129,6 +77,13 @@ def _gptq_zeros(subject: Subject, _: int) -> Iterator[str]:
             yield f"{name}: a zero point of 0 cannot be told in version 1; write checkpoint_format 'gptq_v2'"
 
 
+def _gptq_groups(subject: Subject, _: int) -> Iterator[str]:
+    """``desc_act: false`` tells kernels that they need no g_idx: what it says is lost then."""
+    if not subject.quantization.get("desc_act"):
+        for name in sorted(subject.scattered):
+            yield f"{name}: g_idx is not i // group_size, and desc_act is false"
+
+
 def _gptq_side(subject: Subject, _: int) -> Iterator[str]:
     side = subject.quantize_config
     if side is None:
@@ -142,11 +97,11 @@ def _gptq_side(subject: Subject, _: int) -> Iterator[str]:
 def _autogptq(subject: Subject, _: int) -> Iterator[str]:
     if subject.quantization.get("checkpoint_format") != "gptq":
         yield "it reads version 1 only (checkpoint_format: gptq)"
-    yield from _shards(subject, 1, multiple_out=32, multiple_in=32)
+    yield from shards(subject, 1, multiple_out=32, multiple_in=32)
 
 
 def _gptq_shapes(subject: Subject, _: int) -> Iterator[str]:
-    yield from _shards(subject, 1, multiple_out=8, multiple_in=8)
+    yield from shards(subject, 1, multiple_out=8, multiple_in=8)
 
 
 def _compressed_keys(subject: Subject, _: int) -> Iterator[str]:
@@ -179,7 +134,7 @@ def _nf4_keys(subject: Subject, _: int) -> Iterator[str]:
 
 
 def _nf4_shapes(subject: Subject, _: int) -> Iterator[str]:
-    yield from _shards(subject, 1, multiple_out=32, multiple_in=64)
+    yield from shards(subject, 1, multiple_out=32, multiple_in=64)
 
 
 def _head(subject: Subject, _: int) -> Iterator[str]:
@@ -196,90 +151,38 @@ def _head(subject: Subject, _: int) -> Iterator[str]:
         yield "lm_head.weight is missing, and tie_word_embeddings is false"
 
 
-def _heads(subject: Subject, tp: int) -> Iterator[str]:
-    heads = subject.config.get("num_attention_heads", tp)
-    kv = subject.config.get("num_key_value_heads", heads)
-    if heads % tp:
-        yield f"{heads} attention heads do not split over {tp} cards"
-    elif kv % tp and tp % kv:
-        yield f"{kv} key/value heads neither split over nor repeat on {tp} cards"
-
-
-def _shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> Iterator[str]:
-    """One reason for each kind of linear (all layers have the same shapes) whose shard breaks a multiple."""
-    group = int(subject.geometry.get("group_size") or 0)
-    seen: set[tuple[str, int, int]] = set()
-    for name, (out, columns) in subject.linears.items():
-        kind = name.rsplit(".", 1)[-1]
-        if (kind, out, columns) in seen:
-            continue
-        seen.add((kind, out, columns))
-        rows_split = kind not in ROW_PARALLEL
-        share = out if rows_split else columns
-        if share % tp:
-            yield f"{kind}: {share} does not split over {tp} cards"
-            continue
-        out, columns = (out // tp, columns) if rows_split else (out, columns // tp)
-        if out % multiple_out:
-            yield f"{kind}: out {out} is not a multiple of {multiple_out}"
-        if columns % multiple_in:
-            yield f"{kind}: in {columns} is not a multiple of {multiple_in}"
-        if group > 0 and columns % group:
-            yield f"{kind}: in {columns} is not a multiple of the group size {group}"
-
-
 _TRANSFORMERS = "transformers/utils/quantization_config.py"
 _QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
-_VLLM = "vllm/model_executor/layers/quantization"
+_SGLANG = "sglang/srt/layers/quantization"
 _HEAD = RuntimeRule("embeddings and head", "all", "loaders", "tie_word_embeddings in config.json", _head, required=True)
 AWQ_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (AwqConfig)", _awq_keys, required=True),
     _HEAD,
-    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _awq_shapes),
-    RuntimeRule("plain kernel", "vLLM", "0.33", f"{_VLLM}/awq.py", _vllm_plain, tensor_parallel=True),
-    RuntimeRule(
-        "Marlin kernel",
-        "vLLM",
-        "0.33",
-        f"{_VLLM}/awq_marlin.py, utils/marlin_utils.py",
-        _awq_marlin,
-        tensor_parallel=True,
-    ),
-    RuntimeRule(
-        "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/awq.py", _awq_marlin, tensor_parallel=True
-    ),
+    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _awq_shapes, proof="run"),
+    *vllm_rules.AWQ,
+    RuntimeRule("Marlin kernel", "SGLang", "0.5", f"{_SGLANG}/awq.py", _awq_marlin, tensor_parallel=True),
 )
 GPTQ_RULES = (
-    RuntimeRule("keys", "transformers, vLLM", "5.23, 0.33", f"{_TRANSFORMERS} (GPTQConfig)", _gptq_keys, required=True),
+    RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (GPTQConfig)", _gptq_keys, required=True),
     RuntimeRule("zero points", "GPTQModel", "7.6", "gptqmodel/utils/model.py", _gptq_zeros, required=True),
-    RuntimeRule(
-        "quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _gptq_side, required=True
-    ),
+    RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _gptq_groups, required=True),
+    RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _gptq_side, required=True),
     _HEAD,
-    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _gptq_shapes),
+    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", _QLINEAR, _gptq_shapes, proof="run"),
     RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
-    RuntimeRule(
-        "Marlin kernel", "vLLM", "0.33", f"{_VLLM}/gptq_marlin.py, utils/marlin_utils.py", _symmetric_marlin,
-        tensor_parallel=True,
-    ),
-    RuntimeRule(
-        "Marlin kernel", "SGLang", "0.5", "sglang/srt/layers/quantization/gptq.py", _symmetric_marlin,
-        tensor_parallel=True,
-    ),
-)  # fmt: skip
+    *vllm_rules.GPTQ,
+    RuntimeRule("Marlin kernel", "SGLang", "0.5", f"{_SGLANG}/gptq.py", _symmetric_marlin, tensor_parallel=True),
+)
 COMPRESSED_RULES = (
     RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _compressed_keys, required=True),
     _HEAD,
-    RuntimeRule(
-        "Marlin kernel", "vLLM", "0.33", f"{_VLLM}/compressed_tensors/schemes/compressed_tensors_wNa16.py",
-        _compressed_marlin,
-        tensor_parallel=True,
-    ),
-)  # fmt: skip
+    *vllm_rules.COMPRESSED,
+)
 NF4_RULES = (
     RuntimeRule("keys", "transformers", "5.23", f"{_TRANSFORMERS} (BitsAndBytesConfig)", _nf4_keys, required=True),
     _HEAD,
     RuntimeRule("CPU and GEMV kernels", "bitsandbytes", "0.50.2", "bitsandbytes/functional.py", _nf4_shapes),
+    *vllm_rules.NF4,
 )
 RULES = {
     "awq": AWQ_RULES,

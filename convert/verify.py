@@ -114,19 +114,23 @@ def check_model(artifact: Artifact, result: Verification) -> None:
 def subject_of(artifact: Artifact) -> runtimes.Subject:
     """What the loading rules look at."""
     packed, checkpoint = artifact.packed, artifact.checkpoint
-    shapes, zeros = {}, {}
+    shapes, zeros, scattered = {}, {}, set()
     for linear in packed.names():
         try:
             shapes[linear] = packed.shape(linear)
             if packed.section["quant_method"] == "gptq":
                 low, high = autogptq.zero_points(checkpoint.tensor(f"{linear}.qzeros"), packed.section).aminmax()
                 zeros[linear] = (int(low), int(high))
+                g_idx = f"{linear}.g_idx"
+                if g_idx in checkpoint.tensors and autogptq.scattered(checkpoint.tensor(g_idx), packed.section):
+                    scattered.add(linear)
         except (QtoolError, ValueError):
             continue  # named by the check of the tensors
     side = artifact.path / QUANTIZE_CONFIG
     return runtimes.Subject(
-        artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None
-    )
+        artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
+        frozenset(scattered),
+    )  # fmt: skip
 
 
 def check_runtimes(artifact: Artifact, result: Verification) -> None:
@@ -136,6 +140,8 @@ def check_runtimes(artifact: Artifact, result: Verification) -> None:
         return  # the check of the tensors has said so
     subject = subject_of(artifact)
     for rule in rules:
+        if not rule.applies(subject):
+            continue
         for tp in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (1,):
             label = f"{rule.runtime} {rule.version}: {rule.name}" + (f", TP {tp}" if rule.tensor_parallel else "")
-            result.add(label, list(rule.broken(subject, tp)), "loads by the rules", required=rule.required)
+            result.add(label, list(rule.broken(subject, tp)), rule.passed, required=rule.required)

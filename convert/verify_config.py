@@ -126,7 +126,7 @@ def check_ledger(artifact: Artifact) -> Result:
 def _sizes(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
     weights = artifact.weights
     if isinstance(weights, GgufFile):
-        nbytes = sum(int(tensor.n_bytes) for tensor in weights.tensors.values())
+        nbytes = sum(int(tensor.nbytes) for tensor in weights.tensors.values())
     else:
         nbytes = sum(info.nbytes for info in weights.tensors.values())
     if manifest.tensor_bytes != nbytes:

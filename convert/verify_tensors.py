@@ -36,6 +36,8 @@ def check_tensors(artifact: Artifact) -> Result:
     reasons = [f"{name} is missing" for name in sorted(set(artifact.manifest.ledger) - set(linears))]
     made = artifact.manifest.output
     for key, said in packed.container.geometry(packed.section).items():
+        if key == "desc_act" and said is False:
+            continue  # what the recipe calls desc_act is an order of rounding; the groups are of neighbouring columns
         if key in made and said != made[key]:
             reasons.append(f"config.json says {key} {said}, the artifact was made with {made[key]}")
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)

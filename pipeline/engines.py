@@ -21,7 +21,7 @@ PACKAGES = {
     "reference": ("torch", "transformers"),
     "transformers": ("torch", "transformers", "gptqmodel", "bitsandbytes", "compressed-tensors"),
     "llama.cpp": ("xllamacpp",),
-    "vllm": ("vllm", "torch", "transformers"),
+    "vllm": vllm.PACKAGES,
 }
 
 
@@ -34,12 +34,21 @@ def settings_of(section: EvaluateSection, device: torch.device, style: str) -> S
         assert section.base_url is not None
         models = list(section.models.values())
         version, dtype = served.connect(section.base_url, models[0] if models else None).version, "as served"
-    places = {"openai": "server", "llama.cpp": "cpu", "vllm": "cuda"}
+    places = {"openai": "server", "llama.cpp": "cpu", "vllm": "as built"}
     return Settings(
         engine=section.engine, version=version, dtype=dtype, device=places.get(section.engine, device.type),
         prompt=style, max_new_tokens=section.max_new_tokens, temperature=section.temperature, top_p=section.top_p,
         seed=section.seed if section.temperature > 0 else None,
     )  # fmt: skip
+
+
+def settings_for(settings: Settings, subject: Subject, trusted: bool) -> Settings:
+    """``settings`` with the device and the dtype in which vLLM runs this model: it takes each in its own. Raises
+    QtoolError where vLLM is not here or refuses the model."""
+    if settings.engine != "vllm" or subject.path is None:
+        return settings
+    device, dtype = vllm.used(subject.path, trusted)
+    return settings.model_copy(update={"device": device, "dtype": dtype})
 
 
 @contextmanager
@@ -65,7 +74,9 @@ def open_engine(
     elif section.engine == "transformers":
         yield TorchEngine("transformers", load_native(subject.path, device, trusted), tokenizer)
     else:
-        yield vllm.load(subject.path, tokenizer, _context(prompts, tokenizer, section.max_new_tokens), trusted)
+        context = _context(prompts, tokenizer, section.max_new_tokens)
+        with vllm.open_engine(subject.path, tokenizer, context, trusted) as engine:
+            yield engine
 
 
 def served_name(section: EvaluateSection, subject: Subject) -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 @dataclass(frozen=True)
 class Headers:
     """``tensors``: as stored. ``gguf``: the .gguf file, where the folder holds one. ``assumed``: what was not found and
-    what was taken instead."""
+    what was taken instead. ``place``: the model as it was typed, for commands typed in the same folder, with its
+    ``revision`` on the Hub."""
 
     name: str
     config: Mapping[str, Any]
@@ -33,6 +35,8 @@ class Headers:
     tensors: Mapping[str, TensorInfo]
     gguf: Path | None = None
     assumed: tuple[str, ...] = ()
+    place: str = ""
+    revision: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -45,18 +49,23 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
     or is no model, exit 3 where the Hub cannot be reached."""
     if model in SHIPPED:
         package, folder = SHIPPED[model]
-        return _local(Path(str(files(package).joinpath(folder))), model)
+        shipped = Path(str(files(package).joinpath(folder)))
+        return replace(_local(shipped, model), place=str(shipped))
     path = named(model)
     if os.path.isdir(path):  # False for a name that no file can have
-        return _local(path, name_of(path))
+        return replace(_local(path, name_of(path)), place=str(path) if model.startswith("~") else model)
     if os.path.exists(path):
+        if path.suffix == ".gguf":
+            return _gguf(path)
         if path.suffix != ".json":
-            raise QtoolError(f"{path}: name a model's folder, its config.json, a recipe (.yaml) or a Hub id.")
+            raise QtoolError(
+                f"{path}: name a model's folder, its config.json, a .gguf file beside one, a recipe (.yaml), a Hub id."
+            )
         config = check_config(read_json(path), str(path))
-        return _from_config(config, name_of(path.parent), str(path))
+        return replace(_from_config(config, name_of(path.parent), str(path)), place=str(path.parent))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise QtoolError(f"{shown(model)}: no such folder or file, and not a Hub id (org/name).")
-    return _hub(model, revision)
+    return replace(_hub(model, revision), place=model, revision=revision)
 
 
 def _local(path: Path, name: str) -> Headers:
@@ -76,6 +85,19 @@ def _local(path: Path, name: str) -> Headers:
         check_folder(path)
         return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)
+
+
+def _gguf(path: Path) -> Headers:
+    """One .gguf file, whose folder has the config.json that goes with it."""
+    if not (path.parent / CONFIG).is_file():
+        command = shlex.join(["llama-server", "-m", str(path)])
+        raise QtoolError(
+            f"{path}: its folder has no {CONFIG}, from which the model's shape is read. Put the source's there. To "
+            f"serve the file: {command}"
+        )
+    config = read_json(path.parent / CONFIG)
+    geometry = read_geometry(config, str(path.parent / CONFIG))
+    return Headers(path.parent.resolve().name, config, geometry, {}, path, geometry.assumed, str(path.parent))
 
 
 def _from_config(config: Mapping[str, Any], name: str, where: str) -> Headers:

@@ -173,6 +173,7 @@ def keys_by_threads(job: Job, method: Method, calibration: CalibrationSet, threa
         "source": job.source.commit,
         "calibration": calibration.digest if needs_calibration(method) else None,
         "output": method.model_dump(mode="json"),
+        "container": method.quantization_config(),
         "device": device_kind(job.device),
         "versions": versions(method),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 import urllib.error
@@ -14,6 +15,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.evaluate import secrets, served
+from qtool.evaluate import vllm as engine
 from qtool.measure import OutOfMemory, Reading
 
 TIMEOUT = 1800.0  # seconds without a byte
@@ -95,26 +97,28 @@ class Transformers:
 
 
 class Vllm:
-    """vLLM in this process (offline), as many sequences as asked for at once.
-
-    Written against vLLM's documented `LLM.generate`; no test of ours has run vLLM itself.
-    """
+    """vLLM's offline engine, as many sequences as asked for at once; on a CPU in this process, whose memory is counted.
+    Run with vLLM 0.32 on a CPU."""
 
     def __init__(self, path: Path, context: int, sequences: int, vocabulary: int) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra of its own
         except ImportError as error:
-            raise QtoolError("engine vllm: vLLM is not installed here. Run: pip install vllm", 3) from error
+            raise QtoolError(f"engine vllm: vLLM is not installed here. Run: {engine.INSTALL}", 3) from error
         self.parameters: Any = vllm.SamplingParams
         try:
             with secrets.withheld():  # it starts processes
                 self.llm: Any = vllm.LLM(
                     model=str(path), max_model_len=context, max_num_seqs=sequences, enable_prefix_caching=False
                 )
-        except (RuntimeError, ValueError) as error:
-            if "memory" in str(error).lower():
-                raise QtoolError(f"{path}: vLLM has no room for {context} tokens: {error}", exit_code=3) from error
-            raise QtoolError(f"{path}: vLLM cannot load it: {error}", exit_code=3) from error
+        except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError) as error:
+            why = engine.cause(error)
+            what = f"has no room for {context} tokens" if "memory" in why.lower() else "cannot load it"
+            raise QtoolError(f"{path}: vLLM {what}: {why}.", exit_code=3) from error
         self.vocabulary = vocabulary
         self.random = random.Random(0)
 

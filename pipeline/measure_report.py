@@ -17,7 +17,8 @@ from qtool.tables import rate_text
 def print_rows(rows: Sequence[Row]) -> None:
     """Speeds, memory and cost, then every row that was not believed or not run, with why."""
     for cells in (_speeds, _costs):
-        console.print(_table([_name(row) | cells(row) for row in rows]))
+        if any(cells(row) for row in rows) or cells is _speeds:
+            console.print(_table([_name(row) | cells(row) for row in rows]))
     for row in rows:
         if row.why:
             text = f"{row.context:,} x {row.sequences}: {row.status}: {row.why}"

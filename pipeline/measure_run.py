@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from qtool.convert.source import resolve
 from qtool.engines import PACKAGES
 from qtool.evaluate.engines import package_versions
 from qtool.evaluate.secrets import for_child
+from qtool.evaluate.served import connect
 from qtool.formats import artifact_weights, weights_of
 from qtool.headers import Headers, read_headers
 from qtool.measure import Engine, Row, measure
@@ -36,7 +38,7 @@ from qtool.subjects import Subject
 @dataclass(frozen=True)
 class Asked:
     """``model``: a folder, a shipped name, or a server's URL, whose ``shape`` is then told by a folder or config.json
-    (None: nothing is predicted). ``name``: what the server calls its model."""
+    (None: nothing is predicted). ``name``: what the server calls its model (None: it has only one)."""
 
     model: str
     engine: str
@@ -48,7 +50,7 @@ class Asked:
     card: Accelerator | None
     price: float | None
     shape: str | None = None
-    name: str = "default"
+    name: str | None = None
     api_key: str | None = None
     trust_remote_code: bool = False
 
@@ -146,7 +148,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 def _machine(engine: str, device: str) -> str:
     found = llama_cpp_machine() if engine == "llama.cpp" else None
-    return found or machine_name("cpu" if engine == "llama.cpp" else "cuda" if engine == "vllm" else device)
+    return found or machine_name({"llama.cpp": "cpu", "vllm": "auto"}.get(engine, device))
 
 
 def _version(engine: str) -> str:
@@ -177,12 +179,23 @@ def _setting(headers: Headers, engine: str, card: Accelerator | None) -> Setting
     return Setting(headers.geometry, weights, named, card, 1, kv_dtype)
 
 
+def _only_model(url: str) -> str:
+    """As `qtool evaluate` takes it; a server that keeps no list of models takes any name. Raises QtoolError."""
+    try:
+        return connect(url, None).model
+    except QtoolError as error:
+        if isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (404, 405, 501):
+            return "default"
+        raise
+
+
 @contextmanager
 def _engine(asked: Asked, headers: Headers | None, url: bool) -> Iterator[Engine]:
     longest, most = max(asked.contexts) + asked.tokens, max(asked.batches)
     if url:
         vocabulary = headers.geometry.vocab if headers else 1000
-        yield Server(asked.model, asked.name, vocabulary, asked.api_key)
+        name = asked.name or _only_model(asked.model)
+        yield Server(asked.model, name, vocabulary, asked.api_key)
         return
     assert headers is not None
     open_engine: dict[str, Callable[[], Engine]] = {

@@ -102,10 +102,13 @@ def one_machine(measured: Mapping[str, list[Measurement]]) -> dict[str, Measurem
 
 
 def machine_name(device: str) -> str:
-    """The card of ``cuda[:N]``, else this machine's processor with its cores."""
-    if device.startswith("cuda"):
+    """The card of ``cuda[:N]``, else this machine's processor with its cores; ``auto``: the card where there is one."""
+    if device != "cpu":
         import torch
 
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {os.cpu_count()} cores"
 

@@ -14,6 +14,7 @@ from qtool.convert.config_keys import LIMIT
 from qtool.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weights, method_of, weights_of
 from qtool.headers import Headers
 from qtool.kv_cache import KV_OF, check_kv_dtype
+from qtool.serve_command import GGUF_IN_VLLM, command, notes, vllm_faults
 from qtool.sizing import (
     GIB,
     HOST_BANDWIDTH,
@@ -86,21 +87,21 @@ class Plan:
 def make_plan(headers: Headers, asked: Asked) -> Plan:
     """Raises QtoolError for a context that the model was not made for and for a choice that no format can follow."""
     geometry = headers.geometry
-    notes = [f"assumed: {text}" for text in headers.assumed]
-    contexts = _contexts(headers, asked.contexts, notes)
+    said = [f"assumed: {text}" for text in headers.assumed]
+    contexts = _contexts(headers, asked.contexts, said)
     sequences = asked.sequences or SEQUENCES
     weights, refused = _weights(headers, asked)
-    notes += refused
+    said += refused
     others = [*weights, *_smallest(headers, weights)]
     answers, served, fault = [], False, ""
     for card in asked.cards:
         for found in weights:
             engine = asked.engine or _engine(found)
             if not _runs(engine, found):
-                notes.append(f"{found.format}: {engine} does not load it")
+                said.append(f"{found.format}: {_unloadable(headers, engine)}")
                 continue
             if engine == "vllm" and card.unified:
-                notes.append(f"{found.format}: vLLM does not run on {card.key}; take a GGUF format")
+                said.append(f"{found.format}: vLLM does not run on {card.key}; take a GGUF format")
                 continue
             for kv_dtype in asked.kv_dtypes or (KV_OF[engine][0],):
                 try:
@@ -110,10 +111,11 @@ def make_plan(headers: Headers, asked: Asked) -> Plan:
                     continue
                 served = True
                 setting = Setting(geometry, found, engine, card, asked.number, kv_dtype)
+                said += notes(headers, setting)
                 answers.append(_answer(headers, setting, others, contexts, sequences, asked))
     if not served:
-        raise QtoolError(fault or f"nothing to plan: {'; '.join(notes)}")
-    return Plan(headers, contexts, sequences, tuple(answers), tuple(dict.fromkeys(notes)))
+        raise QtoolError(fault or f"nothing to plan: {'; '.join(dict.fromkeys(said))}")
+    return Plan(headers, contexts, sequences, tuple(answers), tuple(dict.fromkeys(said)))
 
 
 def _contexts(headers: Headers, asked: tuple[int, ...], notes: list[str]) -> tuple[int, ...]:
@@ -171,11 +173,19 @@ def _runs(engine: str, weights: Weights) -> bool:
     return (engine == "llama.cpp") == (weights.family == "gguf")
 
 
+def _unloadable(headers: Headers, engine: str) -> str:
+    if engine == "vllm" and headers.gguf is not None:
+        return f"{GGUF_IN_VLLM}. llama.cpp runs it: {shlex.join(['llama-server', '-m', str(headers.gguf)])}"
+    return f"{engine} does not load it"
+
+
 def _answer(
     headers: Headers, setting: Setting, others: list[Weights], contexts: tuple[int, ...], sequences: tuple[int, ...],
     asked: Asked,
 ) -> Answer:  # fmt: skip
-    faults = parallel_faults(setting.geometry, setting.weights, setting.cards) if setting.at_once > 1 else []
+    refused = vllm_faults(headers, setting)
+    split = parallel_faults(setting.geometry, setting.weights, setting.cards) if setting.at_once > 1 else []
+    faults = [*refused, *split]
     cells = tuple(cell_of(setting, context, number) for context in contexts for number in sequences)
     least, fewest = min(contexts), min(sequences)
     holds = not faults and fits(setting, least, fewest)
@@ -183,13 +193,13 @@ def _answer(
     offload = None if holds or faults else offload_of(setting, least, fewest, asked.host_bandwidth)
     largest = max(contexts)
     wanted = not faults and fits(setting, largest, fewest)
-    changes = () if wanted else _changes(setting, others, largest, fewest)
+    changes = () if wanted or refused else _changes(setting, others, largest, fewest)
     least_changes = () if holds or faults else _changes(setting, others, least, fewest)
     served = min(largest, longest) if holds else least
     many = most_sequences(setting, served) if holds else fewest
-    command = _command(headers, setting, served, max(1, min(many, max(sequences))), offload)
+    typed = "" if faults else command(headers, setting, served, max(1, min(many, max(sequences))), offload)
     return Answer(setting, cells, tuple(faults), longest, 0 if faults else most_sequences(setting, least), offload,
-                  tuple(changes), tuple(least_changes), command)  # fmt: skip
+                  tuple(changes), tuple(least_changes), typed)  # fmt: skip
 
 
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
@@ -216,29 +226,6 @@ def _changes(setting: Setting, others: list[Weights], context: int, sequences: i
             found.append(f"{cards} x {setting.card.key}")
             break
     return found
-
-
-def _command(headers: Headers, setting: Setting, context: int, sequences: int, offload: Offload | None) -> str:
-    """What to type. Sources of other formats are named as `qtool run` would name the artifact."""
-    w, name = setting.weights, headers.name
-    artifact = name if headers.quantized or w.family == "source" else f"{name}-{w.format}"
-    if setting.engine == "llama.cpp":
-        file = headers.gguf.name if headers.gguf else f"{artifact}/{name}-{w.format}.gguf"
-        parts = ["llama-server", "-m", file, "-c", str(context * sequences), "-np", str(sequences)]
-        parts += offload.flag.split() if offload else ["-ngl", "99"]
-        parts += ["-fa", "on"]
-        if setting.kv_dtype != "f16":
-            parts += ["-ctk", setting.kv_dtype, "-ctv", setting.kv_dtype]
-        ollama = f"   (ollama create {artifact.lower()} -f Modelfile)" if not offload else ""
-        return shlex.join(parts) + ollama
-    if setting.engine == "vllm":
-        parts = ["vllm", "serve", artifact, "--max-model-len", str(context), "--max-num-seqs", str(sequences)]
-        parts += ["--tensor-parallel-size", str(setting.cards)] if setting.cards > 1 else []
-        parts += ["--kv-cache-dtype", "fp8"] if setting.kv_dtype == "fp8" else []
-        parts += offload.flag.split() if offload else []
-        return shlex.join(parts)
-    mapped = 'device_map="auto"' if offload or setting.cards > 1 else 'device_map="cuda"'
-    return f'AutoModelForCausalLM.from_pretrained("{artifact}", dtype="auto", {mapped})'
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

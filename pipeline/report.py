@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qtool.convert import vllm_rules
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
 from qtool.measure_report import measured_faults
@@ -148,6 +149,15 @@ def _print_summary(name: str, result: Verification) -> None:
     console.print(f"{name}: {state}{notes} (`qtool verify {result.path}` lists them)", highlight=False, soft_wrap=True)
 
 
+def plan_notes(job: Job, name: str) -> list[str]:
+    """What is to be said of an output before it is made: fallback types, what vLLM refuses or needs."""
+    plan = job.plans[name]
+    if isinstance(plan, GgufPlan):
+        return plan.notes
+    (method,) = (output for output in job.recipe.outputs if output.name == name)
+    return vllm_rules.notes(method.quantization_config())
+
+
 def print_plan(job: Job) -> None:
     """`--dry-run`: what each linear becomes, then totals, memory and disk."""
     from qtool.job_needs import peak_of
@@ -167,7 +177,7 @@ def print_plan(job: Job) -> None:
         for (kind, out, across, group, nbytes), count in kinds.items():
             table.add_row(kind, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
         console.print(table)
-        for note in plan.notes if isinstance(plan, GgufPlan) else ():
+        for note in plan_notes(job, name):
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
         console.print(
             f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "

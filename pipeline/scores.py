@@ -18,14 +18,14 @@ from rich.progress import Progress
 from qtool import QtoolError
 from qtool.convert.durable import held, load, save, set_aside, sweep
 from qtool.convert.text import load_tokenizer, token_windows
-from qtool.engines import open_engine, served_name, settings_of
+from qtool.engines import open_engine, served_name, settings_for, settings_of
 from qtool.evaluate import fidelity, prompts
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import Decoding, Engine, package_versions
 from qtool.evaluate.execute import detect_sandbox
 from qtool.evaluate.generate import TorchEngine, load_model
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.scorecard import FidelityScore, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
@@ -65,6 +65,7 @@ class Evaluation:
     runs: Path
     run: Path
     trust_remote_code: bool = False
+    used: dict[str, Settings] = field(default_factory=dict)  # subject's key -> how it is asked
 
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
@@ -164,11 +165,18 @@ class Evaluation:
             self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked
         )
 
+    def _settings_for(self, subject: Subject) -> Settings:
+        """Asked once for each model: vLLM is imported for it."""
+        if subject.key not in self.used:
+            self.used[subject.key] = settings_for(self.settings, subject, self.trust_remote_code)
+        return self.used[subject.key]
+
     def _task_key(self, subject: Subject, label: str) -> str:
         served = [self.section.base_url, served_name(self.section, subject)] if self.section.base_url else []
         asked = [self.section.samples, self.section.timeout, self.sandbox, digest_of(self.prompts[label])]
         harness = package_versions("qtool-llm")
-        return digest_of([subject.key, *served, self.tasks[label].digest, self.settings.model_dump(), *asked, harness])
+        settings = self._settings_for(subject).model_dump()
+        return digest_of([subject.key, *served, self.tasks[label].digest, settings, *asked, harness])
 
     def _fidelity_key(self, subject: Subject, source: Subject, length: int) -> str:
         windows = digest_of(self.windows[length].tolist())
@@ -283,7 +291,7 @@ class Evaluation:
         found = answer_task(engine, task, self.asking, self.tokenizer, journal, progress)
         several = self.section.samples > 1
         score = TaskScore(
-            key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self.settings,
+            key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self._settings_for(subject),
             sandbox=self.sandbox, source=task.source, left_out=task.left_out,
             in_process=sum(problem.run == "in_process" for problem in task.problems),
             seconds=round(time.monotonic() - started, 2), samples=self.section.samples,

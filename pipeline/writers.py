@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
+from qtool.convert import vllm_rules
 from qtool.convert.artifact import (
     EXTRAS,
     FOLD_SCALES,
@@ -110,7 +111,8 @@ class SafetensorsOutput:
         copy_sidecars(job.source.path, self.partial, job.recipe.model.trust_remote_code)
         write_config(job.source.path, self.partial, self.section, method.stored_dtype)
         ledger = {linear: record for step in self.weights.steps for linear, record in step["records"].items()}
-        manifest = manifest_of(job, method, self.key, calibration, ledger, self.partial)
+        notes = vllm_rules.notes(self.section)
+        manifest = manifest_of(job, method, self.key, calibration, ledger, self.partial, notes)
         seal(self.partial, job.folder(method), manifest, job.require_unchanged)
 
 

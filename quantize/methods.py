@@ -67,7 +67,8 @@ class GptqMethod(_OnGrid):
     """GPTQ into the GPTQ container (version 1 for symmetric grids, 2 for asymmetric ones) or into compressed-tensors.
 
     ``desc_act`` rounds columns by descending ``diag(G)``, on grids fitted before (static groups of neighbouring
-    columns), so that every kernel can run the result.
+    columns), so that every kernel can run the result. The file says what is in it, ``desc_act: false`` and
+    ``static_groups: true`` (or ``actorder: static``): true stands for scattered columns, and vLLM refuses it.
     """
 
     method: Literal["gptq"]
@@ -102,7 +103,7 @@ class GptqMethod(_OnGrid):
         """The section that loaders read."""
         if self.format == "compressed-tensors":
             return compressed_tensors.quantization_config(self.bits, self.group_size, self.sym, self.desc_act)
-        return autogptq.quantization_config(self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent)
+        return autogptq.quantization_config(self.bits, self.group_size, self.sym, self.damp_percent)
 
 
 class Nf4Method(_Section):

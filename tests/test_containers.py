@@ -28,7 +28,7 @@ OUT, IN = 64, 128
 
 def section_of(name: str, bits: int, group_size: int, sym: bool) -> dict[str, Any]:
     if name == "gptq":
-        return autogptq.quantization_config(bits, group_size, sym, False, 0.05)
+        return autogptq.quantization_config(bits, group_size, sym, 0.05)
     return compressed_tensors.quantization_config(bits, group_size, sym, False)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from click.testing import CliRunner, Result
 from qtool import QtoolError, job_needs, ledger
 from qtool.accelerators import choose, load_accelerators
 from qtool.cli import main
+from qtool.convert import autogptq, bnb_nf4
 from qtool.convert.source import resolve
 from qtool.headers import read_headers
 from qtool.job import device_kind, open_job
@@ -319,3 +323,55 @@ def test_the_documented_tables_are_what_plan_says() -> None:
     text = (root / "docs" / "sizing.md").read_text(encoding="utf-8")
     assert text.count("<!-- plan ") == len(script.MODELS)
     assert script.filled(text) == text
+
+
+def artifact(folder: Path, tiny: Path, section: dict[str, object]) -> Path:
+    """A folder that `plan` takes for an artifact: its rules look at config.json, its sizes at the tensors."""
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return folder
+
+
+def test_the_command_works_where_it_was_typed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = autogptq.quantization_config(4, 32, True, 0.1)
+    artifact(tmp_path / "my models" / "it's one", tiny, section)
+    monkeypatch.chdir(tmp_path)
+    for typed in ("my models/it's one", "./my models/it's one/", str(tmp_path / "my models" / "it's one")):
+        found = json.loads(call("plan", typed, "--gpu", "H100", "--json").stdout)
+        words = shlex.split(found["answers"][0]["command"])
+        assert words[:3] == ["vllm", "serve", typed]
+        assert Path(words[2]).is_dir()
+    found = json.loads(call("plan", "my models/it's one", "--gpu", "H100", "--engine", "transformers", "--json").stdout)
+    assert """from_pretrained("my models/it's one",""" in found["answers"][0]["command"]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (autogptq.quantization_config(4, 32, False, 0.1), "take `format: compressed-tensors`"),
+        (autogptq.quantization_config(4, 32, True, 0.1) | {"desc_act": True}, "desc_act is true"),
+    ],
+)
+def test_no_command_for_what_vllm_refuses(section: dict[str, object], said: str, tiny: Path, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "a", tiny, section)
+    result = call("plan", folder, "--gpu", "H100")
+    assert result.exit_code == 0, result.output
+    assert "vllm serve" not in result.output
+    assert said in result.output.splitlines()[0]
+    (answer,) = json.loads(call("plan", folder, "--gpu", "H100", "--json").stdout)["answers"]
+    assert (answer["fits"], answer["command"], answer["changes"]) == (False, "", [])
+
+
+def test_nf4_names_the_plugin_that_vllm_needs(tiny: Path, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "a", tiny, bnb_nf4.quantization_config(True, ["lm_head"]))
+    for engine in ("vllm", "transformers"):
+        assert "pip install vllm-bnb-plugin" in call("plan", folder, "--gpu", "H100", "--engine", engine).output
+
+
+def test_gemma_is_served_in_bfloat16() -> None:
+    headers = read_headers(str(B40))
+    cards = choose(load_accelerators(), "H100")
+    gemma = replace(headers, config={**headers.config, "model_type": "gemma2"})
+    (answer,) = make_plan(gemma, Asked(cards, formats=("awq",), contexts=(2048,))).answers
+    assert "--dtype bfloat16" in answer.command

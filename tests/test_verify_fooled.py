@@ -266,7 +266,8 @@ def test_weights_that_are_a_pipe_keep_nobody_waiting(copy: Callable[[str], Path]
 BESIDE = [
     "adapter_config.json", "adapter_model.safetensors", "modeling_x.py", "pytorch_model.bin", "other.gguf",
     "model-00001-of-00002.safetensors", "chat_template.jinja", "additional_chat_templates/x.jinja",
-    "hf_quant_config.json",    "special_tokens_map.json", "tokenizer.model", "Modelfile", "custom_generate/generate.py", "consolidated.00.pth",
+    "hf_quant_config.json", "special_tokens_map.json", "tokenizer.model", "Modelfile", "custom_generate/generate.py",
+    "consolidated.00.pth",
 ]  # fmt: skip
 
 
