@@ -12,8 +12,9 @@ import unittest
 import warnings
 from typing import Any
 
+from qtool.evaluate import habits
 from qtool.evaluate.checker import reason_of
-from qtool.evaluate.wire import MAX_JOB, pack, read_frame, unpack, write_frame
+from qtool.evaluate.wire import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
 _TESTS = ("TestCases", "check")
 
@@ -59,15 +60,16 @@ def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
 
 def main(program: int, test: int, verdict: int, nonce: str) -> None:
     """Read program and job, judge, write ``[outcome, detail, nonce]`` frames: "alive" first, then the outcome."""
-    write_frame(verdict, pack(["alive", "", nonce]))
+    write_frame(verdict, pack_json(["alive", "", nonce]))
     texts = [read_frame(fd, MAX_JOB) for fd in (program, test)]
     if texts[0] is None or texts[1] is None:
         os._exit(1)
     warnings.simplefilter("ignore")
+    habits.settle()
     # Libraries want a place for their caches; the folder is the job's own.
-    os.environ.update({"HOME": os.getcwd(), "MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
+    os.environ.update({"MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
     try:
-        outcome = judge(unpack(texts[0])["program"], unpack(texts[1]))
-        write_frame(verdict, pack([outcome[0], outcome[1][:600], nonce]))
+        outcome = judge(unpack_json(texts[0])["program"], unpack_json(texts[1]))
+        write_frame(verdict, pack_json([outcome[0], outcome[1][:600], nonce]))
     finally:
         os._exit(0)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
@@ -64,7 +64,7 @@ def main(config: str) -> None:
         try:
             isolation.enter_namespaces(folder, shown_paths(kit))
         except OSError as error:
-            write_frame(1, pack({"missing": str(error)}))
+            write_frame(1, pack_json({"missing": str(error)}))
             os._exit(1)
         # Only children are in the new PID namespace: the first of them, PID 1, is the zygote.
         pid = os.fork()
@@ -77,9 +77,9 @@ def main(config: str) -> None:
     try:
         cell = Cell(tier, folder, known["uid"], kit, null)
     except OSError as error:
-        write_frame(1, pack({"missing": str(error)}))
+        write_frame(1, pack_json({"missing": str(error)}))
         os._exit(1)
-    write_frame(1, pack({"sandbox": cell.describe()}))
+    write_frame(1, pack_json({"sandbox": cell.describe()}))
     # Pages shared with children stay shared: the collector leaves what exists now alone.
     gc.collect()
     gc.freeze()
@@ -152,7 +152,7 @@ def _supervise(cell: Cell, mode: bytes) -> None:
     _end(cell, answerer)
     if judge:
         _end(cell, judge)
-    write_frame(1, pack(list(outcome)))
+    write_frame(1, pack_json(list(outcome)))
     scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
 
@@ -211,7 +211,7 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
         return None
     try:
         data = read_frame(fd, MAX_ANSWER)
-        found = None if data is None else unpack(data)
+        found = None if data is None else unpack_json(data)
     except NotPlain:
         found = None
     expected = 3 if nonce else 2

@@ -3,7 +3,7 @@
 // Values cross as plain data only, so nothing the candidate makes can answer a comparison for itself.
 "use strict";
 const fs = require("node:fs");
-const LIMIT = 16 * 2 ** 20;
+const LIMIT = 64 * 2 ** 20;
 const JOB_LIMIT = 256 * 2 ** 20;
 
 function readFrame(fd, limit = LIMIT) {
@@ -84,7 +84,7 @@ function describe(error) {
 
 function serve(calls, replies) {
   writeFrame(replies, { alive: true });
-  const job = Object.fromEntries(readFrame(calls, JOB_LIMIT).d);
+  const job = readFrame(calls, JOB_LIMIT);
   let target;
   try {
     const shared = { exports: {} };
@@ -181,7 +181,7 @@ if (process.argv[1] === "candidate") {
     process.exit(0);
   }
 } else {
-  const job = Object.fromEntries(readFrame(3, JOB_LIMIT).d);
+  const job = readFrame(3, JOB_LIMIT);
   let outcome;
   try {
     outcome = judge(job, 4, 5);
