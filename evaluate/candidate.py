@@ -10,7 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from qtool.evaluate import habits, script
 from qtool.evaluate.line import METHODS, OPERATORS, Line, Lost, fields
@@ -28,6 +28,7 @@ class ProgramSide(Line):
         super().__init__(calls, replies)
         self._module: types.ModuleType | None = None
         self._loop: Any = None
+        self._given: dict[int, Any] = {}
 
     def load(self, job: dict[str, Any]) -> Any:
         """The program's function, handle 0. Raises whatever the program raises."""
@@ -69,6 +70,8 @@ class ProgramSide(Line):
 
     def spell_other(self, value: Any, writer: Writer) -> Any:
         kind = type(value)
+        if kind is _Items or (kind is types.FunctionType and hasattr(value, "_home")):
+            return ["home", value._home]
         traits: dict[str, Any] = {"name": kind.__name__, "has": sorted(n for n in METHODS if _has(kind, n))}
         traits["has"] += [name for name in OPERATORS if isinstance(getattr(kind, name, None), types.FunctionType)]
         traits["equal"] = kind.__eq__ is not object.__eq__
@@ -91,14 +94,35 @@ class ProgramSide(Line):
         return ["kept", self.keep(value), writer.node(traits)]
 
     def make_other(self, tag: str, rest: list[Any], reader: Reader) -> Any:
-        if tag != "kept":
+        if tag not in ("function", "iterator"):
             raise NotPlain("not a value (unknown tag)")
-        handle = int(rest[0])
+        if rest[0] not in self._given:
+            self._given[rest[0]] = (_function if tag == "function" else _Items)(self, rest[0])
+        return self._given[rest[0]]
 
-        def given(*args: Any, **kwargs: Any) -> Any:
-            return self.ask("__call__", handle, args, kwargs)
 
-        return given
+def _function(line: ProgramSide, handle: int) -> Any:
+    """A function of the test."""
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        return line.ask("__call__", handle, args, kwargs)
+
+    given._home = handle  # type: ignore[attr-defined]
+    return given
+
+
+class _Items:
+    """An iterator of the test."""
+
+    def __init__(self, line: ProgramSide, handle: int) -> None:
+        self._line = line
+        self._home = handle
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return self._line.ask("__next__", self._home)
 
 
 def _has(kind: type, name: str) -> bool:

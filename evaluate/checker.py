@@ -76,21 +76,24 @@ class TestSide(Line):
         return Lost(self.fault)
 
     def perform(self, operation: str, target: Any, args: Any, kwargs: Any) -> Any:
-        if operation != "__call__" or type(args) is not tuple or type(kwargs) is not dict:
+        if operation not in ("__call__", "__next__") or type(args) is not tuple or type(kwargs) is not dict:
             raise self.lost("the candidate broke the protocol")
         try:
-            return self.kept(target)(*args, **kwargs)
+            value = self.kept(target)
         except NotPlain:
             raise self.lost("the candidate broke the protocol") from None
+        return next(value) if operation == "__next__" else value(*args, **kwargs)
 
     def spell_other(self, value: Any, writer: Writer) -> Any:
-        if type(getattr(value, "_handle", None)) is int and (isinstance(value, Remote) or value._line is self):
+        kind = type(value)
+        if isinstance(vars(kind).get("_handle"), int) or isinstance(value, (Remote, Candidate)):
             return ["home", value._handle]
-        if callable(value):
-            return ["kept", self.keep(value)]
-        if hasattr(type(value), "__next__"):
-            return {"g": [writer.node(item) for item in value]}
-        raise NotPlain(f"a {type(value).__name__}, not a plain value")
+        known = kind.__module__ in ("builtins", "functools", "operator", "itertools")
+        if known and callable(value) and not isinstance(value, type):
+            return ["function", self.keep(value)]
+        if known and hasattr(kind, "__next__"):
+            return ["iterator", self.keep(value)]
+        raise NotPlain(f"a {kind.__name__}, not a plain value")
 
     def make_other(self, tag: str, rest: list[Any], reader: Reader) -> Any:
         if tag != "kept" or type(rest[0]) is not int:

@@ -19,10 +19,6 @@ def settle() -> None:
     builtins.help = _sitebuiltins._Helper()  # type: ignore[assignment]
     sys.argv = ["candidate.py"]
     sys.orig_argv = [sys.executable, "candidate.py"]
-    folder = os.getcwd()
-    os.environ.update({"HOME": folder, "TMPDIR": folder})
-    if "tempfile" in sys.modules:
-        sys.modules["tempfile"].tempdir = None  # type: ignore[attr-defined]
     sys.meta_path.insert(0, _Adapted())  # type: ignore[arg-type]
     for name in _ADAPTED:
         if name in sys.modules:
@@ -75,8 +71,7 @@ def _threads_for_processes(module: Any) -> None:
             return self._lock
 
     class Manager:
-        Value, Lock, RLock, Queue, Event = Value, dummy.Lock, dummy.RLock, dummy.Queue, dummy.Event
-        dict, list, Namespace = dict, list, dummy.Namespace
+        Lock, RLock, Queue, Event, Namespace = dummy.Lock, dummy.RLock, dummy.Queue, dummy.Event, dummy.Namespace
         Array = staticmethod(dummy.Array)
 
         def __enter__(self) -> Any:
@@ -88,6 +83,7 @@ def _threads_for_processes(module: Any) -> None:
         def shutdown(self) -> None:
             pass
 
+    Manager.Value, Manager.dict, Manager.list = Value, dict, list  # type: ignore[attr-defined]
     for name in dummy.__all__:
         if name not in ("current_process", "active_children", "freeze_support"):
             setattr(module, name, getattr(dummy, name))
@@ -141,7 +137,13 @@ def _limits_may_stay(module: Any) -> None:
     module.setrlimit = setrlimit
 
 
+def _own_folder(module: Any) -> None:
+    """tempfile: the job's folder is the one that may be written to."""
+    module.tempdir = os.getcwd()
+
+
 _ADAPTED = {
+    "tempfile": _own_folder,
     "multiprocessing": _threads_for_processes,
     "multiprocessing.pool": _pool_of_threads,
     "concurrent.futures": _executor_of_threads,

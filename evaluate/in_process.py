@@ -67,7 +67,7 @@ def main(program: int, test: int, verdict: int, nonce: str) -> None:
     warnings.simplefilter("ignore")
     habits.settle()
     # Libraries want a place for their caches; the folder is the job's own.
-    os.environ.update({"MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
+    os.environ.update({"HOME": os.getcwd(), "MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
     try:
         outcome = judge(unpack_json(texts[0])["program"], unpack_json(texts[1]))
         write_frame(verdict, pack_json([outcome[0], outcome[1][:600], nonce]))

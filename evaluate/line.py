@@ -230,8 +230,8 @@ def elements(value: Any) -> list[Any]:
 
 
 def differ(old: list[Any], new: list[Any]) -> bool:
-    """Whether a container holds other things than before. Equal ones that were put anew count as the same only if they
-    are bytes: what is compared by identity cannot lie about it."""
+    """Whether a container holds other things than before. Equal numbers and texts are the same; all else is by
+    identity, which cannot lie."""
     if len(old) != len(new):
         return True
-    return any(a is not b and not (type(a) is bytes and type(b) is bytes and a == b) for a, b in zip(old, new, strict=True))
+    return any(a is not b and not (type(a) is type(b) and type(a) in (bytes, str, int, float) and a == b) for a, b in zip(old, new, strict=True))

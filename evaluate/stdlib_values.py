@@ -9,6 +9,7 @@ import collections
 import datetime
 import decimal
 import fractions
+import io
 import pathlib
 import sys
 import types
@@ -106,6 +107,13 @@ def _refill_space(value: Any, content: dict[str, Any]) -> None:
     _refill(vars(value), content)
 
 
+def _refill_file(value: Any, content: list[Any]) -> None:
+    value.seek(0)
+    value.truncate()
+    value.write(content[0])
+    value.seek(content[1])
+
+
 # Containers, which are changed in place: type -> (what the empty one needs, its content, how the content is replaced).
 Changing = tuple[Callable[[Any], list[Any]], Callable[..., Any], Callable[[Any], Any], Callable[[Any, Any], None]]
 CHANGING: dict[type, Changing] = {
@@ -120,6 +128,8 @@ CHANGING: dict[type, Changing] = {
     collections.UserDict: (lambda v: [], collections.UserDict, lambda v: v.data, lambda v, c: setattr(v, "data", c)),
     collections.UserList: (lambda v: [], collections.UserList, lambda v: v.data, lambda v, c: setattr(v, "data", c)),
     array.array: (lambda v: [v.typecode], array.array, list, _refill_array),
+    io.StringIO: (lambda v: [], lambda: io.StringIO(newline=""), lambda v: [v.getvalue(), v.tell()], _refill_file),
+    io.BytesIO: (lambda v: [], io.BytesIO, lambda v: [v.getvalue(), v.tell()], _refill_file),
     types.SimpleNamespace: (lambda v: [], types.SimpleNamespace, lambda v: dict(vars(v)), _refill_space),
 }  # fmt: skip
 _HOLD_DICTS = (collections.Counter, collections.OrderedDict, collections.UserDict, types.SimpleNamespace)

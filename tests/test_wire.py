@@ -80,8 +80,8 @@ def cyclic() -> list[Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), Same(), [Same()], {Same(): 1}, len, int, cyclic(), "x" * (MAX_FRAME + 1), iter(range(10**9))],
-    ids=["object", "int", "inside", "key", "function", "class", "cyclic", "long", "endless"],
+    [object(), Same(), [Same()], {Same(): 1}, len, Same, "x" * (MAX_FRAME + 1), iter(range(10**9))],
+    ids=["object", "int", "inside", "key", "function", "class", "long", "endless"],
 )
 def test_what_is_not_plain_does_not_go_in(value: Any) -> None:
     with pytest.raises(NotPlain):
