@@ -134,7 +134,9 @@ def _has(kind: type, name: str) -> bool:
 def _made_equal(kind: Any) -> bool:
     """Whether a dataclass compares as ``dataclass`` made it."""
     method = kind.__eq__
-    return kind.__dataclass_params__.eq and getattr(getattr(method, "__code__", None), "co_filename", "") != "candidate.py"
+    return (
+        kind.__dataclass_params__.eq and getattr(getattr(method, "__code__", None), "co_filename", "") != "candidate.py"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +144,10 @@ def _plain(value: Any) -> Any:
     for base in _CHANGING_BASES:
         if isinstance(value, base):
             return as_base(value, base)
-    return [id(type(value)), *(fields(value)[name] for name, f in type(value).__dataclass_fields__.items() if f.compare)]
+    return [
+        id(type(value)),
+        *(fields(value)[name] for name, f in type(value).__dataclass_fields__.items() if f.compare),
+    ]
 
 
 def _some(iterator: Iterator[Any], count: int) -> list[Any]:

@@ -18,14 +18,58 @@ from qtool.evaluate.wire import NotPlain, Reader, Sides, Writer, read_frame, wri
 # What the test may do to a value that stayed in the program's process, beside reading its attributes: its type's own
 # methods.
 METHODS = frozenset(
-    "__call__ __iter__ __next__ __reversed__ __len__ __getitem__ __setitem__ __delitem__ __bool__ __str__ __repr__ "
-    "__format__ __enter__ __exit__ __int__ __float__ __index__ __bytes__ __neg__ __pos__ __abs__ __invert__ __round__ "
-    "__trunc__ __floor__ __ceil__".split()
+    [
+        "__call__",
+        "__iter__",
+        "__next__",
+        "__reversed__",
+        "__len__",
+        "__getitem__",
+        "__setitem__",
+        "__delitem__",
+        "__bool__",
+        "__str__",
+        "__repr__",
+        "__format__",
+        "__enter__",
+        "__exit__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__bytes__",
+        "__neg__",
+        "__pos__",
+        "__abs__",
+        "__invert__",
+        "__round__",
+        "__trunc__",
+        "__floor__",
+        "__ceil__",
+    ]
 )
 # And these only with another such value: the argument could be what the test expects, and the class say yes to it.
 OPERATORS = frozenset(
-    "__eq__ __lt__ __le__ __gt__ __ge__ __contains__ __add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __pow__ "
-    "__matmul__ __and__ __or__ __xor__ __lshift__ __rshift__".split()
+    [
+        "__eq__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__contains__",
+        "__add__",
+        "__sub__",
+        "__mul__",
+        "__truediv__",
+        "__floordiv__",
+        "__mod__",
+        "__pow__",
+        "__matmul__",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__lshift__",
+        "__rshift__",
+    ]
 )
 _OWN = (list, dict, set)
 
@@ -234,4 +278,7 @@ def differ(old: list[Any], new: list[Any]) -> bool:
     identity, which cannot lie."""
     if len(old) != len(new):
         return True
-    return any(a is not b and not (type(a) is type(b) and type(a) in (bytes, str, int, float) and a == b) for a, b in zip(old, new, strict=True))
+    return any(
+        a is not b and not (type(a) is type(b) and type(a) in (bytes, str, int, float) and a == b)
+        for a, b in zip(old, new, strict=True)
+    )

@@ -21,7 +21,11 @@ _OWN = {
 def parts(error: BaseException, own_side: bool, depth: int = 0) -> list[Any]:
     """[class's name, its bases as [module, name], args, text, attributes, cause] of an exception."""
     kind = type(error)
-    bases = [[each.__module__, each.__qualname__] for each in kind.__mro__ if library.exception_type(each.__module__, each.__qualname__) is each]
+    bases = [
+        [each.__module__, each.__qualname__]
+        for each in kind.__mro__
+        if library.exception_type(each.__module__, each.__qualname__) is each
+    ]
     try:
         text = str(error)[:MAX_TEXT]
     except BaseException:
@@ -32,7 +36,14 @@ def parts(error: BaseException, own_side: bool, depth: int = 0) -> list[Any]:
             attributes |= {name: value for name in names if (value := getattr(error, name, None)) is not None}
     attributes = {name: value for name, value in attributes.items() if name != "obj"}
     cause = error.__cause__ if depth < _DEPTH else None
-    return [kind.__name__, bases, tuple(error.args), text, attributes, parts(cause, own_side, depth + 1) if cause else None]
+    return [
+        kind.__name__,
+        bases,
+        tuple(error.args),
+        text,
+        attributes,
+        parts(cause, own_side, depth + 1) if cause else None,
+    ]
 
 
 def made(given: list[Any], classes: dict[str, type]) -> BaseException:

@@ -165,6 +165,6 @@ def _subclass(line: Line, handle: int, traits: dict[str, Any]) -> Any:
         if each in traits["has"] and base is not tuple:
             space[each] = lambda self, *args, each=each: line.ask(each, handle, args)
     if "fields" in traits:
-        point: Any = collections.namedtuple(traits["name"], traits["fields"])  # noqa: PYI024
+        point: Any = collections.namedtuple(traits["name"], traits["fields"])
         return type(traits["name"], (point,), {"__getattr__": attribute})(*content)
     return type(traits["name"], (base,), space)(content) if base is not complex else content

@@ -136,7 +136,6 @@ _HOLD_DICTS = (collections.Counter, collections.OrderedDict, collections.UserDic
 CHANGING_NAMES = {kind.__name__: kind for kind in CHANGING}
 
 
-
 def refill(value: Any, content: Any) -> None:
     """Replace the content of a container of CHANGING, or of a list, dict or set. Raises TypeError for content that is
     none."""

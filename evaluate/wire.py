@@ -214,7 +214,13 @@ def as_base(value: Any, base: Any) -> Any:
         return base(base.__iter__(value))
     if base is str:
         return str.__str__(value)
-    return base.__int__(value) if base is int else base.__float__(value) if base is float else base.__getitem__(value, slice(None))
+    return (
+        base.__int__(value)
+        if base is int
+        else base.__float__(value)
+        if base is float
+        else base.__getitem__(value, slice(None))
+    )
 
 
 def _fits(values: Any) -> bool:
@@ -227,7 +233,7 @@ def _fits(values: Any) -> bool:
 def _array(value: Any) -> Any:
     """A numpy array or scalar of plain numbers or texts; None for what only looks like one."""
     numpy = sys.modules.get("numpy")
-    if numpy is None or type(value) is not numpy.ndarray and not isinstance(value, numpy.generic):
+    if numpy is None or (type(value) is not numpy.ndarray and not isinstance(value, numpy.generic)):
         return None
     held = numpy.asarray(value)
     if not _DTYPE.fullmatch(held.dtype.str):
@@ -249,7 +255,15 @@ class Reader:
             return self.value(json.loads(data))
         except NotPlain:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise NotPlain(f"not a value ({type(error).__name__})") from None
 
     def met(self, value: Any) -> Any:
