@@ -24,6 +24,10 @@ class BrokenTest(BaseException):
     """The test itself cannot run here (it passes what cannot cross): nobody's wrong answer."""
 
 
+class NotStarted(BaseException):
+    """The sandbox did not hold the candidate's process."""
+
+
 class TestSide(Line):
     """The test's end. ``seconds`` bounds one answer. It does nothing for the program but call the functions that the
     test passed to it."""
@@ -44,7 +48,7 @@ class TestSide(Line):
             self._word()
         except Lost as error:
             # Said before any of the program ran: the sandbox is at fault, not the answer.
-            raise BrokenTest("the candidate's process could not be locked down") from error
+            raise NotStarted("the candidate's process could not be locked down") from error
         if (word := self._word()) != "ready":
             raise self.lost(word)
 
@@ -143,7 +147,7 @@ class Candidate:
 
 
 def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
-    """("passed" | "failed" | "timeout" | "error", short reason) for ``job`` (keys test, entry_point, setup)."""
+    """("passed" | "failed" | "timeout" | "error" | "unjudged", short reason) for ``job`` (keys test, entry_point, setup)."""
     module = types.ModuleType("test")
     space = module.__dict__
     _define_setup(job["setup"], space)
@@ -153,26 +157,31 @@ def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
     try:
         code = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
-        return "error", f"the test is not Python: {error}"
+        return "unjudged", f"the test is not Python: {error}"
     # Lets a traceback quote the assert that failed.
     linecache.cache["test.py"] = (len(job["test"]), None, job["test"].splitlines(True), "test.py")
     try:
         line.wait_ready()
+    except NotStarted as error:
+        return "error", str(error)
+    except Lost as error:
+        return "failed", str(error)
+    try:
         line.share_classes(space)
         exec(code, space)
         check = space.get("check")
         if callable(check) and check is not before and inspect.isawaitable(running := check(candidate)):
             asyncio.run(_wait(running))
     except BrokenTest as error:
-        return "error", str(error)
+        return "unjudged", str(error)
     except BaseException as error:
         if candidate.count == 0 and line.fault is None:
-            return "error", f"the test failed before it called the candidate: {reason_of(error)}"
+            return "unjudged", f"the test failed before it called the candidate: {reason_of(error)}"
         return "timeout" if line.late else "failed", line.fault or reason_of(error)
     if line.fault is not None:
         return "failed", line.fault
     if candidate.count == 0:
-        return "error", "the test never called the candidate"
+        return "unjudged", "the test never called the candidate"
     return "passed", ""
 
 
@@ -208,10 +217,12 @@ def main(test: int, calls: int, replies: int, verdict: int) -> None:
     if data is None:
         os._exit(1)
     warnings.simplefilter("ignore")
+    job = json.loads(data)
+    line = TestSide(calls, replies, job["call_seconds"])
     try:
-        job = json.loads(data)
-        outcome = judge(job, TestSide(calls, replies, job["call_seconds"]))
+        outcome = judge(job, line)
     except BaseException as error:
-        outcome = "error", f"the checker failed: {type(error).__name__}: {str(error)[:200]}"
+        # Memory that the program's answers took may be missing anywhere.
+        outcome = "failed" if line.fault else "error", f"the checker failed: {type(error).__name__}: {str(error)[:200]}"
     write_frame(verdict, pack_json([outcome[0], outcome[1][:600]]))
     os._exit(0)

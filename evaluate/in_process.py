@@ -20,7 +20,7 @@ _TESTS = ("TestCases", "check")
 
 
 def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
-    """("passed" | "failed" | "error", short reason) for a program and its ``job`` (keys test, entry_point)."""
+    """("passed" | "failed" | "unjudged", short reason) for a program and its ``job`` (keys test, entry_point)."""
     module = types.ModuleType("__test__")
     module.__file__ = "__test__.py"
     sys.modules["__test__"] = module
@@ -34,7 +34,7 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
     try:
         test = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
-        return "error", f"the test is not Python: {error}"
+        return "unjudged", f"the test is not Python: {error}"
     own = dict(space)  # what the program calls so is not the test
     try:
         exec(test, space)
@@ -54,7 +54,7 @@ def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
     for case, trace in [*result.failures, *result.errors]:
         return "failed", f"{case.id().rpartition('.')[2]}: {trace.strip().splitlines()[-1][:200]}"
     if result.testsRun == 0:
-        return "error", "the test has no test methods"
+        return "unjudged", "the test has no test methods"
     return ("passed", "") if result.wasSuccessful() else ("failed", "an expected failure did not happen")
 
 

@@ -19,7 +19,7 @@ from qtool.evaluate.cell import Kit, Language, shown_paths
 from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json
 from qtool.evaluate.worker import MODES
 
-OutcomeName = Literal["passed", "failed", "timeout", "error"]
+OutcomeName = Literal["passed", "failed", "timeout", "error", "unjudged"]
 
 # Two hollow packages stand for the real ones, whose root imports click.
 _BOOT = """
@@ -62,7 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the checker found. "error" is the sandbox's or the test's failure: neither right nor wrong."""
+    """What the checker found. "error" is the sandbox's failure, "unjudged" the test's, which cannot run here: neither
+    says that the program is wrong."""
 
     task_id: str
     outcome: OutcomeName

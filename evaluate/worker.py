@@ -30,7 +30,7 @@ from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_f
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
-_SAID = ("alive", "passed", "failed", "timeout", "error")
+_SAID = ("alive", "passed", "failed", "timeout", "error", "unjudged")
 # Above every descriptor a worker ever has open.
 _PARKED = 128
 # Imported once here, so that a job does not spend its time on them.
@@ -188,10 +188,9 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str) -> 
     if found is None:
         return "timeout", f"no verdict after {seconds:g} s"
     if found[0] == "":
-        # In one process, the program is what ended; else nothing but the checker writes there.
-        if nonce:
-            return "failed", "ended before its test was over"
-        return "error", "the checker ended without a verdict"
+        # In one process, the program is what ended. Else the checker did, over what the program sent: it had lived to
+        # take the job, and each worker has shown that it can judge.
+        return "failed", "ended before its test was over" if nonce else "its test ended without a verdict"
     return found
 
 

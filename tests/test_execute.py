@@ -48,6 +48,18 @@ def judge(program: str, test: str = TEST, setup: str = "") -> Outcome:
     return run_programs([job(program, test, setup=setup)], timeout=20.0, workers=1)[0]
 
 
+# A message of the program's own instead of its answers, and then the right answer.
+FORGED = """
+    import qtool.evaluate.wire as w
+    def pack(self, value, limit=0):
+        if value[0] != 'is':
+            return really(self, value)
+        w.Writer.pack = really
+        return b'DATA'
+    really, w.Writer.pack = w.Writer.pack, pack
+    def f(x):
+        return 0
+"""
 # Programs that are right only if the attack worked: {free} names a folder outside, {port} a listening socket.
 ATTACKS = {
     "fork bomb": """
@@ -193,24 +205,21 @@ ATTACKS = {
                     pass
             return 0
     """,
-    "answer nonsense": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["value",{"x":[]}]]}'
-        def f(x):
-            return 0
-    """,
-    "answer a class": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["value",{"o":["__import__",{"d":[]}]}]]}'
-        def f(x):
-            return 0
-    """,
-    "answer every exception": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["raised",["SystemExit","0"]]]}'
-        def f(x):
-            return 0
-    """,
+    "answer nonsense": FORGED.replace("DATA", '{"t":["is",{"x":[]},{"d":[]}]}'),
+    "answer no value": FORGED.replace("DATA", '["passed",""]'),
+    "answer a class": FORGED.replace("DATA", '{"t":["is",{"T":["builtins","eval"]},{"d":[]}]}'),
+    "answer a function": FORGED.replace("DATA", '{"t":["is",{"T":["posix","system"]},{"d":[]}]}'),
+    "answer what it never got": FORGED.replace("DATA", '{"t":["is",{"x":["home",0]},{"d":[]}]}'),
+    "answer a value never met": FORGED.replace("DATA", '{"t":["is",{"@":7},{"d":[]}]}'),
+    "answer with other arguments": FORGED.replace("DATA", '{"t":["is",null,{"d":[[0,[4]],[-1,[4]],["a",4]]}]}'),
+    "answer every exception": FORGED.replace("DATA", '{"t":["raised",{"x":["error","X",[["unittest.case","SkipTest"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'),
+    "answer no exception": FORGED.replace("DATA", '{"t":["raised",4,{"d":[]}]}'),
+    "answer a base of all": FORGED.replace("DATA", '{"t":["raised",{"x":["error","X",[["builtins","BaseException"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'),
+    "answer odd traits": FORGED.replace("DATA", '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",["__class__","__hash__"]],["equal",false]]}]},{"d":[]}]}'),
+    "answer content of another type": FORGED.replace("DATA", '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",[]],["equal",false],["is","int"],["content",[4]]]}]},{"d":[]}]}'),
+    "ask for an attribute": FORGED.replace("DATA", '{"t":["do","get",0,{"t":["__globals__"]},{"d":[]}]}'),
+    "ask the test to call": FORGED.replace("DATA", '{"t":["do","__call__",0,{"t":[]},{"d":[]}]}'),
+    "ask the test to call by name": FORGED.replace("DATA", '{"t":["do","__call__",{"T":["builtins","exec"]},{"t":["1"]},{"d":[]}]}'),
     "close everything": "import os\ndef f(x):\n    os.closerange(0, 256)\n    return 2 * x",
     "patch builtins": """
         import builtins
@@ -574,9 +583,9 @@ def test_javascript_values_cross_unchanged() -> None:
     )
     assert outcomes[0].passed, outcomes[0]
     assert [(outcome.outcome, outcome.detail) for outcome in outcomes[1:]] == [
-        ("error", "the test passes a symbol, not plain data to the candidate"),
-        ("error", "the test never called the candidate"),
-        ("error", "the test failed before it called the candidate: SyntaxError: Unexpected identifier 'is'"),
+        ("unjudged", "the test passes a symbol, not plain data to the candidate"),
+        ("unjudged", "the test never called the candidate"),
+        ("unjudged", "the test failed before it called the candidate: SyntaxError: Unexpected identifier 'is'"),
     ]
 
 
@@ -768,14 +777,14 @@ def test_a_detail_is_fit_to_print() -> None:
     [
         ("def check(candidate:\n", "not Python"),
         ("x = 1", "never called"),
-        ("f(object())", "a object"),
+        ("f(object())", "the test passes a object, not a plain value"),
         ("import nothing_like_it\nf(1)", "before it called the candidate: ModuleNotFoundError"),
         ("def check(candidate):\n    assert candidate(helper(1))", "before it called the candidate: NameError"),
     ],
 )
 def test_a_bad_test_is_an_error_not_a_wrong_answer(test: str, detail: str) -> None:
     outcome = judge("def f(x):\n    return x", test)
-    assert outcome.outcome == "error"
+    assert outcome.outcome == "unjudged"
     assert detail in outcome.detail
 
 

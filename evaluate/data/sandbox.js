@@ -446,12 +446,14 @@ async function judge(job, calls, replies) {
     await new Promise((resolve) => process.once("beforeExit", resolve));
     if (broken !== null) throw broken;
   } catch (error) {
-    if (error instanceof BrokenTest) return ["error", error.message];
-    if (line.count === 0 && line.fault === null) return ["error", `the test failed before it called the candidate: ${describe(error)}`];
+    if (error instanceof BrokenTest) return ["unjudged", error.message];
+    if (line.count === 0 && line.fault === null) {
+      return ["unjudged", `the test failed before it called the candidate: ${describe(error)}`];
+    }
     return ["failed", line.fault ?? describe(error)];
   }
   if (line.fault !== null) return ["failed", line.fault];
-  return line.count === 0 ? ["error", "the test never called the candidate"] : ["passed", ""];
+  return line.count === 0 ? ["unjudged", "the test never called the candidate"] : ["passed", ""];
 }
 
 function run(job, candidate) {
