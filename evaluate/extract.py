@@ -41,8 +41,8 @@ def stop_at_end_of_function(completion: str, prompt: str = "") -> str:
 
 
 def completed(prompt: str, completion: str, entry_point: str) -> bool:
-    """Whether nothing that follows can still belong to the answer: the function has ended, and so have the helpers below
-    it that it calls."""
+    """Whether nothing that follows can still belong to the answer: the function has ended, and so have the helpers
+    below it that it calls."""
     text = newlines(completion)
     if prompt.startswith(text.lstrip()):
         return False  # it is repeating the prompt

@@ -8,9 +8,14 @@ _WORDS = frozenset({"", "javascript", "js", "node", "nodejs", "mjs", "jsx", "ecm
 _EXPORT = re.compile(r"^export\s+(?:default\s+)?(?=(?:async\s+)?function|const|let|var|class)", re.MULTILINE)
 _EXPORTED = re.compile(r"^export\s+(?:default\s+[\w$]+|\{[^}]*\})[ \t]*;?[ \t]*$", re.MULTILINE)
 _IMPORT = re.compile(
-    r"^import\s+(?:(?P<all>\*\s+as\s+[\w$]+)|(?P<one>[\w$]+)|(?P<some>\{[^}]*\}))\s+from\s+(?P<module>['\"][^'\"]+['\"])[ \t]*;?",
+    r"^import\s+(?:(?P<all>\*\s+as\s+[\w$]+)|(?P<one>[\w$]+)|(?P<some>\{[^}]*\}))"
+    r"\s+from\s+(?P<module>['\"][^'\"]+['\"])[ \t]*;?",
     re.MULTILINE,
 )
+_DECLARED = re.compile(r"\b(?:function\s*\*?|class|const|let|var)\s+([\w$]+)")
+_DECLARED_AT_TOP = re.compile(r"^(?:async\s+)?(?:function\s*\*?|class|const|let|var)\s+([\w$]+)", re.MULTILINE)
+_UNPACKED = re.compile(r"^(?:const|let|var)\s*\{([^}]*)\}", re.MULTILINE)
+_NAME = re.compile(r"[\w$]+")
 
 
 def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> str:
@@ -47,21 +52,9 @@ def _with_helpers(code: str, bodies: list[str], header: re.Pattern[str]) -> str:
     helpers: list[str] = []
     wanted = code
     for body in reversed(bodies):
-        names = re.findall(r"^(?:async\s+)?(?:function\s*\*?|class|const|let|var)\s+([\w$]+)", body, re.MULTILINE)
-        names += [
-            name
-            for found in re.findall(r"^(?:const|let|var)\s*\{([^}]*)\}", body, re.MULTILINE)
-            for name in re.findall(r"[\w$]+", found)
-        ]
-        names += [
-            name
-            for found in _IMPORT.finditer(body)
-            for name in re.findall(r"[\w$]+", found["some"] or found["one"] or found["all"])
-        ]
-        known = set(re.findall(r"\b(?:function\s*\*?|class|const|let|var)\s+([\w$]+)", code))
-        lacks = any(
-            name not in known and re.search(rf"(?<![\w$.]){re.escape(name)}(?![\w$])", wanted) for name in names
-        )
+        groups = [*_UNPACKED.findall(body), *(m["some"] or m["one"] or m["all"] for m in _IMPORT.finditer(body))]
+        names = {*_DECLARED_AT_TOP.findall(body), *_NAME.findall(" ".join(groups))} - set(_DECLARED.findall(code))
+        lacks = any(re.search(rf"(?<![\w$.]){re.escape(name)}(?![\w$])", wanted) for name in names)
         # An earlier attempt may hold helpers of the last: two functions of one name do not clash.
         twice = header.search(body) and not (_declares(body, header) and _declares(code, header))
         if body != code and lacks and not twice:

@@ -36,7 +36,6 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _EXECUTE, _READ_FILE, _READ = 0b1, 0b100, 0b1100
 
 
-
 @dataclass(frozen=True)
 class Limits:
     """Bytes of address space, and of it writable private memory."""
@@ -219,9 +218,7 @@ def landlock(readable: list[Path], writable: list[Path], executable: list[Path])
     files |= 1 << 15 if version >= 5 else 0
     rules = struct.pack("QQQ", files, 0b11, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     size, flags = ctypes.c_size_t(len(rules)), ctypes.c_uint(0)
-    ruleset = _check(
-        _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset"
-    )
+    ruleset = _check(_libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset")
     grants = [(path, _READ if path.is_dir() else _READ_FILE) for path in readable]
     grants += [(path, _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
     devices = _READ_FILE | 0b10 | (1 << 14 if version >= 3 else 0)

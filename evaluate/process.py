@@ -215,8 +215,6 @@ def _bubblewrap(folder: str, kit: Kit) -> list[str]:
         raise WorkerLost("bwrap is not installed")
     shown = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent, Path(__file__).parent]
     shown += [*shown_paths(kit), Path("/usr"), Path("/lib"), Path("/lib64"), Path("/bin"), Path("/etc/ld.so.cache")]
-    binds = itertools.chain.from_iterable(
-        ("--ro-bind", str(path), str(path)) for path in shown if path.exists()
-    )
+    binds = itertools.chain.from_iterable(("--ro-bind", str(path), str(path)) for path in shown if path.exists())
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     return [program, *options, "--dev", "/dev", "--tmpfs", "/tmp", *binds, "--bind", folder, folder]

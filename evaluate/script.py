@@ -41,6 +41,7 @@ def as_function(program: str) -> Callable[[str], str]:
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # type: ignore[misc]
         raw = io.FileIO(1, "w", closefd=False)
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
+        printer.mode = "w"  # type: ignore[attr-defined, misc]
         sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
         module = types.ModuleType("__main__")
         module.__file__ = os.path.join(os.getcwd(), _NAME)
@@ -105,6 +106,9 @@ def _open_streams_by_name() -> None:
     def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(file, str) and file in _STREAMS:
             file = os.dup(_STREAMS[file])
+        elif type(file) is int and file in (0, 1, 2) and kwargs.get("closefd", True):
+            # A file of an earlier call, closed when it is collected, must not close the number for this one.
+            file = os.dup(file)
         return really(file, *args, **kwargs)
 
     io.open = opened  # type: ignore[assignment]

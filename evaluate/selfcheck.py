@@ -26,7 +26,7 @@ from qtool.evaluate.prompts import Style
 from qtool.evaluate.tasks import Problem, Task
 
 PIECE = 24  # characters that a model would write between two looks at the text
-_ALTER = '''
+_ALTER = """
 def altered_(value):
     if value is None:
         return 0
@@ -45,7 +45,7 @@ def altered_(value):
     return None if other == value else other
 def another_(error):
     return (ArithmeticError if isinstance(error, RuntimeError) else RuntimeError)("a wrong answer")
-'''
+"""
 
 
 class SelfCheck(BaseModel):

@@ -14,6 +14,7 @@ and nothing else, whatever the bytes say: an object with its own ``__eq__`` cann
 Containers that can change are counted as they come, on both sides alike, so that one met twice arrives as one.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ MAX_JOB = 256 * 2**20
 # An outcome with a detail of 600 characters, each of up to 12 bytes here.
 MAX_ANSWER = 8192
 MAX_ITEMS = 100_000
+MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside another
 
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 _WORDS = frozenset({type(None), bool, str})
@@ -110,6 +112,17 @@ def _read_exactly(fd: int, size: int) -> bytes | None:
     return b"".join(parts)
 
 
+@contextlib.contextmanager
+def _deep() -> Iterator[None]:
+    """Values may lie deeper in each other than the program's calls."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, MAX_DEPTH))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 class Writer:
     """Spells one message. ``seen`` holds the containers in the order they were met, after those given to it."""
 
@@ -121,7 +134,8 @@ class Writer:
     def pack(self, value: Any, limit: int = MAX_FRAME) -> bytes:
         """The bytes of ``value``. Raises NotPlain."""
         try:
-            data = json.dumps(self.node(value), separators=(",", ":"), allow_nan=False).encode("ascii")
+            with _deep():
+                data = json.dumps(self.node(value), separators=(",", ":"), allow_nan=False).encode("ascii")
         except RecursionError as error:
             raise NotPlain("a value nested too deeply") from error
         if len(data) > limit:
@@ -252,7 +266,8 @@ class Reader:
     def unpack(self, data: bytes) -> Any:
         """The value. Raises NotPlain for bytes that spell none, or one too large for this process."""
         try:
-            return self.value(json.loads(data))
+            with _deep():
+                return self.value(json.loads(data))
         except NotPlain:
             raise
         except (

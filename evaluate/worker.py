@@ -221,9 +221,7 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
     return found[0], found[1]
 
 
-def _become(
-    cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str
-) -> None:
+def _become(cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str) -> None:
     """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights.
 
     A JavaScript job's process then becomes node, in ``role``, and does not return.

@@ -212,14 +212,26 @@ ATTACKS = {
     "answer what it never got": FORGED.replace("DATA", '{"t":["is",{"x":["home",0]},{"d":[]}]}'),
     "answer a value never met": FORGED.replace("DATA", '{"t":["is",{"@":7},{"d":[]}]}'),
     "answer with other arguments": FORGED.replace("DATA", '{"t":["is",null,{"d":[[0,[4]],[-1,[4]],["a",4]]}]}'),
-    "answer every exception": FORGED.replace("DATA", '{"t":["raised",{"x":["error","X",[["unittest.case","SkipTest"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'),
+    "answer every exception": FORGED.replace(
+        "DATA", '{"t":["raised",{"x":["error","X",[["unittest.case","SkipTest"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'
+    ),
     "answer no exception": FORGED.replace("DATA", '{"t":["raised",4,{"d":[]}]}'),
-    "answer a base of all": FORGED.replace("DATA", '{"t":["raised",{"x":["error","X",[["builtins","BaseException"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'),
-    "answer odd traits": FORGED.replace("DATA", '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",["__class__","__hash__"]],["equal",false]]}]},{"d":[]}]}'),
-    "answer content of another type": FORGED.replace("DATA", '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",[]],["equal",false],["is","int"],["content",[4]]]}]},{"d":[]}]}'),
+    "answer a base of all": FORGED.replace(
+        "DATA", '{"t":["raised",{"x":["error","X",[["builtins","BaseException"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'
+    ),
+    "answer odd traits": FORGED.replace(
+        "DATA",
+        '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",["__class__","__hash__"]],["equal",false]]}]},{"d":[]}]}',
+    ),
+    "answer content of another type": FORGED.replace(
+        "DATA",
+        '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",[]],["equal",false],["is","int"],["content",[4]]]}]},{"d":[]}]}',
+    ),
     "ask for an attribute": FORGED.replace("DATA", '{"t":["do","get",0,{"t":["__globals__"]},{"d":[]}]}'),
     "ask the test to call": FORGED.replace("DATA", '{"t":["do","__call__",0,{"t":[]},{"d":[]}]}'),
-    "ask the test to call by name": FORGED.replace("DATA", '{"t":["do","__call__",{"T":["builtins","exec"]},{"t":["1"]},{"d":[]}]}'),
+    "ask the test to call by name": FORGED.replace(
+        "DATA", '{"t":["do","__call__",{"T":["builtins","exec"]},{"t":["1"]},{"d":[]}]}'
+    ),
     "close everything": "import os\ndef f(x):\n    os.closerange(0, 256)\n    return 2 * x",
     "patch builtins": """
         import builtins
@@ -460,7 +472,7 @@ JAVASCRIPT_ATTACKS = {
     "patch everything": "JSON.stringify = () => '{\"ready\":true}'; Object.is = Number.isFinite = () => true;"
     "Array.prototype.map = () => [2 * x]; return 0;",
     "pollute": "Object.prototype.value = 4; Object.prototype.outcome = 'passed'; return undefined;",
-    "proto answer": "return JSON.parse('{\"__proto__\": {\"valueOf\": 4}}');",
+    "proto answer": 'return JSON.parse(\'{"__proto__": {"valueOf": 4}}\');',
     "always equal": "return { valueOf: () => 4, toString: () => '4', [Symbol.toPrimitive]: () => 4, toJSON: () => 4 };",
     "always equal proxy": "return new Proxy({}, { get: () => () => 4, ownKeys: () => [] });",
     "promise": "return Promise.resolve(2 * x);",

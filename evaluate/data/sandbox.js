@@ -141,10 +141,7 @@ class Reader {
       this.seen[this.seen.indexOf(made)] = whole;
       return whole;
     }
-    if (tag === "i") {
-      const made = this.line.make(content);
-      return this.met(made);
-    }
+    if (tag === "i") return this.met(this.line.make(content));
     throw new NotPlain("not a value");
   }
 
@@ -229,7 +226,7 @@ class Line {
   }
 
   make([tag, handle]) {
-    if (tag === "home" && handle in this.kept) return this.kept[handle];
+    if (tag === "home" && Number.isInteger(handle) && handle in this.kept) return this.kept[handle];
     if (tag === "iterator") {
       const line = this;
       return { next: (value) => line.ask("next", handle, [value]), [Symbol.iterator]() { return this; } };
@@ -330,7 +327,9 @@ class Line {
     if (said === null) throw this.lost("the candidate's process ended");
     const known = ["do", "is", "raised", "refused", "promised", "broken"];
     if (!Array.isArray(said) || !known.includes(said[0])) throw this.lost("the candidate broke the protocol");
-    if (known.indexOf(said[0]) % 4 !== 3 && said[0] !== "do" && !Array.isArray(said[2])) throw this.lost("the candidate broke the protocol");
+    if (said[0] !== "refused" && said[0] !== "do" && !Array.isArray(said[2])) {
+      throw this.lost("the candidate broke the protocol");
+    }
     return said;
   }
 
@@ -380,7 +379,7 @@ class TestSide extends Line {
   }
 
   perform(what, handle, args) {
-    const value = this.kept[handle];
+    const value = Number.isInteger(handle) ? this.kept[handle] : undefined;
     if (what === "call" && typeof value === "function" && Array.isArray(args)) return value(...args);
     if (what === "next" && typeof value?.next === "function") return value.next(...args);
     throw this.lost("the candidate broke the protocol");
