@@ -14,6 +14,7 @@ from qtool.evaluate.engines import Decoding, Engine, Message, Request, sample_se
 from qtool.evaluate.execute import Job, Outcome, run_programs
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.prompts import Style
+from qtool.evaluate.scorecard import Outcome as Verdict
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import Problem, Task, as_job
 
@@ -104,22 +105,22 @@ def _judge_all(
         answers = [item for item in waiting if item is not None]
         jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
         outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
-        for outcome in outcomes:
-            _require_verdict(outcome)
-        judged = zip(answers, outcomes, strict=True)
+        verdicts = [_verdict(outcome) for outcome in outcomes]
+        judged = zip(answers, outcomes, verdicts, strict=True)
         journal.add(
-            (place, ProblemOutcome(outcome=outcome.outcome, detail=outcome.detail, completion=text))
-            for (place, text), outcome in judged
+            (place, ProblemOutcome(outcome=verdict, detail=outcome.detail, completion=text))
+            for (place, text), outcome, verdict in judged
         )
         say()
 
 
-def _require_verdict(outcome: Outcome) -> None:
-    """Raises QtoolError where nothing is known of the program: exit 3 if the sandbox failed, exit 2 if the problem's own
-    test cannot run here, which no second run would change."""
+def _verdict(outcome: Outcome) -> Verdict:
+    """Raises QtoolError where nothing is known of the program: exit 3 if the sandbox failed, exit 2 if the problem's
+    own test cannot run here, which no second run would change."""
     if outcome.outcome == "error":
         raise QtoolError(
-            f"{outcome.task_id}: the sandbox failed ({outcome.detail}); no score was made. Run again to go on from here.",
+            f"{outcome.task_id}: the sandbox failed ({outcome.detail}); no score was made. Run again to go on from "
+            "here.",
             exit_code=3,
         )
     if outcome.outcome == "unjudged":
@@ -127,6 +128,7 @@ def _require_verdict(outcome: Outcome) -> None:
             f"{outcome.task_id}: this problem's own test cannot judge a program here ({outcome.detail}). No score was "
             "made, and running again gives the same: mend its test, or take the problem out of the task's file."
         )
+    return outcome.outcome
 
 
 def _job(problem: Problem, text: str, style: Style) -> Job:

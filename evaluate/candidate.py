@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from qtool.evaluate import habits, script
+from qtool.evaluate.frames import MAX_JOB, NotPlain, read_frame, write_frame
 from qtool.evaluate.line import METHODS, OPERATORS, Line, Lost, fields
-from qtool.evaluate.wire import MAX_JOB, NotPlain, Reader, Writer, as_base, read_frame, write_frame
+from qtool.evaluate.wire import Reader, Writer, as_base
 
 _FIXED_BASES: tuple[Any, ...] = (int, float, str, bytes, tuple, frozenset, complex)
 _CHANGING_BASES: tuple[Any, ...] = (list, dict, set, bytearray)
@@ -60,7 +61,7 @@ class ProgramSide(Line):
             case "plain":
                 return _plain(value)
             case "is a":
-                return isinstance(*args, value)
+                return isinstance(args[0], value)
             case "classes":
                 space = vars(self._module) if self._module else {}
                 known = {name: space.get(name) for name in args[0]}
@@ -69,7 +70,7 @@ class ProgramSide(Line):
         raise NotPlain("not something to ask for")
 
     def spell_other(self, value: Any, writer: Writer) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if kind is _Items or (kind is types.FunctionType and hasattr(value, "_home")):
             return ["home", value._home]
         traits: dict[str, Any] = {"name": kind.__name__, "has": sorted(n for n in METHODS if _has(kind, n))}
@@ -125,18 +126,16 @@ class _Items:
         return self._line.ask("__next__", self._home)
 
 
-def _has(kind: type, name: str) -> bool:
+def _has(kind: Any, name: str) -> bool:
     if name in ("__str__", "__repr__", "__format__"):
-        return getattr(kind, name) is not getattr(object, name)
+        return bool(getattr(kind, name) != getattr(object, name))
     return getattr(kind, name, None) is not None
 
 
 def _made_equal(kind: Any) -> bool:
     """Whether a dataclass compares as ``dataclass`` made it."""
-    method = kind.__eq__
-    return (
-        kind.__dataclass_params__.eq and getattr(getattr(method, "__code__", None), "co_filename", "") != "candidate.py"
-    )
+    written = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "") == "candidate.py"
+    return kind.__dataclass_params__.eq and not written
 
 
 def _plain(value: Any) -> Any:
@@ -144,10 +143,8 @@ def _plain(value: Any) -> Any:
     for base in _CHANGING_BASES:
         if isinstance(value, base):
             return as_base(value, base)
-    return [
-        id(type(value)),
-        *(fields(value)[name] for name, f in type(value).__dataclass_fields__.items() if f.compare),
-    ]
+    held = fields(value)
+    return [id(type(value)), *(held[name] for name, f in type(value).__dataclass_fields__.items() if f.compare)]
 
 
 def _some(iterator: Iterator[Any], count: int) -> list[Any]:

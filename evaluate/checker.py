@@ -15,9 +15,10 @@ import types
 import warnings
 from typing import Any
 
+from qtool.evaluate.frames import MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
 from qtool.evaluate.line import Line, Lost
 from qtool.evaluate.remote import Remote, remote
-from qtool.evaluate.wire import MAX_JOB, NotPlain, Reader, Writer, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.wire import Reader, Writer
 
 
 class BrokenTest(BaseException):
@@ -147,7 +148,7 @@ class Candidate:
 
 
 def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
-    """("passed" | "failed" | "timeout" | "error" | "unjudged", short reason) for ``job`` (keys test, entry_point, setup)."""
+    """(outcome as in process.Outcome, short reason) for ``job`` (keys test, entry_point, setup)."""
     module = types.ModuleType("test")
     space = module.__dict__
     _define_setup(job["setup"], space)

@@ -14,12 +14,12 @@ from typing import Any
 
 def settle() -> None:
     """Give the process what a program's would have."""
-    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")  # type: ignore[assignment]
-    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")  # type: ignore[assignment]
-    builtins.help = _sitebuiltins._Helper()  # type: ignore[assignment]
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+    builtins.help = _sitebuiltins._Helper()
     sys.argv = ["candidate.py"]
     sys.orig_argv = [sys.executable, "candidate.py"]
-    sys.meta_path.insert(0, _Adapted())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Adapted())
     for name in _ADAPTED:
         if name in sys.modules:
             _ADAPTED[name](sys.modules[name])

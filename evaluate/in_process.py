@@ -14,7 +14,7 @@ from typing import Any
 
 from qtool.evaluate import habits
 from qtool.evaluate.checker import reason_of
-from qtool.evaluate.wire import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
 _TESTS = ("TestCases", "check")
 

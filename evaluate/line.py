@@ -1,9 +1,9 @@
 """A call between two processes that do not trust each other: one side of the pipe between program and test.
 
-A message is one value (see wire): ``("do", operation, target, args, kwargs)`` asks the other side for something, and is
-answered by ``("is", value, changed)``, ``("raised", exception, changed)`` or ``("refused", why, {})``. While it waits, a
-side answers what the other asks: a test's function that was passed to the program is called so. ``changed`` holds the
-containers of the request that are no longer what they were: number -> content.
+A message is one value (see wire): ``("do", operation, target, args, kwargs)`` asks the other side for something, and
+is answered by ``("is", value, changed)``, ``("raised", exception, changed)`` or ``("refused", why, {})``. While it
+waits, a side answers what the other asks: a test's function that was passed to the program is called so. ``changed``
+holds the containers of the request that are no longer what they were: number -> content.
 
 What is not plain stays where it is and travels as a number, its handle; ``{"x": ["home", n]}`` brings it back.
 """
@@ -13,65 +13,29 @@ from typing import Any
 
 from qtool.evaluate import raised
 from qtool.evaluate import stdlib_values as library
-from qtool.evaluate.wire import NotPlain, Reader, Sides, Writer, read_frame, write_frame
+from qtool.evaluate.frames import NotPlain, read_frame, write_frame
+from qtool.evaluate.wire import Reader, Sides, Writer
 
 # What the test may do to a value that stayed in the program's process, beside reading its attributes: its type's own
 # methods.
 METHODS = frozenset(
-    [
-        "__call__",
-        "__iter__",
-        "__next__",
-        "__reversed__",
-        "__len__",
-        "__getitem__",
-        "__setitem__",
-        "__delitem__",
-        "__bool__",
-        "__str__",
-        "__repr__",
-        "__format__",
-        "__enter__",
-        "__exit__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__bytes__",
-        "__neg__",
-        "__pos__",
-        "__abs__",
-        "__invert__",
-        "__round__",
-        "__trunc__",
-        "__floor__",
-        "__ceil__",
-    ]
+    f"__{name}__"
+    for name in (
+        *("call", "iter", "next", "reversed", "len", "getitem", "setitem", "delitem", "bool", "str", "repr", "format"),
+        *("enter", "exit", "int", "float", "index", "bytes", "neg", "pos", "abs", "invert", "round", "trunc", "floor"),
+        "ceil",
+    )
 )
 # And these only with another such value: the argument could be what the test expects, and the class say yes to it.
 OPERATORS = frozenset(
-    [
-        "__eq__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__contains__",
-        "__add__",
-        "__sub__",
-        "__mul__",
-        "__truediv__",
-        "__floordiv__",
-        "__mod__",
-        "__pow__",
-        "__matmul__",
-        "__and__",
-        "__or__",
-        "__xor__",
-        "__lshift__",
-        "__rshift__",
-    ]
+    f"__{name}__"
+    for name in (
+        *("eq", "lt", "le", "gt", "ge", "contains", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
 )
 _OWN = (list, dict, set)
+_PLAIN = (bytes, str, int, float)
 
 
 class Lost(BaseException):
@@ -189,7 +153,7 @@ class Line(Sides):
 
     def spell(self, value: Any, writer: Writer) -> Any:
         if isinstance(value, BaseException):
-            return ["error", *(writer.node(part) for part in raised.parts(value, self.own_side))]
+            return ["error", *(writer.node(part) for part in raised.parts(value))]
         kind = type(value)
         if self.classes.get(kind.__name__) is kind:
             if hasattr(kind, "__members__"):
@@ -215,7 +179,7 @@ class Line(Sides):
         if tag == "member":
             return self.classes[rest[0]].__members__[rest[1]]  # type: ignore[attr-defined]
         if tag == "object":
-            kind = self.classes[rest[0]]
+            kind: Any = self.classes[rest[0]]
             made = reader.met(kind.__new__(kind))
             replace(made, reader.value(rest[1]))
             return made
@@ -278,7 +242,5 @@ def differ(old: list[Any], new: list[Any]) -> bool:
     identity, which cannot lie."""
     if len(old) != len(new):
         return True
-    return any(
-        a is not b and not (type(a) is type(b) and type(a) in (bytes, str, int, float) and a == b)
-        for a, b in zip(old, new, strict=True)
-    )
+    pairs = zip(old, new, strict=True)
+    return any(a is not b and not (type(a) is type(b) and type(a) in _PLAIN and a == b) for a, b in pairs)

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json
+from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json
 from qtool.evaluate.worker import MODES
 
 OutcomeName = Literal["passed", "failed", "timeout", "error", "unjudged"]

@@ -18,14 +18,11 @@ _OWN = {
 }
 
 
-def parts(error: BaseException, own_side: bool, depth: int = 0) -> list[Any]:
+def parts(error: BaseException, depth: int = 0) -> list[Any]:
     """[class's name, its bases as [module, name], args, text, attributes, cause] of an exception."""
     kind = type(error)
-    bases = [
-        [each.__module__, each.__qualname__]
-        for each in kind.__mro__
-        if library.exception_type(each.__module__, each.__qualname__) is each
-    ]
+    lines = [(each, [each.__module__, each.__qualname__]) for each in kind.__mro__]
+    bases = [name for each, name in lines if library.exception_type(*name) is each]
     try:
         text = str(error)[:MAX_TEXT]
     except BaseException:
@@ -36,14 +33,8 @@ def parts(error: BaseException, own_side: bool, depth: int = 0) -> list[Any]:
             attributes |= {name: value for name in names if (value := getattr(error, name, None)) is not None}
     attributes = {name: value for name, value in attributes.items() if name != "obj"}
     cause = error.__cause__ if depth < _DEPTH else None
-    return [
-        kind.__name__,
-        bases,
-        tuple(error.args),
-        text,
-        attributes,
-        parts(cause, own_side, depth + 1) if cause else None,
-    ]
+    spelt = parts(cause, depth + 1) if cause is not None else None
+    return [kind.__name__, bases, tuple(error.args), text, attributes, spelt]
 
 
 def made(given: list[Any], classes: dict[str, type]) -> BaseException:
@@ -52,7 +43,7 @@ def made(given: list[Any], classes: dict[str, type]) -> BaseException:
     name, bases, args, text, attributes, cause = given
     if type(name) is not str or type(text) is not str or type(args) is not tuple:
         raise TypeError("not an exception")
-    kinds = [kind for base in bases if (kind := library.exception_type(*base)) is not None]
+    kinds = [each for base in bases if (each := library.exception_type(*base)) is not None]
     own = classes.get(name)
     if isinstance(own, type) and issubclass(own, Exception):
         kind: type[BaseException] = own

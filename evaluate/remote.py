@@ -9,8 +9,8 @@ import collections
 import types
 from typing import Any
 
+from qtool.evaluate.frames import NotPlain
 from qtool.evaluate.line import METHODS, OPERATORS, Line
-from qtool.evaluate.wire import NotPlain
 
 _BASES: dict[str, type] = {
     kind.__name__: kind for kind in (int, float, complex, str, bytes, tuple, frozenset, list, dict, set, bytearray)
@@ -137,7 +137,7 @@ def remote(line: Line, handle: int, traits: dict[str, Any]) -> Any:
     if "__next__" in space:
         space |= {"__next__": _next, "__iter__": lambda self: self}
     kind = type(name, (Remote,), space)
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(_line=line, _handle=handle, _traits=traits)
     return _awaitable(line, handle) if traits.get("awaits") else made
 
@@ -165,6 +165,8 @@ def _subclass(line: Line, handle: int, traits: dict[str, Any]) -> Any:
         if each in traits["has"] and base is not tuple:
             space[each] = lambda self, *args, each=each: line.ask(each, handle, args)
     if "fields" in traits:
-        point: Any = collections.namedtuple(traits["name"], traits["fields"])
+        make: Any = collections.namedtuple
+        point = make(traits["name"], traits["fields"])
         return type(traits["name"], (point,), {"__getattr__": attribute})(*content)
-    return type(traits["name"], (base,), space)(content) if base is not complex else content
+    kind: Any = type(traits["name"], (base,), space)
+    return kind(content)

@@ -38,10 +38,12 @@ def as_function(program: str) -> Callable[[str], str]:
         source = _file("stdin", 0)
         _write(source, given.encode("utf-8", "surrogateescape"))
         os.lseek(source, 0, os.SEEK_SET)
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # type: ignore[misc]
+        reader = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8", "surrogateescape")
+        reader.mode = "r"  # type: ignore[misc]
+        sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]
         raw = io.FileIO(1, "w", closefd=False)
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
-        printer.mode = "w"  # type: ignore[attr-defined, misc]
+        printer.mode = "w"  # type: ignore[misc]
         sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
         module = types.ModuleType("__main__")
         module.__file__ = os.path.join(os.getcwd(), _NAME)
@@ -111,8 +113,8 @@ def _open_streams_by_name() -> None:
             file = os.dup(file)
         return really(file, *args, **kwargs)
 
-    io.open = opened  # type: ignore[assignment]
-    builtins.open = opened  # type: ignore[assignment]
+    io.open = opened
+    builtins.open = opened
 
 
 def _file(name: str, descriptor: int) -> int:

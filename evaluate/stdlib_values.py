@@ -17,10 +17,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-_KEYS, _ITEMS, _VALUES = type({}.keys()), type({}.items()), type({}.values())
-_ODD_KEYS = type(collections.OrderedDict().keys())
-_ODD_ITEMS = type(collections.OrderedDict().items())
-_ODD_VALUES = type(collections.OrderedDict().values())
+_EMPTY: dict[Any, Any] = {}
+_ORDERED: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_KEYS, _ITEMS, _VALUES = type(_EMPTY.keys()), type(_EMPTY.items()), type(_EMPTY.values())
+_ODD_KEYS = type(_ORDERED.keys())
+_ODD_ITEMS = type(_ORDERED.items())
+_ODD_VALUES = type(_ORDERED.values())
 
 
 def _zone(value: Any) -> datetime.timezone | None:

@@ -60,7 +60,8 @@ def missing(program: str) -> set[str]:
     tree = parses(program)
     if tree is None:
         return set()
-    bound, read = set(dir(builtins)), set()
+    bound = set(dir(builtins))
+    read: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)

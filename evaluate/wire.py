@@ -1,6 +1,6 @@
 """Python values as bytes: what crosses between a hostile candidate and the checker that judges it.
 
-A frame is a 4-byte big-endian length and that many bytes of JSON. Values that JSON lacks are one-key objects:
+A value is JSON; those that JSON lacks are one-key objects:
 
     {"t": [..]} tuple      {"s": [..]} set     {"z": [..]} frozenset    {"d": [[k, v], ..]} dict
     {"b": hex} bytes       {"c": [re, im]} complex   {"r": [start, stop, step]} range   {"g": [..]} iterator
@@ -8,8 +8,9 @@ A frame is a 4-byte big-endian length and that many bytes of JSON. Values that J
     {"o": [name, parts]} a value, {"m": [name, parts, content]} a container of the standard library
     {"T": [module, name]} a class of it    {"n": [dtype, shape, bytes]} a numpy array
 
-Everything else is up to the two sides' `Sides` (see line): {"x": ..}. Decoding builds values of builtin and standard types
-and nothing else, whatever the bytes say: an object with its own ``__eq__`` cannot reach the checker. Never pickle.
+Everything else is up to the two ends' `Sides` (see line): {"x": ..}. Decoding builds values of builtin and standard
+types and nothing else, whatever the bytes say: an object with its own ``__eq__`` cannot reach the checker.
+Never pickle.
 
 Containers that can change are counted as they come, on both sides alike, so that one met twice arrives as one.
 """
@@ -17,30 +18,20 @@ Containers that can change are counted as they come, on both sides alike, so tha
 import contextlib
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
+from qtool.evaluate import arrays
 from qtool.evaluate import stdlib_values as library
+from qtool.evaluate.frames import MAX_FRAME, NotPlain
 
-MAX_FRAME = 64 * 2**20
-# A job comes from this side: contest problems bring megabytes of tests.
-MAX_JOB = 256 * 2**20
-# An outcome with a detail of 600 characters, each of up to 12 bytes here.
-MAX_ANSWER = 8192
 MAX_ITEMS = 100_000
 MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside another
 
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 _WORDS = frozenset({type(None), bool, str})
 _NUMBERS = frozenset({int, float})
-_DTYPE = re.compile(r"[<>|=][biufcSU]\d{1,6}")
-
-
-class NotPlain(Exception):
-    """A value that cannot cross, or bytes that do not spell a value."""
 
 
 class Sides:
@@ -65,51 +56,6 @@ def pack(value: Any, limit: int = MAX_FRAME) -> bytes:
 def unpack(data: bytes) -> Any:
     """The value that ``pack`` was given. Raises NotPlain for every other byte string."""
     return Reader(Sides()).unpack(data)
-
-
-def pack_json(value: Any, limit: int = MAX_FRAME) -> bytes:
-    """Jobs and outcomes, which are JSON already, as a frame's content. Raises NotPlain above ``limit`` bytes."""
-    data = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
-    if len(data) > limit:
-        raise NotPlain(f"a job of {len(data)} bytes (limit {limit})")
-    return data
-
-
-def unpack_json(data: bytes) -> Any:
-    """What ``pack_json`` was given. Raises NotPlain for every other byte string."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise NotPlain(f"not JSON ({type(error).__name__})") from None
-
-
-def write_frame(fd: int, data: bytes) -> None:
-    """Write one whole frame; OSError if the reader is gone."""
-    view = memoryview(len(data).to_bytes(4, "big") + data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def read_frame(fd: int, limit: int = MAX_FRAME) -> bytes | None:
-    """The next frame's content, None at the end of the stream. Raises NotPlain above ``limit`` bytes."""
-    header = _read_exactly(fd, 4)
-    if header is None:
-        return None
-    size = int.from_bytes(header, "big")
-    if size > limit:
-        raise NotPlain(f"a frame of {size} bytes (limit {limit})")
-    return _read_exactly(fd, size)
-
-
-def _read_exactly(fd: int, size: int) -> bytes | None:
-    parts = []
-    while size:
-        part = os.read(fd, min(size, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 @contextlib.contextmanager
@@ -202,7 +148,7 @@ class Writer:
             return {"o": [kind.__name__, [self.node(part) for part in parts(value)]]}
         if (names := library.spelt(value, self.sides.own_side)) is not None:
             return {"T": names}
-        if kind.__module__ == "numpy" and (node := _array(value)) is not None:
+        if kind.__module__ == "numpy" and (node := arrays.parts(value)) is not None:
             return node
         if type(self.sides) is not Sides:
             return {"x": self.sides.spell(value, self)}
@@ -228,13 +174,9 @@ def as_base(value: Any, base: Any) -> Any:
         return base(base.__iter__(value))
     if base is str:
         return str.__str__(value)
-    return (
-        base.__int__(value)
-        if base is int
-        else base.__float__(value)
-        if base is float
-        else base.__getitem__(value, slice(None))
-    )
+    if base in (int, float):
+        return base.__int__(value) if base is int else base.__float__(value)
+    return complex.__pos__(value) if base is complex else base.__getitem__(value, slice(None))
 
 
 def _fits(values: Any) -> bool:
@@ -242,18 +184,6 @@ def _fits(values: Any) -> bool:
         return all(map(math.isfinite, values)) and (not values or -(2**63) <= min(values) <= max(values) < 2**63)
     except OverflowError:
         return False
-
-
-def _array(value: Any) -> Any:
-    """A numpy array or scalar of plain numbers or texts; None for what only looks like one."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or (type(value) is not numpy.ndarray and not isinstance(value, numpy.generic)):
-        return None
-    held = numpy.asarray(value)
-    if not _DTYPE.fullmatch(held.dtype.str):
-        return None
-    shape = None if isinstance(value, numpy.generic) else list(held.shape)
-    return {"n": [held.dtype.str, shape, held.tobytes().hex()]}
 
 
 class Reader:
@@ -306,12 +236,13 @@ class Reader:
         if tag in ("d", "s", "m"):
             return self._container(tag, content)
         if tag == "T":
-            return library.named(*content, not self.sides.own_side)
+            module, name = content
+            return library.named(module, name, not self.sides.own_side)
         if tag == "o":
             name, parts = content
             return library.FIXED[library.FIXED_NAMES[name]][1](*self._items(parts))
         if tag == "n":
-            return _made_array(*content)
+            return arrays.made(*content)
         return _decode_items(tag, self._items(content))
 
     def _items(self, nodes: list[Any]) -> list[Any]:
@@ -358,11 +289,3 @@ def _decode_text(tag: str, content: Any) -> Any:
     if tag == "f":
         return {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}[content]
     return bytes.fromhex(content)
-
-
-def _made_array(dtype: Any, shape: Any, data: Any) -> Any:
-    numpy = sys.modules["numpy"]
-    if not _DTYPE.fullmatch(dtype):
-        raise NotPlain("not a value (an array of objects)")
-    made = numpy.frombuffer(bytes.fromhex(data), dtype=dtype)
-    return made.reshape(shape).copy() if shape is not None else made[0]

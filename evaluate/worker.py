@@ -26,7 +26,7 @@ from pathlib import Path
 
 from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}

@@ -245,4 +245,10 @@ WRONG = {
     "remembers": "import sys\nsys.seen = getattr(sys, 'seen', 0) + 1\nprint(6 if sys.seen == 1 else 0)",
 }
 # Inputs as judges have them: Windows line ends, no line end, spaces, a sum that is another.
-CASES = [("3\n1 2 3\n", "6\n"), ("3\r\n1 2 3\r\n", "6"), ("3\n1 2 3", "6"), ("3\n1  2   3 \n\n", "6\n"), ("3\n-5 0 105\n", "100\n")]
+CASES = [
+    ("3\n1 2 3\n", "6\n"),
+    ("3\r\n1 2 3\r\n", "6"),
+    ("3\n1 2 3", "6"),
+    ("3\n1  2   3 \n\n", "6\n"),
+    ("3\n-5 0 105\n", "100\n"),
+]

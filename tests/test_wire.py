@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluate.wire import MAX_FRAME, NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate.frames import MAX_FRAME, NotPlain, read_frame, write_frame
+from qtool.evaluate.wire import pack, unpack
 
 VALUES: list[Any] = [
     *(
