@@ -1,4 +1,4 @@
-"""numpy's arrays and numbers, where a task brings numpy: as bytes, and made again. Objects inside are refused."""
+"""numpy's arrays, where a task brings numpy: as bytes, and made again. Arrays of objects are refused."""
 
 import re
 import sys
@@ -9,21 +9,22 @@ from qtool.evaluate.frames import NotPlain
 _DTYPE = re.compile(r"[<>|=][biufcSU]\d{1,6}")
 
 
-def parts(value: Any) -> Any:
-    """A numpy array or scalar of plain numbers or texts; None for what only looks like one."""
+def number(value: Any) -> bool:
+    """Whether ``value`` is a single number or text of numpy's, which travels as Python's own."""
     numpy = sys.modules.get("numpy")
-    if numpy is None or (type(value) is not numpy.ndarray and not isinstance(value, numpy.generic)):
+    return numpy is not None and isinstance(value, numpy.generic) and bool(_DTYPE.fullmatch(value.dtype.str))
+
+
+def parts(value: Any) -> dict[str, Any] | None:
+    """The node of an array of plain numbers or texts; None for what only looks like one."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or type(value) is not numpy.ndarray or not _DTYPE.fullmatch(value.dtype.str):
         return None
-    held = numpy.asarray(value)
-    if not _DTYPE.fullmatch(held.dtype.str):
-        return None
-    shape = None if isinstance(value, numpy.generic) else list(held.shape)
-    return {"n": [held.dtype.str, shape, held.tobytes().hex()]}
+    return {"n": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
 
 
 def made(dtype: Any, shape: Any, data: Any) -> Any:
-    numpy = sys.modules["numpy"]
+    """The array of a node. Raises NotPlain, KeyError, TypeError or ValueError for what is none."""
     if not _DTYPE.fullmatch(dtype):
         raise NotPlain("not a value (an array of objects)")
-    values = numpy.frombuffer(bytes.fromhex(data), dtype=dtype)
-    return values.reshape(shape).copy() if shape is not None else values[0]
+    return sys.modules["numpy"].frombuffer(bytes.fromhex(data), dtype=dtype).reshape(shape).copy()

@@ -167,6 +167,7 @@ def _subclass(line: Line, handle: int, traits: dict[str, Any]) -> Any:
     if "fields" in traits:
         make: Any = collections.namedtuple
         point = make(traits["name"], traits["fields"])
-        return type(traits["name"], (point,), {"__getattr__": attribute})(*content)
+        own: Any = type(traits["name"], (point,), {"__getattr__": attribute})
+        return own._make(content)
     kind: Any = type(traits["name"], (base,), space)
     return kind(content)

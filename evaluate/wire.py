@@ -148,6 +148,8 @@ class Writer:
             return {"o": [kind.__name__, [self.node(part) for part in parts(value)]]}
         if (names := library.spelt(value, self.sides.own_side)) is not None:
             return {"T": names}
+        if kind.__module__ == "numpy" and arrays.number(value):
+            return self.node(value.item())
         if kind.__module__ == "numpy" and (node := arrays.parts(value)) is not None:
             return node
         if type(self.sides) is not Sides:

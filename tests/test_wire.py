@@ -73,10 +73,11 @@ class Same(int):
     __hash__ = int.__hash__
 
 
-def cyclic() -> list[Any]:
-    knot: list[Any] = []
+def test_what_holds_itself_arrives_so() -> None:
+    knot: list[Any] = [1]
     knot.append(knot)
-    return knot
+    back = unpack(pack({"a": knot, "b": knot}))
+    assert back["a"] is back["b"] and back["a"][1] is back["a"]
 
 
 @pytest.mark.parametrize(
@@ -137,5 +138,10 @@ def test_numpy_scalars_travel_as_the_numbers_they_are() -> None:
     back = unpack(pack(value))
     assert back == [1.5, 2, (True,), {"a": 0.5}]
     assert [type(item) for item in (back[0], back[1], back[2][0])] == [float, int, bool]
+    matrix = numpy.arange(6, dtype="<i4").reshape(2, 3)
+    again = unpack(pack(matrix))
+    assert again.dtype == matrix.dtype and (again == matrix).all()
     with pytest.raises(NotPlain, match="a ndarray"):
-        pack(numpy.zeros(3))
+        pack(numpy.array([object()]))
+    with pytest.raises(NotPlain):
+        unpack(b'{"n":["|O",[1],"0000000000000000"]}')
