@@ -11,9 +11,10 @@ from typing import Any
 from qtool import QtoolError
 from qtool.evaluate import prompts
 from qtool.evaluate.engines import Decoding, Engine, Message, Request, sample_seed
-from qtool.evaluate.execute import Job, run_programs
+from qtool.evaluate.execute import Job, Outcome, run_programs
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.prompts import Style
+from qtool.evaluate.scorecard import Outcome as Verdict
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import Problem, Task, as_job
 
@@ -107,19 +108,30 @@ def _judge_all(
         answers = [item for item in waiting if item is not None]
         jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
         outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
-        broken = next((outcome for outcome in outcomes if outcome.outcome == "error"), None)
-        if broken is not None:
-            raise QtoolError(
-                f"{broken.task_id}: the sandbox failed, or the problem's own test ({broken.detail}); no score was "
-                "made. Run again to go on from here.",
-                exit_code=3,
-            )
-        judged = zip(answers, outcomes, strict=True)
+        verdicts = [_verdict(outcome) for outcome in outcomes]
+        judged = zip(answers, outcomes, verdicts, strict=True)
         journal.add(
-            (place, ProblemOutcome(outcome=outcome.outcome, detail=outcome.detail, completion=text))
-            for (place, text), outcome in judged
+            (place, ProblemOutcome(outcome=verdict, detail=outcome.detail, completion=text))
+            for (place, text), outcome, verdict in judged
         )
         say()
+
+
+def _verdict(outcome: Outcome) -> Verdict:
+    """Raises QtoolError where nothing is known of the program: exit 3 if the sandbox failed, exit 2 if the problem's
+    own test cannot run here, which no second run would change."""
+    if outcome.outcome == "error":
+        raise QtoolError(
+            f"{outcome.task_id}: the sandbox failed ({outcome.detail}); no score was made. Run again to go on from "
+            "here.",
+            exit_code=3,
+        )
+    if outcome.outcome == "unjudged":
+        raise QtoolError(
+            f"{outcome.task_id}: this problem's own test cannot judge a program here ({outcome.detail}). No score was "
+            "made, and running again gives the same: mend its test, or take the problem out of the task's file."
+        )
+    return outcome.outcome
 
 
 def _job(problem: Problem, text: str, style: Style) -> Job:

@@ -1,9 +1,12 @@
 """The process that runs the benchmark's asserts and alone decides. ``candidate(...)`` is a call over a pipe.
 
-What comes back is decoded to plain builtin values (see wire), so a comparison in the test is Python's own.
+What comes back is decoded to plain values (see wire), so a comparison in the test is Python's own; what is not plain
+stays where it is (see remote).
 """
 
-import builtins
+import asyncio
+import inspect
+import json
 import linecache
 import os
 import select
@@ -12,125 +15,174 @@ import types
 import warnings
 from typing import Any
 
-from qtool.evaluate.wire import MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
-
-
-class CandidateLost(BaseException):
-    """The candidate died or broke the protocol. Not an Exception: a test's `except` must not hide it."""
+from qtool.evaluate.frames import MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.line import Line, Lost
+from qtool.evaluate.remote import Remote, remote
+from qtool.evaluate.wire import Reader, Writer
 
 
 class BrokenTest(BaseException):
-    """The test itself cannot run here (it passes a function to the candidate): nobody's wrong answer."""
+    """The test itself cannot run here (it passes what cannot cross): nobody's wrong answer."""
 
 
-class Candidate:
-    """Stands for the function under test: call it like the function. ``seconds`` bounds one call."""
+class NotStarted(BaseException):
+    """The sandbox did not hold the candidate's process."""
+
+
+class TestSide(Line):
+    """The test's end. ``seconds`` bounds one answer. It does nothing for the program but call the functions that the
+    test passed to it."""
+
+    own_side = True
 
     def __init__(self, calls: int, replies: int, seconds: float | None = None) -> None:
-        self._calls = calls
+        super().__init__(replies, calls)
         self._replies = replies
         self._seconds = seconds
-        self.count = 0
+        self._remotes: dict[int, Any] = {}
         self.late = False
         self.fault: str | None = None
 
     def wait_ready(self) -> None:
-        """Block until the program is loaded. Raises CandidateLost with the reason if it could not be."""
+        """Block until the program is loaded. Raises Lost with the reason if it could not be."""
         try:
-            self._receive()
-        except CandidateLost as error:
+            self._word()
+        except Lost as error:
             # Said before any of the program ran: the sandbox is at fault, not the answer.
-            raise BrokenTest("the candidate's process could not be locked down") from error
-        reply = self._receive()
-        if reply.get("ready") is not True:
-            raise self._lost("while loading, " + str(_raised(reply)[1]))
+            raise NotStarted("the candidate's process could not be locked down") from error
+        if (word := self._word()) != "ready":
+            raise self.lost(word)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def share_classes(self, space: dict[str, Any]) -> None:
+        """Instances of the classes that the problem itself defines travel as their fields: here they are the problem's
+        own again."""
+        own = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
+        bases = (int, float, str, bytes, tuple, list, dict, set, frozenset)
+        own = {n: k for n, k in own.items() if not issubclass(k, bases) or issubclass(k, BaseException)}
+        names = self.ask("classes", 0, (list(own),)) if own else []
+        self.classes = {name: own[name] for name in names if name in own}
+
+    def ask(self, operation: str, target: int, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if self.fault is not None:
-            raise CandidateLost(self.fault)
-        self.count += 1
+            raise Lost(self.fault)
         try:
-            request = pack([list(args), kwargs])
+            return super().ask(operation, target, args, kwargs)
         except NotPlain as error:
             raise BrokenTest(f"the test passes {error} to the candidate") from error
-        try:
-            write_frame(self._calls, request)
-        except OSError:
-            raise self._lost("the candidate's process ended") from None
+
+    def receive(self, reader: Reader) -> tuple[Any, ...]:
         if self._seconds is not None and not select.select([self._replies], [], [], self._seconds)[0]:
             self.late = True
-            raise self._lost(f"no answer to a call after {self._seconds:g} s")
-        reply = self._receive()
-        if "refused" in reply:
-            raise self._lost(f"returned {str(reply['refused'])[:200]}")
-        if "raised" in reply:
-            name, message = _raised(reply)
-            kind = getattr(builtins, name, None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ExceptionGroup):
-                raise self._lost(message)
-            raise _exception(kind, message)
-        if "value" not in reply:
-            raise self._lost("the candidate broke the protocol")
-        self._copy_back(args, reply.get("changed"))
-        return reply["value"]
+            raise self.lost(f"no answer to a call after {self._seconds:g} s")
+        return super().receive(reader)
 
-    def _receive(self) -> dict[str, Any]:
+    def lost(self, reason: str) -> Lost:
+        self.fault = self.fault or reason[:400]
+        return Lost(self.fault)
+
+    def perform(self, operation: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if operation not in ("__call__", "__next__") or type(args) is not tuple or type(kwargs) is not dict:
+            raise self.lost("the candidate broke the protocol")
+        try:
+            value = self.kept(target)
+        except NotPlain:
+            raise self.lost("the candidate broke the protocol") from None
+        return next(value) if operation == "__next__" else value(*args, **kwargs)
+
+    def spell_other(self, value: Any, writer: Writer) -> Any:
+        kind = type(value)
+        if isinstance(vars(kind).get("_handle"), int) or isinstance(value, (Remote, Candidate)):
+            return ["home", value._handle]
+        known = kind.__module__ in ("builtins", "functools", "operator", "itertools")
+        if known and callable(value) and not isinstance(value, type):
+            return ["function", self.keep(value)]
+        if known and hasattr(kind, "__next__"):
+            return ["iterator", self.keep(value)]
+        raise NotPlain(f"a {kind.__name__}, not a plain value")
+
+    def make_other(self, tag: str, rest: list[Any], reader: Reader) -> Any:
+        if tag != "kept" or type(rest[0]) is not int:
+            raise NotPlain("not a value (unknown tag)")
+        traits = reader.value(rest[1])
+        if rest[0] not in self._remotes:
+            made = remote(self, rest[0], traits)
+            if not isinstance(made, Remote):
+                return made
+            self._remotes[rest[0]] = made
+        return self._remotes[rest[0]]
+
+    def _word(self) -> str:
         try:
             data = read_frame(self._replies)
-            reply = None if data is None else unpack(data)
+            word = None if data is None else unpack_json(data)
         except NotPlain as error:
-            raise self._lost(f"the candidate broke the protocol: {error}") from None
-        if data is None:
-            raise self._lost("the candidate's process ended")
-        if type(reply) is not dict:
-            raise self._lost("the candidate broke the protocol")
-        return reply
-
-    def _lost(self, reason: str) -> CandidateLost:
-        self.fault = reason[:400]
-        return CandidateLost(self.fault)
-
-    def _copy_back(self, args: tuple[Any, ...], changed: Any) -> None:
-        for index, new in changed.items() if type(changed) is dict else ():
-            old: Any = args[index] if type(index) is int and 0 <= index < len(args) else None
-            if type(old) is not type(new):
-                raise self._lost("the candidate broke the protocol")
-            if isinstance(old, (list, bytearray)):
-                old[:] = new
-            elif isinstance(old, (dict, set)):
-                old.clear()
-                old.update(new)
+            raise self.lost(f"the candidate broke the protocol: {error}") from None
+        if word is None:
+            raise self.lost("the candidate's process ended")
+        if type(word) is not str:
+            raise self.lost("the candidate broke the protocol")
+        return word
 
 
-def judge(job: dict[str, Any], candidate: Candidate) -> tuple[str, str]:
-    """("passed" | "failed" | "timeout" | "error", short reason) for ``job`` (keys test, entry_point, setup)."""
+class Candidate:
+    """Stands for the function under test: call it like the function."""
+
+    def __init__(self, line: TestSide, name: str) -> None:
+        self._line = line
+        self._handle = 0
+        self.count = 0
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self._line.ask("__call__", 0, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__doc__", "__wrapped__"):
+            raise AttributeError(name)
+        self.count += 1
+        return self._line.ask("get", 0, (name,))
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Remote) and self._line.ask("is a", 0, (value,)) is True
+
+
+def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
+    """(outcome as in process.Outcome, short reason) for ``job`` (keys test, entry_point, setup)."""
     module = types.ModuleType("test")
     space = module.__dict__
     _define_setup(job["setup"], space)
+    candidate = Candidate(line, job["entry_point"])
     space["candidate"] = space[job["entry_point"]] = candidate
     before = space.get("check")  # the function asked for, or a helper of that name: not the test's
     try:
         code = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
-        return "error", f"the test is not Python: {error}"
+        return "unjudged", f"the test is not Python: {error}"
     # Lets a traceback quote the assert that failed.
     linecache.cache["test.py"] = (len(job["test"]), None, job["test"].splitlines(True), "test.py")
     try:
-        candidate.wait_ready()
+        line.wait_ready()
+    except NotStarted as error:
+        return "error", str(error)
+    except Lost as error:
+        return "failed", str(error)
+    try:
+        line.share_classes(space)
         exec(code, space)
         check = space.get("check")
-        if callable(check) and check is not before:
-            check(candidate)
+        if callable(check) and check is not before and inspect.isawaitable(running := check(candidate)):
+            asyncio.run(_wait(running))
     except BrokenTest as error:
-        return "error", str(error)
+        return "unjudged", str(error)
     except BaseException as error:
-        if candidate.count == 0 and candidate.fault is None:
-            return "error", f"the test failed before it called the candidate: {reason_of(error)}"
-        return "timeout" if candidate.late else "failed", candidate.fault or reason_of(error)
-    if candidate.fault is not None:
-        return "failed", candidate.fault
+        if candidate.count == 0 and line.fault is None:
+            return "unjudged", f"the test failed before it called the candidate: {reason_of(error)}"
+        return "timeout" if line.late else "failed", line.fault or reason_of(error)
+    if line.fault is not None:
+        return "failed", line.fault
     if candidate.count == 0:
-        return "error", "the test never called the candidate"
+        return "unjudged", "the test never called the candidate"
     return "passed", ""
 
 
@@ -145,19 +197,8 @@ def _define_setup(setup: str, space: dict[str, Any]) -> None:
         return
 
 
-def _raised(reply: dict[str, Any]) -> tuple[str, str]:
-    raised = reply.get("raised")
-    if type(raised) is list and len(raised) == 2 and all(type(part) is str for part in raised):
-        return raised[0], raised[1][:400]
-    return "", "the candidate broke the protocol"
-
-
-def _exception(kind: type[Exception], message: str) -> Exception:
-    try:
-        return kind(message)
-    except TypeError:
-        # UnicodeDecodeError and its like want five arguments.
-        return kind.__new__(kind)
+async def _wait(running: Any) -> None:
+    await running
 
 
 def reason_of(error: BaseException) -> str:
@@ -177,10 +218,12 @@ def main(test: int, calls: int, replies: int, verdict: int) -> None:
     if data is None:
         os._exit(1)
     warnings.simplefilter("ignore")
+    job = json.loads(data)
+    line = TestSide(calls, replies, job["call_seconds"])
     try:
-        job = unpack(data)
-        outcome = judge(job, Candidate(calls, replies, job["call_seconds"]))
+        outcome = judge(job, line)
     except BaseException as error:
-        outcome = "error", f"the checker failed: {type(error).__name__}: {str(error)[:200]}"
-    write_frame(verdict, pack([outcome[0], outcome[1][:600]]))
+        # Memory that the program's answers took may be missing anywhere.
+        outcome = "failed" if line.fault else "error", f"the checker failed: {type(error).__name__}: {str(error)[:200]}"
+    write_frame(verdict, pack_json([outcome[0], outcome[1][:600]]))
     os._exit(0)

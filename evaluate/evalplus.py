@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from qtool import QtoolError
+from qtool.evaluate.frames import NotPlain
 from qtool.evaluate.rows import Row, text_of
-from qtool.evaluate.wire import NotPlain, pack
+from qtool.evaluate.wire import pack
 
 # Answers that are match objects, which only their own process can see.
 RETURNS_OBJECT = frozenset({"check_str", "text_match_three", "text_starta_endb"})
@@ -23,7 +24,7 @@ _AS_SETS = frozenset(
 # The limits of evalplus/config.py and eval/__init__.py: at least 4 s for an input, at most 60 s for a problem.
 CALL_SECONDS, SECONDS = 4.0, 60.0
 
-_TEST = '''
+_TEST = """
 import copy
 import math
 
@@ -84,7 +85,7 @@ def check(candidate):
             expected = expected is not None
         out = candidate(*copy.deepcopy(arguments))
         assert _right(out, expected, arguments), f"{NAME}{tuple(arguments)!r:.100}: {out!r:.60}, not {expected!r:.60}"
-'''
+"""
 
 
 def is_release_row(row: Row) -> bool:

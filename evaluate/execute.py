@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 from qtool import QtoolError
 from qtool.evaluate.cell import Kit
+from qtool.evaluate.frames import NotPlain
 from qtool.evaluate.process import START_SECONDS, Job, Outcome, Worker, WorkerLost
-from qtool.evaluate.wire import NotPlain
 
 __all__ = ["TIERS", "Job", "Outcome", "Worker", "WorkerLost", "detect_sandbox", "run_programs"]
 
@@ -202,6 +202,4 @@ def _probe(worker: Worker) -> None:
         program = f"def f(x):\n    import colorsys\n    return x + {step}\n"
         outcome = worker.judge(Job("probe", program, test, "f"))
         if outcome.outcome != expected:
-            raise WorkerLost(
-                f"a probe that should have {expected} ended with {outcome.outcome} ({outcome.detail})"
-            )
+            raise WorkerLost(f"a probe that should have {expected} ended with {outcome.outcome} ({outcome.detail})")

@@ -12,28 +12,57 @@ import warnings
 from collections.abc import Sequence
 
 from qtool.evaluate.reply import SPECIAL, fenced, newlines, without_thoughts
+from qtool.evaluate.syntax import functions, inside_literal, missing, names, needed, parses, stars
 
 # A line at column 0 that begins with one of these is no longer the body of the function asked for.
 _STOP = re.compile(
     r"\n(?=class\s|def\s|async\s+def\s|#|if\s|if\(|print\s*\(|assert\b|@|```|~~~"
     r"|from\s+\S+\s+import\b|import\s|<\||</?s>|<file_sep>|\"\"\"|'''|for\s|while\s|try:|with\s|>>>)"
 )
-_PYTHON_WORDS = frozenset({"", "python", "python3", "py", "py3", "{python}", "{.python}", "python3.11"})
+_PYTHON_WORDS = re.compile(r"[{.\s]*(?:ipython|python|py)?(?![a-z])")
+# A continuation that goes on with one of these at column 0 writes no more helpers.
+_DONE = re.compile(r"\n(?:if\s|if\(|print\s*\(|assert\b|```|~~~|<\||</?s>|<file_sep>|\"\"\"|'''|for\s|while\s|>>>)")
 _FUTURE = re.compile(r"^from\s+__future__\s+import\s+[\w, ]+$", re.MULTILINE)
 _CODE_LINE = re.compile(r"(?:def|async\s+def|class|import|from\s+\S+\s+import|@\w)\b")
 
 
-def stop_at_end_of_function(completion: str) -> str:
-    """``completion`` up to the first line at column 0 that starts something else.
+def stop_at_end_of_function(completion: str, prompt: str = "") -> str:
+    """``completion`` of ``prompt`` up to the first line at column 0 that starts something else.
 
     Lines inside brackets or triple-quoted strings may sit at column 0 too: a cut there would break a good
-    answer, so a stop counts only outside them.
+    answer, so a stop counts only outside them, and only below something.
     """
     text = newlines(completion)
     for match in _STOP.finditer(text):
-        if not _inside_literal(text[: match.start()]):
-            return text[: match.start()]
+        before = text[: match.start()]
+        if before.strip() and not inside_literal(prompt + before):
+            return before
     return text
+
+
+def completed(prompt: str, completion: str, entry_point: str) -> bool:
+    """Whether nothing that follows can still belong to the answer: the function has ended, and so have the helpers
+    below it that it calls."""
+    text = newlines(completion)
+    if prompt.startswith(text.lstrip()):
+        return False  # it is repeating the prompt
+    text = without_prompt(prompt, text)
+    body = stop_at_end_of_function(text, prompt)
+    tail = text[len(body) :]
+    if not tail.strip("\n"):
+        return False
+    program = prompt + body
+    if parses(program) is None or _DONE.search(tail) or not (lacking := missing(program)):
+        return True
+    last = tail.rfind("\n", 0, max((m.start() for m in _STOP.finditer(tail)), default=0) + 1)
+    found = "\n\n".join(_called_helpers(program, tail[: max(last, 0)], entry_point))
+    return bool(found) and not lacking & missing(program + "\n" + found)
+
+
+def without_prompt(prompt: str, text: str) -> str:
+    """``text`` without the prompt that some models write once more before they go on."""
+    begun = text.lstrip()
+    return begun[len(prompt.rstrip()) :].lstrip("\n") if begun.startswith(prompt.rstrip()) else text
 
 
 def program_from_completion(problem_prompt: str, completion: str, entry_point: str) -> str:
@@ -42,10 +71,18 @@ def program_from_completion(problem_prompt: str, completion: str, entry_point: s
     The prompt always comes first, as in the published harness. A helper function written BELOW the answer at
     column 0 is kept if the answer calls it by name: HumanEval's plain cut turns that into a NameError.
     """
-    text = newlines(SPECIAL.split(completion, maxsplit=1)[0])
-    body = stop_at_end_of_function(text)
+    text = without_prompt(problem_prompt, newlines(SPECIAL.split(completion, maxsplit=1)[0]))
+    if re.match(r"\s*(?:```|~~~)", text):
+        return program_from_chat(text, problem_prompt, entry_point)
+    body = stop_at_end_of_function(text, problem_prompt)
     program = problem_prompt + body
     tail = text[len(body) :]
+    if parses(program) is None:
+        begun = body.strip("\n")
+        if entry_point in functions(begun):  # the whole function, below a prompt that is none without its body
+            program = _preamble(problem_prompt, entry_point) + "\n\n" + begun
+        elif begun.strip() and parses(_with_body(problem_prompt, begun)) is not None:
+            program = _with_body(problem_prompt, begun)  # the indent of the first line went astray
     helpers = _called_helpers(program, tail, entry_point)
     return "\n\n".join([program.rstrip("\n"), *helpers]) + "\n"
 
@@ -59,11 +96,10 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
     """
     text = without_thoughts(reply)
     blocks = [(language, body) for language, body, _ in fenced(reply)]
-    python = [body for language, body in blocks if language.split(" ")[0] in _PYTHON_WORDS]
+    python = [body for language, body in blocks if _PYTHON_WORDS.match(language)]
     for sources in (python, [body for _, body in blocks]):
-        full = [body for body in sources if _defines(body, entry_point)]
-        if full:
-            return _whole_program(full[-1], sources, prompt, entry_point)
+        if (found := _answer(sources, entry_point)) is not None:
+            return _whole_program(found, sources, prompt, entry_point)
         for body in sources:
             if _is_body(prompt, body):
                 return _with_body(prompt, body)
@@ -86,12 +122,12 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 def without_examples(program: str) -> str:
     """``program`` without what only shows or tries it at column 0: asserts, calls, a main guard (as EvalPlus does)."""
-    tree = _parses(program)
+    tree = parses(program)
     if tree is None:
         return program
 
     def shows(node: ast.stmt) -> bool:
-        guard = isinstance(node, ast.If) and "__name__" in _names(node.test)
+        guard = isinstance(node, ast.If) and "__name__" in names(node.test)
         return guard or isinstance(node, (ast.Assert, ast.Expr))
 
     if not any(shows(node) for node in tree.body):
@@ -100,105 +136,70 @@ def without_examples(program: str) -> str:
     return ast.unparse(tree) + "\n"
 
 
-def _parses(source: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            # A model's "\\d" in a plain string is its own business: no warning on our stderr.
-            warnings.simplefilter("ignore")
-            return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _inside_literal(before: str) -> bool:
-    """Whether ``before`` ends inside an open triple-quoted string or bracket."""
-    depth, index = 0, 0
-    while index < len(before):
-        character = before[index]
-        if character == "#":
-            end = before.find("\n", index)
-            index = len(before) if end < 0 else end
-        elif character in "\"'":
-            quote = character * 3 if before.startswith(character * 3, index) else character
-            index += len(quote)
-            while not before.startswith(quote, index):
-                if index >= len(before):
-                    return len(quote) == 3
-                if before[index] == "\n" and len(quote) == 1:
-                    break
-                index += 2 if before[index] == "\\" else 1
-            index += len(quote) - 1
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth = max(0, depth - 1)
-        index += 1
-    return depth > 0
-
-
-def _functions(source: str) -> dict[str, ast.stmt]:
-    tree = _parses(source)
-    if tree is None:
-        return {}
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return {node.name: node for node in tree.body if isinstance(node, kinds)}
-
-
 def _defines(source: str, entry_point: str) -> bool:
-    tree = _parses(source)
+    tree = parses(source)
     if tree is None:
         # Broken code still counts as the attempt if its text has the header.
         return re.search(rf"^(?:async\s+)?def\s+{entry_point}\s*\(", source, re.MULTILINE) is not None
-    if entry_point in _functions(source):
+    if entry_point in functions(source):
         return True
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     return any(isinstance(target, ast.Name) and target.id == entry_point for target in targets)
 
 
-def _names(source: str | ast.AST) -> set[str]:
-    tree = _parses(source) if isinstance(source, str) else source
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} if tree else set()
+def _answer(sources: list[str], entry_point: str) -> str | None:
+    """The last block that defines the function; one that is cut short or only shows its header stands back."""
+    full = [body for body in sources if _defines(body, entry_point)]
+    whole = [body for body in full if parses(body) is not None]
+    real = [body for body in whole if not _is_stub(functions(body).get(entry_point))]
+    methods = [body for body in sources if entry_point in _methods_of_solution(body)]
+    return next((found[-1] for found in (real, whole, full, methods) if found), None)
+
+
+def _is_stub(node: ast.stmt | None) -> bool:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return False
+    return all(
+        isinstance(each, ast.Pass) or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        for each in node.body
+    )
+
+
+def _methods_of_solution(source: str) -> set[str]:
+    found = functions(source).get("Solution")
+    inner = found.body if isinstance(found, ast.ClassDef) else []
+    return {node.name for node in inner if isinstance(node, ast.FunctionDef)}
 
 
 def _called_helpers(program: str, tail: str, entry_point: str) -> list[str]:
-    """Source of the functions in ``tail`` that ``program`` needs, transitively; none if it does not parse."""
-    if _parses(program) is None:
+    """Source of what ``program`` needs of ``tail``, transitively; none if it does not parse."""
+    if parses(program) is None:
         return []
     lines = tail.split("\n")
-    known = set(_functions(program))
     # A continuation is often cut in the middle: drop lines from the end until the rest parses.
-    while lines and _parses("\n".join(lines)) is None:
+    while lines and parses("\n".join(lines)) is None:
         lines.pop()
-    available = {
-        name: node for name, node in _functions("\n".join(lines)).items() if name not in known | {entry_point}
-    }
-    wanted, found = _names(program), []
-    while fresh := [name for name in available if name in wanted]:
-        for name in fresh:
-            node = available.pop(name)
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            found.append("\n".join(lines[first - 1 : node.end_lineno]))
-            wanted |= _names(node)
-    return found
+    return needed(program, ["\n".join(lines)], entry_point)
 
 
 def _whole_program(code: str, blocks: list[str], prompt: str, entry_point: str) -> str:
-    """``code`` plus what it needs: imports and helpers of the prompt, helpers in the reply's other blocks."""
+    """``code`` plus what it needs: imports and helpers of the prompt and of the reply's other blocks."""
     code = code.strip("\n") + "\n"
-    others = [body for body in blocks if body.strip() != code.strip() and not _defines(body, entry_point)]
-    needed = _names(code) - set(_functions(code))
-    helpers = [body.strip("\n") for body in others if needed & set(_functions(body))]
+    others = [body for body in blocks if body.strip() != code.strip()]
     preamble = _preamble(prompt, entry_point)
+    above = needed(f"{preamble}\n{code}", others, entry_point)
+    if (all_names := stars(others)) and missing("\n".join([preamble, *above, code])):
+        above = [*all_names, *above]
     # `from __future__` must stay on top of whatever is put above the answer.
     future = [match[0] for match in _FUTURE.finditer(code)]
-    return "\n\n".join(part for part in [*future, preamble, *helpers, _FUTURE.sub("", code)] if part)
+    return "\n\n".join(part for part in [*future, preamble, *above, _FUTURE.sub("", code)] if part)
 
 
 def _preamble(prompt: str, entry_point: str) -> str:
     """What stands above the function asked for in the prompt: imports, and helper functions it may use."""
     header = re.search(rf"^(?:async\s+)?def\s+{entry_point}\s*\(", prompt, re.MULTILINE)
     above = prompt[: header.start()].rstrip() if header else ""
-    return above if _parses(above) is not None else ""
+    return above if parses(above) is not None else ""
 
 
 def _with_body(prompt: str, body: str) -> str:
@@ -209,7 +210,7 @@ def _is_body(prompt: str, text: str) -> bool:
     """Whether ``text`` is the missing body: it parses below the prompt, and is more than prose."""
     if not text.strip() or not re.search(r"\breturn\b|\byield\b|\braise\b|=", text):
         return False
-    return _parses(_with_body(prompt, text)) is not None
+    return parses(_with_body(prompt, text)) is not None
 
 
 def _indented(body: str) -> str:
@@ -238,8 +239,8 @@ def _bare_code(text: str, entry_point: str) -> str | None:
         end = len(lines)
         while end > start:
             block = "\n".join(lines[start:end])
-            if _parses(block) is not None:
-                if entry_point in _functions(block):
+            if parses(block) is not None:
+                if entry_point in functions(block):
                     return block
                 break
             end = min(end - 1, start + _faulty_line(block) - 1)

@@ -6,6 +6,16 @@ from qtool.evaluate.reply import fenced, without_thoughts
 
 _WORDS = frozenset({"", "javascript", "js", "node", "nodejs", "mjs", "jsx", "ecmascript"})
 _EXPORT = re.compile(r"^export\s+(?:default\s+)?(?=(?:async\s+)?function|const|let|var|class)", re.MULTILINE)
+_EXPORTED = re.compile(r"^export\s+(?:default\s+[\w$]+|\{[^}]*\})[ \t]*;?[ \t]*$", re.MULTILINE)
+_IMPORT = re.compile(
+    r"^import\s+(?:(?P<all>\*\s+as\s+[\w$]+)|(?P<one>[\w$]+)|(?P<some>\{[^}]*\}))"
+    r"\s+from\s+(?P<module>['\"][^'\"]+['\"])[ \t]*;?",
+    re.MULTILINE,
+)
+_DECLARED = re.compile(r"\b(?:function\s*\*?|class|const|let|var)\s+([\w$]+)")
+_DECLARED_AT_TOP = re.compile(r"^(?:async\s+)?(?:function\s*\*?|class|const|let|var)\s+([\w$]+)", re.MULTILINE)
+_UNPACKED = re.compile(r"^(?:const|let|var)\s*\{([^}]*)\}", re.MULTILINE)
+_NAME = re.compile(r"[\w$]+")
 
 
 def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> str:
@@ -38,15 +48,33 @@ def program_from_javascript_chat(reply: str, prompt: str, entry_point: str) -> s
 
 
 def _with_helpers(code: str, bodies: list[str], header: re.Pattern[str]) -> str:
-    """``code`` below the functions that other blocks define and it calls."""
-    helpers = []
-    for body in bodies:
-        names = re.findall(r"^(?:function|const|let|var)\s+([\w$]+)", body, re.MULTILINE)
-        if body != code and not header.search(body) and any(re.search(rf"\b{re.escape(n)}\(", code) for n in names):
-            helpers.append(body.rstrip("\n"))
+    """``code`` below the blocks that define what it names."""
+    helpers: list[str] = []
+    wanted = code
+    for body in reversed(bodies):
+        groups = [*_UNPACKED.findall(body), *(m["some"] or m["one"] or m["all"] for m in _IMPORT.finditer(body))]
+        names = {*_DECLARED_AT_TOP.findall(body), *_NAME.findall(" ".join(groups))} - set(_DECLARED.findall(code))
+        lacks = any(re.search(rf"(?<![\w$.]){re.escape(name)}(?![\w$])", wanted) for name in names)
+        # An earlier attempt may hold helpers of the last: two functions of one name do not clash.
+        twice = header.search(body) and not (_declares(body, header) and _declares(code, header))
+        if body != code and lacks and not twice:
+            helpers.insert(0, body.rstrip("\n"))
+            wanted += body
     return "\n".join([*helpers, code.rstrip("\n")]) + "\n"
+
+
+def _declares(code: str, header: re.Pattern[str]) -> bool:
+    found = header.search(code)
+    return found is not None and found[0].startswith("function")
 
 
 def _plain(code: str) -> str:
     """Without the module syntax that a script cannot have."""
-    return _EXPORT.sub("", code)
+    return _EXPORT.sub("", _EXPORTED.sub("", _IMPORT.sub(_required, code)))
+
+
+def _required(found: re.Match[str]) -> str:
+    if found["some"]:
+        names = re.sub(r"\bas\b", ":", found["some"])
+        return f"const {names} = require({found['module']});"
+    return f"const {found['one'] or found['all'].split()[-1]} = require({found['module']});"

@@ -12,14 +12,15 @@ import unittest
 import warnings
 from typing import Any
 
+from qtool.evaluate import habits
 from qtool.evaluate.checker import reason_of
-from qtool.evaluate.wire import MAX_JOB, pack, read_frame, unpack, write_frame
+from qtool.evaluate.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
 _TESTS = ("TestCases", "check")
 
 
 def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
-    """("passed" | "failed" | "error", short reason) for a program and its ``job`` (keys test, entry_point)."""
+    """("passed" | "failed" | "unjudged", short reason) for a program and its ``job`` (keys test, entry_point)."""
     module = types.ModuleType("__test__")
     module.__file__ = "__test__.py"
     sys.modules["__test__"] = module
@@ -33,7 +34,7 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
     try:
         test = compile(job["test"], "test.py", "exec")
     except (SyntaxError, ValueError) as error:
-        return "error", f"the test is not Python: {error}"
+        return "unjudged", f"the test is not Python: {error}"
     own = dict(space)  # what the program calls so is not the test
     try:
         exec(test, space)
@@ -53,21 +54,22 @@ def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
     for case, trace in [*result.failures, *result.errors]:
         return "failed", f"{case.id().rpartition('.')[2]}: {trace.strip().splitlines()[-1][:200]}"
     if result.testsRun == 0:
-        return "error", "the test has no test methods"
+        return "unjudged", "the test has no test methods"
     return ("passed", "") if result.wasSuccessful() else ("failed", "an expected failure did not happen")
 
 
 def main(program: int, test: int, verdict: int, nonce: str) -> None:
     """Read program and job, judge, write ``[outcome, detail, nonce]`` frames: "alive" first, then the outcome."""
-    write_frame(verdict, pack(["alive", "", nonce]))
+    write_frame(verdict, pack_json(["alive", "", nonce]))
     texts = [read_frame(fd, MAX_JOB) for fd in (program, test)]
     if texts[0] is None or texts[1] is None:
         os._exit(1)
     warnings.simplefilter("ignore")
+    habits.settle()
     # Libraries want a place for their caches; the folder is the job's own.
     os.environ.update({"HOME": os.getcwd(), "MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
     try:
-        outcome = judge(unpack(texts[0])["program"], unpack(texts[1]))
-        write_frame(verdict, pack([outcome[0], outcome[1][:600], nonce]))
+        outcome = judge(unpack_json(texts[0])["program"], unpack_json(texts[1]))
+        write_frame(verdict, pack_json([outcome[0], outcome[1][:600], nonce]))
     finally:
         os._exit(0)

@@ -22,6 +22,8 @@ TMP_SIZE = "32m"
 # Where Linux systems keep third-party packages, below a folder of shared libraries or of the standard library.
 PACKAGES = ("site-packages", "dist-packages", "*/site-packages", "*/dist-packages")
 INSIDE_ID = 1000
+# All that a program may open of /dev: they hold nothing and keep nothing.
+DEVICES = [path for path in map(Path, ("/dev/null", "/dev/zero", "/dev/urandom")) if path.is_char_device()]
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x20000, 0x4000000, 0x8000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -122,6 +124,8 @@ def enter_namespaces(root: str, shown: list[Path], hidden: list[Path]) -> None:
     for path in hidden:
         if (place := Path(root + str(path))).is_dir():
             _mount("tmpfs", str(place), "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,mode=0555")
+    for path in DEVICES:
+        _bind(path, Path(root + str(path)), device=True)
     os.chdir(root)
     here = ctypes.c_char_p(b".")
     _check(_libc.syscall(ctypes.c_long(_PIVOT_ROOT[os.uname().machine]), here, here), "pivot_root")
@@ -130,7 +134,7 @@ def enter_namespaces(root: str, shown: list[Path], hidden: list[Path]) -> None:
     _mount("tmpfs", "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
 
 
-def _bind(source: Path, target: Path) -> None:
+def _bind(source: Path, target: Path, device: bool = False) -> None:
     if target.exists():
         return
     if source.is_dir():
@@ -142,7 +146,8 @@ def _bind(source: Path, target: Path) -> None:
     flags = os.statvfs(source).f_flag
     # Inside a user namespace a remount may add restrictions but not drop those the mount has.
     kept = flags & (_MS_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)
-    _mount("none", str(target), None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | kept)
+    kept |= 0 if device else _MS_NODEV
+    _mount("none", str(target), None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | kept)
 
 
 def own_pid_namespace() -> None:
@@ -231,6 +236,8 @@ def landlock_rules(readable: list[Path], writable: list[Path], executable: list[
     ruleset = _check(_libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset")
     grants = [(path, _READ if path.is_dir() else _READ_FILE) for path in readable]
     grants += [(path, _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
+    devices = _READ_FILE | 0b10 | (1 << 14 if version >= 3 else 0)
+    grants += [(path, devices) for path in DEVICES if path.exists()]
     # Making device nodes is never granted.
     grants += [(path, files & ~(1 << 6 | 1 << 11)) for path in writable]
     for path, allowed in grants:

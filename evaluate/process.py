@@ -17,10 +17,10 @@ from typing import Literal, Self
 from qtool.convert.durable import work_folder
 from qtool.evaluate import scratch
 from qtool.evaluate.cell import Kit, Language, shown_paths
-from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack
+from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json
 from qtool.evaluate.worker import MODES
 
-OutcomeName = Literal["passed", "failed", "timeout", "error"]
+OutcomeName = Literal["passed", "failed", "timeout", "error", "unjudged"]
 
 # Two hollow packages stand for the real ones, whose root imports click.
 _BOOT = """
@@ -63,7 +63,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the checker found. "error" is the sandbox's or the test's failure: neither right nor wrong."""
+    """What the checker found. "error" is the sandbox's failure, "unjudged" the test's, which cannot run here: neither
+    says that the program is wrong."""
 
     task_id: str
     outcome: OutcomeName
@@ -128,11 +129,11 @@ class Worker:
     def judge(self, job: Job) -> Outcome:
         """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
         seconds = max(self._timeout, job.seconds or 0.0)
-        program = pack({"program": job.program, "entry_point": job.entry_point, "run": job.run}, MAX_JOB)
+        program = pack_json({"program": job.program, "entry_point": job.entry_point, "run": job.run}, MAX_JOB)
         asked = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
         mode = MODES["in_process" if job.run == "in_process" else "javascript" if job.language != "python" else "call"]
         data = mode + round(seconds * 1000).to_bytes(4, "big")
-        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack(asked, MAX_JOB)))
+        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(asked, MAX_JOB)))
         deadline = time.monotonic() + seconds + _GRACE_SECONDS
         self._send(data, deadline)
         answer = self._answer(deadline - time.monotonic())
@@ -164,7 +165,7 @@ class Worker:
             raise WorkerLost("the worker does not answer")
         try:
             data = read_frame(fd, MAX_ANSWER)
-            answer: object = None if data is None else unpack(data)
+            answer: object = None if data is None else unpack_json(data)
         except NotPlain as error:
             raise WorkerLost(f"the worker answered {error}") from error
         if data is None:

@@ -16,6 +16,7 @@ from qtool import QtoolError
 from qtool.convert.bounded import SECONDS, Overrun, bounded
 from qtool.convert.text import require_rows
 from qtool.evaluate.extract import (
+    completed,
     cut,
     program_from_chat,
     program_from_completion,
@@ -25,7 +26,7 @@ from qtool.evaluate.extract import (
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.livecodebench import IMPORTS
 from qtool.evaluate.problems import Problem
-from qtool.evaluate.reply import answered, last_block, newlines, until_answered, without_thoughts
+from qtool.evaluate.reply import last_block, newlines, without_thoughts
 
 Style = Literal["completion", "chat"]
 CHAT = (
@@ -99,11 +100,11 @@ def render(problem: Problem, style: Style, tokenizer: Any) -> str:
 def finished(text: str, style: Style, problem: Problem | None = None) -> bool:
     """Whether nothing that follows can still belong to the answer to ``problem`` (None: to some Python function)."""
     if style == "chat":
-        if problem is not None and problem.format == "livecodebench":
-            return False  # its answer is the last block there is
-        return answered(text, problem.entry_point if problem else None)
+        return False  # a block that corrects the last one may follow
     if problem is not None and problem.format not in ("humaneval", "bigcodebench"):
         return any(stop in text for stop in problem.stop)
+    if problem is not None:
+        return completed(problem.prompt, text, problem.entry_point)
     text = newlines(text)
     return len(stop_at_end_of_function(text)) < len(text.rstrip("\n"))
 
@@ -129,7 +130,6 @@ def _from_completion(problem: Problem, text: str) -> str:
 def _from_chat(problem: Problem, text: str) -> str:
     if problem.format == "livecodebench":
         return (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
-    text = until_answered(text, problem.entry_point)
     if problem.language == "javascript":
         return program_from_javascript_chat(text, problem.prompt, problem.entry_point)
     above = problem.setup if problem.format == "bigcodebench" else problem.prompt

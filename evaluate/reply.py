@@ -1,12 +1,17 @@
 """The parts of a chat model's reply: its thoughts, its fenced blocks, the text. Pure functions."""
 
+import ast
 import re
+import warnings
+from collections.abc import Iterator
 
-_FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)\n"
-    r"(?P<body>.*?)(?:^[ \t]*(?P<closed>(?P=mark)[`~]*)[ \t]*$|\Z)",
-    re.MULTILINE | re.DOTALL,
+# An opening fence: at the margin or indented, behind the mark of a list, or (if it names a language) behind any text.
+_OPENS = re.compile(
+    r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?|[^\n`~]*[^\n`~\\](?=(?:`{3,}|~{3,})[ \t]*[{.]*[A-Za-z]))"
+    r"(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[^\n`]*)$"
 )
+_MOST_ENDS = 20  # fences inside one block that are tried as its end
+_MARKDOWN = frozenset({"markdown", "md"})
 _THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _THINK_END = re.compile(r"\A.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
 _THINK_START = re.compile(r"<(?:think|thinking|reasoning)>.*\Z", re.DOTALL | re.IGNORECASE)
@@ -15,35 +20,53 @@ SPECIAL = re.compile(r"<\|[a-z_]+\|>|<\uff5c[^\uff5c>]*\uff5c>|</s>|<file_sep>",
 
 def fenced(reply: str) -> list[tuple[str, str, bool]]:
     """(language in lower case, body, whether it is closed) of the fenced blocks outside the model's thoughts."""
-    return [
-        (match["language"].strip().lower(), _outdented(match["body"], match["indent"]), match["closed"] is not None)
-        for match in _FENCE.finditer(without_thoughts(reply))
-    ]
+    return list(_blocks(without_thoughts(reply).split("\n")))
+
+
+def _blocks(lines: list[str]) -> Iterator[tuple[str, str, bool]]:
+    at = 0
+    while at < len(lines):
+        opened = _OPENS.match(lines[at])
+        at += 1
+        if opened is None:
+            continue
+        language, mark = opened["language"].strip().lower(), opened["mark"]
+        indent = opened["before"] if not opened["before"].strip() else " " * _width_of_list_mark(opened["before"])
+        closing = re.compile(rf"[ \t]*{re.escape(mark)}[`~]*[ \t]*")
+        ends = [i for i in range(at, len(lines)) if closing.fullmatch(lines[i])]
+        end = ends[0] if ends else len(lines)
+        if len(ends) > 1 and language[:2] in ("", "py", "{p", "{."):
+            # A fence in a docstring does not end the block: where it ends, it is Python.
+            whole = (i for i in ends[:_MOST_ENDS] if _is_python(_outdented(_joined(lines[at:i]), indent)))
+            end = next(whole, end)
+        body = _outdented(_joined(lines[at:end]) if ends else "\n".join(lines[at:]), indent)
+        yield language, body, bool(ends)
+        if language in _MARKDOWN:
+            yield from _blocks(body.split("\n"))
+        at = end + 1
+
+
+def _joined(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _width_of_list_mark(before: str) -> int:
+    return len(before) if re.fullmatch(r"[ \t]*(?:[-*+]|\d+[.)])[ \t]+", before) else 0
+
+
+def _is_python(body: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return bool(ast.parse(body).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 def last_block(reply: str) -> str | None:
     """The body of the last fenced block that is not empty (thoughts left out); None without one."""
     bodies = [body for _, body, _ in fenced(reply) if body.strip()]
     return bodies[-1] if bodies else None
-
-
-def answered(reply: str, entry_point: str | None) -> bool:
-    """Whether a closed block holds the answer: one that names ``entry_point`` as what it defines (None: any)."""
-    return _end_of_answer(without_thoughts(reply), entry_point) is not None
-
-
-def until_answered(reply: str, entry_point: str) -> str:
-    """``reply`` without its thoughts, up to where an engine that looks while the model writes would have stopped: all
-    engines judge the same part."""
-    text = without_thoughts(reply)
-    return text[: _end_of_answer(text, entry_point)]
-
-
-def _end_of_answer(text: str, entry_point: str | None) -> int | None:
-    name = re.escape(entry_point or "")
-    header = re.compile(rf"\b(?:def|class|function|const|let|var)\s+{name}\b|\b{name}\s*=")
-    blocks = (match for match in _FENCE.finditer(text) if match["closed"] is not None)
-    return next((match.end() for match in blocks if entry_point is None or header.search(match["body"])), None)
 
 
 def without_thoughts(reply: str) -> str:

@@ -1,13 +1,24 @@
 """A whole program as a function from its standard input to what it prints. Runs in the candidate's process."""
 
+import atexit
+import builtins
 import contextlib
 import fcntl
+import io
+import linecache
 import os
 import sys
 import threading
 import types
 from collections.abc import Callable
-from typing import Literal, TextIO
+from typing import Any
+
+_STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/0": 0, "/dev/fd/1": 1, "/proc/self/fd/0": 0}
+_NAME = "candidate.py"
+
+
+class _Ended(BaseException):
+    """The program ended its process by `os._exit`."""
 
 
 def as_function(program: str) -> Callable[[str], str]:
@@ -15,7 +26,10 @@ def as_function(program: str) -> Callable[[str], str]:
 
     The folder it is called in must be writable. Raises SyntaxError and ValueError as ``compile`` does.
     """
-    code = compile(program, "candidate.py", "exec")
+    code = compile(program, _NAME, "exec")
+    linecache.cache[_NAME] = (len(program), None, program.splitlines(True), _NAME)
+    _leave_by_exception()
+    _open_streams_by_name()
 
     def run(given: str) -> str:
         if not isinstance(given, str):
@@ -24,20 +38,26 @@ def as_function(program: str) -> Callable[[str], str]:
         source = _file("stdin", 0)
         _write(source, given.encode("utf-8", "surrogateescape"))
         os.lseek(source, 0, os.SEEK_SET)
-        streams = _text(0, "r"), _text(1, "w")
-        sys.stdin, sys.stdout = streams
+        reader = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8", "surrogateescape")
+        reader.mode = "r"  # type: ignore[misc]
+        sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]
+        raw = io.FileIO(1, "w", closefd=False)
+        printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
+        printer.mode = "w"  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
         module = types.ModuleType("__main__")
+        module.__file__ = os.path.join(os.getcwd(), _NAME)
         sys.modules["__main__"] = module
+        sys.argv[:] = [_NAME]
         try:
-            with contextlib.suppress(SystemExit):
-                exec(code, module.__dict__)
-            # Contest programs run in a thread of their own for its larger stack.
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join()
+            if _run(code, module.__dict__):
+                _flush(sys.stdout, printer)
+        except BaseException:
+            _flush(sys.stdout, printer)
+            raise
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                streams[1].flush()
+            # What is left in a buffer must not come out in a later call.
+            raw.close()
         size = os.fstat(out).st_size
         printed = os.pread(out, size, 0).decode("utf-8", "replace")
         os.close(out)
@@ -45,6 +65,56 @@ def as_function(program: str) -> Callable[[str], str]:
         return printed
 
     return run
+
+
+def _flush(*streams: Any) -> None:
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _run(code: types.CodeType, space: dict[str, Any]) -> bool:
+    """The program, its threads, and what it registered for its end, as the interpreter runs them. False if it ended its
+    process: then nothing is flushed."""
+    try:
+        with contextlib.suppress(SystemExit):
+            exec(code, space)
+        # Contest programs run in a thread of their own for its larger stack.
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    except _Ended:
+        atexit._clear()
+        return False
+    with contextlib.suppress(SystemExit, _Ended):
+        atexit._run_exitfuncs()
+    return True
+
+
+def _leave_by_exception() -> None:
+    """`os._exit` ends the call, not the process that has further inputs to answer. What was not flushed is lost, as it
+    would be."""
+
+    def leave(status: int) -> None:
+        raise _Ended
+
+    os._exit = leave  # type: ignore[assignment]
+
+
+def _open_streams_by_name() -> None:
+    """`open("/dev/stdin")` is the program's input, though the sandbox shows no such file."""
+    really = io.open
+
+    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(file, str) and file in _STREAMS:
+            file = os.dup(_STREAMS[file])
+        elif type(file) is int and file in (0, 1, 2) and kwargs.get("closefd", True):
+            # A file of an earlier call, closed when it is collected, must not close the number for this one.
+            file = os.dup(file)
+        return really(file, *args, **kwargs)
+
+    io.open = opened
+    builtins.open = opened
 
 
 def _file(name: str, descriptor: int) -> int:
@@ -56,10 +126,6 @@ def _file(name: str, descriptor: int) -> int:
     os.close(made)
     os.dup2(fd, descriptor)
     return fd
-
-
-def _text(descriptor: int, mode: Literal["r", "w"]) -> TextIO:
-    return open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -4,7 +4,8 @@ Known answers go the way of a model's: prompt, stop rule, extraction, sandbox. A
 
 raises   every call raises, so a test can only pass by expecting nothing else, or by never calling.
 altered  the published solution with every result changed to a value that differs from it (None becomes 0, a number
-         grows, a container grows, anything else becomes None; never equal to the right one, by Python's own ==).
+         grows, a container grows, anything else becomes None; never equal to the right one, by Python's own ==), and
+         every exception to one of another kind.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def altered_(value):
     else:
         return None
     return None if other == value else other
+def another_(error):
+    return (ArithmeticError if isinstance(error, RuntimeError) else RuntimeError)("a wrong answer")
 """
 
 
@@ -183,7 +186,9 @@ def _altered(function: ast.FunctionDef) -> list[ast.stmt]:
     passed += [f"*copied_({arguments.vararg.arg})"] if arguments.vararg else []
     passed += [f"{a.arg}=copied_({a.arg})" for a in arguments.kwonlyargs]
     passed += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    call = f"return altered_({function.name}({', '.join(passed)}))"
+    # What is right may be an exception: then another one is wrong.
+    call = f"try:\n return altered_({function.name}({', '.join(passed)}))\n"
+    call += "except Exception as error:\n raise another_(error) from None"
     return [*ast.parse("from copy import deepcopy as copied_" + _ALTER).body, inner, *ast.parse(call).body]
 
 

@@ -1,160 +1,277 @@
-"""Plain Python values as bytes: what crosses between a hostile candidate and the checker that judges it.
+"""Python values as bytes: what crosses between a hostile candidate and the checker that judges it.
 
-A frame is a 4-byte big-endian length and that many bytes of JSON. Values that JSON lacks are one-key objects:
+A value is JSON; those that JSON lacks are one-key objects:
 
     {"t": [..]} tuple      {"s": [..]} set     {"z": [..]} frozenset    {"d": [[k, v], ..]} dict
-    {"g": [..]} iterator   {"b": hex} bytes    {"y": hex} bytearray     {"c": [re, im]} complex
-    {"r": [start, stop, step]} range   {"i": hex} int beyond 64 bits   {"f": "nan"} float JSON cannot spell
-    {"o": [name, value]} a container of the collections module
+    {"b": hex} bytes       {"c": [re, im]} complex   {"r": [start, stop, step]} range   {"g": [..]} iterator
+    {"i": hex} int beyond 64 bits   {"f": "nan"} float JSON cannot spell   {"@": n} a container met before
+    {"o": [name, parts]} a value, {"m": [name, parts, content]} a container of the standard library
+    {"T": [module, name]} a class of it    {"n": [dtype, shape, bytes]} a numpy array
 
-Decoding builds builtin values (and four containers of the standard library) and nothing else, whatever the
-bytes say: an object with its own ``__eq__`` cannot reach the checker. Never pickle.
+Everything else is up to the two ends' `Sides` (see line): {"x": ..}. Decoding builds values of builtin and standard
+types and nothing else, whatever the bytes say: an object with its own ``__eq__`` cannot reach the checker.
+Never pickle.
+
+Containers that can change are counted as they come, on both sides alike, so that one met twice arrives as one.
 """
 
-import collections
+import contextlib
 import json
-import os
+import math
+import sys
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
-MAX_FRAME = 16 * 2**20
-# A job comes from this side: contest problems bring megabytes of tests.
-MAX_JOB = 256 * 2**20
-# An outcome with a detail of 600 characters, each of up to 12 bytes here.
-MAX_ANSWER = 8192
+from qtool.evaluate import arrays
+from qtool.evaluate import stdlib_values as library
+from qtool.evaluate.frames import MAX_FRAME, NotPlain
+
 MAX_ITEMS = 100_000
+MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside another
 
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
-_CONTAINERS: dict[str, type] = {
-    "Counter": collections.Counter,
-    "OrderedDict": collections.OrderedDict,
-    "defaultdict": collections.defaultdict,
-    "deque": collections.deque,
-}
+_WORDS = frozenset({type(None), bool, str})
+_NUMBERS = frozenset({int, float})
 
 
-class NotPlain(Exception):
-    """A value that cannot cross, or bytes that do not spell a value."""
+class Sides:
+    """What the two ends of a pipe know beyond plain values; this one knows nothing. ``own_side``: the test's."""
+
+    own_side = False
+
+    def spell(self, value: Any, writer: "Writer") -> Any:
+        """A node for a value that is not plain. Raises NotPlain."""
+        raise NotPlain(f"a {type(value).__name__}, not a plain value")
+
+    def make(self, node: Any, reader: "Reader") -> Any:
+        """The value of a node that ``spell`` of the other side made. Raises NotPlain."""
+        raise NotPlain("not a value (unknown tag)")
 
 
 def pack(value: Any, limit: int = MAX_FRAME) -> bytes:
     """``value`` as the bytes of a frame's content. Raises NotPlain, also above ``limit`` bytes."""
-    try:
-        data = json.dumps(_encode(value), separators=(",", ":"), allow_nan=False).encode("ascii")
-    except RecursionError as error:
-        raise NotPlain("a value nested too deeply") from error
-    if len(data) > limit:
-        raise NotPlain(f"a value of {len(data)} bytes (limit {limit})")
-    return data
+    return Writer(Sides()).pack(value, limit)
 
 
 def unpack(data: bytes) -> Any:
     """The value that ``pack`` was given. Raises NotPlain for every other byte string."""
+    return Reader(Sides()).unpack(data)
+
+
+@contextlib.contextmanager
+def _deep() -> Iterator[None]:
+    """Values may lie deeper in each other than the program's calls."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, MAX_DEPTH))
     try:
-        return _decode(json.loads(data))
-    except NotPlain:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        raise NotPlain(f"not a value ({type(error).__name__})") from error
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
-def write_frame(fd: int, data: bytes) -> None:
-    """Write one whole frame; OSError if the reader is gone."""
-    view = memoryview(len(data).to_bytes(4, "big") + data)
-    while view:
-        view = view[os.write(fd, view) :]
+class Writer:
+    """Spells one message. ``seen`` holds the containers in the order they were met, after those given to it."""
 
+    def __init__(self, sides: Sides, known: list[Any] | None = None) -> None:
+        self.sides = sides
+        self.seen: list[Any] = list(known or [])
+        self._numbers = {id(value): number for number, value in enumerate(self.seen)}
 
-def read_frame(fd: int, limit: int = MAX_FRAME) -> bytes | None:
-    """The next frame's content, None at the end of the stream. Raises NotPlain above ``limit`` bytes."""
-    header = _read_exactly(fd, 4)
-    if header is None:
+    def pack(self, value: Any, limit: int = MAX_FRAME) -> bytes:
+        """The bytes of ``value``. Raises NotPlain."""
+        try:
+            with _deep():
+                data = json.dumps(self.node(value), separators=(",", ":"), allow_nan=False).encode("ascii")
+        except RecursionError as error:
+            raise NotPlain("a value nested too deeply") from error
+        if len(data) > limit:
+            raise NotPlain(f"a value of {len(data)} bytes (limit {limit})")
+        return data
+
+    def met(self, value: Any) -> dict[str, int] | None:
+        """The node of a container that was met before; else it is now."""
+        number = self._numbers.get(id(value))
+        if number is not None:
+            return {"@": number}
+        self._numbers[id(value)] = len(self.seen)
+        self.seen.append(value)
         return None
-    size = int.from_bytes(header, "big")
-    if size > limit:
-        raise NotPlain(f"a frame of {size} bytes (limit {limit})")
-    return _read_exactly(fd, size)
+
+    def node(self, value: Any) -> Any:
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind is int:
+            return value if -(2**63) <= value < 2**63 else {"i": hex(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {"f": repr(value)}
+        if kind is tuple:
+            return {"t": self._items(value)}
+        if kind in (list, dict, set):
+            return self.met(value) or self.content(value)
+        if kind is frozenset:
+            return {"z": self._items(value)}
+        if kind is bytes:
+            return {"b": value.hex()}
+        if kind is complex:
+            return {"c": [self.node(value.real), self.node(value.imag)]}
+        if kind is range:
+            return {"r": [self.node(value.start), self.node(value.stop), self.node(value.step)]}
+        return self._other(value, kind)
+
+    def content(self, value: Any) -> Any:
+        """The node of a container that was counted already."""
+        kind = type(value)
+        if kind is list:
+            return self._items(value)
+        if kind is dict:
+            return {"d": [[self.node(key), self.node(item)] for key, item in value.items()]}
+        if kind is set:
+            return {"s": self._items(value)}
+        if kind in library.CHANGING:
+            parts, _, read, _ = library.CHANGING[kind]
+            return {"m": [kind.__name__, self.node(tuple(parts(value))), self.node(read(value))]}
+        return {"x": self.sides.spell(value, self)}
+
+    def _items(self, values: Any) -> list[Any]:
+        kinds = set(map(type, values))
+        # Long lists of numbers or words are their own spelling.
+        if kinds <= _WORDS or (kinds <= _NUMBERS and _fits(values)):
+            return list(values)
+        return [self.node(item) for item in values]
+
+    def _other(self, value: Any, kind: type) -> Any:
+        if kind in library.CHANGING:
+            return self.met(value) or self.content(value)
+        if kind in library.FIXED:
+            parts, _ = library.FIXED[kind]
+            return {"o": [kind.__name__, [self.node(part) for part in parts(value)]]}
+        if (names := library.spelt(value, self.sides.own_side)) is not None:
+            return {"T": names}
+        if kind.__module__ == "numpy" and arrays.number(value):
+            return self.node(value.item())
+        if kind.__module__ == "numpy" and (node := arrays.parts(value)) is not None:
+            return node
+        if type(self.sides) is not Sides:
+            return {"x": self.sides.spell(value, self)}
+        # A subclass that compares as its base does (a namedtuple, an IntEnum) travels as the base.
+        for base in _PLAIN_BASES:
+            if isinstance(value, base) and kind.__eq__ is base.__eq__:
+                return self.node(as_base(value, base))
+        if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
+            items = []
+            for item in value:
+                items.append(self.node(item))
+                if len(items) > MAX_ITEMS:
+                    raise NotPlain(f"an iterator of more than {MAX_ITEMS} items")
+            return {"g": items}
+        return self.sides.spell(value, self)
 
 
-def _read_exactly(fd: int, size: int) -> bytes | None:
-    parts = []
-    while size:
-        part = os.read(fd, min(size, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+def as_base(value: Any, base: Any) -> Any:
+    """What ``value``, of a subclass, is as ``base`` itself: its content, not what its own methods say."""
+    if base is dict:
+        return dict(dict.items(value))
+    if base in (list, tuple, set, frozenset):
+        return base(base.__iter__(value))
+    if base is str:
+        return str.__str__(value)
+    if base in (int, float):
+        return base.__int__(value) if base is int else base.__float__(value)
+    return complex.__pos__(value) if base is complex else base.__getitem__(value, slice(None))
 
 
-def _encode(value: Any) -> Any:
-    kind = type(value)
-    if value is None or kind is bool or kind is str:
+def _fits(values: Any) -> bool:
+    try:
+        return all(map(math.isfinite, values)) and (not values or -(2**63) <= min(values) <= max(values) < 2**63)
+    except OverflowError:
+        return False
+
+
+class Reader:
+    """Makes the values of one message. ``seen`` as in a Writer."""
+
+    def __init__(self, sides: Sides, known: list[Any] | None = None) -> None:
+        self.sides = sides
+        self.seen: list[Any] = list(known or [])
+
+    def unpack(self, data: bytes) -> Any:
+        """The value. Raises NotPlain for bytes that spell none, or one too large for this process."""
+        try:
+            with _deep():
+                return self.value(json.loads(data))
+        except NotPlain:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise NotPlain(f"not a value ({type(error).__name__})") from None
+
+    def met(self, value: Any) -> Any:
+        self.seen.append(value)
         return value
-    if kind is int:
-        return value if -(2**63) <= value < 2**63 else {"i": hex(value)}
-    if kind is float:
-        finite = value == value and abs(value) != float("inf")
-        return value if finite else {"f": repr(value)}
-    if kind is list:
-        return [_encode(item) for item in value]
-    if kind is dict:
-        return {"d": [[_encode(key), _encode(item)] for key, item in value.items()]}
-    for sequence, tag in ((tuple, "t"), (set, "s"), (frozenset, "z")):
-        if kind is sequence:
-            return {tag: [_encode(item) for item in value]}
-    if kind in (bytes, bytearray):
-        return {"b" if kind is bytes else "y": value.hex()}
-    if kind is complex:
-        return {"c": [_encode(value.real), _encode(value.imag)]}
-    if kind is range:
-        return {"r": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
-    return _encode_other(value, kind)
+
+    def value(self, node: Any) -> Any:
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        if isinstance(node, list):
+            made: list[Any] = self.met([])
+            made[:] = self._items(node)
+            return made
+        if not isinstance(node, dict) or len(node) != 1:
+            raise NotPlain("not a value (untagged object)")
+        ((tag, content),) = node.items()
+        if tag in ("i", "f", "b"):
+            return _decode_text(tag, content)
+        if tag == "@":
+            return self.seen[content if content >= 0 else len(self.seen)]
+        if tag == "x":
+            return self.sides.make(content, self)
+        if not isinstance(content, list):
+            raise NotPlain("not a value (tag without a list)")
+        if tag in ("d", "s", "m"):
+            return self._container(tag, content)
+        if tag == "T":
+            module, name = content
+            return library.named(module, name, not self.sides.own_side)
+        if tag == "o":
+            name, parts = content
+            return library.FIXED[library.FIXED_NAMES[name]][1](*self._items(parts))
+        if tag == "n":
+            return arrays.made(*content)
+        return _decode_items(tag, self._items(content))
+
+    def _items(self, nodes: list[Any]) -> list[Any]:
+        if set(map(type, nodes)) <= _WORDS | _NUMBERS:
+            return nodes
+        return [self.value(node) for node in nodes]
+
+    def _container(self, tag: str, content: list[Any]) -> Any:
+        if tag == "d":
+            mapping: dict[Any, Any] = self.met({})
+            for key, item in content:
+                made = self.value(key)
+                mapping[made] = self.value(item)
+            return mapping
+        if tag == "s":
+            bag: set[Any] = self.met(set())
+            bag.update(self._items(content))
+            return bag
+        name, parts, inner = content
+        made = self.met(library.CHANGING[library.CHANGING_NAMES[name]][1](*self.value(parts)))
+        library.refill(made, self.value(inner))
+        return made
 
 
-def _encode_other(value: Any, kind: type) -> Any:
-    for name, container in _CONTAINERS.items():
-        if kind is container:
-            return {"o": [name, _encode(list(value) if kind is collections.deque else dict(value))]}
-    # A subclass that compares as its base does (a namedtuple, an IntEnum) travels as the base.
-    for base in _PLAIN_BASES:
-        if isinstance(value, base) and kind.__eq__ is base.__eq__:
-            content = base.__int__(value) if base is int else base(value)
-            if type(content) is base:
-                return _encode(content)
-    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return _encode(value.item())
-    if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
-        items = []
-        for item in value:
-            items.append(_encode(item))
-            if len(items) > MAX_ITEMS:
-                raise NotPlain(f"an iterator of more than {MAX_ITEMS} items")
-        return {"g": items}
-    raise NotPlain(f"a {kind.__name__}, not a plain builtin value")
-
-
-def _decode(node: Any) -> Any:
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return node
-    if isinstance(node, list):
-        return [_decode(item) for item in node]
-    if not isinstance(node, dict) or len(node) != 1:
-        raise NotPlain("not a value (untagged object)")
-    ((tag, content),) = node.items()
-    if tag in ("i", "f", "b", "y"):
-        return _decode_text(tag, content)
-    if tag == "o":
-        return _decode_container(*content)
-    if not isinstance(content, list):
-        raise NotPlain("not a value (tag without a list)")
-    if tag == "d":
-        return {_decode(key): _decode(item) for key, item in content}
-    items = [_decode(item) for item in content]
+def _decode_items(tag: str, items: list[Any]) -> Any:
     if tag == "t":
         return tuple(items)
-    if tag == "s":
-        return set(items)
     if tag == "z":
         return frozenset(items)
     if tag == "g":
@@ -173,15 +290,4 @@ def _decode_text(tag: str, content: Any) -> Any:
         return int(content, 16)
     if tag == "f":
         return {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}[content]
-    return bytes.fromhex(content) if tag == "b" else bytearray.fromhex(content)
-
-
-def _decode_container(name: str, content: Any) -> Any:
-    value = _decode(content)
-    if name == "deque" and type(value) is list:
-        return collections.deque(value)
-    if type(value) is not dict:
-        raise NotPlain("not a value (container without items)")
-    if name == "defaultdict":
-        return collections.defaultdict(None, value)
-    return {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict}[name](value)
+    return bytes.fromhex(content)

@@ -26,11 +26,11 @@ from pathlib import Path
 
 from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, hidden_paths, shown_paths
-from qtool.evaluate.wire import MAX_ANSWER, MAX_JOB, NotPlain, pack, read_frame, unpack, write_frame
+from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
-_SAID = ("alive", "passed", "failed", "timeout", "error")
+_SAID = ("alive", "passed", "failed", "timeout", "error", "unjudged")
 # Above every descriptor a worker ever has open.
 _PARKED = 128
 # What a program may put on the disk, in all; how often that is looked at.
@@ -66,7 +66,7 @@ def main(config: str) -> None:
         try:
             isolation.enter_namespaces(folder, shown_paths(kit), hidden_paths(kit))
         except OSError as error:
-            write_frame(1, pack({"missing": str(error)}))
+            write_frame(1, pack_json({"missing": str(error)}))
             os._exit(1)
         # Only children are in the new PID namespace: the first of them, PID 1, is the zygote.
         pid = os.fork()
@@ -79,9 +79,9 @@ def main(config: str) -> None:
     try:
         cell = Cell(tier, folder, known["uid"], kit, null)
     except OSError as error:
-        write_frame(1, pack({"missing": str(error)}))
+        write_frame(1, pack_json({"missing": str(error)}))
         os._exit(1)
-    write_frame(1, pack({"sandbox": cell.describe()}))
+    write_frame(1, pack_json({"sandbox": cell.describe()}))
     # Pages shared with children stay shared: the collector leaves what exists now alone.
     gc.collect()
     gc.freeze()
@@ -154,7 +154,7 @@ def _supervise(cell: Cell, mode: bytes) -> None:
     _end(cell, answerer)
     if judge:
         _end(cell, judge)
-    write_frame(1, pack(list(outcome)))
+    write_frame(1, pack_json(list(outcome)))
     scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
 
@@ -192,10 +192,9 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str, fol
     if found is None:
         return "timeout", f"no verdict after {seconds:g} s"
     if found[0] == "":
-        # In one process, the program is what ended; else nothing but the checker writes there.
-        if nonce:
-            return "failed", "ended before its test was over"
-        return "error", "the checker ended without a verdict"
+        # In one process, the program is what ended. Else the checker did, over what the program sent: it had lived to
+        # take the job, and each worker has shown that it can judge.
+        return "failed", "ended before its test was over" if nonce else "its test ended without a verdict"
     return found
 
 
@@ -226,7 +225,7 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
         return None
     try:
         data = read_frame(fd, MAX_ANSWER)
-        found = None if data is None else unpack(data)
+        found = None if data is None else unpack_json(data)
     except NotPlain:
         found = None
     expected = 3 if nonce else 2
@@ -237,9 +236,7 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
     return found[0], found[1]
 
 
-def _become(
-    cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str
-) -> None:
+def _become(cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str) -> None:
     """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights.
 
     A JavaScript job's process then becomes node, in ``role``, and does not return.

@@ -48,6 +48,18 @@ def judge(program: str, test: str = TEST, setup: str = "") -> Outcome:
     return run_programs([job(program, test, setup=setup)], timeout=20.0, workers=1)[0]
 
 
+# A message of the program's own instead of its answers, and then the right answer.
+FORGED = """
+    import qtool.evaluate.wire as w
+    def pack(self, value, limit=0):
+        if value[0] != 'is':
+            return really(self, value)
+        w.Writer.pack = really
+        return b'DATA'
+    really, w.Writer.pack = w.Writer.pack, pack
+    def f(x):
+        return 0
+"""
 # Programs that are right only if the attack worked: {free} names a folder outside, {port} a listening socket.
 ATTACKS = {
     "fork bomb": """
@@ -193,24 +205,33 @@ ATTACKS = {
                     pass
             return 0
     """,
-    "answer nonsense": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["value",{"x":[]}]]}'
-        def f(x):
-            return 0
-    """,
-    "answer a class": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["value",{"o":["__import__",{"d":[]}]}]]}'
-        def f(x):
-            return 0
-    """,
-    "answer every exception": """
-        import qtool.evaluate.candidate as c
-        c.pack = lambda value: b'{"d":[["raised",["SystemExit","0"]]]}'
-        def f(x):
-            return 0
-    """,
+    "answer nonsense": FORGED.replace("DATA", '{"t":["is",{"x":[]},{"d":[]}]}'),
+    "answer no value": FORGED.replace("DATA", '["passed",""]'),
+    "answer a class": FORGED.replace("DATA", '{"t":["is",{"T":["builtins","eval"]},{"d":[]}]}'),
+    "answer a function": FORGED.replace("DATA", '{"t":["is",{"T":["posix","system"]},{"d":[]}]}'),
+    "answer what it never got": FORGED.replace("DATA", '{"t":["is",{"x":["home",0]},{"d":[]}]}'),
+    "answer a value never met": FORGED.replace("DATA", '{"t":["is",{"@":7},{"d":[]}]}'),
+    "answer with other arguments": FORGED.replace("DATA", '{"t":["is",null,{"d":[[0,[4]],[-1,[4]],["a",4]]}]}'),
+    "answer every exception": FORGED.replace(
+        "DATA", '{"t":["raised",{"x":["error","X",[["unittest.case","SkipTest"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'
+    ),
+    "answer no exception": FORGED.replace("DATA", '{"t":["raised",4,{"d":[]}]}'),
+    "answer a base of all": FORGED.replace(
+        "DATA", '{"t":["raised",{"x":["error","X",[["builtins","BaseException"]],{"t":[]},"",{"d":[]},null]},{"d":[]}]}'
+    ),
+    "answer odd traits": FORGED.replace(
+        "DATA",
+        '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",["__class__","__hash__"]],["equal",false]]}]},{"d":[]}]}',
+    ),
+    "answer content of another type": FORGED.replace(
+        "DATA",
+        '{"t":["is",{"x":["kept",1,{"d":[["name","int"],["has",[]],["equal",false],["is","int"],["content",[4]]]}]},{"d":[]}]}',
+    ),
+    "ask for an attribute": FORGED.replace("DATA", '{"t":["do","get",0,{"t":["__globals__"]},{"d":[]}]}'),
+    "ask the test to call": FORGED.replace("DATA", '{"t":["do","__call__",0,{"t":[]},{"d":[]}]}'),
+    "ask the test to call by name": FORGED.replace(
+        "DATA", '{"t":["do","__call__",{"T":["builtins","exec"]},{"t":["1"]},{"d":[]}]}'
+    ),
     "close everything": "import os\ndef f(x):\n    os.closerange(0, 256)\n    return 2 * x",
     "patch builtins": """
         import builtins
@@ -451,7 +472,7 @@ JAVASCRIPT_ATTACKS = {
     "patch everything": "JSON.stringify = () => '{\"ready\":true}'; Object.is = Number.isFinite = () => true;"
     "Array.prototype.map = () => [2 * x]; return 0;",
     "pollute": "Object.prototype.value = 4; Object.prototype.outcome = 'passed'; return undefined;",
-    "proto answer": "return JSON.parse('{\"__proto__\": {\"valueOf\": 4}}');",
+    "proto answer": 'return JSON.parse(\'{"__proto__": {"valueOf": 4}}\');',
     "always equal": "return { valueOf: () => 4, toString: () => '4', [Symbol.toPrimitive]: () => 4, toJSON: () => 4 };",
     "always equal proxy": "return new Proxy({}, { get: () => () => 4, ownKeys: () => [] });",
     "promise": "return Promise.resolve(2 * x);",
@@ -553,7 +574,8 @@ const values = [undefined, null, true, '', 'é\\ud800', 0, -0, 1.5, NaN, Infinit
   new Date(5)];
 for (const value of values) {
   const back = f(value);
-  assert.deepStrictEqual(back, value !== null && typeof value === 'object' && 'x' in value ? { x: 1 } : value);
+  assert.deepStrictEqual(back, value);
+  assert.deepStrictEqual(f([[value]])[0][0], value);
 }
 assert.throws(() => f('throw'), /TypeError: no/);
 """
@@ -565,7 +587,7 @@ def test_javascript_values_cross_unchanged() -> None:
     outcomes = run_programs(
         [
             Job("values", program, JAVASCRIPT_VALUES, "f", language="javascript"),
-            Job("function", program, "f(() => 1);", "f", language="javascript"),
+            Job("symbol", program, "f(Symbol());", "f", language="javascript"),
             Job("never", program, "const x = 1;", "f", language="javascript"),
             Job("not a script", program, "this is no JavaScript", "f", language="javascript"),
         ],
@@ -573,9 +595,9 @@ def test_javascript_values_cross_unchanged() -> None:
     )
     assert outcomes[0].passed, outcomes[0]
     assert [(outcome.outcome, outcome.detail) for outcome in outcomes[1:]] == [
-        ("error", "the test passes a function, not plain data to the candidate"),
-        ("error", "the test never called the candidate"),
-        ("error", "the test failed before it called the candidate: SyntaxError: Unexpected identifier 'is'"),
+        ("unjudged", "the test passes a symbol, not plain data to the candidate"),
+        ("unjudged", "the test never called the candidate"),
+        ("unjudged", "the test failed before it called the candidate: SyntaxError: Unexpected identifier 'is'"),
     ]
 
 
@@ -743,7 +765,8 @@ def test_right_programs_pass(tier: str, marked: str) -> None:
         ("def f(x):\n    return 1 / 0", TEST, "ZeroDivisionError"),
         ("def f(x):\n    raise ValueError", "try:\n    f(1)\nexcept KeyError:\n    pass", "ValueError"),
         ("def f(x):\n    return (1, 2)", "assert f(1) == [1, 2]", "AssertionError"),
-        ("def f(x):\n    return object()", "f(1)", "returned a object"),
+        ("def f(x):\n    return object()", "assert f(1) == 1", "AssertionError"),
+        (EQUAL.format(name="Odd", base="object", value="Odd()"), "assert f(1) == 1", "not decided: returned a Odd"),
         ("import os\ndef f(x):\n    os._exit(0)", "try:\n    f(1)\nexcept BaseException:\n    pass", "ended"),
         ("import nothing_like_it", TEST, "ModuleNotFoundError"),
         ("def f(x)\n", TEST, "while loading, SyntaxError"),
@@ -766,14 +789,14 @@ def test_a_detail_is_fit_to_print() -> None:
     [
         ("def check(candidate:\n", "not Python"),
         ("x = 1", "never called"),
-        ("f(lambda: 1)", "a function"),
+        ("f(object())", "the test passes a object, not a plain value"),
         ("import nothing_like_it\nf(1)", "before it called the candidate: ModuleNotFoundError"),
         ("def check(candidate):\n    assert candidate(helper(1))", "before it called the candidate: NameError"),
     ],
 )
 def test_a_bad_test_is_an_error_not_a_wrong_answer(test: str, detail: str) -> None:
     outcome = judge("def f(x):\n    return x", test)
-    assert outcome.outcome == "error"
+    assert outcome.outcome == "unjudged"
     assert detail in outcome.detail
 
 

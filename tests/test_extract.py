@@ -16,7 +16,7 @@ from qtool.evaluate.extract import (
 from qtool.evaluate.extract_javascript import program_from_javascript_chat
 from qtool.evaluate.problems import Problem
 from qtool.evaluate.prompts import finished, program
-from qtool.evaluate.reply import answered, fenced, last_block, until_answered
+from qtool.evaluate.reply import fenced, last_block
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT
@@ -226,34 +226,12 @@ def test_last_block(reply: str, block: str | None) -> None:
     assert last_block(reply) == block
 
 
-@pytest.mark.parametrize(
-    ("reply", "done"),
-    [
-        (f"```python\n{FULL}```", True),
-        (f"```python\n{FULL}", False),
-        (f"<think>```python\n{FULL}```", False),
-        (f"<think>```python\n{FULL}```</think>", False),
-        (f"<think>```python\n{FULL}```</think>```python\n{FULL}```", True),
-        ("```python\nassert double(2) == 4\n```", False),
-        ("```python\ndef double_all(x): ...\n```", False),
-        ("```javascript\nconst double = (x) => 2 * x;\n```", True),
-        ("```\ndouble = lambda x: 2 * x\n```", True),
-        ("double", False),
-    ],
-)
-def test_answered_once_a_closed_block_defines_it(reply: str, done: bool) -> None:
-    assert answered(reply, "double") is done
-
-
-def test_all_engines_judge_the_same_part_of_a_reply() -> None:
-    """One that sees a whole reply must judge what one that looks while it is written stopped at."""
+def test_no_engine_stops_before_a_correction() -> None:
     other = FULL.replace("return", "return 7 +")
-    whole = f"<think>```python\n{other}```</think>Here:\n```python\n{FULL}```\nOr, wrongly:\n```python\n{other}```\n"
+    whole = f"Here:\n```python\n{other}```\nNo, it must not add. Corrected:\n```python\n{FULL}```\n"
     problem = Problem(task_id="t", prompt=PROMPT, entry_point="double", canonical_solution="", test="pass")
-    seen = next(whole[:n] for n in range(len(whole)) if finished(whole[:n], "chat", problem))
-    assert program(problem, whole, "chat") == program(problem, seen, "chat")
+    assert not any(finished(whole[:n], "chat", problem) for n in range(len(whole)))
     assert "7 +" not in program(problem, whole, "chat")
-    assert until_answered("no code", "double") == "no code"
 
 
 def test_examples_are_left_out() -> None:
