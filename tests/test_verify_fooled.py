@@ -140,7 +140,7 @@ FOOLED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("awq", lambda p: edit_manifest(p, ledger={}), "the ledger does not name model.layers.0."),
     ("awq", lambda p: edit_manifest(p, tensor_bytes=1), "the manifest says tensor_bytes 1, the tensors have"),
     ("awq", lambda p: edit_manifest(p, bits_per_weight=0.5), "the manifest says bits_per_weight 0.5"),
-    ("q8", lambda p: edit_json(p, num_hidden_layers=1), "blk.1.attn_k.weight is in the file, and llama.cpp has no place"),
+    ("q8", lambda p: edit_json(p, num_hidden_layers=1), "blk.1.attn_k.weight is in the file, and llama.cpp has no"),
     ("q8", lambda p: edit_json(p, intermediate_size=512), "llama.feed_forward_length is 256, config.json says 512"),
     ("q8", lambda p: edit_manifest(p, ledger={}), "the ledger does not name model.layers.0."),
 ]  # fmt: skip
