@@ -77,7 +77,8 @@ def test_what_holds_itself_arrives_so() -> None:
     knot: list[Any] = [1]
     knot.append(knot)
     back = unpack(pack({"a": knot, "b": knot}))
-    assert back["a"] is back["b"] and back["a"][1] is back["a"]
+    assert back["a"] is back["b"]
+    assert back["a"][1] is back["a"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,8 @@ def test_numpy_scalars_travel_as_the_numbers_they_are() -> None:
     assert [type(item) for item in (back[0], back[1], back[2][0])] == [float, int, bool]
     matrix = numpy.arange(6, dtype="<i4").reshape(2, 3)
     again = unpack(pack(matrix))
-    assert again.dtype == matrix.dtype and (again == matrix).all()
+    assert again.dtype == matrix.dtype
+    assert (again == matrix).all()
     with pytest.raises(NotPlain, match="a ndarray"):
         pack(numpy.array([object()]))
     with pytest.raises(NotPlain):
