@@ -220,7 +220,7 @@ def _indented(body: str) -> str:
         lines.pop(0)
     rest = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
     first = len(lines[0]) - len(lines[0].lstrip())
-    if first < 4 and rest and min(rest) >= 4 and not lines[0].rstrip().endswith(":"):
+    if first < 4 and rest and min(rest) >= 4 and (first == 0 or not lines[0].rstrip().endswith(":")):
         lines[0] = " " * min(rest) + lines[0].lstrip()
         first = min(rest)
     margin = min([first, *rest])
