@@ -7,12 +7,14 @@ hands out jobs, collects outcomes and replaces workers that stopped answering.
 
 import functools
 import importlib.resources
+import importlib.util
 import os
 import queue
 import shutil
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qtool import QtoolError
 from qtool.evaluate.cell import Kit
@@ -94,7 +96,11 @@ def detect_sandbox(sandbox: str = "auto") -> str:
 def kit_for(jobs: Sequence[Job]) -> Kit:
     """What the jobs need beyond a bare interpreter. Raises QtoolError (exit 3) if node is needed and not there."""
     libraries = tuple(sorted({library for job in jobs for library in job.libraries}))
-    folders = tuple(sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})) if libraries else ()
+    # Where they lie: also beside the environment's own folder (a user's site, one linked by a .pth).
+    found = (importlib.util.find_spec(name) for name in libraries)
+    beside = {str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin and spec.parent}
+    own = {sysconfig.get_path(name) for name in ("purelib", "platlib")} if libraries else set()
+    folders = tuple(sorted(own | beside))
     if all(job.language == "python" for job in jobs):
         return Kit(libraries, folders)
     node = shutil.which("node")

@@ -77,7 +77,7 @@ def program_from_completion(problem_prompt: str, completion: str, entry_point: s
     body = stop_at_end_of_function(text, problem_prompt)
     program = problem_prompt + body
     tail = text[len(body) :]
-    if parses(program) is None:
+    if parses(program) is None or re.match(r"\n*return\b", body):
         begun = body.strip("\n")
         if entry_point in functions(begun):  # the whole function, below a prompt that is none without its body
             program = _preamble(problem_prompt, entry_point) + "\n\n" + begun
@@ -220,8 +220,8 @@ def _indented(body: str) -> str:
         lines.pop(0)
     rest = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
     first = len(lines[0]) - len(lines[0].lstrip())
-    if first == 0 and rest and min(rest) >= 4:
-        lines[0] = " " * min(rest) + lines[0]
+    if first < 4 and rest and min(rest) >= 4 and (first == 0 or not lines[0].rstrip().endswith(":")):
+        lines[0] = " " * min(rest) + lines[0].lstrip()
         first = min(rest)
     margin = min([first, *rest])
     return "\n".join("    " + line[margin:] if line.strip() else "" for line in lines)

@@ -57,6 +57,21 @@ COMPLETIONS = {
     "redefinition below is dropped": "    return 2 * x\n\ndef double(x):\n    return 0\n",
 }
 
+COMPLETIONS |= {
+    "prompt repeated": f"{PROMPT}    return 2 * x\n\n\ndef other(y):\n    return broken(",
+    "header repeated": "\ndef double(x):\n    return 2 * x\n\n\ndef other(y):\n    return broken(",
+    "fence in a docstring": '    """\n```\ndouble(2)\n```\n"""\n    return 2 * x\n\nprint(',
+    "fenced": "```python\n    return 2 * x\n```\nThis doubles.",
+    "first line without its indent": "return 2 * x\n",
+    "one space short": "   y = x\n    return 2 * y\n",
+    "tab": "\treturn 2 * x\n",
+    "blank lines first": "\n\n    return 2 * x\n\nprint(",
+    "comment first": "\n# twice\n    return 2 * x\n",
+    "helper below with its import": "    return g(x)\n\nimport operator\n\ndef g(y):\n    return operator.mul(2, y)\n",
+    "constant below": "    return TWO * x\n\nTWO = 2\n",
+    "helper below with a decorator": "    return g(x)\n\n@staticmethod\ndef g(y):\n    return 2 * y\n\nprint(",
+}
+
 
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_completion(name: str) -> None:
@@ -177,6 +192,35 @@ MORE_CHATS = {
     "full-width tokens": f"```python\n{FULL}```<\uff5cend\u2581of\u2581sentence\uff5c>",
 }
 
+WRONG = "def double(x):\n    return x\n"
+MORE_CHATS |= {
+    "imports in a block above": "```python\nimport operator\n```\n```python\ndef double(x):\n"
+    "    return operator.mul(2, x)\n```",
+    "imports in a block below": "```python\ndef double(x):\n    return operator.mul(2, x)\n```\nand\n"
+    "```python\nimport operator\n```",
+    "from and as": "```python\nfrom operator import mul as times\n```\n```python\ndef double(x):\n"
+    "    return times(2, x)\n```",
+    "a star": "```python\nfrom operator import *\n```\n```python\ndef double(x):\n    return mul(2, x)\n```",
+    "a constant above": "```python\nTWO = 2\n```\n```python\ndef double(x):\n    return TWO * x\n```",
+    "a helper that needs an import": "```python\nimport operator\n```\n```py\ndef g(x):\n"
+    "    return operator.mul(2, x)\n```\n```python3\ndef double(x):\n    return g(x)\n```",
+    "a helper of the first attempt": "```python\nimport operator\ndef g(x):\n    return operator.mul(2, x)\n"
+    f"{WRONG}```\nCorrected:\n```python\ndef double(x):\n    return g(x)\n```",
+    "a correction, then its use": f"```python\n{WRONG}```\nNo:\n```python\n{FULL}```\n```python\nprint(double(2))\n```",
+    "a correction that is cut short": f"```python\n{FULL}```\nShorter:\n```python\ndef double(x):\n    return (2",
+    "the header once more": f"```python\n{FULL}```\nIts header:\n```python\ndef double(x: int) -> int: ...\n```",
+    "fence in the docstring": '```python\ndef double(x):\n    """Twice.\n\n    ```\n    double(2)\n    ```\n    """\n'
+    "    return 2 * x\n```\nDone.",
+    "named fence in the docstring": '```python\ndef double(x):\n    """Twice.\n\n```python\ndouble(2)\n```\n"""\n'
+    "    return 2 * x\n```\nDone.",
+    "four ticks around three": f"````markdown\n```python\n{FULL}```\n````",
+    "Python 3": f"```Python 3\n{FULL}```",
+    "file name": f"```python:answer.py\n{FULL}```",
+    "behind text": f"Sure: ```python\n{FULL}```",
+    "in a numbered list": "1. ```python\n   def double(x):\n       return 2 * x\n   ```",
+    "unclosed correction": f"```python\n{WRONG}```\nFixed:\n```python\n{FULL}",
+}
+
 
 @pytest.mark.parametrize("name", MORE_CHATS)
 def test_more_chats(name: str) -> None:
@@ -263,6 +307,15 @@ JAVASCRIPT = {
         "```js\nfunction two() { return 2; }\n```\n```js\nfunction double(x) { return two() * x; }\n```",
         "function two() { return 2; }\nfunction double(x) { return two() * x; }\n",
     ),
+    "imports apart": (
+        "```js\nimport { max as m } from 'x';\n```\n"
+        "```js\nfunction double(x) { return m(x); }\nexport { double };\n```",
+        "const { max : m } = require('x');\nfunction double(x) { return m(x); }\n\n",
+    ),
+    "constant apart": (
+        "```js\nconst TWO = 2;\n```\n```js\nconst double = (x) => TWO * x;\n```",
+        "const TWO = 2;\nconst double = (x) => TWO * x;\n",
+    ),
     "no answer": ("I cannot.", "// no code in the reply\n"),
     "another name": ("```js\nconst double_it = 1;\n```", "const double_it = 1;\n"),
 }
@@ -291,3 +344,14 @@ def test_only_the_indent_of_the_fence_is_taken() -> None:
     """A body may be indented in a block that is not."""
     assert fenced("```\n    return 1\n```\n")[0][1] == "    return 1\n"
     assert fenced("  ```\n    return 1\nx\n  ```\n")[0][1] == "  return 1\nx\n"
+
+
+def test_a_completion_goes_on_until_the_helpers_it_calls_are_there() -> None:
+    problem = Problem(task_id="t", prompt=PROMPT, entry_point="double", canonical_solution="", test="pass")
+    helped = "    return twice(x)\n\n\ndef twice(y):\n    return 2 * y\n\n\ndef junk(z):\n    return z\n"
+    for text in (helped, "    return 2 * x\n\n\ndef junk(z):\n    return z\n"):
+        seen = next(text[:n] for n in range(len(text)) if finished(text[:n], "completion", problem))
+        assert run(program(problem, seen, "completion"))(21) == 42
+        assert "return z" not in seen
+    assert finished("    return lost(x)\n\nif __name__ == '__main__':\n", "completion", problem)
+    assert not finished(PROMPT[:20], "completion", problem)
