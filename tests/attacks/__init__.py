@@ -27,9 +27,22 @@ from attacks import (
 from attacks.bench import Attack
 
 MODULES = (
-    safetensors_files, indexes, configs, tokenizers, templates, recipes, calibrations, tasks, imatrices, ggufs,
-    manifests, special_files, links, odd_names, runs,
-)  # fmt: skip
+    safetensors_files,
+    indexes,
+    configs,
+    tokenizers,
+    templates,
+    recipes,
+    calibrations,
+    tasks,
+    imatrices,
+    ggufs,
+    manifests,
+    special_files,
+    links,
+    odd_names,
+    runs,
+)
 
 
 def all_attacks() -> list[Attack]:

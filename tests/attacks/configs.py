@@ -10,9 +10,14 @@ from typing import Any
 from attacks.bench import TAKEN_OR_REFUSED, Attack, Bench, edit_json
 
 SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "vocab_size",
-)  # fmt: skip
+)
 ABSURD: list[tuple[str, Any]] = [
     ("0", 0),
     ("-1", -1),
@@ -73,12 +78,21 @@ TOLERATED: list[tuple[str, str, Any]] = [
     ("initializer_range", "Infinity", float("inf")),
 ]
 TEXTS: list[tuple[str, bytes]] = [
-    ("empty", b""), ("null", b"null"), ("a list", b"[]"), ("a number", b"1e999"), ("half", b'{"model_type": "lla'),
-    ("not UTF-8", b'{"a": "\xff"}'), ("UTF-16", '{"a": 1}'.encode("utf-16")), ("NULs", bytes(1000)),
-    ("100000 brackets", b"[" * 100_000), ("100000 maps", b'{"a":' * 100_000), ("an HTML page", b"<html></html>"),
-    ("a number of 10000 digits", b'{"hidden_size": ' + b"9" * 10_000 + b"}"), ("no key at all", b"{}"),
+    ("empty", b""),
+    ("null", b"null"),
+    ("a list", b"[]"),
+    ("a number", b"1e999"),
+    ("half", b'{"model_type": "lla'),
+    ("not UTF-8", b'{"a": "\xff"}'),
+    ("UTF-16", '{"a": 1}'.encode("utf-16")),
+    ("NULs", bytes(1000)),
+    ("100000 brackets", b"[" * 100_000),
+    ("100000 maps", b'{"a":' * 100_000),
+    ("an HTML page", b"<html></html>"),
+    ("a number of 10000 digits", b'{"hidden_size": ' + b"9" * 10_000 + b"}"),
+    ("no key at all", b"{}"),
     ("comments", b'{"model_type": "llama" // yes\n}'),
-]  # fmt: skip
+]
 EVIL = "open({!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
 
 

@@ -57,20 +57,33 @@ def _gguf(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 
 FIRST = "blk.0.ffn_down.weight"
 FILES: list[tuple[str, bytes]] = [
-    ("empty", b""), ("three bytes", b"abc"), ("zeros", bytes(1000)), ("0 entries", struct.pack("<i", 0)),
-    ("-1 entries", struct.pack("<i", -1)), ("10**6 entries of nothing", struct.pack("<i", 10**6)),
-    ("a name of 2**31 - 1 bytes", struct.pack("<ii", 1, 2**31 - 1)), ("a name of -1 bytes", struct.pack("<ii", 1, -1)),
+    ("empty", b""),
+    ("three bytes", b"abc"),
+    ("zeros", bytes(1000)),
+    ("0 entries", struct.pack("<i", 0)),
+    ("-1 entries", struct.pack("<i", -1)),
+    ("10**6 entries of nothing", struct.pack("<i", 10**6)),
+    ("a name of 2**31 - 1 bytes", struct.pack("<ii", 1, 2**31 - 1)),
+    ("a name of -1 bytes", struct.pack("<ii", 1, -1)),
     ("a name that is not UTF-8", struct.pack("<ii", 1, 2) + b"\xff\xfe" + struct.pack("<iif", 1, 1, 1.0)),
     ("2**31 - 1 values", struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, 2**31 - 1)),
     ("-1 values", struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, -1)),
-    ("another model's names", _dat({"x.weight": [1.0] * 128})), ("another width", _dat(_all(1.0, 96))),
-    ("NaN", _dat(_all(float("nan")))), ("Inf", _dat(_all(float("inf")))), ("negative", _dat(_all(-1.0))),
-    ("one matrix of NaN", _dat(_one(FIRST, float("nan")))), ("one matrix of zeros", _dat(_one(FIRST, 0.0))),
-    ("zeros throughout", _dat(_all(0.0))), ("half", _dat(_all(1.0))[:2000]),
-    ("GGUF: empty", b"GGUF" + struct.pack("<IQQ", 3, 0, 0)), ("GGUF: 2**60 tensors", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0)),
-    ("GGUF: 2**60 keys", b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60)), ("GGUF: 2**62 bytes", _bomb(0, 2**62)),
-    ("GGUF: 2**62 texts", _bomb(8, 2**62)), ("GGUF: version 99", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
-]  # fmt: skip
+    ("another model's names", _dat({"x.weight": [1.0] * 128})),
+    ("another width", _dat(_all(1.0, 96))),
+    ("NaN", _dat(_all(float("nan")))),
+    ("Inf", _dat(_all(float("inf")))),
+    ("negative", _dat(_all(-1.0))),
+    ("one matrix of NaN", _dat(_one(FIRST, float("nan")))),
+    ("one matrix of zeros", _dat(_one(FIRST, 0.0))),
+    ("zeros throughout", _dat(_all(0.0))),
+    ("half", _dat(_all(1.0))[:2000]),
+    ("GGUF: empty", b"GGUF" + struct.pack("<IQQ", 3, 0, 0)),
+    ("GGUF: 2**60 tensors", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0)),
+    ("GGUF: 2**60 keys", b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60)),
+    ("GGUF: 2**62 bytes", _bomb(0, 2**62)),
+    ("GGUF: 2**62 texts", _bomb(8, 2**62)),
+    ("GGUF: version 99", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
+]
 
 
 def _set(name: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -9,9 +9,18 @@ from attacks.bench import Attack, Bench, edit_json, sign
 
 KEPT = "TOPSECRET-CONTENT-91"
 SIDECARS = (
-    "notes.txt", "LICENSE", "NOTICE", "extra.json", "chat_template.jinja", "vocab.txt", "tokenizer.model",
-    "generation_config.json", "special_tokens_map.json", "merges.txt", "README.md",
-)  # fmt: skip
+    "notes.txt",
+    "LICENSE",
+    "NOTICE",
+    "extra.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "tokenizer.model",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "merges.txt",
+    "README.md",
+)
 
 
 def _secret(work: Path) -> Path:

@@ -1,4 +1,4 @@
-"""qtool.json and the sections of artifacts: what `verify`, `evaluate` and `publish` are told by whoever made the file."""
+"""qtool.json and the sections of artifacts: what verify, evaluate and publish are told by whoever made the file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,41 @@ from attacks.bench import Attack, Bench, edit_json, sign
 Change = Callable[[dict[str, Any]], Any]
 EMPTY = {"bytes": 0, "sha256": "0" * 64}
 KEYS = (
-    "qtool", "key", "output", "source", "calibration", "device", "versions", "parameters", "tensor_bytes",
-    "bits_per_weight", "ledger", "files",
-)  # fmt: skip
+    "qtool",
+    "key",
+    "output",
+    "source",
+    "calibration",
+    "device",
+    "versions",
+    "parameters",
+    "tensor_bytes",
+    "bits_per_weight",
+    "ledger",
+    "files",
+)
 NAMES = (
-    "../../etc/passwd", "/etc/passwd", "/dev/zero", "..\\..\\x", "C:\\x", "C:x", ".", "..", "", "a/", "./a", "a//b",
-    "a\0b", "a\nb", "\x1b[2J", "a" * 5000, "a/../../b", "qtool.json", "~/x", "\ud800",
-)  # fmt: skip
+    "../../etc/passwd",
+    "/etc/passwd",
+    "/dev/zero",
+    "..\\..\\x",
+    "C:\\x",
+    "C:x",
+    ".",
+    "..",
+    "",
+    "a/",
+    "./a",
+    "a//b",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "a" * 5000,
+    "a/../../b",
+    "qtool.json",
+    "~/x",
+    "\ud800",
+)
 
 
 def _ledger(**record: Any) -> Change:
@@ -42,11 +70,17 @@ EDITS: list[tuple[str, Change]] = [
     ("ledger of others", lambda data: data.update(ledger={"../../x": {"frobenius": 0.1}})),
     ("ledger of one too many", lambda data: data["ledger"].update({"model.layers.0.evil": {"frobenius": 0.1}})),
     ("ledger without error", lambda data: data.update(ledger={name: {} for name in data["ledger"]})),
-    ("ledger NaN", _ledger(frobenius=float("nan"))), ("ledger Infinity", _ledger(frobenius=float("inf"))),
-    ("ledger as text", _ledger(frobenius="Infinity")), ("ledger -1", _ledger(frobenius=-1)),
-    ("ledger 1", _ledger(frobenius=1.0)), ("ledger 1e300", _ledger(frobenius=1e300)), ("ledger true", _ledger(frobenius=True)),
-    ("output dtype of none", _output(dtype="os.system")), ("output of NaN", _output(damp_percent=float("nan"))),
-    ("output of text NaN", _output(damp_percent="NaN")), ("output of another group size", _output(group_size=64)),
+    ("ledger NaN", _ledger(frobenius=float("nan"))),
+    ("ledger Infinity", _ledger(frobenius=float("inf"))),
+    ("ledger as text", _ledger(frobenius="Infinity")),
+    ("ledger -1", _ledger(frobenius=-1)),
+    ("ledger 1", _ledger(frobenius=1.0)),
+    ("ledger 1e300", _ledger(frobenius=1e300)),
+    ("ledger true", _ledger(frobenius=True)),
+    ("output dtype of none", _output(dtype="os.system")),
+    ("output of NaN", _output(damp_percent=float("nan"))),
+    ("output of text NaN", _output(damp_percent="NaN")),
+    ("output of another group size", _output(group_size=64)),
     ("files: sha256 of another", lambda data: data["files"]["config.json"].update(sha256="0" * 64)),
     ("files: bytes -1", lambda data: data["files"]["config.json"].update(bytes=-1)),
     ("files: bytes 10**30", lambda data: data["files"]["config.json"].update(bytes=10**30)),
@@ -54,17 +88,31 @@ EDITS: list[tuple[str, Change]] = [
     ("files: none", lambda data: data.update(files={})),
     ("files: 10**5 that are missing", lambda data: data["files"].update({f"f{i}": EMPTY for i in range(10**5)})),
     *((f"files: {name[:30]!r}", lambda data, n=name: data["files"].update({n: EMPTY})) for name in NAMES),
-]  # fmt: skip
+]
 TEXTS: list[tuple[str, bytes]] = [
-    ("empty", b""), ("null", b"null"), ("a list", b"[]"), ("half", b'{"qtool": "0'), ("not UTF-8", b"\xff"),
-    ("200000 brackets", b"[" * 200_000), ("UTF-16", "{}".encode("utf-16")), ("NULs", bytes(99)), ("1e999", b"1e999"),
-    ("a number of 10000 digits", b'{"parameters": ' + b"9" * 10_000 + b"}"), ("70 MB", b" " * 70_000_000 + b"{}"),
-]  # fmt: skip
+    ("empty", b""),
+    ("null", b"null"),
+    ("a list", b"[]"),
+    ("half", b'{"qtool": "0'),
+    ("not UTF-8", b"\xff"),
+    ("200000 brackets", b"[" * 200_000),
+    ("UTF-16", "{}".encode("utf-16")),
+    ("NULs", bytes(99)),
+    ("1e999", b"1e999"),
+    ("a number of 10000 digits", b'{"parameters": ' + b"9" * 10_000 + b"}"),
+    ("70 MB", b" " * 70_000_000 + b"{}"),
+]
 SECTIONS: list[tuple[str, str, Change]] = [
-    *((output, f"group_size {value!r}", lambda q, v=value: q.update(group_size=v))
-      for output in ("awq", "gptq") for value in (0, -7, 10**12, "x", None, True, 1.5)),
-    *((output, f"bits {value!r}", lambda q, v=value: q.update(bits=v))
-      for output in ("awq", "gptq") for value in (0, 3, 64, "4", None)),
+    *(
+        (output, f"group_size {value!r}", lambda q, v=value: q.update(group_size=v))
+        for output in ("awq", "gptq")
+        for value in (0, -7, 10**12, "x", None, True, 1.5)
+    ),
+    *(
+        (output, f"bits {value!r}", lambda q, v=value: q.update(bits=v))
+        for output in ("awq", "gptq")
+        for value in (0, 3, 64, "4", None)
+    ),
     ("awq", "quant_method of none", lambda q: q.update(quant_method="evil")),
     ("awq", "quant_method of another", lambda q: q.update(quant_method="gptq")),
     ("awq", "quant_method a list", lambda q: q.update(quant_method=["awq"])),
@@ -85,20 +133,26 @@ SECTIONS: list[tuple[str, str, Change]] = [
     ("nf4", "fp4", lambda q: q.update(bnb_4bit_quant_type="fp4")),
     ("nf4", "storage of floats", lambda q: q.update(bnb_4bit_quant_storage="float32")),
     ("nf4", "8 bits", lambda q: q.update(load_in_4bit=False, load_in_8bit=True)),
-]  # fmt: skip
+]
 STATES: list[tuple[str, bytes]] = [
     ("sizes of none", b'{"blocksize":-1,"shape":[1e999],"quant_type":"evil","dtype":"os.system"}'),
     ("sizes too large", b'{"blocksize":64,"shape":[1000000000,1000000000],"quant_type":"nf4","dtype":"bfloat16"}'),
     ("block of 0", b'{"blocksize":0,"shape":[128,128],"quant_type":"nf4","dtype":"bfloat16"}'),
     ("dtype of none", b'{"blocksize":64,"shape":[128,128],"quant_type":"nf4","dtype":"__class__"}'),
     ("fp4", b'{"blocksize":64,"shape":[128,128],"quant_type":"fp4","dtype":"bfloat16"}'),
-    ("NaN", b'{"blocksize":NaN,"shape":[128,128],"dtype":"bfloat16"}'), ("brackets", b"[" * 3000), ("not UTF-8", b"\xff\xfe"),
-    ("empty", b""), ("a nested block of text", b'{"blocksize":64,"shape":[128,128],"dtype":"bfloat16","nested_offset":"x"}'),
-]  # fmt: skip
+    ("NaN", b'{"blocksize":NaN,"shape":[128,128],"dtype":"bfloat16"}'),
+    ("brackets", b"[" * 3000),
+    ("not UTF-8", b"\xff\xfe"),
+    ("empty", b""),
+    ("a nested block of text", b'{"blocksize":64,"shape":[128,128],"dtype":"bfloat16","nested_offset":"x"}'),
+]
 SOURCES: list[tuple[str, str]] = [
-    ("the artifact itself", "model-awq"), ("another artifact", "nf4"), ("a missing folder", "nothing"),
-    ("a file", "text.txt"), ("/dev/null", "/dev/null"),
-]  # fmt: skip
+    ("the artifact itself", "model-awq"),
+    ("another artifact", "nf4"),
+    ("a missing folder", "nothing"),
+    ("a file", "text.txt"),
+    ("/dev/null", "/dev/null"),
+]
 
 
 def _manifest(change: Change) -> Callable[[Bench, Path], list[str]]:

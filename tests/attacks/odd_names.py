@@ -8,15 +8,65 @@ from pathlib import Path
 from attacks.bench import Attack, Bench
 
 FOLDERS = (
-    "with blank", "größe", "日本", "a'b", 'a"b', "$(touch CANARY)", "`x`", "-rf", "--help", "a;b", "a&b", "a%s", "{x}",
-    "[red]x[/]", "a:b", "\x1b[2J", "a\nb", "x" * 200, ".hidden", "a.partial", "nan", "model.safetensors", "*", "~", "#x",
-)  # fmt: skip
-WORDS = ("", " ", ".", "..", "/", "~", "nothing", "a/b/c", "-", "\x1b[2J", "x" * 5000, "file:///etc", "http://127.0.0.1:9/x",
-         "/etc/passwd", "/dev/null", "../../..", "a\nb", "%s", "{x}", "[red]")  # fmt: skip
+    "with blank",
+    "größe",
+    "日本",
+    "a'b",
+    'a"b',
+    "$(touch CANARY)",
+    "`x`",
+    "-rf",
+    "--help",
+    "a;b",
+    "a&b",
+    "a%s",
+    "{x}",
+    "[red]x[/]",
+    "a:b",
+    "\x1b[2J",
+    "a\nb",
+    "x" * 200,
+    ".hidden",
+    "a.partial",
+    "nan",
+    "model.safetensors",
+    "*",
+    "~",
+    "#x",
+)
+WORDS = (
+    "",
+    " ",
+    ".",
+    "..",
+    "/",
+    "~",
+    "nothing",
+    "a/b/c",
+    "-",
+    "\x1b[2J",
+    "x" * 5000,
+    "file:///etc",
+    "http://127.0.0.1:9/x",
+    "/etc/passwd",
+    "/dev/null",
+    "../../..",
+    "a\nb",
+    "%s",
+    "{x}",
+    "[red]",
+)
 COMMANDS: tuple[tuple[str, ...], ...] = (
-    ("run",), ("plan",), ("verify",), ("check",), ("report",), ("pull",), ("compare", "x"), ("evaluate", "--task", "handwritten"),
+    ("run",),
+    ("plan",),
+    ("verify",),
+    ("check",),
+    ("report",),
+    ("pull",),
+    ("compare", "x"),
+    ("evaluate", "--task", "handwritten"),
     ("publish", "--to", "acme", "--dry-run"),
-)  # fmt: skip
+)
 
 
 def _folder(name: str) -> Callable[[Bench, Path], list[str]]:

@@ -24,14 +24,19 @@ LONGEST = 2000  # letters of a refusal
 FAULT = "This is a fault of qtool"
 OUTPUT = "output.txt"
 TASK = {
-    "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-    "canonical_solution": "    return x + 1000\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
-}  # fmt: skip
+    "task_id": "t/0",
+    "prompt": 'def f(x: int) -> int:\n    """Do it."""\n',
+    "entry_point": "f",
+    "canonical_solution": "    return x + 1000\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
+}
 OUTPUTS = [
-    {"method": "awq", "group_size": 32}, {"method": "gptq", "group_size": 32, "propagate_error": False},
+    {"method": "awq", "group_size": 32},
+    {"method": "gptq", "group_size": 32, "propagate_error": False},
     {"method": "gptq", "name": "ct", "group_size": 32, "format": "compressed-tensors", "propagate_error": False},
-    {"method": "nf4"}, {"method": "gguf", "name": "q8", "type": "Q8_0"},
-]  # fmt: skip
+    {"method": "nf4"},
+    {"method": "gguf", "name": "q8", "type": "Q8_0"},
+]
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,12 @@ def prepare(root: Path) -> Bench:
         "calibration": {"text": str(root / "text.txt"), "samples": 4, "length": 32},
         "outputs": OUTPUTS,
         "evaluate": {
-            "tasks": [{"task": str(root / "task.jsonl")}], "max_new_tokens": 4,
+            "tasks": [{"task": str(root / "task.jsonl")}],
+            "max_new_tokens": 4,
             "text": {"text": str(root / "text.txt"), "samples": 2, "length": 32, "seed": 3},
         },
         "gates": [{"max_kld": 50.0}],
-    }  # fmt: skip
+    }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     answer = command(["run", "recipe.yaml"], root, 600)
     if answer.code != 0:

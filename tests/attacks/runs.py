@@ -10,11 +10,19 @@ from attacks.bench import Attack, Bench, edit_json
 
 FILES = ("result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json")
 TEXTS: list[tuple[str, bytes]] = [
-    ("empty", b""), ("garbage", b"\xff\xfe\x00"), ("null", b"null"), ("a list", b"[]"), ("half", b'{"a": '), ("brackets", b"[" * 99_999),
-]  # fmt: skip
+    ("empty", b""),
+    ("garbage", b"\xff\xfe\x00"),
+    ("null", b"null"),
+    ("a list", b"[]"),
+    ("half", b'{"a": '),
+    ("brackets", b"[" * 99_999),
+]
 COMMANDS: tuple[tuple[str, ...], ...] = (
-    ("check", "RUN"), ("report", "RUN"), ("compare", "RUN:awq", "RUN:nf4"), ("publish", "RUN", "--to", "acme", "--dry-run"),
-)  # fmt: skip
+    ("check", "RUN"),
+    ("report", "RUN"),
+    ("compare", "RUN:awq", "RUN:nf4"),
+    ("publish", "RUN", "--to", "acme", "--dry-run"),
+)
 EDITS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("no checks", "result.json", lambda d: d.update(checks={})),
     ("checks of nothing", "result.json", lambda d: d.update(checks={name: [] for name in d["checks"]})),

@@ -88,9 +88,12 @@ def _word(words: list[str], make: Callable[[Path], Any]) -> Callable[[Bench, Pat
 
 
 WORDS: list[list[str]] = [
-    ["run", "FILE"], ["evaluate", "MODEL", "--task", "FILE"], ["check", "latest", "--baseline", "FILE"],
-    ["check", "latest", "--recipe", "FILE"], ["compare", "FILE", "latest"],
-]  # fmt: skip
+    ["run", "FILE"],
+    ["evaluate", "MODEL", "--task", "FILE"],
+    ["check", "latest", "--baseline", "FILE"],
+    ["check", "latest", "--recipe", "FILE"],
+    ["compare", "FILE", "latest"],
+]
 
 
 def attacks() -> list[Attack]:

@@ -12,9 +12,12 @@ from typing import Any
 from attacks.bench import LACKS, Attack, Bench
 
 ROW: dict[str, Any] = {
-    "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-    "canonical_solution": "    return x + 1000\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
-}  # fmt: skip
+    "task_id": "t/0",
+    "prompt": 'def f(x: int) -> int:\n    """Do it."""\n',
+    "entry_point": "f",
+    "canonical_solution": "    return x + 1000\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
+}
 KEYS: list[tuple[str, Any]] = [("null", None), ("a number", 7), ("a list", ["x"]), ("a map", {"a": 1}), ("empty", "")]
 ODD: list[tuple[str, dict[str, Any]]] = [
     ("entry_point that is code", {"entry_point": "f;__import__('os').system('touch CANARY')"}),
@@ -48,15 +51,26 @@ ODD: list[tuple[str, dict[str, Any]]] = [
 ]
 GOOD = json.dumps(ROW).encode()
 FILES: list[tuple[str, str, bytes]] = [
-    ("empty", "t.jsonl", b""), ("blank", "t.jsonl", b"\n \n"), ("no JSON", "t.jsonl", b"hello"),
-    ("half", "t.jsonl", GOOD[:-20]), ("a number", "t.jsonl", b"7"), ("a list", "t.jsonl", b"[]"),
-    ("NULs", "t.jsonl", bytes(100)), ("not UTF-8", "t.jsonl", GOOD.replace(b"Do it", b"\xff")),
-    ("100000 brackets", "t.jsonl", b'{"task_id":' + b"[" * 100_000), ("UTF-16", "t.jsonl", GOOD.decode().encode("utf-16")),
-    ("one id twice", "t.jsonl", GOOD + b"\n" + GOOD), ("a parquet of garbage", "t.parquet", b"PAR1" + b"\xff" * 99 + b"PAR1"),
-    ("gzip of garbage", "t.jsonl.gz", b"\x1f\x8b" + b"\xff" * 99), ("gzip, cut", "t.jsonl.gz", gzip.compress(GOOD)[:-9]),
-    ("another suffix", "t.exe", GOOD), ("csv", "t.csv", b"a,b\n1,2\n"), ("HTML", "t.json", b"<html>"),
-    ("1e999", "t.jsonl", GOOD[:-1] + b', "seconds": 1e999}'), ("a number of 10000 digits", "t.jsonl", b'{"a": ' + b"9" * 10_000 + b"}"),
-]  # fmt: skip
+    ("empty", "t.jsonl", b""),
+    ("blank", "t.jsonl", b"\n \n"),
+    ("no JSON", "t.jsonl", b"hello"),
+    ("half", "t.jsonl", GOOD[:-20]),
+    ("a number", "t.jsonl", b"7"),
+    ("a list", "t.jsonl", b"[]"),
+    ("NULs", "t.jsonl", bytes(100)),
+    ("not UTF-8", "t.jsonl", GOOD.replace(b"Do it", b"\xff")),
+    ("100000 brackets", "t.jsonl", b'{"task_id":' + b"[" * 100_000),
+    ("UTF-16", "t.jsonl", GOOD.decode().encode("utf-16")),
+    ("one id twice", "t.jsonl", GOOD + b"\n" + GOOD),
+    ("a parquet of garbage", "t.parquet", b"PAR1" + b"\xff" * 99 + b"PAR1"),
+    ("gzip of garbage", "t.jsonl.gz", b"\x1f\x8b" + b"\xff" * 99),
+    ("gzip, cut", "t.jsonl.gz", gzip.compress(GOOD)[:-9]),
+    ("another suffix", "t.exe", GOOD),
+    ("csv", "t.csv", b"a,b\n1,2\n"),
+    ("HTML", "t.json", b"<html>"),
+    ("1e999", "t.jsonl", GOOD[:-1] + b', "seconds": 1e999}'),
+    ("a number of 10000 digits", "t.jsonl", b'{"a": ' + b"9" * 10_000 + b"}"),
+]
 
 
 def _file(name: str, write: Callable[[Path], Any]) -> Callable[[Bench, Path], list[str]]:
@@ -92,7 +106,10 @@ def attacks() -> list[Attack]:
     found += [Attack("task", name, _row(change), answers) for name, change in ODD]
     found += [Attack("task", f"file: {name}", _file(file, _writes(data)), LACKS) for name, file, data in FILES]
     specials: list[tuple[str, str, Callable[[Path], Any]]] = [
-        ("a pipe", "t.jsonl", os.mkfifo), ("a folder", "t.jsonl", os.mkdir), ("a gzip bomb", "t.jsonl.gz", _bomb),
-        ("/dev/zero", "t.jsonl", lambda path: path.symlink_to("/dev/zero")), ("missing", "t.jsonl", lambda path: None),
-    ]  # fmt: skip
+        ("a pipe", "t.jsonl", os.mkfifo),
+        ("a folder", "t.jsonl", os.mkdir),
+        ("a gzip bomb", "t.jsonl.gz", _bomb),
+        ("/dev/zero", "t.jsonl", lambda path: path.symlink_to("/dev/zero")),
+        ("missing", "t.jsonl", lambda path: None),
+    ]
     return found + [Attack("task", name, _file(file, write), LACKS) for name, file, write in specials]

@@ -8,7 +8,8 @@ from typing import Any
 
 from attacks.bench import Attack, Bench, edit_json
 
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}"
+LOOP = "{% for a in range(99999) %}"
+LOOPS = LOOP * 3 + "x" + "{% endfor %}" * 3
 TEMPLATES: list[tuple[str, Any]] = [
     ("nested loops", LOOPS),
     (

@@ -28,8 +28,11 @@ def _growing(data: dict[str, Any]) -> None:
 
 def _slow(data: dict[str, Any]) -> None:
     data["pre_tokenizer"] = {
-        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
-    }  # fmt: skip
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
 
 
 def _code(model: Path, bench: Bench) -> None:
@@ -43,10 +46,20 @@ def _nothing(model: Path, _: Bench) -> None:
 
 
 BROKEN: list[tuple[str, Damage]] = [
-    *((f"{file} {name}", _text(file, text)) for file in (JSON, CONFIG) for name, text in (
-        ("empty", b""), ("a list", b"[]"), ("null", b"null"), ("half", b'{"version": "1'), ("not UTF-8", b'{"\xff": 1}'),
-        ("100000 brackets", b"[" * 100_000), ("NULs", bytes(100)), ("HTML", b"<html>"),
-    )),
+    *(
+        (f"{file} {name}", _text(file, text))
+        for file in (JSON, CONFIG)
+        for name, text in (
+            ("empty", b""),
+            ("a list", b"[]"),
+            ("null", b"null"),
+            ("half", b'{"version": "1'),
+            ("not UTF-8", b'{"\xff": 1}'),
+            ("100000 brackets", b"[" * 100_000),
+            ("NULs", bytes(100)),
+            ("HTML", b"<html>"),
+        )
+    ),
     ("a model of a newer release", _edit(JSON, lambda d: d["model"].update(type="BPE9"))),
     ("no model", _edit(JSON, lambda d: d.pop("model") and None)),
     ("vocabulary a list", _edit(JSON, lambda d: d["model"].update(vocab=[]))),
@@ -56,12 +69,22 @@ BROKEN: list[tuple[str, Damage]] = [
     ("added token without id", _edit(JSON, lambda d: d.update(added_tokens=[{"content": "x"}]))),
     ("unknown normalizer", _edit(JSON, lambda d: d.update(normalizer={"type": "Evil"}))),
     ("unknown decoder", _edit(JSON, lambda d: d.update(decoder={"type": "Evil"}))),
-    ("a regular expression that is none", _edit(JSON, lambda d: d.update(
-        pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}))),
+    (
+        "a regular expression that is none",
+        _edit(
+            JSON,
+            lambda d: d.update(
+                pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+            ),
+        ),
+    ),
     ("no tokenizer at all", _nothing),
-    ("tokenizer.model alone, garbage", lambda m, b: ((m / JSON).unlink(), (m / "tokenizer.model").write_bytes(b"x" * 99))),
+    (
+        "tokenizer.model alone, garbage",
+        lambda m, b: ((m / JSON).unlink(), (m / "tokenizer.model").write_bytes(b"x" * 99)),
+    ),
     ("class a number", _edit(CONFIG, lambda d: d.update(tokenizer_class=7))),
-]  # fmt: skip
+]
 ODD: list[tuple[str, Damage]] = [
     ("class unknown", _edit(CONFIG, lambda d: d.update(tokenizer_class="EvilTokenizer"))),
     ("normalizer that grows text", _edit(JSON, _growing)),
@@ -69,12 +92,40 @@ ODD: list[tuple[str, Damage]] = [
     ("code in auto_map", _code),
     ("ids beyond the embedding", _edit(JSON, lambda d: d["model"]["vocab"].update(a=10**6))),
     ("an empty vocabulary", _edit(JSON, lambda d: d["model"].update(vocab={}, merges=[]))),
-    ("an added token of 10**6 letters", _edit(JSON, lambda d: d["added_tokens"].append(
-        {"id": 320, "content": "x" * 10**6, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}))),
-    ("an empty added token", _edit(JSON, lambda d: d["added_tokens"].append(
-        {"id": 320, "content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}))),
+    (
+        "an added token of 10**6 letters",
+        _edit(
+            JSON,
+            lambda d: d["added_tokens"].append(
+                {
+                    "id": 320,
+                    "content": "x" * 10**6,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+            ),
+        ),
+    ),
+    (
+        "an empty added token",
+        _edit(
+            JSON,
+            lambda d: d["added_tokens"].append(
+                {
+                    "id": 320,
+                    "content": "",
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+            ),
+        ),
+    ),
     ("eos_token of another vocabulary", _edit(CONFIG, lambda d: d.update(eos_token="<|evil|>"))),
     ("eos_token a number", _edit(CONFIG, lambda d: d.update(eos_token=7))),
     ("model_max_length 1e999", _text(CONFIG, b'{"model_max_length": 1e999, "eos_token": "<eos>"}')),
@@ -82,9 +133,16 @@ ODD: list[tuple[str, Damage]] = [
     ("added_tokens_decoder text", _edit(CONFIG, lambda d: d.update(added_tokens_decoder={"x": "y"}))),
     ("special_tokens_map a list", _text("special_tokens_map.json", b"[]")),
     ("added_tokens.json garbage", _text("added_tokens.json", b"{")),
-    ("truncation of -1", _edit(JSON, lambda d: d.update(truncation={"direction": "Right", "max_length": 1,
-                                                                    "strategy": "LongestFirst", "stride": 0}))),
-]  # fmt: skip
+    (
+        "truncation of -1",
+        _edit(
+            JSON,
+            lambda d: d.update(
+                truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+            ),
+        ),
+    ),
+]
 
 
 def _attack(damage: Damage, command: str) -> Callable[[Bench, Path], list[str]]:
