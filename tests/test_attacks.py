@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,67 @@ import pytest
 from attacks import all_attacks
 from attacks.bench import Attack, Bench
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 # One kind of damage each that is refused before a model is opened, so that all of them take seconds together.
 CHOSEN = (
-    "safetensors: empty", "safetensors: header length 2**63", "safetensors: pickle", "safetensors: offsets negative",
-    "safetensors: header of 100000 brackets", "safetensors: a tensor twice", "safetensors: half",
-    "index: a shard outside", "index: an absolute shard", "index: not JSON", "index: weight_map a list",
-    "index: 100000 brackets", "index: no weight_map",
-    "recipe: empty", "recipe: a list", "recipe: not UTF-8", "recipe: 5000 brackets", "recipe: python/name",
-    "recipe: python/object/apply", "recipe: billion laughs", "recipe: a map in itself", "recipe: an unknown method",
-    "recipe: model with a null", "recipe: group_size 7", "recipe: gate NaN", "recipe: timeout NaN",
-    "manifest: ledger NaN", "manifest: ledger Infinity", "manifest: ledger as text", "manifest: ledger true",
-    "manifest: bits_per_weight NaN", "manifest: parameters 10**400", "manifest: output of text NaN",
-    "manifest: files: '../../etc/passwd'", "manifest: files: 'C:x'", "manifest: files: 'a\\x00b'",
-    "manifest: a key twice",     "manifest: file: 200000 brackets, publish", "manifest: file: empty, verify",
-    "manifest: source: the artifact itself",     "manifest: files: bytes -1", "manifest: files missing", "manifest: an unknown key",
-    "special file: a pipe in the manifest", "special file: a socket in the manifest",
-    "special file: a link to /dev/zero in the manifest", "special file: a folder in the manifest",
-    "link: a folder of an artifact", "link: notes.txt of an artifact, verify",
-    "run: a failed check, check", "run: no checks, check", "run: ledger text, check", "run: an artifact changed since",
-    "run: lock.json empty, report", "name: verify ''", "name: check 'nothing'",
-)  # fmt: skip
+    "safetensors: empty",
+    "safetensors: header length 2**63",
+    "safetensors: pickle",
+    "safetensors: offsets negative",
+    "safetensors: header of 100000 brackets",
+    "safetensors: a tensor twice",
+    "safetensors: half",
+    "index: a shard outside",
+    "index: an absolute shard",
+    "index: not JSON",
+    "index: weight_map a list",
+    "index: 100000 brackets",
+    "index: no weight_map",
+    "recipe: empty",
+    "recipe: a list",
+    "recipe: not UTF-8",
+    "recipe: 5000 brackets",
+    "recipe: python/name",
+    "recipe: python/object/apply",
+    "recipe: billion laughs",
+    "recipe: a map in itself",
+    "recipe: an unknown method",
+    "recipe: model with a null",
+    "recipe: group_size 7",
+    "recipe: gate NaN",
+    "recipe: timeout NaN",
+    "manifest: ledger NaN",
+    "manifest: ledger Infinity",
+    "manifest: ledger as text",
+    "manifest: ledger true",
+    "manifest: bits_per_weight NaN",
+    "manifest: parameters 10**400",
+    "manifest: output of text NaN",
+    "manifest: files: '../../etc/passwd'",
+    "manifest: files: 'C:x'",
+    "manifest: files: 'a\\x00b'",
+    "manifest: a key twice",
+    "manifest: file: 200000 brackets, publish",
+    "manifest: file: empty, verify",
+    "manifest: source: the artifact itself",
+    "manifest: files: bytes -1",
+    "manifest: files missing",
+    "manifest: an unknown key",
+    "special file: a pipe in the manifest",
+    "special file: a socket in the manifest",
+    "special file: a link to /dev/zero in the manifest",
+    "special file: a folder in the manifest",
+    "link: a folder of an artifact",
+    "link: notes.txt of an artifact, verify",
+    "run: a failed check, check",
+    "run: no checks, check",
+    "run: ledger text, check",
+    "run: an artifact changed since",
+    "run: lock.json empty, report",
+    "name: run ''",
+    "name: check 'nothing'",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +82,15 @@ def bench(tiny: Path, finished: Any, tmp_path_factory: pytest.TempPathFactory) -
     folder = finished.folder.parent.parent
     (root / "text.txt").symlink_to(folder / "text.txt")
     (root / "task.jsonl").symlink_to(folder / "problems.jsonl")
-    for name in ("model", "shards"):
-        (root / name).symlink_to(tiny)
+    (root / "shards").symlink_to(tiny)
+    shutil.copytree(tiny, root / "model", ignore=shutil.ignore_patterns("model*"))
+    tensors = {name: tensor for file in tiny.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file(tensors, root / "model" / "model.safetensors", metadata={"format": "pt"})
     (root / "runs").symlink_to(folder / "runs")
     (root / "artifacts").mkdir()
     for name in ("awq", "nf4"):
-        (root / "artifacts" / f"model-{name}").symlink_to(finished.artifacts[name].path)
+        for there in (f"model-{name}", f"tiny-{name}"):
+            (root / "artifacts" / there).symlink_to(finished.artifacts[name].path)
     return Bench(root)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attacks.bench import Attack, Bench, edit_json
+from attacks.bench import Attack, Bench, edit_json, sign
 
 FILES = ("result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json")
 TEXTS: list[tuple[str, bytes]] = [
@@ -72,10 +73,9 @@ def _edit(
 
 def _changed(bench: Bench, work: Path) -> list[str]:
     """The artifact changed after the run, and its own manifest says the new sha256."""
-    from attacks.bench import sign
-
     run = bench.run(work)
-    folder = work / "artifacts" / "model-awq"
+    lock = json.loads((run / "lock.json").read_text())
+    folder = run / lock["artifacts"]["awq"]["path"]
     raw = bytearray((folder / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (folder / "model.safetensors").write_bytes(raw)
