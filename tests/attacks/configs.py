@@ -141,7 +141,8 @@ def attacks() -> list[Attack]:
         found.append(
             Attack("config", f"file: {name}, {command}", _attack(_write(text), command), names=("config.json",))
         )
-    found += [Attack("config", f"code, {command}", _code(command)) for command in ("run", "evaluate", "plan")]
+    found += [Attack("config", f"code, {command}", _code(command)) for command in ("run", "evaluate")]
+    found.append(Attack("config", "code, plan", _code("plan"), TAKEN_OR_REFUSED))
     missing = _attack(lambda model: (model / "config.json").unlink())
     return [
         *found,
