@@ -83,6 +83,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     codes = packing.unpack(tensors["qweight"].t().contiguous(), bits)
     columns = codes.shape[1]
     size = group_size_of(section["group_size"], columns)
+    groups = tensors["scales"].shape[0]
+    if groups != -(-columns // size):
+        raise ValueError(f"{groups} groups of {size} are not {columns} columns")
     ordered = ordered_groups(columns, size)
     g_idx = tensors["g_idx"].long() if "g_idx" in tensors else ordered
     in_order = columns % size == 0 and torch.equal(g_idx, ordered)
@@ -116,7 +119,10 @@ def zero_points(words: torch.Tensor, section: Mapping[str, Any]) -> torch.Tensor
 
 def checkpoint_format(section: Mapping[str, Any]) -> str:
     """`gptq` (version 1; also where nothing is said, as in AutoGPTQ's files) or `gptq_v2`."""
-    return str(section.get("checkpoint_format") or section.get("format") or V1)
+    said = section.get("checkpoint_format") or section.get("format") or V1
+    if said not in (V1, V2):
+        raise QtoolError(f"quantization_config: checkpoint_format is {said!r}; qtool reads {V1!r} and {V2!r}.")
+    return str(said)
 
 
 def quantization_config(bits: int, group_size: int, sym: bool, damp_percent: float) -> dict[str, Any]:

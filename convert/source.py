@@ -52,9 +52,7 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     Raises QtoolError: exit 2 for a missing folder or an unknown id, exit 3 when the network is missing.
     """
     if model in SHIPPED:
-        package, folder = SHIPPED[model]
-        path = Path(str(files(package).joinpath(folder)))
-        return _local(model, path)
+        return _local(model, shipped(model))
     path = named(model)
     if os.path.isdir(path):  # False for a name that no file can have
         path = Path(os.path.realpath(path))
@@ -62,6 +60,12 @@ def resolve(model: str, revision: str | None = None) -> ModelSource:
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise QtoolError(f"model: no folder {shown(model)!r}, and it is not a Hub id (org/name). Check the path.")
     return _snapshot(model, revision)
+
+
+def shipped(model: str) -> Path:
+    """The folder of a model that ships with qtool: where its files really lie, which an editable install only links."""
+    package, folder = SHIPPED[model]
+    return Path(os.path.realpath(str(files(package).joinpath(folder, "config.json")))).parent
 
 
 def _local(name: str, path: Path) -> ModelSource:

@@ -63,7 +63,8 @@ class Verification:
 
 
 def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
-    """Run every check that can be made. Raises QtoolError when ``path`` is no artifact, or ``source`` no source."""
+    """Run every check that can be made. Raises QtoolError when ``path`` is no artifact or holds no weights that
+    can be opened, or ``source`` is no source."""
     if path.is_dir() and not (path / MANIFEST).exists() and not path.name.endswith(PARTIAL):
         raise QtoolError(f"{path}: no {MANIFEST}; only artifacts written by qtool can be verified.")
     refuse_unfinished(path)
@@ -75,8 +76,7 @@ def verify(path: Path, source: Path | None = None, progress: Callable[[str], Non
     if dangers := [fault for fault in unfit(path, manifest).values() if not fault.endswith(MISSING)]:
         result.checks.append(Check("tensors", "not made", f"{dangers[0]}: nothing is read from this folder"))
         return result
-    with result.guarded("weights"):
-        check_weights(Artifact.open(path), original, result, progress)
+    check_weights(Artifact.open(path), original, result, progress)
     if original is None:
         result.checks.append(Check(AGAINST_SOURCE, "not made", "no --source given"))
     return result

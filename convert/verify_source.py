@@ -12,7 +12,7 @@ from qtool import QtoolError
 from qtool.convert.artifact import EXTRAS, FOLD_SCALES, Artifact
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.gguf_file import GgufFile
-from qtool.convert.reading import read_json
+from qtool.convert.reading import read_json, shown
 from qtool.convert.verify_tensors import Result, adds_one
 
 AGAINST_SOURCE = "error against the source"
@@ -110,8 +110,10 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
     blocks = isinstance(artifact.weights, GgufFile)
     plus_one = 1.0 if adds_one(artifact.config) else 0.0
     linears = {f"{linear}.weight" for linear in artifact.linears()}
+    seen: set[str] = set()
     four_norms = any(name.endswith("pre_feedforward_layernorm.weight") for name in source.tensors)
     for name, tensor in artifact.read():
+        seen.add(name)
         if name in linears:
             continue
         info = source.tensors.get(name)
@@ -128,6 +130,9 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):
             yield f"{name} is not the source's (differs by {error:.2%})"
+    for name in source.tensors:
+        if name.startswith("model.layers.") and name not in seen:
+            yield f"{shown(name)} is in the source and not here"
 
 
 def _absorbed(name: str, scales: Checkpoint | None, four_norms: bool) -> torch.Tensor | None:

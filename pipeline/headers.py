@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from qtool.convert.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, Tensor
 from qtool.convert.config_file import CONFIG, check_config, read_config
 from qtool.convert.diagnosis import why_no_model
 from qtool.convert.reading import named, read_json, refuse_link, shown
-from qtool.convert.source import SHIPPED, asking_the_hub, name_of
+from qtool.convert.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.tied import check_folder
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
@@ -48,9 +47,7 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
     """``model``: a folder, a config.json, a shipped name or a Hub id. Raises QtoolError: exit 2 for what is not there
     or is no model, exit 3 where the Hub cannot be reached."""
     if model in SHIPPED:
-        package, folder = SHIPPED[model]
-        shipped = Path(str(files(package).joinpath(folder)))
-        return replace(_local(shipped, model), place=str(shipped))
+        return replace(_local(shipped(model), model), place=str(shipped(model)))
     path = named(model)
     if os.path.isdir(path):  # False for a name that no file can have
         return replace(_local(path, name_of(path)), place=str(path) if model.startswith("~") else model)
@@ -81,7 +78,8 @@ def _local(path: Path, name: str) -> Headers:
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         geometry = read_geometry(config, where)
         checkpoint = Checkpoint.open(path)
-        checkpoint.check_sizes(config)
+        if "quantization_config" not in config:  # packed tensors have other shapes; verify knows them
+            checkpoint.check_sizes(config)
         check_folder(path)
         return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)

@@ -304,7 +304,7 @@ class FakeLLM:
 
 
 def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(QtoolError, match="engine vllm needs vLLM and an accelerator") as caught:
+    with pytest.raises(QtoolError, match="engine vllm needs vLLM, which is not here") as caught:
         vllm.load(tiny, None, 64)
     assert caught.value.exit_code == 3
     fake = types.ModuleType("vllm")

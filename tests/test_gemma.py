@@ -101,7 +101,9 @@ def test_vllm_has_no_float16_for_some(made: tuple[Path, dict[str, Artifact]]) ->
     kind = json.loads((model / "config.json").read_text())["model_type"]
     checks = [c for c in verify(artifacts["awq-g32"].path).checks if c.name.startswith("vLLM 0.32: ")]
     assert {c.name: c.status for c in checks}["vLLM 0.32: plain kernel, TP 1"] == "pass"
-    assert dtype_flag(artifacts["awq-g32"].config) == (None if kind == "gemma" else "bfloat16")
+    assert dtype_flag(artifacts["awq-g32"].config) is None  # it was asked for in bfloat16
+    float16 = artifacts["compressed-tensors-g32"].config
+    assert dtype_flag(float16) == (None if kind == "gemma" else "bfloat16")
 
 
 def test_scales_folded_into_the_norms_change_nothing(made: tuple[Path, dict[str, Artifact]], source: Any) -> None:

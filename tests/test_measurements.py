@@ -103,7 +103,7 @@ def test_a_recipe_has_every_model_measured_once(
 
     def here(words: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         started.append((words, env))
-        done = CliRunner().invoke(main, words[3:])
+        done = CliRunner().invoke(main, words[4:])
         return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
     monkeypatch.setattr("qtool.measure_run.subprocess.run", here)
@@ -111,7 +111,7 @@ def test_a_recipe_has_every_model_measured_once(
     outputs = [{"method": "nf4"}, {"method": "awq", "group_size": 32}]
     recipe = write_recipe(outputs=outputs, measure={"context": [16, 32], "tokens": 4, "repeats": 1})
     done = run(recipe, tmp_path / "runs", "cpu")
-    assert [words[4].rsplit("/", 1)[-1] for words, _ in started] == ["tiny", "tiny-nf4", "tiny-awq"]
+    assert [words[5].rsplit("/", 1)[-1] for words, _ in started] == ["tiny", "tiny-nf4", "tiny-awq"]
     assert not any("hf_planted" in value for _, env in started for value in env.values())
     assert [row.context for row in done.measured["source"][0].rows] == [16, 32]
     assert done.measured["nf4"][0].key == done.lock.artifacts["nf4"].key
@@ -123,7 +123,7 @@ def test_a_recipe_has_every_model_measured_once(
     assert "Memory and speed" in (tmp_path / "report.html").read_text()
     started.clear()
     again = run(recipe, tmp_path / "runs", "cpu")
-    assert [words[4].rsplit("/", 1)[-1] for words, _ in started] == ["tiny-awq"]  # what failed is tried again
+    assert [words[5].rsplit("/", 1)[-1] for words, _ in started] == ["tiny-awq"]  # what failed is tried again
     assert again.measured["source"] == done.measured["source"]
 
 

@@ -385,7 +385,6 @@ def test_architectures_that_qtool_does_not_quantize(change: dict[str, Any], said
         (lambda n: n.replace("model.", "model.language_model."), "multimodal"),
         (lambda n: f"base_model.model.{n}", "merge_and_unload"),
         (lambda n: n.removeprefix("model."), "the base model alone"),
-        (lambda n: n.replace("model.embed_tokens", "lm_head"), "one tensor where tie_word_embeddings"),
     ],
 )
 def test_names_under_a_wrapper(rename: Callable[[str], str], said: str, model: Path, write_recipe: Write) -> None:

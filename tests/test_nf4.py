@@ -129,6 +129,7 @@ def test_everything_else_is_the_sources(artifact: Artifact, tiny: Path) -> None:
     config = json.loads((artifact.path / "config.json").read_text())
     section = config.pop("quantization_config")
     assert section["bnb_4bit_quant_type"] == "nf4"
+    assert config.pop("torch_dtype") == config["dtype"]  # for readers of either key
     assert config == json.loads((tiny / "config.json").read_text())
     assert artifact.manifest is not None
     assert artifact.manifest.calibration == {}

@@ -55,8 +55,9 @@ def test_an_artifact_is_a_whole_model(write_recipe: Callable[..., Path], tiny: P
     section = config.pop("quantization_config")
     assert section["quant_method"] == "awq"
     changed = {key for key in config if config[key] != source.get(key)}
-    assert changed == {"dtype"}  # float16, as stored; everything else is the source's own
-    assert list(config) == list(source)
+    assert changed == {"dtype", "torch_dtype"}  # float16, as stored; everything else is the source's own
+    assert config["dtype"] == config["torch_dtype"] == "float16"
+    assert [key for key in config if key != "torch_dtype"] == list(source)
     assert artifact.manifest is not None
     assert set(artifact.manifest.files) == set(files) - {MANIFEST}
     state = dict(artifact.read())

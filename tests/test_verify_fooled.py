@@ -140,7 +140,7 @@ FOOLED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("awq", lambda p: edit_manifest(p, ledger={}), "the ledger does not name model.layers.0."),
     ("awq", lambda p: edit_manifest(p, tensor_bytes=1), "the manifest says tensor_bytes 1, the tensors have"),
     ("awq", lambda p: edit_manifest(p, bits_per_weight=0.5), "the manifest says bits_per_weight 0.5"),
-    ("q8", lambda p: edit_json(p, num_hidden_layers=1), "blk.1.attn_k.weight is in the file, and llama.cpp has no"),
+    ("q8", lambda p: edit_json(p, num_hidden_layers=1), "model.layers.1.mlp.down_proj.weight is missing"),
     ("q8", lambda p: edit_json(p, intermediate_size=512), "llama.feed_forward_length is 256, config.json says 512"),
     ("q8", lambda p: edit_manifest(p, ledger={}), "the ledger does not name model.layers.0."),
 ]  # fmt: skip
@@ -264,11 +264,21 @@ def test_weights_that_are_a_pipe_keep_nobody_waiting(copy: Callable[[str], Path]
 
 
 BESIDE = [
-    "adapter_config.json", "adapter_model.safetensors", "modeling_x.py", "pytorch_model.bin", "other.gguf",
-    "model-00001-of-00002.safetensors", "chat_template.jinja", "additional_chat_templates/x.jinja",
-    "hf_quant_config.json", "special_tokens_map.json", "tokenizer.model", "Modelfile", "custom_generate/generate.py",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "modeling_x.py",
+    "pytorch_model.bin",
+    "other.gguf",
+    "model-00001-of-00002.safetensors",
+    "chat_template.jinja",
+    "additional_chat_templates/x.jinja",
+    "hf_quant_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "Modelfile",
+    "custom_generate/generate.py",
     "consolidated.00.pth",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", BESIDE)
