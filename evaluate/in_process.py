@@ -17,10 +17,12 @@ from qtool.evaluate.checker import reason_of
 from qtool.evaluate.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
 _TESTS = ("TestCases", "check")
+# Written after the test was found to be Python and before the program is loaded: what comes later may be the program's.
+LOADING = ("alive", "loading")
 
 
 def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
-    """("passed" | "failed" | "unjudged", short reason) for a program and its ``job`` (keys test, entry_point)."""
+    """("passed" | "failed", short reason) for a program and its ``job`` (keys test, entry_point)."""
     module = types.ModuleType("__test__")
     module.__file__ = "__test__.py"
     sys.modules["__test__"] = module
@@ -31,10 +33,7 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
         return "failed", f"while loading, {reason_of(error)}"
     if job["entry_point"] not in space:
         return "failed", f"the program does not define {job['entry_point']}"
-    try:
-        test = compile(job["test"], "test.py", "exec")
-    except (SyntaxError, ValueError) as error:
-        return "unjudged", f"the test is not Python: {error}"
+    test = compile(job["test"], "test.py", "exec")
     own = dict(space)  # what the program calls so is not the test
     try:
         exec(test, space)
@@ -54,12 +53,13 @@ def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
     for case, trace in [*result.failures, *result.errors]:
         return "failed", f"{case.id().rpartition('.')[2]}: {trace.strip().splitlines()[-1][:200]}"
     if result.testsRun == 0:
-        return "unjudged", "the test has no test methods"
+        return "failed", "the test has no test methods"
     return ("passed", "") if result.wasSuccessful() else ("failed", "an expected failure did not happen")
 
 
 def main(program: int, test: int, verdict: int, nonce: str) -> None:
-    """Read program and job, judge, write ``[outcome, detail, nonce]`` frames: "alive" first, then the outcome."""
+    """Read program and job, judge, write ``[outcome, detail, nonce]`` frames: "alive" first, LOADING or, for a test
+    that is no Python, "unjudged", then the outcome."""
     write_frame(verdict, pack_json(["alive", "", nonce]))
     texts = [read_frame(fd, MAX_JOB) for fd in (program, test)]
     if texts[0] is None or texts[1] is None:
@@ -68,8 +68,15 @@ def main(program: int, test: int, verdict: int, nonce: str) -> None:
     habits.settle()
     # Libraries want a place for their caches; the folder is the job's own.
     os.environ.update({"HOME": os.getcwd(), "MPLCONFIGDIR": os.getcwd(), "MPLBACKEND": "Agg"})
+    job = unpack_json(texts[1])
     try:
-        outcome = judge(unpack_json(texts[0])["program"], unpack_json(texts[1]))
+        compile(job["test"], "test.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        write_frame(verdict, pack_json(["unjudged", f"the test is not Python: {error}"[:600], nonce]))
+        os._exit(0)
+    write_frame(verdict, pack_json([*LOADING, nonce]))
+    try:
+        outcome = judge(unpack_json(texts[0])["program"], job)
         write_frame(verdict, pack_json([outcome[0], outcome[1][:600], nonce]))
     finally:
         os._exit(0)

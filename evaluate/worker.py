@@ -27,6 +27,7 @@ from pathlib import Path
 from qtool.evaluate import candidate, checker, in_process, isolation, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.in_process import LOADING
 
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
@@ -186,6 +187,9 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str, fol
     except OSError as error:
         kind = "failed" if nonce else "error"
         return kind, f"the job could not be handed over: {error.strerror}"
+    if nonce and (told := _verdict(verdict, deadline, nonce)) is not None and told != LOADING:
+        # said before the program was loaded, so by nobody but the judge
+        return told if told[0] == "unjudged" else ("failed", "ended before its test was over")
     if not _in_bounds(verdict, deadline, folder):
         return "failed", f"wrote more than {_MOST_BYTES >> 20} MiB or {_MOST_FILES} files"
     found = _verdict(verdict, deadline, nonce)
@@ -195,6 +199,8 @@ def _follow(seconds: float, test: int, calls: int, verdict: int, nonce: str, fol
         # In one process, the program is what ended. Else the checker did, over what the program sent: it had lived to
         # take the job, and each worker has shown that it can judge.
         return "failed", "ended before its test was over" if nonce else "its test ended without a verdict"
+    if nonce and found[0] != "passed":  # whatever the program may have written there
+        return "failed", found[1]
     return found
 
 

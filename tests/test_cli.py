@@ -131,7 +131,7 @@ def test_verify_and_evaluate_commands(
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output
     (artifact / "model.safetensors").write_bytes(b"")
-    assert call("verify", artifact).exit_code == 1  # not even a safetensors file
+    assert call("verify", artifact).exit_code == 2  # not even a safetensors file
     (artifact / "tokenizer.json").unlink()
 
 

@@ -157,7 +157,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"rope_parameters": YARN | {"factor": -2.0}}, "factor of the rotary settings is -2.0; a number above 0"),
     ("Llama", {"rope_parameters": YARN | {"factor": 0}}, "factor of the rotary settings is 0; a number above 0"),
     ("Llama", {"rope_parameters": YARN | {"factor": 0.5}}, "yarn by 0.5, which is below 1"),
-    ("Llama", {"rope_parameters": YARN | {"factor": "8"}}, "factor is '8'; a positive number"),
+    ("Llama", {"rope_parameters": YARN | {"factor": "8"}}, "factor of the rotary settings is '8'"),
     ("Llama", {"rope_parameters": YARN | {"attention_factor": -1.0}}, "attention_factor of the rotary settings is -1"),
     ("Llama", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary settings is None"),
     ("Llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta of the rotary settings is 0"),

@@ -620,7 +620,7 @@ def test_in_process_outcomes() -> None:
         "wrong": ("def f(x): return 0", unit.format("self.assertTrue(f(1))"), "failed", "test_it: AssertionError: 0"),
         "raises": ("def f(x): raise KeyError(1)", unit.format("f(1)"), "failed", "test_it: KeyError: 1"),
         "exits": ("def f(x): raise SystemExit(0)", unit.format("f(1)"), "failed", "SystemExit"),
-        "no tests": ("def f(x): return 0", "import unittest\nclass TestCases(unittest.TestCase): 0", "unjudged", "no "),
+        "no tests": ("def f(x): 0", "import unittest\nclass TestCases(unittest.TestCase): 0", "failed", "no test "),
         "check": ("class A: pass\ndef f(x): return A()", "def check(c):\n    assert c(1).__class__ is A", "passed", ""),
         "broken test": ("def f(x): return 0", "def (", "unjudged", "the test is not Python"),
         "not defined": ("def g(x): return 0", "f(1)", "failed", "does not define f"),
@@ -628,6 +628,9 @@ def test_in_process_outcomes() -> None:
         "own check": ("def check(a, b): return a\ndef f(x): return check(x, 0)", "assert f(1) == 1", "passed", ""),
         "own tests": (f"{unit.format('assert 0')}def f(x): return 1", "assert f(1) == 1", "passed", ""),
         "forges": (FORGER, "f(1)", "failed", "ended before its test was over"),
+        "says unjudged": (FORGER.replace("an outcome of its own", "unjudged"), "f(1)", "failed", ""),
+        "says error": (FORGER.replace("an outcome of its own", "error"), "f(1)", "failed", ""),
+        "says alive": (FORGER.replace("an outcome of its own", "alive"), "f(1)", "failed", ""),
         "ends": ("import os\ndef f(x): os._exit(0)", "f(1)", "failed", "ended before its test was over"),
     }
     jobs = [Job(name, program, test, "f", run="in_process") for name, (program, test, _, _) in asked.items()]
