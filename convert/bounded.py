@@ -148,7 +148,7 @@ def _read(reader: int, child: int, most: int) -> tuple[bytes, str]:
 
 
 def _state(child: int) -> tuple[bool, int]:
-    """Whether a process sleeps, and the clock ticks of processor time it has had (Linux; elsewhere it seems to sleep)."""
+    """Whether a process sleeps, and the clock ticks of processor time it has had (Linux; elsewhere: it sleeps)."""
     try:
         fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
         return fields[0] in "SD", int(fields[11]) + int(fields[12])
