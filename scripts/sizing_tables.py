@@ -1,7 +1,7 @@
 """The tables of docs/sizing.md, made by `qtool plan`'s own functions.
 
-    python scripts/sizing_tables.py            # print them
-    python scripts/sizing_tables.py --write    # put them into docs/sizing.md
+python scripts/sizing_tables.py            # print them
+python scripts/sizing_tables.py --write    # put them into docs/sizing.md
 """
 
 from __future__ import annotations
