@@ -8,7 +8,8 @@ from environment import make_neutral
 
 HOSTILE = {
     "HF_HUB_OFFLINE": "1", "HF_TOKEN": "planted", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_DATASETS_OFFLINE": "1",
-    "HUGGING_FACE_HUB_TOKEN": "planted", "TRANSFORMERS_OFFLINE": "1", "OPENAI_API_KEY": "planted", "QTOOL_TRACEBACK": "1",
+    "HUGGING_FACE_HUB_TOKEN": "planted", "TRANSFORMERS_OFFLINE": "1", "QTOOL_TRACEBACK": "1",
+    "OPENAI_API_KEY": "planted",
     "http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "all_proxy": "socks5://127.0.0.1:9",
     "NO_PROXY": "*", "SSL_CERT_FILE": "/missing", "NO_COLOR": "1", "FORCE_COLOR": "1", "COLUMNS": "20", "LINES": "3",
     "TERM": "dumb", "LANG": "C", "LC_ALL": "POSIX", "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "latin-1",
