@@ -34,7 +34,6 @@ from qtool.quantize.architectures import architecture_of
 from qtool.recipe import EvaluateSection, TaskSection, digest_of
 from qtool.subjects import Subject
 
-Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
 Score = TypeVar("Score", TaskScore, FidelityScore)
 
 
