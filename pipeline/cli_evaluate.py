@@ -80,6 +80,7 @@ def evaluate(
     from qtool.evaluate.benchmarks import is_dated
     from qtool.recipe import EvaluateSection
     from qtool.run import check_harness, evaluate_folders, evaluate_served
+    from qtool.summary import summarise
 
     if check:
         tasks = tasks or ("handwritten", "heldout")
@@ -101,8 +102,9 @@ def evaluate(
     if check:
         report.print_self_check(check_harness(section, Path(model) if model else None, runs, trust_remote_code))
     elif base_url is not None:
-        report.print_scores(evaluate_served(section, runs))
+        report.print_scores(summarise(evaluate_served(section, runs)))
     elif model is None:
         raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
     else:
-        report.print_scores(evaluate_folders(Path(model), source, section, runs, device, trust_remote_code))
+        found = evaluate_folders(Path(model), source, section, runs, device, trust_remote_code)
+        report.print_scores(summarise(found))

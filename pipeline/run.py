@@ -23,6 +23,7 @@ from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.tied import check_folder
 from qtool.convert.verify import verify
+from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
 from qtool.gates import judge
@@ -34,8 +35,9 @@ from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
-from qtool.scores import Evaluation, Scores
+from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject, source_subject
+from qtool.summary import save_summary, summarise
 
 
 def choose_device(asked: str) -> torch.device:
@@ -92,11 +94,13 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         record.write_lock(folder, lock, artifacts)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
+        summary = record.summary_of(folder, lock, manifests, scores)
+        save_summary(folder, summary)
         result = record.Outcome(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             checks={name: found.checks for name, found in checks.items()},
-            verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
+            verdicts=judge(summary, recipe.gates),
         )
         record.write_result(folder, result)
         finished = record.load_run(folder)
@@ -152,6 +156,7 @@ def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[s
 
 def _entry(run: RunRecord) -> dict[str, Any]:
     """A run's line in the ledger."""
+    models = run.summary.models
     return {
         "time": run.finished,
         "run": run.folder.name,
@@ -161,10 +166,10 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "seconds": run.seconds,
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
         "scores": {
-            name: {task: sum(score.rates) / len(score.rates) for task, score in tasks.items()}
-            for name, tasks in run.scores.tasks.items()
+            name: {task: found.rate.estimate for task, found in model.tasks.items()}
+            for name, model in models.items() if model.tasks
         },
-        "kl": {name: sum(f.kl) / len(f.kl) for name, f in run.scores.fidelity.items()},
+        "kl": {name: model.text.kl.estimate for name, model in models.items() if model.text},
         "verdicts": [
             {"output": v.output, "gate": v.gate, "verdict": v.verdict, "reason": v.reason} for v in run.verdicts
         ],
@@ -224,4 +229,5 @@ def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
     with record.alone(evaluation.run), progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
         record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+        save_summary(evaluation.run, summarise(scores))
     return scores

@@ -25,7 +25,7 @@ from qtool.evaluate.engines import Decoding, Engine, package_versions
 from qtool.evaluate.execute import detect_sandbox
 from qtool.evaluate.generate import TorchEngine, load_model
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
@@ -34,23 +34,7 @@ from qtool.quantize.architectures import architecture_of
 from qtool.recipe import EvaluateSection, TaskSection, digest_of
 from qtool.subjects import Subject
 
-Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
 Score = TypeVar("Score", TaskScore, FidelityScore)
-
-
-@dataclass
-class Scores:
-    """Everything measured: subject name -> task name -> score; subject name -> fidelity at the first window length,
-    which gates judge, and at every length."""
-
-    tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
-    fidelity: dict[str, FidelityScore] = field(default_factory=dict)
-    contexts: dict[str, dict[int, FidelityScore]] = field(default_factory=dict)
-
-    def add_fidelity(self, score: FidelityScore) -> None:
-        """The first that comes is the first length's."""
-        self.fidelity.setdefault(score.subject, score)
-        self.contexts.setdefault(score.subject, {})[score.context] = score
 
 
 @dataclass
