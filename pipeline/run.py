@@ -13,7 +13,7 @@ import click
 import torch
 
 from qtool import QtoolError, ledger, record
-from qtool.convert.artifact import MANIFEST, Artifact
+from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.durable import require_writable
 from qtool.convert.reading import read_text
@@ -37,7 +37,7 @@ from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
 from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject, source_subject
-from qtool.summary import save_summary, summarise
+from qtool.summary import Size, Summary, save_summary, summarise
 
 
 def choose_device(asked: str) -> torch.device:
@@ -56,6 +56,12 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | No
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
+    return prepare_recipe(recipe, device, only, may_write=runs is not None)
+
+
+def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False) -> Job:
+    """`prepare` for a recipe that is no file."""
+    if may_write:
         made = Path(recipe.output_dir).expanduser()
         if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
             require_writable(made, "output_dir:")
@@ -106,6 +112,13 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         finished = record.load_run(folder)
     ledger.append(runs, _entry(finished))
     return finished
+
+
+def make(job: Job) -> dict[str, Artifact]:
+    """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
+    for note in job.remarks:
+        click.echo(note, err=True)
+    return make_artifacts(job, job.recipe.outputs, _calibrate(job))
 
 
 def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
@@ -167,7 +180,8 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
         "scores": {
             name: {task: found.rate.estimate for task, found in model.tasks.items()}
-            for name, model in models.items() if model.tasks
+            for name, model in models.items()
+            if model.tasks
         },
         "kl": {name: model.text.kl.estimate for name, model in models.items() if model.text},
         "verdicts": [
@@ -204,6 +218,21 @@ def evaluate_folders(
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
     return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
+
+
+def score_folders(
+    model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
+) -> Summary:
+    """As `evaluate_folders`, summarised, with the sizes that an artifact's manifest knows. Raises QtoolError."""
+    scores = evaluate_folders(model, source, section, runs, device, trust_remote_code)
+    manifest = read_manifest(model) if (model / MANIFEST).exists() else None
+    sizes = {}
+    if manifest is not None:
+        if source is not None and not any(source.glob("*.gguf")):
+            nbytes = sum(info.nbytes for info in Checkpoint.open(resolve(str(source)).path).tensors.values())
+            sizes["source"] = Size(nbytes, nbytes * manifest.bits_per_weight / manifest.tensor_bytes)
+        sizes[name_of(model)] = Size(manifest.tensor_bytes, manifest.bits_per_weight, manifest.file_bytes)
+    return summarise(scores, sizes)
 
 
 def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
