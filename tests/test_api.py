@@ -66,7 +66,9 @@ def test_a_verb_stays_one_where_a_module_has_its_name() -> None:
     module: Any = importlib.import_module("qtool.convert")
     importlib.import_module("qtool.convert.artifact")
     importlib.import_module("qtool.plan")
-    assert module.artifact.Artifact and callable(qtool.convert) and callable(qtool.plan)
+    assert module.artifact.Artifact
+    assert callable(qtool.convert)
+    assert callable(qtool.plan)
     assert "outputs" in inspect.signature(qtool.convert).parameters
     assert "RTX4090" in (qtool.plan.__doc__ or "")
     assert qtool.plan("qtool-demo", gpu="RTX4090").answers
