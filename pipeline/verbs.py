@@ -19,7 +19,6 @@ from qtool.headers import read_headers
 from qtool.plan import Asked, Plan, make_plan
 from qtool.recipe import EvaluateSection, GateSection, checked_recipe
 from qtool.recipe_faults import sentences
-from qtool.run import make, prepare_recipe, score_folders
 from qtool.sizing import HOST_BANDWIDTH
 from qtool.summary import Summary
 
@@ -48,6 +47,8 @@ def convert(
     revision: str | None, trust_remote_code: bool,
 ) -> dict[str, Artifact]:  # fmt: skip
     """`qtool.convert`: a recipe without measurements."""
+    from qtool.run import make, prepare_recipe
+
     recipe = checked_recipe(
         {
             "model": {"id": str(model), "revision": revision, "trust_remote_code": trust_remote_code},
@@ -77,6 +78,8 @@ def score(
     text: Named | None, runs: str | Path, device: str, trust_remote_code: bool, settings: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
     """`qtool.score`."""
+    from qtool.run import score_folders
+
     asked = {"tasks": [_keys(task, "task") for task in _several(tasks)], "text": text and _keys(text, "text")}
     section = evaluate_section({**asked, **settings})
     if not section.tasks and section.text is None:
