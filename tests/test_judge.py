@@ -20,13 +20,14 @@ from qtool.check import as_junit
 from qtool.cli import main
 from qtool.convert.artifact import Artifact
 from qtool.convert.source import resolve
-from qtool.evaluate.scorecard import FidelityScore, save
+from qtool.evaluate.scorecard import FidelityScore, Scores, save
 from qtool.gates import GateResult, judge
 from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
 from qtool.run import evaluate_folders, run
-from qtool.scores import Evaluation, Scores
+from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject
+from qtool.summary import summarise
 
 
 def call(*arguments: object) -> Result:
@@ -234,7 +235,8 @@ def test_a_broken_artifact_fails_the_check(planted: dict[str, Path], tmp_path: P
 
 
 def gate_of(record: RunRecord, scores: Scores | None = None, **gate: Any) -> GateResult:
-    (result,) = judge([GateSection(**gate)], record.manifests, 16.0, record.scores if scores is None else scores)
+    sizes = {name: model.size for name, model in record.summary.models.items() if model.size}
+    (result,) = judge(record.summary if scores is None else summarise(scores, sizes), [GateSection(**gate)])
     return result
 
 
