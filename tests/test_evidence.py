@@ -91,5 +91,5 @@ def test_a_change_in_words() -> None:
 
 
 def test_an_adjusted_p_never_stands_without_its_family() -> None:
-    assert p_text(0.1234, 5) == "p=0.12 (Holm over 5)"
+    assert p_text(0.1234, 5) == "p=0.12, Holm over 5"
     assert p_text(0.1234, 1) == "p=0.12"

@@ -212,7 +212,8 @@ def test_memory_speed_and_recovery_stand_in_the_table(record: RunRecord) -> None
 def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
     tasks = record.scores.tasks["source"]
     tasks["hostile"] = tasks["hostile"].model_copy(update={"left_out": {"t/99<i>": HOSTILE}, "in_process": 12})
-    record = replace(record, summary=summarise(record.scores))
+    sizes = {name: model.size for name, model in record.summary.models.items() if model.size}
+    record = replace(record, summary=summarise(record.scores, sizes))
     said = footnote(record.summary)
     assert "hostile: 1 problem of the benchmark could not be asked here." in said
     assert "hostile: 12 of 34 programs shared a process with their test" in said

@@ -1,4 +1,5 @@
-"""The Summary: its numbers are those of a run stored before there was one; kept, found, and made anew where it must be."""
+"""The Summary: its numbers are those of a run stored before there was one; it is kept, found, and made anew where
+it must be."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ LOSSES: dict[tuple[str, str], tuple[Numbers, Numbers]] = {
 TEXTS: dict[tuple[str, int], Numbers] = {
     ("source", 256): (0.0, 0.0, 0.0, 2.322100300921443, 1.0),
     ("source", 512): (0.0, 0.0, 0.0, 2.4106041018850655, 1.0),
-    ("awq", 256): (0.018197269429144142, 0.015424747712637557, 0.020929360061740662, 2.3369736968408885, 0.9476318359375),
+    ("awq", 256): (0.018197269429144142, 0.015424747712637557, 0.020929360061740662, 2.3369736968408885,
+                   0.9476318359375),
     ("awq", 512): (0.03645542888704836, 0.029250173828388855, 0.04354388894669123, 2.4362740595212875, 0.95166015625),
     ("rtn", 256): (0.0374149104509478, 0.032315209151052585, 0.042546158262472544, 2.365593689450182, 0.9339599609375),
     ("rtn", 512): (0.07707595479809992, 0.06328545653960269, 0.09027570998086348, 2.453745691435539, 0.93505859375),
@@ -101,8 +103,9 @@ def test_the_numbers_are_those_of_before() -> None:
 def test_the_table_is_the_one_of_before() -> None:
     found = load_run(STORED).summary
     row = {row["model"]: row for row in score_rows(found)}["awq"]
-    assert {head: cell for head, cell in row.items() if "sampled" in head or "512" in head or head in ("size", "bits")} == {
-        "size": "1.6 MB", "bits": "6.53 bpw", "perplexity, 512 tokens": "2.436",
+    assert (row["size"], row["bits"]) == ("1.6 MB", "6.53 bpw")
+    assert {head: cell for head, cell in row.items() if "sampled" in head or "512" in head} == {
+        "perplexity, 512 tokens": "2.436",
         "KL to source, 512 tokens": "0.0365 [0.0293, 0.0435]", "top-1, 512 tokens": "95.2%",
         "sampled, pass@1 of 10": "69.6% [59.6, 75.8]", "sampled, pass@10": "100.0% [100.0, 100.0]",
         "sampled, pass@1 of 10: points lost": "10.0 [-3.5, 21.5], p=0.056",
@@ -176,7 +179,7 @@ def test_what_is_no_number_is_kept(stored: Path) -> None:
 def test_other_problems_are_not_paired() -> None:
     scores = load_run(STORED).scores
     score = scores.tasks["awq"]["sampled"]
-    fewer = {name: answer for name, answer in list(score.outcomes.items())[:5]}
+    fewer = dict(list(score.outcomes.items())[:5])
     scores.tasks["awq"]["sampled"] = score.model_copy(update={"outcomes": fewer})
     with pytest.raises(QtoolError, match="sampled: source and awq were asked other problems"):
         summarise(scores)
@@ -190,7 +193,7 @@ def test_a_card_of_one_model_shows_the_runs_p() -> None:
     assert score_rows(alone) == [row for row in score_rows(run.summary) if row["model"] != "rtn"]
     assert "Holm-adjusted over the 4 comparisons of the run" in footnote(alone)
     said = dict(cost_lines(run))
-    assert "10.0 [-3.5, 21.5] points lost on sampled (no loss is shown, p=0.056 (Holm over 4))" in said["awq"]
+    assert "10.0 [-3.5, 21.5] points lost on sampled (no loss is shown, p=0.056, Holm over 4)" in said["awq"]
 
 
 def test_speeds_are_the_ledgers_and_outlive_it(stored: Path) -> None:
@@ -231,7 +234,7 @@ def test_check_json_has_the_numbers(stored: Path, tmp_path: Path) -> None:
     same = results["rtn", "no regression: sampled"]["evidence"]
     assert (same["before"], same["after"], same["value"]) == (0.41250000000000003, 0.41250000000000003, 0.0)
     assert (same["p_holm"], same["comparisons"], same["alpha"]) == (1.0, 6, 0.05)
-    assert "p=1 (Holm over 6)" in results["rtn", "no regression: sampled"]["reason"]
+    assert "p=1, Holm over 6" in results["rtn", "no regression: sampled"]["reason"]
     assert results["awq", "verified"]["evidence"] is None
 
 
