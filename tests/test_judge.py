@@ -322,6 +322,15 @@ def test_scores_are_of_these_files_against_this_source(planted: dict[str, Path],
     assert len(keys) == 2
 
 
+def test_gates_judge_the_first_length_whichever_was_known_before(tmp_path: Path) -> None:
+    """An earlier run had the second length; it does not become the first."""
+    for samples, lengths in ((1, (64,)), (2, (32, 64))):  # two windows of 32 are as much text as one of 64
+        section = EvaluateSection(text=FidelitySection(text="heldout-code", samples=samples, length=lengths))
+        scores = evaluate_folders(Path("qtool-demo"), None, section, tmp_path / "runs", "cpu", False)
+        assert list(scores.contexts["source"]) == list(lengths)
+        assert scores.fidelity["source"].context == lengths[0]
+
+
 def test_another_tools_folder_is_found_by_what_is_in_it(planted: dict[str, Path], tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     shutil.copytree(planted["artifact"], foreign)

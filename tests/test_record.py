@@ -10,6 +10,7 @@ import pytest
 
 from qtool import QtoolError, ledger, record
 from qtool.record import RunRecord, find_run, load_run
+from qtool.summary import stored_summary
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
         name: found.checks for name, found in finished.checks.items()
     }
     assert again.summary == finished.summary
+    assert stored_summary(finished.folder, again.summary.evidence) == again.summary  # the run stored that very one
     assert list(again.summary.models) == ["source", "awq", "nf4"]
     assert again.summary.models["source"].size.bits_per_weight == 16.0  # type: ignore[union-attr]
     assert not again.failed
