@@ -117,7 +117,11 @@ def _results(card: Card) -> list[Any]:
             value = round(score.rate.estimate, 4)
             found.append(
                 EvalResult(
-                    **task, dataset_type=label, dataset_name=label, metric_type="pass@1", metric_value=value,
+                    **task,
+                    dataset_type=label,
+                    dataset_name=label,
+                    metric_type="pass@1",
+                    metric_value=value,
                     metric_name=f"pass@1 on {count_of(len(score.solved), 'problem')}{suffix}",
                 )
             )
@@ -125,8 +129,12 @@ def _results(card: Card) -> list[Any]:
             value = round(model.text.kl.estimate, 6)
             found.append(
                 EvalResult(
-                    **task, dataset_type="held-out-text", dataset_name="held-out text", metric_type="kl-divergence",
-                    metric_name=f"mean KL to the source, nats a token{suffix}", metric_value=value,
+                    **task,
+                    dataset_type="held-out-text",
+                    dataset_name="held-out text",
+                    metric_type="kl-divergence",
+                    metric_name=f"mean KL to the source, nats a token{suffix}",
+                    metric_value=value,
                 )
             )
     return found
@@ -145,9 +153,7 @@ def eval_files(card: Card, benchmarks: Mapping[str, tuple[str, str]]) -> dict[st
             value = round(tasks[task].rate.estimate, 4)
             entry = EvalResultEntry(dataset_id=dataset, task_id=task_id, value=value, notes="pass@1, measured by qtool")
             name = re.sub(r"[^A-Za-z0-9.-]+", "_", task)
-            files[f".eval_results/{name}.yaml"] = yaml.safe_dump(
-                eval_result_entries_to_yaml([entry]), sort_keys=False
-            )
+            files[f".eval_results/{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
 

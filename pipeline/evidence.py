@@ -123,8 +123,8 @@ def change(evidence: Evidence) -> str:
 
 
 def p_text(p: float, comparisons: int | None) -> str:
-    """`p=0.12 (Holm over 5)`: an adjusted p never stands without its family."""
-    return f"p={p:.2g}" + (f" (Holm over {comparisons})" if comparisons and comparisons > 1 else "")
+    """`p=0.12, Holm over 5`: an adjusted p never stands without its family."""
+    return f"p={p:.2g}" + (f", Holm over {comparisons}" if comparisons and comparisons > 1 else "")
 
 
 def points(loss: Interval) -> str:

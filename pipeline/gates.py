@@ -101,9 +101,7 @@ def _kld(limit: float, model: ModelSummary) -> Evidence | _Unmeasured:
     return of_interval("KL", text.kl, limit, len(text.kls))
 
 
-def _losses(
-    gate: GateSection, kind: str, name: str, summary: Summary
-) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
     asked, source = summary.models[name].tasks, summary.models.get("source", ModelSummary()).tasks
     tasks = [gate.task] if gate.task else list(asked)
     if not tasks:

@@ -120,6 +120,8 @@ def _sizes(summary: Summary) -> list[Picture]:
         marks = [
             replace(p, score=100 * p.score, low=100 * p.low, high=100 * p.high) for p in rate_points(summary, task)
         ]
+        if not marks:
+            continue
         label = task_label(task)
         svg = figures.size_against(marks, f"{label}, % passed", True)
         caption = f"Bars are 95 % intervals of each score alone; the table's paired losses are sharper. {aside}"
