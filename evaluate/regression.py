@@ -1,4 +1,4 @@
-"""Did it get worse? Intervals, paired tests and verdicts: pure functions of numbers.
+"""Did it get worse? Intervals and paired tests: pure functions of numbers.
 
 Sources: Wilson 1927 (score interval); McNemar 1947, exact as a binomial test of the discordant pairs;
 Newcombe 1998, Statistics in Medicine 17:2635 (interval for paired proportions, his method 10); Connor 1987,
@@ -10,12 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-Result = Literal["pass", "fail", "undecided"]
 
 RESAMPLES = 10_000
 SEED = 20_240_229
@@ -47,14 +44,6 @@ class Difference:
     gained: int
     p: float
     detectable: float | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A gate's result and the sentence that says why."""
-
-    result: Result
-    reason: str
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
@@ -160,56 +149,6 @@ def recovery(difference: Difference, source_rate: float) -> Interval:
     loss, whole = difference.loss, 100 * source_rate
     estimate, low, high = (1 - points / whole for points in (loss.estimate, loss.high, loss.low))
     return Interval(estimate, max(0.0, low), high, loss.confidence)
-
-
-def judge_max_drop(difference: Difference, d: float) -> Verdict:
-    """Whether at most ``d`` points were lost."""
-    loss, n = difference.loss, difference.problems
-    seen = f"lost {loss.estimate:.1f} points [{loss.low:.1f}, {loss.high:.1f}] on {n} problems"
-    verdict = _judge_upper(loss, d, seen, f"max_drop {d:g}")
-    if verdict.result == "undecided" and difference.detectable is not None:
-        power = f"; {n} problems show losses from {difference.detectable:.1f} points on"
-        return Verdict("undecided", verdict.reason + power)
-    return verdict
-
-
-def judge_max_kld(interval: Interval, limit: float) -> Verdict:
-    """Whether the mean KL divergence to the source (nats a token) is at most ``limit``."""
-    return _judge_upper(interval, limit, f"mean KL {_show(interval)}", f"max_kld {limit:g}")
-
-
-def judge_min_recovery(interval: Interval, limit: float) -> Verdict:
-    """Whether quantized score / source score (a fraction) is at least ``limit``."""
-    mirrored = Interval(-interval.estimate, -interval.high, -interval.low, interval.confidence)
-    return _judge_upper(mirrored, -limit, f"recovery {_show(interval)}", f"min_recovery {limit:g}")
-
-
-def judge_max_size(size: int, limit: int) -> Verdict:
-    """Whether the artifact's files (bytes) are at most ``limit`` bytes. A size is exact: never undecided."""
-    compared = "at most" if size <= limit else "above"
-    reason = f"{size / 1e9:.3f} GB is {compared} max_size {limit / 1e9:.3f} GB"
-    return Verdict("pass" if size <= limit else "fail", reason)
-
-
-def judge_min_bits_saved(saved: float, limit: float) -> Verdict:
-    """Whether at least ``limit`` bits a weight were saved against the source. Exact: never undecided."""
-    compared = "at least" if saved >= limit else "below"
-    return Verdict("pass" if saved >= limit else "fail", f"{saved:.2f} bpw saved is {compared} {limit:g}")
-
-
-def _judge_upper(interval: Interval, limit: float, seen: str, gate: str) -> Verdict:
-    level = f"{100 * interval.confidence:g} % sure"
-    if math.isnan(interval.low) or math.isnan(interval.high):
-        return Verdict("undecided", f"{seen}: not a number")
-    if interval.high < limit:
-        return Verdict("pass", f"{seen}: within {gate} ({level})")
-    if interval.low > limit:
-        return Verdict("fail", f"{seen}: beyond {gate} ({level})")
-    return Verdict("undecided", f"{seen}: the interval includes {gate}")
-
-
-def _show(interval: Interval) -> str:
-    return f"{interval.estimate:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
 def _z(confidence: float) -> float:

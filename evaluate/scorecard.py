@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -145,6 +146,21 @@ class FidelityScore(_Record):
         """What is wrong with a stored score of so many windows; "" for nothing."""
         whole = all(len(values) == windows for values in (self.nll, self.kl, self.top1))
         return "" if whole else "it has not the text's windows"
+
+
+@dataclass
+class Scores:
+    """Everything measured: subject name -> task name -> score; subject name -> fidelity at the first window length,
+    which gates judge, and at every length."""
+
+    tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
+    fidelity: dict[str, FidelityScore] = field(default_factory=dict)
+    contexts: dict[str, dict[int, FidelityScore]] = field(default_factory=dict)
+
+    def add_fidelity(self, score: FidelityScore) -> None:
+        """The first that comes is the first length's."""
+        self.fidelity.setdefault(score.subject, score)
+        self.contexts.setdefault(score.subject, {})[score.context] = score
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

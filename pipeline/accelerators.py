@@ -78,6 +78,18 @@ def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
     return chosen
 
 
+def own_card(known: Mapping[str, Accelerator]) -> str:
+    """The card in this machine, where qtool knows it; else one that many have and one that servers have."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().upper().replace(" ", "")
+        for key in sorted(known, key=len, reverse=True):
+            if key.upper().split("-")[0] in name:
+                return key
+    return "RTX4090,H100"
+
+
 def _plain(name: str) -> str:
     kept = "".join(letter for letter in name.lower() if letter.isalnum())
     return kept.removeprefix("nvidia").removeprefix("geforce")

@@ -6,14 +6,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
+from qtool.evaluate.scorecard import Settings
 from qtool.recipe import EvaluateSection
-from qtool.record import LOCK, find_run, load_index, load_run, load_scores
+from qtool.record import LOCK, find_run, load_index, load_run, load_summary
 from qtool.subjects import artifact_subject
+from qtool.summary import ModelSummary, TaskSummary, TextSummary
 
 
 class _File(BaseModel):
@@ -43,7 +44,7 @@ class Measured(_File):
     qtool's."""
 
     key: str
-    nbytes: int | None
+    nbytes: PositiveInt | None
     bits_per_weight: float | None
     tasks: dict[str, TaskResult]
     texts: dict[int, TextResult]
@@ -62,15 +63,10 @@ class Baseline(_File):
 
 def measured(folder: Path) -> Baseline:
     """What the run or evaluation in ``folder`` measured. Raises QtoolError when it holds no scores."""
-    index, scores = load_index(folder), load_scores(folder)
+    index = load_index(folder)
     record = load_run(folder) if (folder / LOCK).exists() else None
-    sizes = record.sizes if record else {}
-    subjects = {}
-    for name, key in index.subjects.items():
-        nbytes, bits = sizes.get(name, (None, None))
-        tasks = {label: _task(score) for label, score in scores.tasks.get(name, {}).items()}
-        texts = {length: _text(score) for length, score in scores.contexts.get(name, {}).items()}
-        subjects[name] = Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
+    models = (record.summary if record else load_summary(folder)).models
+    subjects = {name: _model(key, models.get(name, ModelSummary())) for name, key in index.subjects.items()}
     made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
     return Baseline(
         qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,
@@ -123,10 +119,16 @@ def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
     raise QtoolError(f"{path}: {runs} has no scores of this artifact. Run `qtool run` or `qtool evaluate` on it first.")
 
 
-def _task(score: TaskScore) -> TaskResult:
-    solved = dict(zip(score.outcomes, score.solved, strict=True))
-    return TaskResult(digest=score.digest, settings=score.settings, samples=score.samples, solved=solved)
+def _model(key: str, model: ModelSummary) -> Measured:
+    tasks = {label: _task(found) for label, found in model.tasks.items()}
+    texts = {length: _text(found) for length, found in model.texts.items()}
+    nbytes, bits = (model.size.tensors, model.size.bits_per_weight) if model.size else (None, None)
+    return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
 
 
-def _text(score: FidelityScore) -> TextResult:
-    return TextResult(digest=score.digest, settings=score.settings, kl=score.kl, nll=score.nll)
+def _task(found: TaskSummary) -> TaskResult:
+    return TaskResult(digest=found.digest, settings=found.settings, samples=found.samples, solved=found.solved)
+
+
+def _text(found: TextSummary) -> TextResult:
+    return TextResult(digest=found.digest, settings=found.settings, kl=found.kls, nll=found.nlls)

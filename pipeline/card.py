@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from qtool.convert.licence import Licence
 from qtool.convert.verify import Check
 from qtool.gates import GateResult
 from qtool.measure_report import measured_rows, measured_ways
-from qtool.scores import Scores, Sizes
-from qtool.tables import Measured, Row, columns, count_of, footnote, score_rows
+from qtool.summary import ModelSummary, Summary
+from qtool.tables import Row, columns, count_of, footnote, score_rows
 
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
 WORST = 10
@@ -45,9 +46,7 @@ class Card:
     base_model: str | None
     licence: Licence
     artifacts: Sequence[Published]
-    scores: Scores
-    sizes: Sizes
-    measured: Measured
+    summary: Summary
     recipe_text: str
     plot: bool
 
@@ -64,13 +63,13 @@ def card_text(card: Card) -> str:
         f"`{code(str(source['commit']))}`. The licence is the source's: {_licence(card.licence)}.",
         *_warnings(card),
         "## What it cost",
-        _table(score_rows(card.scores, card.sizes, card.measured)),
-        _plain(footnote(card.scores, card.measured)) + f" The figures behind the table: `{EVIDENCE}`.",
+        _table(score_rows(card.summary)),
+        _plain(footnote(card.summary)) + f" The figures behind the table: `{EVIDENCE}`.",
     ]
     if card.plot:
         parts.append(f"![Size against score]({PLOT})")
-    if rows := measured_rows(card.measured):
-        parts += ["## Memory and speed", _table(rows), escape(" ".join(measured_ways(card.measured)))]
+    if rows := measured_rows(card.summary.measured):
+        parts += ["## Memory and speed", _table(rows), escape(" ".join(measured_ways(card.summary.measured)))]
     for item in card.artifacts:
         parts += _section(item, card.repo, len(card.artifacts) > 1)
     parts += _making(card)
@@ -112,22 +111,30 @@ def _results(card: Card) -> list[Any]:
     found = []
     for item in card.artifacts:
         suffix = f" ({item.name})" if len(card.artifacts) > 1 else ""
-        for name, score in card.scores.tasks.get(item.name, {}).items():
+        model = card.summary.models.get(item.name, ModelSummary())
+        for name, score in model.tasks.items():
             label = name.replace("\\", "/").rsplit("/", 1)[-1]
-            value = round(sum(score.rates) / len(score.rates), 4)
+            value = round(score.rate.estimate, 4)
             found.append(
                 EvalResult(
-                    **task, dataset_type=label, dataset_name=label, metric_type="pass@1", metric_value=value,
-                    metric_name=f"pass@1 on {count_of(len(score.rates), 'problem')}{suffix}",
+                    **task,
+                    dataset_type=label,
+                    dataset_name=label,
+                    metric_type="pass@1",
+                    metric_value=value,
+                    metric_name=f"pass@1 on {count_of(len(score.solved), 'problem')}{suffix}",
                 )
             )
-        fidelity = card.scores.fidelity.get(item.name)
-        if fidelity and fidelity.kl:
-            value = round(sum(fidelity.kl) / len(fidelity.kl), 6)
+        if model.text is not None and math.isfinite(model.text.kl.estimate):
+            value = round(model.text.kl.estimate, 6)
             found.append(
                 EvalResult(
-                    **task, dataset_type="held-out-text", dataset_name="held-out text", metric_type="kl-divergence",
-                    metric_name=f"mean KL to the source, nats a token{suffix}", metric_value=value,
+                    **task,
+                    dataset_type="held-out-text",
+                    dataset_name="held-out text",
+                    metric_type="kl-divergence",
+                    metric_name=f"mean KL to the source, nats a token{suffix}",
+                    metric_value=value,
                 )
             )
     return found
@@ -139,15 +146,14 @@ def eval_files(card: Card, benchmarks: Mapping[str, tuple[str, str]]) -> dict[st
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     files = {}
-    scores = card.scores.tasks.get(card.artifacts[0].name, {}) if len(card.artifacts) == 1 else {}
+    alone = card.artifacts[0].name if len(card.artifacts) == 1 else ""
+    tasks = card.summary.models.get(alone, ModelSummary()).tasks
     for task, (dataset, task_id) in benchmarks.items():
-        if task in scores:
-            value = round(sum(scores[task].rates) / len(scores[task].rates), 4)
+        if task in tasks:
+            value = round(tasks[task].rate.estimate, 4)
             entry = EvalResultEntry(dataset_id=dataset, task_id=task_id, value=value, notes="pass@1, measured by qtool")
             name = re.sub(r"[^A-Za-z0-9.-]+", "_", task)
-            files[f".eval_results/{name}.yaml"] = yaml.safe_dump(
-                eval_result_entries_to_yaml([entry]), sort_keys=False
-            )
+            files[f".eval_results/{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
 

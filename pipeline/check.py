@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
 
 from qtool import QtoolError
 from qtool.baseline import Baseline, measured
 from qtool.compare import Change, compare
 from qtool.convert.artifact import MANIFEST, read_manifest
 from qtool.convert.verify_files import check_files
-from qtool.evaluate.regression import Result
+from qtool.evidence import Result, p_text
 from qtool.gates import GateResult, judge
 from qtool.markup import spelt
 from qtool.recipe import GateSection
@@ -23,7 +26,7 @@ def check_run(run: RunRecord, gates: Sequence[GateSection], baseline: Baseline |
     """Verification of each artifact, every gate, and every measurement of the baseline. Raises QtoolError when the
     baseline's scores must not be paired with this run's."""
     results = [_verified(name, run) for name in run.lock.artifacts]
-    results += judge(gates, run.manifests, run.sizes["source"][1], run.scores)
+    results += judge(run.summary, gates)
     if baseline is not None:
         results += _against(run, baseline)
     return results
@@ -70,18 +73,24 @@ def _against(run: RunRecord, baseline: Baseline) -> list[GateResult]:
 
 def _result(change: Change) -> GateResult:
     verdict: Result = "fail" if change.shown == "worse" else "pass"
-    if change.shown == "not compared":
-        verdict = "pass" if change.change.startswith("only B") else "fail"
-    p = "" if change.p is None else f", p={change.p:.2g}"
+    if change.shown == "not compared":  # what this run alone has is new; what the baseline alone has is missing
+        verdict = "pass" if change.only == "B" else "fail"
+    numbers = change.numbers
+    p = f", {p_text(numbers.p_holm, numbers.comparisons)}" if numbers and numbers.p_holm is not None else ""
     values = f"{change.before} -> {change.after}: " if change.before else ""
     words = {"worse": "worse than the baseline", "better": "better than the baseline"}.get(change.shown, change.shown)
     return GateResult(
-        change.model, f"no regression: {change.what}", verdict, f"{words}: {values}{change.change}{p}", "fail"
-    )
+        change.model, f"no regression: {change.what}", verdict, f"{words}: {values}{change.change}{p}", "fail",
+        numbers,
+    )  # fmt: skip
+
+
+_RESULTS = TypeAdapter(list[GateResult], config=ConfigDict(ser_json_inf_nan="strings"))
 
 
 def as_json(run: RunRecord, results: Sequence[GateResult]) -> dict[str, Any]:
-    """For programs: every result with its reason."""
+    """For programs: every result, the numbers it rests on, and its reason."""
+    found = json.loads(_RESULTS.dump_json(list(results)))
     return {
         "run": run.folder.name,
         "model": run.lock.source.model,
@@ -89,10 +98,13 @@ def as_json(run: RunRecord, results: Sequence[GateResult]) -> dict[str, Any]:
         "finished": run.finished,
         "failed": any(result.failed for result in results),
         "results": [
-            {"output": r.output, "gate": r.gate, "verdict": r.verdict, "failed": r.failed, "reason": r.reason}
-            for r in results
+            {
+                "output": r.output, "gate": r.gate, "verdict": r.verdict, "failed": r.failed, "reason": r.reason,
+                "evidence": data["evidence"],
+            }
+            for r, data in zip(results, found, strict=True)
         ],
-    }
+    }  # fmt: skip
 
 
 def as_junit(run: RunRecord, results: Sequence[GateResult]) -> str:

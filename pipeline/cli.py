@@ -82,10 +82,10 @@ def verify(artifact: Path, source: Path | None) -> None:
       qtool verify artifacts/My-Model-awq
       qtool verify artifacts/My-Model-awq --source ./My-Model
     """
+    import qtool
     from qtool import report
-    from qtool.convert.verify import verify as verify_artifact
 
-    result = verify_artifact(artifact, source)
+    result = qtool.verify(artifact, source)
     report.print_verification(result)
     if not result.sound:
         raise SystemExit(GATE_FAILED)

@@ -74,12 +74,12 @@ def evaluate(
       qtool evaluate ./My-Model --task mbpp+ --task livecodebench --after 2025-01-01
       qtool evaluate --self-check --task humaneval
     """
-    from pydantic import ValidationError
-
+    import qtool
     from qtool import report
     from qtool.evaluate.benchmarks import is_dated
-    from qtool.recipe import EvaluateSection
-    from qtool.run import check_harness, evaluate_folders, evaluate_served
+    from qtool.run import check_harness, evaluate_served
+    from qtool.summary import summarise
+    from qtool.verbs import evaluate_section
 
     if check:
         tasks = tasks or ("handwritten", "heldout")
@@ -93,16 +93,14 @@ def evaluate(
     asked |= {"tasks": wanted, "text": fidelity}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
-    try:
-        section = EvaluateSection.model_validate(asked)
-    except ValidationError as error:
-        faults = [str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors()]
-        raise QtoolError("\n".join(faults)) from error
-    if check:
-        report.print_self_check(check_harness(section, Path(model) if model else None, runs, trust_remote_code))
-    elif base_url is not None:
-        report.print_scores(evaluate_served(section, runs))
-    elif model is None:
+    if model is None and not check and base_url is None:
         raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
-    else:
-        report.print_scores(evaluate_folders(Path(model), source, section, runs, device, trust_remote_code))
+    if check or base_url is not None or model is None:
+        section = evaluate_section(asked)
+        if check:
+            report.print_self_check(check_harness(section, Path(model) if model else None, runs, trust_remote_code))
+        else:
+            report.print_scores(summarise(evaluate_served(section, runs)))
+        return
+    found = qtool.score(model, source, runs=runs, device=device, trust_remote_code=trust_remote_code, **asked)
+    report.print_scores(found)

@@ -55,28 +55,19 @@ def plan(
       qtool plan artifacts/My-Model-awq --gpu RTX3090 --json
       qtool plan recipes/awq.yaml
     """
+    import qtool
     from qtool import memory_figure, plan_report
-    from qtool.accelerators import choose, load_accelerators
-    from qtool.headers import read_headers
-    from qtool.plan import Asked, make_plan
     from qtool.plan import as_json as to_json
-    from qtool.sizing import HOST_BANDWIDTH
 
     if model.endswith((".yaml", ".yml")):
         _plan_job(Path(model), runs, as_json)
         return
-    known = load_accelerators(cards)
-    asked = Asked(
-        cards=choose(known, gpu or _own_card(list(known))),
-        number=gpus,
-        contexts=numbers(contexts, "--context"),
-        sequences=numbers(concurrency, "--concurrency"),
-        kv_dtypes=_kv_dtypes(kv_dtype),
-        engine=engine,
-        formats=tuple(filter(None, (name.strip() for name in formats.split(",")))),
-        host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,
-    )
-    found = make_plan(read_headers(model, revision), asked)
+    found = qtool.plan(
+        model, gpu, gpus=gpus, contexts=numbers(contexts, "--context"),
+        sequences=numbers(concurrency, "--concurrency"), kv_dtypes=_kv_dtypes(kv_dtype), engine=engine,
+        formats=list(filter(None, (name.strip() for name in formats.split(",")))), cards=cards,
+        host_bandwidth=host_bandwidth, revision=revision,
+    )  # fmt: skip
     if as_json:
         click.echo(json.dumps(to_json(found), indent=2))
     else:
@@ -94,18 +85,6 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
     if wrong:
         raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(KV_BYTES)}.")
     return names
-
-
-def _own_card(known: list[str]) -> str:
-    """The card in this machine, where qtool knows it."""
-    import torch
-
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().upper().replace(" ", "")
-        for key in sorted(known, key=len, reverse=True):
-            if key.upper().split("-")[0] in name:
-                return key
-    return "RTX4090,H100"
 
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
@@ -161,13 +140,13 @@ def measure(
     from dataclasses import replace
 
     from qtool import measure_report, measurements
-    from qtool.accelerators import choose, load_accelerators
+    from qtool.accelerators import choose, load_accelerators, own_card
     from qtool.measure_run import Asked, engine_of, measure_model, model_key
     from qtool.run import choose_device
 
     url = model.startswith(("http://", "https://"))
     known = load_accelerators()
-    own = gpu or ("" if url else _own_card(list(known)))
+    own = gpu or ("" if url else own_card(known))
     card = choose(known, own)[0] if own and "," not in own else None
     asked = Asked(
         model=model,

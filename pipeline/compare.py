@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qtool import QtoolError
+from qtool import QtoolError, evidence
 from qtool.baseline import Baseline, Measured, TaskResult, TextResult
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.regression import Interval, bootstrap_mean, holm
-from qtool.tables import perplexity, points, size_text, task_label
+from qtool.evidence import Evidence
+from qtool.summary import perplexity
+from qtool.tables import task_label
 
 ALPHA = 0.05
 KL_RISE = 0.05  # a rise of the mean KL by less than this share of it is no regression, whatever its interval
@@ -23,16 +25,36 @@ Shown = Literal["worse", "better", "no loss shown", "not compared", "not judged"
 
 @dataclass(frozen=True)
 class Change:
-    """One measurement of two models. ``shown`` is "worse" only where the data show it, "not judged" where it
-    only informs; ``p`` after Holm, if tested."""
+    """One measurement of two models, A and B. ``shown`` is "worse" only where the data show it, "not judged" where it
+    only informs. ``numbers``: None where there is nothing to compare; ``note`` then says why, and ``only`` which side
+    alone was measured."""
 
     model: str
     what: str
-    before: str
-    after: str
-    change: str
     shown: Shown
-    p: float | None = None
+    numbers: Evidence | None
+    note: str = ""
+    only: Literal["", "A", "B"] = ""
+
+    @property
+    def p(self) -> float | None:
+        """After Holm, if tested."""
+        return self.numbers.p_holm if self.numbers else None
+
+    @property
+    def before(self) -> str:
+        """A's own number, for people; "" where there is none."""
+        return evidence.side(self.numbers, self.numbers.before) if self.numbers else ""
+
+    @property
+    def after(self) -> str:
+        """B's."""
+        return evidence.side(self.numbers, self.numbers.after) if self.numbers else ""
+
+    @property
+    def change(self) -> str:
+        """What became of it, for people."""
+        return evidence.change(self.numbers) if self.numbers else self.note
 
 
 def pair_up(
@@ -73,11 +95,24 @@ def compare(pairs: Sequence[tuple[str, Measured, Measured]], same_source: bool) 
     changes = []
     for label, a, b in pairs:
         changes += _size(label, a, b) + _tasks(label, a, b) + _texts(label, a, b, same_source)
-    tested = [i for i, change in enumerate(changes) if change.p is not None]
-    adjusted = holm([changes[i].p or 0.0 for i in tested])
-    for i, p in zip(tested, adjusted, strict=True):
-        changes[i] = replace(changes[i], p=p, shown=changes[i].shown if p < ALPHA else "no loss shown")
-    return changes
+    return _adjusted(changes)
+
+
+def _adjusted(changes: Sequence[Change]) -> list[Change]:
+    """With Holm's p over all that were tested; what it does not bear out is not shown."""
+    tested = [change.numbers.p for change in changes if change.numbers and change.numbers.p is not None]
+    adjusted = iter(holm(tested))
+    found = []
+    for change in changes:
+        if (numbers := change.numbers) is not None and numbers.p is not None:
+            p = next(adjusted)
+            change = replace(
+                change,
+                numbers=replace(numbers, p_holm=p, comparisons=len(tested)),
+                shown=change.shown if p < ALPHA else "no loss shown",
+            )
+        found.append(change)
+    return found
 
 
 def _misfits(a: Measured, b: Measured) -> list[str]:
@@ -103,8 +138,7 @@ def _misfits(a: Measured, b: Measured) -> list[str]:
 def _size(label: str, a: Measured, b: Measured) -> list[Change]:
     if a.nbytes is None or b.nbytes is None:
         return []
-    change = f"{100 * (b.nbytes / a.nbytes - 1):+.1f} %"
-    return [Change(label, "size", size_text(a.nbytes), size_text(b.nbytes), change, "not judged")]
+    return [Change(label, "size", "not judged", Evidence("size", b.nbytes, before=a.nbytes, after=b.nbytes))]
 
 
 def _tasks(label: str, a: Measured, b: Measured) -> list[Change]:
@@ -114,21 +148,24 @@ def _tasks(label: str, a: Measured, b: Measured) -> list[Change]:
         if task in a.tasks and task in b.tasks:
             changes.append(_task(label, name, a.tasks[task], b.tasks[task]))
         else:
-            has = "A" if task in a.tasks else "B"
-            changes.append(Change(label, name, "", "", f"only {has} was asked", "not compared"))
+            changes.append(_alone(label, name, task in a.tasks, "asked"))
     return changes
+
+
+def _alone(label: str, what: str, in_a: bool, done: str) -> Change:
+    only: Literal["A", "B"] = "A" if in_a else "B"
+    return Change(label, what, "not compared", None, f"only {only} was {done}", only)
 
 
 def _task(label: str, name: str, a: TaskResult, b: TaskResult) -> Change:
     one, other = list(a.solved.values()), list(b.solved.values())
-    difference = rate_difference(one, other, a.samples)
+    found = rate_difference(one, other, a.samples)
     before, after = (mean_rate(counts, a.samples).estimate for counts in (one, other))
-    change = f"lost {points(difference)} points on {difference.problems} problems"
-    change += f" ({difference.lost} lost, {difference.gained} gained)"
-    if difference.detectable is not None:
-        change += f"; losses from {difference.detectable:.1f} points on would show"
-    shown: Shown = "worse" if difference.loss.estimate > 0 else "better"
-    return Change(label, name, f"{before:.1%}", f"{after:.1%}", change, shown, difference.p)
+    numbers = Evidence(
+        "loss", found.loss.estimate, interval=found.loss, before=before, after=after, n=found.problems,
+        lost=found.lost, gained=found.gained, detectable=found.detectable, p=found.p, alpha=ALPHA,
+    )  # fmt: skip
+    return Change(label, name, "worse" if found.loss.estimate > 0 else "better", numbers)
 
 
 def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Change]:
@@ -137,22 +174,21 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
     for length in lengths:
         at = f", windows of {length}" if len(lengths) > 1 else ""
         if length not in a.texts or length not in b.texts:
-            has = "A" if length in a.texts else "B"
-            changes.append(Change(label, f"held-out text{at}", "", "", f"only {has} was measured", "not compared"))
+            changes.append(_alone(label, f"held-out text{at}", length in a.texts, "measured"))
             continue
         one, other = a.texts[length], b.texts[length]
         broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
         if broken:
             shown: Shown = "not compared" if len(broken) > 1 else "worse" if broken == ["B"] else "better"
             said = f"not a number in {' and '.join(broken)}"
-            changes.append(Change(label, f"held-out text{at}", "", "", said, shown))
+            changes.append(Change(label, f"held-out text{at}", shown, None, said))
             continue
         judged = same_source and (any(one.kl) or any(other.kl))
         changes.append(_perplexity(label, at, one, other, judged))
         if judged:
             changes.append(_kl(label, at, one, other))
         elif not same_source:
-            changes.append(Change(label, f"KL to source{at}", "", "", "the sources differ", "not judged"))
+            changes.append(Change(label, f"KL to source{at}", "not judged", None, "the sources differ"))
     return changes
 
 
@@ -160,16 +196,16 @@ def _kl(label: str, at: str, a: TextResult, b: TextResult) -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.kl, b.kl, strict=True)])
     before, after = _mean(a.kl), _mean(b.kl)
     margin = max(KL_RISE * before, KL_FLOOR)
-    change = f"rose by {rise.estimate:.4f} [{rise.low:.4f}, {rise.high:.4f}] nats a token on {len(a.kl)} windows"
-    return Change(label, f"KL to source{at}", f"{before:.4f}", f"{after:.4f}", change, _beyond(rise, margin))
+    numbers = Evidence("KL", rise.estimate, margin, rise, before=before, after=after, n=len(a.kl))
+    return Change(label, f"KL to source{at}", _beyond(rise, margin), numbers)
 
 
 def _perplexity(label: str, at: str, a: TextResult, b: TextResult, informs_only: bool) -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.nll, b.nll, strict=True)])
-    before, after = (f"{perplexity(values):.3f}" for values in (a.nll, b.nll))
-    ratio = [f"{perplexity([x]):.4f}" for x in (rise.estimate, rise.low, rise.high)]
-    shown: Shown = "not judged" if informs_only else _beyond(rise, NLL_RISE)
-    return Change(label, f"perplexity{at}", before, after, f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]", shown)
+    before, after = (perplexity(values) for values in (a.nll, b.nll))
+    limit = None if informs_only else NLL_RISE
+    numbers = Evidence("nll", rise.estimate, limit, rise, before=before, after=after, n=len(a.nll))
+    return Change(label, f"perplexity{at}", "not judged" if limit is None else _beyond(rise, limit), numbers)
 
 
 def _beyond(rise: Interval, margin: float) -> Shown:

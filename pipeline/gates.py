@@ -3,60 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.convert.artifact import Manifest
-from qtool.evaluate import regression
-from qtool.evaluate.rates import rate_difference
-from qtool.evaluate.regression import Verdict
+from qtool.evidence import Evidence, Result, of_interval, of_loss, reason, result_of
 from qtool.recipe import GateSection
-from qtool.scores import Scores
+from qtool.summary import Loss, ModelSummary, Summary
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate on one output. ``verdict``: pass, fail, or undecided (which fails where the gate says so)."""
+    """One gate on one output. ``verdict``: pass, fail, or undecided (which fails where the gate says so). ``reason`` is
+    for people; programs read ``evidence``, None where there is no number: nothing was measured, or a file was checked.
+    """
 
     output: str
     gate: str
-    verdict: regression.Result
+    verdict: Result
     reason: str
     on_undecided: str
+    evidence: Evidence | None = None
 
     @property
     def failed(self) -> bool:
         return self.verdict == "fail" or (self.verdict == "undecided" and self.on_undecided == "fail")
 
 
-def judge(
-    gates: Sequence[GateSection], manifests: Mapping[str, Manifest], source_bits: float, scores: Scores
-) -> list[GateResult]:
-    """Every gate on every output it names (all that were made, when it names none). What was not measured is undecided
-    and says why; nothing is left out. ``source_bits``: bits a weight of the source."""
+@dataclass(frozen=True)
+class _Unmeasured:
+    """No number to judge, and why."""
+
+    why: str
+    verdict: Result = "undecided"
+
+
+def judge(summary: Summary, gates: Sequence[GateSection]) -> list[GateResult]:
+    """Every gate on every model it names (all beside the source, when it names none). What was not measured is
+    undecided and says why; nothing is left out."""
     results = []
     for gate in gates:
-        for name in [gate.output] if gate.output else manifests:
-            for label, verdict in _verdicts(gate, name, manifests.get(name), source_bits, scores):
-                results.append(GateResult(name, label, verdict.result, verdict.reason, gate.on_undecided))
+        others = [name for name in summary.models if name != "source"] or ["source"]
+        for name in [gate.output] if gate.output else others:
+            for label, found in _found(gate, name, summary):
+                results.append(_result(gate, name, label, found))
     return results
 
 
-def _verdicts(
-    gate: GateSection, name: str, manifest: Manifest | None, source_bits: float, scores: Scores
-) -> Iterator[tuple[str, Verdict]]:
-    label = _label(gate)
-    if manifest is None:
-        yield label, Verdict("undecided", "this run did not make that output")
-    elif gate.max_size is not None:
-        yield label, regression.judge_max_size(manifest.file_bytes, round(gate.max_size * 1e9))
-    elif gate.min_bits_saved is not None:
-        yield label, regression.judge_min_bits_saved(source_bits - manifest.bits_per_weight, gate.min_bits_saved)
+def _result(gate: GateSection, name: str, label: str, found: Evidence | _Unmeasured) -> GateResult:
+    if isinstance(found, _Unmeasured):
+        return GateResult(name, label, found.verdict, found.why, gate.on_undecided)
+    return GateResult(name, label, result_of(found), reason(found), gate.on_undecided, found)
+
+
+def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+    label, model = _label(gate), summary.models.get(name)
+    if model is None:
+        yield label, _Unmeasured("this run did not make that output")
+    elif name == "source":
+        yield label, _Unmeasured("no model was scored against a source")
+    elif gate.max_size is not None or gate.min_bits_saved is not None:
+        yield label, _size(gate, model, summary.models.get("source"))
     elif gate.max_kld is not None:
-        yield label, _kld_verdict(name, gate.max_kld, scores)
+        yield label, _kld(gate.max_kld, model)
     else:
-        yield from _score_verdicts(gate, label, name, scores)
+        yield from _losses(gate, label, name, summary)
 
 
 def _label(gate: GateSection) -> str:
@@ -69,30 +80,45 @@ def _label(gate: GateSection) -> str:
     return f"max_drop {gate.max_drop:g} points" if gate.max_drop is not None else f"min_recovery {gate.min_recovery:g}"
 
 
-def _kld_verdict(name: str, limit: float, scores: Scores) -> Verdict:
-    score = scores.fidelity.get(name)
-    if score is None:
-        return Verdict("undecided", "no KL was measured: `evaluate:` names no `text:`")
-    if not all(map(math.isfinite, score.kl)):
-        return Verdict("fail", "the KL is not a number: the model's output holds NaN or Inf")
-    return regression.judge_max_kld(regression.bootstrap_mean(score.kl), limit)
+def _size(gate: GateSection, model: ModelSummary, source: ModelSummary | None) -> Evidence | _Unmeasured:
+    """A size is exact: never undecided where it is known."""
+    if gate.max_size is not None:
+        if model.size is None or model.size.files is None:
+            return _Unmeasured("the size of its files is not known: this run did not make it")
+        return Evidence("size", model.size.files, round(gate.max_size * 1e9))
+    if model.size is None or source is None or source.size is None:
+        return _Unmeasured("the bits a weight of it and of its source are not known: this run did not make it")
+    saved = source.size.bits_per_weight - model.size.bits_per_weight
+    return Evidence("bits saved", saved, gate.min_bits_saved)
 
 
-def _score_verdicts(gate: GateSection, kind: str, name: str, scores: Scores) -> Iterator[tuple[str, Verdict]]:
-    tasks = [gate.task] if gate.task else list(scores.tasks.get(name, {}))
+def _kld(limit: float, model: ModelSummary) -> Evidence | _Unmeasured:
+    text = model.text
+    if text is None:
+        return _Unmeasured("no KL was measured: `evaluate:` names no `text:`")
+    if math.isnan(text.kl.estimate):
+        return _Unmeasured("the KL is not a number: the model's output holds NaN or Inf", "fail")
+    return of_interval("KL", text.kl, limit, len(text.kls))
+
+
+def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+    asked, source = summary.models[name].tasks, summary.models.get("source", ModelSummary()).tasks
+    tasks = [gate.task] if gate.task else list(asked)
     if not tasks:
-        yield kind, Verdict("undecided", "no task was run: `evaluate:` names none")
+        yield kind, _Unmeasured("no task was run: `evaluate:` names none")
     for task in tasks:
-        source, quantized = (scores.tasks.get(subject, {}).get(task) for subject in ("source", name))
         label = f"{kind} on {Path(task).name}"
-        if source is None or quantized is None:
-            yield label, Verdict("undecided", f"{name if source else 'the source'} has no score on {Path(task).name}")
-        elif gate.max_drop is not None:
-            difference = rate_difference(source.solved, quantized.solved, source.samples)
-            yield label, regression.judge_max_drop(difference, gate.max_drop)
-        elif gate.min_recovery is not None and any(source.solved):
-            difference = rate_difference(source.solved, quantized.solved, source.samples)
-            found = regression.recovery(difference, sum(source.rates) / len(source.rates))
-            yield label, regression.judge_min_recovery(found, gate.min_recovery)
+        loss = asked[task].loss if task in asked else None
+        if task not in source or loss is None:
+            who = name if task in source else "the source"
+            yield label, _Unmeasured(f"{who} has no score on {Path(task).name}")
         else:
-            yield label, Verdict("undecided", "the source solved nothing: there is nothing to recover")
+            yield label, _loss(gate, loss)
+
+
+def _loss(gate: GateSection, loss: Loss) -> Evidence | _Unmeasured:
+    if gate.max_drop is not None:
+        return of_loss(loss, gate.max_drop)
+    if gate.min_recovery is not None and loss.recovery is not None:
+        return of_loss(loss, gate.min_recovery, "recovery")
+    return _Unmeasured("the source solved nothing: there is nothing to recover")

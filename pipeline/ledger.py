@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from qtool.convert.durable import naming, set_aside
 from qtool.convert.reading import read_bytes
 
@@ -41,6 +43,6 @@ def read(runs: Path) -> list[dict[str, Any]]:
     path = runs / LEDGER
     found = []
     for line in read_bytes(path).splitlines() if os.path.lexists(path) else []:
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
+        with suppress(ValueError):
+            found.append(from_json(line))  # of bounded depth: a million brackets are refused after a few hundred
     return [entry for entry in found if isinstance(entry, dict)]

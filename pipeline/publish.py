@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from qtool.baseline import Baseline, measured
 from qtool.card import EVIDENCE, PLOT, Card, Published, card_text, eval_files
 from qtool.convert.artifact import MANIFEST, Manifest
 from qtool.convert.licence import licence_of
-from qtool.evaluate.rates import mean_rate
-from qtool.evaluate.regression import bootstrap_mean
-from qtool.figures import Point, size_against
+from qtool.evaluate.scorecard import Scores
+from qtool.figures import size_against
 from qtool.hub import Target, Upload, upload_of
 from qtool.recipe import PublishSection
 from qtool.record import LOCK, RunRecord
 from qtool.redaction import recipe_without_folders, without_folders
-from qtool.scores import Scores
+from qtool.report_figures import kl_points, rate_points
+from qtool.summary import Size, Summary, summarise
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,17 @@ def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> Pl
         )
         uploads += _files(candidate, prefix)
     names = [item.name for item in items]
-    scores = _only(run.scores, names) if run else Scores()
-    sizes = {n: s for n, s in run.sizes.items() if n in ("source", *names)} if run else {
-        item.name: (item.manifest.tensor_bytes, item.manifest.bits_per_weight) for item in items
-    }  # fmt: skip
+    summary = run.summary.only(names) if run else summarise(Scores(), {item.name: _size(item) for item in items})
     source = items[0].manifest.source
     base = section.base_model or (str(source["model"]) if not str(source["commit"]).startswith("sha256:") else None)
-    picture = plot(scores, sizes)
+    picture = plot(summary)
     licence = licence_of(licence_keys(items[0].manifest, section))
     card = Card(
         repo,
         base,
         licence,
         items,
-        scores,
-        sizes,
-        {name: found for name, found in run.measured.items() if name in sizes} if run else {},
+        summary,
         recipe_without_folders(run.recipe_text) if run else "",
         picture is not None,
     )
@@ -138,13 +133,9 @@ def _files(candidate: Candidate, prefix: str) -> list[Upload]:
     return [*files, upload_of(at + MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())]
 
 
-def _only(scores: Scores, names: Sequence[str]) -> Scores:
-    kept = ("source", *names)
-    return Scores(
-        {name: found for name, found in scores.tasks.items() if name in kept},
-        {name: found for name, found in scores.fidelity.items() if name in kept},
-        {name: found for name, found in scores.contexts.items() if name in kept},
-    )
+def _size(item: Published) -> Size:
+    made = item.manifest
+    return Size(made.tensor_bytes, made.bits_per_weight, made.file_bytes)
 
 
 def _evidence(run: RunRecord, names: Sequence[str]) -> str:
@@ -157,22 +148,15 @@ def _evidence(run: RunRecord, names: Sequence[str]) -> str:
     return json.dumps(without_folders(chosen), indent=1) + "\n"
 
 
-def plot(scores: Scores, sizes: Mapping[str, tuple[int, float]]) -> str | None:
+def plot(summary: Summary) -> str | None:
     """Size against pass rate of the first task, or against KL where no task was run; None where nothing was."""
-    points, axis, higher = [], "", True
-    tasks = list(scores.tasks.get("source", {}))
-    for name, (nbytes, _) in sizes.items():
-        score = scores.tasks.get(name, {}).get(tasks[0]) if tasks else None
-        fidelity = scores.fidelity.get(name)
-        if score is not None:
-            interval = mean_rate(score.solved, score.samples)
-            axis = f"pass@1 on {Path(tasks[0]).name}"
-        elif not tasks and fidelity is not None and name != "source":
-            interval, axis, higher = bootstrap_mean(fidelity.kl), "mean KL to the source, nats a token", False
-        else:
-            continue
-        points.append(Point(name, nbytes, interval.estimate, interval.low, interval.high))
-    return size_against(points, axis, higher_is_better=higher) if points else None
+    tasks = list(summary.models["source"].tasks) if "source" in summary.models else []
+    if tasks:
+        points, axis = rate_points(summary, tasks[0]), f"pass@1 on {Path(tasks[0]).name}"
+    else:
+        points = [point for point in kl_points(summary) if point.name != "source"]
+        axis = "mean KL to the source, nats a token"
+    return size_against(points, axis, higher_is_better=bool(tasks)) if points else None
 
 
 def stale_files(planned: Plan, remote: hub.Remote | None) -> list[str]:

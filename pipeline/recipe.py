@@ -244,6 +244,12 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(data, dict):
         there = {type(None): "it is empty", list: "it is a list"}.get(type(data), "it is one value")
         raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`; {there}.")
+    return checked_recipe(data, str(path))
+
+
+def checked_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """``data`` as a recipe; names that are right but for capitals are put right in it. Raises QtoolError listing every
+    fault, ``where`` in front."""
     while True:
         try:
             return Recipe.model_validate(data)
@@ -251,7 +257,7 @@ def load_recipe(path: Path) -> Recipe:
             written_otherwise = recipe_faults.other_case(error, Recipe)
             if not written_otherwise:
                 faults = recipe_faults.sentences(error, Recipe)
-                raise QtoolError(f"{path}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
+                raise QtoolError(f"{where}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
             for loc, value in written_otherwise:
                 _put(data, loc, value)
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from qtool import QtoolError, ledger
 from qtool.convert.artifact import MANIFEST, Artifact, Manifest
 from qtool.convert.durable import held, naming, sweep, write_whole
 from qtool.convert.reading import read_bytes, read_text
 from qtool.convert.verify import Check, Verification
-from qtool.evaluate.scorecard import FidelityScore, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
 from qtool.gates import GateResult
-from qtool.measurements import Measurement, measured_models
+from qtool.measurements import measured_models
 from qtool.recipe import Recipe, load_recipe
-from qtool.scores import Scores, Sizes
+from qtool.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, summarise
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
@@ -38,8 +38,8 @@ class LockedSource(_File):
     model: str
     name: str
     commit: str
-    bytes: int
-    bits_per_weight: float
+    bytes: PositiveInt
+    bits_per_weight: PositiveFloat
 
 
 class LockedArtifact(_File):
@@ -72,6 +72,8 @@ class ScoreIndex(_File):
 class Outcome(_File):
     """`result.json`, written last: its presence says that the run finished."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     finished: str
     seconds: float
     checks: dict[str, list[Check]]
@@ -81,8 +83,9 @@ class Outcome(_File):
 @dataclass(frozen=True)
 class RunRecord:
     """What a finished run knows. ``artifacts`` are those still on disk as the run left them; ``manifests`` are kept in
-    the run's own folder, so that sizes and error ledgers outlive the artifacts. ``measured``: what the ledger beside
-    that folder has of these very models, whoever measured it."""
+    the run's own folder, so that sizes and error ledgers outlive the artifacts. ``summary``: every number that the run
+    comes to, with what the ledger beside that folder has of these very models, whoever measured it; ``scores``: the
+    answers behind it."""
 
     folder: Path
     recipe: Recipe
@@ -92,16 +95,10 @@ class RunRecord:
     manifests: dict[str, Manifest]
     checks: dict[str, Verification]
     scores: Scores
+    summary: Summary
     verdicts: list[GateResult]
     finished: str
     seconds: float
-    measured: dict[str, list[Measurement]]
-
-    @property
-    def sizes(self) -> Sizes:
-        source = self.lock.source
-        found = {"source": (source.bytes, source.bits_per_weight)}
-        return found | {name: (m.tensor_bytes, m.bits_per_weight) for name, m in self.manifests.items()}
 
     @property
     def failed(self) -> bool:
@@ -117,7 +114,8 @@ def begin(folder: Path, recipe_text: str) -> None:
     """Start (again): what an earlier run of the same recipe concluded is withdrawn, its scores stay."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULT).unlink(missing_ok=True)
+        for name in (RESULT, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
     sweep(folder)
     write_whole(folder / RECIPE, recipe_text)
 
@@ -159,7 +157,7 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
 
 def write_result(folder: Path, result: Outcome) -> None:
     """The end of a run: whole or absent."""
-    _write(folder / RESULT, result.model_dump(mode="json"))
+    _write(folder / RESULT, json.loads(result.model_dump_json()))
 
 
 def _write(path: Path, data: Any) -> None:
@@ -176,25 +174,40 @@ def load_run(folder: Path) -> RunRecord:
     result: Outcome = _read(Outcome, folder / RESULT)
     artifacts = {name: _artifact(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
+    manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
+    scores = load_scores(folder)
     return RunRecord(
         folder=folder,
         recipe=load_recipe(folder / RECIPE),
         recipe_text=read_text(folder / RECIPE),
         lock=lock,
         artifacts={name: artifact for name, artifact in artifacts.items() if artifact is not None},
-        manifests={name: _read(Manifest, folder / MANIFESTS / f"{name}.json") for name in lock.artifacts},
+        manifests=manifests,
         checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
-        scores=load_scores(folder),
+        scores=scores,
+        summary=summary_of(folder, lock, manifests, scores),
         verdicts=result.verdicts,
         finished=result.finished,
         seconds=result.seconds,
-        measured=_measured(folder, lock),
     )
 
 
-def _measured(folder: Path, lock: Lock) -> dict[str, list[Measurement]]:
-    keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
-    return measured_models(folder.resolve().parent, keys)
+def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scores: Scores) -> Summary:
+    """The run's Summary: the stored one, or a new one where that is of other scores, or there is none."""
+    source = lock.source
+    sizes = {"source": Size(source.bytes, source.bits_per_weight)}
+    sizes |= {name: Size(m.tensor_bytes, m.bits_per_weight, m.file_bytes) for name, m in manifests.items()}
+    summary = stored_summary(folder, evidence_of(scores, sizes)) or summarise(scores, sizes)
+    keys = {"source": source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
+    return summary.with_measured(measured_models(folder.resolve().parent, keys))
+
+
+def load_summary(folder: Path) -> Summary:
+    """Of a run, or of an evaluation. Raises QtoolError where the folder holds no scores."""
+    if (folder / LOCK).exists():
+        return load_run(folder).summary
+    scores = load_scores(folder)
+    return stored_summary(folder, evidence_of(scores, {})) or summarise(scores)
 
 
 def load_index(folder: Path) -> ScoreIndex:
@@ -240,7 +253,8 @@ def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"
     if len(found) != 1 or not text:
         there = sorted(path.parent.name for path in runs.glob(f"*/{marker}"))
         what = "several runs begin so" if len(found) > 1 else "no such run"
-        raise QtoolError(f"{text}: {what}; {runs} has {_list(there) or 'none'} (a beginning is enough), or say latest.")
+        few = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+        raise QtoolError(f"{text}: {what}; {runs} has {few or 'none'} (a beginning is enough), or say latest.")
     return found[0]
 
 
@@ -257,6 +271,13 @@ def _short(path: Path) -> Path:
     """As a person here would type it."""
     relative = os.path.relpath(path)
     return path.resolve() if relative.startswith("..") else Path(relative)
+
+
+def _manifest(path: Path) -> Manifest:
+    found: Manifest = _read(Manifest, path)
+    if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
+        raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
+    return found
 
 
 def _score_file(folder: Path, key: str) -> Path:
@@ -277,8 +298,3 @@ def _checked(reader: TypeAdapter[Any], path: Path) -> Any:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise QtoolError(f"{path}: not written by this version of qtool ({place}: {fault['msg']}).") from error
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more

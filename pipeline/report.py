@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qtool.gates import GateResult
     from qtool.job import Job
     from qtool.record import RunRecord
-    from qtool.scores import Scores
+    from qtool.summary import Summary
 
 console = Console()
 MARKS = {
@@ -40,10 +40,10 @@ SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": "
 
 def print_run(run: RunRecord) -> None:
     """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
-    rows = score_rows(run.scores, run.sizes, run.measured)
+    rows = score_rows(run.summary)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
-    console.print(footnote(run.scores, run.measured), highlight=False)
-    for note in measured_faults(run.measured):
+    console.print(footnote(run.summary), highlight=False)
+    for note in measured_faults(run.summary.measured):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     for name, checked in run.checks.items():
         _print_summary(name, checked)
@@ -85,10 +85,10 @@ def write_report(run: RunRecord, out: Path) -> Path:
     return path
 
 
-def print_scores(scores: Scores) -> None:
+def print_scores(summary: Summary) -> None:
     """`qtool evaluate`'s table."""
-    print_rows(score_rows(scores, {}))
-    console.print(footnote(scores), highlight=False)
+    print_rows(score_rows(summary))
+    console.print(footnote(summary), highlight=False)
 
 
 def print_self_check(checks: dict[str, SelfCheck]) -> None:

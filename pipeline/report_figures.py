@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qtool import figures
-from qtool.evaluate.rates import mean_rate
+from qtool.evidence import p_text, points, size_text
 from qtool.figures import Point
 from qtool.measurements import one_machine
 from qtool.record import RunRecord
-from qtool.tables import losses, mean_kl, points, size_text, task_label
+from qtool.summary import Summary
+from qtool.tables import task_label
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # Ledger keys in order of preference, and what each is.
@@ -52,33 +53,37 @@ def verdict_of(run: RunRecord) -> tuple[str, str]:
 
 def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
     """(artifact, a sentence): its size beside the source's, its KL, what it lost."""
-    compared = losses(run.scores)
-    source = run.sizes["source"][0]
+    models = run.summary.models
+    source = models["source"].size
     lines = []
-    for name, manifest in run.manifests.items():
-        said = [f"{size_text(manifest.tensor_bytes)}, {manifest.tensor_bytes / source:.0%} of the source"]
-        if name in run.scores.fidelity:
-            said.append(f"KL {mean_kl(run.scores.fidelity[name]).estimate:.4f}")
-        for (subject, task), (difference, p) in compared.items():
-            if subject == name:
-                shown = "a loss is shown" if p < 0.05 and difference.loss.estimate > 0 else "no loss is shown"
-                said.append(f"{points(difference)} points lost on {task_label(task)} ({shown}, p={p:.2g})")
+    for name, model in models.items():
+        if name == "source" or model.size is None or source is None:
+            continue
+        said = [f"{size_text(model.size.tensors)}, {model.size.tensors / source.tensors:.0%} of the source"]
+        if model.text is not None:
+            said.append(f"KL {model.text.kl.estimate:.4f}")
+        for task, found in model.tasks.items():
+            if (loss := found.loss) is not None:
+                worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
+                shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
+                said.append(f"{points(loss.difference.loss)} points lost on {task_label(task)} ({shown})")
         lines.append((name, "; ".join(said)))
     return lines
 
 
 def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
-    return [*_speeds(run), *_sizes(run), *_kls(run), *_errors(run)]
+    summary = run.summary
+    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *_errors(run)]
 
 
-def _speeds(run: RunRecord) -> list[Picture]:
+def _speeds(summary: Summary) -> list[Picture]:
     marks, engines = [], []
-    for name, measurement in one_machine(run.measured).items():
-        row = measurement.first
-        if row is not None and row.step_seconds and name in run.sizes:
+    for name, measurement in one_machine(summary.measured).items():
+        row, size = measurement.first, summary.models[name].size
+        if row is not None and row.step_seconds and size is not None:
             rate = 1 / row.step_seconds
-            marks.append(Point(name, run.sizes[name][0], rate, rate, rate))
+            marks.append(Point(name, size.tensors, rate, rate, rate))
             engines.append(f"{name} by {measurement.engine}")
     if len(marks) < 2:
         return []
@@ -87,24 +92,41 @@ def _speeds(run: RunRecord) -> list[Picture]:
     return [Picture("size-speed", "measured", "Size against speed", caption, svg)]
 
 
-def _sizes(run: RunRecord) -> list[Picture]:
+def rate_points(summary: Summary, task: str) -> list[Point]:
+    """Each model whose size is known at its pass@1 (a fraction) on the task."""
+    return [
+        Point(name, model.size.tensors, rate.estimate, rate.low, rate.high)
+        for name, model in summary.models.items()
+        if model.size is not None and task in model.tasks
+        for rate in [model.tasks[task].rate]
+    ]
+
+
+def kl_points(summary: Summary) -> list[Point]:
+    """Each model whose size is known at its mean KL, where that is a number."""
+    return [
+        Point(name, model.size.tensors, kl.estimate, kl.low, kl.high)
+        for name, model in summary.models.items()
+        if model.size is not None and model.text is not None
+        for kl in [model.text.kl]
+        if math.isfinite(kl.estimate)
+    ]
+
+
+def _sizes(summary: Summary) -> list[Picture]:
     found = []
     aside = "Points of nearly one size are drawn side by side."
-    for number, task in enumerate(run.scores.tasks.get("source", {})):
-        marks = []
-        for name, tasks in run.scores.tasks.items():
-            if task in tasks and name in run.sizes:
-                rate = mean_rate(tasks[task].solved, tasks[task].samples)
-                marks.append(Point(name, run.sizes[name][0], 100 * rate.estimate, 100 * rate.low, 100 * rate.high))
+    for number, task in enumerate(summary.models["source"].tasks):
+        marks = [
+            replace(p, score=100 * p.score, low=100 * p.low, high=100 * p.high) for p in rate_points(summary, task)
+        ]
+        if not marks:
+            continue
         label = task_label(task)
         svg = figures.size_against(marks, f"{label}, % passed", True)
         caption = f"Bars are 95 % intervals of each score alone; the table's paired losses are sharper. {aside}"
         found.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
-    marks = []
-    for name, score in run.scores.fidelity.items():
-        kl = mean_kl(score)
-        if name in run.sizes and math.isfinite(kl.estimate):
-            marks.append(Point(name, run.sizes[name][0], kl.estimate, max(0.0, kl.low), kl.high))
+    marks = [replace(p, low=max(0.0, p.low)) for p in kl_points(summary)]
     if len(marks) > 1:
         svg = figures.size_against(marks, "KL to source, nats a token", False)
         caption = f"Bars are 95 % bootstrap intervals over windows of held-out text. {aside}"
@@ -112,19 +134,19 @@ def _sizes(run: RunRecord) -> list[Picture]:
     return found
 
 
-def _kls(run: RunRecord) -> list[Picture]:
+def _kls(summary: Summary) -> list[Picture]:
     found = []
-    measured = {name: scores for name, scores in run.scores.contexts.items() if name != "source"}
-    for length in dict.fromkeys(length for scores in measured.values() for length in scores):
-        scores = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
-        by_position = {name: score.kl_by_position for name, score in scores.items() if _drawable(score.kl_by_position)}
+    measured = {name: model.texts for name, model in summary.models.items() if name != "source" and model.texts}
+    for length in dict.fromkeys(length for texts in measured.values() for length in texts):
+        texts = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
+        by_position = {name: text.kl_by_position for name, text in texts.items() if _drawable(text.kl_by_position)}
         if by_position:
-            width = next(scores[name].position_bin for name in by_position)
+            width = next(texts[name].position_bin for name in by_position)
             svg = figures.kl_by_position(by_position, width)
             caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
             found.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
-    scores = {name: score for name, score in run.scores.fidelity.items() if name != "source"}
-    by_layer = {name: score.kl_by_layer for name, score in scores.items() if _drawable(score.kl_by_layer)}
+    first = {name: next(iter(by_length.values())) for name, by_length in measured.items()}
+    by_layer = {name: text.kl_by_layer for name, text in first.items() if _drawable(text.kl_by_layer)}
     if by_layer:
         caption = "Each layer in turn is the quantized one; all others are the source's."
         found.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))

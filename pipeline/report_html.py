@@ -18,7 +18,7 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     about += f"{visible(run.finished)} · {visible(run.lock.device)}"
     header = f'<h1>{visible(source.name)}: what quantization cost</h1><p class="soft">{about}</p>{_verdict(run)}'
     sections = [("scores", "Scores", _scores(run))]
-    if run.measured:
+    if run.summary.measured:
         sections.append(("measured", "Memory and speed", _measured(run, drawn)))
     for anchor, heading in (
         ("size", "Size against quality"),
@@ -28,7 +28,7 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
         shown = [figure(p.svg, p.caption, p.title) for p in drawn if p.section == anchor]
         if shown:
             sections.append((anchor, heading, f'<div class="grid">{"".join(shown)}</div>'))
-    if run.scores.tasks:
+    if run.summary.tasks:
         sections.append(("problems", "Problem by problem", _problems(run)))
     sections.append(("checks", "Checks", _checks(run)))
     sections.append(("recipe", "Recipe and versions", _recipe(run)))
@@ -48,14 +48,14 @@ def _verdict(run: RunRecord) -> str:
 
 def _scores(run: RunRecord) -> str:
     lines = "".join(f"<li><b>{visible(name)}</b>: {visible(said)}</li>" for name, said in cost_lines(run))
-    rows = table(score_rows(run.scores, run.sizes, run.measured), "scores", "scores of the source and every artifact")
-    return f'{rows}<p class="soft">{visible(footnote(run.scores, run.measured))}</p><ul>{lines}</ul>'
+    rows = table(score_rows(run.summary), "scores", "scores of the source and every artifact")
+    return f'{rows}<p class="soft">{visible(footnote(run.summary))}</p><ul>{lines}</ul>'
 
 
 def _measured(run: RunRecord, drawn: list[Picture]) -> str:
-    rows = table(measured_rows(run.measured), "scores", "memory and speed of the source and every artifact")
-    ways = visible(" ".join(measured_ways(run.measured)))
-    faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.measured))
+    rows = table(measured_rows(run.summary.measured), "scores", "memory and speed of the source and every artifact")
+    ways = visible(" ".join(measured_ways(run.summary.measured)))
+    faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.summary.measured))
     shown = "".join(figure(p.svg, p.caption, p.title) for p in drawn if p.section == "measured")
     return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
 
@@ -63,8 +63,7 @@ def _measured(run: RunRecord, drawn: list[Picture]) -> str:
 def _problems(run: RunRecord) -> str:
     questions = run.questions()
     parts = []
-    tasks = dict.fromkeys(task for found in run.scores.tasks.values() for task in found)
-    for number, task in enumerate(tasks):
+    for number, task in enumerate(run.summary.tasks):
         scores = {name: found[task] for name, found in run.scores.tasks.items() if task in found}
         parts.append(task_section(task, scores, questions.get(task, {}), number))
     return "\n".join(parts)
@@ -101,7 +100,7 @@ def _recipe(run: RunRecord) -> str:
 def _settings(run: RunRecord) -> dict[str, str]:
     """Task -> how it was asked, and in which sandbox its programs ran."""
     said = {}
-    for task, score in next(iter(run.scores.tasks.values()), {}).items():
+    for task, score in next((model.tasks for model in run.summary.models.values() if model.tasks), {}).items():
         settings = ", ".join(f"{key} {value}" for key, value in score.settings.model_dump().items() if value != "")
         said[task] = f"{settings}; sandbox {score.sandbox}" + (f"; from {score.source}" if score.source else "")
     return said

@@ -16,10 +16,10 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     parts = [f"# {source.name}: what quantization cost", f"**{verdict_of(run)[1]}.** Source commit `{source.commit}`."]
     if run.verdicts:
         parts.append("\n".join(f"- **{v.verdict}** {v.output}: {v.gate}: {v.reason}" for v in run.verdicts))
-    parts += [markdown_table(score_rows(run.scores, run.sizes, run.measured)), footnote(run.scores, run.measured)]
+    parts += [markdown_table(score_rows(run.summary)), footnote(run.summary)]
     parts.append("\n".join(f"- **{name}**: {said}" for name, said in cost_lines(run)))
     parts += [f"![{picture.title}]({folder}/{picture.name}.svg)\n\n{picture.caption}" for picture in drawn]
-    parts += measured_markdown(run.measured)
+    parts += measured_markdown(run.summary.measured)
     parts += _changes(run)
     for name, manifest in run.manifests.items():
         measured = [item for item in manifest.ledger.items() if "error" in item[1]]
@@ -50,12 +50,13 @@ def measured_markdown(measured: Measured) -> list[str]:
 
 def _changes(run: RunRecord) -> list[str]:
     """Which problems each artifact lost and gained."""
-    source = run.scores.tasks.get("source", {})
+    models = run.summary.models
+    source = models["source"].tasks
     lines = []
-    for name, tasks in run.scores.tasks.items():
-        for task in [task for task in tasks if name != "source" and task in source]:
-            pairs = zip(tasks[task].outcomes, source[task].solved, tasks[task].solved, strict=True)
-            moved = [(problem, after - before) for problem, before, after in pairs if after != before]
+    for name, model in models.items():
+        for task in [task for task in model.tasks if name != "source" and task in source]:
+            pairs = zip(model.tasks[task].solved.items(), source[task].solved.values(), strict=True)
+            moved = [(problem, after - before) for (problem, after), before in pairs if after != before]
             lost, gained = ([markdown_cell(p) for p, change in moved if change * sign > 0] for sign in (-1, 1))
             lines.append(f"| {name} | {task_label(task)} | {_few(lost)} | {_few(gained)} |")
     head = "| model | task | lost | gained |\n|---|---|---|---|\n"

@@ -13,7 +13,7 @@ import click
 import torch
 
 from qtool import QtoolError, ledger, record
-from qtool.convert.artifact import MANIFEST, Artifact
+from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.durable import require_writable
 from qtool.convert.reading import read_text
@@ -23,6 +23,7 @@ from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.tied import check_folder
 from qtool.convert.verify import verify
+from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
 from qtool.gates import judge
@@ -34,8 +35,9 @@ from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
-from qtool.scores import Evaluation, Scores
+from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject, source_subject
+from qtool.summary import Size, Summary, save_summary, summarise
 
 
 def choose_device(asked: str) -> torch.device:
@@ -54,6 +56,12 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | No
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
+    return prepare_recipe(recipe, device, only, may_write=runs is not None)
+
+
+def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False) -> Job:
+    """`prepare` for a recipe that is no file."""
+    if may_write:
         made = Path(recipe.output_dir).expanduser()
         if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
             require_writable(made, "output_dir:")
@@ -92,16 +100,25 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         record.write_lock(folder, lock, artifacts)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
+        summary = record.summary_of(folder, lock, manifests, scores)
+        save_summary(folder, summary)
         result = record.Outcome(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             checks={name: found.checks for name, found in checks.items()},
-            verdicts=judge(recipe.gates, manifests, lock.source.bits_per_weight, scores),
+            verdicts=judge(summary, recipe.gates),
         )
         record.write_result(folder, result)
         finished = record.load_run(folder)
     ledger.append(runs, _entry(finished))
     return finished
+
+
+def make(job: Job) -> dict[str, Artifact]:
+    """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
+    for note in job.remarks:
+        click.echo(note, err=True)
+    return make_artifacts(job, job.recipe.outputs, _calibrate(job))
 
 
 def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
@@ -152,6 +169,7 @@ def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[s
 
 def _entry(run: RunRecord) -> dict[str, Any]:
     """A run's line in the ledger."""
+    models = run.summary.models
     return {
         "time": run.finished,
         "run": run.folder.name,
@@ -161,10 +179,11 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "seconds": run.seconds,
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
         "scores": {
-            name: {task: sum(score.rates) / len(score.rates) for task, score in tasks.items()}
-            for name, tasks in run.scores.tasks.items()
+            name: {task: found.rate.estimate for task, found in model.tasks.items()}
+            for name, model in models.items()
+            if model.tasks
         },
-        "kl": {name: sum(f.kl) / len(f.kl) for name, f in run.scores.fidelity.items()},
+        "kl": {name: model.text.kl.estimate for name, model in models.items() if model.text},
         "verdicts": [
             {"output": v.output, "gate": v.gate, "verdict": v.verdict, "reason": v.reason} for v in run.verdicts
         ],
@@ -201,6 +220,21 @@ def evaluate_folders(
     return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
 
 
+def score_folders(
+    model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
+) -> Summary:
+    """As `evaluate_folders`, summarised, with the sizes that an artifact's manifest knows. Raises QtoolError."""
+    scores = evaluate_folders(model, source, section, runs, device, trust_remote_code)
+    manifest = read_manifest(model) if (model / MANIFEST).exists() else None
+    sizes = {}
+    if manifest is not None:
+        if source is not None and not any(source.glob("*.gguf")):
+            nbytes = sum(info.nbytes for info in Checkpoint.open(resolve(str(source)).path).tensors.values())
+            sizes["source"] = Size(nbytes, nbytes * manifest.bits_per_weight / manifest.tensor_bytes)
+        sizes[name_of(model)] = Size(manifest.tensor_bytes, manifest.bits_per_weight, manifest.file_bytes)
+    return summarise(scores, sizes)
+
+
 def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
     """Score what a server has (``section.models``: one name -> the model there; empty: its only one). Raises
     QtoolError."""
@@ -224,4 +258,5 @@ def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
     with record.alone(evaluation.run), progress_bar() as bar:
         scores = evaluation.score(subjects, bar)
         record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+        save_summary(evaluation.run, summarise(scores))
     return scores

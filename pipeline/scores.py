@@ -25,7 +25,7 @@ from qtool.evaluate.engines import Decoding, Engine, package_versions
 from qtool.evaluate.execute import detect_sandbox
 from qtool.evaluate.generate import TorchEngine, load_model
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.scorecard import FidelityScore, Settings, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.solvable import solvable
 from qtool.evaluate.tasks import Task, load_task, subset
@@ -34,23 +34,7 @@ from qtool.quantize.architectures import architecture_of
 from qtool.recipe import EvaluateSection, TaskSection, digest_of
 from qtool.subjects import Subject
 
-Sizes = dict[str, tuple[int, float]]  # subject -> (bytes of tensors, bits per weight)
 Score = TypeVar("Score", TaskScore, FidelityScore)
-
-
-@dataclass
-class Scores:
-    """Everything measured: subject name -> task name -> score; subject name -> fidelity at the first window length,
-    which gates judge, and at every length."""
-
-    tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
-    fidelity: dict[str, FidelityScore] = field(default_factory=dict)
-    contexts: dict[str, dict[int, FidelityScore]] = field(default_factory=dict)
-
-    def add_fidelity(self, score: FidelityScore) -> None:
-        """The first that comes is the first length's."""
-        self.fidelity.setdefault(score.subject, score)
-        self.contexts.setdefault(score.subject, {})[score.context] = score
 
 
 @dataclass
@@ -132,7 +116,8 @@ class Evaluation:
         for number, subject in enumerate(subjects):
             source = subjects[0]
             pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
-            lengths = [length for length in self.windows if not self._load_fidelity(scores, subject, source, length)]
+            texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
+            lengths = [length for length in self.windows if length not in texts]
             if number == 0:  # artifacts that are still to come need its distribution
                 lost = {length for length in wanted if self._reference(source, length) is None}
                 lengths = [length for length in self.windows if length in lengths or length in lost]
@@ -150,7 +135,9 @@ class Evaluation:
                     del engine
             for length, found in measured.items():
                 layers = self._by_layer(subject, source, length, bar) if number else []
-                scores.add_fidelity(self._save_fidelity(subject, source, length, found, layers))
+                texts[length] = self._save_fidelity(subject, source, length, found, layers)
+            for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
+                scores.add_fidelity(texts[length])
         return scores
 
     def _prompts(self, task: Task) -> list[str]:
@@ -215,11 +202,9 @@ class Evaluation:
         name = f"fidelity-{key[:16]}.json"
         return name, self._load(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
 
-    def _load_fidelity(self, scores: Scores, subject: Subject, source: Subject, length: int) -> bool:
+    def _load_fidelity(self, subject: Subject, source: Subject, length: int) -> FidelityScore | None:
         name, score = self._fidelity(subject, source, length)
-        if score is not None:
-            scores.add_fidelity(self._keep(name, score, subject))
-        return score is not None
+        return self._keep(name, score, subject) if score is not None else None
 
     def _lengths_missing(self, subject: Subject, source: Subject) -> list[int]:
         return [length for length in self.windows if self._fidelity(subject, source, length)[1] is None]

@@ -4,101 +4,80 @@ measured of memory and speed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from qtool.evaluate.rates import mean_rate, rate_difference
-from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, holm, recovery
-from qtool.evaluate.scorecard import FidelityScore, pass_at_k
+from qtool.evaluate.regression import Interval
+from qtool.evidence import points, size_text
 from qtool.measurements import Measurement, one_machine
-from qtool.scores import Scores, Sizes
+from qtool.summary import Summary, TaskSummary, TextSummary
 
 GIB = 2**30
 Row = dict[str, str]
 Measured = Mapping[str, list[Measurement]]  # subject -> its measurements, the newest first
-NOTHING: Measured = {}
 
 
-def losses(scores: Scores) -> dict[tuple[str, str], tuple[Difference, float]]:
-    """(artifact, task) -> its paired difference to the source, and p adjusted (Holm) over all of them."""
-    source = scores.tasks.get("source", {})
-    found = {
-        (name, task): rate_difference(source[task].solved, score.solved, score.samples)
-        for name, tasks in scores.tasks.items()
-        for task, score in tasks.items()
-        if name != "source" and task in source
-    }
-    adjusted = holm([difference.p for difference in found.values()])
-    return {key: (difference, p) for (key, difference), p in zip(found.items(), adjusted, strict=True)}
-
-
-def score_rows(scores: Scores, known: Sizes, measured: Measured = NOTHING) -> list[Row]:
-    """One row for each subject; a cell nobody measured is left out."""
-    compared, source, speeds = losses(scores), scores.tasks.get("source", {}), one_machine(measured)
+def score_rows(summary: Summary) -> list[Row]:
+    """One row for each model; a cell nobody measured is left out."""
+    speeds = one_machine(summary.measured)
     rows = []
-    for name in dict.fromkeys([*known, *scores.fidelity, *scores.tasks]):
+    for name, model in summary.models.items():
         row = {"model": name}
-        if name in known:
-            nbytes, bpw = known[name]
-            row |= {"size": size_text(nbytes), "bits": f"{bpw:.2f} bpw"}
-        for length, fidelity in scores.contexts.get(name, {}).items():
-            row |= _fidelity_cells(name, fidelity, "" if fidelity is scores.fidelity[name] else f", {length} tokens")
-        for task, score in scores.tasks.get(name, {}).items():
-            interval = mean_rate(score.solved, score.samples)
-            label = task_label(task) if score.samples == 1 else f"{task_label(task)}, pass@1 of {score.samples}"
-            row[label] = f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-            for k in (10, 100):
-                if 1 < k <= score.samples:
-                    several = bootstrap_mean([pass_at_k(score.samples, c, k) for c in score.solved])
-                    span = f"[{100 * several.low:.1f}, {100 * several.high:.1f}]"
-                    row[f"{task_label(task)}, pass@{k}"] = f"{several.estimate:.1%} {span}"
-            if (name, task) in compared:
-                difference, p = compared[name, task]
-                row[f"{label}: points lost"] = f"{points(difference)}, p={p:.2g}"
-                if any(source[task].solved):
-                    kept = recovery(difference, sum(source[task].rates) / len(source[task].rates))
-                    span = f"[{100 * kept.low:.1f}, {100 * kept.high:.1f}]"
-                    row[f"{label}: recovery"] = f"{kept.estimate:.1%} {span}"
+        if model.size is not None:
+            row |= {"size": size_text(model.size.tensors), "bits": f"{model.size.bits_per_weight:.2f} bpw"}
+        for length, text in model.texts.items():
+            row |= _text_cells(name, text, "" if text is model.text else f", {length} tokens")
+        for task, found in model.tasks.items():
+            row |= _task_cells(task_label(task), found)
         rows.append(row | (_speed_cells(speeds[name]) if name in speeds else {}))
     return rows
 
 
-def points(difference: Difference) -> str:
-    """`1.8 [-1.1, 4.6]`; never -0.0."""
-    loss = difference.loss
-    estimate, low, high = (round(x, 1) + 0.0 for x in (loss.estimate, loss.low, loss.high))
-    return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
+def _task_cells(name: str, found: TaskSummary) -> Row:
+    label = name if found.samples == 1 else f"{name}, pass@1 of {found.samples}"
+    row = {label: _percent(found.rate)}
+    row |= {f"{name}, pass@{k}": _percent(several) for k, several in found.pass_at.items() if k > 1}
+    if (loss := found.loss) is not None:
+        row[f"{label}: points lost"] = f"{points(loss.difference.loss)}, p={loss.p_holm:.2g}"
+        if loss.recovery is not None:
+            row[f"{label}: recovery"] = _percent(loss.recovery)
+    return row
 
 
-def footnote(scores: Scores, measured: Measured = NOTHING) -> str:
+def _percent(interval: Interval) -> str:
+    return f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def footnote(summary: Summary) -> str:
     """What brackets, p and the measured columns mean in this table."""
     parts = ["Brackets: 95 % intervals."]
-    if compared := losses(scores):
-        sampled = any(score.samples > 1 for tasks in scores.tasks.values() for score in tasks.values())
-        test = "paired permutation test" if sampled else "McNemar test"
-        many = f", Holm-adjusted over the {len(compared)} comparisons of this table" if len(compared) > 1 else ""
+    tasks = [task for model in summary.models.values() for task in model.tasks.values()]
+    if compared := [task.loss for task in tasks if task.loss is not None]:
+        test = "paired permutation test" if any(task.samples > 1 for task in tasks) else "McNemar test"
+        among = summary.comparisons
+        many = f", Holm-adjusted over the {among} comparisons of the run" if among > 1 else ""
         parts.append(f"p: exact {test} against the source{many}.")
-        shown = [d.detectable for d, _ in compared.values() if d.detectable is not None]
+        shown = [loss.difference.detectable for loss in compared if loss.difference.detectable is not None]
         if shown:
             parts.append(f"Losses of about {max(shown):.1f} points and more would show (80 % power).")
-    if len(scores.fidelity) > 1:
+    if sum(bool(model.texts) for model in summary.models.values()) > 1:
         parts.append("KL: mean divergence from the source in nats a token.")
     if compared:
         parts.append("Recovery: score in % of the source's, with the paired loss's interval.")
-    return " ".join([*parts, *_speed_notes(measured), *caveats(scores)])
+    return " ".join([*parts, *_speed_notes(summary.measured), *caveats(summary)])
 
 
-def caveats(scores: Scores) -> list[str]:
+def caveats(summary: Summary) -> list[str]:
     """What a score does not cover, or could not exclude; one sentence each."""
     said = []
-    for task, score in next(iter(scores.tasks.values()), {}).items():
-        if score.left_out:
-            missing = count_of(len(score.left_out), "problem")
+    for task, found in next((model.tasks for model in summary.models.values() if model.tasks), {}).items():
+        if found.left_out:
+            missing = count_of(len(found.left_out), "problem")
             said.append(f"{task_label(task)}: {missing} of the benchmark could not be asked here.")
-        if score.in_process:
-            many = f"{score.in_process} of {len(score.outcomes)} programs"
+        if found.in_process:
+            many = f"{found.in_process} of {len(found.solved)} programs"
             said.append(f"{task_label(task)}: {many} shared a process with their test and could have forged a pass.")
-        if score.sandbox == "none":
+        if found.sandbox == "none":
             said.append(f"{task_label(task)}: the programs ran without a sandbox.")
     return said
 
@@ -108,27 +87,9 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def mean_kl(score: FidelityScore) -> Interval:
-    """Mean over windows with its bootstrap interval; NaN where the model's output was no number."""
-    if not all(map(math.isfinite, score.kl)):
-        return Interval(math.nan, math.nan, math.nan)
-    return bootstrap_mean(score.kl)
-
-
-def perplexity(nll: Sequence[float]) -> float:
-    """exp of the mean negative log-likelihood."""
-    mean = sum(nll) / len(nll)
-    return math.exp(mean) if mean < 700 else math.inf
-
-
 def task_label(task: str) -> str:
     """A task's name; of a file, its name without the folder."""
     return Path(task).name
-
-
-def size_text(nbytes: int) -> str:
-    """MB or GB (1e6, 1e9 bytes)."""
-    return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
 
 
 def rate_text(rate: float) -> str:
@@ -181,11 +142,10 @@ def _speed_notes(measured: Measured) -> list[str]:
     return [f"Peak memory, tokens/s (decoding, one request): {'; '.join(ways)}.{mixed}"]
 
 
-def _fidelity_cells(name: str, score: FidelityScore, at: str) -> Row:
-    cells = {f"perplexity{at}": f"{perplexity(score.nll):.3f}"}
+def _text_cells(name: str, text: TextSummary, at: str) -> Row:
+    cells = {f"perplexity{at}": f"{text.perplexity.estimate:.3f}"}
     if name != "source":
-        interval = mean_kl(score)
-        shown = f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
-        cells[f"KL to source{at}"] = shown if math.isfinite(interval.estimate) else "not a number"
-        cells[f"top-1{at}"] = f"{sum(score.top1) / len(score.top1):.1%}"
+        shown = f"{text.kl.estimate:.4f} [{text.kl.low:.4f}, {text.kl.high:.4f}]"
+        cells[f"KL to source{at}"] = shown if math.isfinite(text.kl.estimate) else "not a number"
+        cells[f"top-1{at}"] = f"{text.top1:.1%}"
     return cells

@@ -14,7 +14,10 @@ import argparse
 import json
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +68,7 @@ def make_layer(seed: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def seconds(action) -> float:  # type: ignore[no-untyped-def]
+def seconds(action: Callable[[], Any]) -> float:
     """One run by CUDA events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -73,10 +76,10 @@ def seconds(action) -> float:  # type: ignore[no-untyped-def]
     action()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
-def check(quantize, weight, kind, row) -> int:  # type: ignore[no-untyped-def]
+def check(quantize: Callable[..., Any], weight: torch.Tensor, kind: str, row: torch.Tensor | None) -> int:
     """Bytes of 8 sampled rows that differ from the plain twin's."""
     rows = torch.linspace(0, weight.shape[0] - 1, 8, device="cuda").long()
     kernel = quantize(weight, kind, row).data[rows].cpu()
@@ -99,7 +102,7 @@ def main() -> None:
     importance = {n: None if options.plain else torch.rand(n, device="cuda").pow(4) + 1e-3 for n in widths}
     kinds = ("Q4_K", "Q6_K", *EXTRA)
     weight = make_layer(0)["down_proj"]
-    compiling = {kind: round(seconds(lambda k=kind: quantize(weight, k, importance[14336])), 2) for kind in kinds}
+    compiling = {kind: round(seconds(partial(quantize, weight, kind, importance[14336])), 2) for kind in kinds}
     print(json.dumps({"first call s (compiles)": compiling}), flush=True)
     total = bits = count = differing = 0.0
     by_type: dict[str, list[float]] = {}
@@ -125,9 +128,9 @@ def main() -> None:
     print(json.dumps(figures), flush=True)
     for kind in kinds:
         row = torch.rand(14336, device="cuda").pow(4) + 1e-3  # whether or not the model above was weighed
-        best = min(seconds(lambda k=kind, r=row: quantize(weight, k, r)) for _ in range(5))
+        best = min(seconds(partial(quantize, weight, kind, row)) for _ in range(5))
         by_type[kind] = [round(2 * weight.numel() / best / 1e9, 1), check(quantize, weight, kind, row)]
-        unweighed = min(seconds(lambda k=kind: quantize(weight, k)) for _ in range(5))
+        unweighed = min(seconds(partial(quantize, weight, kind)) for _ in range(5))
         by_type[kind] += [round(2 * weight.numel() / unweighed / 1e9, 1), check(quantize, weight, kind, None)]
     print(json.dumps({"type: GB/s and unlike bytes, with and without importance": by_type}), flush=True)
     if options.profile:

@@ -173,7 +173,11 @@ def judge(predicted: dict[str, Any], found: dict[str, Any]) -> dict[str, bool | 
 
 def line(cell: dict[str, Any]) -> str:
     """A row that a person reads: predicted | measured."""
-    p, m, gib = cell["predicted"], cell["measured"], lambda n: "    -" if n is None else f"{n / GIB:7.2f}"
+    p, m = cell["predicted"], cell["measured"]
+
+    def gib(nbytes: float | None) -> str:
+        return "    -" if nbytes is None else f"{nbytes / GIB:7.2f}"
+
     head = f"{cell['model']:>4} {cell['context']:>7} x {cell['batch']}  "
     if "prefill_s" not in m:
         return f"{head}beside weights {gib(p['beside_weights'])} GiB  {m['status']}  ok={cell['ok']}"

@@ -8,8 +8,8 @@ that a peer quantizes with what qtool quantizes with.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -28,8 +28,13 @@ def collect(root: Path, packages: tuple[str, ...]) -> list[str]:
     return [text for text in texts if len(text) >= 1500]
 
 
-def main(out: Path, model: Path) -> None:
+def main() -> None:
     """Write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("model", type=Path)
+    options = parser.parse_args()
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     for name, root, packages in (
         ("calibration", Path(sysconfig.get_path("stdlib")), CALIBRATION),
@@ -38,12 +43,10 @@ def main(out: Path, model: Path) -> None:
         texts = collect(root, packages)
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = TextSource(text=str(out / "calibration.jsonl"), samples=64, length=512)
-    tokens = token_windows(source, load_tokenizer(model))
+    tokens = token_windows(source, load_tokenizer(options.model))
     save_file({"tokens": tokens}, out / "calibration_tokens.safetensors")
     print(f"{out}: {tuple(tokens.shape)} calibration tokens")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

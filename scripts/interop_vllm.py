@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Greedy answers and best log-probabilities of models under vLLM, in vLLM's environment; knows nothing of qtool.
 
-usage: interop_vllm.py JOB.json OUT.jsonl
+    python interop_vllm.py JOB.json OUT.jsonl
 
 JOB.json: ``{"models": [{"label", "path", "dtype"}], "prompts": [[token id]], "tokens": 32, "best": 5, "options": {}}``.
 A line of OUT.jsonl for each model, as soon as it is done: dtype, device and kernels used, and the answers; or
@@ -11,6 +11,7 @@ whoever started this can tell which model took the process down.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -67,8 +68,12 @@ def answer(job: dict[str, Any], model: dict[str, str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    job_file, out = sys.argv[1:]
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    out = options.out
+    job = json.loads(options.job.read_text(encoding="utf-8"))
     import torch
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -84,7 +89,7 @@ def main() -> int:
         except Exception as error:  # whatever vLLM raises is its answer
             row = {"error": f"{type(error).__name__}: {error}"}
         row |= model | about | {"seconds": round(time.monotonic() - started, 1)}
-        with Path(out).open("a", encoding="utf-8") as file:
+        with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(model["label"], model["dtype"], row.get("error", "")[:200] or row["kernels"], row["seconds"], flush=True)
         gc.collect()

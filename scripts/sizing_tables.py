@@ -1,13 +1,13 @@
 """The tables of docs/sizing.md, made by `qtool plan`'s own functions.
 
-    python scripts/sizing_tables.py            # print them
-    python scripts/sizing_tables.py --write    # put them into docs/sizing.md
+python scripts/sizing_tables.py            # print them
+python scripts/sizing_tables.py --write    # put them into docs/sizing.md
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from qtool.accelerators import choose, load_accelerators
@@ -59,8 +59,10 @@ def filled(text: str) -> str:
 
 def main() -> None:
     """Print or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put them into docs/sizing.md")
     path = ROOT / "docs" / "sizing.md"
-    if "--write" in sys.argv:
+    if parser.parse_args().write:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for model in MODELS:

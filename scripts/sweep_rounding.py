@@ -8,6 +8,7 @@ MODEL: a folder or `qtool-demo`; CALIBRATION and HELDOUT: texts as a recipe name
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,25 +27,33 @@ from qtool.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import Recipe
 
+# Every row spells out every key that it could leave to a default: a default that changes must not change what a row is.
+RTN: dict[str, Any] = {
+    "scaling": "none", "rounding": "rtn", "clip": False,
+    "propagate_error": False, "propagate_strength": 0.25, "damp_percent": 0.05,
+}  # fmt: skip
+SOURCE = RTN | {"scaling": "awq", "rounding": "gptq", "clip": True}
+OWN = SOURCE | {"propagate_error": True}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "rtn, no scaling, no clipping": {"scaling": "none", "rounding": "rtn", "clip": False},
-    "awq + rtn, no clipping": {"rounding": "rtn", "clip": False},
-    "awq + rtn": {"rounding": "rtn"},
-    "gptq, no scaling, source inputs": {"scaling": "none", "propagate_error": False},
-    "awq + gptq, source inputs, no clipping": {"propagate_error": False, "clip": False},
-    "awq + gptq, source inputs": {"propagate_error": False},
-    "awq + gptq, propagated, strength .25": {"propagate_strength": 0.25},
-    "awq + gptq, propagated, strength .5": {},
-    "awq + gptq, propagated, strength .75": {"propagate_strength": 0.75},
-    "awq + gptq, propagated, strength 1": {"propagate_strength": 1.0},
-    "awq + gptq, propagated, damp .01": {"damp_percent": 0.01},
-    "awq + gptq, propagated, damp .1": {"damp_percent": 0.1},
+    "rtn, no scaling, no clipping": RTN,
+    "awq + rtn, no clipping": RTN | {"scaling": "awq"},
+    "awq + rtn": RTN | {"scaling": "awq", "clip": True},
+    "gptq, no scaling, source inputs, damp .05": SOURCE | {"scaling": "none"},
+    "awq + gptq, source inputs, no clipping, damp .05": SOURCE | {"clip": False},
+    "awq + gptq, source inputs, damp .05": SOURCE,
+    "awq + gptq, own inputs, strength .25, damp .05": OWN,
+    "awq + gptq, own inputs, strength .25, damp .1": OWN | {"damp_percent": 0.1},
+    "awq + gptq, own inputs, strength .5, damp .01": OWN | {"propagate_strength": 0.5, "damp_percent": 0.01},
+    "awq + gptq, own inputs, strength .5, damp .05": OWN | {"propagate_strength": 0.5},
+    "awq + gptq, own inputs, strength .5, damp .1": OWN | {"propagate_strength": 0.5, "damp_percent": 0.1},
+    "awq + gptq, own inputs, strength .75, damp .05": OWN | {"propagate_strength": 0.75},
+    "awq + gptq, own inputs, strength 1, damp .05": OWN | {"propagate_strength": 1.0},
 }
 QUICK = (
     "awq + rtn",
-    "awq + gptq, source inputs",
-    "awq + gptq, propagated, strength .5",
-    "awq + gptq, propagated, strength .75",
+    "awq + gptq, source inputs, damp .05",
+    "awq + gptq, own inputs, strength .25, damp .1",
+    "awq + gptq, own inputs, strength .5, damp .05",
 )
 
 
@@ -65,22 +74,23 @@ def main() -> None:
     tokens = token_windows(TextSource(text=options.calibration, **text), tokenizer)
     windows = token_windows(TextSource(text=options.heldout, samples=64, length=options.length, seed=7), tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = tempfile.TemporaryDirectory(prefix="qtool-")
-    model = load_model(Checkpoint.open(source.path).read(), config, device)
-    reference = fidelity.make_reference(model, windows, Path(folder.name) / "source")
-    print("| setting | mean KL | top-1 |\n|---|---|---|")
-    for name, changes in SETTINGS.items():
-        if options.quick and name not in QUICK:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            output = {"method": "awq", "group_size": options.group_size} | changes
-            recipe = Recipe.model_validate({"model": options.model, "outputs": [output], "output_dir": folder})
+    with tempfile.TemporaryDirectory(prefix="qtool-") as work:
+        model = load_model(Checkpoint.open(source.path).read(), config, device)
+        reference = fidelity.make_reference(model, windows, Path(work) / "source")
+        print("| setting | mean KL | top-1 |\n|---|---|---|")
+        for name, keys in SETTINGS.items():
+            if options.quick and name not in QUICK:
+                continue
+            made = Path(work) / name
+            output = {"method": "awq", "group_size": options.group_size} | keys
+            recipe = Recipe.model_validate({"model": options.model, "outputs": [output], "output_dir": str(made)})
             job = open_job(recipe, source, device, recipe.outputs)
             artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, options.calibration))["awq"]
             found = fidelity.diverge(load_model(artifact.read(), config, device), windows, reference)
-        kl = bootstrap_mean(found.kl)
-        top1 = sum(found.top1) / len(found.top1)
-        print(f"| {name} | {kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}] | {top1:.2%} |", flush=True)
+            shutil.rmtree(made)
+            kl = bootstrap_mean(found.kl)
+            top1 = sum(found.top1) / len(found.top1)
+            print(f"| {name} | {kl.estimate:.4f} [{kl.low:.4f}, {kl.high:.4f}] | {top1:.2%} |", flush=True)
 
 
 if __name__ == "__main__":

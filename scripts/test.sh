@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything CI checks: ruff, mypy --strict, pytest. Arguments go to pytest: scripts/test.sh tests/test_gptq.py -x
+# Everything CI checks: ruff (lint, format), mypy --strict, pytest. Arguments go to pytest: scripts/test.sh tests/test_gptq.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/mypy scripts
 exec .venv/bin/python -m pytest -q "$@"

@@ -140,7 +140,7 @@ def train(plan: Plan, work: Path, device: torch.device, deadline: float) -> tupl
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, step)
         loss = loss_of(forward, batches.at(step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from environment import make_neutral
+
+HUB = tempfile.mkdtemp(prefix="qtool-tests-hub-")
+make_neutral(os.environ, HUB)  # before the libraries that read it once, when they are imported
+
+import torch  # noqa: E402
 
 TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(400))
 
@@ -53,6 +60,10 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HUB, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from qtool.card import Card, Published, card_text, escape, eval_files, fenced, l
 from qtool.convert.artifact import FileEntry, Manifest
 from qtool.convert.licence import Licence
 from qtool.convert.verify import Check
-from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.gates import GateResult
 from qtool.measure import Row
 from qtool.measurements import Measurement
-from qtool.scores import Scores
+from qtool.summary import Size, summarise
 
 GOLDEN = Path(__file__).parent / "data/card.md"
 SETTINGS = Settings(engine="vllm", version="0.33", dtype="float16", device="cuda", prompt="chat", max_new_tokens=384)
@@ -75,12 +75,12 @@ def card() -> Card:
     scores = Scores(tasks={"source": {"humaneval": task("source", 30)}, "awq": {"humaneval": task("awq", 29)}})
     scores.add_fidelity(fidelity("source", 0.0))
     scores.add_fidelity(fidelity("awq", 0.0125))
+    sizes = {"source": Size(15_200_000_000, 16.0), "awq": Size(4_100_000_000, 4.31, 4_100_000_000)}
     return Card(
         repo="my-org/Coder-7B-AWQ-4bit", base_model="IQuest/Coder-7B",
         licence=Licence("other", "iquestcoder", "https://example.org/LICENSE"),
-        artifacts=[Published("awq", "AWQ-4bit", "", manifest(), checks, [verdict])], scores=scores,
-        sizes={"source": (15_200_000_000, 16.0), "awq": (4_100_000_000, 4.31)}, measured={"awq": [measurement()]},
-        recipe_text=RECIPE, plot=True,
+        artifacts=[Published("awq", "AWQ-4bit", "", manifest(), checks, [verdict])],
+        summary=summarise(scores, sizes, {"awq": [measurement()]}), recipe_text=RECIPE, plot=True,
     )  # fmt: skip
 
 

@@ -20,13 +20,14 @@ from qtool.check import as_junit
 from qtool.cli import main
 from qtool.convert.artifact import Artifact
 from qtool.convert.source import resolve
-from qtool.evaluate.scorecard import FidelityScore, save
+from qtool.evaluate.scorecard import FidelityScore, Scores, save
 from qtool.gates import GateResult, judge
 from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.record import RunRecord, load_run, write_scores
 from qtool.run import evaluate_folders, run
-from qtool.scores import Evaluation, Scores
+from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject
+from qtool.summary import summarise
 
 
 def call(*arguments: object) -> Result:
@@ -234,7 +235,8 @@ def test_a_broken_artifact_fails_the_check(planted: dict[str, Path], tmp_path: P
 
 
 def gate_of(record: RunRecord, scores: Scores | None = None, **gate: Any) -> GateResult:
-    (result,) = judge([GateSection(**gate)], record.manifests, 16.0, record.scores if scores is None else scores)
+    sizes = {name: model.size for name, model in record.summary.models.items() if model.size}
+    (result,) = judge(record.summary if scores is None else summarise(scores, sizes), [GateSection(**gate)])
     return result
 
 
@@ -318,6 +320,15 @@ def test_scores_are_of_these_files_against_this_source(planted: dict[str, Path],
         (foreign / "chat_template.jinja").write_text(f"{greeting} {{{{ messages[0].content }}}}")
         keys.add(evaluated(None, "handwritten").tasks["foreign"]["handwritten"].key)
     assert len(keys) == 2
+
+
+def test_gates_judge_the_first_length_whichever_was_known_before(tmp_path: Path) -> None:
+    """An earlier run had the second length; it does not become the first."""
+    for samples, lengths in ((1, (64,)), (2, (32, 64))):  # two windows of 32 are as much text as one of 64
+        section = EvaluateSection(text=FidelitySection(text="heldout-code", samples=samples, length=lengths))
+        scores = evaluate_folders(Path("qtool-demo"), None, section, tmp_path / "runs", "cpu", False)
+        assert list(scores.contexts["source"]) == list(lengths)
+        assert scores.fidelity["source"].context == lengths[0]
 
 
 def test_another_tools_folder_is_found_by_what_is_in_it(planted: dict[str, Path], tmp_path: Path) -> None:

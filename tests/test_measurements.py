@@ -113,18 +113,18 @@ def test_a_recipe_has_every_model_measured_once(
     done = run(recipe, tmp_path / "runs", "cpu")
     assert [words[5].rsplit("/", 1)[-1] for words, _ in started] == ["tiny", "tiny-nf4", "tiny-awq"]
     assert not any("hf_planted" in value for _, env in started for value in env.values())
-    assert [row.context for row in done.measured["source"][0].rows] == [16, 32]
-    assert done.measured["nf4"][0].key == done.lock.artifacts["nf4"].key
-    assert done.measured["nf4"][0].first is not None
-    assert "gptqmodel" in done.measured["awq"][0].why
-    assert load_run(done.folder).measured == done.measured
+    assert [row.context for row in done.summary.measured["source"][0].rows] == [16, 32]
+    assert done.summary.measured["nf4"][0].key == done.lock.artifacts["nf4"].key
+    assert done.summary.measured["nf4"][0].first is not None
+    assert "gptqmodel" in done.summary.measured["awq"][0].why
+    assert load_run(done.folder).summary.measured == done.summary.measured
     report = (tmp_path / "out.html", CliRunner().invoke(main, ["report", str(done.folder), "--out", str(tmp_path)]))
     assert report[1].exit_code == 0
     assert "Memory and speed" in (tmp_path / "report.html").read_text()
     started.clear()
     again = run(recipe, tmp_path / "runs", "cpu")
     assert [words[5].rsplit("/", 1)[-1] for words, _ in started] == ["tiny-awq"]  # what failed is tried again
-    assert again.measured["source"] == done.measured["source"]
+    assert again.summary.measured["source"] == done.summary.measured["source"]
 
 
 def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from qtool import QtoolError, ledger, record
 from qtool.record import RunRecord, find_run, load_run
+from qtool.summary import stored_summary
 
 
 @pytest.fixture
@@ -28,8 +29,10 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
     assert {name: found.checks for name, found in again.checks.items()} == {
         name: found.checks for name, found in finished.checks.items()
     }
-    assert list(again.sizes) == ["source", "awq", "nf4"]
-    assert again.sizes["source"][1] == 16.0
+    assert again.summary == finished.summary
+    assert stored_summary(finished.folder, again.summary.evidence) == again.summary  # the run stored that very one
+    assert list(again.summary.models) == ["source", "awq", "nf4"]
+    assert again.summary.models["source"].size.bits_per_weight == 16.0  # type: ignore[union-attr]
     assert not again.failed
     (questions,) = again.questions().values()
     assert questions == {"t/0": "def f(x: int) -> int:\n    \"\"\"Do it.\"\"\"\n"}
@@ -38,7 +41,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
 def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:
     moved = load_run(copied)
     assert moved.artifacts == {}
-    assert moved.sizes == finished.sizes
+    assert moved.summary == finished.summary
     assert moved.manifests == finished.manifests
     assert moved.scores == finished.scores
 

@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy and published numbers; verdicts against their definition."""
+"""Intervals and tests against scipy and published numbers."""
 
 import math
 import random
@@ -14,11 +14,6 @@ from qtool.evaluate.regression import (
     bootstrap_mean,
     bootstrap_ratio,
     holm,
-    judge_max_drop,
-    judge_max_kld,
-    judge_max_size,
-    judge_min_bits_saved,
-    judge_min_recovery,
     mcnemar_exact,
     paired_difference,
     recovery,
@@ -182,41 +177,6 @@ def test_bootstrap_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     assert sum(len(rows) for rows in regression._resamples(3000, 1000)) == 1000
 
 
-@pytest.mark.parametrize(
-    ("table", "d", "result"),
-    [
-        ((200, 2, 2, 196), 3.0, "pass"),
-        ((100, 40, 2, 58), 3.0, "fail"),
-        ((50, 5, 2, 25), 3.0, "undecided"),
-        ((164, 0, 0, 0), 5.0, "pass"),
-        ((0, 20, 0, 0), 99.0, "undecided"),
-    ],
-)
-def test_max_drop(table: tuple[int, int, int, int], d: float, result: str) -> None:
-    difference = paired_difference(*outcomes(*table))
-    verdict = judge_max_drop(difference, d)
-    assert verdict.result == result
-    assert f"{sum(table)} problems" in verdict.reason
-    assert f"max_drop {d:g}" in verdict.reason
-    by_definition = "pass" if difference.loss.high < d else "fail" if difference.loss.low > d else "undecided"
-    assert verdict.result == by_definition
-
-
-@pytest.mark.parametrize(
-    ("interval", "limit", "result"),
-    [
-        (Interval(0.05, 0.04, 0.06), 0.1, "pass"),
-        (Interval(0.2, 0.15, 0.25), 0.1, "fail"),
-        (Interval(0.1, 0.08, 0.12), 0.1, "undecided"),
-        (Interval(0.1, -math.inf, math.inf), 0.2, "undecided"),
-        (Interval(math.nan, math.nan, math.nan), 0.2, "undecided"),
-        (Interval(0.1, 0.1, 0.1), 0.1, "undecided"),
-    ],
-)
-def test_max_kld(interval: Interval, limit: float, result: str) -> None:
-    assert judge_max_kld(interval, limit).result == result
-
-
 def test_recovery_is_the_losss_other_face() -> None:
     source = [True] * 40 + [False] * 10
     difference = paired_difference(source, [True] * 36 + [False] * 14)
@@ -235,7 +195,7 @@ def test_four_problems_that_did_not_change_are_no_certainty() -> None:
     assert found.estimate == 1
     assert found.low < 0.5
     assert found.high > 1.5
-    assert judge_min_recovery(found, 0.95).result == "undecided"
+    assert found.low < 0.95 < found.high  # a gate of 0.95 is undecided
 
 
 @pytest.mark.parametrize(("n", "rate", "lost", "gained"), [(73, 0.06, 0.3, 0.01), (164, 0.6, 0.08, 0.03)])
@@ -250,31 +210,6 @@ def test_recovery_covers(n: int, rate: float, lost: float, gained: float) -> Non
             found = recovery(paired_difference(source.tolist(), kept.tolist()), float(source.mean()))
             hits, drawn = hits + (found.low <= true <= found.high), drawn + 1
     assert hits / drawn >= 0.94
-
-
-@pytest.mark.parametrize(
-    ("interval", "result"),
-    [
-        (Interval(0.99, 0.97, 1.01), "pass"),
-        (Interval(0.8, 0.7, 0.9), "fail"),
-        (Interval(0.95, 0.9, 1.0), "undecided"),
-    ],
-)
-def test_min_recovery(interval: Interval, result: str) -> None:
-    verdict = judge_min_recovery(interval, 0.95)
-    assert verdict.result == result
-    assert f"[{interval.low:.4g}, {interval.high:.4g}]" in verdict.reason
-
-
-def test_max_size_is_exact() -> None:
-    assert judge_max_size(10**9, 10**9).result == "pass"
-    assert judge_max_size(10**9 + 1, 10**9).result == "fail"
-    assert judge_max_size(2 * 10**9, 10**9).reason == "2.000 GB is above max_size 1.000 GB"
-
-
-def test_bits_saved_are_exact() -> None:
-    assert judge_min_bits_saved(11.5, 11.5).result == "pass"
-    assert judge_min_bits_saved(11.4, 11.5).reason == "11.40 bpw saved is below 11.5"
 
 
 @pytest.mark.parametrize("ps", [[], [0.04], [0.01, 0.04, 0.03], [0.5, 0.5], [0.2, 0.001, 0.02, 0.02, 0.9, 0.013]])

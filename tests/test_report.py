@@ -21,7 +21,7 @@ from rich.console import Console
 
 from qtool.cli import main
 from qtool.convert.verify import Check, Verification
-from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.gates import GateResult
 from qtool.markup import visible
 from qtool.measure import Row
@@ -32,7 +32,7 @@ from qtool.report_figures import pictures, verdict_of
 from qtool.report_html import html_report
 from qtool.report_markdown import markdown_report
 from qtool.report_problems import LONGEST, _marked
-from qtool.scores import Scores
+from qtool.summary import summarise
 from qtool.tables import footnote, score_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -84,7 +84,9 @@ def record(finished: RunRecord) -> RunRecord:
     done = Row(64, 2, "ok", "", {"p50": 0.5}, 0.02, 90.0, 1.5, None, None, {"resident": 3 * 2**30})
     made = Measurement("k", "m", "llama.cpp", "xllamacpp 1", "a <b>card</b>", 32, 3, "2026-01-01", (done,))
     measured = {"source": [made], "awq": [made], "nf4": [replace(made, rows=(), why=HOSTILE)]}
-    return replace(finished, scores=scores, verdicts=verdicts, manifests=manifests, measured=measured)
+    sizes = {name: model.size for name, model in finished.summary.models.items() if model.size}
+    summary = summarise(scores, sizes, measured)
+    return replace(finished, scores=scores, summary=summary, verdicts=verdicts, manifests=manifests)
 
 
 class Page(HTMLParser):
@@ -176,14 +178,14 @@ def test_headline(finished: RunRecord, verdicts: list[Any], kind: str, headline:
 
 
 def test_the_table_says_what_p_is(record: RunRecord) -> None:
-    rows = {row["model"]: row for row in score_rows(record.scores, record.sizes)}
+    rows = {row["model"]: row for row in score_rows(record.summary)}
     # 8 lost, none gained: p = 2 / 2**8; three other tests stand beside it
     assert rows["awq"]["hostile: points lost"].endswith("p=0.023") or "p=0.0" in rows["awq"]["hostile: points lost"]
-    assert "Holm-adjusted over the 4 comparisons" in footnote(record.scores)
+    assert "Holm-adjusted over the 4 comparisons" in footnote(record.summary)
     alone = Scores(tasks={name: {"hostile": record.scores.tasks[name]["hostile"]} for name in ("source", "awq")})
-    (row,) = (row for row in score_rows(alone, {}) if row["model"] == "awq")
+    (row,) = (row for row in score_rows(summarise(alone)) if row["model"] == "awq")
     assert row["hostile: points lost"].endswith("p=0.0078")
-    assert "Holm" not in footnote(alone)
+    assert "Holm" not in footnote(summarise(alone))
     assert "hostile, pass@1 of 3" not in row
     assert "sampled, pass@1 of 3" in rows["awq"]
     assert rows["awq"]["KL to source"].startswith("0.0300 [")
@@ -191,13 +193,13 @@ def test_the_table_says_what_p_is(record: RunRecord) -> None:
 
 
 def test_memory_speed_and_recovery_stand_in_the_table(record: RunRecord) -> None:
-    rows = {row["model"]: row for row in score_rows(record.scores, record.sizes, record.measured)}
+    rows = {row["model"]: row for row in score_rows(record.summary)}
     assert {rows["awq"][head] for head in ("engine", "peak memory", "tokens/s")} == {"llama.cpp", "3.00 GiB", "50"}
     assert "tokens/s" not in rows["nf4"]
     assert rows["awq"]["hostile: recovery"].startswith("73.3% [")  # 22 of 30
     assert rows["nf4"]["hostile: recovery"].startswith("103.3% [")
     assert "hostile: recovery" not in rows["source"]
-    said = footnote(record.scores, record.measured)
+    said = footnote(record.summary)
     assert "64 tokens of prompt, 2 requests at once, on a <b>card</b>." in said
     assert "Recovery: score in % of the source's" in said
     text = markdown_report(record, [])
@@ -210,7 +212,9 @@ def test_memory_speed_and_recovery_stand_in_the_table(record: RunRecord) -> None
 def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
     tasks = record.scores.tasks["source"]
     tasks["hostile"] = tasks["hostile"].model_copy(update={"left_out": {"t/99<i>": HOSTILE}, "in_process": 12})
-    said = footnote(record.scores)
+    sizes = {name: model.size for name, model in record.summary.models.items() if model.size}
+    record = replace(record, summary=summarise(record.scores, sizes))
+    said = footnote(record.summary)
     assert "hostile: 1 problem of the benchmark could not be asked here." in said
     assert "hostile: 12 of 34 programs shared a process with their test" in said
     assert "hostile: the programs ran without a sandbox." in said
@@ -222,7 +226,7 @@ def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
 def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Console(width=72, file=io.StringIO(), legacy_windows=False)
     monkeypatch.setattr("qtool.report.console", narrow)
-    rows = score_rows(record.scores, record.sizes)
+    rows = score_rows(record.summary)
     print_rows(rows)
     printed = narrow.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in printed

@@ -35,6 +35,7 @@ EDITS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("an artifact with a null", "lock.json", lambda d: d["artifacts"]["awq"].update(path="a\0b")),
     ("an artifact called ../x", "lock.json", lambda d: d["artifacts"].update({"../x": d["artifacts"]["awq"]})),
     ("a source of 0 bytes", "lock.json", lambda d: d["source"].update(bytes=0, bits_per_weight=0)),
+    ("an artifact of 0 bytes", "manifests/awq.json", lambda d: d.update(tensor_bytes=0)),
     ("scores of nothing", "scores.json", lambda d: d.update(tasks={"awq": {"x": "../../etc/passwd"}})),
     ("a key with a star", "scores.json", lambda d: d.update(fidelity={"awq": "*"})),
     (
@@ -112,7 +113,8 @@ def attacks() -> list[Attack]:
         found.append(Attack("run", f"{name}, check", _edit(file, change, COMMANDS[0]), frozenset({0, 1, 2})))
         found.append(Attack("run", f"{name}, report", _edit(file, change, COMMANDS[1]), frozenset({0, 1, 2})))
     found.append(Attack("run", "an artifact changed since", _changed, frozenset({1}), ("changed",)))
-    found += [Attack("run", f"ledger {name}", _ledger(text), frozenset({0, 2})) for name, text in TEXTS]
+    ledgers = [*TEXTS, ("a million brackets", b"[" * 1_000_000)]
+    found += [Attack("run", f"ledger {name}", _ledger(text), frozenset({0, 2})) for name, text in ledgers]
     return found + [
         Attack("run", f"baseline {name}", _baseline(text), names=("baseline.json",)) for name, text in TEXTS
     ]
