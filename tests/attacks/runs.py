@@ -9,7 +9,9 @@ from typing import Any
 
 from attacks.bench import Attack, Bench, edit_json, sign
 
-FILES = ("result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json", "summary.json")
+FILES = (
+    "result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json", "summary.json",
+)  # fmt: skip
 TEXTS: list[tuple[str, bytes]] = [
     ("empty", b""),
     ("garbage", b"\xff\xfe\x00"),
