@@ -30,13 +30,14 @@ class Settings(_Record):
     top_p: float = 1.0
     seed: int | None = None
 
-    def differences(self, other: Settings) -> list[str]:
-        """What forbids pairing two scores, in words; empty when they may be paired. Versions and seeds may differ."""
+    def differences(self, other: Settings, but: Collection[str] = ()) -> list[str]:
+        """What forbids pairing two scores, in words; empty when they may be paired. Versions, seeds and the settings
+        named in ``but`` may differ."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [
             f"{name} {mine[name]} and {theirs[name]}"
             for name in mine
-            if name not in ("version", "seed") and mine[name] != theirs[name]
+            if name not in ("version", "seed", *but) and mine[name] != theirs[name]
         ]
 
 

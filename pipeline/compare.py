@@ -20,6 +20,8 @@ KL_RISE = 0.05  # a rise of the mean KL by less than this share of it is no regr
 KL_FLOOR = 1e-4  # nats a token: below it lies the noise of another order of summation
 NLL_RISE = 0.01  # nats a token, about 1 % of perplexity; judged where no KL can be
 
+ANSWERING = ("prompt", "max_new_tokens", "temperature", "top_p")  # play no part in perplexity and KL
+
 Shown = Literal["worse", "better", "no loss shown", "not compared", "not judged"]
 
 
@@ -127,8 +129,7 @@ def _misfits(a: Measured, b: Measured) -> list[str]:
         faults += [f"{task_label(label)}: {difference}" for difference in differences]
     for length in [length for length in a.texts if length in b.texts]:
         one_text, other_text = a.texts[length], b.texts[length]
-        plain = {"prompt", "max_new_tokens", "temperature", "top_p"}  # play no part in perplexity and KL
-        differences = [d for d in one_text.settings.differences(other_text.settings) if d.split()[0] not in plain]
+        differences = one_text.settings.differences(other_text.settings, but=ANSWERING)
         if one_text.digest != other_text.digest:
             differences.append("other windows of text")
         faults += [f"held-out text: {difference}" for difference in differences]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
@@ -25,6 +25,7 @@ from qtool.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, s
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
+File = TypeVar("File")
 _QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
 
 
@@ -170,8 +171,8 @@ def load_run(folder: Path) -> RunRecord:
         raise QtoolError(f"{folder}: not a run; `qtool run` makes one, and `runs/ledger.jsonl` lists them.")
     if not (folder / RESULT).exists():
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
-    lock: Lock = _read(Lock, folder / LOCK)
-    result: Outcome = _read(Outcome, folder / RESULT)
+    lock = _read(Lock, folder / LOCK)
+    result = _read(Outcome, folder / RESULT)
     artifacts = {name: _artifact(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
@@ -194,11 +195,10 @@ def load_run(folder: Path) -> RunRecord:
 
 def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scores: Scores) -> Summary:
     """The run's Summary: the stored one, or a new one where that is of other scores, or there is none."""
-    source = lock.source
-    sizes = {"source": Size(source.bytes, source.bits_per_weight)}
+    sizes = {"source": Size(lock.source.bytes, lock.source.bits_per_weight)}
     sizes |= {name: Size(m.tensor_bytes, m.bits_per_weight, m.file_bytes) for name, m in manifests.items()}
     summary = stored_summary(folder, evidence_of(scores, sizes)) or summarise(scores, sizes)
-    keys = {"source": source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
+    keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
     return summary.with_measured(measured_models(folder.resolve().parent, keys))
 
 
@@ -214,8 +214,7 @@ def load_index(folder: Path) -> ScoreIndex:
     """`scores.json` of a run or of an evaluation. Raises QtoolError where there is none."""
     if not (folder / INDEX).exists():
         raise QtoolError(f"{folder}: holds no scores; `qtool run` and `qtool evaluate` write them.")
-    found: ScoreIndex = _read(ScoreIndex, folder / INDEX)
-    return found
+    return _read(ScoreIndex, folder / INDEX)
 
 
 def load_scores(folder: Path) -> Scores:
@@ -225,13 +224,13 @@ def load_scores(folder: Path) -> Scores:
     for name, keys in index.tasks.items():
         for label, key in keys.items():
             path = _score_file(folder, key)
-            task: TaskScore = _read(TaskScore, path)
+            task = _read(TaskScore, path)
             if fault := task.fault(list(task.outcomes)):
                 raise QtoolError(f"{path}: {fault}. Run the recipe again: it is made anew.")
             scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
     for name, first in index.fidelity.items():
         for key in index.contexts.get(name, [first]):
-            fidelity: FidelityScore = _read(FidelityScore, _score_file(folder, key))
+            fidelity = _read(FidelityScore, _score_file(folder, key))
             scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
     return scores
 
@@ -274,7 +273,7 @@ def _short(path: Path) -> Path:
 
 
 def _manifest(path: Path) -> Manifest:
-    found: Manifest = _read(Manifest, path)
+    found = _read(Manifest, path)
     if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
         raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
     return found
@@ -284,11 +283,11 @@ def _score_file(folder: Path, key: str) -> Path:
     return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
 
 
-def _read(kind: type[BaseModel], path: Path) -> Any:
+def _read(kind: type[File], path: Path) -> File:
     return _checked(TypeAdapter(kind), path)
 
 
-def _checked(reader: TypeAdapter[Any], path: Path) -> Any:
+def _checked(reader: TypeAdapter[File], path: Path) -> File:
     """Raises QtoolError naming a file that is missing or damaged."""
     if not path.exists():
         raise QtoolError(f"{path}: No such file or directory. The run's folder is incomplete; run its recipe again.")

@@ -9,7 +9,9 @@ from typing import Any
 
 from attacks.bench import Attack, Bench, edit_json, sign
 
-FILES = ("result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json")
+FILES = (
+    "result.json", "lock.json", "scores.json", "recipe.yaml", "questions.json", "manifests/awq.json", "summary.json",
+)  # fmt: skip
 TEXTS: list[tuple[str, bytes]] = [
     ("empty", b""),
     ("garbage", b"\xff\xfe\x00"),
@@ -107,7 +109,8 @@ def attacks() -> list[Attack]:
     for number, file in enumerate(FILES):
         for place, (name, text) in enumerate(TEXTS):
             command = COMMANDS[(number + place) % len(COMMANDS)]
-            codes = frozenset({0, 1, 2}) if file in ("questions.json", "recipe.yaml", "scores.json") else frozenset({2})
+            spared = ("questions.json", "recipe.yaml", "scores.json", "summary.json")
+            codes = frozenset({0, 1, 2}) if file in spared else frozenset({2})
             found.append(Attack("run", f"{file} {name}, {command[0]}", _text(file, text, command), codes | {1}))
     for name, file, change in EDITS:
         found.append(Attack("run", f"{name}, check", _edit(file, change, COMMANDS[0]), frozenset({0, 1, 2})))
