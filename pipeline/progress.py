@@ -22,7 +22,7 @@ def seconds_to_go(task: Task) -> float | None:
     done = task.completed - task.fields.get(BEGUN, 0)
     if done <= 0 or task.total is None or task.elapsed is None or task.finished:
         return None
-    return task.elapsed / done * (task.total - task.completed)
+    return float(task.elapsed / done * (task.total - task.completed))
 
 
 def duration(seconds: float) -> str:

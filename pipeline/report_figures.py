@@ -12,7 +12,7 @@ from qtool.evaluate.rates import mean_rate
 from qtool.figures import Point
 from qtool.measurements import one_machine
 from qtool.record import RunRecord
-from qtool.tables import losses, mean_kl, points, size_text, task_label
+from qtool.tables import losses, mean_kl, moved, size_text, task_label
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # Ledger keys in order of preference, and what each is.
@@ -62,7 +62,7 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
         for (subject, task), (difference, p) in compared.items():
             if subject == name:
                 shown = "a loss is shown" if p < 0.05 and difference.loss.estimate > 0 else "no loss is shown"
-                said.append(f"{points(difference)} points lost on {task_label(task)} ({shown}, p={p:.2g})")
+                said.append(f"{moved(difference)} on {task_label(task)} ({shown}, p={p:.2g})")
         lines.append((name, "; ".join(said)))
     return lines
 

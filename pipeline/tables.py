@@ -70,9 +70,19 @@ def points(difference: Difference) -> str:
     return f"{estimate:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def moved(difference: Difference) -> str:
+    """`1.8 points lost [-1.1, 4.6]`, or `1.0 points gained [-2.0, 4.0]`."""
+    loss = difference.loss
+    if round(loss.estimate, 1) >= 0:
+        return points(difference).replace(" [", " points lost [")
+    estimate, low, high = (round(-x, 1) + 0.0 for x in (loss.estimate, loss.high, loss.low))
+    return f"{estimate:.1f} points gained [{low:.1f}, {high:.1f}]"
+
+
 def footnote(scores: Scores, measured: Measured = NOTHING) -> str:
     """What brackets, p and the measured columns mean in this table."""
-    parts = ["Brackets: 95 % intervals."]
+    bracketed = any(scores.tasks.values()) or len(scores.fidelity) > 1
+    parts = ["Brackets: 95 % intervals."] if bracketed else []
     if compared := losses(scores):
         sampled = any(score.samples > 1 for tasks in scores.tasks.values() for score in tasks.values())
         test = "paired permutation test" if sampled else "McNemar test"
