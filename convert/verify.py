@@ -26,12 +26,25 @@ Status = Literal["pass", "fail", "not made"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``required`` checks decide whether the artifact is sound; loading rules only inform."""
+    """One line of the report. ``required`` checks decide whether the artifact is sound; loading rules only inform.
+    ``runtime``: of a loading rule, `vLLM 0.32`; ``cards``: how many it was looked at for, 0 for a rule that asks
+    nothing of their number."""
 
     name: str
     status: Status
     detail: str
     required: bool = True
+    runtime: str = ""
+    cards: int = 0
+
+    @property
+    def rule(self) -> str:
+        """The name without the number of cards."""
+        return self.name.removesuffix(_on(self.cards))
+
+
+def _on(cards: int) -> str:
+    return f", TP {cards}" if cards else ""
 
 
 @dataclass
@@ -55,11 +68,13 @@ class Verification:
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             self.add(name, [f"cannot be checked ({type(error).__name__}: {error})"], "")
 
-    def add(self, name: str, reasons: list[str], passed: str, required: bool = True) -> None:
+    def add(
+        self, name: str, reasons: list[str], passed: str, required: bool = True, runtime: str = "", cards: int = 0
+    ) -> None:
         """A check fails with its first reasons or passes with ``passed``."""
         more = f" (+{len(reasons) - 3} more)" if len(reasons) > 3 else ""
         detail = "; ".join(reasons[:3]) + more if reasons else passed
-        self.checks.append(Check(name, "fail" if reasons else "pass", detail, required))
+        self.checks.append(Check(name, "fail" if reasons else "pass", detail, required, runtime, cards))
 
 
 def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -142,6 +157,8 @@ def check_runtimes(artifact: Artifact, result: Verification) -> None:
     for rule in rules:
         if not rule.applies(subject):
             continue
-        for tp in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (1,):
-            label = f"{rule.runtime} {rule.version}: {rule.name}" + (f", TP {tp}" if rule.tensor_parallel else "")
-            result.add(label, list(rule.broken(subject, tp)), rule.passed, required=rule.required)
+        runtime = f"{rule.runtime} {rule.version}"
+        for cards in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (0,):
+            reasons = list(rule.broken(subject, cards or 1))
+            label = f"{runtime}: {rule.name}{_on(cards)}"
+            result.add(label, reasons, rule.passed, rule.required, runtime, cards)

@@ -16,7 +16,7 @@ from qtool.convert.runtime_rule import RuntimeRule, Subject, heads, shards
 
 VERSION = "0.32"
 PLUGIN, PLUGIN_VERSION = "vllm-bnb-plugin", "0.0.3"
-WITH_PLUGIN = f"vLLM with {PLUGIN} {PLUGIN_VERSION}"
+WITH_PLUGIN = f"{PLUGIN} {PLUGIN_VERSION} in vLLM"
 INSTALL_PLUGIN = f"pip install {PLUGIN}"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32

@@ -77,6 +77,7 @@ def measured(folder: Path) -> Baseline:
 def save_baseline(baseline: Baseline, path: Path) -> None:
     """Small JSON without answers. Raises QtoolError when the file cannot be written."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(baseline.model_dump_json() + "\n", encoding="utf-8")
     except OSError as error:
         raise QtoolError(f"{path}: cannot be written: {error.strerror}.") from error

@@ -20,8 +20,8 @@ def main() -> None:
 
     \b
     Examples:
-      qtool run recipes/demo.yaml              convert, verify, score, judge
-      qtool run recipes/awq.yaml --dry-run     the plan: sizes, bits per weight, memory, disk
+      qtool run demo                           convert, verify, score, judge a model that ships here
+      qtool run my-recipe.yaml --dry-run       the plan: sizes, bits per weight, memory, disk
       qtool verify artifacts/My-Model-awq      re-open an artifact and check it
       qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
       qtool check latest --baseline FILE       judge a stored run again, in CI
@@ -48,22 +48,27 @@ def _device_option(command: click.decorators.FC) -> click.decorators.FC:
 def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
+    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4, smoke.
     Run again after an interruption and it continues after the last finished layer; what is finished is reused.
 
     \b
     Examples:
-      qtool run recipes/demo.yaml
-      qtool run recipes/awq.yaml --dry-run
+      qtool run demo
+      qtool run awq --dry-run
       qtool run my-recipe.yaml --only awq --device cuda
     """
     from qtool import report
+    from qtool.recipe_paths import locate
     from qtool.run import prepare
     from qtool.run import run as run_recipe
 
+    found = locate(recipe)
+    if found != recipe:
+        click.echo(f"recipe: {found} (copy it to change it)", err=True)
     if dry_run:
-        report.print_plan(prepare(recipe, device, only))
+        report.print_plan(prepare(found, device, only))
         return
-    result = run_recipe(recipe, runs, device, only)
+    result = run_recipe(found, runs, device, only)
     report.print_run(result)
     if result.failed:
         raise SystemExit(GATE_FAILED)

@@ -57,7 +57,7 @@ def publish(
             continue
         sent = publishing.send(planned)
         publishing.note(runs, planned, sent)
-        state = "published and read back" if sent.fresh else "was there already, unchanged"
+        state = "published and read back" if sent.fresh else "were there already, unchanged"
         click.echo(f"{sent.repo}: {len(planned.uploads)} files {state}: {sent.url}")
 
 

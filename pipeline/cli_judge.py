@@ -14,6 +14,12 @@ _runs = click.option(
 )
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file that the user named; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 @click.command(context_settings=CONTEXT)
 @click.argument("a")
 @click.argument("b")
@@ -66,16 +72,17 @@ def check(
     from qtool.baseline import load_baseline
     from qtool.check import as_json, as_junit, check_run
     from qtool.recipe import load_recipe
+    from qtool.recipe_paths import locate
     from qtool.record import find_run, load_run
 
     record = load_run(find_run(run, runs))
-    gates = load_recipe(recipe).gates if recipe else record.recipe.gates
+    gates = load_recipe(locate(recipe)).gates if recipe else record.recipe.gates
     results = check_run(record, gates, load_baseline(baseline) if baseline else None)
     report.print_results(results)
     if junit:
-        junit.write_text(as_junit(record, results), encoding="utf-8")
+        write_text(junit, as_junit(record, results))
     if json_file:
-        json_file.write_text(json.dumps(as_json(record, results), indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(as_json(record, results), indent=2) + "\n")
     if any(result.failed for result in results):
         raise SystemExit(FAILED)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qtool import QtoolError
+from qtool.cli_judge import write_text
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -73,7 +74,7 @@ def plan(
     else:
         plan_report.print_plan(found)
     if svg is not None:
-        svg.write_text(memory_figure.memory_by_context(found), encoding="utf-8")
+        write_text(svg, memory_figure.memory_by_context(found))
         click.echo(f"picture: {svg}", err=True)
 
 
@@ -89,9 +90,10 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
     from qtool.job_needs import needs_of, print_needs
+    from qtool.recipe_paths import locate
     from qtool.run import prepare
 
-    needs = needs_of(prepare(recipe, "auto"), runs)
+    needs = needs_of(prepare(locate(recipe), "auto"), runs)
     if as_json:
         click.echo(json.dumps(needs.as_json(), indent=2))
     else:

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich import box
-from rich.table import Table
-
 from qtool.measure import Row
 from qtool.measurements import Measurement
 from qtool.plan_report import console
 from qtool.sizing import GIB
 from qtool.tables import rate_text
+from qtool.terminal import print_table
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Speeds, memory and cost, then every row that was not believed or not run, with why."""
     for cells in (_speeds, _costs):
         if any(cells(row) for row in rows) or cells is _speeds:
-            console.print(_table([_name(row) | cells(row) for row in rows]))
+            print_table(console, [_name(row) | cells(row) for row in rows])
     for row in rows:
         if row.why:
             text = f"{row.context:,} x {row.sequences}: {row.status}: {row.why}"
             console.print(text, highlight=False, soft_wrap=True)
-
-
-def _table(rows: Sequence[dict[str, str]]) -> Table:
-    """Every column of the fullest row; what was not measured stays empty."""
-    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in columns))
-    return table
 
 
 def _name(row: Row) -> dict[str, str]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import click
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from qtool import QtoolError
@@ -25,6 +25,7 @@ from qtool.convert.writer import journal_key
 from qtool.gguf_output import GgufOutput
 from qtool.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.job_needs import refuse_what_cannot_finish
+from qtool.progress import progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.layers import Walk
 from qtool.quantize.methods import GgufMethod, Method
@@ -64,6 +65,8 @@ def make_artifacts(
         pending = [method for method in methods if not _done(job, method, calibration, threads, held)]
         number = threads or _begun_with(job, pending, calibration) or torch.get_num_threads()
         keys = {method.name: artifact_key(job, method, calibration, number) for method in pending}
+        if made := [method.name for method in methods if method not in pending]:
+            click.echo(f"finished before and unchanged, used again: {', '.join(made)}", err=True)
         for method in pending:
             _discard_other_work(job.partial(method), keys[method.name])
         refuse_what_cannot_finish(job, pending)
@@ -234,20 +237,3 @@ def _walk(
             for name, output in result.outputs.items():
                 writers[name].write_layer(result.index, output)
             bar.advance(task)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """The one progress bar: written to stderr, quiet where nobody watches."""
-    from rich.console import Console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar

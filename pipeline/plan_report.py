@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from rich import box
+from collections.abc import Sequence
+
 from rich.console import Console
-from rich.table import Table
 
 from qtool.bounds import Range
 from qtool.plan import Answer, Plan, gib
 from qtool.sizing import Cell
+from qtool.tables import Row, rate_text
+from qtool.terminal import print_table
 
 console = Console()
 if not console.is_terminal:
@@ -17,26 +19,39 @@ if not console.is_terminal:
 
 def print_plan(plan: Plan) -> None:
     """Answers, notes, then one table for each kind of card."""
-    for answer in plan.answers:
-        for line in answer_lines(plan, answer):
+    for answers in _alike(plan):
+        for line in answer_lines(plan, *answers):
             console.print(line, highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
-    for card in dict.fromkeys(answer.setting.card.key for answer in plan.answers):
-        console.print(_table(plan, card))
+    for card, number in dict.fromkeys((a.setting.card.key, a.setting.cards) for a in plan.answers):
+        title = f"{plan.headers.name} on {number} x {card}"
+        print_table(console, grid_rows(plan, card), title, lead=3, left=("format", "cache"))
     console.print(
         "GiB on each card; ! does not fit. tok/s: all sequences together, from the slowest expected to the bound that "
-        "no machine beats; first token: seconds, likewise.",
+        "no machine beats; first token: seconds, likewise. A format's rows end with the first context that does not "
+        "fit at all (--json has all).",
         highlight=False, soft_wrap=True, style="dim",
     )  # fmt: skip
 
 
-def answer_lines(plan: Plan, answer: Answer) -> list[str]:
-    """Fits or not, how long, how many, what to change, what to type."""
-    s, w = answer.setting, answer.setting.weights
+def _alike(plan: Plan) -> list[list[Answer]]:
+    """Answers, those with the same refusal and advice together."""
+    found: dict[object, list[Answer]] = {}
+    for number, answer in enumerate(plan.answers):
+        s = answer.setting
+        same = (s.card.key, s.engine, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
+        found.setdefault(same if answer.faults else number, []).append(answer)
+    return list(found.values())
+
+
+def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
+    """Fits or not, how long, how many, what to change, what to type. ``alike``: more that are refused for the same."""
+    s = answer.setting
     cards = f"{s.cards} x {s.card.key}" if s.cards > 1 else s.card.key
-    size = f"{w.bits_per_weight:.2f} bpw, {gib(w.nbytes)} GiB"
-    head = f"{w.format} ({size}) on {cards} with {s.engine}, {s.kv_dtype} cache"
+    sized = [(a.setting.weights.format, a.setting.weights) for a in (answer, *alike)]
+    sizes = ", ".join(f"{name} ({w.bits_per_weight:.2f} bpw, {gib(w.nbytes)} GiB)" for name, w in sized)
+    head = f"{sizes} on {cards} with {s.engine}, {s.kv_dtype} cache"
     if answer.faults:
         return [f"[red]cannot be served[/]  {head}: {'; '.join(answer.faults)}", *_advice(plan, answer)]
     if answer.fits:
@@ -66,33 +81,31 @@ def _advice(plan: Plan, answer: Answer) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(plan: Plan, card: str) -> Table:
-    answers = [answer for answer in plan.answers if answer.setting.card.key == card]
-    table = Table(title=f"{plan.headers.name} on {answers[0].setting.cards} x {card}", title_justify="left",
-                  box=box.SIMPLE_HEAD, padding=(0, 1))  # fmt: skip
-    columns = ["format", "cache", "context", *(f"x {n}" for n in plan.sequences), "tok/s x 1", "first token"]
-    if len(plan.sequences) > 1:
-        columns.insert(-1, f"tok/s x {max(plan.sequences)}")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("format", "cache") else "right", no_wrap=True)
-    for answer in answers:
-        for row in grid_rows(plan, answer):
-            table.add_row(*row)
-    return table
-
-
-def grid_rows(plan: Plan, answer: Answer) -> list[list[str]]:
-    """One row for each context: GiB for each number of sequences, then speeds where they fit."""
+def grid_rows(plan: Plan, card: str) -> list[Row]:
+    """For each format and context: GiB for each number of sequences, then speeds where they fit. A format ends with the
+    first context of which nothing fits: no longer one does."""
     rows = []
-    for number, context in enumerate(plan.contexts):
-        cells = {cell.sequences: cell for cell in answer.cells if cell.context == context}
-        few, many = cells[min(cells)], cells[max(cells)]
-        speeds = [_cell_speed(few)] + ([_cell_speed(many)] if len(cells) > 1 else [])
-        first = "" if few.first_token is None or not few.fits else _seconds(few.first_token)
-        label = (answer.setting.weights.format, answer.setting.kv_dtype) if number == 0 else ("", "")
-        sizes = [f"{gib(cell.total)}{'' if cell.fits and not answer.faults else ' !'}" for cell in cells.values()]
-        rows.append([*label, f"{context:,}", *sizes, *speeds, first])
+    for answer in plan.answers:
+        if answer.setting.card.key != card:
+            continue
+        label = {"format": answer.setting.weights.format, "cache": answer.setting.kv_dtype}
+        for context in plan.contexts:
+            cells = [cell for cell in answer.cells if cell.context == context]
+            rows.append(label | {"context": f"{context:,}"} | _cells(cells, bool(answer.faults)))
+            label = {}
+            if answer.faults or not any(cell.fits for cell in cells):
+                break
     return rows
+
+
+def _cells(cells: Sequence[Cell], refused: bool) -> Row:
+    few, many = min(cells, key=lambda cell: cell.sequences), max(cells, key=lambda cell: cell.sequences)
+    row = {f"x {cell.sequences}": f"{gib(cell.total)}{'' if cell.fits and not refused else ' !'}" for cell in cells}
+    row[f"tok/s x {few.sequences}"] = "" if refused else _cell_speed(few)
+    if len(cells) > 1:
+        row[f"tok/s x {many.sequences}"] = "" if refused else _cell_speed(many)
+    unknown = refused or few.first_token is None or not few.fits
+    return row | {"first token": "" if unknown or few.first_token is None else _seconds(few.first_token)}
 
 
 def _cell_speed(cell: Cell) -> str:
@@ -101,10 +114,15 @@ def _cell_speed(cell: Cell) -> str:
 
 def _speed(step: Range, sequences: int) -> str:
     rate = step.per_second(sequences)
-    low = "?" if rate.slow is None else f"{rate.slow:.3g}"
-    return f"{low} - {rate.best:.3g}"
+    low = "?" if rate.slow is None else rate_text(rate.slow)
+    return f"{low} - {rate_text(rate.best)}"
 
 
 def _seconds(found: Range) -> str:
-    high = "?" if found.slow is None else f"{found.slow:.2g}"
-    return f"{found.best:.2g} - {high} s"
+    high = "?" if found.slow is None else _two_digits(found.slow)
+    return f"{_two_digits(found.best)} - {high} s"
+
+
+def _two_digits(value: float) -> str:
+    """Never an exponent."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
 from qtool.convert.reading import named
 from qtool.convert.source import SHIPPED
 from qtool.recipe import Recipe
+
+RECIPE_ENDS = (".yaml", ".yml")
 
 
 def require_paths(recipe: Recipe, path: Path) -> None:
@@ -49,3 +52,21 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for output in recipe.outputs:
         if isinstance(imatrix := getattr(output, "imatrix", None), str):
             yield "imatrix", imatrix
+
+
+def locate(typed: Path) -> Path:
+    """The recipe's file: as typed, or of those that ship with qtool the one of that name (`demo`, `recipes/demo.yaml`).
+
+    Raises QtoolError naming the shipped ones where it is neither.
+    """
+    if os.path.lexists(typed) and not typed.is_dir():
+        return typed
+    entries = [Path(str(entry)) for entry in files("qtool.recipes").iterdir()]
+    shipped = {path.stem: path for path in entries if path.suffix in RECIPE_ENDS}
+    named_so = typed.parent in (Path("."), Path("recipes")) and typed.suffix in ("", *RECIPE_ENDS)
+    if named_so and typed.stem in shipped:
+        return shipped[typed.stem]
+    there = "a folder, not a recipe" if typed.is_dir() else "No such file or directory"
+    raise QtoolError(
+        f"{typed}: {there}. Check the path. Recipes that ship with qtool go by name: {', '.join(sorted(shipped))}."
+    )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qtool import loading
 from qtool.convert import vllm_rules
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.verify import Verification
@@ -18,7 +19,8 @@ from qtool.measure_report import measured_faults
 from qtool.report_figures import pictures
 from qtool.report_html import html_report
 from qtool.report_markdown import markdown_report
-from qtool.tables import Row, columns, footnote, score_rows
+from qtool.tables import Row, footnote, score_rows
+from qtool.terminal import print_table
 
 if TYPE_CHECKING:
     from qtool.compare import Change
@@ -32,6 +34,8 @@ console = Console()
 MARKS = {
     "pass": "[green]pass[/]",
     "fail": "[red]FAIL[/]",
+    "FAIL": "[red]FAIL[/]",
+    "no": "[yellow]no[/]",
     "undecided": "[yellow]undecided[/]",
     "not made": "[dim]not made[/]",
 }
@@ -56,21 +60,8 @@ def print_run(run: RunRecord) -> None:
 
 
 def print_rows(rows: list[Row], title: str = "") -> None:
-    """The score table; one that is wider than the terminal goes on below itself, so that no cell is cut or broken."""
-    heads = columns(rows)
-    wide = {head: 3 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
-    parts: list[list[str]] = [[]]
-    for head in heads[1:]:
-        if parts[-1] and wide[heads[0]] + sum(wide[other] for other in [*parts[-1], head]) + 1 > console.width:
-            parts.append([])
-        parts[-1].append(head)
-    for number, part in enumerate(parts):
-        table = Table(title=title if number == 0 else "", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-        for head in (heads[0], *part):
-            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(escape(row.get(head, "")) for head in (heads[0], *part)))
-        console.print(table)
+    """The score table."""
+    print_table(console, rows, title)
 
 
 def write_report(run: RunRecord, out: Path) -> Path:
@@ -132,21 +123,22 @@ def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
 
 def print_verification(result: Verification) -> None:
     """Every check of `qtool verify`."""
-    table = Table(title=str(result.path), title_justify="left")
+    table = Table(title=str(result.path), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("check", "result", "detail"):
         table.add_column(column, overflow="fold")
-    for check in result.checks:
-        table.add_row(check.name, MARKS[check.status], check.detail)
+    for line in loading.lines(result.checks):
+        table.add_row(escape(line.name), MARKS[line.result], escape(line.detail))
     console.print(table)
     console.print("sound" if result.sound else "[red]NOT sound[/]: a required check failed")
+    if loads := loading.what_loads_it(result.checks):
+        console.print(loads, highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_summary(name: str, result: Verification) -> None:
-    rules = [check for check in result.checks if not check.required]
-    broken = [check.name for check in rules if check.status == "fail"]
-    state = "verified" if result.sound else "[red]NOT sound[/]"
-    notes = f"; {len(rules) - len(broken)} of {len(rules)} runtime rules hold" if rules else ""
-    console.print(f"{name}: {state}{notes} (`qtool verify {result.path}` lists them)", highlight=False, soft_wrap=True)
+    state = "verified" if result.sound else f"[red]NOT sound[/] (`qtool verify {escape(str(result.path))}` says why)"
+    loads = loading.what_loads_it(result.checks)
+    said = escape(f"; by the rules it {loads}" if loads.startswith("loads") else f"; {loads}" if loads else "")
+    console.print(f"{name}: {state}{said}", highlight=False, soft_wrap=True)
 
 
 def plan_notes(job: Job, name: str) -> list[str]:

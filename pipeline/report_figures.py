@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qtool import figures
-from qtool.evidence import p_text, points, size_text
+from qtool.evidence import p_text, size_text
 from qtool.figures import Point
 from qtool.measurements import one_machine
 from qtool.record import RunRecord
 from qtool.summary import Summary
-from qtool.tables import task_label
+from qtool.tables import moved, task_label
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # Ledger keys in order of preference, and what each is.
@@ -66,7 +66,7 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
             if (loss := found.loss) is not None:
                 worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
                 shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
-                said.append(f"{points(loss.difference.loss)} points lost on {task_label(task)} ({shown})")
+                said.append(f"{moved(loss.difference.loss)} on {task_label(task)} ({shown})")
         lines.append((name, "; ".join(said)))
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qtool import loading
 from qtool.markup import visible
 from qtool.measure_report import measured_faults, measured_rows, measured_ways
 from qtool.record import RunRecord
@@ -49,7 +50,7 @@ def _verdict(run: RunRecord) -> str:
 def _scores(run: RunRecord) -> str:
     lines = "".join(f"<li><b>{visible(name)}</b>: {visible(said)}</li>" for name, said in cost_lines(run))
     rows = table(score_rows(run.summary), "scores", "scores of the source and every artifact")
-    return f'{rows}<p class="soft">{visible(footnote(run.summary))}</p><ul>{lines}</ul>'
+    return f'<ul>{lines}</ul>{rows}<p class="soft">{visible(footnote(run.summary))}</p>'
 
 
 def _measured(run: RunRecord, drawn: list[Picture]) -> str:
@@ -72,12 +73,12 @@ def _problems(run: RunRecord) -> str:
 def _checks(run: RunRecord) -> str:
     parts = []
     for name, checked in run.checks.items():
-        rules = [check for check in checked.checks if not check.required]
-        held = sum(check.status == "pass" for check in rules)
-        state = "sound" if checked.sound else "NOT sound"
-        said = f"{state}; {held} of {len(rules)} loading rules hold" if rules else state
+        loads = loading.what_loads_it(checked.checks)
+        said = visible("; ".join(filter(None, ["sound" if checked.sound else "NOT sound", loads])))
         notes = "".join(f"<li>{visible(note)}</li>" for note in run.manifests[name].notes)
-        rows = [{"check": check.name, "result": check.status, "detail": check.detail} for check in checked.checks]
+        rows = [
+            {"check": line.name, "result": line.result, "detail": line.detail} for line in loading.lines(checked.checks)
+        ]
         body = f"<ul>{notes}</ul>{table(rows, 'words', f'checks of {name}')}"
         opened = "" if checked.sound else " open"
         parts.append(f"<details{opened}><summary><b>{visible(name)}</b>: {said}</summary>{body}</details>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from qtool import loading
 from qtool.measure_report import measured_faults, measured_rows, measured_ways
 from qtool.record import RunRecord
 from qtool.report_figures import Picture, cost_lines, verdict_of
@@ -30,7 +31,7 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
             parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
     for name, checked in run.checks.items():
         lines = [f"- {note}" for note in run.manifests[name].notes]
-        lines += [f"- {check.status}: {check.name}: {check.detail}" for check in checked.checks]
+        lines += [f"- {line.result}: {line.name}: {line.detail}" for line in loading.lines(checked.checks)]
         parts.append(f"## {name}: checks\n\n" + "\n".join(lines))
     text = run.recipe_text.strip()
     fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))

@@ -20,7 +20,7 @@ html{scroll-behavior:smooth}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 body{margin:0;overflow-wrap:anywhere;
 background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main,header,footer{max-width:1080px;margin:0 auto;padding:0 20px}
+main,header,footer{max-width:1240px;margin:0 auto;padding:0 20px}
 header{padding-top:28px}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 4px}
 h2{font-size:1.25rem;margin:40px 0 12px}h3{font-size:1.05rem;margin:24px 0 8px}
@@ -44,7 +44,9 @@ th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);vert
 thead th{color:var(--soft);font-weight:600;white-space:nowrap;background:var(--card)}
 .tall thead th{position:sticky;top:0}
 th:first-child,td:first-child{text-align:left}tbody tr:last-child>*{border-bottom:0}
-.scores td{white-space:nowrap}.words td{text-align:left}.words th{text-align:left}
+.scores td{white-space:nowrap}.scores td,.scores th{padding:7px 9px}.scores thead th{white-space:normal}
+.scores th:first-child{position:sticky;left:0;background:var(--card)}
+.words td{text-align:left}.words th{text-align:left}
 .words td,.words th{overflow-wrap:anywhere;min-width:7em}
 .matrix{font-size:.8rem}.matrix td,.matrix th{padding:3px 10px;text-align:center}.matrix th:first-child{text-align:left}
 .matrix tbody th{font-weight:400}

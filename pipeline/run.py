@@ -22,14 +22,15 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.source import name_of, resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.tied import check_folder
-from qtool.convert.verify import verify
+from qtool.convert.verify import Verification, verify
 from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.served import connect
 from qtool.gates import judge
 from qtool.job import Job, device_kind, open_job, versions
 from qtool.measure_run import check_contexts, measure_subjects
-from qtool.outputs import make_artifacts, progress_bar
+from qtool.outputs import make_artifacts
+from qtool.progress import progress_bar
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import Method
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
@@ -83,7 +84,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     text = read_text(path) if path.is_file() else ""
     job = prepare(path, device, only, runs)
     recipe = job.recipe
-    for note in job.remarks:
+    for note in job.notes:
         click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
     evaluation = _evaluation(job, runs, folder)
@@ -93,7 +94,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     with record.alone(folder):
         record.begin(folder, text)
     artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
-    checks = {name: verify(artifact.path) for name, artifact in artifacts.items()}
+    checks = _verified(artifacts)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
         lock = _lock(folder, job, calibration, artifacts)
@@ -129,6 +130,16 @@ def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: P
             measure_subjects(asked, subjects, job.device, job.recipe.model.trust_remote_code, runs, bar)
     record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
     return scores
+
+
+def _verified(artifacts: dict[str, Artifact]) -> dict[str, Verification]:
+    with progress_bar() as bar:
+        task = bar.add_task("verifying artifacts", total=len(artifacts))
+        checks = {}
+        for name, artifact in artifacts.items():
+            checks[name] = verify(artifact.path)
+            bar.advance(task)
+    return checks
 
 
 def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:

@@ -266,8 +266,8 @@ class Evaluation:
         name = f"{_file_name(task)}-{key[:16]}"
         journal = Journal.open(self.run / "scores" / f"{name}.jsonl")
         total = len(task.problems) * self.section.samples
-        answering = bar.add_task(f"{subject.name}: answering {task.name}", total=total)
-        judging = bar.add_task(f"{subject.name}: running {task.name}", total=total)
+        answering = bar.add_task(f"{subject.name}: answering {task.name}", total=total, completed=len(journal.texts))
+        judging = bar.add_task(f"{subject.name}: running {task.name}", total=total, completed=len(journal.judged))
 
         def progress(answered: int, judged: int) -> None:
             bar.update(answering, completed=answered)

@@ -48,10 +48,20 @@ def _percent(interval: Interval) -> str:
     return f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
+def moved(loss: Interval) -> str:
+    """`1.8 points lost [-1.1, 4.6]`, or `1.0 points gained [-2.0, 4.0]`."""
+    if round(loss.estimate, 1) >= 0:
+        return points(loss).replace(" [", " points lost [")
+    estimate, low, high = (round(-x, 1) + 0.0 for x in (loss.estimate, loss.high, loss.low))
+    return f"{estimate:.1f} points gained [{low:.1f}, {high:.1f}]"
+
+
 def footnote(summary: Summary) -> str:
     """What brackets, p and the measured columns mean in this table."""
-    parts = ["Brackets: 95 % intervals."]
-    tasks = [task for model in summary.models.values() for task in model.tasks.values()]
+    models = summary.models.values()
+    tasks = [task for model in models for task in model.tasks.values()]
+    bracketed = bool(tasks) or sum(bool(model.texts) for model in models) > 1
+    parts = ["Brackets: 95 % intervals."] if bracketed else []
     if compared := [task.loss for task in tasks if task.loss is not None]:
         test = "paired permutation test" if any(task.samples > 1 for task in tasks) else "McNemar test"
         among = summary.comparisons

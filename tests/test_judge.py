@@ -46,7 +46,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model judged by hand in runs of one recipe: as AWQ, the same again, and with layers of two bits."""
     from qtool.convert.checkpoint import Checkpoint
     from qtool.convert.skeleton import load_config
-    from qtool.outputs import progress_bar
+    from qtool.progress import progress_bar
 
     folder = tmp_path_factory.mktemp("planted")
     recipe = {

@@ -75,7 +75,7 @@ def test_a_run_is_published_and_a_second_time_nothing_is_new(hub_server: Any, wo
 
     again = call(work, "--license", "mit")
     assert again.exit_code == 0, again.output
-    assert again.output.count("was there already, unchanged") == 2
+    assert again.output.count("were there already, unchanged") == 2
     assert len(hub_server.repos[AWQ].commits) == commits
 
 

@@ -319,7 +319,7 @@ def test_nothing_overflows_in_a_browser(record: RunRecord, tmp_path: Path) -> No
         assert view["wide"] == [], view
         assert view["title"] == "tiny · qtool"
         assert view["scripts"] == 0
-        assert view["column"] == "1080px"
+        assert view["column"] == "1240px"
         assert view["ink"] == "5px, 4px"
 
 

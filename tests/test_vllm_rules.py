@@ -69,7 +69,7 @@ def test_the_plugin_of_nf4_is_named() -> None:
     assert plugin_of(config) == "vllm-bnb-plugin"
     assert plugin_of({"quantization_config": AWQ}) is None
     runtimes = [rule.runtime for rule in RULES["bitsandbytes"] if "vLLM" in rule.runtime]
-    assert runtimes == ["vLLM with vllm-bnb-plugin 0.0.3"]
+    assert runtimes == ["vllm-bnb-plugin 0.0.3 in vLLM"]
 
 
 def test_gemma_runs_in_bfloat16() -> None:
