@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from qtool import QtoolError, ledger, record
 from qtool.convert.artifact import MANIFEST, Artifact
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.durable import require_writable
-from qtool.convert.reading import read_text
+from qtool.convert.reading import named, read_text, shown
 from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import name_of, resolve
@@ -37,13 +38,21 @@ from qtool.record import RunRecord
 from qtool.scores import Evaluation, Scores
 from qtool.subjects import Subject, artifact_subject, source_subject
 
+DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
+
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` takes an accelerator where there is one. Raises QtoolError (exit 3) for one that is not there."""
+    """`auto` takes an accelerator where there is one. Raises QtoolError for a name that is none of qtool's (exit 2) and
+    for an accelerator that is not there (exit 3)."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise QtoolError("--device cuda: torch sees no accelerator here. Use --device cpu.", exit_code=3)
+        asked = "cuda" if there else "cpu"
+    named_so = DEVICE.fullmatch(asked)
+    if named_so is None:
+        raise QtoolError(f"--device {shown(asked)}: is none of auto, cpu, cuda, cuda:N.")
+    if asked != "cpu" and int(named_so["number"] or 0) >= there:
+        seen = f"{there} accelerator{'s' if there > 1 else ''}, numbered from 0" if there else "no accelerator"
+        raise QtoolError(f"--device {asked}: torch sees {seen} here. Use --device cpu.", exit_code=3)
     return torch.device(asked)
 
 
@@ -54,7 +63,7 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | No
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
-        made = Path(recipe.output_dir).expanduser()
+        made = named(recipe.output_dir)
         if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
             require_writable(made, "output_dir:")
     names = [output.name for output in recipe.outputs]
