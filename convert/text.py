@@ -83,8 +83,8 @@ def require_rows(token: int, rows: int, tokenizer: Any) -> None:
         text = shown(str(tokenizer.convert_ids_to_tokens(token)))
         raise QtoolError(
             f"{tokenizer.name_or_path or 'the model'}: the tokenizer gives token {token} ({text!r}), but the model's "
-            f"embedding has {rows} rows: tokenizer and weights are not of one model. Copy the tokenizer's files from the "
-            "model's own repository."
+            f"embedding has {rows} rows: tokenizer and weights are not of one model. Copy the tokenizer's files from "
+            "the model's own repository."
         )
 
 

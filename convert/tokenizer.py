@@ -119,7 +119,8 @@ def _require_templates(path: Path, given: Any) -> None:
         isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys) for one in given
     ):
         raise QtoolError(
-            f"{path}: chat_template is {shown(repr(given))}; a text, or a list with a name and a template each is needed."
+            f"{path}: chat_template is {shown(repr(given))}; a text, or a list with a name and a template each is "
+            "needed."
         )
 
 

@@ -31,7 +31,7 @@ from qtool.job import Job, device_kind, open_job, versions
 from qtool.measure_run import check_contexts, measure_subjects
 from qtool.outputs import make_artifacts, progress_bar
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods import Method
+from qtool.quantize.methods import Method, needs_calibration
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
@@ -72,10 +72,21 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | No
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
     job = open_job(recipe, source, choose_device(device), _chosen(recipe, only))
+    most = getattr(job.config, "max_position_embeddings", None)
+    _check_calibration(recipe, most)
     if (asked := recipe.measure) is not None:
-        most = getattr(job.config, "max_position_embeddings", None)
         check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
     return job
+
+
+def _check_calibration(recipe: Recipe, most: int | None) -> None:
+    """As evaluation's: windows longer than the model's context would measure it where it was never trained."""
+    length = recipe.calibration.length
+    if most is not None and length > most and any(map(needs_calibration, recipe.outputs)):
+        raise QtoolError(
+            f"calibration: length {length:,} is more than the {most:,} tokens that the model was made for "
+            "(max_position_embeddings in config.json)."
+        )
 
 
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:
