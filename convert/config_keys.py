@@ -69,8 +69,10 @@ def check_config(config: Mapping[str, Any]) -> None:
             check_rope(config, kind)
     attention = config.get("_attn_implementation") or config.get("attn_implementation") or "eager"
     if config.get("output_attentions") and attention != "eager":
-        raise QtoolError(f"config.json: output_attentions is true, and the attention named is {attention!r}; "
-                         "transformers gives them with 'eager' alone. Remove output_attentions: no answer needs it.")  # fmt: skip
+        raise QtoolError(
+            f"config.json: output_attentions is true, and the attention named is {attention!r}; transformers gives "
+            "them with 'eager' alone. Remove output_attentions: no answer needs it."
+        )
     _check_windows(config, architecture)
 
 

@@ -15,9 +15,9 @@ from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
 from qtool.convert.gguf_plan import GgufPlan
-from qtool.convert.gguf_vocab import add_vocabulary, around_texts, begins_with_bos, unembedded
+from qtool.convert.gguf_vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.imatrix import write_imatrix
-from qtool.convert.modelfile import modelfile
+from qtool.convert.modelfile import MODELFILE, modelfile_of
 from qtool.convert.plan import layer_of
 from qtool.convert.reading import read_json
 from qtool.convert.rope import rope_factors
@@ -166,10 +166,8 @@ class GgufOutput:
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
     def _write_modelfile(self) -> list[str]:
-        bos = self.tokenizer.bos_token if begins_with_bos(self.job.source.path, self.tokenizer) else None
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        made = modelfile(self.path.name, self.chat, self.stops.texts, bos, added)
-        (self.partial / "Modelfile").write_text(made.text, encoding="utf-8")
+        made = modelfile_of(self.job.source.path, self.path.name, self.tokenizer, self.chat, self.stops)
+        (self.partial / MODELFILE).write_text(made.text, encoding="utf-8")
         return made.notes
 
     def _unweighed(self) -> list[str]:

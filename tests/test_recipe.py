@@ -103,7 +103,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 
         (BASE + "evaluate: {engine: vlm, tasks: [{task: heldout}]}", "evaluate.engine: 'vlm' is not possible; did"),
         (BASE + "calibration: qtool-code", "calibration: is text; it has to be keys of text, split"),
         ("model: x\noutputs: awq", "outputs: is text; it has to be a list"),
-        ("model: x\noutputs: [{method: awq, group_size: '32'}]", "[0].group_size: '32' is text; write 32 without quotes"),
+        ("model: x\noutputs: [{method: awq, group_size: '32'}]", "'32' is text; write 32 without quotes"),
         ("model: x\noutputs: [{method: gptq, bits: '4'}]", "outputs[0].bits: '4' is text; write 4 without quotes"),
         ("model: x\noutputs: [null]", "outputs[0]: is empty; it has to be keys with values"),
         ("model: x\noutputs: [{method: awq, name: " + "a" * 101 + "}]", "at most 100 characters"),
