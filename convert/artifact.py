@@ -127,21 +127,25 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
         copy.write_bytes(carried_bytes(path))
 
 
-def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+def made_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """The source's own config.json, private paths reduced, plus ``quantization_config``, if any. ``dtype`` and
     ``torch_dtype`` both say how the tensors are stored (None: what the source says): transformers 4 reads the second;
-    vLLM and transformers 5 follow the first where both stand. GPTQ's section also becomes quantize_config.json, where
-    AutoGPTQ looks for it.
+    vLLM and transformers 5 follow the first where both stand.
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """
-    config = without_private_paths(read_config(source))
+    config: dict[str, Any] = without_private_paths(read_config(source))
     said = config.get("dtype") or config.get("torch_dtype") if dtype is None else str(dtype).removeprefix("torch.")
     if said:
         config |= {"dtype": said, "torch_dtype": said}
     if quantization:
         config["quantization_config"] = dict(quantization)
-    write_json(target / "config.json", config)
+    return config
+
+
+def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """`made_config` as config.json. GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it."""
+    write_json(target / "config.json", made_config(source, quantization, dtype))
     if quantization.get("quant_method") == "gptq":
         write_json(target / QUANTIZE_CONFIG, dict(quantization))
 

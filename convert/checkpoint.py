@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from qtool import QtoolError
 from qtool.convert.config_file import CONFIG
 from qtool.convert.diagnosis import UNQUANTIZED, why_missing, why_no_model
-from qtool.convert.reading import read_json, refuse_link, shown
-from qtool.convert.shard_header import read_header
+from qtool.convert.reading import open_file, read_json, refuse_link, shown
+from qtool.convert.shard_header import read_header, read_places
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
+MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,13 +58,26 @@ class TensorInfo:
         return n
 
 
+class _Shard:
+    """An open shard: its descriptor, closed when nobody reads any more, and where each tensor begins."""
+
+    def __init__(self, path: Path) -> None:
+        with open_file(path) as file:
+            self.places = read_places(path)
+            self.descriptor = os.dup(file.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class Checkpoint:
     """Names, dtypes and shapes of every tensor in a folder; `tensor()` reads one."""
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.tensors = tensors
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, _Shard] = {}
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -103,14 +116,31 @@ class Checkpoint:
         return cls(path, {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)})
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU, in the dtype it was stored in."""
+        """One tensor on the CPU, in the dtype it was stored in. Raises QtoolError where there is none, or its shard has
+        become shorter: read, not mapped, for a mapped file that shrinks ends the process."""
+        return self.part(name, 0, None)
+
+    def part(self, name: str, first: int, last: int | None) -> torch.Tensor:
+        """The same for rows ``first`` to ``last`` (None: the end; not included) of a tensor."""
         info = self.tensors.get(name)
         if info is None:
             raise QtoolError(f"{self.path}: no tensor {name}.")
-        if info.file not in self._open:
-            self._open = {info.file: safe_open(info.file, framework="pt")}  # one shard mapped at a time
-        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
-        return tensor
+        opened = self._open.get(info.file)
+        if opened is None:
+            try:
+                opened = _Shard(info.file)
+            except (ValueError, LookupError, TypeError) as error:
+                raise _shrunk(info.file, name) from error
+            self._open = {info.file: opened}  # one shard open at a time
+        rows = info.shape[0] if info.shape else 1
+        last = rows if last is None else min(last, rows)
+        row = info.nbytes // max(rows, 1)
+        data = torch.empty((last - first) * row, dtype=torch.uint8)
+        if name not in opened.places:
+            raise _shrunk(info.file, name)
+        _fill(data, opened.descriptor, opened.places[name] + first * row, info.file, name)
+        shape = (last - first, *info.shape[1:]) if info.shape else ()
+        return data.view(info.dtype).view(shape)
 
     def without(self, names: Iterable[str]) -> Checkpoint:
         """The same folder, some of its tensors left out."""
@@ -173,6 +203,23 @@ class Checkpoint:
                     f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
                     "Weights and config.json are not of one model."
                 )
+
+
+def _fill(data: torch.Tensor, descriptor: int, at: int, shard: Path, name: str) -> None:
+    """Read as many bytes as ``data`` has, from ``at`` on."""
+    rest = data.numpy().data
+    while len(rest):
+        try:
+            count = os.preadv(descriptor, [rest[:MOST_AT_ONCE]], at)
+        except OSError as error:
+            raise QtoolError(f"{shard}: {name} cannot be read ({error.strerror}).", exit_code=3) from error
+        if count == 0:
+            raise _shrunk(shard, name)
+        rest, at = rest[count:], at + count
+
+
+def _shrunk(shard: Path, name: str) -> QtoolError:
+    return QtoolError(f"{shard}: became shorter or another file while it was read: {name} is not whole. Run again.")
 
 
 def _shards(folder: Path) -> list[Path]:

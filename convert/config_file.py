@@ -17,6 +17,7 @@ from qtool.convert.reading import read_json, refuse_link, shown
 
 CONFIG = "config.json"
 MOST_LAYERS = 1024  # the deepest published decoders have below 200
+FLOAT32 = (1e-37, 3e38)
 DEPTH = 32  # of nested lists and mappings
 # key -> the greatest value; the least is 1. The largest published models have 1/8 of each or less.
 SIZES = {
@@ -71,7 +72,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     for key in _WINDOWS:
         _need(config, where, key, f"a whole number up to {1 << 32:,}", partial(_whole, 0, 1 << 32))
     for key in _POSITIVE:
-        _need(config, where, key, "a positive number", lambda v: _number(v) and v > 0)
+        _need_positive(config, where, key)
     for key in _SWITCHES:
         _need(config, where, key, "true or false", lambda v: isinstance(v, bool))
     for key in _WORDS:
@@ -110,7 +111,7 @@ def _check_rope(rope: Mapping[str, Any], where: str) -> None:
             if key != "mscale_type" and value not in (None, *ROPE_TYPES, "su"):
                 raise QtoolError(f"{where}: {key} is {_said(value)}; known are {', '.join(ROPE_TYPES)}.")
         elif key in ("rope_theta", "factor", "original_max_position_embeddings"):
-            _need(rope, where, key, "a positive number", lambda v: _number(v) and v > 0)
+            _need_positive(rope, where, key)
         elif isinstance(value, list):
             _need(rope, where, key, "a list of numbers", lambda v: all(map(_number, v)))
         else:
@@ -122,6 +123,13 @@ def _need(config: Mapping[str, Any], where: str, key: str, what: str, fits: Call
     value = config.get(key)
     if value is not None and not fits(value):
         raise QtoolError(f"{where}: {key} is {_said(value)}; {what} is needed.")
+
+
+def _need_positive(config: Mapping[str, Any], where: str, key: str) -> None:
+    """A number that is neither 0 nor without an end where runtimes compute, in float32."""
+    _need(config, where, key, "a positive number", lambda v: _number(v) and v > 0)
+    least, most = FLOAT32
+    _need(config, where, key, f"a number from {least:g} to {most:g}", lambda v: least <= v <= most)
 
 
 def _finite(value: Any, where: str, key: str, depth: int) -> None:

@@ -67,6 +67,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     if architecture in ACTIVATIONS:
         for kind in (FULL, SLIDING) if architecture == "Gemma3ForCausalLM" else (FULL,):
             check_rope(config, kind)
+    attention = config.get("_attn_implementation") or config.get("attn_implementation") or "eager"
+    if config.get("output_attentions") and attention != "eager":
+        raise QtoolError(
+            f"config.json: output_attentions is true, and the attention named is {attention!r}; transformers gives "
+            "them with 'eager' alone. Remove output_attentions: no answer needs it."
+        )
     _check_windows(config, architecture)
 
 
@@ -76,9 +82,10 @@ def check_class(config: Any, trust_remote_code: bool = False) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = config.architectures or []
+    chosen = next((name for name in names if name in ACTIVATIONS), "")  # as `architecture_name`
     built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if built is not None and not own and any(name in ACTIVATIONS for name in names) and built not in names:
+    if built is not None and not own and chosen and built != chosen:
         raise QtoolError(f"config.json: model_type {config.model_type!r} makes transformers build {built}, but "
                          f"architectures names {', '.join(names)}. They are not of one model.")  # fmt: skip
 

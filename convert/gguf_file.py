@@ -150,6 +150,11 @@ def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     return rows * row_bytes(type_name, shape[-1])
 
 
+def header_of(path: Path, architecture: str, describe: Callable[[Any], None]) -> bytes:
+    """What a file without tensors would be, ``describe``d as `GgufWriter` does; ``path`` is only a name."""
+    return _header(path, architecture, describe, {})[0]
+
+
 class GgufFile:
     """A .gguf file opened for reading; nothing is loaded before it is asked for."""
 
@@ -168,6 +173,11 @@ class GgufFile:
             return cls(path, read_header(path), config)
         except (ValueError, OSError) as error:
             raise QtoolError(f"{path}: not a whole GGUF file ({error}).") from error
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of all keys."""
+        return list(self._header.keys)
 
     def metadata(self, key: str) -> Any:
         """A key's value, None where the file does not have it."""

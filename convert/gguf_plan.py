@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from qtool import QtoolError
 from qtool.convert.checkpoint import TensorInfo
 from qtool.convert.config_keys import check_gguf
 from qtool.convert.ggml import BLOCKS, row_bytes
 from qtool.convert.gguf_metadata import model_keys
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_names
-from qtool.convert.gguf_types import Typed, is_70b, tensor_types
-from qtool.convert.plan import LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.gguf_types import PLAIN, Typed, is_70b, tensor_types
+from qtool.convert.plan import QUANTIZED_SHARE, LinearPlan, OutputPlan, is_linear, walk_order
 from qtool.convert.rope import rope_factors
 from qtool.convert.writer import Spec
 
@@ -48,8 +49,8 @@ class GgufPlan(OutputPlan):
 def plan_gguf(
     tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
 ) -> GgufPlan:
-    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, and for
-    what config.json says and a .gguf file cannot."""
+    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
+    config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
     limits = tuple(check_gguf(config))
     model_keys(config)
     names = gguf_names(walk_order(tensors, prefix), config)
@@ -61,6 +62,7 @@ def plan_gguf(
     types = tensor_types(shapes, file_type, layers, is_70b(config))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
+    _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
     plans = []
     for hf, name in names.items():
@@ -72,6 +74,21 @@ def plan_gguf(
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
     return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes, limits)
+
+
+def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Typed], file_type: str) -> None:
+    """As `verify` will: at least 99 % of the weights that the rules quantize must get a quantized type."""
+    meant = [name for name, typed in types.items() if typed.wanted not in PLAIN]
+    plain = [name for name in meant if types[name].type in PLAIN]
+    total, left = (sum(shapes[name][0] * shapes[name][-1] for name in names) for names in (meant, plain))
+    if not meant or 1 - left / total >= QUANTIZED_SHARE:
+        return
+    columns = ", ".join(map(str, sorted({shapes[name][-1] for name in plain})))
+    raise QtoolError(
+        f"type: {file_type} would leave {left / total:.1%} of the weights in 16 bits: {plain[0]} and {len(plain) - 1} "
+        f"more have rows of {columns} weights, and no quantized type takes rows that 32 does not divide. Take type F16 "
+        "or BF16, or another method."
+    )
 
 
 def _rows(shape: tuple[int, ...]) -> int:

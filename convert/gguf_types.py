@@ -17,6 +17,7 @@ from qtool.convert.gguf_names import gguf_architecture
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
     "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
+PLAIN = ("F16", "BF16", "F32")
 BASE = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where 256 does not divide a row
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -139,9 +139,33 @@ def begins_with_bos(folder: Path, tokenizer: Any) -> bool:
     """Whether every text begins with the BOS token: the tokenizer puts it there, or its settings ask for it."""
     if tokenizer.bos_token_id is None:
         return False
+    return _asks_for_bos(folder) or bool(tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id])
+
+
+def _asks_for_bos(folder: Path) -> bool:
     settings = folder / "tokenizer_config.json"
-    asked = settings.exists() and read_json(settings).get("add_bos_token") is True
-    return asked or bool(tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id])
+    return settings.exists() and read_json(settings).get("add_bos_token") is True
+
+
+def around_texts(folder: Path, tokenizer: Any) -> list[str]:
+    """What the tokenizer puts before or after every text and a .gguf file does not say as it does, a line each: the
+    file knows of one BOS token and one EOS token."""
+    whole, plain = tokenizer("x").input_ids, tokenizer("x", add_special_tokens=False).input_ids
+    starts = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    at = next(starts, 0)
+    found = []
+    for where, ids, own in (
+        ("before", whole[:at], tokenizer.bos_token_id), ("after", whole[at + len(plain) :], tokenizer.eos_token_id),
+    ):  # fmt: skip
+        if ids and ids != [own]:
+            names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+            found.append(f"the tokenizer puts {names} {where} every text, which a .gguf file cannot say")
+    if tokenizer.bos_token_id is not None and _asks_for_bos(folder) and not at:
+        found.append(
+            f"tokenizer_config.json asks for {tokenizer.bos_token!r} before every text (add_bos_token), and llama.cpp "
+            "puts it there; the tokenizer as transformers loads it does not"
+        )
+    return found
 
 
 def _ends_with_eos(tokenizer: Any) -> bool:

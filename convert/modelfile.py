@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from qtool.convert.chat_form import ChatForm, Learnt
+from qtool.convert.gguf_vocab import begins_with_bos
+from qtool.convert.stops import Stops
 
+MODELFILE = "Modelfile"
 WITHOUT = (
     "Without TEMPLATE, Ollama takes the template it ships whose source is nearest to the .gguf file's, if one is near; "
     "else it hands the prompt to the model as it is."
@@ -47,6 +52,13 @@ def modelfile(
         else:
             notes.append(f"Modelfile: cannot name the stop {stop!r}")
     return Modelfile("\n".join([*lines, "PARAMETER temperature 0"]) + "\n", notes)
+
+
+def modelfile_of(folder: Path, file: str, tokenizer: Any, chat: Learnt | None, stops: Stops) -> Modelfile:
+    """Of the model in ``folder``, whose weights are ``file``."""
+    bos = tokenizer.bos_token if begins_with_bos(folder, tokenizer) else None
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return modelfile(file, chat, stops.texts, bos, added)
 
 
 def _template(form: ChatForm, bos: str | None) -> list[str]:

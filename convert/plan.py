@@ -13,6 +13,7 @@ from qtool.convert.containers import Section, container_of
 from qtool.convert.writer import Spec, nbytes
 
 GROUP_SIZES = (128, 64, 32)
+QUANTIZED_SHARE = 0.99  # of the weights that are to be quantized
 
 
 @dataclass(frozen=True)

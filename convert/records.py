@@ -36,7 +36,10 @@ def read_records(path: Path) -> Iterator[Placed]:
     QtoolError (exit 2) naming the file and the row that cannot be read.
     """
     with open_file(path) as file:
-        packed = file.peek(4)[:4] if isinstance(file, io.BufferedReader) else b""
+        try:
+            packed = file.peek(4)[:4] if isinstance(file, io.BufferedReader) else b""
+        except OSError as error:
+            raise _damaged(str(path), error) from error
         if packed == b"PAR1":
             yield from _parquet(path)
         elif suffix(path) in (".csv", ".tsv"):
@@ -60,11 +63,11 @@ def parse_records(source: str, file: BinaryIO) -> Iterator[Placed]:
 
 def read_beginning(path: Path, limit: int) -> str:
     """The first ``limit`` bytes of a text file, gzip or not. Raises QtoolError for what is no UTF-8 text."""
-    with open_file(path) as file, _unpacked(file) as stream:
-        try:
+    try:
+        with open_file(path) as file, _unpacked(file) as stream:
             data = stream.read(limit)
-        except _DAMAGED as error:
-            raise _damaged(str(path), error) from error
+    except _DAMAGED as error:
+        raise _damaged(str(path), error) from error
     if b"\0" in data[:_PIECE] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise QtoolError(f"{path}: holds null characters (the first is byte {data.index(0)}): it is no UTF-8 text.")
     if len(data) == limit:  # a cut inside a character is no fault of the file

@@ -11,6 +11,7 @@ A row in another shape is refused, naming it: guessing would calibrate on half o
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from qtool import QtoolError
@@ -31,11 +32,20 @@ ROLES = {
     "bot": "assistant", "model": "assistant", "ai": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "function_response": "tool", "observation": "tool", "ipython": "ipython",
 }  # fmt: skip
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def row_of(record: Any, column: str | None, where: str) -> Row:
     """The text of one row; "" where a row has the right key and no text. Raises QtoolError naming ``where`` and the
     key."""
+    row = _row_of(record, column, where)
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+    if _HALF.search(text):
+        raise QtoolError(f"{where}: holds half of a character (a surrogate alone, as \\ud800): it is no text.")
+    return row
+
+
+def _row_of(record: Any, column: str | None, where: str) -> Row:
     if isinstance(record, str) and column is None:
         return record
     if not isinstance(record, dict):

@@ -56,6 +56,17 @@ def read_header(shard: Path) -> dict[str, Stored]:
         raise QtoolError(said) from error
 
 
+def read_places(shard: Path) -> dict[str, int]:
+    """Tensor -> its first byte in a shard that `read_header` has read."""
+    with open_file(shard) as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        entries = json.loads(file.read(min(length, HEADER_LIMIT)))
+    places: dict[str, int] = {
+        name: _LENGTH + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"
+    }
+    return places
+
+
 def _entries(header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)

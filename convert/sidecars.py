@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,9 @@ def sidecars(folder: Path, with_code: bool = False) -> Iterator[Path]:
     """Files that belong to the model. Raises QtoolError for one that is a link out of the folder, no regular file, or
     larger than such a file can be."""
     for pattern in (*SIDECARS, "*.py") if with_code else SIDECARS:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_dir() and "*" in pattern:
+        found = sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern]
+        for path in found:  # glob passes over a link that leads nowhere
+            if not os.path.lexists(path) or (path.is_dir() and "*" in pattern):
                 continue
             refuse_link(folder, path)
             limit = TOKENIZER_LIMIT if pattern in TOKENIZER else CONFIG_LIMIT if path.suffix else LEGAL_LIMIT

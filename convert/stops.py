@@ -63,11 +63,11 @@ def find_stops(folder: Path, tokenizer: Any, config: Mapping[str, Any], size: in
     ids = [number for number in ids if 0 <= number < size]
     if not ids:
         return Stops({}, [], [*notes, "no token ends an answer: the model names none"])
-    return _told(ids, tokenizer, notes)
+    return _told(ids, tokenizer, size, notes)
 
 
-def _told(ids: list[int], tokenizer: Any, notes: list[str]) -> Stops:
-    vocabulary = tokenizer.get_vocab()
+def _told(ids: list[int], tokenizer: Any, size: int, notes: list[str]) -> Stops:
+    vocabulary = {text: number for text, number in tokenizer.get_vocab().items() if number < size}
     names = {number: name for name, number in vocabulary.items() if number in ids}
     added = tokenizer.added_tokens_decoder
     undone = any(text in vocabulary for text in UNDONE)

@@ -41,9 +41,9 @@ class TextSource(BaseModel):
     split: str = "train"
     revision: str | None = None
     column: str | None = None
-    samples: Annotated[int, Field(gt=0, le=10**6)] = 128
-    length: Annotated[int, Field(ge=8, le=10**7)] = 512
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    samples: Annotated[int, Field(gt=0, le=10**6, strict=True)] = 128
+    length: Annotated[int, Field(ge=8, le=10**7, strict=True)] = 512
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
 
 
 def token_windows(source: TextSource, tokenizer: Any, rows_of_model: int | None = None) -> torch.Tensor:
@@ -82,8 +82,9 @@ def require_rows(token: int, rows: int, tokenizer: Any) -> None:
     if token >= rows:
         text = shown(str(tokenizer.convert_ids_to_tokens(token)))
         raise QtoolError(
-            f"The tokenizer gives token {token} ({text!r}), but the model's embedding has {rows} rows: tokenizer and "
-            "weights are not of one model. Copy the tokenizer's files from the model's own repository."
+            f"{tokenizer.name_or_path or 'the model'}: the tokenizer gives token {token} ({text!r}), but the model's "
+            f"embedding has {rows} rows: tokenizer and weights are not of one model. Copy the tokenizer's files from "
+            "the model's own repository."
         )
 
 

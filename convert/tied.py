@@ -37,7 +37,7 @@ def check_head(checkpoint: Checkpoint, tied: bool) -> None:
         )
     if HEAD in names and EMBEDDING in names:
         same = names[HEAD].shape == names[EMBEDDING].shape and names[HEAD].dtype == names[EMBEDDING].dtype
-        if not same or not _same_bits(checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)):
+        if not same or not _same_bits(checkpoint):
             raise QtoolError(f"{names[HEAD].file}: {_differ()}")
 
 
@@ -62,8 +62,11 @@ def _differ() -> str:
     )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit, a part at a time: the files are mapped, so that only the part is in memory."""
-    rows = max(1, 2**24 // max(1, a.shape[-1]))
-    pairs = zip(a.split(rows), b.split(rows), strict=True)
-    return all(torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs)
+def _same_bits(checkpoint: Checkpoint) -> bool:
+    """Bit for bit, a part at a time."""
+    rows, columns = checkpoint.tensors[HEAD].shape
+    step = max(1, 2**24 // max(1, columns))
+    return all(
+        torch.equal(*(checkpoint.part(name, first, first + step).view(torch.uint8) for name in (HEAD, EMBEDDING)))
+        for first in range(0, rows, step)
+    )

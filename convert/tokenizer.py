@@ -11,7 +11,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.bounded import MEMORY, SECONDS, Overrun, bounded
-from qtool.convert.reading import MB, TOKENIZER_LIMIT, open_file, read_json, read_text
+from qtool.convert.reading import MB, TOKENIZER_LIMIT, open_file, read_json, read_text, shown
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 CONFIG = "tokenizer_config.json"
@@ -56,6 +56,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         if not refusal:
             tokenizer = load()
             _require_special(path, tokenizer)
+            _require_certain(path, tokenizer)
             return tokenizer
     except Overrun as error:
         refusal = error.reason
@@ -70,6 +71,10 @@ def _require_files(path: Path, trust_remote_code: bool) -> None:
     for name in there:
         open_file(path / name, TOKENIZER_LIMIT).close()
     config = read_json(path / CONFIG) if CONFIG in there else {}
+    _require_templates(path / CONFIG, config.get("chat_template"))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if name in there:
+            read_json(path / name, TOKENIZER_LIMIT)
     if not set(FILES) & set(there) and not (trust_remote_code and "auto_map" in config):
         raise QtoolError(
             f"{path}: no tokenizer: none of {', '.join(FILES)} is there. Copy the tokenizer's files from the model's "
@@ -92,6 +97,31 @@ def _require_special(path: Path, tokenizer: Any) -> None:
                 f"{path}: the tokenizer's {name} is token {token}, but config.json's vocab_size is {rows}: tokenizer "
                 "and weights are not of one model."
             )
+
+
+def _require_certain(path: Path, tokenizer: Any) -> None:
+    """Refuse merges that are left out at random: no two readings of one text would be the same."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    dropout = getattr(getattr(backend, "model", None), "dropout", None)
+    if dropout:
+        raise QtoolError(
+            f"{path / 'tokenizer.json'}: model.dropout is {dropout:g}: merges are left out at random, as in training. "
+            "Set it to null."
+        )
+
+
+def _require_templates(path: Path, given: Any) -> None:
+    """One template, or a list of named ones."""
+    if given is None or isinstance(given, str | dict):
+        return
+    keys = ("name", "template")
+    if not isinstance(given, list) or not all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys) for one in given
+    ):
+        raise QtoolError(
+            f"{path}: chat_template is {shown(repr(given))}; a text, or a list with a name and a template each is "
+            "needed."
+        )
 
 
 def _why(path: Path, said: str) -> str:

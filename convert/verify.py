@@ -18,6 +18,7 @@ from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import read_json
 from qtool.convert.verify_config import check_config, check_ledger, check_share, stored_shapes
 from qtool.convert.verify_files import MISSING, check_files, unfit
+from qtool.convert.verify_settings import KEYS, SETTINGS, check_keys, check_settings, section_faults
 from qtool.convert.verify_source import AGAINST_SOURCE, check_against_source, open_source
 from qtool.convert.verify_tensors import check_gguf, check_tensors
 
@@ -104,6 +105,9 @@ def check_weights(
     progress("tensors")
     with result.guarded("tensors"):
         result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
+    if artifact.gguf is not None:
+        with result.guarded(KEYS):
+            result.add(*check_keys(artifact))
     with result.guarded("config.json"):
         check_model(artifact, result)
     with result.guarded("error ledger"):
@@ -114,13 +118,16 @@ def check_weights(
         progress(AGAINST_SOURCE)
         with result.guarded(AGAINST_SOURCE):
             result.add(*check_against_source(artifact, source))
+        with result.guarded(SETTINGS):
+            result.add(*check_settings(artifact, source))
 
 
 def check_model(artifact: Artifact, result: Verification) -> None:
     """What config.json implies, and how much of it is quantized."""
     shapes = stored_shapes(artifact)
     model = implied(artifact.path, artifact.config, shapes)
-    result.add(*check_config(artifact, shapes, model))
+    name, reasons, passed = check_config(artifact, shapes, model)
+    result.add(name, [*reasons, *section_faults(artifact)], passed)
     share = check_share(artifact, shapes, model)
     if share is not None:
         result.add(*share)

@@ -13,14 +13,14 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.checkpoint import INDEX, SINGLE, Checkpoint
 from qtool.convert.gguf_file import GgufFile
 from qtool.convert.gguf_names import ROPE_FREQS, possible_names
+from qtool.convert.gguf_types import PLAIN
 from qtool.convert.implied import EMBEDDING, HEAD, Implied, Shapes
 from qtool.convert.manifest import Manifest
+from qtool.convert.plan import QUANTIZED_SHARE
 from qtool.convert.reading import read_json, shown
 from qtool.convert.verify_tensors import Result
 
-PLAIN = ("F16", "BF16", "F32")
 ERROR = 0.99  # |W - Ŵ| / |W|: of nothing it is 1
-QUANTIZED_SHARE = 0.99  # of the bytes that are to be quantized
 
 
 def stored_shapes(artifact: Artifact) -> dict[str, tuple[int, ...]]:

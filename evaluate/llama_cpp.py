@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def installed() -> bool:
 def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iterator[str]:
     """Load ``file`` and answer under the yielded base URL until the block ends. ``context``: tokens to each of
     ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with. Raises
-    QtoolError (exit 3) when llama.cpp is not installed or cannot load the file."""
+    QtoolError when llama.cpp is not installed or cannot load the file (exit 3), or cannot read its chat template."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -56,6 +56,13 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
         with ThreadPoolExecutor(max_workers=1) as starter:  # where no Ctrl-C can come in between
             server = starter.submit(start).result()
     except RuntimeError as error:
+        params.chat_template = "chatml"  # of the file's own it renders a sample before it answers anything
+        with suppress(RuntimeError):
+            start()
+            raise QtoolError(
+                f"{file}: llama.cpp does not serve it: it cannot read the model's chat template. Write that without "
+                "what llama.cpp's own Jinja lacks (chat_template.jinja of the source), or leave it out."
+            ) from error
         raise QtoolError(f"{file}: llama.cpp cannot load it ({error}).", exit_code=3) from error
     try:
         yield f"{server.listening_address}/v1"

@@ -1,4 +1,9 @@
-"""`python -m qtool`."""
+"""`python -m qtool`: as the command `qtool`, which takes no module from the current folder (`-m` looks there first)."""
+
+import sys
+
+if not sys.flags.safe_path:
+    del sys.path[0]
 
 from qtool.cli import main
 

@@ -143,9 +143,12 @@ def measure(
 
     from qtool import measure_report, measurements
     from qtool.accelerators import choose, load_accelerators, own_card
+    from qtool.convert.durable import require_writable
     from qtool.measure_run import Asked, engine_of, measure_model, model_key
     from qtool.run import choose_device
 
+    if not no_log:
+        require_writable(runs, "--runs")
     url = model.startswith(("http://", "https://"))
     known = load_accelerators()
     own = gpu or ("" if url else own_card(known))

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 
 from qtool import QtoolError
+from qtool.convert.config_keys import check_config
 from qtool.convert.containers import CONTAINERS
 from qtool.convert.ggml import load_gguf, row_bytes
 from qtool.convert.gguf_plan import GgufPlan, plan_gguf
@@ -94,6 +95,7 @@ def _weights_of(headers: Headers, name: str) -> Weights:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
         return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
     architecture = _architecture(headers)
+    check_config(headers.config)
     section = method.quantization_config()
     if isinstance(method, GgufMethod):
         load_gguf()

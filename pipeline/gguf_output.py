@@ -15,9 +15,9 @@ from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.gguf_metadata import add_metadata
 from qtool.convert.gguf_names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
 from qtool.convert.gguf_plan import GgufPlan
-from qtool.convert.gguf_vocab import add_vocabulary, begins_with_bos, unembedded
+from qtool.convert.gguf_vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.imatrix import write_imatrix
-from qtool.convert.modelfile import modelfile
+from qtool.convert.modelfile import MODELFILE, modelfile_of
 from qtool.convert.plan import layer_of
 from qtool.convert.reading import read_json
 from qtool.convert.rope import rope_factors
@@ -62,9 +62,12 @@ class GgufOutput:
         if self.layers_done == 0:  # a vocabulary that llama.cpp reads otherwise is known before any work
             try:
                 self._token_proof()
-            except QtoolError:
+            except QtoolError as error:
                 self._close()
-                raise
+                if (rules := method.pre_tokenizer) is None:
+                    raise
+                why = f"{error.message.rstrip('.')}: output {method.name!r} has `pre_tokenizer: {rules}`."
+                raise QtoolError(why) from error
 
     def _describe(self, writer: object) -> None:
         add_metadata(writer, self.config, self.job.source.name, self.method.type)
@@ -121,7 +124,8 @@ class GgufOutput:
         if self.squares is not None:
             self._write_imatrix()
         left_out = [f"tokens beyond the embedding's rows, left out: {', '.join(self.beyond)}"] if self.beyond else []
-        notes = [*self.plan.notes, *self._unweighed(), *left_out, self._token_proof(), *self.stops.notes]
+        around = around_texts(self.job.source.path, self.tokenizer)
+        notes = [*self.plan.notes, *self._unweighed(), *left_out, self._token_proof(), *around, *self.stops.notes]
         copy_sidecars(self.job.source.path, self.partial, self.job.recipe.model.trust_remote_code)
         write_config(self.job.source.path, self.partial, {}, None)
         notes += self._write_modelfile()
@@ -162,10 +166,8 @@ class GgufOutput:
         write_imatrix(self.partial / IMATRIX, named, source.samples, source.length, without_folders(source.text))
 
     def _write_modelfile(self) -> list[str]:
-        bos = self.tokenizer.bos_token if begins_with_bos(self.job.source.path, self.tokenizer) else None
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        made = modelfile(self.path.name, self.chat, self.stops.texts, bos, added)
-        (self.partial / "Modelfile").write_text(made.text, encoding="utf-8")
+        made = modelfile_of(self.job.source.path, self.path.name, self.tokenizer, self.chat, self.stops)
+        (self.partial / MODELFILE).write_text(made.text, encoding="utf-8")
         return made.notes
 
     def _unweighed(self) -> list[str]:

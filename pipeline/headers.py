@@ -20,6 +20,7 @@ from qtool.convert.reading import named, read_json, refuse_link, shown
 from qtool.convert.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.tied import check_folder
 from qtool.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
+from qtool.quantize.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def _local(path: Path, name: str) -> Headers:
         checkpoint = Checkpoint.open(path)
         if "quantization_config" not in config:  # packed tensors have other shapes; verify knows them
             checkpoint.check_sizes(config)
+            if geometry.architecture in ARCHITECTURES:
+                checkpoint.check_shapes(tensor_shapes(config))
         check_folder(path)
         return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
     return _from_config(config, name, where)

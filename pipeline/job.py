@@ -21,7 +21,7 @@ from qtool.convert.ggml import FLOATS, load_gguf
 from qtool.convert.gguf_plan import plan_gguf
 from qtool.convert.imatrix import SIZE_LIMIT
 from qtool.convert.plan import OutputPlan, plan_output
-from qtool.convert.reading import open_file, shown
+from qtool.convert.reading import named, open_file, shown
 from qtool.convert.sidecars import check_sidecars, left_out
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.convert.source import ModelSource
@@ -71,7 +71,7 @@ class Job:
 
     def folder(self, method: Method) -> Path:
         """Where an output's artifact goes."""
-        return Path(self.recipe.output_dir).expanduser() / f"{self.source.name}-{method.name}"
+        return named(self.recipe.output_dir) / f"{self.source.name}-{method.name}"
 
     def partial(self, method: Method) -> Path:
         """Where it grows."""
@@ -122,7 +122,7 @@ def _matrices(outputs: Sequence[Method]) -> dict[str, Watched]:
     found = {}
     for method in outputs:
         if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
-            path = Path(method.imatrix).expanduser()
+            path = named(method.imatrix)
             try:
                 open_file(path, SIZE_LIMIT).close()
                 found[method.name] = watch(path)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qtool import QtoolError, ledger
+from qtool.convert.reading import named
 from qtool.convert.writer import Spec, file_sizes
 from qtool.job import Job, device_kind
 from qtool.quantize.memory import peak_bytes, score_bytes
@@ -63,7 +64,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Method] | Non
     layer = max(_layer_bytes(job), _largest(job)) if methods else 0
     on_host = job.device.type == "cpu"
     disk = sum(_disk(job, method) for method in methods if not any(job.partial(method).glob("*")))
-    parent = _existing(Path(job.recipe.output_dir).expanduser())
+    parent = _existing(named(job.recipe.output_dir))
     return Needs(
         device="host" if on_host else device_kind(job.device),
         device_bytes=0 if on_host else peak,

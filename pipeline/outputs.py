@@ -19,6 +19,7 @@ from qtool.convert.artifact import MANIFEST, Artifact, drop_journals, read_manif
 from qtool.convert.durable import is_still, naming
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
+from qtool.convert.reading import named
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify_files import check_files
 from qtool.convert.writer import journal_key
@@ -200,7 +201,7 @@ def _importance(job: Job, methods: Sequence[Method]) -> dict[str, dict[str, Tens
     for method in methods:
         plan = job.plans[method.name]
         if isinstance(method, GgufMethod) and isinstance(method.imatrix, str) and isinstance(plan, GgufPlan):
-            found[method.name] = _rows(plan, Path(method.imatrix).expanduser())
+            found[method.name] = _rows(plan, named(method.imatrix))
     return found
 
 

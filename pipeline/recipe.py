@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qtool import QtoolError, recipe_faults
 from qtool.convert.artifact import PARTIAL
 from qtool.convert.text import TextSource
-from qtool.quantize.methods import Method
+from qtool.quantize.methods import Method, Number
 from qtool.yaml_file import read_yaml
 
-Length = Annotated[int, Field(ge=8, le=10**7)]
-Positive = Annotated[int, Field(gt=0, le=10**6)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# strict: YAML knows numbers, so that `samples: yes` and "64" are mistakes, not 1 and 64
+Length = Annotated[int, Field(ge=8, le=10**7, strict=True)]
+Positive = Annotated[int, Field(gt=0, le=10**6, strict=True)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address
 HOUR = 3600.0
 
@@ -89,13 +90,13 @@ class EvaluateSection(_Section):
     base_url: str | None = None
     models: dict[str, str] = {}
     samples: Positive = 1
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
     prompt: Literal["auto", "completion", "chat"] = "auto"
     max_new_tokens: Positive = 384
     batch_size: Positive = 32
-    timeout: Annotated[float, Field(gt=0, le=HOUR)] = 5.0  # seconds of one program
+    timeout: Annotated[Number, Field(gt=0, le=HOUR)] = 5.0  # seconds of one program
     sandbox: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
@@ -122,11 +123,11 @@ class GateSection(_Section):
 
     output: str | None = None
     task: str | None = None
-    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
-    min_recovery: Annotated[float, Field(gt=0, le=2)] | None = None
-    max_kld: Annotated[float, Field(gt=0)] | None = None
-    max_size: Annotated[float, Field(gt=0)] | None = None
-    min_bits_saved: Annotated[float, Field(gt=0, lt=64)] | None = None
+    max_drop: Annotated[Number, Field(ge=0, le=100)] | None = None
+    min_recovery: Annotated[Number, Field(gt=0, le=2)] | None = None
+    max_kld: Annotated[Number, Field(gt=0)] | None = None
+    max_size: Annotated[Number, Field(gt=0)] | None = None
+    min_bits_saved: Annotated[Number, Field(gt=0, lt=64)] | None = None
     on_undecided: Literal["warn", "fail"] = "warn"
 
     @model_validator(mode="after")
@@ -145,7 +146,7 @@ class MeasureSection(_Section):
     batch: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1
     tokens: Annotated[int, Field(ge=2, le=10**6)] = 64
     repeats: Positive = 3
-    price: Annotated[float, Field(ge=0)] | None = None
+    price: Annotated[Number, Field(ge=0)] | None = None
 
     @property
     def contexts(self) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 Loc = tuple[int | str, ...]
+_KINDS = {str: "text", dict: "a mapping", list: "a list", bool: "true or false", type(None): "empty", int: "a number",
+          float: "a number"}  # fmt: skip
 
 
 def sentences(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
@@ -31,7 +33,7 @@ def other_case(error: ValidationError, recipe: type[BaseModel]) -> list[tuple[Lo
         elif fault["type"] != "literal_error":
             continue
         same = [value for value in _allowed(fault) if isinstance(given, str) and value.lower() == given.lower()]
-        if same:
+        if same and same[0] != given:  # a number between quotes is the same text and stays wrong
             found.append((loc, same[0]))
     return found
 
@@ -50,10 +52,11 @@ def _say(fault: Any, recipe: type[BaseModel]) -> str:
         return _unknown_key(str(fault["loc"][-1]), fault["loc"], recipe)
     if kind == "missing":
         return "is missing"
-    if kind in ("model_type", "dict_type", "tuple_type"):
-        keys = [name for model in _below(fault["loc"], recipe) for name in model.model_fields]
-        wanted = "a list" if kind == "tuple_type" else f"keys of {', '.join(keys)}" if keys else "keys with values"
-        return f"is a {type(given).__name__}; it has to be {wanted}"
+    if kind in ("model_type", "dict_type", "tuple_type", "model_attributes_type"):
+        models = _below(fault["loc"], recipe)
+        keys = ", ".join(models[0].model_fields) if len(models) == 1 else ""
+        wanted = "a list" if kind == "tuple_type" else f"keys of {keys}" if keys else "keys with values"
+        return f"is {_KINDS.get(type(given), type(given).__name__)}; it has to be {wanted}"
     if kind == "invalid_key":
         return "a key that is no text"
     if kind == "union_tag_not_found":
@@ -61,10 +64,14 @@ def _say(fault: Any, recipe: type[BaseModel]) -> str:
     if kind in ("union_tag_invalid", "literal_error"):
         given = fault["ctx"]["tag"] if kind == "union_tag_invalid" else given
         allowed = _allowed(fault)
+        if isinstance(given, str) and given in allowed:
+            return f"{given!r:.80} is text; write {given:.80} without quotes"
         what = "no such method" if kind == "union_tag_invalid" else "not possible"
         one = f"one of {', '.join(allowed)}" if len(allowed) > 1 else allowed[0]
         meant = _meant(str(given), allowed)
         return f"{given!r:.80} is {what}{meant} It is {one}" if meant else f"{given!r:.80} is {what}; it is {one}"
+    if kind == "int_type":
+        return f"{given!r:.80} is no whole number"
     message = str(fault["msg"]).removeprefix("Value error, ")
     return message if isinstance(given, dict | list) else f"{message} (got {given!r:.80})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from qtool import QtoolError, ledger, record
 from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.durable import require_writable
-from qtool.convert.reading import read_text
+from qtool.convert.reading import named, read_text, shown
 from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config
 from qtool.convert.source import name_of, resolve
@@ -32,7 +33,7 @@ from qtool.measure_run import check_contexts, measure_subjects
 from qtool.outputs import make_artifacts
 from qtool.progress import progress_bar
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods import Method
+from qtool.quantize.methods import Method, needs_calibration
 from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.recipe_paths import require_paths
 from qtool.record import RunRecord
@@ -40,13 +41,21 @@ from qtool.scores import Evaluation
 from qtool.subjects import Subject, artifact_subject, source_subject
 from qtool.summary import Size, Summary, save_summary, summarise
 
+DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
+
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` takes an accelerator where there is one. Raises QtoolError (exit 3) for one that is not there."""
+    """`auto` takes an accelerator where there is one. Raises QtoolError for a name that is none of qtool's (exit 2) and
+    for an accelerator that is not there (exit 3)."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise QtoolError("--device cuda: torch sees no accelerator here. Use --device cpu.", exit_code=3)
+        asked = "cuda" if there else "cpu"
+    named_so = DEVICE.fullmatch(asked)
+    if named_so is None:
+        raise QtoolError(f"--device {shown(asked)}: is none of auto, cpu, cuda, cuda:N.")
+    if asked != "cpu" and int(named_so["number"] or 0) >= there:
+        seen = f"{there} accelerator{'s' if there > 1 else ''}, numbered from 0" if there else "no accelerator"
+        raise QtoolError(f"--device {asked}: torch sees {seen} here. Use --device cpu.", exit_code=3)
     return torch.device(asked)
 
 
@@ -63,7 +72,7 @@ def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | No
 def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False) -> Job:
     """`prepare` for a recipe that is no file."""
     if may_write:
-        made = Path(recipe.output_dir).expanduser()
+        made = named(recipe.output_dir)
         if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
             require_writable(made, "output_dir:")
     names = [output.name for output in recipe.outputs]
@@ -72,10 +81,21 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
     job = open_job(recipe, source, choose_device(device), _chosen(recipe, only))
+    most = getattr(job.config, "max_position_embeddings", None)
+    _check_calibration(recipe, most)
     if (asked := recipe.measure) is not None:
-        most = getattr(job.config, "max_position_embeddings", None)
         check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
     return job
+
+
+def _check_calibration(recipe: Recipe, most: int | None) -> None:
+    """As evaluation's: windows longer than the model's context would measure it where it was never trained."""
+    length = recipe.calibration.length
+    if most is not None and length > most and any(map(needs_calibration, recipe.outputs)):
+        raise QtoolError(
+            f"calibration: length {length:,} is more than the {most:,} tokens that the model was made for "
+            "(max_position_embeddings in config.json)."
+        )
 
 
 def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:

@@ -180,9 +180,7 @@ class Walk:
         return shared, own
 
     @contextmanager
-    def _captured(
-        self, layer: nn.Module, take: Callable[[str, Tensor], None], enough: bool = False
-    ) -> Iterator[None]:
+    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], None], enough: bool = False) -> Iterator[None]:
         """While open, ``take(group name, input)`` is called for every distinct linear input of a forward; with
         ``enough``, the last one ends it by raising _Enough."""
         missing = {group.name for group in self.architecture.groups}
@@ -233,10 +231,17 @@ class Walk:
     def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
         finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-        broken = [name for name, ok in zip(weights, finite, strict=True) if not ok]
-        if broken:
-            name = f"{self.architecture.prefix}{index}.{broken[0]}"
-            raise QtoolError(f"{name}: the source weight holds NaN or Inf. Download the model again.")
+        alive = torch.stack([tensor.any() for tensor in weights.values()]).tolist()
+        added = any(group.kind == "norm_plus_one" for group in self.architecture.groups)
+        for (name, tensor), ok, some in zip(weights.items(), finite, alive, strict=True):
+            where = f"{self.checkpoint.path}: {self.architecture.prefix}{index}.{name}"
+            if not ok:
+                raise QtoolError(f"{where}: the source weight holds NaN or Inf. Download the model again.")
+            if not some and (tensor.ndim > 1 or (name.endswith("norm.weight") and not added)):  # verify refuses it too
+                raise QtoolError(
+                    f"{where}: the source weight is all zero: of a model that is damaged, or was enlarged and not "
+                    "trained yet."
+                )
         return weights
 
     def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from qtool.convert import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.quantize.grid import GridSpec
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SKIPPED = ["lm_head"]  # never quantized
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# a folder's name ends at 255 bytes, and the model's stands in front of it
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
 
 
 class _Section(BaseModel):
@@ -23,9 +33,9 @@ class _OnGrid(_Section):
     """What AWQ and GPTQ outputs have in common: integer codes on a uniform grid, chosen on calibration statistics."""
 
     clip: bool = True
-    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[float, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qtool import QtoolError
 from qtool.convert.checkpoint import INDEX, Checkpoint
 from qtool.convert.reading import read_json
+from qtool.convert.shard_header import read_places
 from qtool.convert.skeleton import _fill_buffers, build_skeleton, expected_shapes, load_config
 from qtool.convert.source import resolve
 
@@ -207,3 +209,33 @@ def test_a_buffer_that_no_config_tells_is_named() -> None:
     module.register_buffer("table", torch.empty(3, device="meta"))
     with pytest.raises(QtoolError, match=r"Linear \(proj\) holds buffers that cannot be made from config\.json alone"):
         _fill_buffers("proj", module, torch.nn.Sequential(module))
+
+
+def test_a_shard_that_shrinks_while_it_is_open(tiny: Path, tmp_path: Path) -> None:
+    """Read, not mapped: a mapped file that becomes shorter ends the process with SIGBUS."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    checkpoint = Checkpoint.open(folder)
+    by_shard: dict[Path, list[str]] = {}
+    for name, info in checkpoint.tensors.items():
+        by_shard.setdefault(info.file, []).append(name)
+    shard, names = next((shard, names) for shard, names in by_shard.items() if len(names) > 1)
+    assert checkpoint.tensor(names[0]).isfinite().all()
+    places = read_places(shard)
+    last = max(names, key=places.__getitem__)
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(QtoolError, match=rf"{shard}: became shorter or another file while it was read: {last}"):
+        checkpoint.tensor(last)
+    os.truncate(shard, 4)
+    with pytest.raises(QtoolError, match="became shorter or another file"):
+        Checkpoint(folder, checkpoint.tensors).tensor(names[0])
+
+
+def test_rows_of_a_tensor(tiny: Path) -> None:
+    checkpoint = Checkpoint.open(tiny)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        whole = checkpoint.tensor(name)
+        assert torch.equal(checkpoint.part(name, 3, 7), whole[3:7])
+        assert torch.equal(checkpoint.part(name, len(whole) - 2, len(whole) + 5), whole[-2:])
+    stored = {k: v for shard in tiny.glob("*.safetensors") for k, v in load_file(shard).items()}
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in stored.items())

@@ -181,6 +181,8 @@ def test_gemma_splits_runs_and_keeps_within_its_embedding(
     assert artifact.notes == [
         "tokens beyond the embedding's rows, left out: <image_soft_token>",
         "token ids: equal to llama.cpp's on code, white space, unicode and 14 added tokens",
+        "tokenizer_config.json asks for '<bos>' before every text (add_bos_token), and llama.cpp puts it there; the "
+        "tokenizer as transformers loads it does not",
     ]
     file = GgufFile.open(artifact.gguf, artifact.config)
     assert len(file.metadata("tokenizer.ggml.tokens")) == SIZE

@@ -277,3 +277,10 @@ def test_a_password_in_a_url_is_refused(tmp_path: Path) -> None:
 
 def test_help_shows_examples() -> None:
     assert "Examples:" in call("measure", "--help").output
+
+
+def test_a_log_that_cannot_be_kept_is_refused_before_measuring(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    result = call("measure", tiny, "--context", "16", "--batch", "1", "--runs", tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "is not a folder" in result.output
