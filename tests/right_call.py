@@ -110,6 +110,9 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "shared": ("def f(x):\n    r = [0]\n    return [r, r]", "a = f(1)\na[0][0] = 5\nassert a == [[5], [5]]"),
     "nested 600 deep": ("def f(x):\n    for _ in range(600): x = [x]\n    return x", "a = f(0)\nfor _ in range(600): a = a[0]\nassert a == 0"),
     "long": ("def f(x): return list(range(x))", "assert sum(f(1_500_000)) == 1_500_000 * 1_499_999 // 2"),
+    # Larger than a pipe holds, both ways.
+    "a large text given": ("def f(x): return x[::-1]", "assert f('ab' * 10**6) == 'ba' * 10**6"),
+    "a large matrix given": ("def f(m): return [list(r) for r in zip(*m)]", "m = [[i * j for j in range(300)] for i in range(400)]\nassert f(m) == [[i * j for i in range(400)] for j in range(300)]"),
     # Lazily, by calls, by methods.
     "endless generator": ("def f(x):\n    while True:\n        yield x\n        x += 1", "g = f(2)\nassert [next(g) for _ in range(100)] == list(range(2, 102))"),
     "send": ("def f(x):\n    while True: x += yield x", "g = f(1)\nassert next(g) == 1 and g.send(5) == 6 and g.send(1) == 7"),

@@ -251,4 +251,6 @@ CASES = [
     ("3\n1 2 3", "6"),
     ("3\n1  2   3 \n\n", "6\n"),
     ("3\n-5 0 105\n", "100\n"),
+    # Larger than a pipe holds; the third number is still the last.
+    (f"3\n{' ' * 100_000}1 2 3\n", "6\n"),
 ]
