@@ -170,8 +170,13 @@ def _load(module: types.ModuleType, program: str, entry_point: str) -> Any:
     module.__file__ = os.path.join(os.getcwd(), "candidate.py")
     linecache.cache["candidate.py"] = (len(program), None, program.splitlines(True), "candidate.py")
     exec(compile(program, "candidate.py", "exec"), module.__dict__)
-    function = module.__dict__.get(entry_point)
-    if function is None and isinstance(solution := module.__dict__.get("Solution"), type):
+    return defined(module.__dict__, entry_point)
+
+
+def defined(space: dict[str, Any], entry_point: str) -> Any:
+    """What a program that ran in ``space`` defines under that name. Raises NameError, and what its class raises."""
+    function = space.get(entry_point)
+    if function is None and isinstance(solution := space.get("Solution"), type):
         # Contest sites ask for a method of a class of that name.
         function = getattr(solution(), entry_point, None)
     if not callable(function):

@@ -77,8 +77,8 @@ def without_thoughts(reply: str) -> str:
 
 
 def newlines(text: str) -> str:
-    """``text`` with every line end as ``\\n``."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    """``text`` without a byte order mark and with every line end as ``\\n``."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _outdented(body: str, indent: str) -> str:
