@@ -252,8 +252,10 @@ def _bare_code(text: str, entry_point: str) -> str | None:
 
 def _indented_code(text: str, entry_point: str) -> str | None:
     """A block of code that Markdown marks by four columns."""
-    return None if re.search(r"^class\s", text, re.MULTILINE) else _bare_code(
-        re.sub(r"^(?: {4}|\t)", "", text, flags=re.MULTILINE), entry_point
+    return (
+        None
+        if re.search(r"^class\s", text, re.MULTILINE)
+        else _bare_code(re.sub(r"^(?: {4}|\t)", "", text, flags=re.MULTILINE), entry_point)
     )
 
 

@@ -186,8 +186,8 @@ def limit_resources(seconds: float, threads: int | None, memory: Limits = PLAIN)
         ("RLIMIT_MSGQUEUE", 0),
     ]
     if memory is not NODE:
-        # Programs ask for more than the usual 8 MiB and could not set it themselves. What the kernel leaves free below a
-        # stack is 128 MiB; node's threads would each take as much.
+        # Programs ask for more than the usual 8 MiB and could not set it themselves. What the kernel leaves free below
+        # a stack is 128 MiB; node's threads would each take as much.
         limits.append(("RLIMIT_STACK", STACK))
     if memory.data is not None:
         limits.append(("RLIMIT_DATA", memory.data))

@@ -35,7 +35,7 @@ OPERATORS = frozenset(
     )
 )
 _OWN = (list, dict, set)
-_BASES: dict[str, Any] = {kind.__name__: kind for kind in (*_OWN, tuple, str, int, float, bytes, frozenset)}
+_BASES: dict[str, Any] = {k.__name__: k for k in (*_OWN, tuple, str, int, float, bytes, frozenset)}
 _PLAIN = (bytes, str, int, float)
 
 
@@ -151,8 +151,7 @@ class Line(Sides):
         except (TypeError, ValueError, KeyError, AttributeError):
             raise self.lost("the candidate broke the protocol") from None
 
-    # What of a value that is not plain both sides spell alike.
-
+    # What both sides spell alike.
     def spell(self, value: Any, writer: Writer) -> Any:
         if isinstance(value, BaseException):
             return ["error", *(writer.node(part) for part in raised.parts(value))]
@@ -160,7 +159,7 @@ class Line(Sides):
         if self.classes.get(kind.__name__) is kind:
             how = basis(kind)
             if how == "enum":
-                named = value.name in kind.__members__  # type: ignore[attr-defined]
+                named = value.name in kind.__members__
                 return ["member" if named else "flags", kind.__name__, value.name if named else value.value]
             if how in ("list", "dict", "set"):
                 return writer.met(value) or ["changing", kind.__name__, *(writer.node(part) for part in held(value))]
@@ -242,10 +241,10 @@ def held(value: Any) -> Any:
         return library.CHANGING[kind][2](value)
     if kind in _OWN:
         return dict(value) if kind is dict else list(value)
-    for base in _OWN:
-        if isinstance(value, base):  # a class of the problem's own
-            return [tuple(dict.items(value) if base is dict else base.__iter__(value)), fields(value)]
-    return fields(value)
+    if not isinstance(value, _OWN):
+        return fields(value)
+    base: Any = _BASES[basis(kind)]  # a class of the problem's own
+    return [tuple(base.items(value) if basis(kind) == "dict" else base.__iter__(value)), fields(value)]
 
 
 def replace(value: Any, content: Any) -> None:
@@ -255,9 +254,9 @@ def replace(value: Any, content: Any) -> None:
         library.refill(value, content)
     elif isinstance(value, _OWN) and kind not in _OWN:
         items, attributes = content
-        base = _BASES[basis(kind)]
+        base: Any = _BASES[basis(kind)]
         base.clear(value)
-        (list.extend if base is list else base.update)(value, items)
+        (base.extend if basis(kind) == "list" else base.update)(value, items)
         _set_fields(value, attributes)
     elif kind is list and type(content) is list:
         value[:] = content

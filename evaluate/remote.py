@@ -48,7 +48,7 @@ class Remote:
         return self._line.ask("deepcopy", self._handle)
 
     @property
-    def __dict__(self) -> Any:
+    def __dict__(self) -> Any:  # type: ignore[override]
         return self._line.ask("get", self._handle, ("__dict__",))
 
     @property

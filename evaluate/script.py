@@ -45,12 +45,12 @@ def as_function(program: str) -> Callable[[str], str]:
         for name in set(vars(builtins)) - set(own):
             delattr(builtins, name)
         entry = io.FileIO(0, closefd=False)
-        entry.name = "<stdin>"  # type: ignore[attr-defined]
+        entry.name = "<stdin>"
         reader = io.TextIOWrapper(io.BufferedReader(entry), "utf-8", "surrogateescape")
         reader.mode = "r"  # type: ignore[misc]
         sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]
         raw = io.FileIO(1, "w", closefd=False)
-        raw.name = "<stdout>"  # type: ignore[attr-defined]
+        raw.name = "<stdout>"
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
         printer.mode = "w"  # type: ignore[misc]
         sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
@@ -63,9 +63,10 @@ def as_function(program: str) -> Callable[[str], str]:
         sys.argv[:] = [_NAME]
         try:
             if _run(code, module.__dict__):
+                _flush(sys.stdout, printer)
                 vars(module).clear()
                 gc.collect()  # what is printed by a `__del__` at the end
-                _flush(sys.stdout, printer)
+                _flush(printer)
         except BaseException:
             _flush(sys.stdout, printer)
             raise
@@ -105,7 +106,8 @@ def _run(code: types.CodeType, space: dict[str, Any]) -> bool:
         return False
     with contextlib.suppress(SystemExit, _Ended):
         atexit._run_exitfuncs()
-    weakref.finalize._registered_with_atexit = weakref.finalize._shutdown = False  # type: ignore[attr-defined]
+    ended: Any = weakref.finalize
+    ended._registered_with_atexit = ended._shutdown = False
     return True
 
 
@@ -114,7 +116,7 @@ def _end_pools() -> None:
     pools = sys.modules.get("concurrent.futures.thread")
     if pools is not None:
         pools._python_exit()
-        pools._shutdown = False
+        vars(pools)["_shutdown"] = False
 
 
 def _leave_by_exception() -> None:

@@ -111,7 +111,9 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
     OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise QtoolError(f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1.")
+        raise QtoolError(
+            f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1."
+        )
     if parts.username or parts.password:
         raise QtoolError(f"--base-url: a key does not belong into the address. Set {KEY_VARIABLE} instead.")
     key = os.environ.get(KEY_VARIABLE) or None

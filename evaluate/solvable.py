@@ -23,7 +23,9 @@ def solvable(task: Task, timeout: float, sandbox: str) -> Task:
     moved = {p.task_id: p.model_copy(update={"run": "in_process"}) for p in wrong}
     for name in _tried(list(moved.values()), timeout, sandbox):
         del moved[name]
-    left_out = {p.task_id: f"its published solution fails here: {_reason(said[p.task_id])}" for p in own if p.task_id in said}
+    left_out = {
+        p.task_id: f"its published solution fails here: {_reason(said[p.task_id])}" for p in own if p.task_id in said
+    }
     unjudged = [p for p in wrong if p.task_id not in moved and said[p.task_id].outcome == "unjudged"]
     left_out |= {p.task_id: said[p.task_id].detail for p in unjudged}
     if not moved and not left_out:

@@ -237,14 +237,14 @@ def test_a_character_cut_in_half_is_put_together_or_replaced(server: Server) -> 
 @pytest.mark.parametrize(
     "event",
     ["5", "[1]", '"text"', "null", '{"choices": 5}', '{"choices": [5]}', '{"choices": [{"text": 5}]}', "{",
-     '{"choices": [{"text": ["a"]}]}', '{"choices": [{"delta": "a"}]}', "\ud83d".encode("utf-16", "surrogatepass").hex()],
+     '{"choices": [{"text": ["a"]}]}', '{"choices": [{"delta": "a"}]}', "a"],
 )  # fmt: skip
 def test_an_event_of_another_kind_is_asked_for_again_and_then_said(server: Server, event: str) -> None:
     server.answers = {"p": "right"}
     server.faults = [f"odd {event}"]
     assert ask(server, ["p"]) == {0: "right"}
     server.faults = [f"odd {event}"] * 5
-    with pytest.raises(QtoolError, match="the answer (broke off|holds something else)") as caught:
+    with pytest.raises(QtoolError, match=r"the answer (broke off|holds something else)") as caught:
         ask(server, ["p"])
     assert caught.value.exit_code == 3
 
