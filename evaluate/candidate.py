@@ -4,6 +4,7 @@ It holds two pipe ends and no secret: it was forked before the job was read, so 
 memory.
 """
 
+import copy
 import json
 import linecache
 import os
@@ -14,7 +15,7 @@ from typing import Any, Self
 
 from qtool.evaluate import habits, script
 from qtool.evaluate.frames import MAX_JOB, NotPlain, read_frame, write_frame
-from qtool.evaluate.line import METHODS, OPERATORS, Line, Lost, fields
+from qtool.evaluate.line import METHODS, OPERATORS, Line, Lost, basis, fields
 from qtool.evaluate.wire import Reader, Writer, as_base
 
 _FIXED_BASES: tuple[Any, ...] = (int, float, str, bytes, tuple, frozenset, complex)
@@ -51,8 +52,12 @@ class ProgramSide(Line):
                 return getattr(value, *args)
             case "set":
                 return setattr(value, *args)
+            case "del":
+                return delattr(value, *args)
             case "next":
                 return _some(value, *args)
+            case "copy" | "deepcopy":
+                return getattr(copy, operation)(value)
             case "await":
                 import asyncio
 
@@ -65,7 +70,8 @@ class ProgramSide(Line):
             case "classes":
                 space = vars(self._module) if self._module else {}
                 known = {name: space.get(name) for name in args[0]}
-                self.classes = {name: kind for name, kind in known.items() if isinstance(kind, type)}
+                fit = {name: kind for name, kind in known.items() if isinstance(kind, type)}
+                self.classes = {name: kind for name, kind in fit.items() if basis(kind) == args[0][name]}
                 return sorted(self.classes)
         raise NotPlain("not something to ask for")
 
@@ -76,7 +82,10 @@ class ProgramSide(Line):
         traits: dict[str, Any] = {"name": kind.__name__, "has": sorted(n for n in METHODS if _has(kind, n))}
         traits["has"] += [name for name in OPERATORS if isinstance(getattr(kind, name, None), types.FunctionType)]
         traits["equal"] = kind.__eq__ is not object.__eq__
-        if isinstance(value, types.CoroutineType) or (hasattr(kind, "__await__") and not _has(kind, "__next__")):
+        traits["type"] = self.keep(kind)
+        if traits["equal"]:
+            traits["hash"] = _hash(value)
+        if hasattr(kind, "__await__"):
             traits["awaits"] = True
         if isinstance(value, types.GeneratorType):
             traits["is"] = "generator"
@@ -132,6 +141,13 @@ def _has(kind: Any, name: str) -> bool:
     return getattr(kind, name, None) is not None
 
 
+def _hash(value: Any) -> int | None:
+    try:
+        return hash(value)
+    except Exception:
+        return None
+
+
 def _made_equal(kind: Any) -> bool:
     """Whether a dataclass compares as ``dataclass`` made it."""
     written = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "") == "candidate.py"
@@ -170,8 +186,13 @@ def _load(module: types.ModuleType, program: str, entry_point: str) -> Any:
     module.__file__ = os.path.join(os.getcwd(), "candidate.py")
     linecache.cache["candidate.py"] = (len(program), None, program.splitlines(True), "candidate.py")
     exec(compile(program, "candidate.py", "exec"), module.__dict__)
-    function = module.__dict__.get(entry_point)
-    if function is None and isinstance(solution := module.__dict__.get("Solution"), type):
+    return defined(module.__dict__, entry_point)
+
+
+def defined(space: dict[str, Any], entry_point: str) -> Any:
+    """What a program that ran in ``space`` defines under that name. Raises NameError, and what its class raises."""
+    function = space.get(entry_point)
+    if function is None and isinstance(solution := space.get("Solution"), type):
         # Contest sites ask for a method of a class of that name.
         function = getattr(solution(), entry_point, None)
     if not callable(function):

@@ -16,7 +16,7 @@ import warnings
 from typing import Any
 
 from qtool.evaluate.frames import MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
-from qtool.evaluate.line import Line, Lost
+from qtool.evaluate.line import Line, Lost, basis
 from qtool.evaluate.remote import Remote, remote
 from qtool.evaluate.wire import Reader, Writer
 
@@ -40,6 +40,7 @@ class TestSide(Line):
         self._replies = replies
         self._seconds = seconds
         self._remotes: dict[int, Any] = {}
+        self.uses = 0
         self.late = False
         self.fault: str | None = None
 
@@ -57,9 +58,8 @@ class TestSide(Line):
         """Instances of the classes that the problem itself defines travel as their fields: here they are the problem's
         own again."""
         own = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
-        bases = (int, float, str, bytes, tuple, list, dict, set, frozenset)
-        own = {n: k for n, k in own.items() if not issubclass(k, bases) or issubclass(k, BaseException)}
-        names = self.ask("classes", 0, (list(own),)) if own else []
+        told = {name: basis(kind) for name, kind in own.items()}
+        names = self.ask("classes", 0, (told,)) if own else []
         self.classes = {name: own[name] for name in names if name in own}
 
     def ask(self, operation: str, target: int, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -127,21 +127,30 @@ class TestSide(Line):
 class Candidate:
     """Stands for the function under test: call it like the function."""
 
+    _line: TestSide
+    _handle = 0
+    _ASKED = ("__doc__", "__wrapped__", "__annotations__", "__defaults__", "__kwdefaults__", "__qualname__")
+
     def __init__(self, line: TestSide, name: str) -> None:
-        self._line = line
-        self._handle = 0
-        self.count = 0
-        self.__name__ = name
+        vars(self).update(_line=line, __name__=name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.count += 1
+        self._line.uses += 1
         return self._line.ask("__call__", 0, args, kwargs)
 
+    def __getattribute__(self, name: str) -> Any:
+        if name in Candidate._ASKED:
+            return self.__getattr__(name)
+        return super().__getattribute__(name)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__doc__", "__wrapped__"):
+        if name.startswith("__") and name not in self._ASKED:
             raise AttributeError(name)
-        self.count += 1
+        self._line.uses += 1
         return self._line.ask("get", 0, (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._line.ask("set", 0, (name, value))
 
     def __instancecheck__(self, value: object) -> bool:
         return isinstance(value, Remote) and self._line.ask("is a", 0, (value,)) is True
@@ -176,12 +185,12 @@ def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
     except BrokenTest as error:
         return "unjudged", str(error)
     except BaseException as error:
-        if candidate.count == 0 and line.fault is None:
+        if line.uses == 0 and line.fault is None:
             return "unjudged", f"the test failed before it called the candidate: {reason_of(error)}"
         return "timeout" if line.late else "failed", line.fault or reason_of(error)
     if line.fault is not None:
         return "failed", line.fault
-    if candidate.count == 0:
+    if line.uses == 0:
         return "unjudged", "the test never called the candidate"
     return "passed", ""
 

@@ -97,18 +97,15 @@ def program_from_chat(reply: str, prompt: str, entry_point: str) -> str:
     text = without_thoughts(reply)
     blocks = [(language, body) for language, body, _ in fenced(reply)]
     python = [body for language, body in blocks if _PYTHON_WORDS.match(language)]
-    for sources in (python, [body for _, body in blocks]):
+    both = (python, [body for _, body in blocks])
+    for sources in both:
         if (found := _answer(sources, entry_point)) is not None:
             return _whole_program(found, sources, prompt, entry_point)
-        for body in sources:
-            if _is_body(prompt, body):
-                return _with_body(prompt, body)
-    if not blocks:
-        bare = _bare_code(text, entry_point)
-        if bare is not None:
-            return _whole_program(bare, [bare], prompt, entry_point)
-        if _is_body(prompt, text):
-            return _with_body(prompt, text)
+    if (bare := _bare_code(text, entry_point) or _indented_code(text, entry_point)) is not None:
+        return _whole_program(bare, [bare], prompt, entry_point)
+    for body in [body for sources in both for body in sources] if blocks else [text]:
+        if _is_body(prompt, body):
+            return _with_body(prompt, body)
     # Nothing that defines the function: the longest block, so that the failure shows what was said.
     fallback = max(python or [body for _, body in blocks] or [text], key=len)
     return fallback.strip("\n") + "\n"
@@ -143,6 +140,9 @@ def _defines(source: str, entry_point: str) -> bool:
         return re.search(rf"^(?:async\s+)?def\s+{entry_point}\s*\(", source, re.MULTILINE) is not None
     if entry_point in functions(source):
         return True
+    guarded = [node for node in tree.body if isinstance(node, (ast.If, ast.Try))]
+    if any(isinstance(each, ast.FunctionDef) and each.name == entry_point for g in guarded for each in ast.walk(g)):
+        return True
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     return any(isinstance(target, ast.Name) and target.id == entry_point for target in targets)
 
@@ -160,7 +160,9 @@ def _is_stub(node: ast.stmt | None) -> bool:
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
     return all(
-        isinstance(each, ast.Pass) or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        isinstance(each, ast.Pass)
+        or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        or (isinstance(each, ast.Raise) and each.exc is not None and "NotImplementedError" in names(each.exc))
         for each in node.body
     )
 
@@ -246,6 +248,15 @@ def _bare_code(text: str, entry_point: str) -> str | None:
             end = min(end - 1, start + _faulty_line(block) - 1)
     first = next(i for i in starts if header.match(lines[i]))
     return "\n".join(lines[first:])
+
+
+def _indented_code(text: str, entry_point: str) -> str | None:
+    """A block of code that Markdown marks by four columns."""
+    return (
+        None
+        if re.search(r"^class\s", text, re.MULTILINE)
+        else _bare_code(re.sub(r"^(?: {4}|\t)", "", text, flags=re.MULTILINE), entry_point)
+    )
 
 
 def _faulty_line(source: str) -> int:

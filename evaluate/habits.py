@@ -9,6 +9,7 @@ import builtins
 import contextlib
 import os
 import sys
+import time
 from typing import Any
 
 
@@ -137,6 +138,21 @@ def _limits_may_stay(module: Any) -> None:
     module.setrlimit = setrlimit
 
 
+def _waits_for_stacks(module: Any) -> None:
+    """threading: the large stack of a thread that was joined may still be on its way out, and two do not fit."""
+    really = module._start_new_thread
+
+    def start(*args: Any) -> Any:
+        for seconds in (0.001, 0.01, 0.1):
+            try:
+                return really(*args)
+            except RuntimeError:
+                time.sleep(seconds)
+        return really(*args)
+
+    module._start_new_thread = start
+
+
 def _own_folder(module: Any) -> None:
     """tempfile: the job's folder is the one that may be written to."""
     module.tempdir = os.getcwd()
@@ -148,4 +164,5 @@ _ADAPTED = {
     "multiprocessing.pool": _pool_of_threads,
     "concurrent.futures": _executor_of_threads,
     "resource": _limits_may_stay,
+    "threading": _waits_for_stacks,
 }

@@ -5,6 +5,8 @@ only the containment is as strong as elsewhere. The nonce keeps out forgers that
 descriptor; the exit code decides nothing.
 """
 
+import asyncio
+import inspect
 import os
 import sys
 import types
@@ -13,6 +15,7 @@ import warnings
 from typing import Any
 
 from qtool.evaluate import habits
+from qtool.evaluate.candidate import defined
 from qtool.evaluate.checker import reason_of
 from qtool.evaluate.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
@@ -31,20 +34,27 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
         exec(compile(program, "candidate.py", "exec"), space)
     except BaseException as error:
         return "failed", f"while loading, {reason_of(error)}"
-    if job["entry_point"] not in space:
-        return "failed", f"the program does not define {job['entry_point']}"
+    try:
+        candidate = defined(space, job["entry_point"])
+    except BaseException as error:
+        return "failed", reason_of(error)
     test = compile(job["test"], "test.py", "exec")
+    space["candidate"] = space[job["entry_point"]] = candidate
     own = dict(space)  # what the program calls so is not the test
     try:
         exec(test, space)
         cases, check = (space.get(name) if space.get(name) is not own.get(name) else None for name in _TESTS)
         if isinstance(cases, type) and issubclass(cases, unittest.TestCase):
             return _run(cases)
-        if callable(check):
-            check(space[job["entry_point"]])
+        if callable(check) and inspect.isawaitable(running := check(candidate)):
+            asyncio.run(_awaited(running))
     except BaseException as error:
         return "failed", reason_of(error)
     return "passed", ""
+
+
+async def _awaited(running: Any) -> None:
+    await running
 
 
 def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:

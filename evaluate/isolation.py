@@ -18,6 +18,7 @@ from qtool.evaluate.seccomp import install
 
 GIB = 2**30
 FILE_LIMIT = 16 * 2**20
+STACK = 120 * 2**20
 TMP_SIZE = "32m"
 # Where Linux systems keep third-party packages, below a folder of shared libraries or of the standard library.
 PACKAGES = ("site-packages", "dist-packages", "*/site-packages", "*/dist-packages")
@@ -184,6 +185,10 @@ def limit_resources(seconds: float, threads: int | None, memory: Limits = PLAIN)
         ("RLIMIT_MEMLOCK", 0),
         ("RLIMIT_MSGQUEUE", 0),
     ]
+    if memory is not NODE:
+        # Programs ask for more than the usual 8 MiB and could not set it themselves. What the kernel leaves free below
+        # a stack is 128 MiB; node's threads would each take as much.
+        limits.append(("RLIMIT_STACK", STACK))
     if memory.data is not None:
         limits.append(("RLIMIT_DATA", memory.data))
     if threads is not None:

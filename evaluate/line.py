@@ -14,7 +14,7 @@ from typing import Any
 from qtool.evaluate import raised
 from qtool.evaluate import stdlib_values as library
 from qtool.evaluate.frames import NotPlain, read_frame, write_frame
-from qtool.evaluate.wire import Reader, Sides, Writer
+from qtool.evaluate.wire import Reader, Sides, Writer, as_base
 
 # What the test may do to a value that stayed in the program's process, beside reading its attributes: its type's own
 # methods.
@@ -23,7 +23,7 @@ METHODS = frozenset(
     for name in (
         *("call", "iter", "next", "reversed", "len", "getitem", "setitem", "delitem", "bool", "str", "repr", "format"),
         *("enter", "exit", "int", "float", "index", "bytes", "neg", "pos", "abs", "invert", "round", "trunc", "floor"),
-        "ceil",
+        *("ceil", "aiter", "anext", "aenter", "aexit"),
     )
 )
 # And these only with another such value: the argument could be what the test expects, and the class say yes to it.
@@ -35,6 +35,7 @@ OPERATORS = frozenset(
     )
 )
 _OWN = (list, dict, set)
+_BASES: dict[str, Any] = {k.__name__: k for k in (*_OWN, tuple, str, int, float, bytes, frozenset)}
 _PLAIN = (bytes, str, int, float)
 
 
@@ -53,6 +54,7 @@ class Line(Sides):
         self._handles: dict[int, int] = {}
         self._lock = threading.RLock()
         self.classes: dict[str, type] = {}
+        self.kinds: dict[Any, type] = {}
 
     def keep(self, value: Any) -> int:
         """The handle of a value that stays on this side."""
@@ -149,15 +151,21 @@ class Line(Sides):
         except (TypeError, ValueError, KeyError, AttributeError):
             raise self.lost("the candidate broke the protocol") from None
 
-    # What of a value that is not plain both sides spell alike.
-
+    # What both sides spell alike.
     def spell(self, value: Any, writer: Writer) -> Any:
         if isinstance(value, BaseException):
             return ["error", *(writer.node(part) for part in raised.parts(value))]
         kind = type(value)
         if self.classes.get(kind.__name__) is kind:
-            if hasattr(kind, "__members__"):
-                return ["member", kind.__name__, value.name]
+            how = basis(kind)
+            if how == "enum":
+                named = value.name in kind.__members__
+                return ["member" if named else "flags", kind.__name__, value.name if named else value.value]
+            if how in ("list", "dict", "set"):
+                return writer.met(value) or ["changing", kind.__name__, *(writer.node(part) for part in held(value))]
+            if how != "object":
+                content = writer.node(as_base(value, _BASES[how]))
+                return ["based", kind.__name__, content, writer.node(fields(value))]
             return writer.met(value) or ["object", kind.__name__, writer.node(fields(value))]
         if isinstance(value, type) and self.classes.get(value.__name__) is value:
             return ["class", value.__name__]
@@ -178,6 +186,15 @@ class Line(Sides):
             return self.classes[rest[0]]
         if tag == "member":
             return self.classes[rest[0]].__members__[rest[1]]  # type: ignore[attr-defined]
+        if tag == "flags" and type(rest[1]) is int:
+            return self.classes[rest[0]](rest[1])
+        if tag == "changing":
+            own: Any = self.classes[rest[0]]
+            made = reader.met(_BASES[basis(own)].__new__(own))
+            replace(made, [reader.value(part) for part in rest[1:]])
+            return made
+        if tag == "based":
+            return _based(self.classes[rest[0]], *(reader.value(part) for part in rest[1:]))
         if tag == "object":
             kind: Any = self.classes[rest[0]]
             made = reader.met(kind.__new__(kind))
@@ -187,6 +204,23 @@ class Line(Sides):
 
     def make_other(self, tag: str, rest: list[Any], reader: Reader) -> Any:
         raise NotPlain("not a value (unknown tag)")
+
+
+def basis(kind: Any) -> str:
+    """What decides how instances of a class of one's own travel: "enum", the builtin type that it extends, "object"."""
+    if hasattr(kind, "__members__"):
+        return "enum"
+    return next((name for name, base in _BASES.items() if issubclass(kind, base)), "object")
+
+
+def _based(kind: Any, content: Any, attributes: dict[str, Any]) -> Any:
+    base = _BASES[basis(kind)]
+    if type(content) is not base:
+        raise TypeError(kind.__name__)
+    made = base.__new__(kind, content)
+    for name, item in attributes.items():
+        object.__setattr__(made, name, item)
+    return made
 
 
 def fields(value: Any) -> dict[str, Any]:
@@ -205,7 +239,12 @@ def held(value: Any) -> Any:
     kind = type(value)
     if kind in library.CHANGING:
         return library.CHANGING[kind][2](value)
-    return list(value) if kind in (list, set) else dict(value) if kind is dict else fields(value)
+    if kind in _OWN:
+        return dict(value) if kind is dict else list(value)
+    if not isinstance(value, _OWN):
+        return fields(value)
+    base: Any = _BASES[basis(kind)]  # a class of the problem's own
+    return [tuple(base.items(value) if basis(kind) == "dict" else base.__iter__(value)), fields(value)]
 
 
 def replace(value: Any, content: Any) -> None:
@@ -213,23 +252,38 @@ def replace(value: Any, content: Any) -> None:
     kind = type(value)
     if kind in library.CHANGING:
         library.refill(value, content)
+    elif isinstance(value, _OWN) and kind not in _OWN:
+        items, attributes = content
+        base: Any = _BASES[basis(kind)]
+        base.clear(value)
+        (base.extend if basis(kind) == "list" else base.update)(value, items)
+        _set_fields(value, attributes)
     elif kind is list and type(content) is list:
         value[:] = content
     elif kind in (dict, set) and type(content) is (dict if kind is dict else list):
         value.clear()
         value.update(content)
     elif kind not in _OWN and type(content) is dict:
-        for name in set(fields(value)) - set(content):
-            object.__delattr__(value, name)
-        for name, item in content.items():
-            object.__setattr__(value, name, item)
+        _set_fields(value, content)
     else:
         raise TypeError(kind.__name__)
+
+
+def _set_fields(value: Any, content: dict[str, Any]) -> None:
+    for name in set(fields(value)) - set(content):
+        object.__delattr__(value, name)
+    for name, item in content.items():
+        object.__setattr__(value, name, item)
 
 
 def elements(value: Any) -> list[Any]:
     """What a container holds, for ``differ``."""
     content = held(value)
+    if type(content) is list and type(value) not in library.CHANGING and isinstance(value, _OWN):
+        if type(value) in _OWN:
+            return content
+        flat = [each for pair in content[0] for each in pair] if isinstance(value, dict) else content[0]
+        return [*flat, *content[1].keys(), *content[1].values()]
     if type(content) is dict:
         return [*content.keys(), *content.values()]
     if type(content) is list and content and type(content[-1]) is dict:

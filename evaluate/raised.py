@@ -19,7 +19,7 @@ _OWN = {
 
 
 def parts(error: BaseException, depth: int = 0) -> list[Any]:
-    """[class's name, its bases as [module, name], args, text, attributes, cause] of an exception."""
+    """[class's name, its bases as [module, name], args, text, attributes, cause, context] of an exception."""
     kind = type(error)
     lines = [(each, [each.__module__, each.__qualname__]) for each in kind.__mro__]
     bases = [name for each, name in lines if library.exception_type(*name) is each]
@@ -32,15 +32,15 @@ def parts(error: BaseException, depth: int = 0) -> list[Any]:
         if isinstance(error, base):
             attributes |= {name: value for name in names if (value := getattr(error, name, None)) is not None}
     attributes = {name: value for name, value in attributes.items() if name != "obj"}
-    cause = error.__cause__ if depth < _DEPTH else None
-    spelt = parts(cause, depth + 1) if cause is not None else None
-    return [kind.__name__, bases, tuple(error.args), text, attributes, spelt]
+    before = (error.__cause__, error.__context__ if error.__cause__ is None else None)
+    spelt = [None if each is None or depth >= _DEPTH else parts(each, depth + 1) for each in before]
+    return [kind.__name__, bases, tuple(error.args), text, attributes, *spelt]
 
 
 def made(given: list[Any], classes: dict[str, type]) -> BaseException:
     """The exception of ``parts``: of the class in ``classes`` that has its name, else of its nearest standard types.
     Raises TypeError and the like for parts that are none."""
-    name, bases, args, text, attributes, cause = given
+    name, bases, args, text, attributes, cause, context = given
     if type(name) is not str or type(text) is not str or type(args) is not tuple:
         raise TypeError("not an exception")
     kinds = [each for base in bases if (each := library.exception_type(*base)) is not None]
@@ -57,6 +57,8 @@ def made(given: list[Any], classes: dict[str, type]) -> BaseException:
         error = _filled(type(kind.__name__, (kind,), said), args, attributes)
     if cause is not None:
         error.__cause__ = made(cause, classes)
+    if context is not None:
+        error.__context__ = made(context, classes)
     return error
 
 

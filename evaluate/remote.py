@@ -23,17 +23,33 @@ _REFLECTED = OPERATORS - {"__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__c
 class Remote:
     """Base of such values: the line, the handle, the traits that the program's side told of the class."""
 
+    # No dictionary: `vars` of it are the value's own.
+    __slots__ = ("_ahead", "_handle", "_line", "_traits")
+    _ahead: "_Ahead"
     _line: Line
     _handle: int
     _traits: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__name__", "__qualname__", "__doc__", "__wrapped__", "__dict__"):
+        if name.startswith("__") and name not in ("__name__", "__qualname__", "__doc__", "__wrapped__"):
             raise AttributeError(name)
         return self._line.ask("get", self._handle, (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._line.ask("set", self._handle, (name, value))
+
+    def __delattr__(self, name: str) -> None:
+        self._line.ask("del", self._handle, (name,))
+
+    def __copy__(self) -> Any:
+        return self._line.ask("copy", self._handle)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._line.ask("deepcopy", self._handle)
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        return self._line.ask("get", self._handle, ("__dict__",))
 
     @property
     def __class__(self) -> Any:
@@ -63,7 +79,11 @@ class Remote:
         return same if same is NotImplemented else not same
 
     def __hash__(self) -> int:
-        return object.__hash__(self)
+        # As its class has it: equal ones are one item of a set. That decides nothing, equality does.
+        own = self._traits.get("hash", False)
+        if own is None:
+            raise TypeError(f"unhashable type: '{self._traits['name']}'")
+        return object.__hash__(self) if own is False else hash(own)
 
     def _undecided(self) -> BaseException:
         name = self._traits["name"]
@@ -120,8 +140,7 @@ class _Ahead:
 
 
 def _next(self: Remote) -> Any:
-    ahead: _Ahead = self.__dict__.setdefault("_ahead", _Ahead())
-    return ahead.next(self)
+    return self._ahead.next(self)
 
 
 def remote(line: Line, handle: int, traits: dict[str, Any]) -> Any:
@@ -129,17 +148,26 @@ def remote(line: Line, handle: int, traits: dict[str, Any]) -> Any:
     name, has = traits["name"], traits["has"]
     if type(name) is not str or type(has) is not list or not set(has) <= METHODS | OPERATORS:
         raise NotPlain("not a value (traits)")
+    if type(traits["type"]) is not int or type(traits.get("hash")) not in (int, type(None)):
+        raise NotPlain("not a value (traits)")
     if "content" in traits:
         return _subclass(line, handle, traits)
-    space = {each: _method(each) for each in METHODS & set(has)}
-    space |= {each: _operator(each) for each in OPERATORS & set(has) - {"__eq__"}}
+    made: Any = object.__new__(_kind(line, name, traits["type"], frozenset(has)))
+    for slot, held in (("_line", line), ("_handle", handle), ("_traits", traits), ("_ahead", _Ahead())):
+        object.__setattr__(made, slot, held)
+    return _awaitable(line, handle) if traits.get("awaits") else made
+
+
+def _kind(line: Line, name: str, number: Any, has: frozenset[str]) -> type:
+    """The class of the values whose class in the program has that number: one for all of them."""
+    if (number, name, has) in line.kinds:
+        return line.kinds[number, name, has]
+    space: dict[str, Any] = {each: _method(each) for each in METHODS & has}
+    space |= {each: _operator(each) for each in OPERATORS & has - {"__eq__"}}
     space |= {f"__r{each[2:]}": _operator(each) for each in set(space) & _REFLECTED}
     if "__next__" in space:
         space |= {"__next__": _next, "__iter__": lambda self: self}
-    kind = type(name, (Remote,), space)
-    made: Any = object.__new__(kind)
-    vars(made).update(_line=line, _handle=handle, _traits=traits)
-    return _awaitable(line, handle) if traits.get("awaits") else made
+    return line.kinds.setdefault((number, name, has), type(name, (Remote,), space | {"__slots__": ()}))
 
 
 def _awaitable(line: Line, handle: int) -> Any:

@@ -15,7 +15,9 @@ _MARKDOWN = frozenset({"markdown", "md"})
 _THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _THINK_END = re.compile(r"\A.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
 _THINK_START = re.compile(r"<(?:think|thinking|reasoning)>.*\Z", re.DOTALL | re.IGNORECASE)
-SPECIAL = re.compile(r"<\|[a-z_]+\|>|<\uff5c[^\uff5c>]*\uff5c>|</s>|<file_sep>", re.IGNORECASE)
+SPECIAL = re.compile(r"<\|[a-z_]+\|>|<\uff5c[^\uff5c>]*\uff5c>|</s>(?=\s*(?:\n|\Z))|<file_sep>", re.IGNORECASE)
+# What stands below the end of the model's turn, where an engine wrote on, is not its answer.
+_TURN_END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text)\|>", re.IGNORECASE)
 
 
 def fenced(reply: str) -> list[tuple[str, str, bool]]:
@@ -39,11 +41,25 @@ def _blocks(lines: list[str]) -> Iterator[tuple[str, str, bool]]:
             # A fence in a docstring does not end the block: where it ends, it is Python.
             whole = (i for i in ends[:_MOST_ENDS] if _is_python(_outdented(_joined(lines[at:i]), indent)))
             end = next(whole, end)
+        if language[:2] in ("", "py", "{p", "{.") and (cut := _closed_in_line(lines[at:end], mark)) is not None:
+            yield language, _outdented(_joined(cut), indent), True
+            at += len(cut)
+            continue
         body = _outdented(_joined(lines[at:end]) if ends else "\n".join(lines[at:]), indent)
         yield language, body, bool(ends)
         if language in _MARKDOWN:
             yield from _blocks(body.split("\n"))
         at = end + 1
+
+
+def _closed_in_line(lines: list[str], mark: str) -> list[str] | None:
+    """The lines of a block whose closing fence stands behind its last line of code; None where there is none."""
+    closing = re.compile(rf"(?P<code>[^`~#]*[^`~#\s]){re.escape(mark)}[ \t]*")
+    for number, line in enumerate(lines):
+        if found := closing.fullmatch(line):
+            cut = [*lines[:number], found["code"]]
+            return cut if _is_python(_joined(cut)) else None
+    return None
 
 
 def _joined(lines: list[str]) -> str:
@@ -72,13 +88,15 @@ def last_block(reply: str) -> str | None:
 def without_thoughts(reply: str) -> str:
     """``reply`` without special tokens and the model's thoughts (closed ones, one whose opening tag was in the prompt,
     one that never closes), line ends made ``\\n``."""
-    text = _THINK_END.sub("", _THINK.sub("", newlines(reply)))
+    text = newlines(reply)
+    text = next((part for part in _TURN_END.split(text) if part.strip()), text)
+    text = _THINK_END.sub("", _THINK.sub("", text))
     return SPECIAL.sub("", _THINK_START.sub("", text))
 
 
 def newlines(text: str) -> str:
-    """``text`` with every line end as ``\\n``."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    """``text`` without a byte order mark and with every line end as ``\\n``."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _outdented(body: str, indent: str) -> str:

@@ -4,12 +4,14 @@ import atexit
 import builtins
 import contextlib
 import fcntl
+import gc
 import io
 import linecache
 import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +29,9 @@ def as_function(program: str) -> Callable[[str], str]:
     The folder it is called in must be writable. Raises SyntaxError and ValueError as ``compile`` does.
     """
     code = compile(program, _NAME, "exec")
-    linecache.cache[_NAME] = (len(program), None, program.splitlines(True), _NAME)
     _leave_by_exception()
     _open_streams_by_name()
+    own = dict(vars(builtins))
 
     def run(given: str) -> str:
         if not isinstance(given, str):
@@ -38,26 +40,41 @@ def as_function(program: str) -> Callable[[str], str]:
         source = _file("stdin", 0)
         _write(source, given.encode("utf-8", "surrogateescape"))
         os.lseek(source, 0, os.SEEK_SET)
-        reader = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8", "surrogateescape")
+        # An earlier call's `builtins.input = ...` is not this one's.
+        vars(builtins).update(own)
+        for name in set(vars(builtins)) - set(own):
+            delattr(builtins, name)
+        entry = io.FileIO(0, closefd=False)
+        entry.name = "<stdin>"
+        reader = io.TextIOWrapper(io.BufferedReader(entry), "utf-8", "surrogateescape")
         reader.mode = "r"  # type: ignore[misc]
         sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]
         raw = io.FileIO(1, "w", closefd=False)
+        raw.name = "<stdout>"
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
         printer.mode = "w"  # type: ignore[misc]
         sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
         module = types.ModuleType("__main__")
         module.__file__ = os.path.join(os.getcwd(), _NAME)
+        vars(module)["__builtins__"] = builtins
+        for name in (_NAME, module.__file__):
+            linecache.cache[name] = (len(program), None, program.splitlines(True), name)
         sys.modules["__main__"] = module
         sys.argv[:] = [_NAME]
         try:
             if _run(code, module.__dict__):
                 _flush(sys.stdout, printer)
+                vars(module).clear()
+                gc.collect()  # what is printed by a `__del__` at the end
+                _flush(printer)
         except BaseException:
             _flush(sys.stdout, printer)
             raise
         finally:
-            # What is left in a buffer must not come out in a later call.
+            # What is left in a buffer must not come out in a later call, and no file that it opened be closed there.
             raw.close()
+            vars(module).clear()
+            gc.collect()
         size = os.fstat(out).st_size
         printed = os.pread(out, size, 0).decode("utf-8", "replace")
         os.close(out)
@@ -79,6 +96,7 @@ def _run(code: types.CodeType, space: dict[str, Any]) -> bool:
     try:
         with contextlib.suppress(SystemExit):
             exec(code, space)
+        _end_pools()
         # Contest programs run in a thread of their own for its larger stack.
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
@@ -88,7 +106,17 @@ def _run(code: types.CodeType, space: dict[str, Any]) -> bool:
         return False
     with contextlib.suppress(SystemExit, _Ended):
         atexit._run_exitfuncs()
+    ended: Any = weakref.finalize
+    ended._registered_with_atexit = ended._shutdown = False
     return True
+
+
+def _end_pools() -> None:
+    """Let the threads of executors end that nobody shut down, as the interpreter does before it joins them."""
+    pools = sys.modules.get("concurrent.futures.thread")
+    if pools is not None:
+        pools._python_exit()
+        vars(pools)["_shutdown"] = False
 
 
 def _leave_by_exception() -> None:

@@ -24,6 +24,9 @@ TIMEOUT = 600.0  # seconds without a byte from the server
 RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the server names one
 RETRY_WAIT = 0.5
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+# A token comes in one piece, its character sometimes in several; a server that sends more heeds no limit.
+MOST_PIECES, _MORE_PIECES = 4, 256
+_LONGEST_LINE = 2**24  # bytes of one event
 KEY_VARIABLE = "OPENAI_API_KEY"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -87,8 +90,11 @@ class ServedEngine:
         for attempt in range(RETRIES + 1):
             text = ""
             try:
-                for piece in _stream(url, body, self.api_key):
+                for number, piece in enumerate(_stream(url, body, self.api_key)):
                     text += piece
+                    if number > MOST_PIECES * decoding.max_new_tokens + _MORE_PIECES:
+                        most = f"max_tokens, {decoding.max_new_tokens}"
+                        raise QtoolError(f"{url}: the server goes on beyond {most}; it seems not to know it.", 3)
                     if request.finished(text):
                         break
                 # halves of a character come as two pieces from servers that cut UTF-16
@@ -105,7 +111,9 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
     OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise QtoolError(f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1.")
+        raise QtoolError(
+            f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1."
+        )
     if parts.username or parts.password:
         raise QtoolError(f"--base-url: a key does not belong into the address. Set {KEY_VARIABLE} instead.")
     key = os.environ.get(KEY_VARIABLE) or None
@@ -148,7 +156,7 @@ def ask(url: str, request: dict[str, Any] | None = None) -> Any:
     try:
         with _open(url, request, None) as answer:
             return json.load(answer)
-    except _Broken as error:
+    except (_Broken, OSError, http.client.HTTPException, ValueError) as error:
         raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
 
 
@@ -158,7 +166,7 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
     ended = False
     try:
         with _open(url, request, api_key) as answer:
-            for line in answer:
+            for line in iter(lambda: answer.readline(_LONGEST_LINE), b""):
                 data = line.decode().strip()
                 if not data.startswith("data:"):
                     continue
@@ -170,11 +178,20 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
                     raise QtoolError(f"{url}: {hide(str(event['error'])[:500], api_key)}", exit_code=3)
                 for choice in event.get("choices") or []:
                     ended = ended or choice.get("finish_reason") is not None
-                    yield choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                    yield _text_of(choice)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Broken(f"the answer broke off ({type(error).__name__})") from error
+    except (TypeError, AttributeError) as error:
+        raise _Broken("the answer holds something else than an OpenAI-compatible server's events") from error
     if not ended:
         raise _Broken("the answer broke off")
+
+
+def _text_of(choice: Any) -> str:
+    text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    if not isinstance(text, str):
+        raise TypeError("text")
+    return text
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

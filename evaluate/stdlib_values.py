@@ -10,7 +10,10 @@ import datetime
 import decimal
 import fractions
 import io
+import ipaddress
 import pathlib
+import re
+import statistics
 import sys
 import types
 import uuid
@@ -51,6 +54,13 @@ def _clock(*parts: Any) -> datetime.time:
     return datetime.time(*parts[:-1], fold=parts[-1])
 
 
+def _pattern(text: Any, flags: int) -> Any:
+    try:
+        return re.compile(text, flags)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+
+
 # Values that never change: type -> (its parts, how it is made of them).
 FIXED: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     decimal.Decimal: (lambda value: [str(value)], decimal.Decimal),
@@ -60,6 +70,14 @@ FIXED: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     datetime.time: (_time, _clock),
     datetime.timedelta: (lambda value: [value.days, value.seconds, value.microseconds], datetime.timedelta),
     datetime.timezone: (lambda value: [value.utcoffset(None), value.tzname(None)], datetime.timezone),
+    **{
+        kind: (lambda value: [str(value)], kind)
+        for name in ("Address", "Network", "Interface")
+        for kind in (getattr(ipaddress, f"IPv4{name}"), getattr(ipaddress, f"IPv6{name}"))
+    },
+    statistics.NormalDist: (lambda value: [value.mean, value.stdev], statistics.NormalDist),
+    collections.UserString: (lambda value: [value.data], collections.UserString),
+    re.Pattern: (lambda value: [value.pattern, value.flags], _pattern),
     uuid.UUID: (lambda value: [value.hex], uuid.UUID),
     slice: (lambda value: [value.start, value.stop, value.step], slice),
     memoryview: (lambda value: [value.tobytes()], memoryview),

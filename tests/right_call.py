@@ -3,6 +3,21 @@
 
 D = "def check(c):\n    assert c(2) == 4\n    assert c(21) == 42\n"
 CLASS = "class Node:\n    def __init__(self, v, next=None):\n        self.v = v\n        self.next = next\n"
+V = "class P:\n    def __init__(s, x): s.x = x\ndef f(x): return P(x)"
+OWN = """from collections import namedtuple
+from enum import Flag, IntEnum
+Point = namedtuple("Point", "x y")
+class Level(IntEnum):
+    LOW = 1
+    HIGH = 2
+class Right(Flag):
+    R = 1
+    W = 2
+class Bag(list):
+    def push(self, v): self.append(v)
+class Sums(dict):
+    def total(self): return sum(self.values())
+"""
 PROGRAMS: dict[str, tuple[str, str]] = {
     # Around the program.
     "exit is there": ("assert callable(exit) and callable(quit)\ndef f(x): return 2 * x", D),
@@ -110,6 +125,25 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "shared": ("def f(x):\n    r = [0]\n    return [r, r]", "a = f(1)\na[0][0] = 5\nassert a == [[5], [5]]"),
     "nested 600 deep": ("def f(x):\n    for _ in range(600): x = [x]\n    return x", "a = f(0)\nfor _ in range(600): a = a[0]\nassert a == 0"),
     "long": ("def f(x): return list(range(x))", "assert sum(f(1_500_000)) == 1_500_000 * 1_499_999 // 2"),
+    # Objects of the program, as Python shows them.
+    "hashed": ("from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\ndef f(x): return P(x)", "assert len({f(1), f(1), f(2)}) == 2 and {f(1): 'a'}[f(1)] == 'a'"),
+    "a set of such": ("class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n    def __hash__(s): return s.x\ndef f(x): return {P(x), P(x)}", "assert f(1) == f(1) and len(f(1)) == 1"),
+    "vars and types": (V, "assert vars(f(1)) == {'x': 1} and type(f(1)) is type(f(2)) and isinstance(f(1), type(f(2)))"),
+    "copies": (V, "import copy\na = f([1])\nb, c = copy.copy(a), copy.deepcopy(a)\nb.x = 2\ndel c.x\nassert a.x == [1] and b.x == 2 and not hasattr(c, 'x')"),
+    "async for": ("async def f(n):\n    for i in range(n): yield i", "import asyncio\nasync def go(): return [v async for v in f(3)]\nassert asyncio.run(go()) == [0, 1, 2]"),
+    "async with": ("from contextlib import asynccontextmanager\n@asynccontextmanager\nasync def f(x): yield x * 2", "import asyncio\nasync def go():\n    async with f(2) as v: return v\nassert asyncio.run(go()) == 4"),
+    "the function's own": ("def f(a: int, b=5):\n    'Doc.'\n    f.count += 1\n    return f.count\nf.count = 0", "assert f(1) == 1 == f.count\nf.count = 8\nassert f(1) == 9 and f.__doc__ == 'Doc.' and f.__defaults__ == (5,)"),
+    "other standard values": ("import ipaddress, re, statistics\nfrom collections import UserString\ndef f(x): return ipaddress.ip_address(x), re.compile('a+'), statistics.NormalDist(1, 2), UserString(x)", "import ipaddress, re, statistics\na, b, c, d = f('1.1.1.1')\nassert a == ipaddress.ip_address('1.1.1.1') and b == re.compile('a+') and b.match('aa') and c == statistics.NormalDist(1, 2) and d == '1.1.1.1'"),
+    "context of an exception": ("def f():\n    try: 1 / 0\n    except ZeroDivisionError: raise KeyError('k')", "try: f()\nexcept KeyError as e: assert isinstance(e.__context__, ZeroDivisionError)"),
+    # The problem's own classes, whatever they extend.
+    "own namedtuple": (OWN + "def f(p): return Point(p.y, p.x)", "p = f(Point(1, 2))\nassert p == Point(2, 1) and isinstance(p, Point) and p.x == 2"),
+    "own IntEnum": (OWN + "def f(c): return Level(c + 1)", "assert f(Level.LOW) is Level.HIGH"),
+    "own Flag": (OWN + "def f(a, b): return a | b", "assert f(Right.R, Right.W) == Right.R | Right.W"),
+    "own list": (OWN + "def f(b):\n    b.push(3)\n    b.name = 'n'\n    return b", "b = Bag([1])\nassert f(b) is b and b == [1, 3] and b.name == 'n' and type(b) is Bag"),
+    "own dict": (OWN + "def f(d):\n    d['a'] = 5\n    return d.total()", "d = Sums(b=1)\nassert f(d) == 6 and d == {'a': 5, 'b': 1}"),
+    # Larger than a pipe holds, both ways.
+    "a large text given": ("def f(x): return x[::-1]", "assert f('ab' * 10**6) == 'ba' * 10**6"),
+    "a large matrix given": ("def f(m): return [list(r) for r in zip(*m)]", "m = [[i * j for j in range(300)] for i in range(400)]\nassert f(m) == [[i * j for i in range(400)] for j in range(300)]"),
     # Lazily, by calls, by methods.
     "endless generator": ("def f(x):\n    while True:\n        yield x\n        x += 1", "g = f(2)\nassert [next(g) for _ in range(100)] == list(range(2, 102))"),
     "send": ("def f(x):\n    while True: x += yield x", "g = f(1)\nassert next(g) == 1 and g.send(5) == 6 and g.send(1) == 7"),
@@ -153,7 +187,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "long linked list": (CLASS + "def f(h):\n    n = 0\n    while h: n, h = n + 1, h.next\n    return n", "h = None\nfor i in range(1000): h = Node(i, h)\nassert f(h) == 1000"),
     "typed numbers": ("def f(a, b): return a + b", "from decimal import Decimal\nfrom fractions import Fraction\nimport datetime\nassert f(Decimal('0.1'), Decimal('0.2')) == Decimal('0.3')\nassert f(Fraction(1, 3), 1) == Fraction(4, 3)\nassert f(datetime.date(2020, 2, 28), datetime.timedelta(1)).day == 29"),
 }  # fmt: skip
-SETUPS = {"linked list": CLASS, "long linked list": CLASS}
+SETUPS = {"linked list": CLASS, "long linked list": CLASS} | {n: OWN for n in PROGRAMS if n.startswith("own ") and OWN in PROGRAMS[n][0]}
 ODD = "class Odd{base}:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    __hash__ = None\n    {more}\ndef f(x): return {value}"
 # Wrong ones, one at least for each kind above.
 WRONG: dict[str, tuple[str, str]] = {
@@ -190,6 +224,12 @@ WRONG: dict[str, tuple[str, str]] = {
     "the problem's class, equal to all": (CLASS + "    def __eq__(s, o): return True\ndef f(h): return Node(9)", "assert f(Node(1)) == Node(1) and f(Node(1)).v == 1"),
     "an exception's attribute equal to all": (ODD.format(base="", more="", value="1") + "\nclass E(Exception): pass\ndef f(x):\n    e = E()\n    e.code = Odd()\n    raise e", "try: f(1)\nexcept Exception as e: assert e.code == 5"),
     "a generator of such": (ODD.format(base="", more="", value="iter([Odd()])"), "assert list(f(1)) == [5]"),
+    "a lying hash": (ODD.format(base="", more="", value="Odd()").replace("__hash__ = None", "__hash__ = lambda s: hash(5)"), "assert f(1) in {5} and {5: 'a'}[f(1)]"),
+    "hashed, not equal": ("class P:\n    def __init__(s, x): s.x = x\n    def __hash__(s): return 1\n    def __eq__(s, o): return s.x == o.x\ndef f(x, n=[0]):\n    n[0] += 1\n    return P(n[0])", "assert len({f(1), f(1)}) == 1"),
+    "another point": (OWN + "def f(p): return Point(p.x, p.y)", PROGRAMS["own namedtuple"][1]),
+    "a tuple for a point": (OWN + "def f(p): return (p.y, p.x)", PROGRAMS["own namedtuple"][1]),
+    "own list unchanged": (OWN + "def f(b):\n    b = Bag(b)\n    b.push(3)\n    return b", PROGRAMS["own list"][1]),
+    "point, equal to all": (OWN + "class Point(Point):\n    def __eq__(s, o): return True\ndef f(p): return Point(0, 0)", PROGRAMS["own namedtuple"][1]),
     "an int past its index": (ODD.format(base="(int)", more="def __index__(s): return 5", value="Odd(4)"), "assert f(1) == 5"),
 }  # fmt: skip
-WRONG_SETUPS = {"the problem's class, equal to all": CLASS}
+WRONG_SETUPS = {"the problem's class, equal to all": CLASS} | {n: OWN for n in WRONG if OWN in WRONG[n][0]}

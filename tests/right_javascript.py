@@ -53,6 +53,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "promise chain": ("const f = (x) => Promise.resolve(x).then((v) => 2 * v);", _A + "f(2).then((v) => assert.strictEqual(v, 4));"),
     "destructured arguments": ("function f({ a, b = 2 }, ...[c]) { return a + b + c; }", _A + "assert.strictEqual(f({ a: 1 }, 3), 6);"),
     "patched prototype": ("Array.prototype.last = function () { return this[this.length - 1]; };\nfunction f(x) { return [x, 2 * x].last(); }", T),
+    "a large argument": ("function f(a) { return a.map((v) => v + 1); }", _A + "assert.strictEqual(f(Array.from({ length: 50000 }, (_, i) => i))[49999], 50000);"),
     "long": ("function f(x) { return Array.from({ length: x }, (_, i) => i); }", _A + "assert.strictEqual(f(400000).length, 400000);"),
 }  # fmt: skip
 WRONG: dict[str, tuple[str, str]] = {

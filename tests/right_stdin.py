@@ -227,6 +227,36 @@ _PROGRAMS = {
     "asyncio": "import asyncio\nasync def main():\n    input()\n    print(sum(map(int, input().split())))\nasyncio.run(main())",
     "threads": "from threading import Thread\nr = []\ninput()\na = input().split()\n"
     "t = [Thread(target=lambda v=v: r.append(int(v))) for v in a]\n[x.start() for x in t]\n[x.join() for x in t]\nprint(sum(r))",
+    # What one call leaves behind must not reach the next.
+    "a file on 0 that is collected": "import io\nb = io.BufferedReader(io.FileIO(0))\nb.readline()\nprint(sum(map(int, b.readline().split())))",
+    "builtins bound to a stream": "import builtins, sys\nn = int(builtins.input())\nbuiltins.input = sys.stdin.readline\nprint(sum(map(int, input().split())))",
+    "prints when deleted": "class A:\n    def __del__(self): print(self.v)\na = A()\ninput()\na.v = sum(map(int, input().split()))",
+    "finalizer": "import weakref\nclass A: pass\na = A()\ninput()\nv = sum(map(int, input().split()))\nweakref.finalize(a, lambda: print(v))",
+    "executor not shut down": "from concurrent.futures import ThreadPoolExecutor\ne = ThreadPoolExecutor(2)\ninput()\nprint(sum(e.map(int, input().split())))",
+    "names of the streams": "import sys\nassert (sys.stdin.name, sys.stdout.name) == ('<stdin>', '<stdout>')\ninput()\nprint(sum(map(int, input().split())))",
+    "builtins as a module": "assert 'input' in dir(__builtins__)\ninput()\nprint(sum(map(int, input().split())))",
+    "source of a class": "import inspect\nclass A:\n    x = 1\nassert 'x = 1' in inspect.getsource(A)\ninput()\nprint(sum(map(int, input().split())))",
+    "half a GiB of stack": """
+        import sys, threading
+        sys.setrecursionlimit(1 << 30)
+        threading.stack_size(1 << 29)
+        def main():
+            input()
+            print(sum(map(int, input().split())))
+        t = threading.Thread(target=main)
+        t.start()
+        t.join()
+    """,
+    "deep calls through C": """
+        import resource, sys
+        from functools import lru_cache
+        resource.setrlimit(resource.RLIMIT_STACK, (2**29, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+        sys.setrecursionlimit(10**6)
+        @lru_cache(None)
+        def r(n): return 0 if n == 0 else 1 + r(n - 1)
+        input()
+        print(sum(map(int, input().split())) + r(60000) - 60000)
+    """,
     "prompt to nobody": "input('')\nprint(sum(map(int, input('').split())))",
     "unicode": "input()\n合計 = sum(map(int, input().split()))\nprint(合計)",
     "closes stdin": "import sys\nd = sys.stdin.read().split()\nsys.stdin.close()\nprint(sum(map(int, d[1:])))",
@@ -251,4 +281,6 @@ CASES = [
     ("3\n1 2 3", "6"),
     ("3\n1  2   3 \n\n", "6\n"),
     ("3\n-5 0 105\n", "100\n"),
+    # Larger than a pipe holds; the third number is still the last.
+    (f"3\n{' ' * 100_000}1 2 3\n", "6\n"),
 ]

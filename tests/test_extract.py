@@ -355,3 +355,31 @@ def test_a_completion_goes_on_until_the_helpers_it_calls_are_there() -> None:
         assert "return z" not in seen
     assert finished("    return lost(x)\n\nif __name__ == '__main__':\n", "completion", problem)
     assert not finished(PROMPT[:20], "completion", problem)
+
+
+RIGHT = "def f(x):\n    return 2 * x\n"
+WRONG = "def f(x):\n    return 3 * x\n"
+NOT_YET = "def f(x):\n    raise NotImplementedError\n"
+TRIED = "try:\n    from fast import f\nexcept ImportError:\n    def f(x):\n        return 2 * x\n"
+HABITS = {
+    "closed behind the last line": f"```python\n{RIGHT.rstrip()}```\nIt doubles.",
+    "closed so, then another": f"```python\n{WRONG.rstrip()}```\nCorrected:\n```python\n{RIGHT}```\n",
+    "closed, never opened": f"{RIGHT}```\nIt doubles.",
+    "indented as Markdown has it": "Here:\n\n    def f(x):\n        return 2 * x\n\nIt doubles.",
+    "bare, then its use in a fence": f"{RIGHT}\nUse it:\n```python\nresult = f(1)\n```\n",
+    "a stub that raises comes last": f"```python\n{RIGHT}```\nTo do:\n```python\n{NOT_YET}```\n",
+    "under a condition": "```python\nif True:\n    def f(x):\n        return 2 * x\n```\n",
+    "under try": f"```python\n{TRIED}```\n",
+    "the turn's end written out": f"```python\n{RIGHT}```\n<|im_end|>\n<|im_start|>user\nNo.\n```python\n{WRONG}```\n",
+    "the end of text written out": f"```python\n{RIGHT}```<|endoftext|>```python\n{WRONG}```\n",
+    "a byte order mark": f"\ufeff{RIGHT}",
+    "a tag that looks like a token": "```python\ndef f(x):\n    return len('</s>') // 2 * x\n```\n",
+    "a fence in a comment": "```python\ndef f(x):\n    # see ```a```\n    return 2 * x\n```\n",
+}
+
+
+@pytest.mark.parametrize("reply", HABITS.values(), ids=HABITS.keys())
+def test_habits_of_chat_models(reply: str) -> None:
+    space: dict[str, Any] = {}
+    exec(program_from_chat(reply, 'def f(x):\n    """Twice x."""\n', "f"), space)
+    assert space["f"](21) == 42

@@ -75,6 +75,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         try:
+            if fault.startswith("odd "):
+                self.wfile.write(f"data: {fault[4:]}\n\n".encode())
+                return None
+            while fault == "endless":
+                self.wfile.write(b'data: {"choices": [{"text": "x"}]}\n\n')
             for start in range(0, len(text), 8):
                 piece = text[start : start + 8]
                 event = {"choices": [{"delta": {"content": piece}} if chat else {"text": piece}]}
@@ -82,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
                 if fault == "torn":
                     return None
             self.wfile.write(b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n')
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # the client has what it wants
         finally:
             with self.server.lock:
@@ -227,3 +232,24 @@ def test_a_character_cut_in_half_is_put_together_or_replaced(server: Server) -> 
     """Servers that cut a text between UTF-16 halves: what is left of it can be saved as UTF-8."""
     server.answers = {"whole": "1234567\ud83d\ude00 end", "half": "1234567\ud83d"}
     assert ask(server, ["whole", "half"]) == {0: "1234567\U0001f600 end", 1: "1234567\ufffd"}
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["5", "[1]", '"text"', "null", '{"choices": 5}', '{"choices": [5]}', '{"choices": [{"text": 5}]}', "{",
+     '{"choices": [{"text": ["a"]}]}', '{"choices": [{"delta": "a"}]}', "a"],
+)  # fmt: skip
+def test_an_event_of_another_kind_is_asked_for_again_and_then_said(server: Server, event: str) -> None:
+    server.answers = {"p": "right"}
+    server.faults = [f"odd {event}"]
+    assert ask(server, ["p"]) == {0: "right"}
+    server.faults = [f"odd {event}"] * 5
+    with pytest.raises(QtoolError, match=r"the answer (broke off|holds something else)") as caught:
+        ask(server, ["p"])
+    assert caught.value.exit_code == 3
+
+
+def test_a_server_that_heeds_no_limit_is_named(server: Server) -> None:
+    server.faults = ["endless"]
+    with pytest.raises(QtoolError, match="goes on beyond max_tokens, 16"):
+        ask(server, ["p"])
