@@ -245,6 +245,28 @@ def test_bigcodebench_without_the_unsolvable(tmp_path: Path) -> None:
     assert solvable.solvable(kept, 20.0, "auto") == kept
 
 
+def test_a_test_that_shares_more_than_values_is_judged_in_process(tmp_path: Path) -> None:
+    shares = {
+        "prints": (
+            "    print('hi')\n",
+            "import contextlib, io\ndef check(f):\n    with contextlib.redirect_stdout(io.StringIO()) as b:\n"
+            "        f(1)\n    assert b.getvalue() == 'hi\\n'\n",
+        ),
+        "own class": ("    return x.w\n", "class W:\n    w = 2\ndef check(f):\n    assert f(W()) == 2\n"),
+        "values": ("    return 2 * x\n", "import math\ndef check(f):\n    assert math.isclose(f(1), 2)\n"),
+        "cannot": ("    return x.v\n", "class W:\n    w = 2\ndef check(f):\n    assert f(W()) == 2\n"),
+    }  # fmt: skip
+    rows = [
+        {"task_id": name, "prompt": 'def f(x):\n    """Do."""\n', "canonical_solution": body, "test": test}
+        | {"entry_point": "f"}
+        for name, (body, test) in shares.items()
+    ]  # fmt: skip
+    found = solvable.solvable(load_task(str(write(tmp_path / "own.jsonl", *rows))), 10.0, "auto")
+    runs = {"prints": "in_process", "own class": "in_process", "values": "call"}
+    assert {p.task_id: p.run for p in found.problems} == runs
+    assert list(found.left_out) == ["cannot"]
+
+
 def lcb(**changes: Any) -> dict[str, Any]:
     tests = [{"input": "2\n3 4\n", "output": "7\n", "testtype": "stdin"}]
     row = {
