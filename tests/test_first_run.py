@@ -163,3 +163,15 @@ def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
     rows = [line.split() for line in lines[grid + 2 :]]
     assert [row[0] for row in rows[:4]] == ["bf16", "awq", "gptq", "nf4"], "a row each for what is refused"
     assert "tok/s" not in " ".join(rows[1])
+
+
+def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtool import admission
+    from qtool.recipe import PublishSection
+
+    monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))
+    two = [admission.Candidate(name, tmp_path, None, None) for name in ("awq", "gptq")]  # type: ignore[arg-type]
+    with pytest.raises(
+        QtoolError, match=r"gptq: no gate judged it\nWays on: `--only NAME` .*`gates:`.*`--allow-failed`"
+    ):
+        admission.accept(two, PublishSection(to="my-org"), False)
