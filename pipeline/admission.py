@@ -90,7 +90,12 @@ def accept(found: Sequence[Candidate], section: PublishSection, allow_failed: bo
         if checked is not None and not reasons:
             accepted.append((candidate, checked, soft))
     if refused:
-        raise QtoolError("nothing was published:\n" + "\n".join(refused), exit_code=1)
+        ways = ["`--only NAME` publishes one output"] if len(found) > 1 else []
+        ways.append("`gates:` in the recipe judge an output (run it again: nothing is made twice)")
+        if not allow_failed:
+            ways.append("`--allow-failed` publishes what gates failed or none judged, and the card says so")
+        said = "\n".join([*refused, f"Ways on: {'; '.join(ways)}."])
+        raise QtoolError(f"nothing was published:\n{said}", exit_code=1)
     return accepted
 
 

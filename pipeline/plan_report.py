@@ -124,5 +124,5 @@ def _seconds(found: Range) -> str:
 
 
 def _two_digits(value: float) -> str:
-    """Never an exponent."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    """Never an exponent, nor less than a millisecond."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}" if value >= 0.001 else "0.001"

@@ -46,7 +46,7 @@ def print_run(run: RunRecord) -> None:
     """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
     rows = score_rows(run.summary)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
-    console.print(footnote(run.summary), highlight=False)
+    _print_footnote(footnote(run.summary))
     for note in measured_faults(run.summary.measured):
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     for name, checked in run.checks.items():
@@ -79,7 +79,12 @@ def write_report(run: RunRecord, out: Path) -> Path:
 def print_scores(summary: Summary) -> None:
     """`qtool evaluate`'s table."""
     print_rows(score_rows(summary))
-    console.print(footnote(summary), highlight=False)
+    _print_footnote(footnote(summary))
+
+
+def _print_footnote(text: str) -> None:
+    if text:
+        console.print(text, highlight=False, markup=False)
 
 
 def print_self_check(checks: dict[str, SelfCheck]) -> None:
@@ -102,16 +107,12 @@ def print_results(results: Sequence[GateResult]) -> None:
 
 
 def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
-    """`qtool compare`: a row a measurement, then the answer."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("model", "measured", "A", "B", "from A to B", "p", ""):
-        table.add_column(column, overflow="fold")
+    """`qtool compare`: a line a measurement, then the answer."""
     for change in changes:
-        p = "" if change.p is None else f"{change.p:.2g}"
-        shown = SHOWN.get(change.shown, change.shown)
-        cells = (change.model, change.what, change.before, change.after, change.change, p)
-        table.add_row(*map(escape, cells), shown)
-    console.print(table)
+        p = "" if change.p is None else f", p={change.p:.2g}"
+        said = escape(f"{change.model}: {change.what}: {change.before} -> {change.after}: {change.change}{p}")
+        mark = SHOWN.get(change.shown, change.shown)
+        console.print(f"{mark}  {said}" if mark else said, highlight=False, soft_wrap=True)
     console.print("\n".join(map(escape, notes)), end="\n" if notes else "")
     worse = [change for change in changes if change.shown == "worse"]
     tests = sum(change.p is not None for change in changes)

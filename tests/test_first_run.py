@@ -142,3 +142,36 @@ def test_a_wide_table_goes_on_below_itself_with_its_first_columns() -> None:
 def test_files_are_written_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
     cli_judge.write_text(tmp_path / "reports" / "today" / "q.xml", "<x/>")
     assert (tmp_path / "reports" / "today" / "q.xml").read_text() == "<x/>"
+
+
+def test_a_gain_is_called_a_gain() -> None:
+    from qtool.evaluate.rates import rate_difference
+    from qtool.tables import moved
+
+    better = rate_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10, 1)
+    assert moved(better).startswith("25.0 points gained [")
+    assert moved(rate_difference([1, 0, 1, 1] * 10, [0, 0, 1, 1] * 10, 1)).startswith("25.0 points lost [")
+
+
+def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
+    b40 = Path(__file__).parent / "data" / "iquest" / "IQuest-Coder-V1-40B"
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(main, ["plan", str(b40), "--gpu", "RTX3090", "--gpus", "3"])
+    lines = result.output.splitlines()
+    assert "e+0" not in result.output
+    assert sum("cannot be served" in line for line in lines) == 2, "awq and gptq are refused for one reason"
+    (grid,) = (number for number, line in enumerate(lines) if line.lstrip().startswith("format"))
+    rows = [line.split() for line in lines[grid + 2 :]]
+    assert [row[0] for row in rows[:4]] == ["bf16", "awq", "gptq", "nf4"], "a row each for what is refused"
+    assert "tok/s" not in " ".join(rows[1])
+
+
+def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtool import admission
+    from qtool.recipe import PublishSection
+
+    monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))
+    two = [admission.Candidate(name, tmp_path, None, None) for name in ("awq", "gptq")]  # type: ignore[arg-type]
+    with pytest.raises(
+        QtoolError, match=r"gptq: no gate judged it\nWays on: `--only NAME` .*`gates:`.*`--allow-failed`"
+    ):
+        admission.accept(two, PublishSection(to="my-org"), False)
