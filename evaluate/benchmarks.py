@@ -115,9 +115,7 @@ def fetch(name: str, revision: str | None = None) -> tuple[list[Path], str]:
     )
     try:
         folder = Path(
-            snapshot_download(
-                known.repository, repo_type="dataset", revision=asked, allow_patterns=list(known.files)
-            )
+            snapshot_download(known.repository, repo_type="dataset", revision=asked, allow_patterns=list(known.files))
         )
     except RevisionNotFoundError as error:
         raise QtoolError(f"task {name!r}: the data set {known.repository} has no revision {asked!r}.") from error

@@ -35,7 +35,7 @@ IMPORTS = (
     + "sys.setrecursionlimit(50000)\n"
 )
 
-_STDIN_TEST = '''
+_STDIN_TEST = """
 import json
 from decimal import Decimal
 
@@ -61,8 +61,8 @@ def check(candidate):
     for number, (given, expected) in enumerate(json.loads(TESTS)):
         out = candidate(given)
         assert _same(out, expected), f"test {number}: printed {out!r:.80}, not {expected!r:.80}"
-'''
-_CALL_TEST = '''
+"""
+_CALL_TEST = """
 import json
 
 
@@ -71,7 +71,7 @@ def check(candidate):
         out = candidate(*[json.loads(line) for line in given.split("\\n")])
         out = list(out) if isinstance(out, tuple) else out
         assert out == json.loads(expected), f"test {number}: {out!r:.80}, not {expected:.80}"
-'''
+"""
 
 # A worked example for base models, in the published layout. The examples are qtool's own problems.
 _EXAMPLE_STDIN = (

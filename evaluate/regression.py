@@ -81,9 +81,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_difference(
-    source: Sequence[bool], quantized: Sequence[bool], confidence: float = 0.95
-) -> Difference:
+def paired_difference(source: Sequence[bool], quantized: Sequence[bool], confidence: float = 0.95) -> Difference:
     """The loss on the same problems in the same order. ValueError for unequal lengths or no problems."""
     n = len(source)
     if n != len(quantized):

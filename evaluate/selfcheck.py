@@ -143,9 +143,7 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
         ) from error
 
 
-def _known(
-    problem: Problem, style: Style, program: str, function: ast.FunctionDef, whole: bool
-) -> dict[str, str]:
+def _known(problem: Problem, style: Style, program: str, function: ast.FunctionDef, whole: bool) -> dict[str, str]:
     if whole:
         found = {"solution": program, "raises": _with_body(program, function, [_raise()])}
     else:

@@ -90,6 +90,8 @@ def published(name: str) -> bool:
         f"{shown(name)}: no such folder." + (f" {there} has {', '.join(others)}." if others else "")
         + " Name an artifact's folder, or ORG/NAME of a repository on the Hub."
     )  # fmt: skip
+
+
 def _threads(manifest: Manifest) -> int | None:
     """As many as it was made with: with another number a processor's sums end in other bits."""
     said = manifest.versions.get(THREADS, "")

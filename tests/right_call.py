@@ -187,7 +187,9 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "long linked list": (CLASS + "def f(h):\n    n = 0\n    while h: n, h = n + 1, h.next\n    return n", "h = None\nfor i in range(1000): h = Node(i, h)\nassert f(h) == 1000"),
     "typed numbers": ("def f(a, b): return a + b", "from decimal import Decimal\nfrom fractions import Fraction\nimport datetime\nassert f(Decimal('0.1'), Decimal('0.2')) == Decimal('0.3')\nassert f(Fraction(1, 3), 1) == Fraction(4, 3)\nassert f(datetime.date(2020, 2, 28), datetime.timedelta(1)).day == 29"),
 }  # fmt: skip
-SETUPS = {"linked list": CLASS, "long linked list": CLASS} | {n: OWN for n in PROGRAMS if n.startswith("own ") and OWN in PROGRAMS[n][0]}
+SETUPS = {"linked list": CLASS, "long linked list": CLASS} | {
+    n: OWN for n in PROGRAMS if n.startswith("own ") and OWN in PROGRAMS[n][0]
+}
 ODD = "class Odd{base}:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    __hash__ = None\n    {more}\ndef f(x): return {value}"
 # Wrong ones, one at least for each kind above.
 WRONG: dict[str, tuple[str, str]] = {

@@ -388,7 +388,7 @@ MULTIPL_E = {
     "original": "x.py",
     "prompt_terminology": "reworded",
     "tests": "const assert = require('node:assert');\n\n\nfunction test() {\n  let candidate = pair_up;\n"
-    '  assert.deepEqual(candidate([1, 2, 3]),[[1, 2], [2, 3]]);\n  assert.deepEqual(candidate([]),undefined);\n'
+    "  assert.deepEqual(candidate([1, 2, 3]),[[1, 2], [2, 3]]);\n  assert.deepEqual(candidate([]),undefined);\n"
     '  assert.deepEqual(candidate(["a", "b"]),[["a", "b"]]);\n}\n\ntest();',
     "stop_tokens": ["\nfunction ", "\n/*", "\n//", "\nconsole.log"],
 }

@@ -125,8 +125,18 @@ def test_verify_and_evaluate_commands(
     assert result.exit_code == 0
     assert "sound" in result.output
     result = call(
-        "evaluate", artifact, "--source", tiny, "--text", text_file, "--windows", 4, "--window-length", 64,
-        "--runs", tmp_path / "runs",
+        "evaluate",
+        artifact,
+        "--source",
+        tiny,
+        "--text",
+        text_file,
+        "--windows",
+        4,
+        "--window-length",
+        64,
+        "--runs",
+        tmp_path / "runs",
     )
     assert result.exit_code == 0, result.output
     assert "tiny-awq" in result.output

@@ -169,9 +169,7 @@ def test_measuring_makes_no_other_run(write_recipe: Callable[..., Path]) -> None
     assert load_recipe(write_recipe(measure={"context": [128, 256], "batch": [1, 8]})).digest == plain.digest
 
 
-def test_the_command_prints_what_it_would_log(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_what_it_would_log(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chatty(*arguments: Any) -> Iterator[Row]:
         print("GPT-QModel says hello")
         yield from measure(*arguments)

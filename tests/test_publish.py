@@ -236,7 +236,9 @@ def test_texts_lose_the_folders_of_this_machine() -> None:
     kept = "model: m\ncalibration: {text: corpora/data/x.jsonl}\noutput_dir: data  # on disk\nu: http://h/data\n"
     assert recipe_without_folders(short) == kept
     assert without_folders({"a": ["/x/y", "org/name", 3]}) == {"a": ["y", "org/name", 3]}
-    served = "evaluate: {engine: openai, base_url: 'http://me:pw@gpu7.corp:9000/v1'}  # not http://me:pw@gpu7.corp:9000/v1\n"
+    served = (
+        "evaluate: {engine: openai, base_url: 'http://me:pw@gpu7.corp:9000/v1'}  # not http://me:pw@gpu7.corp:9000/v1\n"
+    )
     assert "gpu7" not in recipe_without_folders(served)
     assert "base_url: 'http://127.0.0.1:8000/v1'" in recipe_without_folders(served)
     asked = {"evaluate": {"base_url": "http://gpu7/v1"}, "other": {"base_url": None}}

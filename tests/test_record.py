@@ -35,7 +35,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
     assert again.summary.models["source"].size.bits_per_weight == 16.0  # type: ignore[union-attr]
     assert not again.failed
     (questions,) = again.questions().values()
-    assert questions == {"t/0": "def f(x: int) -> int:\n    \"\"\"Do it.\"\"\"\n"}
+    assert questions == {"t/0": 'def f(x: int) -> int:\n    """Do it."""\n'}
 
 
 def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:
