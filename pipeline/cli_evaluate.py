@@ -93,7 +93,7 @@ def evaluate(
     asked |= {"tasks": wanted, "text": fidelity}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
-    if model is None and not check and base_url is None:
+    if model is None and not check and base_url is None and engine != "openai":
         raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
     if check or base_url is not None or model is None:
         section = evaluate_section(asked)

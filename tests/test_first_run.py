@@ -149,8 +149,8 @@ def test_a_gain_is_called_a_gain() -> None:
     from qtool.tables import moved
 
     better = rate_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10, 1)
-    assert moved(better).startswith("25.0 points gained [")
-    assert moved(rate_difference([1, 0, 1, 1] * 10, [0, 0, 1, 1] * 10, 1)).startswith("25.0 points lost [")
+    assert moved(better.loss).startswith("25.0 points gained [")
+    assert moved(rate_difference([1, 0, 1, 1] * 10, [0, 0, 1, 1] * 10, 1).loss).startswith("25.0 points lost [")
 
 
 def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
