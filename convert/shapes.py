@@ -58,7 +58,12 @@ def _row_of(record: Any, column: str | None, where: str) -> Row:
         return str(record["text"])
     for key in CHATS:
         if record.get(key) is not None:
-            return _value(record[key], f"{where}: key {key!r}")
+            found = _value(record[key], f"{where}: key {key!r}")
+            if isinstance(found, str):
+                raise QtoolError(
+                    f"{where}: key {key!r}: is text, not messages. If it is what to read: `column: {key}`."
+                )
+            return found
     for question, answer in PAIRS:
         if isinstance(record.get(question), str | list) and isinstance(record.get(answer), str | list):
             return _pair(record, question, answer, where)

@@ -83,7 +83,10 @@ def _blob_name(path: Path) -> str:
 
 
 def _digest_file(path: Path, digest: hashlib._Hash) -> str:
-    with open_file(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with open_file(path) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}.") from error
     return digest.hexdigest()

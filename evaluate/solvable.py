@@ -2,6 +2,7 @@
 
 import ast
 
+from qtool import QtoolError
 from qtool.evaluate.execute import Outcome, run_programs
 from qtool.evaluate.problems import Problem, Task
 from qtool.evaluate.tasks import as_job
@@ -14,7 +15,8 @@ def solvable(task: Task, timeout: float, sandbox: str) -> Task:
     own, the output, files, a random seed), and passes in one process with it: that problem is judged so, and counted.
     One whose test passes what cannot cross, and that fails there too, is left out.
     Problems judged in process with libraries are tried (BigCodeBench): their tests may want another version of a
-    library, a program to start, or the network, which the sandbox refuses. Raises as run_programs does.
+    library, a program to start, or the network, which the sandbox refuses. Raises as run_programs does, and QtoolError
+    where no problem is left.
     """
     own = [p for p in task.problems if p.run == "in_process" and p.libraries and p.solution is not None]
     odd = [p for p in task.problems if p.run == "call" and p.solution is not None and _shares_more(p)]
@@ -31,6 +33,9 @@ def solvable(task: Task, timeout: float, sandbox: str) -> Task:
     if not moved and not left_out:
         return task
     kept = tuple(moved.get(p.task_id, p) for p in task.problems if p.task_id not in left_out)
+    if not kept:
+        name, why = next(iter(left_out.items()))
+        raise QtoolError(f"task {task.name}: none of its problems can be judged here. {name}: {why}.")
     return Task(name=task.name, problems=kept, source=task.source, left_out=task.left_out | left_out)
 
 

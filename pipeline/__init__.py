@@ -34,6 +34,10 @@ class QtoolError(click.ClickException):
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click types it as a class variable and reads the instance
 
+    def format_message(self) -> str:
+        """What a terminal shows: messages quote files and programs, whose control codes are not for it."""
+        return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in self.message)
+
 
 def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:
     """Does ``model`` fit on a card, in which format, with how long a context? No weight is read or downloaded.

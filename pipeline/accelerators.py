@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from qtool import QtoolError
+from qtool.convert.reading import CONFIG_LIMIT, named, read_text
 
 GIB = 2**30
 
@@ -51,11 +52,7 @@ def load_accelerators(own: Path | None = None) -> dict[str, Accelerator]:
     shipped = files("qtool").joinpath("data/accelerators.yaml")
     found = _read(shipped.read_text(encoding="utf-8"), "accelerators.yaml")
     if own is not None:
-        try:
-            text = own.expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise QtoolError(f"{own}: {error.strerror}.") from error
-        found |= _read(text, str(own))
+        found |= _read(read_text(named(str(own)), CONFIG_LIMIT), str(own))
     return found
 
 

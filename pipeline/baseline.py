@@ -3,6 +3,7 @@ run, of an evaluation, or of a baseline file kept beside the code."""
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
+from qtool.convert.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
 from qtool.recipe import EvaluateSection
 from qtool.record import LOCK, find_run, load_index, load_run, load_summary
@@ -85,10 +87,10 @@ def save_baseline(baseline: Baseline, path: Path) -> None:
 
 def load_baseline(path: Path) -> Baseline:
     """Raises QtoolError for a file that is absent or is no baseline."""
+    if not os.path.lexists(path):
+        raise QtoolError(f"{path}: no such file. `qtool baseline save RUN FILE` writes a baseline.")
     try:
-        return Baseline.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise QtoolError(f"{path}: {error.strerror}. `qtool baseline save RUN FILE` writes a baseline.") from error
+        return Baseline.model_validate_json(read_bytes(path, CONFIG_LIMIT))
     except ValidationError as error:
         raise QtoolError(f"{path}: not a baseline that this qtool reads; save it anew.") from error
 

@@ -171,7 +171,7 @@ class PublishSection(_Section):
     {format}; ``layout``: a repository for each output, or one with a folder for each. The licence and ``base_model``
     are the source's own; name them only where its card does not."""
 
-    to: str
+    to: Annotated[str, Field(pattern=r"^[\w{][\w.{}-]*(/[\w{][\w.{}-]*)?$")]
     layout: Literal["repository", "folders"] = "repository"
     private: bool = False
     revision: str | None = None

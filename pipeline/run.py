@@ -235,6 +235,7 @@ def evaluate_folders(
     check_sidecars(model)
     artifact = Artifact.open(model)
     if artifact.gguf is None and not artifact.quantization:
+        artifact.checkpoint.check_dtypes()
         artifact.checkpoint.check_sizes(artifact.config)
     config = load_config(model, trust_remote_code)
     check_folder(model)

@@ -30,7 +30,11 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file says. Raises QtoolError naming file and line."""
     text = read_text(path, SIZE)
     _check_brackets(path, text)
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        at, control = text.count("\n", 0, error.position) + 1, ord(text[error.position])
+        raise QtoolError(f"{path}:{at}: not valid YAML: a control character (0x{control:02x}).") from error
     try:
         node = loader.get_single_node()
         if node is None:

@@ -146,7 +146,7 @@ def attacks() -> list[Attack]:
     missing = _attack(lambda model: (model / "config.json").unlink())
     return [
         *found,
-        Attack("config", "missing", missing, names=("config.json",)),
+        Attack("config", "missing", missing, names=("config.json", "Hugging Face model")),
         Attack("config", "twice", _attack(_twice), TAKEN_OR_REFUSED),
     ]
 

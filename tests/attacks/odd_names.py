@@ -21,7 +21,7 @@ FOLDERS = (
     "a&b",
     "a%s",
     "{x}",
-    "[red]x[/]",
+    "[red]x",
     "a:b",
     "\x1b[2J",
     "a\nb",

@@ -104,7 +104,11 @@ def attacks() -> list[Attack]:
     answers = frozenset({0, 2, 3})
     found = [Attack("task", f"{key} {name}", _row({key: value}), answers) for key in ROW for name, value in KEYS]
     found += [Attack("task", name, _row(change), answers) for name, change in ODD]
-    found += [Attack("task", f"file: {name}", _file(file, _writes(data)), LACKS) for name, file, data in FILES]
+    harmless = ("another suffix", "1e999")  # rows are rows, and nobody asks for the key
+    found += [
+        Attack("task", f"file: {name}", _file(file, _writes(data)), LACKS | {0} if name in harmless else LACKS)
+        for name, file, data in FILES
+    ]
     specials: list[tuple[str, str, Callable[[Path], Any]]] = [
         ("a pipe", "t.jsonl", os.mkfifo),
         ("a folder", "t.jsonl", os.mkdir),
