@@ -200,7 +200,7 @@ def test_other_sources_have_no_common_kl(planted: dict[str, Path], tmp_path: Pat
     ("arguments", "message"),
     [
         (("check", "nothing"), "no such run"),
-        (("compare", "absent.json", "x"), "absent.json: No such file"),
+        (("compare", "absent.json", "x"), "absent.json: no such file"),
         (("baseline", "save", "nothing", "x.json"), "no such run"),
     ],
 )

@@ -108,7 +108,7 @@ def test_several_cards_share() -> None:
         (["--kv-dtype", "q4_0", "--engine", "vllm"], "--kv-dtype q4_0: vllm keeps its cache in bf16, f16, fp8"),
         (["--format", "q4"], "--format q4: not a format qtool writes"),
         (["--engine", "llama.cpp", "--format", "awq"], "awq: llama.cpp does not load it"),
-        (["--cards", "/absent.yaml"], "/absent.yaml: No such file"),
+        (["--cards", "/absent.yaml"], "/absent.yaml: no such file"),
     ],
 )
 def test_bad_input_says_what_and_what_else(arguments: list[str], said: str) -> None:
