@@ -6,6 +6,7 @@ torch comes with the first call.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,10 @@ class QtoolError(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click types it as a class variable and reads the instance
 
     def format_message(self) -> str:
-        """What a terminal shows: messages quote files and programs, whose control codes are not for it."""
-        return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in self.message)
+        """What a terminal shows: messages quote files and programs, whose control codes and endless names are not for
+        it."""
+        text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in self.message)
+        return re.sub(r"\S{400,}", lambda long: f"{long[0][:120]}…{long[0][-40:]}", text)
 
 
 def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:

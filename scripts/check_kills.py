@@ -214,7 +214,9 @@ class Trials:
             time.sleep(after)
             os.kill(pid, signum)
         code = wait(pid)
-        said = log.with_suffix(".out").read_text()
+        said = (
+            log.with_suffix(".out").read_text() if log.with_suffix(".out").exists() else ""
+        )  # killed before its first word
         if signum != signal.SIGKILL and code not in (0, 128 + signum):
             return f"exit code {code}: {said[-300:]}"
         if signum != signal.SIGKILL and code and "Run the same command again" not in said:

@@ -47,3 +47,4 @@ def test_a_repository_is_no_path(name: str) -> None:
 
 def test_a_message_shows_no_control_codes() -> None:
     assert QtoolError("a\x1b]0;x\x07b\nc").format_message() == "a\ufffd]0;x\ufffdb\nc"
+    assert len(QtoolError("x" * 5000 + ": no such folder.").format_message()) < 200
