@@ -98,6 +98,8 @@ def reference_dtype(device: torch.device) -> torch.dtype:
 def load_native(path: Path, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
     """An artifact as transformers itself loads it, with the kernels of its format. Raises QtoolError: exit 3 where the
     package with the kernels is not installed or does not run here, exit 2 for a .gguf artifact."""
+    if (path / "generation_config.json").exists():
+        read_json(path / "generation_config.json")  # transformers takes its own defaults for one that is damaged
     from importlib.util import find_spec
 
     from transformers import AutoModelForCausalLM

@@ -48,3 +48,13 @@ def test_a_repository_is_no_path(name: str) -> None:
 def test_a_message_shows_no_control_codes() -> None:
     assert QtoolError("a\x1b]0;x\x07b\nc").format_message() == "a\ufffd]0;x\ufffdb\nc"
     assert len(QtoolError("x" * 5000 + ": no such folder.").format_message()) < 200
+
+
+def test_a_damaged_generation_config_is_no_default(tmp_path: Path) -> None:
+    import torch
+
+    from qtool.evaluate.generate import load_native
+
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(QtoolError, match=r"generation_config\.json: not valid JSON"):
+        load_native(tmp_path, torch.device("cpu"))
