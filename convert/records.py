@@ -14,7 +14,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from qtool import QtoolError
 from qtool.convert.reading import MB, decoded, open_file
@@ -84,7 +84,8 @@ def suffix(path: Path) -> str:
 
 
 def _unpacked(file: BinaryIO) -> io.BufferedReader:
-    reader: io.BufferedReader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # type: ignore
+    # BinaryIO is typing's name for what io calls RawIOBase; a file opened to read bytes is one
+    reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file))
     if reader.peek(2)[:2] == _PACKED:
         return io.BufferedReader(gzip.GzipFile(fileobj=reader), _PIECE)
     return reader

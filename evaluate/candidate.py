@@ -117,7 +117,7 @@ def _function(line: ProgramSide, handle: int) -> Any:
     def given(*args: Any, **kwargs: Any) -> Any:
         return line.ask("__call__", handle, args, kwargs)
 
-    given._home = handle  # type: ignore[attr-defined]
+    given._home = handle  # type: ignore[attr-defined]  # a function takes any attribute
     return given
 
 
@@ -144,7 +144,7 @@ def _has(kind: Any, name: str) -> bool:
 def _hash(value: Any) -> int | None:
     try:
         return hash(value)
-    except Exception:
+    except Exception:  # the program's own __hash__ may raise anything: such a value has none
         return None
 
 
@@ -171,7 +171,7 @@ def _some(iterator: Iterator[Any], count: int) -> list[Any]:
             items.append(next(iterator))
     except StopIteration:
         return [items, True]
-    except Exception as error:
+    except Exception as error:  # the program's own iterator: what it raises is its answer
         return [items, error]
     return [items, None]
 

@@ -50,7 +50,7 @@ class _Adapted:
             load(module)
             _ADAPTED[name](module)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # wraps this one loader
         return spec
 
 
@@ -84,7 +84,7 @@ def _threads_for_processes(module: Any) -> None:
         def shutdown(self) -> None:
             pass
 
-    Manager.Value, Manager.dict, Manager.list = Value, dict, list  # type: ignore[attr-defined]
+    Manager.Value, Manager.dict, Manager.list = Value, dict, list  # type: ignore[attr-defined]  # names that a class body would shadow
     for name in dummy.__all__:
         if name not in ("current_process", "active_children", "freeze_support"):
             setattr(module, name, getattr(dummy, name))
@@ -98,7 +98,7 @@ def _pool_of_threads(module: Any) -> None:
     """multiprocessing.pool: its pool of threads does without the lock that processes would share."""
     import queue
 
-    class Notifier(queue.SimpleQueue):  # type: ignore[type-arg]
+    class Notifier(queue.SimpleQueue):  # type: ignore[type-arg]  # holds whatever the pool puts there
         _reader = None
 
     class Context:
@@ -111,7 +111,7 @@ def _pool_of_threads(module: Any) -> None:
 def _executor_of_threads(module: Any) -> None:
     """concurrent.futures: the executor of processes has threads."""
 
-    class ProcessPoolExecutor(module.ThreadPoolExecutor):  # type: ignore[misc]
+    class ProcessPoolExecutor(module.ThreadPoolExecutor):  # type: ignore[misc]  # the module is a parameter: Any
         def __init__(
             self, max_workers: int | None = None, mp_context: Any = None, initializer: Any = None,
             initargs: Any = (), *, max_tasks_per_child: int | None = None,

@@ -107,12 +107,12 @@ class Line(Sides):
             data = writer.pack((*made, changed))
         except NotPlain as error:
             data = Writer(self).pack(("refused", str(error)[:300], {}))
-        except Exception as error:
+        except Exception as error:  # reading a program's value runs its own code, which may raise anything
             data = Writer(self).pack(("refused", f"a value that raises {type(error).__name__} when read", {}))
         self.send(data)
 
     def perform(self, operation: str, target: Any, args: Any, kwargs: Any) -> Any:
-        """What this side does for the other."""
+        """What this side does for the other. Each of the two sides says it; there is no line without a side."""
         raise NotImplementedError
 
     def exception(self, value: Any) -> BaseException:
@@ -185,7 +185,7 @@ class Line(Sides):
         if tag == "class":
             return self.classes[rest[0]]
         if tag == "member":
-            return self.classes[rest[0]].__members__[rest[1]]  # type: ignore[attr-defined]
+            return self.classes[rest[0]].__members__[rest[1]]  # type: ignore[attr-defined]  # a member's class is an enum
         if tag == "flags" and type(rest[1]) is int:
             return self.classes[rest[0]](rest[1])
         if tag == "changing":

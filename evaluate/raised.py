@@ -65,7 +65,7 @@ def made(given: list[Any], classes: dict[str, type]) -> BaseException:
 def _text(error: BaseException) -> str | None:
     try:
         return str(error)
-    except Exception:
+    except Exception:  # a __str__ of the program's own: it has no text then
         return None
 
 
@@ -93,12 +93,12 @@ def _kind(name: str, kinds: list[type[BaseException]]) -> type[BaseException]:
 def _new(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     try:
         error = kind(*args)
-    except Exception:
+    except Exception:  # an __init__ of anybody's own
         # Some want other arguments than they keep (UnicodeDecodeError, one's own).
         error = kind.__new__(kind, *args)
     try:
         if error.args != args:
             error.args = args
-    except Exception:
+    except Exception:  # args may be a property without a setter
         error.args = args
     return error

@@ -48,7 +48,7 @@ class Remote:
         return self._line.ask("deepcopy", self._handle)
 
     @property
-    def __dict__(self) -> Any:  # type: ignore[override]
+    def __dict__(self) -> Any:  # type: ignore[override]  # asked for from the other process
         return self._line.ask("get", self._handle, ("__dict__",))
 
     @property

@@ -47,8 +47,8 @@ def as_function(program: str) -> Callable[[str], str]:
         entry = io.FileIO(0, closefd=False)
         entry.name = "<stdin>"
         reader = io.TextIOWrapper(io.BufferedReader(entry), "utf-8", "surrogateescape")
-        reader.mode = "r"  # type: ignore[misc]
-        sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]
+        reader.mode = "r"  # type: ignore[misc]  # plain Python's own has it, too
+        sys.stdin = sys.__stdin__ = reader  # type: ignore[misc]  # final for typing alone
         raw = io.FileIO(1, "w", closefd=False)
         raw.name = "<stdout>"
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
