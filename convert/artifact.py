@@ -17,12 +17,9 @@ from qtool.convert.config_file import read_config
 from qtool.convert.containers import Linears
 from qtool.convert.durable import make_durable, naming
 from qtool.convert.gguf_file import GgufFile
-from qtool.convert.manifest import MANIFEST as MANIFEST
-from qtool.convert.manifest import FileEntry as FileEntry
-from qtool.convert.manifest import Manifest as Manifest
-from qtool.convert.manifest import read_manifest as read_manifest
+from qtool.convert.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from qtool.convert.sidecars import carried_bytes, sidecars, without_private_paths
-from qtool.convert.source import sha256_file
+from qtool.convert.watch import sha256_file
 
 EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"

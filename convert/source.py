@@ -14,7 +14,6 @@ from pathlib import Path
 from qtool import QtoolError
 from qtool.convert.reading import hub_cache, named, shown
 from qtool.convert.watch import Watched, require_unchanged, watch, watch_blob
-from qtool.convert.watch import sha256_file as sha256_file
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.artifact import MANIFEST, PARTIAL, Manifest, read_manifest
+from qtool.convert.artifact import PARTIAL
 from qtool.convert.licence import licence_fault
+from qtool.convert.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.verify import Verification, verify
 from qtool.recipe import PublishSection
 from qtool.record import RESULT, RunRecord, find_run, load_run

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from qtool.convert.artifact import Manifest
 from qtool.convert.licence import Licence
+from qtool.convert.manifest import Manifest
 from qtool.convert.verify import Check
 from qtool.gates import GateResult
 from qtool.measure_report import measured_rows, measured_ways

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 from qtool import QtoolError
 from qtool.baseline import Baseline, measured
 from qtool.compare import Change, compare
-from qtool.convert.artifact import MANIFEST, read_manifest
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.verify_files import check_files
 from qtool.evidence import Result, p_text
 from qtool.gates import GateResult, judge

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from qtool import QtoolError
 from qtool.accelerators import Accelerator
-from qtool.convert.artifact import MANIFEST, read_manifest
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.source import resolve
 from qtool.engines import PACKAGES
 from qtool.evaluate.engines import package_versions

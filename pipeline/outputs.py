@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.boundary import Interrupted
-from qtool.convert.artifact import MANIFEST, Artifact, drop_journals, read_manifest
+from qtool.convert.artifact import Artifact, drop_journals
 from qtool.convert.durable import is_still, naming
 from qtool.convert.gguf_plan import GgufPlan
 from qtool.convert.imatrix import read_imatrix
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import named
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify_files import check_files

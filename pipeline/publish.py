@@ -13,8 +13,8 @@ from qtool import QtoolError, hub, ledger
 from qtool.admission import Accepted, Candidate, licence_keys
 from qtool.baseline import Baseline, measured
 from qtool.card import EVIDENCE, PLOT, Card, Published, card_text, eval_files
-from qtool.convert.artifact import MANIFEST, Manifest
 from qtool.convert.licence import licence_of
+from qtool.convert.manifest import MANIFEST, Manifest
 from qtool.evaluate.scorecard import Scores
 from qtool.figures import size_against
 from qtool.hub import Target, Upload, upload_of

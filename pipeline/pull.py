@@ -12,7 +12,7 @@ from qtool import QtoolError, hub
 from qtool.baseline import Baseline, load_baseline, resolve_side
 from qtool.card import EVIDENCE
 from qtool.compare import Change, compare, pair_up
-from qtool.convert.artifact import MANIFEST, Manifest, read_manifest
+from qtool.convert.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.reading import named, shown
 from qtool.convert.verify import Verification, verify
 from qtool.recipe import EvaluateSection

@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from qtool import QtoolError, ledger
-from qtool.convert.artifact import MANIFEST, Artifact, Manifest
+from qtool.convert.artifact import Artifact
 from qtool.convert.durable import held, naming, sweep, write_whole
+from qtool.convert.manifest import MANIFEST, Manifest
 from qtool.convert.reading import read_bytes, read_text
 from qtool.convert.verify import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore

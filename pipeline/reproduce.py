@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 
 from qtool import QtoolError
-from qtool.convert.artifact import Artifact, Manifest
+from qtool.convert.artifact import Artifact
 from qtool.convert.gguf_file import GgufFile
+from qtool.convert.manifest import Manifest
 from qtool.convert.reading import named, shown
 from qtool.convert.source import resolve
 from qtool.convert.text import TextSource, load_tokenizer, token_windows

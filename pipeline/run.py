@@ -14,9 +14,10 @@ import click
 import torch
 
 from qtool import QtoolError, ledger, record
-from qtool.convert.artifact import MANIFEST, Artifact, read_manifest
+from qtool.convert.artifact import Artifact
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.durable import require_writable
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import named, read_text, shown
 from qtool.convert.sidecars import check_sidecars
 from qtool.convert.skeleton import load_config

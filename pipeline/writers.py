@@ -10,18 +10,11 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert import vllm_rules
-from qtool.convert.artifact import (
-    EXTRAS,
-    FOLD_SCALES,
-    Manifest,
-    copy_sidecars,
-    file_entries,
-    seal,
-    write_config,
-)
+from qtool.convert.artifact import EXTRAS, FOLD_SCALES, copy_sidecars, file_entries, seal, write_config
 from qtool.convert.checkpoint import Checkpoint
 from qtool.convert.containers import Linears, container_of
 from qtool.convert.licence import read_licence
+from qtool.convert.manifest import Manifest
 from qtool.convert.plan import layer_of
 from qtool.convert.writer import ShardWriter, Spec
 from qtool.job import Job, device_kind, versions

@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qtool.card import Card, Published, card_text, escape, eval_files, fenced, loading
-from qtool.convert.artifact import FileEntry, Manifest
 from qtool.convert.licence import Licence
+from qtool.convert.manifest import FileEntry, Manifest
 from qtool.convert.verify import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.gates import GateResult

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.artifact import Artifact, Manifest
+from qtool.convert.artifact import Artifact
 from qtool.convert.gguf_file import GgufFile, GgufWriter
 from qtool.convert.imatrix import read_imatrix, write_imatrix
+from qtool.convert.manifest import Manifest
 from qtool.convert.modelfile import modelfile
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve, sha256_file
+from qtool.convert.source import resolve
 from qtool.convert.text import load_tokenizer, token_windows
 from qtool.convert.verify import verify
+from qtool.convert.watch import sha256_file
 from qtool.evaluate import llama_cpp, served
 from qtool.evaluate.engines import Decoding, Request
 from qtool.evaluate.generate import load_model

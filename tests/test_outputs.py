@@ -20,7 +20,8 @@ import yaml
 
 from qtool import QtoolError
 from qtool.boundary import Interrupted
-from qtool.convert.artifact import MANIFEST, Artifact
+from qtool.convert.artifact import Artifact
+from qtool.convert.manifest import MANIFEST
 from qtool.convert.source import HUB_PATTERNS, resolve
 from qtool.convert.writer import ShardWriter
 from qtool.job import Job, artifact_key, open_job

@@ -21,7 +21,7 @@ from qtool import publish as publishing
 from qtool.admission import Candidate, candidates, refusals
 from qtool.baseline import Baseline
 from qtool.cli import main
-from qtool.convert.artifact import Manifest, read_manifest
+from qtool.convert.manifest import Manifest, read_manifest
 from qtool.convert.verify import verify
 from qtool.recipe import PublishSection
 from qtool.redaction import recipe_without_folders, without_folders

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.convert import bnb_nf4, compressed_tensors, runtimes
-from qtool.convert.artifact import MANIFEST, Artifact, file_entries, read_manifest
+from qtool.convert.artifact import Artifact, file_entries
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.source import resolve
 from qtool.convert.verify import Verification, verify
 from qtool.job import open_job

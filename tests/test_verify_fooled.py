@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_verify import EMBEDDING, OUTPUTS, Q, change_tensor, edit_config, edit_manifest, failures, rename, sign
 
 from qtool import QtoolError
-from qtool.convert.artifact import MANIFEST, read_manifest
 from qtool.convert.bnb_nf4 import KEYS as NF4_KEYS
 from qtool.convert.bnb_nf4 import MARK, NF4
 from qtool.convert.containers import CONTAINERS
+from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import strict_json
 from qtool.convert.source import resolve
 from qtool.convert.verify import verify
