@@ -25,6 +25,7 @@ from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.soundness import refuse_unsound
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
@@ -230,18 +231,8 @@ class Walk:
 
     def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
-        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-        alive = torch.stack([tensor.any() for tensor in weights.values()]).tolist()
         added = any(group.kind == "norm_plus_one" for group in self.architecture.groups)
-        for (name, tensor), ok, some in zip(weights.items(), finite, alive, strict=True):
-            where = f"{self.checkpoint.path}: {self.architecture.prefix}{index}.{name}"
-            if not ok:
-                raise QtoolError(f"{where}: the source weight holds NaN or Inf. Download the model again.")
-            if not some and (tensor.ndim > 1 or (name.endswith("norm.weight") and not added)):  # verify refuses it too
-                raise QtoolError(
-                    f"{where}: the source weight is all zero: of a model that is damaged, or was enlarged and not "
-                    "trained yet."
-                )
+        refuse_unsound(weights, f"{self.checkpoint.path}: {self.architecture.prefix}{index}.", added)
         return weights
 
     def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -114,6 +114,31 @@ def reason(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"texts part at character {place}: qtool {mine[place : place + 30]!r}, lm-eval {other[place : place + 30]!r}"
 
 
+def tell(
+    task: Any, mine: dict[str, Any], other: dict[str, Any], times: dict[str, list[tuple[float, float]]],
+    inside: list[tuple[float, float]], checked: float,
+) -> None:  # fmt: skip
+    """What both found, how long each took, and every problem that they judge differently."""
+    asked = sum(other[problem.task_id]["prompt"] == problem.prompt for problem in task.problems)
+    print(f"{len(task.problems)} problems of {task.name}; {asked} prompts equal to the letter")
+    print(f"qtool's self-check, made once: {checked:.1f} s")
+    right = {"qtool": sum(o["outcome"] == "passed" for o in mine.values())}
+    right["lm-eval"] = sum(o["passed"] for o in other.values())
+    for side, spent in times.items():
+        walls, cpus = [wall for wall, _ in spent], [cpu for _, cpu in spent]
+        took = f"wall {statistics.median(walls):.1f} s, CPU {statistics.median(cpus):.1f} s (medians)"
+        print(f"{side}: {right[side]} passed; whole process: {took}")
+    for unit, index in (("wall", 0), ("CPU", 1)):
+        ratios = [b[index] / a[index] for a, b in zip(times["qtool"], times["lm-eval"], strict=True)]
+        print(f"lm-eval / qtool, whole process, {unit}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    shown = ", ".join(f"{b / a:.2f} ({b:.1f} s / {a:.1f} s)" for a, b in inside)
+    print(f"lm-eval / qtool, answering and judging alone, wall: {shown}")
+    differing = [n for n in mine if (mine[n]["outcome"] == "passed") != other[n]["passed"]]
+    print(f"outcomes that differ: {len(differing)}")
+    for problem in differing:
+        print(f"  {problem}: {reason(mine[problem], other[problem])}")
+
+
 def main() -> None:
     """Run both and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,24 +182,7 @@ def main() -> None:
             found = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
             inside.append((score["seconds"], found["wall"]))
         mine, other = score["outcomes"], found["answers"]
-    asked = sum(other[problem.task_id]["prompt"] == problem.prompt for problem in task.problems)
-    print(f"{len(task.problems)} problems of {task.name}; {asked} prompts equal to the letter")
-    print(f"qtool's self-check, made once: {checked[0]:.1f} s")
-    right = {"qtool": sum(o["outcome"] == "passed" for o in mine.values())}
-    right["lm-eval"] = sum(o["passed"] for o in other.values())
-    for side, spent in times.items():
-        walls, cpus = [wall for wall, _ in spent], [cpu for _, cpu in spent]
-        took = f"wall {statistics.median(walls):.1f} s, CPU {statistics.median(cpus):.1f} s (medians)"
-        print(f"{side}: {right[side]} passed; whole process: {took}")
-    for unit, index in (("wall", 0), ("CPU", 1)):
-        ratios = [b[index] / a[index] for a, b in zip(times["qtool"], times["lm-eval"], strict=True)]
-        print(f"lm-eval / qtool, whole process, {unit}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    shown = ", ".join(f"{b / a:.2f} ({b:.1f} s / {a:.1f} s)" for a, b in inside)
-    print(f"lm-eval / qtool, answering and judging alone, wall: {shown}")
-    differing = [n for n in mine if (mine[n]["outcome"] == "passed") != other[n]["passed"]]
-    print(f"outcomes that differ: {len(differing)}")
-    for problem in differing:
-        print(f"  {problem}: {reason(mine[problem], other[problem])}")
+    tell(task, mine, other, times, inside, checked[0])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiers import HERE
 
 from qtool import QtoolError
 from qtool.evaluate import execute, seccomp
-from qtool.evaluate.execute import TIERS, Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
+from qtool.evaluate.execute import Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
 
 SECRET = "only the test knows 9731"
 TEST = f'''
@@ -29,14 +30,6 @@ def check(candidate):
 '''
 
 
-def available(tier: str) -> bool:
-    try:
-        return bool(detect_sandbox(tier))
-    except QtoolError:
-        return False
-
-
-HERE = [tier for tier in TIERS if available(tier)]
 pytestmark = pytest.mark.skipif(not HERE, reason="no sandbox on this machine")
 
 

@@ -11,22 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiers import HERE
 
-from qtool import QtoolError
 from qtool.evaluate import cell, scratch
 from qtool.evaluate.cell import Kit, hidden_paths
-from qtool.evaluate.execute import TIERS, Job, detect_sandbox, run_programs
+from qtool.evaluate.execute import Job, run_programs
 from qtool.evaluate.isolation import readable_without, third_party
 
-
-def available(tier: str) -> bool:
-    try:
-        return bool(detect_sandbox(tier))
-    except QtoolError:
-        return False
-
-
-HERE = [tier for tier in TIERS if available(tier)]
 TEST = "def check(candidate):\n    assert candidate(1) == 1\n"
 
 
