@@ -66,6 +66,23 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HUB, ignore_errors=True)
 
 
+def converted(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
+    """Output name -> its sealed artifact in ``folder``, calibrated on fixed random tokens."""
+    from qtool.convert.source import resolve
+    from qtool.job import open_job
+    from qtool.outputs import make_artifacts
+    from qtool.quantize.calibration import CalibrationSet
+    from qtool.recipe import load_recipe
+
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"model": str(model), "outputs": outputs, "output_dir": f"{folder}/artifacts"}))
+    recipe = load_recipe(path)
+    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
+    tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
+    made = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
+    return {name: artifact.path for name, artifact in made.items()}
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same random numbers in every run and in any order."""

@@ -10,18 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import converted
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.convert import bnb_nf4, compressed_tensors, runtimes
 from qtool.convert.artifact import Artifact, file_entries
 from qtool.convert.manifest import MANIFEST, read_manifest
-from qtool.convert.source import resolve
 from qtool.convert.verify import Verification, verify
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
-from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
 
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32},
@@ -34,14 +30,7 @@ OUTPUTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("verify")
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({"model": str(tiny), "outputs": OUTPUTS, "output_dir": f"{folder}/artifacts"}))
-    recipe = load_recipe(path)
-    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    made = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
-    return {name: artifact.path for name, artifact in made.items()}
+    return converted(tiny, OUTPUTS, tmp_path_factory.mktemp("verify"))
 
 
 @pytest.fixture

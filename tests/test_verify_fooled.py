@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import converted
 from safetensors.torch import load_file, save_file
 from test_verify import EMBEDDING, OUTPUTS, Q, change_tensor, edit_config, edit_manifest, failures, rename, sign
 
@@ -22,13 +23,8 @@ from qtool.convert.bnb_nf4 import MARK, NF4
 from qtool.convert.containers import CONTAINERS
 from qtool.convert.manifest import MANIFEST, read_manifest
 from qtool.convert.reading import strict_json
-from qtool.convert.source import resolve
 from qtool.convert.verify import verify
 from qtool.convert.verify_files import check_files
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
-from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
 
 WITH_GGUF = [*OUTPUTS, {"method": "gguf", "name": "q8", "type": "Q8_0"}]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -36,14 +32,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("fooled")
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({"model": str(tiny), "outputs": WITH_GGUF, "output_dir": f"{folder}/artifacts"}))
-    recipe = load_recipe(path)
-    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    found = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
-    return {name: artifact.path for name, artifact in found.items()}
+    return converted(tiny, WITH_GGUF, tmp_path_factory.mktemp("fooled"))
 
 
 @pytest.fixture
