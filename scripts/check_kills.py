@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=12, help="kills -9 and signals at random moments")
     parser.add_argument("--no-scores", action="store_true", help="conversions only")
     options = parser.parse_args()
-    from conftest import make_model  # the tests' small models
+    from small_models import make_model  # the tests' small models
 
     for name in USED:  # once, for all forks
         importlib.import_module(name)

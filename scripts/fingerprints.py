@@ -95,7 +95,7 @@ def everything(folder: Path, only: str) -> Iterator[tuple[str, bytes]]:
     if "demo".startswith(only):
         yield from run(folder / "demo", ROOT / "recipes/smoke.yaml", "demo")
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import TEXT, make_model
+    from small_models import TEXT, make_model
 
     for family in FAMILIES:
         if not family.startswith(only):

@@ -1,4 +1,4 @@
-"""Two-layer models with random weights and a small tokenizer: the real pipeline runs on them in a second."""
+"""What every test shares. Nothing imports this file: pytest runs it once, and a second run would set a second Hub."""
 
 from __future__ import annotations
 
@@ -17,70 +17,11 @@ HUB = tempfile.mkdtemp(prefix="qtool-tests-hub-")
 make_neutral(os.environ, HUB)  # before the libraries that read it once, when they are imported
 
 import torch  # noqa: E402
-
-TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(400))
-
-PROBLEM = {
-    "task_id": "t/0", "prompt": 'def f(x: int) -> int:\n    """Do it."""\n', "entry_point": "f",
-    "canonical_solution": "    return x + 1000\n", "test": "def check(candidate):\n    assert candidate(1) == 1001\n",
-}  # fmt: skip
-
-
-def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", **changes: Any) -> Path:
-    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    settings: dict[str, Any] = {
-        "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
-        "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    kind = getattr(transformers, f"{architecture}ForCausalLM")
-    model = kind(kind.config_class(**(settings | changes)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # outlier channels, as trained models have them
-                parameter.copy_(1 + torch.rand_like(parameter) + 6 * (torch.rand_like(parameter) > 0.95))
-                parameter.sub_(1 if "Gemma" in architecture else 0)  # they apply 1 + weight
-            elif parameter.ndim == 2:
-                parameter.copy_(torch.randn_like(parameter) * 0.08)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.05)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
-    fast.save_pretrained(folder)
-    return folder
+from small_models import PROBLEM, TEXT, make_model  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(HUB, ignore_errors=True)
-
-
-def converted(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
-    """Output name -> its sealed artifact in ``folder``, calibrated on fixed random tokens."""
-    from qtool.convert.source import resolve
-    from qtool.job import open_job
-    from qtool.outputs import make_artifacts
-    from qtool.quantize.calibration import CalibrationSet
-    from qtool.recipe import load_recipe
-
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({"model": str(model), "outputs": outputs, "output_dir": f"{folder}/artifacts"}))
-    recipe = load_recipe(path)
-    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    made = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
-    return {name: artifact.path for name, artifact in made.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 from environment import make_neutral
 
@@ -33,3 +35,9 @@ def test_it_is_taken_out_before_the_libraries_look() -> None:
     assert not constants.HF_HUB_OFFLINE
     assert constants.HF_HUB_CACHE.startswith(os.environ["HF_HOME"])
     assert get_token() is None
+
+
+def test_what_every_test_shares_is_run_once() -> None:
+    """pytest loads conftest.py itself; importing it runs it again, and a second Hub is set behind the libraries."""
+    for path in sorted([*Path(__file__).parent.rglob("*.py"), *Path(__file__).parents[1].glob("scripts/*.py")]):
+        assert not re.search(r"^\s*(from|import) conftest\b", path.read_text(), re.MULTILINE), path

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import converted
 from safetensors.torch import load_file, save_file
+from small_models import converted
 
 from qtool import QtoolError
 from qtool.convert import bnb_nf4, compressed_tensors, runtimes

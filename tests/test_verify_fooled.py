@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import converted
 from safetensors.torch import load_file, save_file
+from small_models import converted
 from test_verify import EMBEDDING, OUTPUTS, Q, change_tensor, edit_config, edit_manifest, failures, rename, sign
 
 from qtool import QtoolError

@@ -51,7 +51,7 @@ class Answer:
 
 def prepare(root: Path) -> Bench:
     """The good things: two models, a text, a task, a run with five artifacts."""
-    from conftest import make_model
+    from small_models import make_model
 
     root.mkdir(parents=True, exist_ok=True)
     make_model(root / "model", shard="50MB")
