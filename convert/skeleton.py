@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qtool import QtoolError
-from qtool.convert.config_file import CONFIG, read_config
-from qtool.convert.reading import shown
+from qtool.convert.files.reading import shown
+from qtool.convert.models.config_file import CONFIG, read_config
 
 _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 
@@ -24,7 +24,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    from qtool.convert.config_keys import check_class, check_config
+    from qtool.convert.models.config_keys import check_class, check_config
 
     raw = read_config(path)
     check_config(raw)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
-from qtool.evaluate import prompts
-from qtool.evaluate.engines import Decoding, Engine, Message, Request, sample_seed
-from qtool.evaluate.execute import Job, Outcome, run_programs
+from qtool.evaluate.engines.engine import Decoding, Engine, Message, Request, sample_seed
 from qtool.evaluate.journal import Journal, Place
-from qtool.evaluate.prompts import Style
+from qtool.evaluate.sandbox.execute import Job, Outcome, run_programs
 from qtool.evaluate.scorecard import Outcome as Verdict
 from qtool.evaluate.scorecard import ProblemOutcome
-from qtool.evaluate.tasks import Problem, Task, as_job
+from qtool.evaluate.tasks import prompts
+from qtool.evaluate.tasks.loading import Problem, Task, as_job
+from qtool.evaluate.tasks.prompts import Style
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import TensorStream
-from qtool.convert.durable import naming, whole_folder
+from qtool.convert.files.checkpoint import TensorStream
+from qtool.convert.files.durable import naming, whole_folder
 
 TOP = 2048  # tokens kept at a position
 BUDGET = 2**30  # bytes on disk for one reference: fewer are kept where TOP would need more
@@ -208,7 +208,7 @@ def _logprobs(model: nn.Module, window: Tensor) -> Iterator[tuple[int, Tensor]]:
         logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0]
         yield 0, torch.log_softmax(logits.float(), dim=-1)
         return
-    from qtool.evaluate.cache import make_cache
+    from qtool.evaluate.engines.cache import make_cache
 
     cache = make_cache(model.config)
     for start in range(0, len(window), CHUNK):

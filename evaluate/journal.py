@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.durable import naming, say, set_aside
-from qtool.convert.reading import read_bytes
+from qtool.convert.files.durable import naming, say, set_aside
+from qtool.convert.files.reading import read_bytes
 from qtool.evaluate.scorecard import ProblemOutcome
 
 Place = tuple[str, int]  # problem id, number of the sample

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qtool.evaluate.regression import Difference, Interval, bootstrap_mean, paired_difference, wilson
+from qtool.evaluate.statistics import Difference, Interval, bootstrap_mean, paired_difference, wilson
 
 
 def permutation_p(differences: Sequence[int]) -> float:

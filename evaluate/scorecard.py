@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from qtool.convert.durable import save as save
+from qtool.convert.files.durable import save as save
 
 Outcome = Literal["passed", "failed", "timeout", "error"]
 

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict
 
 from qtool import QtoolError
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines import Completion, Decoding, Request
+from qtool.evaluate.engines.engine import Completion, Decoding, Request
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.prompts import Style
-from qtool.evaluate.rows import syntax_tree
-from qtool.evaluate.tasks import Problem, Task
+from qtool.evaluate.tasks.loading import Problem, Task
+from qtool.evaluate.tasks.prompts import Style
+from qtool.evaluate.tasks.rows import syntax_tree
 
 PIECE = 24  # characters that a model would write between two looks at the text
 _ALTER = """

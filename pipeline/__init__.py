@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qtool.convert.artifact import Artifact
-    from qtool.convert.verify import Verification
-    from qtool.gates import GateResult
-    from qtool.plan import Plan
-    from qtool.summary import Summary
+    from qtool.convert.files.artifact import Artifact
+    from qtool.convert.verify.checks import Verification
+    from qtool.runs.gates import GateResult
+    from qtool.runs.summary import Summary
+    from qtool.sizing.plan import Plan
 
 __all__ = ["QtoolError", "convert", "judge", "open", "plan", "score", "verify"]
 
@@ -166,8 +166,8 @@ class _Called(ModuleType):
 
 
 class _Root(ModuleType):
-    """This package. Importing `qtool.convert.artifact` sets ``convert`` here to the folder's module, which would hide
-    the verb: such a module takes the verb's call and its documentation."""
+    """This package. Importing `qtool.convert.files.artifact` sets ``convert`` here to the folder's module, which would
+    hide the verb: such a module takes the verb's call and its documentation."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _VERBS and isinstance(value, ModuleType):

@@ -13,34 +13,35 @@ from typing import Any
 import click
 import torch
 
-from qtool import QtoolError, ledger, record
-from qtool.convert.artifact import Artifact
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.durable import require_writable
-from qtool.convert.manifest import MANIFEST, read_manifest
-from qtool.convert.reading import named, read_text, shown
-from qtool.convert.sidecars import check_sidecars
+from qtool import QtoolError
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.durable import require_writable
+from qtool.convert.files.manifest import MANIFEST, read_manifest
+from qtool.convert.files.reading import named, read_text, shown
+from qtool.convert.files.sidecars import check_sidecars
+from qtool.convert.files.source import name_of, resolve
+from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import name_of, resolve
-from qtool.convert.text import load_tokenizer, token_windows
-from qtool.convert.tied import check_folder
-from qtool.convert.verify import Verification, verify
+from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.verify.checks import Verification, verify
+from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
-from qtool.evaluate.served import connect
-from qtool.gates import judge
-from qtool.job import Job, device_kind, open_job, versions
-from qtool.measure_run import check_contexts, measure_subjects
-from qtool.outputs import make_artifacts
-from qtool.progress import progress_bar
+from qtool.make.job import Job, device_kind, open_job, versions
+from qtool.make.outputs import make_artifacts
+from qtool.make.progress import progress_bar
+from qtool.measure.run import check_contexts, measure_subjects
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods import Method, needs_calibration
-from qtool.recipe import EvaluateSection, Recipe, digest_of, load_recipe
-from qtool.recipe_paths import require_paths
-from qtool.record import RunRecord
-from qtool.scores import Evaluation
-from qtool.subjects import Subject, artifact_subject, source_subject
-from qtool.summary import Size, Summary, save_summary, summarise
+from qtool.quantize.methods.sections import Method, needs_calibration
+from qtool.recipe.paths import require_paths
+from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recipe
+from qtool.runs import ledger, record
+from qtool.runs.gates import judge
+from qtool.runs.record import RunRecord
+from qtool.runs.scores import Evaluation
+from qtool.runs.subjects import Subject, artifact_subject, source_subject
+from qtool.runs.summary import Size, Summary, save_summary, summarise
 
 DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
 

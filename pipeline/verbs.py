@@ -9,18 +9,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qtool import QtoolError, gates
-from qtool.accelerators import choose, load_accelerators, own_card
-from qtool.convert.artifact import Artifact
-from qtool.convert.source import SHIPPED, shipped
-from qtool.convert.verify import Verification
-from qtool.convert.verify import verify as verify_artifact
-from qtool.headers import read_headers
-from qtool.plan import Asked, Plan, make_plan
-from qtool.recipe import EvaluateSection, GateSection, checked_recipe
-from qtool.recipe_faults import sentences
-from qtool.sizing import HOST_BANDWIDTH
-from qtool.summary import Summary
+from qtool import QtoolError
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.source import SHIPPED, shipped
+from qtool.convert.verify.checks import Verification
+from qtool.convert.verify.checks import verify as verify_artifact
+from qtool.recipe.faults import sentences
+from qtool.recipe.sections import EvaluateSection, GateSection, checked_recipe
+from qtool.runs import gates
+from qtool.runs.summary import Summary
+from qtool.sizing.accelerators import choose, load_accelerators, own_card
+from qtool.sizing.fit import HOST_BANDWIDTH
+from qtool.sizing.headers import read_headers
+from qtool.sizing.plan import Asked, Plan, make_plan
 
 Named = str | Path | Mapping[str, Any]
 Section = TypeVar("Section", bound=BaseModel)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qtool.convert.codes import Codes
-from qtool.quantize import awq, gptq
+from qtool.convert.formats.codes import Codes
 from qtool.quantize import grid as grids
 from qtool.quantize.architectures import Architecture, InputGroup
-from qtool.quantize.methods import GridMethod
+from qtool.quantize.methods import awq, gptq
+from qtool.quantize.methods.sections import GridMethod
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.methods import AwqMethod, GptqMethod, Method, needs_calibration
+from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, needs_calibration
 from qtool.quantize.precision import fast_bfloat16
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit

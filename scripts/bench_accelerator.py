@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.layers import Walk
-from qtool.quantize.methods import AwqMethod, GptqMethod, Nf4Method
+from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Nf4Method
+from qtool.quantize.walk import Walk
 
 Methods = list[AwqMethod | GptqMethod | Nf4Method]
 CASES: dict[str, Methods] = {

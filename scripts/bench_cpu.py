@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from qtool.convert.source import resolve
-from qtool.convert.text import load_tokenizer, token_windows
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
+from qtool.convert.files.source import resolve
+from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import Recipe
+from qtool.recipe.sections import Recipe
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "awq": [{"method": "awq"}],

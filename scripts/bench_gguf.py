@@ -22,19 +22,19 @@ from typing import Any
 
 import torch
 
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.gguf_file import GgufFile
-from qtool.convert.reading import read_json
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.reading import read_json
+from qtool.convert.files.source import resolve
+from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
-from qtool.convert.text import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.generate import load_model
-from qtool.evaluate.regression import bootstrap_mean
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
+from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.statistics import bootstrap_mean
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import Recipe
+from qtool.recipe.sections import Recipe
 
 
 def main() -> None:

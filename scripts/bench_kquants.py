@@ -33,7 +33,7 @@ EXTRA = ("Q5_K", "Q8_0", "Q5_0", "Q5_1")  # timed on one down_proj: what other r
 def find_package() -> None:
     """Folder ``X/`` of the checkout imports as ``qtool.X`` where qtool is not installed."""
     try:
-        import qtool.quantize.kquants  # noqa: F401
+        import qtool.quantize.methods.kquants  # noqa: F401
     except ImportError:
         for name, folder in (("qtool", "pipeline"), ("qtool.convert", "convert"), ("qtool.quantize", "quantize")):
             module = types.ModuleType(name)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="time by kernel for one layer")
     options = parser.parse_args()
     find_package()
-    from qtool.quantize.kquants import quantize
+    from qtool.quantize.methods.kquants import quantize
 
     print(torch.__version__, torch.cuda.get_device_name(), flush=True)
     widths = {columns for _, columns in SHAPES.values()}

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 
 from qtool import QtoolError
-from qtool.evaluate.execute import TIERS, Job, detect_sandbox, run_programs
+from qtool.evaluate.sandbox.execute import TIERS, Job, detect_sandbox, run_programs
 
 CALL = Job(
     "call",

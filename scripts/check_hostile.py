@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 HEAVY = (
-    "torch", "transformers", "bitsandbytes", "gguf", "datasets", "qtool.cli", "qtool.run", "qtool.report",
-    "qtool.publish", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
+    "torch", "transformers", "bitsandbytes", "gguf", "datasets", "qtool.cli", "qtool.run", "qtool.report.terminal",
+    "qtool.share.publish", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 LAYERS = 2
 OUTPUTS = "[{method: awq, group_size: 32}, {method: gguf, type: Q8_0}, {method: nf4}]"
 USED = (
-    "bitsandbytes", "gguf", "xllamacpp", "datasets", "qtool.report", "qtool.run",
+    "bitsandbytes", "gguf", "xllamacpp", "datasets", "qtool.report.terminal", "qtool.run",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
@@ -54,8 +54,9 @@ class Hooks:
 
     def install(self) -> None:
         """From here on operations count."""
-        from qtool.convert import gguf_file, writer
-        from qtool.quantize.layers import Walk
+        from qtool.convert.files import writer
+        from qtool.convert.formats.gguf import file as gguf_file
+        from qtool.quantize.walk import Walk
 
         fsync, reserve, run, add = os.fsync, os.posix_fallocate, Walk.run, writer.StepJournal.add
 

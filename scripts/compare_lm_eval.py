@@ -156,7 +156,7 @@ def main() -> None:
         return
     if not options.peer.exists():
         make_peer(options.peer)
-    from qtool.evaluate.tasks import load_task, subset
+    from qtool.evaluate.tasks.loading import load_task, subset
 
     task = subset(load_task(options.task), options.limit)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

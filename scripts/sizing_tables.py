@@ -10,9 +10,9 @@ import argparse
 import re
 from pathlib import Path
 
-from qtool.accelerators import choose, load_accelerators
-from qtool.headers import read_headers
-from qtool.plan import Answer, Asked, gib, make_plan
+from qtool.sizing.accelerators import choose, load_accelerators
+from qtool.sizing.headers import read_headers
+from qtool.sizing.plan import Answer, Asked, gib, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("IQuest-Coder-V1-7B", "IQuest-Coder-V1-14B", "IQuest-Coder-V1-40B", "IQuest-Coder-V1-40B-Loop")

@@ -19,7 +19,7 @@ _NAME = re.compile(r"qtool(\.\w+)+")
 
 @dataclass(frozen=True)
 class Import:
-    """``target``: a dotted name as the file says it, down to the name taken from a module (`qtool.plan.gib`)."""
+    """``target``: a dotted name as the file says it, down to the name taken from a module (`qtool.sizing.plan.gib`)."""
 
     target: str
     line: int
@@ -87,7 +87,7 @@ def modules(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def module_of(target: str, known: dict[str, Path] | set[str]) -> str | None:
-    """The module that an import's target lies in: `qtool.plan` for `qtool.plan.gib`. None: none of ours."""
+    """The module that an import's target lies in: `qtool.make.job` for `qtool.make.job.open_job`. None: none of ours."""
     while target not in known:
         target, dot, _ = target.rpartition(".")
         if not dot:

@@ -54,11 +54,11 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
 
 def converted(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
     """Output name -> its sealed artifact in ``folder``, calibrated on fixed random tokens."""
-    from qtool.convert.source import resolve
-    from qtool.job import open_job
-    from qtool.outputs import make_artifacts
+    from qtool.convert.files.source import resolve
+    from qtool.make.job import open_job
+    from qtool.make.outputs import make_artifacts
     from qtool.quantize.calibration import CalibrationSet
-    from qtool.recipe import load_recipe
+    from qtool.recipe.sections import load_recipe
 
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({"model": str(model), "outputs": outputs, "output_dir": f"{folder}/artifacts"}))

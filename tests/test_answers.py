@@ -17,16 +17,18 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
-from qtool.convert.text import load_tokenizer
-from qtool.evaluate import prompts, selfcheck, vllm
+from qtool.convert.text.windows import load_tokenizer
+from qtool.evaluate import selfcheck
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.generate import TorchEngine, end_tokens, load_model, load_native
+from qtool.evaluate.engines import vllm
+from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_seed
+from qtool.evaluate.engines.torch_engines import TorchEngine, end_tokens, load_model, load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome
-from qtool.evaluate.tasks import Problem, Task, load_task, subset
+from qtool.evaluate.tasks import prompts
+from qtool.evaluate.tasks.loading import Problem, Task, load_task, subset
 
 ASKING = Asking("completion", Decoding(64, 4))
 

@@ -64,13 +64,13 @@ def test_importing_is_light_and_the_verbs_are_there() -> None:
 
 def test_a_verb_stays_one_where_a_module_has_its_name() -> None:
     module: Any = importlib.import_module("qtool.convert")
-    importlib.import_module("qtool.convert.artifact")
-    importlib.import_module("qtool.plan")
+    importlib.import_module("qtool.convert.files.artifact")
+    importlib.import_module("qtool.sizing.plan")
     assert module.artifact.Artifact
     assert callable(qtool.convert)
-    assert callable(qtool.plan)
+    assert callable(qtool.sizing.plan)
     assert "outputs" in inspect.signature(qtool.convert).parameters
-    assert "RTX4090" in (qtool.plan.__doc__ or "")
+    assert "RTX4090" in (qtool.sizing.plan.__doc__ or "")
     assert qtool.plan("qtool-demo", gpu="RTX4090").answers
     with pytest.raises(QtoolError, match="no such method"):
         qtool.convert("qtool-demo", ["awk"])
@@ -88,7 +88,7 @@ def test_faults_are_said_as_a_recipe_says_them() -> None:
 
 
 def test_judge_knows_a_measured_size_and_refuses_a_gate_of_nothing(work: Path) -> None:
-    from qtool.summary import ModelSummary, Size, Summary
+    from qtool.runs.summary import ModelSummary, Size, Summary
 
     models = {"source": ModelSummary(size=Size(4, 16.0)), "awq": ModelSummary(size=Size(1, 4.0, 2_000_000))}
     summary = Summary(models=models, comparisons=0, evidence="")

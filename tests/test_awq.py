@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.quantize import awq, grid
+from qtool.quantize import grid
 from qtool.quantize.architectures import GEMMA2, LLAMA, Architecture
 from qtool.quantize.folding import Heads, _fold_norm, kv_rows, quantize_layer
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods import AwqMethod
+from qtool.quantize.methods import awq
+from qtool.quantize.methods.sections import AwqMethod
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.statistics import InputStatistics
 

@@ -15,10 +15,11 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from qtool import QtoolError
-from qtool.evaluate import benchmarks, prompts, solvable, tasks
-from qtool.evaluate.execute import Outcome, detect_sandbox, run_programs
-from qtool.evaluate.livecodebench import decode_tests
-from qtool.evaluate.tasks import Problem, Task, as_job, load_task
+from qtool.evaluate.sandbox.execute import Outcome, detect_sandbox, run_programs
+from qtool.evaluate.tasks import benchmarks, prompts, solvable
+from qtool.evaluate.tasks import loading as tasks
+from qtool.evaluate.tasks.livecodebench import decode_tests
+from qtool.evaluate.tasks.loading import Problem, Task, as_job, load_task
 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 

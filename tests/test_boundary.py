@@ -9,7 +9,7 @@ import click
 import pytest
 
 from qtool import QtoolError
-from qtool.boundary import Boundary, Interrupted
+from qtool.cli.boundary import Boundary, Interrupted
 
 
 def run(error: BaseException) -> int:

@@ -9,15 +9,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from qtool.card import Card, Published, card_text, escape, eval_files, fenced, loading
-from qtool.convert.licence import Licence
-from qtool.convert.manifest import FileEntry, Manifest
-from qtool.convert.verify import Check
+from qtool.convert.files.licence import Licence
+from qtool.convert.files.manifest import FileEntry, Manifest
+from qtool.convert.verify.checks import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
-from qtool.gates import GateResult
-from qtool.measure import Row
-from qtool.measurements import Measurement
-from qtool.summary import Size, summarise
+from qtool.measure.measure import Row
+from qtool.measure.measurements import Measurement
+from qtool.report.card import Card, Published, card_text, escape, eval_files, fenced, loading
+from qtool.runs.gates import GateResult
+from qtool.runs.summary import Size, summarise
 
 GOLDEN = Path(__file__).parent / "data/card.md"
 SETTINGS = Settings(engine="vllm", version="0.33", dtype="float16", device="cuda", prompt="chat", max_new_tokens=384)

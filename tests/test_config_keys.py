@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.config_keys import (
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.formats.gguf.metadata import model_keys
+from qtool.convert.models.config_keys import (
     ACTIVATIONS,
     CHECKED,
     HARMLESS,
@@ -26,13 +27,12 @@ from qtool.convert.config_keys import (
     keys_read,
     prove_gguf,
 )
-from qtool.convert.gguf_metadata import model_keys
-from qtool.convert.model_config import DEFAULTS, FULL, completed, head_dim, layer_windows, rope_parameters
-from qtool.convert.rope import rope_factors, rope_keys, rotation
+from qtool.convert.models.model_config import DEFAULTS, FULL, completed, head_dim, layer_windows, rope_parameters
+from qtool.convert.models.rope import rope_factors, rope_keys, rotation
+from qtool.convert.models.tied import check_folder, check_head
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.convert.tied import check_folder, check_head
-from qtool.evaluate.generate import load_model
-from qtool.headers import read_headers
+from qtool.evaluate.engines.torch_engines import load_model
+from qtool.sizing.headers import read_headers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

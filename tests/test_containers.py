@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert import autogptq, compressed_tensors, packing
-from qtool.convert.artifact import Artifact, write_json
-from qtool.convert.codes import UniformCodes
-from qtool.convert.containers import CONTAINERS, container_of
+from qtool.convert.files.artifact import Artifact, write_json
+from qtool.convert.files.source import resolve
+from qtool.convert.formats import autogptq, compressed_tensors, packing
+from qtool.convert.formats.codes import UniformCodes
+from qtool.convert.formats.containers import CONTAINERS, container_of
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
-from qtool.evaluate.generate import load_model
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
+from qtool.evaluate.engines.torch_engines import load_model
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 
 OUT, IN = 64, 128
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qtool.evaluate.execute import TIERS
 from qtool.evaluate.fidelity import TOP
-from qtool.evaluate.regression import RESAMPLES
-from qtool.quantize.methods import AwqMethod, GptqMethod
+from qtool.evaluate.sandbox.execute import TIERS
+from qtool.evaluate.statistics import RESAMPLES
+from qtool.quantize.methods.sections import AwqMethod, GptqMethod
 
 DOCS = Path(__file__).parent.parent / "docs"
 

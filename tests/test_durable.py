@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool import QtoolError, ledger
-from qtool.convert import durable
-from qtool.convert.watch import watch, watch_blob
-from qtool.convert.writer import resume_journal
-from qtool.evaluate import fidelity, secrets
+from qtool import QtoolError
+from qtool.convert.files import durable
+from qtool.convert.files.watch import watch, watch_blob
+from qtool.convert.files.writer import resume_journal
+from qtool.evaluate import fidelity
 from qtool.evaluate.journal import Journal
+from qtool.evaluate.sandbox import secrets
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Settings
+from qtool.runs import ledger
 
 SETTINGS = Settings(engine="reference", dtype="float32", device="cpu", prompt="completion", max_new_tokens=4)
 SCORE = FidelityScore(
@@ -119,7 +121,7 @@ def test_a_second_holder_waits(tmp_path: Path) -> None:
     lock, log = tmp_path / "a.lock", tmp_path / "log"
     program = f"""
 from pathlib import Path
-from qtool.convert.durable import held
+from qtool.convert.files.durable import held
 with held(Path({str(lock)!r}), "waiting for it"):
     with open({str(log)!r}, "a") as file: file.write("second\\n")
 """

@@ -13,13 +13,15 @@ from click.testing import CliRunner
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
-from qtool.convert.text import load_tokenizer
-from qtool.evaluate import cache, fidelity, prompts
-from qtool.evaluate.engines import Decoding, Request
-from qtool.evaluate.generate import TorchEngine, load_model, sample
-from qtool.evaluate.tasks import Problem
+from qtool.convert.text.windows import load_tokenizer
+from qtool.evaluate import fidelity
+from qtool.evaluate.engines import cache
+from qtool.evaluate.engines.engine import Decoding, Request
+from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, sample
+from qtool.evaluate.tasks import prompts
+from qtool.evaluate.tasks.loading import Problem
 
 PROMPTS = ["def f1(a, b):\n", "def f23(a, b):\n    return", "x", "def f7(a, b):\n    return a * 7 + b\n\n\ndef"]
 

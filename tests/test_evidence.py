@@ -7,9 +7,9 @@ import math
 import pytest
 
 from qtool.evaluate.rates import rate_difference
-from qtool.evaluate.regression import Interval
-from qtool.evidence import Evidence, change, of_interval, of_loss, p_text, reason, result_of
-from qtool.summary import Loss
+from qtool.evaluate.statistics import Interval
+from qtool.runs.evidence import Evidence, change, of_interval, of_loss, p_text, reason, result_of
+from qtool.runs.summary import Loss
 
 
 def loss_of(both: int, lost: int, gained: int, neither: int) -> Loss:

@@ -17,8 +17,8 @@ import pytest
 from tiers import HERE
 
 from qtool import QtoolError
-from qtool.evaluate import execute, seccomp
-from qtool.evaluate.execute import Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
+from qtool.evaluate.sandbox import execute, seccomp
+from qtool.evaluate.sandbox.execute import Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
 
 SECRET = "only the test knows 9731"
 TEST = f'''
@@ -43,7 +43,7 @@ def judge(program: str, test: str = TEST, setup: str = "") -> Outcome:
 
 # A message of the program's own instead of its answers, and then the right answer.
 FORGED = """
-    import qtool.evaluate.wire as w
+    import qtool.evaluate.sandbox.wire as w
     def pack(self, value, limit=0):
         if value[0] != 'is':
             return really(self, value)
@@ -241,7 +241,7 @@ ATTACKS = {
             for key in ("judge", "main", "wait_ready"):
                 if hasattr(module, key):
                     setattr(module, key, lambda *a: ("passed", ""))
-        import qtool.evaluate.checker as k
+        import qtool.evaluate.sandbox.checker as k
         k.Candidate.__call__ = lambda self, x: 2 * x
         def f(x):
             return 0
@@ -846,7 +846,7 @@ def test_a_lost_worker_is_an_error_and_is_replaced(marked: str, monkeypatch: pyt
 MANY = """
 import os, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-from qtool.evaluate.execute import Job, run_programs
+from qtool.evaluate.sandbox.execute import Job, run_programs
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
 print(run_programs([Job("a", "def f(x): return x", "assert f(1) == 1", "f")])[0].outcome)
 """
@@ -893,7 +893,7 @@ def test_an_interrupt_leaves_nothing_behind(marked: str) -> None:
 def test_a_killed_host_leaves_nothing_behind(marked: str) -> None:
     program = (
         f"import tempfile; tempfile.tempdir = {marked!r}\n"
-        "from qtool.evaluate.execute import Job, run_programs\n"
+        "from qtool.evaluate.sandbox.execute import Job, run_programs\n"
         "loop = Job('a', 'def f(x):\\n    while True: pass', 'f(1)', 'f')\n"
         "print('go', flush=True)\n"
         "run_programs([loop] * 4, timeout=60.0)\n"

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluate.extract import (
+from qtool.evaluate.tasks.extract import (
     cut,
     program_from_chat,
     program_from_completion,
     stop_at_end_of_function,
     without_examples,
 )
-from qtool.evaluate.extract_javascript import program_from_javascript_chat
-from qtool.evaluate.problems import Problem
-from qtool.evaluate.prompts import finished, program
-from qtool.evaluate.reply import fenced, last_block
+from qtool.evaluate.tasks.extract_javascript import program_from_javascript_chat
+from qtool.evaluate.tasks.problems import Problem
+from qtool.evaluate.tasks.prompts import finished, program
+from qtool.evaluate.tasks.reply import fenced, last_block
 
 PROMPT = 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 WITH_IMPORT = "import math\nfrom typing import List\n\n\ndef helper(x):\n    return 2 * x\n\n\n" + PROMPT

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from qtool.figures import Point, heat_map, kl_by_position, pareto, shade, size_against, ticks
+from qtool.report.figures import Point, heat_map, kl_by_position, pareto, shade, size_against, ticks
 
 HOSTILE = '</text><script>alert(1)</script>&"'
 SOURCE, GOOD, BAD, TIED = (

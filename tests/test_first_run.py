@@ -10,11 +10,14 @@ from click.testing import CliRunner
 from rich.console import Console
 from rich.progress import Task, TaskID
 
-from qtool import QtoolError, cli_judge, loading, progress
+from qtool import QtoolError
+from qtool.cli import judge as cli_judge
 from qtool.cli import main
-from qtool.convert.verify import Check
-from qtool.recipe_paths import locate
-from qtool.terminal import print_table
+from qtool.convert.verify.checks import Check
+from qtool.make import progress
+from qtool.recipe.paths import locate
+from qtool.report import loading
+from qtool.report.columns import print_table
 
 SHIPPED = {path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml")}
 
@@ -146,7 +149,7 @@ def test_files_are_written_into_folders_that_are_not_there_yet(tmp_path: Path) -
 
 def test_a_gain_is_called_a_gain() -> None:
     from qtool.evaluate.rates import rate_difference
-    from qtool.tables import moved
+    from qtool.report.tables import moved
 
     better = rate_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10, 1)
     assert moved(better.loss).startswith("25.0 points gained [")
@@ -166,8 +169,8 @@ def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
 
 
 def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool import admission
-    from qtool.recipe import PublishSection
+    from qtool.recipe.sections import PublishSection
+    from qtool.share import admission
 
     monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))
     two = [admission.Candidate(name, tmp_path, None, None) for name in ("awq", "gptq")]  # type: ignore[arg-type]

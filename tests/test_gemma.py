@@ -12,25 +12,25 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.artifact import EXTRAS, Artifact
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.gguf_metadata import add_metadata
-from qtool.convert.model_config import SLIDING, is_tied, layer_windows, rope_parameters
+from qtool.convert.files.artifact import EXTRAS, Artifact
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.source import resolve
+from qtool.convert.formats.gguf.metadata import add_metadata
+from qtool.convert.models.model_config import SLIDING, is_tied, layer_windows, rope_parameters
+from qtool.convert.runtimes.vllm import dtype_flag
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
-from qtool.convert.text import load_tokenizer
-from qtool.convert.verify import verify
-from qtool.convert.vllm_rules import dtype_flag
-from qtool.evaluate.engines import Decoding, Request
-from qtool.evaluate.generate import TorchEngine, load_model, load_native
-from qtool.formats import weights_of
-from qtool.geometry import read_geometry, tensor_shapes
-from qtool.headers import read_headers
-from qtool.job import open_job
-from qtool.kv_cache import kv_bytes
-from qtool.outputs import make_artifacts
+from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines.engine import Decoding, Request
+from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, load_native
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
+from qtool.sizing.formats import weights_of
+from qtool.sizing.geometry import read_geometry, tensor_shapes
+from qtool.sizing.headers import read_headers
+from qtool.sizing.kv_cache import kv_bytes
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 320, (6, 48), generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert import imatrix
-from qtool.convert.ggml import BLOCKS, GgmlBlocks, load_gguf, row_bytes
-from qtool.quantize import ggml, kquants
-from qtool.quantize.gguf import live
+from qtool.convert.formats.gguf import imatrix
+from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, load_gguf, row_bytes
+from qtool.quantize.methods import ggml, kquants
+from qtool.quantize.methods.gguf import live
 
 gguf: Any = pytest.importorskip("gguf")
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")

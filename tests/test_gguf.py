@@ -14,23 +14,24 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.artifact import Artifact
-from qtool.convert.gguf_file import GgufFile, GgufWriter
-from qtool.convert.imatrix import read_imatrix, write_imatrix
-from qtool.convert.manifest import Manifest
-from qtool.convert.modelfile import modelfile
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.manifest import Manifest
+from qtool.convert.files.source import resolve
+from qtool.convert.files.watch import sha256_file
+from qtool.convert.formats.gguf.file import GgufFile, GgufWriter
+from qtool.convert.formats.gguf.imatrix import read_imatrix, write_imatrix
+from qtool.convert.formats.gguf.modelfile import modelfile
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
-from qtool.convert.text import load_tokenizer, token_windows
-from qtool.convert.verify import verify
-from qtool.convert.watch import sha256_file
-from qtool.evaluate import llama_cpp, served
-from qtool.evaluate.engines import Decoding, Request
-from qtool.evaluate.generate import load_model
-from qtool.job import Job, open_job
-from qtool.outputs import make_artifacts
-from qtool.quantize.ggml import quantize_ggml
-from qtool.recipe import load_recipe
+from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines import llama_cpp
+from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines.engine import Decoding, Request
+from qtool.evaluate.engines.torch_engines import load_model
+from qtool.make.job import Job, open_job
+from qtool.make.outputs import make_artifacts
+from qtool.quantize.methods.ggml import quantize_ggml
+from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
 
 gguf: Any = pytest.importorskip("gguf")
@@ -316,7 +317,7 @@ def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qtool.convert.gguf_file.start_journal", killed)
+        patch.setattr("qtool.convert.formats.gguf.file.start_journal", killed)
         with pytest.raises(KeyboardInterrupt):
             begin()
     again = begin()
@@ -325,7 +326,7 @@ def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypa
 
 
 def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
-    from qtool.convert.gguf_names import gguf_architecture
+    from qtool.convert.formats.gguf.names import gguf_architecture
 
     with pytest.raises(QtoolError, match=r"PhiForCausalLM cannot be written as GGUF yet\. Known: LlamaForCausalLM"):
         gguf_architecture({"architectures": ["PhiForCausalLM"]})
@@ -353,8 +354,8 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("qtool.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
-    monkeypatch.setattr("qtool.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
+    monkeypatch.setattr("qtool.make.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
+    monkeypatch.setattr("qtool.make.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match=r"llama\.cpp cannot load it"):
         convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))
 
@@ -362,7 +363,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
 def test_without_llama_cpp_the_proof_is_said_to_be_missing(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qtool.gguf_output.installed", lambda: False)
+    monkeypatch.setattr("qtool.make.gguf_output.installed", lambda: False)
     _, made = convert(write_recipe(outputs=[{"method": "gguf", "type": "F16"}]))
     said = "token ids: not compared with llama.cpp's, which is not installed here."
     assert any(note.startswith(said) for note in made["gguf"].notes)
@@ -382,7 +383,7 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
 
 
 def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
-    from qtool.recipe import EvaluateSection
+    from qtool.recipe.sections import EvaluateSection
     from qtool.run import evaluate_folders
 
     asked = {"tasks": [{"task": "heldout", "limit": 6}], "engine": "llama.cpp", "max_new_tokens": 64}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert.gguf_file import GgufFile
-from qtool.convert.gguf_header import read_header, read_value
-from qtool.convert.imatrix import read_imatrix
+from qtool.convert.formats.gguf.file import GgufFile
+from qtool.convert.formats.gguf.header import read_header, read_value
+from qtool.convert.formats.gguf.imatrix import read_imatrix
 
 gguf: Any = pytest.importorskip("gguf")
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.gguf_file import GgufFile
-from qtool.convert.source import resolve
-from qtool.convert.text import load_tokenizer, token_windows
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
+from qtool.convert.files.source import resolve
+from qtool.convert.formats.gguf.file import GgufFile
+from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 
 pytest.importorskip("xllamacpp")
 gguf: Any = pytest.importorskip("gguf")
@@ -136,7 +136,7 @@ def test_flat_scores_are_found_out(
     model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A vocabulary whose merges carry no order splits otherwise, and no file is left."""
-    from qtool.convert import gguf_vocab
+    from qtool.convert.formats.gguf import vocab as gguf_vocab
 
     model = model_maker(tmp_path / "model", vocab_size=SIZE)
     make_tokenizer(model, True)
@@ -147,7 +147,7 @@ def test_flat_scores_are_found_out(
         return tokens, types, [-1000.0] * len(scores)
 
     monkeypatch.setattr(gguf_vocab, "sentencepiece_tokens", flat)
-    monkeypatch.setattr("qtool.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
+    monkeypatch.setattr("qtool.make.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match="token ids differ from the tokenizer's: "):
         convert(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
 

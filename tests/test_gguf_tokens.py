@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.gguf_file import GgufFile
-from qtool.convert.source import resolve
-from qtool.convert.stops import KNOWN, find_stops
-from qtool.evaluate import served
-from qtool.evaluate.llama_cpp import serve
-from qtool.gguf_output import GgufOutput
-from qtool.job import open_job
-from qtool.quantize.methods import GgufMethod
-from qtool.recipe import load_recipe
+from qtool.convert.files.source import resolve
+from qtool.convert.formats.gguf.file import GgufFile
+from qtool.convert.formats.gguf.stops import KNOWN, find_stops
+from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines.llama_cpp import serve
+from qtool.make.gguf_output import GgufOutput
+from qtool.make.job import open_job
+from qtool.quantize.methods.sections import GgufMethod
+from qtool.recipe.sections import load_recipe
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from qtool.convert.ggml import row_bytes
-from qtool.convert.gguf_types import FILE_TYPES, is_70b, tensor_types, use_more_bits
+from qtool.convert.formats.gguf.ggml import row_bytes
+from qtool.convert.formats.gguf.types import FILE_TYPES, is_70b, tensor_types, use_more_bits
 
 
 def model(

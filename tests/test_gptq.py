@@ -7,8 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from qtool.quantize import awq, gptq, grid
+from qtool.quantize import grid
 from qtool.quantize.grid import Grid, GridSpec
+from qtool.quantize.methods import awq, gptq
 
 
 def correlated(columns: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:

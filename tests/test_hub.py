@@ -13,7 +13,7 @@ import pytest
 from hub_server import TOKEN
 
 from qtool import QtoolError
-from qtool.hub import Target, Upload, fetch, look, publish, quiet_secret, upload_of
+from qtool.share.hub import Target, Upload, fetch, look, publish, quiet_secret, upload_of
 
 REPO = "my-org/My-Model-awq"
 WEIGHTS = {"model-1.safetensors": b"first shard" * 50000, "model-2.safetensors": b"second shard" * 50000}
@@ -214,7 +214,7 @@ def test_a_wrong_token_is_named_as_such(
 def test_without_a_token_nothing_is_tried(
     hub_server: Any, uploads: list[Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qtool.hub.token", lambda: None)
+    monkeypatch.setattr("qtool.share.hub.token", lambda: None)
     with pytest.raises(QtoolError, match=r"no Hub token: log in with `hf auth login`, or set HF_TOKEN"):
         send(uploads)
     assert hub_server.requests == []

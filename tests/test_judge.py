@@ -16,18 +16,18 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from qtool.check import as_junit
 from qtool.cli import main
-from qtool.convert.artifact import Artifact
-from qtool.convert.source import resolve
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, Scores, save
-from qtool.gates import GateResult, judge
-from qtool.recipe import EvaluateSection, FidelitySection, GateSection, TaskSection
-from qtool.record import RunRecord, load_run, write_scores
+from qtool.recipe.sections import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.run import evaluate_folders, run
-from qtool.scores import Evaluation
-from qtool.subjects import Subject, artifact_subject
-from qtool.summary import summarise
+from qtool.runs.check import as_junit
+from qtool.runs.gates import GateResult, judge
+from qtool.runs.record import RunRecord, load_run, write_scores
+from qtool.runs.scores import Evaluation
+from qtool.runs.subjects import Subject, artifact_subject
+from qtool.runs.summary import summarise
 
 
 def call(*arguments: object) -> Result:
@@ -44,9 +44,9 @@ def two_bits(weight: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model judged by hand in runs of one recipe: as AWQ, the same again, and with layers of two bits."""
-    from qtool.convert.checkpoint import Checkpoint
+    from qtool.convert.files.checkpoint import Checkpoint
     from qtool.convert.skeleton import load_config
-    from qtool.progress import progress_bar
+    from qtool.make.progress import progress_bar
 
     folder = tmp_path_factory.mktemp("planted")
     recipe = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.ggml import BLOCKS, GgmlBlocks
-from qtool.quantize import ggml, kquants
+from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
+from qtool.quantize.methods import ggml, kquants
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels run on an accelerator only")
 ROWS = torch.tensor([[0.0], [1.0], [-0.25], [3e4], [1e-6], [1e-20], [1e-30], [1e-42]])
@@ -162,7 +162,7 @@ def test_layers_that_do_not_fit_are_named() -> None:
     from types import SimpleNamespace
 
     from qtool.quantize.architectures import architecture_of
-    from qtool.quantize.gguf import quantize_layer
+    from qtool.quantize.methods.gguf import quantize_layer
 
     architecture = architecture_of(SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llama"))
     tensors = {f"{linear}.weight": torch.full((2, 256), 7e4) for linear in architecture.linears}

@@ -76,17 +76,17 @@ def test_imports_of_modules_have_no_circle() -> None:
     ("file", "line"),
     [
         ("convert/a.py", "import qtool"),
-        ("convert/a.py", "import qtool.recipe"),
+        ("convert/a.py", "import qtool.recipe.sections"),
         ("convert/a.py", "from qtool import recipe"),
         ("convert/a.py", "from qtool import quantize"),
         ("convert/a.py", "def f():\n    from qtool.quantize.b import one"),
         ("convert/files/a.py", "from qtool.evaluate import b"),
         ("quantize/a.py", "class A:\n    def f(self):\n        import qtool.evaluate.b"),
-        ("quantize/a.py", "from qtool.recipe import Recipe"),
+        ("quantize/a.py", "from qtool.recipe.sections import Recipe"),
         ("evaluate/a.py", "try:\n    from qtool.quantize.b import one\nexcept ImportError:\n    pass"),
-        ("evaluate/a.py", "import sys\ncommand = [sys.executable, '-P', '-m', 'qtool.recipe']"),
+        ("evaluate/a.py", "import sys\ncommand = [sys.executable, '-P', '-m', 'qtool.recipe.sections']"),
         ("evaluate/a.py", "PROGRAM = '''\nimport sys\nfrom qtool.quantize.b import one\n'''"),
-        ("evaluate/a.py", "code = f'import json; import qtool.recipe; {1}'"),
+        ("evaluate/a.py", "code = f'import json; import qtool.recipe.sections; {1}'"),
         ("evaluate/a.py", "import importlib\nimportlib.import_module('qtool.quantize.b')"),
         ("pipeline/a.py", "def f():\n    import demo_corpus"),
         ("pipeline/a.py", "from scripts import demo_corpus"),
@@ -106,18 +106,18 @@ def test_a_planted_import_is_seen(tmp_path: Path, file: str, line: str) -> None:
 
 def test_a_planted_circle_is_seen(tmp_path: Path) -> None:
     folders = planted(tmp_path)
-    (tmp_path / "pipeline/recipe.py").write_text("from qtool.other import one\n")
-    (tmp_path / "pipeline/other.py").write_text("def f():\n    from qtool.recipe import two\n")
+    (tmp_path / "pipeline/recipe/sections.py").write_text("from qtool.other import one\n")
+    (tmp_path / "pipeline/other.py").write_text("def f():\n    from qtool.recipe.sections import two\n")
     assert circle(folders) == []  # inside a function there is none
-    (tmp_path / "pipeline/other.py").write_text("if True:\n    from qtool.recipe import two\n")
-    assert circle(folders) == ["qtool.other", "qtool.recipe", "qtool.other"]
+    (tmp_path / "pipeline/other.py").write_text("if True:\n    from qtool.recipe.sections import two\n")
+    assert circle(folders) == ["qtool.other", "qtool.recipe.sections", "qtool.other"]
 
 
 def planted(root: Path) -> dict[str, Path]:
     """Packages in which everything is as it should be."""
     files = {
         "pipeline/__init__.py": "class QtoolError(Exception): ...\n",
-        "pipeline/recipe.py": "from qtool import QtoolError\nfrom qtool.quantize.b import one\n",
+        "pipeline/recipe/sections.py": "from qtool import QtoolError\nfrom qtool.quantize.b import one\n",
         "convert/b.py": "from qtool import QtoolError\n",
         "quantize/b.py": "from qtool.convert.b import one\n",
         "evaluate/b.py": "from qtool.convert import b\nSAID = 'qtool.json is no module; import nothing'\n",

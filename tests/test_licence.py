@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool.convert.licence import card_metadata, read_licence
+from qtool.convert.files.licence import card_metadata, read_licence
 
 
 def test_the_card_speaks_before_the_file(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from qtool.geometry import Geometry, read_geometry, tensor_shapes
-from qtool.headers import read_headers
-from qtool.kv_cache import cells, kv_bytes, sliding_cells
-from qtool.outputs import make_artifacts
-from qtool.workspace import llama_cpp_compute
+from qtool.make.outputs import make_artifacts
+from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
+from qtool.sizing.headers import read_headers
+from qtool.sizing.kv_cache import cells, kv_bytes, sliding_cells
+from qtool.sizing.workspace import llama_cpp_compute
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -69,8 +69,8 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
 
 def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     """A GGUF file of zeros that take no room on the disk: llama.cpp maps it and reads none."""
-    from qtool.convert.gguf_names import gguf_architecture, gguf_names
-    from qtool.convert.gguf_types import tensor_types
+    from qtool.convert.formats.gguf.names import gguf_architecture, gguf_names
+    from qtool.convert.formats.gguf.types import tensor_types
 
     geometry = read_geometry(config)
     shapes = tensor_shapes(config)
@@ -153,9 +153,9 @@ def test_geometries_of_every_size(
 def test_a_file_that_qtool_wrote(tmp_path: Path) -> None:
     import torch
 
-    from qtool.convert.source import resolve
-    from qtool.job import open_job
-    from qtool.recipe import load_recipe
+    from qtool.convert.files.source import resolve
+    from qtool.make.job import open_job
+    from qtool.recipe.sections import load_recipe
     from qtool.run import _calibrate
 
     recipe = tmp_path / "recipe.yaml"

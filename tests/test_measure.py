@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from qtool import QtoolError, ledger
-from qtool.accelerators import load_accelerators
+from qtool import QtoolError
 from qtool.cli import main
-from qtool.convert.source import resolve
-from qtool.formats import weights_of
-from qtool.headers import read_headers
-from qtool.measure import OutOfMemory, Reading, measure, percentile
-from qtool.measure_engines import Server, Transformers, Vllm
-from qtool.sizing import Cell, Setting, cell_of
+from qtool.convert.files.source import resolve
+from qtool.measure.engines import Server, Transformers, Vllm
+from qtool.measure.measure import OutOfMemory, Reading, measure, percentile
+from qtool.runs import ledger
+from qtool.sizing.accelerators import load_accelerators
+from qtool.sizing.fit import Cell, Setting, cell_of
+from qtool.sizing.formats import weights_of
+from qtool.sizing.headers import read_headers
 
 IQUEST = Path(__file__).parent / "data" / "iquest" / "IQuest-Coder-V1-40B"
 
@@ -129,9 +130,9 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     import torch
 
-    from qtool.job import open_job
-    from qtool.outputs import make_artifacts
-    from qtool.recipe import load_recipe
+    from qtool.make.job import open_job
+    from qtool.make.outputs import make_artifacts
+    from qtool.recipe.sections import load_recipe
     from qtool.run import _calibrate
 
     recipe = tmp_path / "r.yaml"

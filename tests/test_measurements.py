@@ -14,12 +14,11 @@ import torch
 from click.testing import CliRunner
 from rich.progress import Progress
 
-from qtool import QtoolError, ledger
+from qtool import QtoolError
 from qtool.cli import main
-from qtool.convert.checkpoint import Checkpoint
-from qtool.measure import Row, measure
-from qtool.measure_run import measure_subjects
-from qtool.measurements import (
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.measure.measure import Row, measure
+from qtool.measure.measurements import (
     Measurement,
     from_json,
     less_device_memory,
@@ -28,10 +27,12 @@ from qtool.measurements import (
     measured_models,
     one_machine,
 )
-from qtool.recipe import MeasureSection, load_recipe
-from qtool.record import load_run
+from qtool.measure.run import measure_subjects
+from qtool.recipe.sections import MeasureSection, load_recipe
 from qtool.run import prepare, run
-from qtool.subjects import Subject, source_subject
+from qtool.runs import ledger
+from qtool.runs.record import load_run
+from qtool.runs.subjects import Subject, source_subject
 
 SECTION = MeasureSection(context=16, tokens=4, repeats=1)
 
@@ -106,7 +107,7 @@ def test_a_recipe_has_every_model_measured_once(
         done = CliRunner().invoke(main, words[4:])
         return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
-    monkeypatch.setattr("qtool.measure_run.subprocess.run", here)
+    monkeypatch.setattr("qtool.measure.run.subprocess.run", here)
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     outputs = [{"method": "nf4"}, {"method": "awq", "group_size": 32}]
     recipe = write_recipe(outputs=outputs, measure={"context": [16, 32], "tokens": 4, "repeats": 1})
@@ -150,7 +151,7 @@ def test_why_nothing_was_measured(
     code: int, said: str, why: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = subprocess.CompletedProcess([], code, "", said)
-    monkeypatch.setattr("qtool.measure_run.subprocess.run", lambda *_, **__: done)
+    monkeypatch.setattr("qtool.measure.run.subprocess.run", lambda *_, **__: done)
     with Progress(disable=True) as bar:
         subject = source_subject(Checkpoint.open(tiny), "commit")
         measure_subjects(SECTION, [subject], torch.device("cpu"), False, tmp_path, bar)
@@ -174,7 +175,7 @@ def test_the_command_prints_what_it_would_log(tiny: Path, tmp_path: Path, monkey
         print("GPT-QModel says hello")
         yield from measure(*arguments)
 
-    monkeypatch.setattr("qtool.measure_run.measure", chatty)
+    monkeypatch.setattr("qtool.measure.run.measure", chatty)
     words = ["measure", str(tiny), "--context", "16", "--batch", "1", "--tokens", "4", "--repeats", "1", "--device"]
     result = CliRunner().invoke(main, [*words, "cpu", "--no-log", "--json", "--runs", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -6,7 +6,7 @@ import pytest
 
 from qtool.quantize.architectures import GEMMA2, GEMMA3, LLAMA
 from qtool.quantize.memory import peak_bytes, score_bytes
-from qtool.quantize.methods import AwqMethod, GptqMethod, Method, Nf4Method
+from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, Nf4Method
 
 HIDDEN, INNER, TOKENS = 4096, 14336, 128 * 2048
 SHAPES = {

@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.artifact import copy_sidecars, write_config
-from qtool.convert.checkpoint import INDEX, SINGLE, Checkpoint
-from qtool.convert.config_file import check_config, read_config
-from qtool.convert.diagnosis import refuse_quantized
-from qtool.convert.licence import read_licence
-from qtool.convert.reading import leaves_folder
-from qtool.convert.shard_header import HEADER_LIMIT, read_header
-from qtool.convert.sidecars import check_sidecars, left_out, without_private_paths
+from qtool.convert.files.artifact import copy_sidecars, write_config
+from qtool.convert.files.checkpoint import INDEX, SINGLE, Checkpoint
+from qtool.convert.files.diagnosis import refuse_quantized
+from qtool.convert.files.licence import read_licence
+from qtool.convert.files.reading import leaves_folder
+from qtool.convert.files.shard_header import HEADER_LIMIT, read_header
+from qtool.convert.files.sidecars import check_sidecars, left_out, without_private_paths
+from qtool.convert.files.source import name_of, resolve
+from qtool.convert.models.config_file import check_config, read_config
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import name_of, resolve
-from qtool.headers import read_headers
-from qtool.job import open_job, open_source
-from qtool.recipe import load_recipe
+from qtool.make.job import open_job, open_source
+from qtool.recipe.sections import load_recipe
+from qtool.sizing.headers import read_headers
 
 Write = Callable[..., Path]
 
@@ -252,7 +252,7 @@ def test_values_that_models_have() -> None:
 
 @pytest.mark.parametrize("layers", [3, 1000, 10**9])
 def test_layers_are_counted_before_a_model_is_built(layers: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtool.job.build_skeleton", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("qtool.make.job.build_skeleton", lambda *_: pytest.fail("built"))
     edit(model, num_hidden_layers=layers)
     for look in (open_source, lambda folder: read_headers(str(folder))):
         with pytest.raises(QtoolError, match=r"config\.json: num_hidden_layers is"):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert import chat_form
-from qtool.convert.chat_form import CHATS, learn
-from qtool.convert.modelfile import Modelfile, modelfile, template
-from qtool.convert.text import load_tokenizer
+from qtool.convert.formats.gguf import chat_form
+from qtool.convert.formats.gguf.chat_form import CHATS, learn
+from qtool.convert.formats.gguf.modelfile import Modelfile, modelfile, template
+from qtool.convert.text.windows import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "pipeline/data/demo-model"
 CHATML = (
@@ -183,7 +183,7 @@ def test_stops_that_would_break_out_of_their_line_are_left_out_and_said() -> Non
 
 
 def test_a_template_without_end_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.convert import templates
+    from qtool.convert.text import templates
 
     monkeypatch.setattr(templates, "SECONDS", 1.0)
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert import bnb_nf4
-from qtool.convert.artifact import Artifact
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.codes import Nf4Blocks
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.source import resolve
+from qtool.convert.formats import bnb_nf4
+from qtool.convert.formats.codes import Nf4Blocks
 from qtool.convert.skeleton import load_config
-from qtool.convert.source import resolve
-from qtool.evaluate.generate import load_model
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
+from qtool.evaluate.engines.torch_engines import load_model
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.nf4 import quantize_nf4
-from qtool.recipe import load_recipe
+from qtool.quantize.methods.nf4 import quantize_nf4
+from qtool.recipe.sections import load_recipe
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
 TOKENS = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -19,16 +19,16 @@ import torch
 import yaml
 
 from qtool import QtoolError
-from qtool.boundary import Interrupted
-from qtool.convert.artifact import Artifact
-from qtool.convert.manifest import MANIFEST
-from qtool.convert.source import HUB_PATTERNS, resolve
-from qtool.convert.writer import ShardWriter
-from qtool.job import Job, artifact_key, open_job
-from qtool.outputs import make_artifacts
+from qtool.cli.boundary import Interrupted
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.manifest import MANIFEST
+from qtool.convert.files.source import HUB_PATTERNS, resolve
+from qtool.convert.files.writer import ShardWriter
+from qtool.make.job import Job, artifact_key, open_job
+from qtool.make.outputs import make_artifacts
+from qtool.make.writers import SafetensorsOutput
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
-from qtool.writers import SafetensorsOutput
+from qtool.recipe.sections import load_recipe
 
 CALIBRATION = CalibrationSet(torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
 
@@ -247,12 +247,12 @@ KILL = """
 import os, signal, sys, torch
 from pathlib import Path
 from qtool.convert import writer
-from qtool.job import open_job
-from qtool.outputs import make_artifacts
-from qtool.writers import SafetensorsOutput
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
+from qtool.make.writers import SafetensorsOutput
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe import load_recipe
-from qtool.convert.source import resolve
+from qtool.convert.files.source import resolve
 
 where, number = sys.argv[2], int(sys.argv[3])
 target = {"write": writer.ShardWriter, "commit": writer.ShardWriter, "seal": SafetensorsOutput}[where]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qtool.convert import autoawq
-from qtool.convert.codes import UniformCodes
-from qtool.convert.packing import AWQ_ORDER, SEQUENTIAL, pack_nibbles, unpack_nibbles
+from qtool.convert.formats import autoawq
+from qtool.convert.formats.codes import UniformCodes
+from qtool.convert.formats.packing import AWQ_ORDER, SEQUENTIAL, pack_nibbles, unpack_nibbles
 
 
 def words(tensor: torch.Tensor) -> list[int]:

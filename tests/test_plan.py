@@ -21,17 +21,19 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from qtool import QtoolError, job_needs, ledger
-from qtool.accelerators import choose, load_accelerators
+from qtool import QtoolError
 from qtool.cli import main
-from qtool.convert import autogptq, bnb_nf4
-from qtool.convert.source import resolve
-from qtool.headers import read_headers
-from qtool.job import device_kind, open_job
-from qtool.outputs import make_artifacts
-from qtool.plan import Asked, make_plan
-from qtool.recipe import load_recipe
+from qtool.convert.files.source import resolve
+from qtool.convert.formats import autogptq, bnb_nf4
+from qtool.make import needs as job_needs
+from qtool.make.job import device_kind, open_job
+from qtool.make.outputs import make_artifacts
+from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
+from qtool.runs import ledger
+from qtool.sizing.accelerators import choose, load_accelerators
+from qtool.sizing.headers import read_headers
+from qtool.sizing.plan import Asked, make_plan
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 B40 = IQUEST / "IQuest-Coder-V1-40B"
@@ -248,7 +250,7 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def test_a_hub_model_is_planned_from_headers_alone(tiny: Path, tmp_path: Path) -> None:
     code = (
-        "import json, sys\nfrom qtool.headers import read_headers\nfrom qtool.formats import weights_of\n"
+        "import json, sys\nfrom qtool.sizing.headers import read_headers\nfrom qtool.sizing.formats import weights_of\n"
         "from qtool import QtoolError\nh = read_headers('org/tiny')\n"
         "print(weights_of(h, 'awq-g32').nbytes, len(h.tensors), h.name)\n"
         "try:\n    read_headers('org/absent')\nexcept QtoolError as error:\n    print(error.message)"
@@ -261,7 +263,7 @@ def test_a_hub_model_is_planned_from_headers_alone(tiny: Path, tmp_path: Path) -
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
         )
     assert done.returncode == 0, done.stderr + "\n".join(asked)
-    from qtool.formats import weights_of
+    from qtool.sizing.formats import weights_of
 
     local = read_headers(str(tiny))
     first, second = done.stdout.splitlines()

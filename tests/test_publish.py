@@ -16,15 +16,16 @@ from click.testing import CliRunner, Result
 from hub_server import TOKEN
 from safetensors.torch import save_file
 
-from qtool import hub, ledger
-from qtool import publish as publishing
-from qtool.admission import Candidate, candidates, refusals
-from qtool.baseline import Baseline
 from qtool.cli import main
-from qtool.convert.manifest import Manifest, read_manifest
-from qtool.convert.verify import verify
-from qtool.recipe import PublishSection
-from qtool.redaction import recipe_without_folders, without_folders
+from qtool.convert.files.manifest import Manifest, read_manifest
+from qtool.convert.verify.checks import verify
+from qtool.recipe.sections import PublishSection
+from qtool.report.redaction import recipe_without_folders, without_folders
+from qtool.runs import ledger
+from qtool.runs.baseline import Baseline
+from qtool.share import hub
+from qtool.share import publish as publishing
+from qtool.share.admission import Candidate, candidates, refusals
 
 AWQ, NF4 = "my-org/tiny-AWQ-4bit", "my-org/tiny-NF4"
 

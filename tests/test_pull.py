@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
-from qtool.pull import asked_again
-from qtool.recipe import EvaluateSection, FidelitySection
-from qtool.record import RunRecord
+from qtool.recipe.sections import EvaluateSection, FidelitySection
 from qtool.run import run
+from qtool.runs.record import RunRecord
+from qtool.share.pull import asked_again
 
 REPO = "my-org/tiny-AWQ-4bit"
 
@@ -21,8 +21,8 @@ REPO = "my-org/tiny-AWQ-4bit"
 @pytest.fixture
 def published(hub_server: Any, finished: Any, tmp_path: Path) -> Any:
     """`finished`, published without touching its ledger."""
-    from qtool.admission import accept, candidates
-    from qtool.publish import plan, send, with_options
+    from qtool.share.admission import accept, candidates
+    from qtool.share.publish import plan, send, with_options
 
     section = with_options(None, "my-org", license="mit")
     (planned,) = plan(accept(candidates(str(finished.folder), Path("none"), ["awq"]), section, False), section)
@@ -152,8 +152,8 @@ def elsewhere(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord
 @pytest.fixture
 def asked(hub_server: Any, elsewhere: RunRecord) -> Any:
     """That run's artifact on the Hub."""
-    from qtool.admission import accept, candidates
-    from qtool.publish import plan, send, with_options
+    from qtool.share.admission import accept, candidates
+    from qtool.share.publish import plan, send, with_options
 
     section = with_options(None, "my-org", license="mit")
     (planned,) = plan(accept(candidates(str(elsewhere.folder), Path("none"), ["awq"]), section, False), section)

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from qtool.evaluate.rates import mean_rate, permutation_p, rate_difference
-from qtool.evaluate.regression import mcnemar_exact, paired_difference, wilson
+from qtool.evaluate.statistics import mcnemar_exact, paired_difference, wilson
 
 
 def by_enumeration(differences: list[int]) -> float:

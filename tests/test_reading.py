@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qtool import QtoolError
-from qtool.convert.reading import leaves_folder, open_file, read_bytes, read_json, read_text, shown
+from qtool.convert.files.reading import leaves_folder, open_file, read_bytes, read_json, read_text, shown
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtool import QtoolError
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,7 +176,7 @@ def test_any_case_and_anchors(tmp_path: Path) -> None:
 
 
 def test_relative_names_are_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.recipe_paths import require_paths
+    from qtool.recipe.paths import require_paths
 
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
     (work / "here").mkdir(parents=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qtool import QtoolError, ledger, record
-from qtool.record import RunRecord, find_run, load_run
-from qtool.summary import stored_summary
+from qtool import QtoolError
+from qtool.runs import ledger, record
+from qtool.runs.record import RunRecord, find_run, load_run
+from qtool.runs.summary import stored_summary
 
 
 @pytest.fixture

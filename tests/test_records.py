@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert import records
-from qtool.convert.records import parse_records, read_beginning, read_records
+from qtool.convert.text import records
+from qtool.convert.text.records import parse_records, read_beginning, read_records
 
 ROWS = [{"text": "a, [b]"}, {"text": "ünï\u2028"}, {"text": ""}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.chat_form import learn
-from qtool.convert.config_file import check_config
-from qtool.convert.gguf_types import tensor_types
-from qtool.convert.gguf_vocab import around_texts
-from qtool.convert.shapes import row_of
-from qtool.convert.sidecars import check_sidecars
+from qtool.convert.files.sidecars import check_sidecars
+from qtool.convert.formats.gguf.chat_form import learn
+from qtool.convert.formats.gguf.stops import find_stops
+from qtool.convert.formats.gguf.types import tensor_types
+from qtool.convert.formats.gguf.vocab import around_texts
+from qtool.convert.models.config_file import check_config
 from qtool.convert.skeleton import load_config
-from qtool.convert.stops import find_stops
-from qtool.convert.tokenizer import load_tokenizer
-from qtool.evaluate.llama_cpp import serve
-from qtool.formats import weights_of
-from qtool.headers import read_headers
+from qtool.convert.text.shapes import row_of
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.evaluate.engines.llama_cpp import serve
 from qtool.run import choose_device, prepare, run
+from qtool.sizing.formats import weights_of
+from qtool.sizing.headers import read_headers
 
 
 def edited(source: Path, target: Path, file: str = "config.json", **changes: Any) -> Path:

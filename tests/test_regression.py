@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qtool.evaluate import regression
-from qtool.evaluate.regression import (
+from qtool.evaluate import statistics as regression
+from qtool.evaluate.statistics import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio,

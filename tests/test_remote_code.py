@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.artifact import Artifact
-from qtool.convert.source import resolve
-from qtool.job import Job, open_job
-from qtool.outputs import make_artifacts
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.source import resolve
+from qtool.make.job import Job, open_job
+from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 
 CONFIGURATION = """
 from transformers import LlamaConfig

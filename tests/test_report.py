@@ -20,20 +20,20 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qtool.cli import main
-from qtool.convert.verify import Check, Verification
+from qtool.convert.verify.checks import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
-from qtool.gates import GateResult
-from qtool.markup import visible
-from qtool.measure import Row
-from qtool.measurements import Measurement
-from qtool.record import RunRecord
-from qtool.report import print_rows, write_report
-from qtool.report_figures import pictures, verdict_of
-from qtool.report_html import html_report
-from qtool.report_markdown import markdown_report
-from qtool.report_problems import LONGEST, _marked
-from qtool.summary import summarise
-from qtool.tables import footnote, score_rows
+from qtool.measure.measure import Row
+from qtool.measure.measurements import Measurement
+from qtool.report.html import html_report
+from qtool.report.markdown import markdown_report
+from qtool.report.markup import visible
+from qtool.report.pictures import pictures, verdict_of
+from qtool.report.problems import LONGEST, _marked
+from qtool.report.tables import footnote, score_rows
+from qtool.report.terminal import print_rows, write_report
+from qtool.runs.gates import GateResult
+from qtool.runs.record import RunRecord
+from qtool.runs.summary import summarise
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = (
@@ -225,7 +225,7 @@ def test_what_a_score_does_not_cover_is_said(record: RunRecord) -> None:
 
 def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Console(width=72, file=io.StringIO(), legacy_windows=False)
-    monkeypatch.setattr("qtool.report.console", narrow)
+    monkeypatch.setattr("qtool.report.terminal.console", narrow)
     rows = score_rows(record.summary)
     print_rows(rows)
     printed = narrow.file.getvalue()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.redaction import without_folders
+from qtool.report.redaction import without_folders
 
 
 def reproduce(folder: Path, *words: str) -> Result:
@@ -39,8 +39,8 @@ def test_the_same_bits_again(finished: Any, name: str) -> None:
 def test_a_gguf_file_without_holding_two_models(
     write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qtool import reproduce as module
     from qtool.run import run
+    from qtool.share import reproduce as module
 
     run(write_recipe(outputs=[{"method": "gguf", "type": "Q8_0"}]), tmp_path / "runs", "cpu")
     (path,) = (tmp_path / "artifacts").iterdir()
@@ -115,7 +115,7 @@ def test_a_folder_of_another_tool(tiny: Path) -> None:
 
 
 def test_what_is_no_folder_and_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.reproduce import published
+    from qtool.share.reproduce import published
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine/a-awq").mkdir(parents=True)

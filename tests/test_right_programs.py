@@ -9,8 +9,8 @@ import right_javascript
 import right_stdin
 
 from qtool import QtoolError
-from qtool.evaluate.execute import Job, detect_sandbox, run_programs
-from qtool.evaluate.livecodebench import _STDIN_TEST
+from qtool.evaluate.sandbox.execute import Job, detect_sandbox, run_programs
+from qtool.evaluate.tasks.livecodebench import _STDIN_TEST
 
 
 def sandboxed() -> bool:

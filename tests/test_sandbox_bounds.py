@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tiers import HERE
 
-from qtool.evaluate import cell, scratch
-from qtool.evaluate.cell import Kit, hidden_paths
-from qtool.evaluate.execute import Job, run_programs
-from qtool.evaluate.isolation import readable_without, third_party
+from qtool.evaluate.sandbox import cell, scratch
+from qtool.evaluate.sandbox.cell import Kit, hidden_paths
+from qtool.evaluate.sandbox.execute import Job, run_programs
+from qtool.evaluate.sandbox.isolation import readable_without, third_party
 
 TEST = "def check(candidate):\n    assert candidate(1) == 1\n"
 
@@ -113,7 +113,7 @@ def test_an_interpreter_in_the_temporary_folder_can_judge(interpreter_in_tmp: Pa
         "import sys, types, json\n"
         f"sys.path.insert(0, {str(Path(cell.__file__).parents[2])!r})\n"
         f"sys.path += {[path for path in sys.path if 'site-packages' in path]!r}\n"
-        "from qtool.evaluate.execute import Job, run_programs, detect_sandbox\n"
+        "from qtool.evaluate.sandbox.execute import Job, run_programs, detect_sandbox\n"
         f"out = run_programs([Job('a', 'def f(x): import colorsys; return x', {TEST!r}, 'f')], sandbox='namespaces')\n"
         "print(out[0].outcome, out[0].detail)\n"
     )

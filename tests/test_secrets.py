@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.evaluate import execute, secrets, vllm
-from qtool.evaluate.execute import TIERS, Job, Worker, WorkerLost
-from qtool.measure_engines import Server, Vllm
+from qtool.evaluate.engines import vllm
+from qtool.evaluate.sandbox import execute, secrets
+from qtool.evaluate.sandbox.execute import TIERS, Job, Worker, WorkerLost
+from qtool.measure.engines import Server, Vllm
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "PGPASSWORD"]

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.evaluate import served
-from qtool.evaluate.engines import Decoding, Request
-from qtool.evaluate.tasks import load_task
+from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines.engine import Decoding, Request
+from qtool.evaluate.tasks.loading import load_task
 
 KEY = "sk-secret-0123456789"
 
@@ -188,7 +188,7 @@ def test_the_model_must_be_there(server: Server) -> None:
 @pytest.mark.parametrize("style", ["completion", "chat"])
 def test_evaluate_a_served_model(server: Server, tmp_path: Any, style: str) -> None:
     """Every second problem is answered right."""
-    from qtool.evaluate.prompts import messages
+    from qtool.evaluate.tasks.prompts import messages
 
     problems = load_task("handwritten").problems
     for problem in problems[::2]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert.shapes import has_text, row_of
+from qtool.convert.text.shapes import has_text, row_of
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 CALL = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]

@@ -15,21 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtool import QtoolError
-from qtool.accelerators import load_accelerators
-from qtool.bounds import decode_seconds, prefill_flops
-from qtool.convert.artifact import Artifact
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.source import resolve
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.convert.source import resolve
-from qtool.formats import artifact_weights, method_of, weights_of
-from qtool.geometry import read_geometry, tensor_shapes
-from qtool.headers import Headers, read_headers
-from qtool.job import open_job
-from qtool.kv_cache import check_kv_dtype, kv_bytes
-from qtool.outputs import make_artifacts
-from qtool.recipe import load_recipe
+from qtool.make.job import open_job
+from qtool.make.outputs import make_artifacts
+from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
-from qtool.sizing import Setting, cell_of, fits, largest_context, most_sequences, offload_of, parallel_faults
-from qtool.workspace import transformers_activations
+from qtool.sizing.accelerators import load_accelerators
+from qtool.sizing.bounds import decode_seconds, prefill_flops
+from qtool.sizing.fit import Setting, cell_of, fits, largest_context, most_sequences, offload_of, parallel_faults
+from qtool.sizing.formats import artifact_weights, method_of, weights_of
+from qtool.sizing.geometry import read_geometry, tensor_shapes
+from qtool.sizing.headers import Headers, read_headers
+from qtool.sizing.kv_cache import check_kv_dtype, kv_bytes
+from qtool.sizing.workspace import transformers_activations
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 CARDS = load_accelerators()

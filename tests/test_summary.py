@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from qtool import QtoolError, ledger, summary
-from qtool.baseline import measured
+from qtool import QtoolError
 from qtool.cli import main
-from qtool.evaluate.regression import Interval
 from qtool.evaluate.scorecard import FidelityScore, Scores
-from qtool.gates import judge
-from qtool.measurements import Measurement
-from qtool.recipe import GateSection
-from qtool.record import load_run, load_summary
-from qtool.report_figures import cost_lines
-from qtool.summary import Size, Summary, save_summary, stored_summary, summarise
-from qtool.tables import footnote, score_rows
+from qtool.evaluate.statistics import Interval
+from qtool.measure.measurements import Measurement
+from qtool.recipe.sections import GateSection
+from qtool.report.pictures import cost_lines
+from qtool.report.tables import footnote, score_rows
+from qtool.runs import ledger, summary
+from qtool.runs.baseline import measured
+from qtool.runs.gates import judge
+from qtool.runs.record import load_run, load_summary
+from qtool.runs.summary import Size, Summary, save_summary, stored_summary, summarise
 
 STORED = Path(__file__).parent / "data/stored_run/00265698"  # written before summary.json, answers left out
 Numbers = tuple[float, ...]

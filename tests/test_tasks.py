@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 
 from qtool import QtoolError
-from qtool.evaluate import tasks
-from qtool.evaluate.execute import Job, detect_sandbox, run_programs
-from qtool.evaluate.tasks import Problem, Task, load_task, subset
+from qtool.evaluate.sandbox.execute import Job, detect_sandbox, run_programs
+from qtool.evaluate.tasks import loading as tasks
+from qtool.evaluate.tasks.loading import Problem, Task, load_task, subset
 
 ROW = {
     "task_id": "x/0",

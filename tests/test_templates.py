@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert import bounded as bounded_module
-from qtool.convert.bounded import Overrun, bounded
-from qtool.convert.templates import Rendered, render_chats
-from qtool.convert.text import load_tokenizer
+from qtool.convert.text import bounded as bounded_module
+from qtool.convert.text.bounded import Overrun, bounded
+from qtool.convert.text.templates import Rendered, render_chats
+from qtool.convert.text.windows import load_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -61,7 +61,7 @@ def test_what_a_template_refuses_is_said_of_that_conversation(tokenizer: Any, te
 
 
 def test_a_limit_names_the_conversation(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtool.convert.templates.SECONDS", 0.0)
+    monkeypatch.setattr("qtool.convert.text.templates.SECONDS", 0.0)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     other = [{"role": "user", "content": "go"}]
     with pytest.raises(QtoolError, match=r"a.jsonl:2: the model's chat template takes more than 0 s"):

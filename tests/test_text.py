@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.text import TextSource, load_tokenizer, read_rows, token_windows
+from qtool.convert.text.windows import TextSource, load_tokenizer, read_rows, token_windows
 from qtool.quantize.calibration import CalibrationSet
 
 
@@ -204,7 +204,7 @@ def test_a_long_text_is_encoded_in_parts(tmp_path: Path, tokenizer: Any, monkeyp
     path = tmp_path / "rows.txt"
     path.write_text("".join(f"line {i}\n" for i in range(300)))
     whole = token_windows(source(path), tokenizer)
-    monkeypatch.setattr("qtool.convert.text.PIECE", 50)
+    monkeypatch.setattr("qtool.convert.text.windows.PIECE", 50)
     assert torch.equal(whole, token_windows(source(path), tokenizer))
     path.write_text("ab" * 3000)  # one line
     assert tokenizer.decode(token_windows(source(path), tokenizer).flatten()).startswith("abab" * 16)

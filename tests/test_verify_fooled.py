@@ -18,13 +18,13 @@ from small_models import converted
 from test_verify import EMBEDDING, OUTPUTS, Q, change_tensor, edit_config, edit_manifest, failures, rename, sign
 
 from qtool import QtoolError
-from qtool.convert.bnb_nf4 import KEYS as NF4_KEYS
-from qtool.convert.bnb_nf4 import MARK, NF4
-from qtool.convert.containers import CONTAINERS
-from qtool.convert.manifest import MANIFEST, read_manifest
-from qtool.convert.reading import strict_json
-from qtool.convert.verify import verify
-from qtool.convert.verify_files import check_files
+from qtool.convert.files.manifest import MANIFEST, read_manifest
+from qtool.convert.files.reading import strict_json
+from qtool.convert.formats.bnb_nf4 import KEYS as NF4_KEYS
+from qtool.convert.formats.bnb_nf4 import MARK, NF4
+from qtool.convert.formats.containers import CONTAINERS
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.files import check_files
 
 WITH_GGUF = [*OUTPUTS, {"method": "gguf", "name": "q8", "type": "Q8_0"}]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -354,7 +354,7 @@ def test_the_source_is_another_folder_and_not_quantized(copy: Callable[[str], Pa
 
 
 def test_zero_blocks_of_a_gguf_file(copy: Callable[[str], Path], tiny: Path) -> None:
-    from qtool.convert.artifact import Artifact
+    from qtool.convert.files.artifact import Artifact
 
     folder = copy("q8")
     artifact = Artifact.open(folder)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from qtool import QtoolError
-from qtool.convert.verify import verify
-from qtool.convert.watch import sha256_file
+from qtool.convert.files.watch import sha256_file
+from qtool.convert.verify.checks import verify
 from qtool.run import run
 
 OUTPUTS: list[dict[str, Any]] = [

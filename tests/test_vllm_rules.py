@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qtool.convert import autoawq, autogptq, bnb_nf4, compressed_tensors
-from qtool.convert.runtimes import RULES, Subject
-from qtool.convert.vllm_rules import dtype_flag, plugin_of, refusals
+from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
+from qtool.convert.runtimes.rules import RULES, Subject
+from qtool.convert.runtimes.vllm import dtype_flag, plugin_of, refusals
 
 AWQ = autoawq.quantization_config(128, ["lm_head"])
 GPTQ = autogptq.quantization_config(4, 128, True, 0.1)

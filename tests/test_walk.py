@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.checkpoint import Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.quantize import layers
+from qtool.quantize import walk as layers
 from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
-from qtool.quantize.layers import Walk
-from qtool.quantize.methods import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods.sections import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.statistics import InputStatistics
+from qtool.quantize.walk import Walk
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {}, "Mistral": {"sliding_window": 24},

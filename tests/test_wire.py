@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluate.frames import MAX_FRAME, NotPlain, read_frame, write_frame
-from qtool.evaluate.wire import pack, unpack
+from qtool.evaluate.sandbox.frames import MAX_FRAME, NotPlain, read_frame, write_frame
+from qtool.evaluate.sandbox.wire import pack, unpack
 
 VALUES: list[Any] = [
     *(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qtool.convert.checkpoint import Checkpoint
-from qtool.convert.writer import ShardWriter, Spec
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.writer import ShardWriter, Spec
 
 SPECS: dict[str, Spec] = {
     "a.weight": (torch.float16, (2, 3)),

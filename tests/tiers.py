@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qtool import QtoolError
-from qtool.evaluate.execute import TIERS, detect_sandbox
+from qtool.evaluate.sandbox.execute import TIERS, detect_sandbox
 
 
 def available(tier: str) -> bool:

@@ -1,0 +1,1 @@
+"""Files of models: checkpoints, journalled writers, artifacts and their manifests, sources."""

@@ -1,0 +1,92 @@
+"""Whether files that decide the bytes of an artifact are still what they were when its key was made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qtool import QtoolError
+from qtool.convert.files.reading import open_file
+
+Stamp = tuple[int, int, int, int]  # bytes, modified, changed (nanoseconds), inode
+_BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # the Hub's cache names its files by their sha256, small ones as git
+
+
+@dataclass
+class Watched:
+    """A file as it was read first. ``digest`` is looked at only where the stamp has changed: a copy in its place, or
+    one that was touched, may hold the same bytes. None: nobody knows what the file has to hold."""
+
+    path: Path
+    stamp: Stamp
+    digest: str | None
+    digest_of: Callable[[Path], str] = field(default=lambda path: sha256_file(path))
+
+    def require_unchanged(self) -> None:
+        """Raises QtoolError naming the file where it has changed or is gone."""
+        try:
+            now = stamp_of(self.path)
+            if now == self.stamp:
+                return
+            same = self.digest is not None and self.digest_of(self.path) == self.digest
+        except (OSError, QtoolError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise QtoolError(f"{self.path}: cannot be read any more ({why}). {_RESTORE}") from error
+        if not same:
+            raise QtoolError(f"{self.path}: changed while the model was being converted. {_RESTORE}")
+        self.stamp = now
+
+
+_RESTORE = (
+    "Nothing was finished from it. Put back what was there and run again: it continues after the last layer made "
+    "before the change; or run with the new files, which is another artifact."
+)
+
+
+def watch(path: Path) -> Watched:
+    """A file with its sha256. Raises QtoolError where it cannot be read, OSError where it is gone."""
+    stamp = stamp_of(path)  # before it is read: what changes in between is seen
+    return Watched(path, stamp, sha256_file(path))
+
+
+def watch_blob(path: Path) -> Watched:
+    """A file of the Hub's cache, which nobody digests: its name says what it holds."""
+    name = Path(os.path.realpath(path)).name
+    return Watched(path, stamp_of(path), name if _BLOB.fullmatch(name) else None, _blob_name)
+
+
+def require_unchanged(files: Sequence[Watched]) -> None:
+    """Raises QtoolError naming the first file that is not what it was."""
+    for file in files:
+        file.require_unchanged()
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Changes with every write: ``ctime`` even where the time of modification is set back."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of one file's bytes. Raises QtoolError for what is no regular file."""
+    return _digest_file(path, hashlib.sha256())
+
+
+def _blob_name(path: Path) -> str:
+    if len(os.path.basename(os.path.realpath(path))) == 64:
+        return sha256_file(path)
+    return _digest_file(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+
+
+def _digest_file(path: Path, digest: hashlib._Hash) -> str:
+    try:
+        with open_file(path) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}.") from error
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The containers: how codes and scales lie in files, one module each."""

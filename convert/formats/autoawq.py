@@ -1,0 +1,91 @@
+"""The AutoAWQ GEMM container (`quant_method: awq`, `version: gemm`).
+
+Sources: AutoAWQ awq/modules/linear/gemm.py, awq/utils/packing_utils.py, awq/models/_config.py.
+A linear ``[out, in]`` becomes qweight int32 ``[in, out/8]``, qzeros int32 ``[in/g, out/8]``, scales ``[in/g, out]``;
+both packed along OUT in AWQ order; ``w = (q - z) * s``; zeros stored as they are (no -1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in
+from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
+
+MARK = "qweight"
+SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
+POSITIVE: tuple[str, ...] = ("scales",)
+BY_ROW = True
+KEYS = frozenset({"quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert"})
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """Names, or parts of them, of modules that stay unquantized."""
+    return names_in(section.get("modules_to_not_convert"), "modules_to_not_convert")
+
+
+def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
+    """group_size."""
+    return {"group_size": section.get("group_size")}
+
+
+def multiples(section: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows are packed in eights."""
+    return 8, 1
+
+
+def specs(
+    out: int, columns: int, section: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix -> (dtype, shape) of the tensors that replace one ``.weight``."""
+    groups = columns // group_size_of(section["group_size"], columns)
+    return {
+        "qweight": (torch.int32, (columns, out // 8)),
+        "qzeros": (torch.int32, (groups, out // 8)),
+        "scales": (dtype, (groups, out)),
+    }
+
+
+def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor for one linear."""
+    assert isinstance(codes, UniformCodes)
+    return {
+        "qweight": pack_nibbles(codes.codes.t().contiguous(), AWQ_ORDER),
+        "qzeros": pack_nibbles(codes.zero.t().contiguous(), AWQ_ORDER),
+        "scales": codes.scale.t().contiguous(),
+    }
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> UniformCodes:
+    """Inverse of `pack`. Raises QtoolError for a section that speaks of another packing."""
+    if section.get("bits", 4) != 4 or section.get("version", "gemm") != "gemm":
+        raise QtoolError("quantization_config: qtool reads AWQ with bits 4 in version 'gemm'.")
+    return UniformCodes(
+        codes=unpack_nibbles(tensors["qweight"], AWQ_ORDER).t().contiguous(),
+        scale=tensors["scales"].t().contiguous(),
+        zero=unpack_nibbles(tensors["qzeros"], AWQ_ORDER).t().contiguous(),
+        bits=4,
+        group_size=group_size_of(section["group_size"], tensors["qweight"].shape[0]),
+    )
+
+
+def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+    """``(out, in)``."""
+    columns, words = tensor("qweight").shape
+    return words * 8, columns
+
+
+def quantization_config(group_size: int, skipped: list[str]) -> dict[str, Any]:
+    """The section that loaders look for in config.json."""
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": skipped or None,
+    }

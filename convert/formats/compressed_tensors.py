@@ -1,0 +1,156 @@
+"""The compressed-tensors container (`quant_method: compressed-tensors`, `format: pack-quantized`): W4A16 and W8A16.
+
+Sources: compressed-tensors compressors/pack_quantized/{base,helpers}.py, quantization/quant_config.py.
+A linear ``[out, in]`` with n = 32 / bits values to a word becomes weight_packed int32 ``[out, in/n]``, weight_scale
+``[out, groups]`` and weight_shape int64 ``[2]``. Its values are signed, stored with 2**(bits-1) added, so that a stored
+value is our code, and a signed zero point plus 2**(bits-1) our zero. Asymmetric linears also have weight_zero_point
+int32 ``[out/n, groups]``, packed along OUT; act-order files by others may have weight_g_idx ``[in]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.formats import packing
+from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
+
+MARK = "weight_packed"
+SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+POSITIVE: tuple[str, ...] = ("weight_scale",)
+BY_ROW = True
+FORMAT = "pack-quantized"
+KEYS = frozenset({"quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme"})
+
+
+def skipped(section: Mapping[str, Any]) -> list[str]:
+    """Names and patterns (`re:…`) of modules that stay unquantized. Raises QtoolError for a scheme that qtool does not
+    read: activations, the cache or other modules than all linears."""
+    (group,) = _groups(section).values()
+    if group.get("targets") != ["Linear"]:
+        raise QtoolError(f"quantization_config: targets is {group.get('targets')!r}; qtool reads ['Linear'].")
+    others = [key for key in ("input_activations", "output_activations") if group.get(key) is not None]
+    if section.get("kv_cache_scheme") is not None or others:
+        raise QtoolError("quantization_config: quantizes activations or the cache too; qtool reads weights only.")
+    return names_in(section.get("ignore"), "ignore")
+
+
+def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
+    """bits, group_size, sym."""
+    groups = section.get("config_groups")
+    scheme = _scheme(section) if isinstance(groups, dict) and len(groups) == 1 else {}
+    size = -1 if scheme.get("strategy") == "channel" else scheme.get("group_size")
+    return {"bits": scheme.get("num_bits"), "group_size": size, "sym": scheme.get("symmetric")}
+
+
+def multiples(section: Mapping[str, Any]) -> tuple[int, int]:
+    """Columns are packed, and so are the rows of zero points."""
+    values = 32 // _bits(section)
+    return (1 if _scheme(section)["symmetric"] else values), values
+
+
+def specs(
+    out: int, columns: int, section: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix -> (dtype, shape) of the tensors that replace one ``.weight``."""
+    bits = _bits(section)
+    groups = columns // _group_size(section, columns)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (out, columns * bits // 32)),
+        "weight_scale": (dtype, (out, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if not _scheme(section)["symmetric"]:
+        found["weight_zero_point"] = (torch.int32, (out * bits // 32, groups))
+    return found
+
+
+def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor for one linear."""
+    assert isinstance(codes, UniformCodes)
+    found = {
+        "weight_packed": packing.pack(codes.codes, codes.bits),
+        "weight_scale": codes.scale,
+        "weight_shape": torch.tensor(codes.codes.shape),
+    }
+    if not _scheme(section)["symmetric"]:
+        found["weight_zero_point"] = packing.pack(codes.zero.t().contiguous(), codes.bits).t().contiguous()
+    return found
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> UniformCodes:
+    """Inverse of `pack`."""
+    bits = _bits(section)
+    scale = tensors["weight_scale"]
+    codes = packing.unpack(tensors["weight_packed"], bits)
+    columns = codes.shape[1]
+    size = _group_size(section, columns)
+    if "weight_zero_point" in tensors:
+        zero = packing.unpack(tensors["weight_zero_point"].t().contiguous(), bits).t().contiguous()
+    else:
+        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    ordered = ordered_groups(columns, size)
+    g_idx = tensors["weight_g_idx"].long() if "weight_g_idx" in tensors else ordered
+    in_order = columns % size == 0 and torch.equal(g_idx, ordered)
+    return UniformCodes(codes, scale, zero, bits, size, None if in_order else g_idx)
+
+
+def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+    """``(out, in)``."""
+    said = tensor("weight_shape")
+    if said.dtype != torch.int64 or said.shape != (2,) or not bool((said > 0).all()):
+        raise QtoolError("weight_shape is not two whole numbers above 0")
+    out, columns = said.tolist()
+    return out, columns
+
+
+def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool) -> dict[str, Any]:
+    """The section that compressed-tensors' own QuantizationConfig reads."""
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": sym,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+        "actorder": "static" if desc_act else None,  # groups are of neighbouring columns all the same
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme | {"format": FORMAT}},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _scheme(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights' arguments of the only group."""
+    (group,) = _groups(section).values()
+    scheme: dict[str, Any] = group.get("weights") or {}
+    if not isinstance(scheme, dict) or scheme.get("type", "int") != "int" or scheme.get("dynamic"):
+        raise QtoolError("quantization_config: weights is no scheme of static integers, which is what qtool reads.")
+    return scheme
+
+
+def _groups(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    groups = section.get("config_groups") or {}
+    if not isinstance(groups, dict) or len(groups) != 1 or not all(isinstance(g, dict) for g in groups.values()):
+        raise QtoolError(f"quantization_config: {len(groups)} config_groups; qtool reads files with one.")
+    return groups
+
+
+def _bits(section: Mapping[str, Any]) -> int:
+    bits = _scheme(section).get("num_bits")
+    if bits not in packing.WIDTHS:
+        raise QtoolError(f"quantization_config: num_bits is {bits!r}; qtool reads pack-quantized with 4 or 8.")
+    return int(bits)
+
+
+def _group_size(section: Mapping[str, Any], columns: int) -> int:
+    return group_size_of(geometry(section)["group_size"], columns)

@@ -1,0 +1,71 @@
+"""ggml's tensor types, and a matrix stored in one of them.
+
+Block layouts: ggml/src/ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.formats.gguf.ggml_decode import DECODERS
+
+INSTALL = "pip install 'qtool-llm[gguf]'"
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# type -> (elements to a block, bytes of a block); llama.cpp/ggml/src/ggml-common.h
+BLOCKS = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
+    "Q5_0": (32, 22), "Q5_1": (32, 24), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+
+
+def load_gguf() -> Any:
+    """The `gguf` package. Raises QtoolError (exit 3) with the command that installs it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise QtoolError(f"GGUF files need the gguf package, which is not installed here. Run: {INSTALL}", 3) from error
+    return gguf
+
+
+def row_bytes(type_name: str, columns: int) -> int:
+    """Bytes of one row. Raises ValueError where a block would straddle two rows."""
+    elements, size = BLOCKS[type_name]
+    if columns % elements:
+        raise ValueError(f"{columns} columns do not divide into {type_name} blocks of {elements}")
+    return columns // elements * size
+
+
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """A matrix ``[out, in]`` in blocks of consecutive weights of a row: data uint8 ``[out, bytes of a row]``."""
+
+    data: torch.Tensor
+    type: str
+    shape: tuple[int, int]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Weight ``[out, in]`` as llama.cpp reads it, on the device of ``data``."""
+        if self.type in FLOATS:
+            return self.data.contiguous().view(FLOATS[self.type]).to(dtype, copy=True)
+        decode = DECODERS.get(self.type)
+        if decode is not None:
+            return decode(self.data.reshape(-1, BLOCKS[self.type][1])).view(self.shape).to(dtype)
+        gguf = load_gguf()  # types that qtool reads and never writes
+        values = gguf.quants.dequantize(self.data.cpu().numpy(), gguf.GGMLQuantizationType[self.type])
+        return torch.from_numpy(values).view(self.shape).to(self.data.device, dtype)
+
+    def cpu(self) -> GgmlBlocks:
+        """The same blocks in host memory."""
+        return GgmlBlocks(self.data.cpu(), self.type, self.shape)
+
+    def equals(self, other: object) -> bool:
+        """Bit for bit."""
+        return (
+            isinstance(other, GgmlBlocks)
+            and (self.type, self.shape) == (other.type, other.shape)
+            and torch.equal(self.data, other.data)
+        )

@@ -1,0 +1,95 @@
+"""What a .gguf file will hold, tensor by tensor, from shapes and config.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.files.writer import Spec
+from qtool.convert.formats.gguf.ggml import BLOCKS, row_bytes
+from qtool.convert.formats.gguf.metadata import model_keys
+from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names
+from qtool.convert.formats.gguf.types import PLAIN, Typed, is_70b, tensor_types
+from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.models.config_keys import check_gguf
+from qtool.convert.models.rope import rope_factors
+
+
+@dataclass(frozen=True)
+class GgufPlan(OutputPlan):
+    """``names``: HF name -> GGUF name. ``types``: GGUF name -> type, and what the rule wanted before a row's length
+    forced another. ``shapes``: GGUF name -> shape (torch order), in file order. ``limits``: what the file is right only
+    up to, a line each."""
+
+    names: dict[str, str]
+    types: dict[str, Typed]
+    shapes: dict[str, tuple[int, ...]]
+    limits: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """The limits, and a line for each kind of tensor that could not get the type of its rule."""
+        kinds: dict[tuple[str, int, str, str], int] = {}
+        for name, typed in self.types.items():
+            if typed.fell_back:
+                kind = (re.sub(r"^blk\.\d+\.", "", name), self.shapes[name][-1], typed.wanted, typed.type)
+                kinds[kind] = kinds.get(kind, 0) + 1
+        return list(self.limits) + [
+            f"{kind} ({count} of them): {columns} columns do not divide by {BLOCKS[wanted][0]}: {wanted} -> {given}"
+            for (kind, columns, wanted, given), count in kinds.items()
+        ]
+
+
+def plan_gguf(
+    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
+) -> GgufPlan:
+    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
+    config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
+    limits = tuple(check_gguf(config))
+    model_keys(config)
+    names = gguf_names(walk_order(tensors, prefix), config)
+    shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
+    factors = rope_factors(config)
+    if factors is not None:
+        shapes[ROPE_FREQS] = tuple(factors.shape)
+    layers = int(config["num_hidden_layers"])
+    types = tensor_types(shapes, file_type, layers, is_70b(config))
+    if ROPE_FREQS in types:
+        types[ROPE_FREQS] = Typed("F32", "F32")
+    _require_share(shapes, types, file_type)
+    sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
+    plans = []
+    for hf, name in names.items():
+        if is_linear(hf, prefix, linears):
+            out, columns = shapes[name]
+            block = BLOCKS[types[name].type][0]
+            plans.append(LinearPlan(hf.removesuffix(".weight"), out, columns, block, sizes[name], types[name].type))
+    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in names.items()}
+    tied = [name for name in tensors if name not in names]
+    parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
+    return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes, limits)
+
+
+def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Typed], file_type: str) -> None:
+    """As `verify` will: at least 99 % of the weights that the rules quantize must get a quantized type."""
+    meant = [name for name, typed in types.items() if typed.wanted not in PLAIN]
+    plain = [name for name in meant if types[name].type in PLAIN]
+    total, left = (sum(shapes[name][0] * shapes[name][-1] for name in names) for names in (meant, plain))
+    if not meant or 1 - left / total >= QUANTIZED_SHARE:
+        return
+    columns = ", ".join(map(str, sorted({shapes[name][-1] for name in plain})))
+    raise QtoolError(
+        f"type: {file_type} would leave {left / total:.1%} of the weights in 16 bits: {plain[0]} and {len(plain) - 1} "
+        f"more have rows of {columns} weights, and no quantized type takes rows that 32 does not divide. Take type F16 "
+        "or BF16, or another method."
+    )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) > 1 else 1

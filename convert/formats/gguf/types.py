@@ -1,0 +1,102 @@
+"""Which ggml type each tensor of a .gguf file gets: llama.cpp's own rules, as pure functions of names and shapes.
+
+Source: llama.cpp src/llama-quant.cpp (llama_tensor_get_type_impl, tensor_allows_quantization); sizes computed by them
+match `llama-quantize --dry-run` (see tests).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qtool.convert.formats.gguf.ggml import BLOCKS
+from qtool.convert.formats.gguf.names import gguf_architecture
+
+FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
+    "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
+PLAIN = ("F16", "BF16", "F32")
+BASE = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where 256 does not divide a row
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One tensor's type; ``wanted``: what the rule said before a row's length forced another one."""
+
+    type: str
+    wanted: str
+
+    @property
+    def fell_back(self) -> bool:
+        return self.type != self.wanted
+
+
+def tensor_types(
+    shapes: Mapping[str, tuple[int, ...]], file_type: str, layers: int, is_70b: bool = False
+) -> dict[str, Typed]:
+    """GGUF tensor name -> type. ``shapes``: torch order, in file order. ``is_70b``: of what it takes for a "70B",
+    llama.cpp keeps attn_v at 5 bits or more.
+    """
+    tied = "output.weight" not in shapes
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+            found[name] = Typed("F32", "F32")
+            continue
+        wanted = _rule(name, file_type, layers, tied, is_70b)
+        found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
+    return found
+
+
+def is_70b(config: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp takes a config.json's model for its "70B" (load_arch_hparams of src/models/llama.cpp and
+    qwen2.cpp): 80 layers, and in architecture llama heads that share key/value heads."""
+    heads = config["num_attention_heads"]
+    shared = heads != (config.get("num_key_value_heads") or heads)
+    architecture = gguf_architecture(config)
+    return config["num_hidden_layers"] == 80 and (architecture == "qwen2" or (architecture == "llama" and shared))
+
+
+def _rule(name: str, file_type: str, layers: int, tied: bool, is_70b: bool) -> str:
+    base = BASE.get(file_type, file_type)
+    if base in ("F16", "BF16", "Q8_0"):
+        return base
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        return "Q6_K"
+    layer = _LAYER.match(name)
+    if layer is None or base == "Q6_K":
+        return base
+    number = int(layer.group(1))
+    if name.endswith("attn_v.weight"):
+        return _attention_value(number, file_type, base, layers, is_70b)
+    if name.endswith("ffn_down.weight"):
+        if file_type in ("Q4_K_M", "Q5_K_M"):
+            return "Q6_K" if use_more_bits(number, layers) else base
+        if file_type == "Q4_K_S" and number < layers // 8:
+            return "Q5_K"
+    return base
+
+
+def _attention_value(number: int, file_type: str, base: str, layers: int, is_70b: bool) -> str:
+    wanted = base
+    if file_type in ("Q4_K_M", "Q5_K_M") and use_more_bits(number, layers):
+        wanted = "Q6_K"
+    elif file_type == "Q4_K_S" and number < 4:
+        wanted = "Q5_K"
+    return "Q5_K" if is_70b and wanted == "Q4_K" else wanted
+
+
+def use_more_bits(number: int, layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    return number < layers // 8 or number >= 7 * layers // 8 or (number - layers // 8) % 3 == 2
+
+
+def _fitting(wanted: str, columns: int) -> str:
+    if columns % BLOCKS[wanted][0] == 0:
+        return wanted
+    smaller = FALLBACK.get(wanted, "F16")
+    return smaller if columns % BLOCKS[smaller][0] == 0 else "F16"

@@ -1,0 +1,1 @@
+"""What architectures are: one module a family, one table."""

@@ -1,0 +1,1 @@
+"""What the runtimes ask of an artifact, as rules with their source."""

@@ -1,0 +1,1 @@
+"""Calibration text and tokenizers: records, templates, windows of tokens."""

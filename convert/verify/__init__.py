@@ -1,0 +1,1 @@
+"""An artifact opened again and checked: bytes, tensors, settings, errors against the source."""

@@ -1,0 +1,73 @@
+"""What config.json implies of the weights: names and shapes of every tensor, as transformers' own classes have them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.formats.gguf.names import PARTS, SUFFIXES
+from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+
+Shapes = Mapping[str, tuple[int, ...]]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Implied:
+    """``shapes``: name -> shape, None where only the model's own code knows it. ``absent``: may be missing, because it
+    is tied."""
+
+    shapes: Mapping[str, tuple[int, ...] | None]
+    absent: frozenset[str]
+
+    @property
+    def matrices(self) -> list[str]:
+        """The weights inside layers that a quantized artifact quantizes, all of them."""
+        found = [(name, shape) for name, shape in self.shapes.items() if _LAYER.fullmatch(name)]
+        return [name for name, shape in found if name.endswith("_proj.weight" if shape is None else ".weight")
+                and (shape is None or len(shape) == 2)]  # fmt: skip
+
+
+def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
+    """What ``folder``'s config.json implies. ``stored``: the tensors that are there, with which its numbers are
+    compared before a model is built from them. Raises QtoolError naming the first that does not fit."""
+    for fault in _numbers(config, stored):
+        raise QtoolError(f"config.json {fault}. Weights and config.json are not of one model.")
+    if "auto_map" in config:  # whoever checks a file runs none of its code
+        return Implied(dict.fromkeys(name for name in stored if _known(name)), frozenset())
+    shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
+    return Implied(shapes, frozenset(tied))
+
+
+def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
+    for key in ("num_hidden_layers", *_COUNTS):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            yield f"says {key} {value!r}, which is no number above 0"
+            return
+    layers = {int(found.group(1)) for name in stored if (found := _LAYER.fullmatch(name))}
+    said = config.get("num_hidden_layers")
+    if said is not None and layers != set(range(min(said, len(layers) + 1))):
+        yield f"says num_hidden_layers {said}, the weights have {len(layers)}"
+    vocabulary, width = config.get("vocab_size"), config.get("hidden_size")
+    table = stored.get(EMBEDDING)
+    if table is not None and None not in (vocabulary, width) and table != (vocabulary, width):
+        yield f"says vocab_size {vocabulary} and hidden_size {width}, {EMBEDDING} is {list(table)}"
+    head = config.get("head_dim")
+    rows = stored.get("model.layers.0.self_attn.q_proj.weight")
+    if head is not None and rows is not None and head > rows[0]:
+        yield f"says head_dim {head}, q_proj has {rows[0]} rows"
+
+
+def _known(name: str) -> bool:
+    """Whether a decoder of some family that qtool knows has such a tensor."""
+    layer = _LAYER.fullmatch(name)
+    modules = PARTS if layer else ("model.embed_tokens", "model.norm", "lm_head")
+    rest = layer.group(2) if layer else name
+    return any(rest == module + suffix for module in modules for suffix in SUFFIXES)

@@ -1,0 +1,1 @@
+"""Where judged programs run: worker processes, isolation, and the wire between program and checker."""

@@ -1,0 +1,1 @@
+"""Benchmarks: readers, prompts, extraction of programs from replies."""

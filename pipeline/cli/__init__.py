@@ -1,0 +1,111 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qtool.cli import evaluate as cli_evaluate
+from qtool.cli import judge as cli_judge
+from qtool.cli import share as cli_hub
+from qtool.cli import sizing as cli_sizing
+from qtool.cli.boundary import Boundary
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+GATE_FAILED = 1
+
+
+@click.group(cls=Boundary, context_settings=CONTEXT)
+@click.version_option(package_name="qtool-llm", prog_name="qtool")
+def main() -> None:
+    """Quantize a code model, and know what it cost.
+
+    \b
+    Examples:
+      qtool run demo                           convert, verify, score, judge a model that ships here
+      qtool run my-recipe.yaml --dry-run       the plan: sizes, bits per weight, memory, disk
+      qtool verify artifacts/My-Model-awq      re-open an artifact and check it
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
+      qtool check latest --baseline FILE       judge a stored run again, in CI
+
+    Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
+    130 interrupted.
+    """
+
+
+def _device_option(command: click.decorators.FC) -> click.decorators.FC:
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    )(command)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
+@click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
+@click.option(
+    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
+)
+@_device_option
+def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
+    """Turn the model of RECIPE into verified artifacts and score them against it.
+
+    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4, smoke.
+    Run again after an interruption and it continues after the last finished layer; what is finished is reused.
+
+    \b
+    Examples:
+      qtool run demo
+      qtool run awq --dry-run
+      qtool run my-recipe.yaml --only awq --device cuda
+    """
+    from qtool.recipe.paths import locate
+    from qtool.report import terminal as report
+    from qtool.run import prepare
+    from qtool.run import run as run_recipe
+
+    found = locate(recipe)
+    if found != recipe:
+        click.echo(f"recipe: {found} (copy it to change it)", err=True)
+    if dry_run:
+        report.print_plan(prepare(found, device, only))
+        return
+    result = run_recipe(found, runs, device, only)
+    report.print_run(result)
+    if result.failed:
+        raise SystemExit(GATE_FAILED)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The source model's folder: also recompute each linear's error."
+)
+def verify(artifact: Path, source: Path | None) -> None:
+    """Re-open ARTIFACT: sha256, shapes, finiteness, and the loading rules of transformers, vLLM and SGLang.
+
+    \b
+    Examples:
+      qtool verify artifacts/My-Model-awq
+      qtool verify artifacts/My-Model-awq --source ./My-Model
+    """
+    import qtool
+    from qtool.report import terminal as report
+
+    result = qtool.verify(artifact, source)
+    report.print_verification(result)
+    if not result.sound:
+        raise SystemExit(GATE_FAILED)
+
+
+main.add_command(cli_evaluate.evaluate)
+main.add_command(cli_judge.compare)
+main.add_command(cli_judge.check)
+main.add_command(cli_judge.baseline)
+main.add_command(cli_judge.report)
+main.add_command(cli_sizing.plan)
+main.add_command(cli_sizing.measure)
+main.add_command(cli_hub.publish)
+main.add_command(cli_hub.pull)
+main.add_command(cli_hub.reproduce)

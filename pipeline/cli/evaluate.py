@@ -1,0 +1,106 @@
+"""`qtool evaluate`: score a model, or check the harness that would."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool import QtoolError
+
+ENGINES = ["reference", "transformers", "llama.cpp", "vllm", "openai"]
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+_DAY = click.DateTime(["%Y-%m-%d"])
+
+
+class _Lengths(click.ParamType[tuple[int, ...]]):
+    """One window length or several, `2048,8192`."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 2048,8192.", param, ctx)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model", required=False)
+@click.option("--source", type=click.Path(path_type=Path), help="The unquantized model: scored too, and compared with.")
+@click.option("--task", "tasks", multiple=True, help="A shipped task, a benchmark (docs/tasks.md), or a file of one.")
+@click.option("--after", type=_DAY, metavar="DAY", help="LiveCodeBench: contests from this day on (2025-01-31).")
+@click.option("--before", type=_DAY, metavar="DAY", help="LiveCodeBench: contests up to this day.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many problems of each task.")
+@click.option("--text", help="Held-out text for perplexity and KL: a shipped name, a file or a data set.")
+@click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of --text.")
+@click.option("--window-length", default="512", show_default=True, type=_Lengths(), help="Tokens in one.")
+@click.option("--by-layer", is_flag=True, help="Also the KL of each layer alone (slow: a pass for every layer).")
+@click.option("--engine", type=click.Choice(ENGINES), default="reference", show_default=True)
+@click.option("--base-url", metavar="URL", help="Engine openai: the server's address, which ends in /v1.")
+@click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
+@click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Answers a problem (pass@k).")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: greedy.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
+@click.option("--seed", default=0, show_default=True, help="Of the sampled answers.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Or requests at a time.")
+@click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option("--self-check", "check", is_flag=True, help="Only judge the harness: known answers, right and wrong.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
+@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+def evaluate(
+    model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
+    limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
+    base_url: str | None, prompt: str, check: bool, trust_remote_code: bool, runs: Path, device: str, **asked: Any,
+) -> None:  # fmt: skip
+    """Score MODEL (an artifact, any unquantized model's folder, or a Hub id) on coding tasks and held-out text.
+
+    With --engine openai, MODEL is a name that the server at --base-url has (its only one if left out), and a key is
+    read from OPENAI_API_KEY. A run that was interrupted goes on with the next problem.
+
+    \b
+    Examples:
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten --text heldout-code
+      qtool evaluate qtool-demo --task heldout --limit 100
+      qtool evaluate ./My-Model --task humaneval --limit 40 --prompt completion
+      qtool evaluate ./My-Model --task humaneval --samples 20 --temperature 0.8 --top-p 0.95
+      qtool evaluate --engine openai --base-url http://127.0.0.1:8000/v1 --task humaneval --prompt chat
+      qtool evaluate ./My-Model --task mbpp+ --task livecodebench --after 2025-01-01
+      qtool evaluate --self-check --task humaneval
+    """
+    import qtool
+    from qtool.evaluate.tasks.benchmarks import is_dated
+    from qtool.report import terminal as report
+    from qtool.run import check_harness, evaluate_served
+    from qtool.runs.summary import summarise
+    from qtool.verbs import evaluate_section
+
+    if check:
+        tasks = tasks or ("handwritten", "heldout")
+    if not tasks and not text:
+        raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
+    fidelity = {"text": text, "samples": windows, "length": window_length, "by_layer": by_layer} if text else None
+    asked |= {"engine": "reference" if check else engine, "base_url": None if check else base_url, "prompt": prompt}
+    window = {"after": after and after.date(), "before": before and before.date()}
+    dated = [task for task in tasks if is_dated(task)] or tasks
+    wanted = [{"task": task, "limit": limit} | (window if task in dated else {}) for task in tasks]
+    asked |= {"tasks": wanted, "text": fidelity}
+    if base_url is not None and model is not None:
+        asked["models"] = {model: model}
+    if model is None and not check and base_url is None and engine != "openai":
+        raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
+    if check or base_url is not None or model is None:
+        section = evaluate_section(asked)
+        if check:
+            report.print_self_check(check_harness(section, Path(model) if model else None, runs, trust_remote_code))
+        else:
+            report.print_scores(summarise(evaluate_served(section, runs)))
+        return
+    found = qtool.score(model, source, runs=runs, device=device, trust_remote_code=trust_remote_code, **asked)
+    report.print_scores(found)

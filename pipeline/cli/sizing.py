@@ -1,0 +1,182 @@
+"""`qtool plan` and `qtool measure`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qtool import QtoolError
+from qtool.cli.judge import write_text
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """``2k,8k,131072`` -> (2048, 8192, 131072). Raises QtoolError naming what is no number."""
+    found = []
+    for part in filter(None, (piece.strip().lower() for piece in text.split(","))):
+        digits, scale = (part[:-1], 1024) if part.endswith("k") else (part, 1)
+        if not digits.isdigit() or int(digits) == 0:
+            raise QtoolError(f"{option} {part}: a whole number above 0 is needed, or one with k for 1024: 2k,8k,128k.")
+        found.append(int(digits) * scale)
+    return tuple(found)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option("--gpu", help="Cards, comma-separated (default: this machine's, else RTX4090,H100).")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many of each.")
+@click.option("--context", "contexts", default="", help="Tokens, comma-separated (default: 2k,8k,32k,64k,128k).")
+@click.option("--concurrency", default="", help="Sequences at once, comma-separated (default: 1,2,4,8).")
+@click.option("--kv-dtype", default="", help="Cache types, comma-separated: bf16,f16,fp8,q8_0,q4_0.")
+@click.option("--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: each format's own.")
+@click.option("--format", "formats", default="", help="Default: source,awq,gptq,nf4,Q4_K_M,Q8_0.")
+@click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own.")
+@click.option("--host-bandwidth", type=click.FloatRange(min=1), help="GB/s of host memory, for layers left there.")
+@click.option("--revision", help="The Hub model's revision.")
+@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Log of past runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw memory by context against each card's line.")
+def plan(
+    model: str, gpu: str | None, gpus: int, contexts: str, concurrency: str, kv_dtype: str, engine: str | None,
+    formats: str, cards: Path | None, host_bandwidth: float | None, revision: str | None, runs: Path, as_json: bool,
+    svg: Path | None,
+) -> None:  # fmt: skip
+    """Does MODEL fit, in which format, with how long a context and how many users? Weights are never downloaded.
+
+    MODEL is a folder, a config.json, a Hub id, an artifact, or a recipe: of a recipe the job itself is planned, what
+    converting takes.
+
+    \b
+    Examples:
+      qtool plan IQuestLab/IQuest-Coder-V1-40B-Instruct --gpu RTX4090,H100
+      qtool plan ./My-Model --gpu L40S --gpus 2 --context 32k,128k --concurrency 1,8 --kv-dtype bf16,fp8
+      qtool plan artifacts/My-Model-awq --gpu RTX3090 --json
+      qtool plan recipes/awq.yaml
+    """
+    import qtool
+    from qtool.sizing import memory_figure, plan_report
+    from qtool.sizing.plan import as_json as to_json
+
+    if model.endswith((".yaml", ".yml")):
+        _plan_job(Path(model), runs, as_json)
+        return
+    found = qtool.plan(
+        model, gpu, gpus=gpus, contexts=numbers(contexts, "--context"),
+        sequences=numbers(concurrency, "--concurrency"), kv_dtypes=_kv_dtypes(kv_dtype), engine=engine,
+        formats=list(filter(None, (name.strip() for name in formats.split(",")))), cards=cards,
+        host_bandwidth=host_bandwidth, revision=revision,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(to_json(found), indent=2))
+    else:
+        plan_report.print_plan(found)
+    if svg is not None:
+        write_text(svg, memory_figure.memory_by_context(found))
+        click.echo(f"picture: {svg}", err=True)
+
+
+def _kv_dtypes(text: str) -> tuple[str, ...]:
+    from qtool.sizing.kv_cache import KV_BYTES
+
+    names = tuple(filter(None, (name.strip().lower() for name in text.split(","))))
+    wrong = [name for name in names if name not in KV_BYTES]
+    if wrong:
+        raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(KV_BYTES)}.")
+    return names
+
+
+def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
+    from qtool.make.needs import needs_of, print_needs
+    from qtool.recipe.paths import locate
+    from qtool.run import prepare
+
+    needs = needs_of(prepare(locate(recipe), "auto"), runs)
+    if as_json:
+        click.echo(json.dumps(needs.as_json(), indent=2))
+    else:
+        print_needs(needs)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option("--context", "contexts", default="2k", show_default=True, help="Prompt lengths, comma-separated.")
+@click.option("--batch", default="1,2,4,8", show_default=True, help="Requests at once, comma-separated.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens of each answer.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: llama.cpp for .gguf, else "
+    "transformers; of a URL none is asked.",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="For transformers.")
+@click.option("--gpu", help="The card, for prediction and bounds (default: this machine's, where qtool knows it).")
+@click.option("--price", type=click.FloatRange(min=0), help="Of an hour of the machine: cost of a million tokens.")
+@click.option("--shape", help="Of a URL: folder or config.json of its model, for prediction.")
+@click.option("--name", help="Of a URL: what the server calls its model (default: its only one).")
+@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where to log.")
+@click.option("--no-log", is_flag=True, help="Print only; leave the log of --runs as it is.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along (transformers).")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
+def measure(
+    model: str, contexts: str, batch: str, tokens: int, repeats: int, engine: str | None, device: str, gpu: str | None,
+    price: float | None, shape: str | None, name: str | None, runs: Path, no_log: bool, trust_remote_code: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure MODEL (a folder, an artifact, or the URL of an OpenAI-compatible server) beside prediction and bound.
+
+    Random prompts; one warm-up, then medians of repeats. A context's row ends at the first batch that runs out of
+    memory. A figure that beats its bound was measured wrongly and is rejected. Reports and cards of runs made with the
+    same --runs show what was measured of their models. OPENAI_API_KEY is sent to a URL.
+
+    \b
+    Examples:
+      qtool measure artifacts/My-Model-gguf --context 2k,8k --batch 1,4
+      qtool measure ./My-Model --engine transformers --price 2.5
+      qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
+    """
+    import os
+    import sys
+    from contextlib import nullcontext, redirect_stdout
+    from dataclasses import replace
+
+    from qtool.convert.files.durable import require_writable
+    from qtool.measure import measurements
+    from qtool.measure import report as measure_report
+    from qtool.measure.run import Asked, engine_of, measure_model, model_key
+    from qtool.run import choose_device
+    from qtool.sizing.accelerators import choose, load_accelerators, own_card
+
+    if not no_log:
+        require_writable(runs, "--runs")
+    url = model.startswith(("http://", "https://"))
+    known = load_accelerators()
+    own = gpu or ("" if url else own_card(known))
+    card = choose(known, own)[0] if own and "," not in own else None
+    asked = Asked(
+        model=model,
+        engine=engine or engine_of(model),
+        contexts=numbers(contexts, "--context"),
+        batches=numbers(batch, "--batch"),
+        tokens=tokens,
+        repeats=repeats,
+        device=str(choose_device(device)) if not url else device,
+        card=card,
+        price=price,
+        shape=shape,
+        name=name,
+        api_key=os.environ.get("OPENAI_API_KEY") if url else None,
+        trust_remote_code=trust_remote_code,
+    )
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
+        found = measure_model(asked)
+    if not no_log:
+        found = replace(found, key=model_key(model))
+        measurements.log(runs, found)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        measure_report.print_rows(found.rows)
+    if any(row.status == "rejected" for row in found.rows):
+        raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""What a person reads: terminal, HTML, Markdown, figures, the model card."""

@@ -1,0 +1,33 @@
+"""Tables that fit the terminal: one that is wider goes on below itself, so that no cell is cut or broken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qtool.report.tables import Row, columns
+
+
+def print_table(
+    console: Console, rows: Sequence[Row], title: str = "", lead: int = 1, left: Sequence[str] = ()
+) -> None:
+    """``lead``: how many columns come first in every part; they and ``left`` are aligned to the left."""
+    heads = columns(list(rows))
+    wide = {head: 3 + max(len(row.get(head, "")) for row in [*rows, {head: head}]) for head in heads}
+    parts: list[list[str]] = [[]]
+    for head in heads[lead:]:
+        if parts[-1] and sum(wide[one] for one in [*heads[:lead], *parts[-1], head]) + 1 > console.width:
+            parts.append([])
+        parts[-1].append(head)
+    for number, part in enumerate(parts):
+        table = Table(title=title if number == 0 else "", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        shown = [*heads[:lead], *part]
+        for head in shown:
+            table.add_column(head, justify="left" if head in (heads[0], *left) else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(row.get(head, "")) for head in shown))
+        console.print(table)

@@ -1,0 +1,179 @@
+"""Which pictures a run has, and the words that stand before and under them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qtool.measure.measurements import one_machine
+from qtool.report import figures
+from qtool.report.figures import Point
+from qtool.report.tables import moved, task_label
+from qtool.runs.evidence import p_text, size_text
+from qtool.runs.record import RunRecord
+from qtool.runs.summary import Summary
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
+# Ledger keys in order of preference, and what each is.
+_ERRORS = {
+    "error": "relative output error",
+    "weighted_error": "relative weight error, weighted by importance",
+    "frobenius": "relative weight error",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors."""
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    svg: str
+
+
+def verdict_of(run: RunRecord) -> tuple[str, str]:
+    """(pass | fail | undecided, the headline): what the whole run comes to."""
+    unsound = [name for name, checked in run.checks.items() if not checked.sound]
+    if unsound:
+        return "fail", f"Failed: {', '.join(unsound)} did not verify"
+    count, failed = len(run.verdicts), sum(v.failed for v in run.verdicts)
+    undecided = sum(v.verdict == "undecided" for v in run.verdicts)
+    if failed:
+        return "fail", f"Failed: {failed} of {count} gates not met"
+    if undecided:
+        return "undecided", f"Undecided: {undecided} of {count} gates need more data, none failed"
+    if count:
+        return "pass", f"Passed: {count} of {count} gates met"
+    return "undecided", "Not judged: the recipe has no gates"
+
+
+def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
+    """(artifact, a sentence): its size beside the source's, its KL, what it lost."""
+    models = run.summary.models
+    source = models["source"].size
+    lines = []
+    for name, model in models.items():
+        if name == "source" or model.size is None or source is None:
+            continue
+        said = [f"{size_text(model.size.tensors)}, {model.size.tensors / source.tensors:.0%} of the source"]
+        if model.text is not None:
+            said.append(f"KL {model.text.kl.estimate:.4f}")
+        for task, found in model.tasks.items():
+            if (loss := found.loss) is not None:
+                worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
+                shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
+                said.append(f"{moved(loss.difference.loss)} on {task_label(task)} ({shown})")
+        lines.append((name, "; ".join(said)))
+    return lines
+
+
+def pictures(run: RunRecord) -> list[Picture]:
+    """Every picture that the run has data for."""
+    summary = run.summary
+    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *_errors(run)]
+
+
+def _speeds(summary: Summary) -> list[Picture]:
+    marks, engines = [], []
+    for name, measurement in one_machine(summary.measured).items():
+        row, size = measurement.first, summary.models[name].size
+        if row is not None and row.step_seconds and size is not None:
+            rate = 1 / row.step_seconds
+            marks.append(Point(name, size.tensors, rate, rate, rate))
+            engines.append(f"{name} by {measurement.engine}")
+    if len(marks) < 2:
+        return []
+    svg = figures.size_against(marks, "tokens/s, decoding", True)
+    caption = f"One request's tokens after the first, medians: {', '.join(engines)}."
+    return [Picture("size-speed", "measured", "Size against speed", caption, svg)]
+
+
+def rate_points(summary: Summary, task: str) -> list[Point]:
+    """Each model whose size is known at its pass@1 (a fraction) on the task."""
+    return [
+        Point(name, model.size.tensors, rate.estimate, rate.low, rate.high)
+        for name, model in summary.models.items()
+        if model.size is not None and task in model.tasks
+        for rate in [model.tasks[task].rate]
+    ]
+
+
+def kl_points(summary: Summary) -> list[Point]:
+    """Each model whose size is known at its mean KL, where that is a number."""
+    return [
+        Point(name, model.size.tensors, kl.estimate, kl.low, kl.high)
+        for name, model in summary.models.items()
+        if model.size is not None and model.text is not None
+        for kl in [model.text.kl]
+        if math.isfinite(kl.estimate)
+    ]
+
+
+def _sizes(summary: Summary) -> list[Picture]:
+    found = []
+    aside = "Points of nearly one size are drawn side by side."
+    for number, task in enumerate(summary.models["source"].tasks):
+        marks = [
+            replace(p, score=100 * p.score, low=100 * p.low, high=100 * p.high) for p in rate_points(summary, task)
+        ]
+        if not marks:
+            continue
+        label = task_label(task)
+        svg = figures.size_against(marks, f"{label}, % passed", True)
+        caption = f"Bars are 95 % intervals of each score alone; the table's paired losses are sharper. {aside}"
+        found.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
+    marks = [replace(p, low=max(0.0, p.low)) for p in kl_points(summary)]
+    if len(marks) > 1:
+        svg = figures.size_against(marks, "KL to source, nats a token", False)
+        caption = f"Bars are 95 % bootstrap intervals over windows of held-out text. {aside}"
+        found.append(Picture("size-kl", "size", "Size against KL divergence", caption, svg))
+    return found
+
+
+def _kls(summary: Summary) -> list[Picture]:
+    found = []
+    measured = {name: model.texts for name, model in summary.models.items() if name != "source" and model.texts}
+    for length in dict.fromkeys(length for texts in measured.values() for length in texts):
+        texts = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
+        by_position = {name: text.kl_by_position for name, text in texts.items() if _drawable(text.kl_by_position)}
+        if by_position:
+            width = next(texts[name].position_bin for name in by_position)
+            svg = figures.kl_by_position(by_position, width)
+            caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
+            found.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
+    first = {name: next(iter(by_length.values())) for name, by_length in measured.items()}
+    by_layer = {name: text.kl_by_layer for name, text in first.items() if _drawable(text.kl_by_layer)}
+    if by_layer:
+        caption = "Each layer in turn is the quantized one; all others are the source's."
+        found.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))
+    return found
+
+
+def _errors(run: RunRecord) -> list[Picture]:
+    found = []
+    for number, (name, manifest) in enumerate(run.manifests.items()):
+        records = manifest.ledger.values()
+        key = next((key for key in _ERRORS if any(key in record for record in records)), None)
+        values = {}
+        for linear, record in manifest.ledger.items():
+            place = _LAYER.search(linear)
+            if place and key in record:
+                values[int(place[1]), place[2]] = record[key]
+        if key is not None and values:
+            label = _ERRORS[key]
+            svg = figures.heat_map(values, f"{name}: {label}")
+            caption = f"Every linear of {name}: {label}. The colours span this artifact's own range."
+            found.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
+    return found
+
+
+def _drawable(values: Sequence[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)

@@ -1,0 +1,123 @@
+"""The report's problems: who solved which, and the answers to every problem whose outcome changed, side by side."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
+from qtool.report.markup import spelt, visible
+from qtool.report.tables import count_of, task_label
+
+LONGEST = 12_000  # characters of an answer that are shown
+MANY_LINES = 1000
+
+
+def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[str, str], number: int) -> str:
+    """HTML for one task: counts, the matrix, the answers that changed. ``scores``: subject -> its score."""
+    rates = {name: dict(zip(score.outcomes, score.rates, strict=True)) for name, score in scores.items()}
+    problems = list(next(iter(rates.values())))
+    same = [problem for problem in problems if len({rates[name][problem] for name in rates}) == 1]
+    differing = [problem for problem in problems if problem not in set(same)]
+    every = sum(all(rates[name][p] == 1 for name in rates) for p in same)
+    none = sum(all(rates[name][p] == 0 for name in rates) for p in same)
+    said = f"{len(problems)} problems: {every} solved by every model, {none} by none, {len(differing)} told them apart."
+    places = {problem: f"t{number}-{rank}" for rank, problem in enumerate(problems)}
+    changed = [p for p in differing if _changed(p, rates)]
+    parts = [f"<h3>{visible(task_label(task))}</h3><p>{said}</p>"]
+    if differing:
+        parts.append(_matrix(differing, rates, places, set(changed)))
+    whole = _matrix(problems, rates, {}, set())
+    parts.append(f"<details><summary>All {len(problems)} problems</summary>{whole}</details>")
+    if changed:
+        parts.append(f"<h4>Answers to the {len(changed)} problems whose outcome changed</h4>")
+        parts += [_answers(problem, scores, rates, prompts.get(problem, ""), places[problem]) for problem in changed]
+    left_out = next(iter(scores.values())).left_out
+    if left_out:
+        rows = "".join(f"<li><code>{visible(name)}</code>: {visible(why)}</li>" for name, why in left_out.items())
+        missing = count_of(len(left_out), "problem")
+        parts.append(f"<details><summary>Not asked: {missing}</summary><ul>{rows}</ul></details>")
+    return "\n".join(parts)
+
+
+def _changed(problem: str, rates: Mapping[str, Mapping[str, float]]) -> list[str]:
+    source = rates.get("source", {}).get(problem)
+    return [name for name in rates if name != "source" and source is not None and rates[name][problem] != source]
+
+
+def _matrix(
+    problems: list[str], rates: Mapping[str, Mapping[str, float]], places: Mapping[str, str], linked: set[str]
+) -> str:
+    head = "".join(f'<th scope="col">{visible(name)}</th>' for name in rates)
+    rows = []
+    for problem in problems:
+        name = visible(problem)
+        first = f'<a href="#{places[problem]}">{name}</a>' if problem in linked else name
+        cells = "".join(_cell(rates[subject][problem]) for subject in rates)
+        rows.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+    table = f'<table class="matrix"><thead><tr><th scope="col">problem</th>{head}</tr></thead>'
+    label = "which model solved which problem"
+    body = f"{table}<tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll tall" tabindex="0" role="region" aria-label="{label}">{body}</div>'
+
+
+def _cell(rate: float) -> str:
+    if rate in (0.0, 1.0):
+        return '<td class="yes">solved</td>' if rate else '<td class="no">failed</td>'
+    return f'<td class="part">{rate:.0%}</td>'
+
+
+def _answers(
+    problem: str, scores: Mapping[str, TaskScore], rates: Mapping[str, Mapping[str, float]], prompt: str, place: str
+) -> str:
+    source, changed = scores["source"], _changed(problem, rates)
+    lost = [name for name in changed if rates[name][problem] < rates["source"][problem]]
+    gained = [name for name in changed if name not in lost]
+    both = (("lost", lost), ("gained", gained))
+    words = [f"{kind} by {', '.join(map(visible, names))}" for kind, names in both if names]
+    reference = _pick(source, problem, passing=bool(lost))
+    cards = [_card("source", source, problem, reference, reference.completion)]
+    for name in changed:
+        answer = _pick(scores[name], problem, passing=name in gained)
+        cards.append(_card(name, scores[name], problem, answer, reference.completion))
+    asked = f"<details><summary>the question</summary><pre>{_cut(prompt)}</pre></details>" if prompt else ""
+    summary = f"<summary><code>{visible(problem)}</code> {'; '.join(words)}</summary>"
+    return f'<details class="problem" id="{place}">{summary}{asked}<div class="pair">{"".join(cards)}</div></details>'
+
+
+def _pick(score: TaskScore, problem: str, passing: bool) -> ProblemOutcome:
+    """Of several samples the first that shows the change."""
+    answers = score.answers(problem)
+    return next((answer for answer in answers if (answer.outcome == "passed") == passing), answers[0])
+
+
+def _card(name: str, score: TaskScore, problem: str, answer: ProblemOutcome, reference: str) -> str:
+    right = sum(found.outcome == "passed" for found in score.answers(problem))
+    count = f" ({right} of {score.samples} samples passed)" if score.samples > 1 else ""
+    kind = "yes" if answer.outcome == "passed" else "no"
+    detail = f'<p class="detail">{visible(answer.detail[:600])}</p>' if answer.detail else ""
+    head = f'<h5>{visible(name)} <span class="{kind}">{answer.outcome}</span>{count}</h5>'
+    return f"<section>{head}<pre>{_marked(answer.completion, reference)}</pre>{detail}</section>"
+
+
+def _marked(text: str, reference: str) -> str:
+    """The answer, with the lines marked that the reference does not have."""
+    # spelt first: what merely looks like the end of a line is shown as what it is
+    lines, other = (spelt(words[:LONGEST]).removesuffix("\n").split("\n") for words in (text, reference))
+    many = len(lines) > MANY_LINES  # a model that repeats one line would take minutes otherwise
+    kept = {
+        i
+        for block in difflib.SequenceMatcher(None, other, lines, autojunk=many).get_matching_blocks()
+        for i in range(block.b, block.b + block.size)
+    }
+    rows = [visible(line) if i in kept else f"<mark>{visible(line) or ' '}</mark>" for i, line in enumerate(lines)]
+    return "\n".join(rows) + _rest(text)
+
+
+def _cut(text: str) -> str:
+    return visible(text[:LONGEST]) + _rest(text)
+
+
+def _rest(text: str) -> str:
+    more = len(text) - LONGEST
+    return f"\n<i>… {more} more characters in the score file</i>" if more > 0 else ""

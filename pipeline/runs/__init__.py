@@ -1,0 +1,1 @@
+"""What a run keeps and what follows from it: record, ledger, scores, summary, gates, comparisons."""

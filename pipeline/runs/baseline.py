@@ -1,0 +1,137 @@
+"""Scores in the form in which two models are compared: which problems each solved, and its loss window by window; of a
+run, of an evaluation, or of a baseline file kept beside the code."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from qtool import QtoolError
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
+from qtool.evaluate.scorecard import Settings
+from qtool.recipe.sections import EvaluateSection
+from qtool.runs.record import LOCK, find_run, load_index, load_run, load_summary
+from qtool.runs.subjects import artifact_subject
+from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class TaskResult(_File):
+    """How many of the samples solved each problem."""
+
+    digest: str
+    settings: Settings
+    samples: int
+    solved: dict[str, int]
+
+
+class TextResult(_File):
+    """KL to the source and negative log-likelihood (nats a token), one number for each window."""
+
+    digest: str
+    settings: Settings
+    kl: list[float]
+    nll: list[float]
+
+
+class Measured(_File):
+    """One model's scores; ``texts`` by window length. ``key`` says which model; sizes are None where it is not
+    qtool's."""
+
+    key: str
+    nbytes: PositiveInt | None
+    bits_per_weight: float | None
+    tasks: dict[str, TaskResult]
+    texts: dict[int, TextResult]
+
+
+class Baseline(_File):
+    """All models of a run; ``source`` is the key of the model that the KLs refer to, ``asked`` what a recipe asked."""
+
+    qtool: str
+    model: str
+    run: str
+    source: str | None
+    subjects: dict[str, Measured]
+    asked: EvaluateSection | None = None
+
+
+def measured(folder: Path) -> Baseline:
+    """What the run or evaluation in ``folder`` measured. Raises QtoolError when it holds no scores."""
+    index = load_index(folder)
+    record = load_run(folder) if (folder / LOCK).exists() else None
+    models = (record.summary if record else load_summary(folder)).models
+    subjects = {name: _model(key, models.get(name, ModelSummary())) for name, key in index.subjects.items()}
+    made = record.lock.versions.get("qtool-llm", "") if record else version("qtool-llm")
+    return Baseline(
+        qtool=made, model=record.lock.source.model if record else folder.name, run=folder.name,
+        source=index.subjects.get("source"), subjects=subjects, asked=record.recipe.evaluate if record else None,
+    )  # fmt: skip
+
+
+def save_baseline(baseline: Baseline, path: Path) -> None:
+    """Small JSON without answers. Raises QtoolError when the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(baseline.model_dump_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise QtoolError(f"{path}: cannot be written: {error.strerror}.") from error
+
+
+def load_baseline(path: Path) -> Baseline:
+    """Raises QtoolError for a file that is absent or is no baseline."""
+    if not os.path.lexists(path):
+        raise QtoolError(f"{path}: no such file. `qtool baseline save RUN FILE` writes a baseline.")
+    try:
+        return Baseline.model_validate_json(read_bytes(path, CONFIG_LIMIT))
+    except ValidationError as error:
+        raise QtoolError(f"{path}: not a baseline that this qtool reads; save it anew.") from error
+
+
+def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
+    """One side of a comparison: RUN, RUN:NAME, a baseline FILE.json, FILE.json:NAME, or an artifact's folder.
+
+    The name is None where all models of the run are meant. Raises QtoolError saying what there is instead.
+    """
+    if (Path(text) / "config.json").exists():
+        return _of_artifact(Path(text), runs)
+    place, colon, name = text.rpartition(":")
+    if not colon or not place:
+        place, name = text, ""
+    found = load_baseline(Path(place)) if place.endswith(".json") else measured(find_run(place, runs, "scores.json"))
+    if name and name not in found.subjects:
+        raise QtoolError(f"{text}: no model {name!r} there; it has {', '.join(found.subjects)}.")
+    return found, name or None
+
+
+def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
+    """The newest scores of that very artifact, or of another tool's folder with those very files."""
+    key = artifact_subject(path.name, Artifact.open(path)).key
+    indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for index in indices:
+        for name, found in load_index(index.parent).subjects.items():
+            if found == key:
+                return measured(index.parent), name
+    raise QtoolError(f"{path}: {runs} has no scores of this artifact. Run `qtool run` or `qtool evaluate` on it first.")
+
+
+def _model(key: str, model: ModelSummary) -> Measured:
+    tasks = {label: _task(found) for label, found in model.tasks.items()}
+    texts = {length: _text(found) for length, found in model.texts.items()}
+    nbytes, bits = (model.size.tensors, model.size.bits_per_weight) if model.size else (None, None)
+    return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
+
+
+def _task(found: TaskSummary) -> TaskResult:
+    return TaskResult(digest=found.digest, settings=found.settings, samples=found.samples, solved=found.solved)
+
+
+def _text(found: TextSummary) -> TextResult:
+    return TextResult(digest=found.digest, settings=found.settings, kl=found.kls, nll=found.nlls)

@@ -1,0 +1,124 @@
+"""Gates: the recipe's conditions, judged for every output they name, with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.recipe.sections import GateSection
+from qtool.runs.evidence import Evidence, Result, of_interval, of_loss, reason, result_of
+from qtool.runs.summary import Loss, ModelSummary, Summary
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate on one output. ``verdict``: pass, fail, or undecided (which fails where the gate says so). ``reason`` is
+    for people; programs read ``evidence``, None where there is no number: nothing was measured, or a file was checked.
+    """
+
+    output: str
+    gate: str
+    verdict: Result
+    reason: str
+    on_undecided: str
+    evidence: Evidence | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict == "fail" or (self.verdict == "undecided" and self.on_undecided == "fail")
+
+
+@dataclass(frozen=True)
+class _Unmeasured:
+    """No number to judge, and why."""
+
+    why: str
+    verdict: Result = "undecided"
+
+
+def judge(summary: Summary, gates: Sequence[GateSection]) -> list[GateResult]:
+    """Every gate on every model it names (all beside the source, when it names none). What was not measured is
+    undecided and says why; nothing is left out."""
+    results = []
+    for gate in gates:
+        others = [name for name in summary.models if name != "source"] or ["source"]
+        for name in [gate.output] if gate.output else others:
+            for label, found in _found(gate, name, summary):
+                results.append(_result(gate, name, label, found))
+    return results
+
+
+def _result(gate: GateSection, name: str, label: str, found: Evidence | _Unmeasured) -> GateResult:
+    if isinstance(found, _Unmeasured):
+        return GateResult(name, label, found.verdict, found.why, gate.on_undecided)
+    return GateResult(name, label, result_of(found), reason(found), gate.on_undecided, found)
+
+
+def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+    label, model = _label(gate), summary.models.get(name)
+    if model is None:
+        yield label, _Unmeasured("this run did not make that output")
+    elif name == "source":
+        yield label, _Unmeasured("no model was scored against a source")
+    elif gate.max_size is not None or gate.min_bits_saved is not None:
+        yield label, _size(gate, model, summary.models.get("source"))
+    elif gate.max_kld is not None:
+        yield label, _kld(gate.max_kld, model)
+    else:
+        yield from _losses(gate, label, name, summary)
+
+
+def _label(gate: GateSection) -> str:
+    if gate.max_size is not None:
+        return f"max_size {gate.max_size:g} GB"
+    if gate.min_bits_saved is not None:
+        return f"min_bits_saved {gate.min_bits_saved:g} bpw"
+    if gate.max_kld is not None:
+        return f"max_kld {gate.max_kld:g}"
+    return f"max_drop {gate.max_drop:g} points" if gate.max_drop is not None else f"min_recovery {gate.min_recovery:g}"
+
+
+def _size(gate: GateSection, model: ModelSummary, source: ModelSummary | None) -> Evidence | _Unmeasured:
+    """A size is exact: never undecided where it is known."""
+    if gate.max_size is not None:
+        if model.size is None or model.size.files is None:
+            return _Unmeasured("the size of its files is not known: this run did not make it")
+        return Evidence("size", model.size.files, round(gate.max_size * 1e9))
+    if model.size is None or source is None or source.size is None:
+        return _Unmeasured("the bits a weight of it and of its source are not known: this run did not make it")
+    saved = source.size.bits_per_weight - model.size.bits_per_weight
+    return Evidence("bits saved", saved, gate.min_bits_saved)
+
+
+def _kld(limit: float, model: ModelSummary) -> Evidence | _Unmeasured:
+    text = model.text
+    if text is None:
+        return _Unmeasured("no KL was measured: `evaluate:` names no `text:`")
+    if math.isnan(text.kl.estimate):
+        return _Unmeasured("the KL is not a number: the model's output holds NaN or Inf", "fail")
+    return of_interval("KL", text.kl, limit, len(text.kls))
+
+
+def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+    asked, source = summary.models[name].tasks, summary.models.get("source", ModelSummary()).tasks
+    tasks = [gate.task] if gate.task else list(asked)
+    if not tasks:
+        yield kind, _Unmeasured("no task was run: `evaluate:` names none")
+    for task in tasks:
+        label = f"{kind} on {Path(task).name}"
+        loss = asked[task].loss if task in asked else None
+        if task not in source or loss is None:
+            who = name if task in source else "the source"
+            yield label, _Unmeasured(f"{who} has no score on {Path(task).name}")
+        else:
+            yield label, _loss(gate, loss)
+
+
+def _loss(gate: GateSection, loss: Loss) -> Evidence | _Unmeasured:
+    if gate.max_drop is not None:
+        return of_loss(loss, gate.max_drop)
+    if gate.min_recovery is not None and loss.recovery is not None:
+        return of_loss(loss, gate.min_recovery, "recovery")
+    return _Unmeasured("the source solved nothing: there is nothing to recover")

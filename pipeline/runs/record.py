@@ -1,0 +1,301 @@
+"""A finished run as its folder under `runs/` tells it: written once by `qtool run`, read by every later command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from qtool import QtoolError
+from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.durable import held, naming, sweep, write_whole
+from qtool.convert.files.manifest import MANIFEST, Manifest
+from qtool.convert.files.reading import read_bytes, read_text
+from qtool.convert.verify.checks import Check, Verification
+from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
+from qtool.measure.measurements import measured_models
+from qtool.recipe.sections import Recipe, load_recipe
+from qtool.runs import ledger
+from qtool.runs.gates import GateResult
+from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, summarise
+
+RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
+MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
+File = TypeVar("File")
+_QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LockedSource(_File):
+    """The source model as it was found: Hub id or folder, its short name, its commit, its size."""
+
+    model: str
+    name: str
+    commit: str
+    bytes: PositiveInt
+    bits_per_weight: PositiveFloat
+
+
+class LockedArtifact(_File):
+    """Where an artifact lay, relative to the run's folder, and the key that says which it is."""
+
+    path: str
+    key: str
+
+
+class Lock(_File):
+    """`lock.json`: what the recipe's names resolved to."""
+
+    recipe: str
+    source: LockedSource
+    calibration: str
+    device: str
+    versions: dict[str, str]
+    artifacts: dict[str, LockedArtifact]
+
+
+class ScoreIndex(_File):
+    """`scores.json`: which models were judged (name -> key) and which score files are theirs (name -> score key)."""
+
+    subjects: dict[str, str]
+    tasks: dict[str, dict[str, str]]
+    fidelity: dict[str, str]
+    contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
+
+
+class Outcome(_File):
+    """`result.json`, written last: its presence says that the run finished."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    finished: str
+    seconds: float
+    checks: dict[str, list[Check]]
+    verdicts: list[GateResult]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run knows. ``artifacts`` are those still on disk as the run left them; ``manifests`` are kept in
+    the run's own folder, so that sizes and error ledgers outlive the artifacts. ``summary``: every number that the run
+    comes to, with what the ledger beside that folder has of these very models, whoever measured it; ``scores``: the
+    answers behind it."""
+
+    folder: Path
+    recipe: Recipe
+    recipe_text: str
+    lock: Lock
+    artifacts: dict[str, Artifact]
+    manifests: dict[str, Manifest]
+    checks: dict[str, Verification]
+    scores: Scores
+    summary: Summary
+    verdicts: list[GateResult]
+    finished: str
+    seconds: float
+
+    @property
+    def failed(self) -> bool:
+        return any(not v.sound for v in self.checks.values()) or any(v.failed for v in self.verdicts)
+
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Task -> problem -> its prompt; empty where the run asked none."""
+        path = self.folder / QUESTIONS
+        return _checked(_QUESTIONS, path) if path.exists() else {}
+
+
+def begin(folder: Path, recipe_text: str) -> None:
+    """Start (again): what an earlier run of the same recipe concluded is withdrawn, its scores stay."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
+    sweep(folder)
+    write_whole(folder / RECIPE, recipe_text)
+
+
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """Only one process at a time judges the models of a run or evaluation and writes what it found; a second waits,
+    and finds the scores."""
+    return held(folder / LOCKED, f"{folder}: another qtool is working on this run; waiting until it ends.")
+
+
+def write_questions(folder: Path, questions: dict[str, dict[str, str]]) -> None:
+    """Task -> problem -> its prompt."""
+    _write(folder / QUESTIONS, questions)
+
+
+def write_lock(folder: Path, lock: Lock, artifacts: dict[str, Artifact]) -> None:
+    """The lock, and a copy of each artifact's manifest."""
+    _write(folder / LOCK, lock.model_dump(mode="json"))
+    for name, artifact in artifacts.items():
+        write_whole(folder / MANIFESTS / f"{name}.json", read_bytes(artifact.path / MANIFEST))
+
+
+def locked(artifact: Artifact, folder: Path) -> LockedArtifact:
+    """An artifact as the lock of the run in ``folder`` names it."""
+    key = artifact.manifest.key if artifact.manifest else ""
+    return LockedArtifact(path=os.path.relpath(artifact.path, folder), key=key)
+
+
+def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None:
+    """Which scores belong together; the scores themselves lie beside, one file each."""
+    index = ScoreIndex(
+        subjects=subjects,
+        tasks={name: {label: score.key for label, score in found.items()} for name, found in scores.tasks.items()},
+        fidelity={name: score.key for name, score in scores.fidelity.items()},
+        contexts={name: [score.key for score in found.values()] for name, found in scores.contexts.items()},
+    )
+    _write(folder / INDEX, index.model_dump(mode="json"))
+
+
+def write_result(folder: Path, result: Outcome) -> None:
+    """The end of a run: whole or absent."""
+    _write(folder / RESULT, json.loads(result.model_dump_json()))
+
+
+def _write(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Raises QtoolError for a folder that is no run, or one that did not reach its end."""
+    if not (folder / RECIPE).exists():
+        raise QtoolError(f"{folder}: not a run; `qtool run` makes one, and `runs/ledger.jsonl` lists them.")
+    if not (folder / RESULT).exists():
+        raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
+    lock = _read(Lock, folder / LOCK)
+    result = _read(Outcome, folder / RESULT)
+    artifacts = {name: _artifact(folder, entry) for name, entry in lock.artifacts.items()}
+    paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
+    manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
+    scores = load_scores(folder)
+    return RunRecord(
+        folder=folder,
+        recipe=load_recipe(folder / RECIPE),
+        recipe_text=read_text(folder / RECIPE),
+        lock=lock,
+        artifacts={name: artifact for name, artifact in artifacts.items() if artifact is not None},
+        manifests=manifests,
+        checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
+        scores=scores,
+        summary=summary_of(folder, lock, manifests, scores),
+        verdicts=result.verdicts,
+        finished=result.finished,
+        seconds=result.seconds,
+    )
+
+
+def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scores: Scores) -> Summary:
+    """The run's Summary: the stored one, or a new one where that is of other scores, or there is none."""
+    sizes = {"source": Size(lock.source.bytes, lock.source.bits_per_weight)}
+    sizes |= {name: Size(m.tensor_bytes, m.bits_per_weight, m.file_bytes) for name, m in manifests.items()}
+    summary = stored_summary(folder, evidence_of(scores, sizes)) or summarise(scores, sizes)
+    keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
+    return summary.with_measured(measured_models(folder.resolve().parent, keys))
+
+
+def load_summary(folder: Path) -> Summary:
+    """Of a run, or of an evaluation. Raises QtoolError where the folder holds no scores."""
+    if (folder / LOCK).exists():
+        return load_run(folder).summary
+    scores = load_scores(folder)
+    return stored_summary(folder, evidence_of(scores, {})) or summarise(scores)
+
+
+def load_index(folder: Path) -> ScoreIndex:
+    """`scores.json` of a run or of an evaluation. Raises QtoolError where there is none."""
+    if not (folder / INDEX).exists():
+        raise QtoolError(f"{folder}: holds no scores; `qtool run` and `qtool evaluate` write them.")
+    return _read(ScoreIndex, folder / INDEX)
+
+
+def load_scores(folder: Path) -> Scores:
+    """The scores that `scores.json` names. Raises QtoolError naming one that is missing or broken."""
+    index = load_index(folder)
+    scores = Scores()
+    for name, keys in index.tasks.items():
+        for label, key in keys.items():
+            path = _score_file(folder, key)
+            task = _read(TaskScore, path)
+            if fault := task.fault(list(task.outcomes)):
+                raise QtoolError(f"{path}: {fault}. Run the recipe again: it is made anew.")
+            scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
+    for name, first in index.fidelity.items():
+        for key in index.contexts.get(name, [first]):
+            fidelity = _read(FidelityScore, _score_file(folder, key))
+            scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
+    return scores
+
+
+def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"] = "result.json") -> Path:
+    """`latest`, a folder, or the beginning of a run's id in ``runs`` -> its folder.
+
+    ``marker`` is the file that makes a folder eligible. Raises QtoolError when none or several fit.
+    """
+    if text == "latest":
+        names = [str(entry["run"]) for entry in reversed(ledger.read(runs)) if "run" in entry]
+        for name in names:
+            if (runs / name / marker).exists():
+                return runs / name
+        raise QtoolError(f"latest: {runs} has no finished run. Make one with `qtool run RECIPE`.")
+    if Path(text).is_dir():
+        return Path(text)
+    found = sorted(path.parent for path in runs.glob(f"*/{marker}") if path.parent.name.startswith(text))
+    if len(found) != 1 or not text:
+        there = sorted(path.parent.name for path in runs.glob(f"*/{marker}"))
+        what = "several runs begin so" if len(found) > 1 else "no such run"
+        few = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+        raise QtoolError(f"{text}: {what}; {runs} has {few or 'none'} (a beginning is enough), or say latest.")
+    return found[0]
+
+
+def _artifact(folder: Path, entry: LockedArtifact) -> Artifact | None:
+    """The artifact, if it is still where it was and still the same."""
+    path = folder / entry.path
+    if not (path / MANIFEST).exists():
+        return None
+    artifact = Artifact.open(_short(path))
+    return artifact if artifact.manifest and artifact.manifest.key == entry.key else None
+
+
+def _short(path: Path) -> Path:
+    """As a person here would type it."""
+    relative = os.path.relpath(path)
+    return path.resolve() if relative.startswith("..") else Path(relative)
+
+
+def _manifest(path: Path) -> Manifest:
+    found = _read(Manifest, path)
+    if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
+        raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
+    return found
+
+
+def _score_file(folder: Path, key: str) -> Path:
+    return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
+
+
+def _read(kind: type[File], path: Path) -> File:
+    return _checked(TypeAdapter(kind), path)
+
+
+def _checked(reader: TypeAdapter[File], path: Path) -> File:
+    """Raises QtoolError naming a file that is missing or damaged."""
+    if not path.exists():
+        raise QtoolError(f"{path}: No such file or directory. The run's folder is incomplete; run its recipe again.")
+    try:
+        return reader.validate_json(read_bytes(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise QtoolError(f"{path}: not written by this version of qtool ({place}: {fault['msg']}).") from error

@@ -1,0 +1,1 @@
+"""The Hub: what may leave, publishing, pulling, making a published artifact again."""

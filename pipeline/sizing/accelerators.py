@@ -1,0 +1,127 @@
+"""The cards that plans are made for: memory, bandwidth, rates, each number with its source; users add their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qtool import QtoolError
+from qtool.convert.files.reading import CONFIG_LIMIT, named, read_text
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One card. ``memory``: bytes a process can allocate; ``bandwidth`` and ``host_link``: bytes/s; ``bf16`` and
+    ``fp8``: dense FLOP/s. None where the vendor states no number, ``host_link`` None where memory is unified."""
+
+    key: str
+    name: str
+    memory: int
+    bandwidth: float
+    bf16: float | None
+    fp8: float | None
+    compute: str
+    host_link: float | None
+    sources: Mapping[str, str]
+
+    @property
+    def unified(self) -> bool:
+        """Whether the processor's memory is the card's."""
+        return self.host_link is None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is an NVIDIA card (its compute capability is a number)."""
+        return self.compute.replace(".", "").isdigit()
+
+
+SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
+
+
+def load_accelerators(own: Path | None = None) -> dict[str, Accelerator]:
+    """Shipped cards, then those of ``own``, which may replace them. Raises QtoolError naming file, card and key."""
+    shipped = files("qtool").joinpath("data/accelerators.yaml")
+    found = _read(shipped.read_text(encoding="utf-8"), "accelerators.yaml")
+    if own is not None:
+        found |= _read(read_text(named(str(own)), CONFIG_LIMIT), str(own))
+    return found
+
+
+def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
+    """Cards of a comma-separated list, however spelt (case, dashes). Raises QtoolError naming those known."""
+    plain = {_plain(key): card for key, card in cards.items()} | {_plain(c.name): c for c in cards.values()}
+    chosen = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        card = plain.get(_plain(name))
+        if card is None:
+            close = get_close_matches(_plain(name), plain, n=1)
+            hint = f" Did you mean {plain[close[0]].key}?" if close else ""
+            raise QtoolError(
+                f"--gpu {name}: not a card qtool knows.{hint} Known: {', '.join(cards)}. Describe another in a file "
+                "and name it with --cards (keys: name, memory, bandwidth, bf16, fp8, compute, host_link, sources)."
+            )
+        chosen.append(card)
+    if not chosen:
+        raise QtoolError(f"--gpu: name a card: {', '.join(cards)}.")
+    return chosen
+
+
+def own_card(known: Mapping[str, Accelerator]) -> str:
+    """The card in this machine, where qtool knows it; else one that many have and one that servers have."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().upper().replace(" ", "")
+        for key in sorted(known, key=len, reverse=True):
+            if key.upper().split("-")[0] in name:
+                return key
+    return "RTX4090,H100"
+
+
+def _plain(name: str) -> str:
+    kept = "".join(letter for letter in name.lower() if letter.isalnum())
+    return kept.removeprefix("nvidia").removeprefix("geforce")
+
+
+def _read(text: str, where: str) -> dict[str, Accelerator]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise QtoolError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise QtoolError(f"{where}: cards are a mapping: name of the card -> its numbers.")
+    return {str(key): _card(str(key), row, where) for key, row in data.items()}
+
+
+def _card(key: str, row: Any, where: str) -> Accelerator:
+    known = {field.name for field in fields(Accelerator)} - {"key"}
+    if not isinstance(row, dict) or set(row) - known:
+        wrong = sorted(map(str, set(row) - known)) if isinstance(row, dict) else ["not a mapping"]
+        raise QtoolError(f"{where}: {key}: {', '.join(wrong)}; keys are {', '.join(sorted(known))}.")
+    numbers: dict[str, Any] = {}
+    for name, scale in SCALE.items():
+        value = row.get(name)
+        needed = name in ("memory", "bandwidth")
+        if value is None and not needed:
+            numbers[name] = None
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise QtoolError(f"{where}: {key}: {name} is {value!r}; a number above 0 is needed.")
+        numbers[name] = value * scale
+    numbers["memory"] = int(numbers["memory"])
+    sources = row.get("sources") or {}
+    if not isinstance(sources, dict):
+        raise QtoolError(f"{where}: {key}: sources is {sources!r}; a mapping is needed: key -> where it stands.")
+    return Accelerator(
+        key=key, name=str(row.get("name") or key), compute=str(row.get("compute") or "unknown"),
+        sources={str(k): str(v) for k, v in sources.items()}, **numbers,
+    )  # fmt: skip

@@ -1,0 +1,276 @@
+"""`qtool plan`: every format on every card; the answer, what to change, the command to type, and the grid."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.models.config_keys import LIMIT
+from qtool.sizing.accelerators import Accelerator
+from qtool.sizing.bounds import Range
+from qtool.sizing.fit import (
+    GIB,
+    HOST_BANDWIDTH,
+    Cell,
+    Offload,
+    Setting,
+    cell_of,
+    fits,
+    largest_context,
+    most_sequences,
+    offload_of,
+    parallel_faults,
+)
+from qtool.sizing.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weights, method_of, weights_of
+from qtool.sizing.headers import Headers
+from qtool.sizing.kv_cache import KV_OF, check_kv_dtype
+from qtool.sizing.serve_command import GGUF_IN_VLLM, command, notes, vllm_faults
+
+CONTEXTS = (2048, 8192, 32768, 65536, 131072)
+SEQUENCES = (1, 2, 4, 8)
+SMALLEST = "Q4_K_S"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants to know; empty tuples mean the defaults."""
+
+    cards: Sequence[Accelerator]
+    number: int = 1
+    contexts: tuple[int, ...] = ()
+    sequences: tuple[int, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    engine: str | None = None
+    formats: tuple[str, ...] = ()
+    host_bandwidth: float = HOST_BANDWIDTH
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One format on one kind of card. ``faults``: why it cannot be served so at all. ``smallest``: the least asked for.
+    ``offload``: how that is served where it does not fit. ``changes``: what would hold the longest context asked for,
+    ``least_changes``: what the smallest cell, each empty where it fits."""
+
+    setting: Setting
+    cells: tuple[Cell, ...]
+    faults: tuple[str, ...]
+    context: int
+    sequences: int
+    offload: Offload | None
+    changes: tuple[str, ...]
+    least_changes: tuple[str, ...]
+    command: str
+
+    @property
+    def smallest(self) -> Cell:
+        return min(self.cells, key=lambda cell: (cell.context, cell.sequences))
+
+    @property
+    def fits(self) -> bool:
+        return not self.faults and self.smallest.fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `qtool plan` says."""
+
+    headers: Headers
+    contexts: tuple[int, ...]
+    sequences: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    notes: tuple[str, ...]
+
+
+def make_plan(headers: Headers, asked: Asked) -> Plan:
+    """Raises QtoolError for a context that the model was not made for and for a choice that no format can follow."""
+    geometry = headers.geometry
+    said = [f"assumed: {text}" for text in headers.assumed]
+    contexts = _contexts(headers, asked.contexts, said)
+    sequences = asked.sequences or SEQUENCES
+    weights, refused = _weights(headers, asked)
+    said += refused
+    others = [*weights, *_smallest(headers, weights)]
+    answers, served, fault = [], False, ""
+    for card in asked.cards:
+        for found in weights:
+            engine = asked.engine or _engine(found)
+            if not _runs(engine, found):
+                said.append(f"{found.format}: {_unloadable(headers, engine)}")
+                continue
+            if engine == "vllm" and card.unified:
+                said.append(f"{found.format}: vLLM does not run on {card.key}; take a GGUF format")
+                continue
+            for kv_dtype in asked.kv_dtypes or (KV_OF[engine][0],):
+                try:
+                    check_kv_dtype(geometry, engine, kv_dtype)
+                except QtoolError as error:
+                    fault = error.message
+                    continue
+                served = True
+                setting = Setting(geometry, found, engine, card, asked.number, kv_dtype)
+                said += notes(headers, setting)
+                answers.append(_answer(headers, setting, others, contexts, sequences, asked))
+    if not served:
+        raise QtoolError(fault or f"nothing to plan: {'; '.join(dict.fromkeys(said))}")
+    return Plan(headers, contexts, sequences, tuple(answers), tuple(dict.fromkeys(said)))
+
+
+def _contexts(headers: Headers, asked: tuple[int, ...], notes: list[str]) -> tuple[int, ...]:
+    most = headers.geometry.max_context
+    beyond = [context for context in asked if most and context > most]
+    if beyond:
+        raise QtoolError(
+            f"--context {beyond[0]}: {headers.name} was made for {most:,} tokens (max_position_embeddings in "
+            "config.json). Ask for no more, or plan from a config.json whose rope scaling and "
+            "max_position_embeddings say more."
+        )
+    if asked:
+        return tuple(sorted(set(asked)))
+    kept = tuple(context for context in CONTEXTS if not most or context <= most)
+    if len(kept) < len(CONTEXTS):
+        notes.append(f"contexts end at {most:,} tokens, the model's max_position_embeddings")
+    return kept or (int(most or CONTEXTS[0]),)
+
+
+def _weights(headers: Headers, asked: Asked) -> tuple[list[Weights], list[str]]:
+    if headers.quantized:
+        if asked.formats:
+            raise QtoolError(f"--format: {headers.name} is quantized already; plan its source for other formats.")
+        return [artifact_weights(headers)], []
+    found, notes = [], []
+    for name in asked.formats or DEFAULT_FORMATS:
+        method_of(name)  # a misspelt one is an error, not a note
+        try:
+            found.append(weights_of(headers, name))
+            notes += [f"{name}: {limit}" for limit in found[-1].notes if limit.startswith(LIMIT)]
+        except QtoolError as error:
+            notes.append(f"{name}: {error.message}")
+    if not found:
+        raise QtoolError("; ".join(notes))
+    if headers.geometry.loops > 1 and any(weights.family != SOURCE for weights in found):
+        notes.append("looped models are planned, but qtool quantizes none of them yet")
+    return found, notes
+
+
+def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
+    """The smallest format that qtool writes, to be advised even where nobody asked for it."""
+    if headers.quantized or any(found.format == SMALLEST for found in weights):
+        return []
+    try:
+        return [weights_of(headers, SMALLEST)]
+    except QtoolError:
+        return []
+
+
+def _engine(weights: Weights) -> str:
+    return {"gguf": "llama.cpp", "bitsandbytes": "transformers"}.get(weights.family, "vllm")
+
+
+def _runs(engine: str, weights: Weights) -> bool:
+    return (engine == "llama.cpp") == (weights.family == "gguf")
+
+
+def _unloadable(headers: Headers, engine: str) -> str:
+    if engine == "vllm" and headers.gguf is not None:
+        return f"{GGUF_IN_VLLM}. llama.cpp runs it: {shlex.join(['llama-server', '-m', str(headers.gguf)])}"
+    return f"{engine} does not load it"
+
+
+def _answer(
+    headers: Headers, setting: Setting, others: list[Weights], contexts: tuple[int, ...], sequences: tuple[int, ...],
+    asked: Asked,
+) -> Answer:  # fmt: skip
+    refused = vllm_faults(headers, setting)
+    split = parallel_faults(setting.geometry, setting.weights, setting.cards) if setting.at_once > 1 else []
+    faults = [*refused, *split]
+    cells = tuple(cell_of(setting, context, number) for context in contexts for number in sequences)
+    least, fewest = min(contexts), min(sequences)
+    holds = not faults and fits(setting, least, fewest)
+    longest = 0 if faults else largest_context(setting, fewest)
+    offload = None if holds or faults else offload_of(setting, least, fewest, asked.host_bandwidth)
+    largest = max(contexts)
+    wanted = not faults and fits(setting, largest, fewest)
+    changes = () if wanted or refused else _changes(setting, others, largest, fewest)
+    least_changes = () if holds or faults else _changes(setting, others, least, fewest)
+    served = min(largest, longest) if holds else least
+    many = most_sequences(setting, served) if holds else fewest
+    typed = "" if faults else command(headers, setting, served, max(1, min(many, max(sequences))), offload)
+    return Answer(setting, cells, tuple(faults), longest, 0 if faults else most_sequences(setting, least), offload,
+                  tuple(changes), tuple(least_changes), typed)  # fmt: skip
+
+
+def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
+    """What would hold ``context``: another cache type, another format, more cards; the mildest first, at most four."""
+    found = []
+    for kv_dtype in KV_OF[setting.engine]:
+        changed = replace(setting, kv_dtype=kv_dtype)
+        if changed.kv_dtype != setting.kv_dtype and fits(changed, context, sequences):
+            found.append(f"--kv-dtype {kv_dtype}")
+            break
+    for other in sorted(others, key=lambda w: -w.nbytes):
+        if other.format == setting.weights.format:
+            continue
+        engine = _engine(other)
+        changed = replace(setting, weights=other, engine=engine, kv_dtype=KV_OF[engine][0])
+        broken = engine == "vllm" and parallel_faults(setting.geometry, other, setting.cards)
+        if not broken and fits(changed, context, sequences):
+            found.append(f"format {other.format} ({engine})")
+            break
+    for cards in (2, 4, 8):
+        changed = replace(setting, cards=cards)
+        broken = setting.engine == "vllm" and parallel_faults(setting.geometry, setting.weights, cards)
+        if cards > setting.cards and not broken and fits(changed, context, sequences):
+            found.append(f"{cards} x {setting.card.key}")
+            break
+    return found
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan, bytes and seconds, for programs."""
+    g = plan.headers.geometry
+    return {
+        "model": plan.headers.name,
+        "architecture": g.architecture,
+        "notes": list(plan.notes),
+        "answers": [_answer_json(answer) for answer in plan.answers],
+    }
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    s, w = answer.setting, answer.setting.weights
+    return {
+        "card": s.card.key, "cards": s.cards, "format": w.format, "engine": s.engine, "kv_dtype": s.kv_dtype,
+        "fits": answer.fits, "faults": list(answer.faults), "largest_context": answer.context,
+        "most_sequences": answer.sequences, "least_changes": list(answer.least_changes),
+        "changes": list(answer.changes), "command": answer.command,
+        "weights_bytes": w.nbytes, "file_bytes": w.files, "bits_per_weight": w.bits_per_weight,
+        "offload": _offload_json(answer.offload),
+        "cells": [_cell_json(cell) for cell in answer.cells],
+    }  # fmt: skip
+
+
+def _offload_json(offload: Offload | None) -> dict[str, Any] | None:
+    if offload is None:
+        return None
+    return {"bytes": offload.moved, "flag": offload.flag, "why": offload.why, "step_seconds": _range(offload.step)}
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    return {
+        "context": cell.context, "sequences": cell.sequences, "fits": cell.fits, "weights": cell.weights,
+        "cache": cell.cache, "activations": cell.overhead.activations, "fixed": cell.overhead.fixed,
+        "total": cell.total, "limit": cell.limit, "step_seconds": _range(cell.step),
+        "first_token_seconds": _range(cell.first_token) if cell.first_token else None,
+    }  # fmt: skip
+
+
+def _range(found: Range) -> Mapping[str, float | None]:
+    return {"best": found.best, "slow": found.slow}
+
+
+def gib(nbytes: int) -> str:
+    """``12.34``."""
+    return f"{nbytes / GIB:.2f}"

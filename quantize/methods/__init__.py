@@ -1,0 +1,1 @@
+"""The methods: how weights become codes, one module each, kernels beside them."""

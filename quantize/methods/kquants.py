@@ -1,0 +1,301 @@
+"""llama.cpp's block search on an accelerator: the plain PyTorch twin of the kernels in kquant_kernels.py.
+
+Every sum runs in the order of ggml's C code (ggml/src/ggml-quants.c of llama.cpp) and nothing is fused, so that the
+blocks are the same bytes as llama-quantize's on x86-64. Where the C code's arithmetic leaves float32 (weights below
+1e-37, scales beyond float16) the blocks here stay finite.
+
+Values lie as ``[elements of a block, blocks]``: a block is a column, sums run down it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, row_bytes
+
+TINY = 1e-15  # a block whose largest value is below this is zero
+FLAT = 1e-37  # a range below this has no finite inverse
+HALF_MAX = 65504.0
+CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class AffineSearch:
+    """Candidates for ``levels / (max - min)``: ``(first + step * i + levels) / (max - min)``, i = 0…last."""
+
+    levels: int
+    first: float
+    step: float
+    last: int
+
+    def numerators(self) -> list[float]:
+        """The candidates' numerators, rounded to float32 after every operation as C does."""
+        first, step = torch.tensor(self.first), torch.tensor(self.step)
+        return [float(first + step * i + self.levels) for i in range(self.last + 1)]
+
+
+WEIGHED = {"Q4_K": AffineSearch(15, -0.9, 0.05, 36), "Q5_K": AffineSearch(31, -0.9, 0.05, 36)}
+PLAIN = {"Q4_K": AffineSearch(15, -1.0, 0.1, 20), "Q5_K": AffineSearch(31, -0.5, 0.1, 15)}
+SYMMETRIC_LEVELS = {"Q6_K": 32, "Q5_0": 16}  # codes -levels … levels - 1
+TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
+
+
+def quantize(weight: Tensor, type_name: str, importance: Tensor | None = None) -> GgmlBlocks:
+    """``weight [out, in]`` of any float dtype -> blocks on its device; ``importance``: float32 ``[in]``, what a squared
+    error in each column counts (None: the type's own rule). ``type_name``: one of `TYPES`; ``in`` divides by its block.
+    """
+    out, columns = weight.shape
+    size = row_bytes(type_name, columns)
+    row = None if importance is None else importance.to(weight.device, torch.float32).contiguous()
+    if weight.is_cuda:
+        from qtool.quantize.methods.kquant_kernels import quantize_rows
+
+        return GgmlBlocks(quantize_rows(weight.contiguous(), type_name, row), type_name, (out, columns))
+    parts = weight.split(max(1, CHUNK_WEIGHTS // columns))
+    data = torch.cat([_quantize_rows(part.float(), type_name, row) for part in parts])
+    return GgmlBlocks(data.view(out, size), type_name, (out, columns))
+
+
+def _quantize_rows(weight: Tensor, type_name: str, row: Tensor | None) -> Tensor:
+    """-> uint8 ``[out * blocks of a row, bytes of a block]``."""
+    elements = BLOCKS[type_name][0]
+    x = weight.reshape(-1, elements).t()
+    qw = None if row is None else row.expand_as(weight).reshape(-1, elements).t()
+    if type_name in ("Q4_K", "Q5_K"):
+        return _affine_super_blocks(x, qw, type_name)
+    if type_name == "Q6_K":
+        return _symmetric_super_blocks(x, qw)
+    if type_name == "Q8_0":
+        return _eight_bits(x)
+    if qw is not None:  # a block of 32 weighs its errors by the whole row's mean square
+        squares = _sum(weight.t() * weight.t())
+        sigma = (squares / torch.full_like(squares, weight.shape[1])).repeat_interleave(weight.shape[1] // elements)
+        qw = qw * _root(sigma + x * x)
+    return _five_bits(x, qw) if type_name == "Q5_0" else _five_bits_affine(x, qw)
+
+
+def _affine_super_blocks(x: Tensor, qw: Tensor | None, type_name: str) -> Tensor:
+    """Q4_K and Q5_K: eight sub-blocks of 32, each ``d * scale * code - dmin * minimum``."""
+    search = (PLAIN if qw is None else WEIGHED)[type_name]
+    sub = x.reshape(8, 32, -1)  # [sub-block, element, super-block]
+    flat = sub.transpose(0, 1).reshape(32, -1)
+    if qw is None:
+        weights = _root(_sum(flat * flat) / 32) + flat.abs()
+    else:
+        sigma = 2 * _sum(x * x) / 256
+        weights = (qw * _root(sigma + x * x)).reshape(8, 32, -1).transpose(0, 1).reshape(32, -1)
+    scale, minimum, codes = fit_affine(flat, weights, search)
+    scales, minima = scale.view(8, -1), minimum.view(8, -1)
+    if qw is None:
+        (d, ls), (dmin, lm) = _largest_scale(scales), _largest_scale(minima)
+    else:
+        sums = _sum(weights).view(8, -1)
+        (d, ls), (dmin, lm) = fit_positive(scales, sums, 63), fit_positive(minima, sums, 63)
+    d, dmin = _half(d), _half(dmin)
+    step, offset = (d.float() * ls)[:, None], (dmin.float() * lm)[:, None]
+    rounded = ((sub + offset) / step).round().clamp(0, search.levels)
+    codes = torch.where(step == 0, codes.view(32, 8, -1).transpose(0, 1), rounded).to(torch.int32)
+    ls, lm = ls.to(torch.int32), lm.to(torch.int32)
+    packed = torch.cat((
+        ls[:4] | ls[4:] >> 4 << 6, lm[:4] | lm[4:] >> 4 << 6, ls[4:] & 15 | (lm[4:] & 15) << 4
+    ))  # fmt: skip
+    low = ((codes[0::2] & 15) | (codes[1::2] & 15) << 4).reshape(128, -1)
+    parts = [_bytes(d), _bytes(dmin), packed, low]
+    if type_name == "Q5_K":
+        bits = torch.arange(8, device=x.device)[:, None, None]
+        parts.insert(3, (codes >> 4 << bits).sum(0))
+    return torch.cat([part.to(torch.uint8) for part in parts]).t().contiguous()
+
+
+def _symmetric_super_blocks(x: Tensor, qw: Tensor | None) -> Tensor:
+    """Q6_K: sixteen sub-blocks of 16, each ``d * scale * code``, the scales signed bytes."""
+    sub = x.reshape(16, 16, -1)
+    flat = sub.transpose(0, 1).reshape(16, -1)
+    weights = flat * flat if qw is None else qw.reshape(16, 16, -1).transpose(0, 1).reshape(16, -1)
+    scale, codes = fit_symmetric(flat, weights, 32)
+    scales = scale.view(16, -1)
+    largest = _signed_largest(scales)
+    nothing = largest.abs() < TINY
+    inverse = _over(-128, torch.where(nothing, 1.0, largest))
+    d = torch.where(nothing, 0.0, _half(_over(1, inverse)))
+    bytes_ = torch.where(nothing, 0.0, (inverse * scales).round().clamp(-128, 127))
+    step = (d.float() * bytes_)[:, None]
+    rounded = (sub / step).round().clamp(-32, 31) + 32
+    codes = torch.where(step == 0, codes.view(16, 16, -1).transpose(0, 1), rounded)
+    q = torch.where(nothing, 0.0, codes).to(torch.int32).reshape(2, 4, 32, -1)  # [half, quarter, element, super-block]
+    low = torch.stack(((q[:, 0] & 15) | (q[:, 2] & 15) << 4, (q[:, 1] & 15) | (q[:, 3] & 15) << 4), dim=1)
+    high = q[:, 0] >> 4 | q[:, 1] >> 4 << 2 | q[:, 2] >> 4 << 4 | q[:, 3] >> 4 << 6
+    parts = [low.reshape(128, -1), high.reshape(64, -1), bytes_.to(torch.int32) & 255, _bytes(d)]
+    return torch.cat([part.to(torch.uint8) for part in parts]).t().contiguous()
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    """Q8_0: 32 signed bytes; halves round away from zero. The importance row does not matter."""
+    d = x.abs().amax(0)
+    d = d / torch.full_like(d, 127)
+    inverse = torch.where(d == 0, 0.0, _over(1, d)).clamp(max=torch.finfo(torch.float32).max)
+    scaled = x * inverse
+    whole = scaled.abs().floor()
+    codes = torch.where(scaled.abs() - whole >= 0.5, whole + 1, whole).clamp(max=127).copysign(scaled)
+    return torch.cat((_bytes(_half(d)), codes.to(torch.int32) & 255)).to(torch.uint8).t().contiguous()
+
+
+def _five_bits(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Q5_0: 32 codes -16…15 of one scale; the fifth bits lie in four bytes of their own."""
+    if weights is None:
+        d = _signed_largest(x) / -16
+        inverse = torch.where(d.abs() < 1 / torch.finfo(torch.float32).max, 0.0, _over(1, d))
+        codes = (x * inverse + 16.5).floor().clamp(0, 31)
+    else:
+        d, codes = fit_symmetric(x, weights, 16)
+    return torch.cat((_bytes(_half(d)), *_five_bit_parts(codes))).to(torch.uint8).t().contiguous()
+
+
+def _five_bits_affine(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Q5_1: 32 codes 0…31, ``d * code + m``."""
+    if weights is None:
+        low = x.amin(0)
+        d = (x.amax(0) - low) / torch.full_like(low, 31)
+        inverse = torch.where(d < 1 / torch.finfo(torch.float32).max, 0.0, _over(1, d))
+        codes = ((x - low) * inverse + 0.5).floor().clamp(0, 31)
+    else:
+        d, minimum, codes = fit_affine(x, weights, WEIGHED["Q5_K"])
+        low = 0.0 - minimum
+    parts = (_bytes(_half(d)), _bytes(_half(low)), *_five_bit_parts(codes))
+    return torch.cat(parts).to(torch.uint8).t().contiguous()
+
+
+def _five_bit_parts(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """codes ``[32, blocks]`` -> four bytes of fifth bits, sixteen of nibbles (element j beside j + 16)."""
+    q = codes.to(torch.int32)
+    bits = torch.arange(8, device=q.device)[None, :, None]
+    return ((q >> 4).view(4, 8, -1) << bits).sum(1), (q[:16] & 15) | (q[16:] & 15) << 4
+
+
+def fit_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Tensor, Tensor, Tensor]:
+    """``x, weights [n, blocks]`` -> scale and minimum ``[blocks]`` and codes ``[n, blocks]`` with
+    ``x ≈ scale * code - minimum``: each candidate's codes get their weighted least-squares line (minimum >= 0), the
+    line of least weighted error wins, and the candidates after it start from its minimum.
+    """
+    low, high = x.amin(0).clamp(max=0), x.amax(0)
+    flat = high - low < FLAT
+    high = torch.where(flat, low + 1, high)
+    sum_w, sum_x = _sum(weights), _sum(weights * x)
+    inverse = _over(search.levels, high - low)
+    codes = (inverse * (x - low)).round().clamp(0, search.levels)
+    scale, bottom = _over(1, inverse), low
+    best = _sum(weights * (scale * codes + bottom - x).square())
+    for numerator in search.numerators():
+        tried = (_over(numerator, high - bottom) * (x - bottom)).round().clamp(0, search.levels)
+        weighed = weights * tried
+        sum_l, sum_l2, sum_xl = _sum(weighed), _sum(weighed * tried), _sum(weighed * x)
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        slope = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        base = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        slope = torch.where(base > 0, sum_xl / sum_l2, slope)
+        base = base.clamp(max=0)
+        error = _sum(weights * (slope * tried + base - x).square())
+        better = (determinant > 0) & (error < best)
+        codes = torch.where(better, tried, codes)
+        best = torch.where(better, error, best)
+        scale = torch.where(better, slope, scale)
+        bottom = torch.where(better, base, bottom)
+    scale, bottom = torch.where(flat, 0.0, scale), torch.where(flat, low, bottom)
+    return scale, 0.0 - bottom, torch.where(flat, 0.0, codes)
+
+
+def fit_symmetric(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """``x, weights [n, blocks]`` -> scale ``[blocks]``, codes + levels ``[n, blocks]`` with ``x ≈ scale * code``: 19
+    scales about the one that maps the largest value to ``-levels``; the weighted least-squares scale of each."""
+    largest = _signed_largest(x)
+    nothing = largest.abs() < TINY
+    largest = torch.where(nothing, 1.0, largest)
+    scale = codes = best = torch.zeros_like(largest)
+    for i in (0, *range(-9, 0), *range(1, 10)):
+        numerator = -float(levels + torch.tensor(0.1) * i)
+        tried = (_over(numerator, largest) * x).round().clamp(-levels, levels - 1)
+        sum_lx, sum_l2 = _sum(weights * x * tried), _sum(weights * tried * tried)
+        if i == 0:
+            scale = torch.where(sum_l2 == 0, 0.0, sum_lx / sum_l2)
+            codes, best = tried, scale * sum_lx
+            continue
+        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
+        scale = torch.where(better, sum_lx / sum_l2, scale)
+        best = torch.where(better, scale * sum_lx, best)
+        codes = torch.where(better, tried, codes)
+    return torch.where(nothing, 0.0, scale), torch.where(nothing, 0.0, codes + levels)
+
+
+def fit_positive(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """``x, weights [n, blocks]`` -> scale ``[blocks]``, codes 0…levels with ``x ≈ scale * code``: nine scales about
+    ``max / levels``, then five rounds in which each code may move where that raises the explained error."""
+    largest = x.amax(0)
+    nothing = largest < TINY
+    largest = torch.where(nothing, 1.0, largest)
+    inverse = best = torch.zeros_like(largest)
+    for i in (0, *range(-4, 0), *range(1, 5)):
+        tried = _over(float(torch.tensor(0.1) * i + levels), largest)
+        codes = (tried * x).round().clamp(0, levels)
+        difference = x - _over(1, tried) * codes
+        error = _sum(weights * difference * difference)
+        better = torch.ones_like(nothing) if i == 0 else error < best
+        inverse, best = torch.where(better, tried, inverse), torch.where(better, error, best)
+    codes = (inverse * x).round().clamp(0, levels)
+    sum_lx, sum_l2 = _sum(weights * x * codes), _sum(weights * codes * codes)
+    rows = list(codes)
+    for _ in range(5):
+        for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
+            lx, l2 = sum_lx - weight * value * rows[i], sum_l2 - weight * rows[i] * rows[i]
+            moved = (value * l2 / lx).round().clamp(0, levels)
+            new_lx, new_l2 = lx + weight * value * moved, l2 + weight * moved * moved
+            better = (lx > 0) & (l2 > 0) & (moved != rows[i]) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            rows[i] = torch.where(better, moved, rows[i])
+            sum_lx, sum_l2 = torch.where(better, new_lx, sum_lx), torch.where(better, new_l2, sum_l2)
+    scale = torch.where(nothing | (sum_l2 <= 0), 0.0, sum_lx / sum_l2)
+    return scale, torch.where(nothing, 0.0, torch.stack(rows))
+
+
+def _largest_scale(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``[8, super-blocks]`` -> what 63 of them make up the largest, and each as a count of it."""
+    largest = values.amax(0).clamp(min=0)
+    inverse = torch.where(largest > 63 / torch.finfo(torch.float32).max, _over(63, largest), 0.0)
+    return largest / torch.full_like(largest, 63), (inverse * values).round().clamp(0, 63)
+
+
+def _signed_largest(x: Tensor) -> Tensor:
+    """The first value of largest magnitude in each column."""
+    largest = x[0]
+    for value in x[1:]:
+        largest = torch.where(value.abs() > largest.abs(), value, largest)
+    return largest
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Down the columns, one after another: C's order, which torch.sum does not keep."""
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total
+
+
+def _over(number: float, values: Tensor) -> Tensor:
+    """Rounded once: torch multiplies a number by the reciprocal."""
+    return torch.full_like(values, number) / values
+
+
+def _root(values: Tensor) -> Tensor:
+    """Rounded once: torch.sqrt of float32 may be a bit off."""
+    return values.double().sqrt().float()
+
+
+def _half(value: Tensor) -> Tensor:
+    """Always finite: what overflowed becomes the largest float16, what cannot be told 0."""
+    return value.nan_to_num(0.0).clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """float16 ``[blocks]`` -> its two bytes ``[2, blocks]``."""
+    return value.contiguous().view(torch.uint8).view(-1, 2).t()
