@@ -87,7 +87,7 @@ def modules(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def module_of(target: str, known: dict[str, Path] | set[str]) -> str | None:
-    """The module that an import's target lies in: `qtool.make.job` for `qtool.make.job.open_job`. None: none of ours."""
+    """The module that an import's target lies in: `qtool.run` for `qtool.run.run`. None: none of ours."""
     while target not in known:
         target, dot, _ = target.rpartition(".")
         if not dot:

@@ -65,12 +65,11 @@ def test_importing_is_light_and_the_verbs_are_there() -> None:
 def test_a_verb_stays_one_where_a_module_has_its_name() -> None:
     module: Any = importlib.import_module("qtool.convert")
     importlib.import_module("qtool.convert.files.artifact")
-    importlib.import_module("qtool.sizing.plan")
-    assert module.artifact.Artifact
+    assert module.files.artifact.Artifact
     assert callable(qtool.convert)
-    assert callable(qtool.sizing.plan)
+    assert callable(qtool.plan)
     assert "outputs" in inspect.signature(qtool.convert).parameters
-    assert "RTX4090" in (qtool.sizing.plan.__doc__ or "")
+    assert "RTX4090" in (qtool.plan.__doc__ or "")
     assert qtool.plan("qtool-demo", gpu="RTX4090").answers
     with pytest.raises(QtoolError, match="no such method"):
         qtool.convert("qtool-demo", ["awk"])

@@ -92,7 +92,9 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    program = "import os; from qtool.convert import durable as d; print(d.work_folder('qtool-cell-')[0]); os._exit(1)"
+    program = (
+        "import os; from qtool.convert.files import durable as d; print(d.work_folder('qtool-cell-')[0]); os._exit(1)"
+    )
     dead = Path(subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
         check=False,

@@ -938,7 +938,7 @@ def test_what_is_wrong_with_the_arguments_is_said(monkeypatch: pytest.MonkeyPatc
 
 SIGNALS = """
 import fcntl, os, signal, socket
-from qtool.evaluate import isolation
+from qtool.evaluate.sandbox import isolation
 parent, got = os.getpid(), []
 for number in (signal.SIGUSR1, signal.SIGIO):
     signal.signal(number, lambda number, _: got.append(number))

@@ -129,7 +129,7 @@ BRIEF = """
 import socket, sys
 from pathlib import Path
 from urllib.parse import urlsplit
-from qtool.evaluate import llama_cpp
+from qtool.evaluate.engines import llama_cpp
 llama_cpp.PATIENCE = 1
 for _ in range(12):
     with llama_cpp.serve(Path(sys.argv[1]), 64):

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 def test_everything_imports_below_qtool() -> None:
     for folder, package in (
-        ("convert", "qtool.convert"),
-        ("quantize", "qtool.quantize"),
+        ("pipeline", "qtool"), ("convert", "qtool.convert"), ("quantize", "qtool.quantize"),
         ("evaluate", "qtool.evaluate"),
-    ):
-        for path in (ROOT / folder).glob("*.py"):
-            assert importlib.util.find_spec(f"{package}.{path.stem}"), f"{path}: install again after adding a file"
+    ):  # fmt: skip
+        for path in (ROOT / folder).rglob("*.py"):
+            below = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *(part for part in below if part != "__init__")])
+            assert importlib.util.find_spec(name), f"{path}: install again after adding a file"
 
 
 def test_top_level_names_stay_free() -> None:

@@ -246,7 +246,7 @@ def test_an_unfinished_folder_does_not_open(tmp_path: Path) -> None:
 KILL = """
 import os, signal, sys, torch
 from pathlib import Path
-from qtool.convert import writer
+from qtool.convert.files import writer
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.make.writers import SafetensorsOutput

@@ -111,7 +111,7 @@ def test_an_interpreter_in_the_temporary_folder_can_judge(interpreter_in_tmp: Pa
     shutil.copy(os.path.realpath(sys.executable), python)
     code = (
         "import sys, types, json\n"
-        f"sys.path.insert(0, {str(Path(cell.__file__).parents[2])!r})\n"
+        f"sys.path.insert(0, {str(Path(cell.__file__).parents[3])!r})\n"
         f"sys.path += {[path for path in sys.path if 'site-packages' in path]!r}\n"
         "from qtool.evaluate.sandbox.execute import Job, run_programs, detect_sandbox\n"
         f"out = run_programs([Job('a', 'def f(x): import colorsys; return x', {TEST!r}, 'f')], sandbox='namespaces')\n"

@@ -78,7 +78,7 @@ def test_every_process_is_started_with_an_environment_of_its_own() -> None:
     """Read from the source: what starts a process says what it inherits, and nothing starts one by another way."""
     started = 0
     folders = ("pipeline", "evaluate", "convert", "quantize")
-    for path in [file for folder in folders for file in (ROOT / folder).glob("*.py")]:
+    for path in [file for folder in folders for file in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and path.name != "habits.py":  # which gives programs threads for it
                 assert node.module not in ("subprocess", "multiprocessing"), path
