@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "IQuestCoder")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
 CHANGES: dict[str, dict[str, Any]] = {  # of the models that llama.cpp takes with some values alone
     "Gemma2": {"query_pre_attn_scalar": 32},
     "Gemma3": {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]},
@@ -107,9 +107,7 @@ def everything(folder: Path, only: str) -> Iterator[tuple[str, bytes]]:
         work = folder / family
         work.mkdir()
         (work / "text.txt").write_text(TEXT)
-        make_model(work / "model", "Llama" if family == "IQuestCoder" else family, **CHANGES.get(family, {}))
-        config = work / "model/config.json"
-        config.write_text(config.read_text().replace("LlamaForCausalLM", f"{family}ForCausalLM"))
+        make_model(work / "model", family, **CHANGES.get(family, {}))
         (work / "recipe.yaml").write_text(RECIPE.format(model="model", text="text.txt", outputs=OUTPUTS.rstrip()))
         yield from run(work, work / "recipe.yaml", family)
 
