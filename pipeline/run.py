@@ -33,7 +33,7 @@ from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.sections import Method, needs_calibration
+from qtool.quantize.methods.method import Method
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recipe
 from qtool.runs import ledger, record
@@ -93,7 +93,7 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
 def _check_calibration(recipe: Recipe, most: int | None) -> None:
     """As evaluation's: windows longer than the model's context would measure it where it was never trained."""
     length = recipe.calibration.length
-    if most is not None and length > most and any(map(needs_calibration, recipe.outputs)):
+    if most is not None and length > most and any(output.calibrated for output in recipe.outputs):
         raise QtoolError(
             f"calibration: length {length:,} is more than the {most:,} tokens that the model was made for "
             "(max_position_embeddings in config.json)."
@@ -115,7 +115,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
         record.begin(folder, text)
-    artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
+    artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
@@ -141,7 +141,7 @@ def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
         click.echo(note, err=True)
-    return make_artifacts(job, job.recipe.outputs, _calibrate(job))
+    return make_artifacts(job, _calibrate(job))
 
 
 def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
@@ -186,7 +186,7 @@ def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:
 def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> record.Lock:
     """What the recipe's names resolved to."""
     nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
-    parameters = next(iter(job.plans.values())).parameters
+    parameters = job.outputs[0].plan.parameters
     return record.Lock(
         recipe=job.recipe.digest,
         source=record.LockedSource(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, needs_calibration
+from qtool.quantize.methods.method import Method, Needs
 from qtool.quantize.precision import fast_bfloat16
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
@@ -26,12 +26,12 @@ def peak_bytes(
     layer = {name: shape for name, shape in shapes.items() if name.startswith(f"{architecture.prefix}0.")}
     parameters = sum(_count(shape) for shape in layer.values())
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
-    calibrated = [method for method in methods if needs_calibration(method)]
+    calibrated = [method for method in methods if method.calibrated]
     if not calibrated:
         return max(parameters * (width + 4), embedding)
-    on_grid = [method for method in calibrated if isinstance(method, AwqMethod | GptqMethod)]
-    own = sum(method.own_stream for method in on_grid)
-    sharing = len(on_grid) - own
+    on_grams = [method for method in calibrated if method.needs.gram]
+    own = sum(method.needs is Needs.OWN_STREAM for method in on_grams)
+    sharing = len(on_grams) - own
     group_shapes = []
     for group in architecture.groups:
         linears = [layer[f"{architecture.prefix}0.{linear}.weight"] for linear in group.linears]
@@ -41,16 +41,11 @@ def peak_bytes(
     grams = sum(columns**2 for _, columns in group_shapes) * ((sharing > 0) + own)
     drifts = sum(min(out, columns) * columns for out, columns in group_shapes) * own
     copied = widest**2 if sharing > 1 else 0
-    compensated = any(method.rounding == "gptq" for method in on_grid)
-    searched = any(method.scaling == "awq" for method in on_grid)
-    workspaces = [
-        max(compensated * (3 * columns**2 + 4 * out * columns), (6 if searched else 4) * out * columns)
-        for out, columns in group_shapes
-    ]
+    workspace = max((method.workspace(*shape) for method in on_grams for shape in group_shapes), default=0)
     activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest + scores
     states = width * tokens * hidden * (1 + own)
-    work = max(4 * (copied + max(workspaces)) if on_grid else 0, activations)
-    walking = parameters * (width + len(on_grid)) + 4 * (grams + drifts) + work
+    work = max(4 * (copied + workspace) if on_grams else 0, activations)
+    walking = parameters * (width + len(on_grams)) + 4 * (grams + drifts) + work
     return states + max(walking, embedding)
 
 

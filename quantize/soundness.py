@@ -24,3 +24,9 @@ def refuse_unsound(weights: Mapping[str, Tensor], where: str, added: bool) -> No
                 f"{where}{name}: the source weight is all zero: of a model that is damaged, or was enlarged and not "
                 "trained yet."
             )
+
+
+def refuse_unsound_values(name: str, tensor: Tensor) -> None:
+    """Raises QtoolError for a tensor outside the layers that holds NaN or Inf: codes would not tell."""
+    if not bool(tensor.isfinite().all()):
+        raise QtoolError(f"{name}: holds NaN or Inf.")

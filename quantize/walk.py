@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.formats.plan import OutputPlan, layer_of, walk_order
 from qtool.quantize.architectures import Architecture, InputGroup, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods import gguf, nf4
-from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods.method import Heads, Inputs, Layer, LayerCodes, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.soundness import refuse_unsound
+from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
@@ -35,40 +34,49 @@ Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keywo
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """Layer ``index`` as every output will store it."""
+class Column:
+    """An output as the walk sees it. importance: matrix -> mean square of its input channels, where a file says so;
+    restore: prefix of a finished layer -> its state dict as the artifact holds it, when a run resumes."""
 
-    index: int
-    outputs: dict[str, LayerOutput]
+    method: Method
+    plan: OutputPlan
+    importance: Mapping[str, Tensor] | None = None
+    restore: Callable[[str], Mapping[str, Tensor]] | None = None
+
+    @property
+    def own_stream(self) -> bool:
+        """Whether its layers are fed what its own quantized prefix produces."""
+        return self.method.needs is Needs.OWN_STREAM
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Layer ``index`` (None: a tensor outside the layers) as every output will store it. ``prefix``: of its names."""
+
+    index: int | None
+    prefix: str
+    outputs: dict[str, LayerCodes]
 
 
 @dataclass
 class Walk:
-    """What the walk needs: the model's skeleton, its weights, the calibration tokens and the outputs to make.
-
-    ``restore(name, index)`` gives back a finished layer's state dict (as its artifact holds it) when a run resumes.
-    For outputs in llama.cpp's formats, ``types``: output -> linear -> ggml type; ``importance``: output -> linear ->
-    mean square of its input channels, where a file said so.
-    """
+    """What the walk needs: the model's skeleton, its weights, the calibration tokens and the outputs to make."""
 
     model: nn.Module
     checkpoint: Checkpoint
     calibration: CalibrationSet
-    outputs: Sequence[Method]
+    outputs: Sequence[Column]
     device: torch.device
-    restore: Callable[[str, int], Mapping[str, Tensor]] | None = None
-    types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     architecture: Architecture = field(init=False)
-    on_grid: list[GridMethod] = field(init=False)
+    on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         config: Any = self.model.config
         self.architecture = architecture_of(config)
-        self.on_grid = [method for method in self.outputs if isinstance(method, AwqMethod | GptqMethod)]
-        self.weighing = any(isinstance(method, GgufMethod) and method.needs_importance for method in self.outputs)
+        self.on_grams = [output for output in self.outputs if output.method.needs.gram]
+        self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = embedding.dtype
         if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
@@ -83,6 +91,25 @@ class Walk:
         return decoder  # type: ignore[no-any-return]  # get_submodule is typed as Module
 
     @torch.inference_mode()
+    def outside(self) -> Iterator[LayerResult]:
+        """Embeddings, final norm and head, a tensor at a time; no calibration weighs them, in no output."""
+        prefix = self.architecture.prefix
+        for name in walk_order(self.checkpoint.tensors, prefix):
+            if layer_of(name, prefix) is not None:
+                continue
+            tensors, module = {name: self.checkpoint.tensor(name)}, name.removesuffix(".weight")
+            outputs = {}
+            for output in self.outputs:
+                planned = {matrix.name: matrix for matrix in output.plan.outside if matrix.name == module}
+                if planned:
+                    refuse_unsound_values(name, tensors[name])
+                    layer = Layer(None, self.architecture, self.heads, self.device, tensors, {}, planned)
+                    outputs[output.method.name] = output.method.quantize(layer, Inputs())
+                elif name in output.plan.specs:
+                    outputs[output.method.name] = LayerCodes(tensors=tensors)
+            yield LayerResult(None, "", outputs)
+
+    @torch.inference_mode()
     def run(self, start: int = 0) -> Iterator[LayerResult]:
         """Results of layers ``start`` onward; earlier ones are replayed forward without being quantized again.
 
@@ -90,9 +117,9 @@ class Walk:
         an output cannot hold.
         """
         # outputs that need no calibration cause no forward
-        calibrated = bool(self.on_grid) or self.weighing
+        calibrated = bool(self.on_grams) or self.weighing
         hidden, calls = self._record_inputs() if calibrated else ([], {})
-        streams = {method.name: list(hidden) for method in self.on_grid if method.own_stream}
+        streams = {output.method.name: list(hidden) for output in self.outputs if output.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
             following = reader.submit(self._read, 0)
             for index in range(len(self.layers)):
@@ -103,35 +130,38 @@ class Walk:
                 if index < start:
                     self._replay(index, weights, hidden, streams, calls)
                     continue
-                outputs, squares = self._visit(index, weights, hidden, streams, calls) if calibrated else ({}, {})
-                for method in self.outputs:
-                    if isinstance(method, Nf4Method):
-                        outputs[method.name] = nf4.quantize_layer(method, self.architecture, tensors, self.device)
-                    elif isinstance(method, GgufMethod):
-                        outputs[method.name] = self._in_blocks(method, index, tensors, squares)
-                yield LayerResult(index, outputs)
-                del weights, tensors, outputs
+                layer = Layer(index, self.architecture, self.heads, self.device, tensors, weights, {})
+                results, squares = self._visit(layer, hidden, streams, calls) if calibrated else ({}, {})
+                for output in self.outputs:
+                    if not output.method.needs.gram:
+                        inputs = Inputs(importance=self._importance(index, output, squares))
+                        results[output.method.name] = output.method.quantize(self._for(output, layer), inputs)
+                yield LayerResult(index, self._prefix(index), results)
+                del layer, weights, tensors, results
 
     def _visit(
-        self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
-    ) -> tuple[dict[str, LayerOutput], dict[str, Tensor]]:
-        """Advance every stream through layer ``index``; returns the version of each output on a uniform grid, and each
+        self, layer: Layer, hidden: Hidden, streams: dict[str, Hidden], calls: Calls
+    ) -> tuple[dict[str, LayerCodes], dict[str, Tensor]]:
+        """Advance every stream through a layer; returns the version of each output that takes Gram matrices, and each
         linear's mean squares of the source's inputs."""
-        layer = self._fill(index, weights)
+        index = layer.index
+        assert index is not None
+        module = self._fill(index, layer.weights)
         last = index == len(self.layers) - 1
-        shared, own = self._collect(layer, hidden, streams, calls, last)
+        shared, own = self._collect(module, hidden, streams, calls, last)
         results = {}
-        for number, method in enumerate(self.on_grid):
-            owned = method.own_stream or not any(not other.own_stream for other in self.on_grid[number + 1 :])
+        for number, output in enumerate(self.on_grams):
+            method, alone = output.method, output.own_stream
+            owned = alone or all(other.own_stream for other in self.on_grams[number + 1 :])
             statistics = own.pop(method.name, shared)
             self._check_range(index, method, statistics, hidden)
-            result = quantize_layer(method, self.architecture, weights, statistics, self.heads, owned)
+            result = method.quantize(self._for(output, layer), Inputs(statistics, owned))
             results[method.name] = result
             del statistics
-            if method.own_stream and not last:
-                self._fill(index, result.dequantized(self.dtype, method.spec.dtype))
-                _advance(layer, streams[method.name], calls)
-        layer.to("meta")
+            if alone and not last:
+                self._fill(index, result.dequantized(self.dtype, method.stored_dtype or self.dtype))
+                _advance(module, streams[method.name], calls)
+        module.to("meta")
         squares: dict[str, Tensor] = {}
         for group in self.architecture.groups if self.weighing else ():
             row = shared[group.name].mean_square
@@ -143,24 +173,30 @@ class Walk:
             squares |= dict.fromkeys(group.linears, row)
         return results, squares
 
-    def _in_blocks(
-        self, method: GgufMethod, index: int, tensors: Mapping[str, Tensor], squares: Mapping[str, Tensor]
-    ) -> LayerOutput:
-        prefix = f"{self.architecture.prefix}{index}."
-        types = {linear: self.types[method.name][prefix + linear] for linear in self.architecture.linears}
-        rows: Mapping[str, Tensor] = squares if method.needs_importance else {}
-        given = self.importance.get(method.name)
-        if given is not None:
-            rows = {linear: given[prefix + linear] for linear in self.architecture.linears if prefix + linear in given}
-        return gguf.quantize_layer(self.architecture, tensors, types, rows, self.device)
+    def _prefix(self, index: int) -> str:
+        return f"{self.architecture.prefix}{index}."
+
+    def _for(self, output: Column, layer: Layer) -> Layer:
+        """The layer with its matrices as an output's plan has them."""
+        assert layer.index is not None
+        prefix = self._prefix(layer.index)
+        planned = {matrix.name: matrix for matrix in output.plan.linears}
+        return replace(layer, matrices={linear: planned[prefix + linear] for linear in self.architecture.linears})
+
+    def _importance(self, index: int, output: Column, squares: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Linear -> mean squares: those that a file says, those of the text where the method needs them, or none."""
+        given, prefix = output.importance, self._prefix(index)
+        if given is None:
+            return squares if output.method.needs is Needs.CHANNELS else {}
+        return {linear: given[prefix + linear] for linear in self.architecture.linears if prefix + linear in given}
 
     def _collect(
         self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
         """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
-        after the last layer only the float16 range of the outputs on a grid is asked of."""
-        done = last and not self.on_grid
-        wants_source = any(not method.own_stream for method in self.on_grid)
+        after the last layer only the float16 range of outputs that take Gram matrices is asked of."""
+        done = last and not self.on_grams
+        wants_source = not all(output.own_stream for output in self.on_grams)
         shared = {group.name: InputStatistics(channels_only=not wants_source) for group in self.architecture.groups}
         own = {name: {g.name: _of_own_stream(layer, g) for g in self.architecture.groups} for name in streams}
         for number, states in enumerate(hidden):
@@ -206,7 +242,7 @@ class Walk:
                 handle.remove()
 
     def _check_range(
-        self, index: int, method: GridMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
+        self, index: int, method: Method, statistics: Mapping[str, InputStatistics], hidden: Hidden
     ) -> None:
         prefix = f"{self.architecture.prefix}{index}"
         peaks = {f"the input of {g.linears[0]}": statistics[g.name].absmax.max() for g in self.architecture.groups}
@@ -215,7 +251,7 @@ class Walk:
         for (what, _), value in zip(peaks.items(), values, strict=True):
             if not value < float("inf"):
                 raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
-            if method.dtype == "float16" and value > FLOAT16_MAX:
+            if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
                 raise QtoolError(
                     f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
                     f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
@@ -246,8 +282,9 @@ class Walk:
         layer = self._fill(index, weights)
         _advance(layer, hidden, calls)
         for name, states in streams.items():
-            assert self.restore is not None
-            restored = self.restore(name, index)
+            (output,) = (output for output in self.outputs if output.method.name == name)
+            assert output.restore is not None
+            restored = output.restore(self._prefix(index))
             self._fill(index, {key: tensor.to(self.device, self.dtype) for key, tensor in restored.items()})
             _advance(layer, states, calls)
         layer.to("meta")

@@ -68,10 +68,10 @@ def main() -> None:
     )
     start = time.perf_counter()
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    for output in recipe.outputs:
-        shutil.rmtree(job.folder(output), ignore_errors=True)
+    for output in job.outputs:
+        shutil.rmtree(output.folder, ignore_errors=True)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path))
-    artifacts = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))
+    artifacts = make_artifacts(job, CalibrationSet(tokens, "bench"))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
     for name, artifact in artifacts.items():

@@ -70,7 +70,7 @@ def qtool(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     started = time.perf_counter()
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path, False))
-    artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))[kind]
+    artifact = make_artifacts(job, CalibrationSet(tokens, "bench"))[kind]
     return {"side": f"qtool {kind}", "seconds": round(time.perf_counter() - started, 1), "file": str(artifact.gguf)}
 
 

@@ -85,7 +85,7 @@ def main() -> None:
             output = {"method": "awq", "group_size": options.group_size} | keys
             recipe = Recipe.model_validate({"model": options.model, "outputs": [output], "output_dir": str(made)})
             job = open_job(recipe, source, device, recipe.outputs)
-            artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, options.calibration))["awq"]
+            artifact = make_artifacts(job, CalibrationSet(tokens, options.calibration))["awq"]
             found = fidelity.diverge(load_model(artifact.read(), config, device), windows, reference)
             shutil.rmtree(made)
             kl = bootstrap_mean(found.kl)

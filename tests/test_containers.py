@@ -215,7 +215,7 @@ def test_transformers_loads_compressed_tensors(write_recipe: Callable[..., Path]
     recipe = load_recipe(write_recipe(outputs=[output]))
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))["gptq"]
+    artifact = make_artifacts(job, CalibrationSet(tokens, "test"))["gptq"]
     theirs = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
     ours = load_model(artifact.read(), load_config(artifact.path), torch.device("cpu"))
     with torch.inference_mode():

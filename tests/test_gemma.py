@@ -71,7 +71,7 @@ def made(
     recipe.write_text(yaml.safe_dump({"model": str(model), "outputs": OUTPUTS, "output_dir": str(folder / "out")}))
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(str(model)), CPU, loaded.outputs)
-    return model, make_artifacts(job, loaded.outputs, CalibrationSet(TOKENS, "test"))
+    return model, make_artifacts(job, CalibrationSet(TOKENS, "test"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.source import resolve
 from qtool.convert.files.watch import sha256_file
-from qtool.convert.formats.gguf.file import GgufFile, GgufWriter
+from qtool.convert.files.writer import TensorWriter
+from qtool.convert.formats.gguf.file import GgufFile, gguf_layout
 from qtool.convert.formats.gguf.imatrix import read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.modelfile import modelfile
 from qtool.convert.skeleton import load_config
@@ -51,7 +52,7 @@ TWO_ROPES = {
 def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
-    return job, make_artifacts(job, loaded.outputs, _calibrate(job))
+    return job, make_artifacts(job, _calibrate(job))
 
 
 @pytest.mark.parametrize(
@@ -277,10 +278,10 @@ def test_planted_faults_are_found(demo: tuple[Job, dict[str, Artifact]], tmp_pat
 
 def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
     layout = {"a.weight": ("Q8_0", (3, 64)), "b": ("F32", (5,))}
-    first, second = torch.randint(0, 255, (3, 68), dtype=torch.uint8), torch.arange(5.0).view(torch.uint8)
+    first, second = torch.randint(0, 255, (204,), dtype=torch.uint8), torch.arange(5.0).view(torch.uint8)
 
-    def begin(folder: Path, key: str = "k") -> GgufWriter:
-        return GgufWriter(folder / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, key)
+    def begin(folder: Path, key: str = "k") -> TensorWriter:
+        return TensorWriter(folder, gguf_layout(folder / "m.gguf", "llama", lambda w: w.add_name("m"), layout), key)
 
     whole = begin(tmp_path / "whole")
     whole.write("a.weight", first)
@@ -297,27 +298,29 @@ def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "killed/m.gguf").read_bytes() == (tmp_path / "whole/m.gguf").read_bytes()
     other = begin(tmp_path / "killed", "other")
     assert other.steps == []
-    with pytest.raises(ValueError, match=r"a\.weight: planned 204 bytes"):
+    with pytest.raises(ValueError, match=r"a\.weight: planned torch\.uint8 \[204\]"):
         other.write("a.weight", second)
     other.close()
 
 
 def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin() -> GgufWriter:
-        layout = {"a.weight": ("F32", (2, 32))}
-        return GgufWriter(tmp_path / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, "k")
+    path = tmp_path / "m.gguf"
+
+    def begin() -> TensorWriter:
+        layout = gguf_layout(path, "llama", lambda writer: writer.add_name("m"), {"a.weight": ("F32", (2, 32))})
+        return TensorWriter(tmp_path, layout, "k")
 
     begun = begin()
-    begun.write("a.weight", torch.ones(2, 32).view(torch.uint8))
+    begun.write("a.weight", torch.ones(64).view(torch.uint8))
     begun.commit({"layer": 0})
     begun.close()
-    begun.path.unlink()
+    path.unlink()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qtool.convert.formats.gguf.file.start_journal", killed)
+        patch.setattr("qtool.convert.files.writer.start_journal", killed)
         with pytest.raises(KeyboardInterrupt):
             begin()
     again = begin()
@@ -354,7 +357,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("qtool.make.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
+    monkeypatch.setattr("qtool.convert.formats.gguf.format.gguf_architecture", lambda _: "nosuchmodel")
     monkeypatch.setattr("qtool.make.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match=r"llama\.cpp cannot load it"):
         convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))
@@ -363,7 +366,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
 def test_without_llama_cpp_the_proof_is_said_to_be_missing(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qtool.make.gguf_output.installed", lambda: False)
+    monkeypatch.setattr("qtool.make.token_proof.installed", lambda: False)
     _, made = convert(write_recipe(outputs=[{"method": "gguf", "type": "F16"}]))
     said = "token ids: not compared with llama.cpp's, which is not installed here."
     assert any(note.startswith(said) for note in made["gguf"].notes)

@@ -107,7 +107,7 @@ def convert(recipe_path: Path) -> Any:
     recipe = load_recipe(recipe_path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path, False))
-    return next(iter(make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "t")).values()))
+    return next(iter(make_artifacts(job, CalibrationSet(tokens, "t")).values()))
 
 
 @pytest.mark.parametrize("prepend", [True, False])

@@ -162,7 +162,7 @@ def test_a_file_that_qtool_wrote(tmp_path: Path) -> None:
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/out\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, loaded.outputs, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, _calibrate(job))["gguf"]
     assert artifact.gguf is not None
     geometry = read_headers(str(artifact.path)).geometry
     check(artifact.gguf, geometry, 512, 1, True, "f16")

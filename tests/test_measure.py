@@ -139,7 +139,7 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/a\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, loaded.outputs, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, _calibrate(job))["gguf"]
     result = call("measure", artifact.path, "--context", 64, "--batch", "1,2", "--tokens", 8, "--repeats", 2,
                   "--runs", tmp_path, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -6,7 +6,10 @@ import pytest
 
 from qtool.quantize.architectures import GEMMA2, GEMMA3, LLAMA
 from qtool.quantize.memory import peak_bytes, score_bytes
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, Nf4Method
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.nf4 import Nf4Method
 
 HIDDEN, INNER, TOKENS = 4096, 14336, 128 * 2048
 SHAPES = {

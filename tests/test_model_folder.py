@@ -291,7 +291,7 @@ def test_tensors_of_other_models(model: Path, write_recipe: Write) -> None:
     assert job.notes == (
         "left out, no part of LlamaForCausalLM: v_head.summary.bias, v_head.summary.weight (2 tensors)",
     )
-    assert not set(head) & (set(job.checkpoint.tensors) | set(job.plans["awq"].specs))
+    assert not set(head) & (set(job.checkpoint.tensors) | set(job.output("awq").plan.specs))
     for name in ("model.norm.bias", "lm_head.bias", "model.extra"):
         restore(model, lambda tensors, name=name: tensors | {name: torch.zeros(128)})
         with pytest.raises(QtoolError, match=rf"holds {name} \(1 such\), which config\.json does not imply"):

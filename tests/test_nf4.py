@@ -70,7 +70,7 @@ def artifact(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytes
     )
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    return make_artifacts(job, recipe.outputs, CalibrationSet(TOKENS, "test"))["nf4"]
+    return make_artifacts(job, CalibrationSet(TOKENS, "test"))["nf4"]
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_a_recipe_is_planned_as_a_job(
     assert "time: not known" in result.output
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
-    plan = job.plans["awq"]
+    plan = job.output("awq").plan
     entry = {
         "device": device_kind(job.device), "seconds": 8.0,
         "artifacts": {"awq": {"bytes": plan.nbytes, "bpw": plan.bits_per_weight}},
@@ -181,7 +181,7 @@ def test_a_recipe_is_planned_as_a_job(
     ledger.append(runs, entry)
     assert "time: 8 to 8 s" in call("plan", recipe, "--runs", runs).output
     needs = job_needs.needs_of(job)
-    made = make_artifacts(job, loaded.outputs, _calibrate(job))["awq"]
+    made = make_artifacts(job, _calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
     assert taken <= needs.disk_bytes <= taken + job_needs.TOKENIZER_AND_CONFIG
     monkeypatch.setattr(job_needs, "host_memory", lambda: 1000)

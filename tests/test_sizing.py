@@ -131,7 +131,7 @@ def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[
     ]  # fmt: skip
     loaded = load_recipe(write_recipe(outputs=outputs))
     job = open_job(loaded, resolve(str(tiny)), torch.device("cpu"), loaded.outputs)
-    made = make_artifacts(job, loaded.outputs, _calibrate(job))
+    made = make_artifacts(job, _calibrate(job))
     headers = read_headers(str(tiny))
     for name, artifact in made.items():
         planned = weights_of(headers, name)

@@ -11,14 +11,20 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.config_file import read_config
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize import walk as layers
 from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import LayerOutput
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods import on_grid
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.method import LayerCodes, Method
+from qtool.quantize.methods.nf4 import Nf4Method
+from qtool.quantize.methods.on_grid import OnGrid
 from qtool.quantize.statistics import InputStatistics
-from qtool.quantize.walk import Walk
+from qtool.quantize.walk import Column, Walk
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {}, "Mistral": {"sliding_window": 24},
@@ -30,8 +36,10 @@ TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(
 
 
 def walk_of(folder: Path, methods: Sequence[Method]) -> Walk:
-    model = build_skeleton(load_config(folder))
-    return Walk(model, Checkpoint.open(folder), CalibrationSet(TOKENS, "test"), methods, torch.device("cpu"))
+    model, checkpoint = build_skeleton(load_config(folder)), Checkpoint.open(folder)
+    shape = ModelShape(checkpoint.tensors, LLAMA.prefix, LLAMA.linears, read_config(folder))
+    columns = [Column(method, method.container.plan(shape)) for method in methods]
+    return Walk(model, checkpoint, CalibrationSet(TOKENS, "test"), columns, torch.device("cpu"))
 
 
 def whole_model(folder: Path) -> Any:
@@ -59,9 +67,9 @@ def inputs_of(model: Any) -> dict[tuple[int, str], torch.Tensor]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]:
     """Statistics of each layer as the quantizer is given them (copied: it may use them up)."""
     calls: list[Mapping[str, InputStatistics]] = []
-    original = layers.quantize_layer
+    original = on_grid.quantize_layer
 
-    def spy(method: GridMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
+    def spy(method: OnGrid, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerCodes:
         copies = {}
         for name, stats in statistics.items():
             copies[name] = InputStatistics(stats.tokens, stats.gram.clone(), None, stats.abs_sum, stats.absmax)
@@ -70,7 +78,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]
         calls.append(copies)
         return original(method, architecture, weights, statistics, *rest)
 
-    monkeypatch.setattr(layers, "quantize_layer", spy)
+    monkeypatch.setattr(on_grid, "quantize_layer", spy)
     return calls
 
 

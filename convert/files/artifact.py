@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from qtool.convert.files.watch import sha256_file
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.containers import Linears
 from qtool.convert.formats.gguf.file import GgufFile
+from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.models.config_file import read_config
 
 EXTRAS = "qtool"  # subfolder no loader looks into: fold scales
 FOLD_SCALES = "fold_scales"
-IMATRIX = "imatrix.gguf"
 PARTIAL = ".partial"
-QUANTIZE_CONFIG = "quantize_config.json"
 
 
 class Artifact:
@@ -140,11 +139,13 @@ def made_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtyp
     return config
 
 
-def write_config(source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """`made_config` as config.json. GPTQ's section also becomes quantize_config.json, where AutoGPTQ looks for it."""
+def write_config(
+    source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None, copies: Sequence[str] = ()
+) -> None:
+    """`made_config` as config.json; ``copies``: files that hold ``quantization`` alone."""
     write_json(target / "config.json", made_config(source, quantization, dtype))
-    if quantization.get("quant_method") == "gptq":
-        write_json(target / QUANTIZE_CONFIG, dict(quantization))
+    for name in copies:
+        write_json(target / name, dict(quantization))
 
 
 def write_json(path: Path, data: Any) -> None:

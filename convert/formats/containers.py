@@ -32,6 +32,10 @@ class Container(Protocol):
     """Suffixes of tensors whose numbers are all above zero."""
     BY_ROW: bool
     """Whether a scale belongs to columns of one row, so that the group size must divide them."""
+    EXPANDS: bool
+    """Whether engines expand a whole matrix to 16 bits before they use it."""
+    COPIES: tuple[str, ...]
+    """Files beside config.json that hold the section too."""
 
     KEYS: frozenset[str]
     """What the section says: a key beside these makes some loader read the tensors in another way."""

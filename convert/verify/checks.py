@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL, QUANTIZE_CONFIG, Artifact, refuse_unfinished
+from qtool.convert.files.artifact import PARTIAL, Artifact, refuse_unfinished
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import read_json
@@ -149,7 +149,7 @@ def subject_of(artifact: Artifact) -> runtimes.Subject:
                     scattered.add(linear)
         except (QtoolError, ValueError):
             continue  # named by the check of the tensors
-    side = artifact.path / QUANTIZE_CONFIG
+    side = artifact.path / autogptq.QUANTIZE_CONFIG
     return runtimes.Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
         frozenset(scattered),

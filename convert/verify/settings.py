@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.convert.files.artifact import IMATRIX, Artifact, made_config
+from qtool.convert.files.artifact import Artifact, made_config
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
@@ -17,7 +17,7 @@ from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
-from qtool.convert.formats.gguf.imatrix import read_imatrix
+from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
 from qtool.convert.formats.gguf.names import gguf_architecture

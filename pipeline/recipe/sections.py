@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qtool import QtoolError
 from qtool.convert.files.artifact import PARTIAL
 from qtool.convert.text.windows import TextSource
-from qtool.quantize.methods.sections import Method, Number
+from qtool.quantize.methods.method import Number
+from qtool.quantize.methods.table import AnyMethod
 from qtool.recipe import faults as recipe_faults
 from qtool.recipe.yaml_file import read_yaml
 
@@ -189,7 +190,7 @@ class Recipe(_Section):
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
-    outputs: tuple[Method, ...]
+    outputs: tuple[AnyMethod, ...]
     evaluate: EvaluateSection = EvaluateSection()
     measure: MeasureSection | None = None
     gates: tuple[GateSection, ...] = ()

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qtool.convert.formats.gguf.plan import GgufPlan
-from qtool.convert.runtimes import vllm as vllm_rules
 from qtool.convert.verify.checks import Verification
 from qtool.measure.report import measured_faults
 from qtool.report import loading
@@ -142,24 +140,16 @@ def _print_summary(name: str, result: Verification) -> None:
     console.print(f"{name}: {state}{said}", highlight=False, soft_wrap=True)
 
 
-def plan_notes(job: Job, name: str) -> list[str]:
-    """What is to be said of an output before it is made: fallback types, what vLLM refuses or needs."""
-    plan = job.plans[name]
-    if isinstance(plan, GgufPlan):
-        return plan.notes
-    (method,) = (output for output in job.recipe.outputs if output.name == name)
-    return vllm_rules.notes(method.quantization_config())
-
-
 def print_plan(job: Job) -> None:
     """`--dry-run`: what each linear becomes, then totals, memory and disk."""
     from qtool.make.needs import peak_of
 
     for note in job.remarks:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    for name, plan in job.plans.items():
+    for output in job.outputs:
+        name, plan = output.name, output.plan
         table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
-        grouped = "type" if isinstance(plan, GgufPlan) else "group size"
+        grouped = "type" if any(linear.type for linear in plan.linears) else "group size"
         for column in ("linear", "layers", "shape [out, in]", grouped, "bytes each"):
             table.add_column(column, justify="left" if column == "linear" else "right")
         kinds: dict[tuple[str, int, int, str, int], int] = {}
@@ -170,16 +160,14 @@ def print_plan(job: Job) -> None:
         for (kind, out, across, group, nbytes), count in kinds.items():
             table.add_row(kind, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
         console.print(table)
-        for note in plan_notes(job, name):
+        for note in output.notes:
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
         console.print(
             f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
             f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
             highlight=False,
         )
-    recipe = job.recipe
-    methods = [method for method in recipe.outputs if method.name in job.plans]
-    memory = peak_of(job, methods)
+    memory = peak_of(job, job.outputs)
     console.print(
         f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
     )

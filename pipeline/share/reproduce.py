@@ -63,7 +63,7 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
     calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer, rows), recipe.calibration.text)
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
-    (made,) = make_artifacts(job, recipe.outputs, calibration, _threads(manifest)).values()
+    (made,) = make_artifacts(job, calibration, _threads(manifest)).values()
     before, after = _stored(original), _stored(made)
     names = list(dict.fromkeys([*before, *after]))
     differing = []

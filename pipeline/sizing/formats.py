@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.writer import Spec, file_sizes, nbytes
+from qtool.convert.files.shards import file_sizes
+from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.containers import CONTAINERS
-from qtool.convert.formats.gguf.ggml import load_gguf, row_bytes
-from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
-from qtool.convert.formats.plan import OutputPlan, plan_output
+from qtool.convert.formats.gguf.ggml import row_bytes
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.config_keys import check_config
 from qtool.quantize.architectures import ARCHITECTURES, Architecture
-from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, Method, Nf4Method, weights_per_scale
+from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.table import METHODS
 from qtool.sizing.geometry import KNOWN, LOOPED, tensor_shapes
 from qtool.sizing.headers import Headers
 
 SOURCE = "source"
-GGUF_TYPES: tuple[str, ...] = get_args(GgufMethod.model_fields["type"].annotation)
+GROUPS = (32, 64, 128)
 DEFAULT_FORMATS = (SOURCE, "awq", "gptq", "nf4", "Q4_K_M", "Q8_0")
 EMBEDDING, HEAD = ("embed_tokens.weight", "token_embd.weight"), ("lm_head.weight", "output.weight")
 
@@ -58,26 +58,19 @@ def method_of(name: str) -> Method | None:
     """The recipe output that a format's name stands for (``awq-g64``: with that group size); None for the source's own
     dtype. Raises QtoolError naming all."""
     base, _, group = name.partition("-g")
-    size = int(group) if group.isdigit() else 128
-    if name in GGUF_TYPES:
-        return GgufMethod(method="gguf", name=name, type=name)  # type: ignore[arg-type]  # one of the literals
-    if size in (32, 64, 128):
-        if base == "awq":
-            return AwqMethod(method="awq", group_size=size)  # type: ignore[arg-type]  # one of the literals
-        if base in ("gptq", "gptq-8", "compressed-tensors"):
-            return GptqMethod.model_validate(
-                {
-                    "method": "gptq", "group_size": size, "bits": 8 if base == "gptq-8" else 4,
-                    "format": base if base == "compressed-tensors" else "gptq",
-                }
-            )  # fmt: skip
-    if name == "nf4":
-        return Nf4Method(method="nf4")
+    size = int(group) if group.isdigit() else GROUPS[-1]
+    for method, kind in METHODS.items():
+        if not kind.grouped and name in kind.short:
+            return kind.model_validate({"method": method, **kind.short[name]})
+        if kind.grouped and base in kind.short and size in GROUPS:
+            return kind.model_validate({"method": method, "group_size": size, **kind.short[base]})
     if name == SOURCE:
         return None
+    grouped = [short for kind in METHODS.values() if kind.grouped for short in kind.short]
+    others = [short for kind in METHODS.values() if not kind.grouped for short in kind.short]
     raise QtoolError(
-        f"--format {name}: not a format qtool writes. Known: {SOURCE}, awq, gptq, gptq-8, compressed-tensors (each "
-        f"with -g32, -g64 or -g128), nf4, {', '.join(GGUF_TYPES)}."
+        f"--format {name}: not a format qtool writes. Known: {SOURCE}, {', '.join(grouped)} (each with -g32, -g64 or "
+        f"-g128), {', '.join(others)}."
     )
 
 
@@ -96,19 +89,15 @@ def _weights_of(headers: Headers, name: str) -> Weights:
         return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
     architecture = _architecture(headers)
     check_config(headers.config)
-    section = method.quantization_config()
-    if isinstance(method, GgufMethod):
-        load_gguf()
-        plan = plan_gguf(headers.tensors, architecture.prefix, architecture.linears, headers.config, method.type)
-        return _gguf_weights(name, plan)
-    made: OutputPlan = plan_output(
-        headers.tensors, architecture.prefix, architecture.linears, section, method.stored_dtype,
-        weights_per_scale(method),
-    )  # fmt: skip
-    found = _weights(name, str(section["quant_method"]), made.specs, made.parameters, architecture.prefix)
-    largest = 2 * max(linear.out * linear.columns for linear in made.linears)
-    group = 1 if isinstance(method, Nf4Method) else weights_per_scale(method)
-    return _replace(found, group=group, largest=largest if isinstance(method, Nf4Method) else 0)
+    container = method.container
+    shape = ModelShape(headers.tensors, architecture.prefix, architecture.linears, headers.config)
+    plan = container.plan(shape)
+    sizes = {tensor: nbytes(spec) for tensor, spec in plan.specs.items()}
+    family = str(container.section["quant_method"])
+    found = _split(name, family, sizes, plan.parameters, architecture.prefix)
+    largest = 2 * max(linear.out * linear.columns for linear in plan.linears) if container.expands else 0
+    files, notes = container.file_bytes(plan), tuple(plan.notes)
+    return replace(found, group=container.group, largest=largest, files=files, notes=notes)
 
 
 def artifact_weights(headers: Headers) -> Weights:
@@ -169,11 +158,6 @@ def _source_parameters(headers: Headers) -> int:
 def _weights(name: str, family: str, specs: Mapping[str, Spec], parameters: int, prefix: str) -> Weights:
     sizes = {tensor: nbytes(spec) for tensor, spec in specs.items()}
     return _replace(_split(name, family, sizes, parameters, prefix), files=sum(file_sizes(specs).values()))
-
-
-def _gguf_weights(name: str, plan: GgufPlan) -> Weights:
-    sizes = {tensor: _size(plan.types[tensor].type, shape) for tensor, shape in plan.shapes.items()}
-    return _replace(_split(name, "gguf", sizes, plan.parameters, "blk."), notes=tuple(plan.notes))
 
 
 def _split(name: str, family: str, sizes: Mapping[str, int], parameters: int, prefix: str) -> Weights:

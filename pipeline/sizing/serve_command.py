@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.convert.runtimes import vllm as vllm_rules
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod
+from qtool.quantize.methods.method import Method
 from qtool.sizing.fit import Offload, Setting
 from qtool.sizing.formats import method_of
 from qtool.sizing.headers import Headers
@@ -63,11 +63,11 @@ def config_of(headers: Headers, setting: Setting) -> Mapping[str, Any]:
     method = None if headers.quantized else method_of_weights(setting)
     if method is None:
         return headers.config
-    stored = {"dtype": method.dtype} if isinstance(method, AwqMethod | GptqMethod) else {}
-    return {**headers.config, **stored, "quantization_config": method.quantization_config()}
+    stored = {} if method.stored_dtype is None else {"dtype": str(method.stored_dtype).removeprefix("torch.")}
+    return {**headers.config, **stored, "quantization_config": method.container.section}
 
 
-def method_of_weights(setting: Setting) -> Any:
+def method_of_weights(setting: Setting) -> Method | None:
     """The recipe output that the weights stand for; None for the source's own."""
     return None if setting.weights.family == "source" else method_of(setting.weights.format)
 

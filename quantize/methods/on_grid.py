@@ -1,66 +1,117 @@
-"""One decoder layer for one output: search scales, fold them into their producers, choose codes, record the errors."""
+"""Methods on a uniform grid: search scales, fold them into their producers, choose codes, record the errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from qtool.convert.files.artifact import FOLD_SCALES
+from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.plan import LinearPlan
 from qtool.quantize import grid as grids
+from qtool.quantize import rounding, scaling
 from qtool.quantize.architectures import Architecture, InputGroup
-from qtool.quantize.methods import awq, gptq
-from qtool.quantize.methods.sections import GridMethod
+from qtool.quantize.grid import GridSpec
+from qtool.quantize.methods.method import Heads, Inputs, Layer, LayerCodes, Method, Needs, Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention geometry: each of ``kv`` key/value heads of ``dim`` rows feeds ``repeat`` query heads."""
 
-    kv: int
-    repeat: int
-    dim: int
+class OnGrid(Protocol):
+    """A method that chooses integer codes on a uniform grid from Gram matrices: scaling and rounding are its own."""
+
+    clip: bool
+    damp_percent: float
+    propagate_error: bool
+    propagate_strength: float
+
+    @property
+    def scaling(self) -> str: ...
+
+    @property
+    def rounding(self) -> str: ...
+
+    @property
+    def act_order(self) -> bool: ...
+
+    @property
+    def spec(self) -> GridSpec: ...
+
+
+class GridMethod(Method):
+    """What AWQ and GPTQ outputs have in common."""
+
+    clip: bool = True
+    damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    propagate_error: bool = True
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    @property
+    def needs(self: OnGrid) -> Needs:
+        """Only a rounding that compensates can make up for what its own prefix did."""
+        return Needs.OWN_STREAM if self.rounding == "gptq" and self.propagate_error else Needs.GRAM
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of scales and of everything that is not quantized."""
+        return DTYPES[self.dtype]
+
+    @property
+    def kept_as(self) -> str:
+        """What the columns were multiplied by, and the rows divided by."""
+        return FOLD_SCALES
+
+    def kept_specs(self, matrices: Sequence[LinearPlan]) -> dict[str, Spec]:
+        """Ones where nothing is folded."""
+        specs: dict[str, Spec] = {}
+        for matrix in matrices:
+            specs[f"{matrix.name}.columns"] = (torch.float32, (matrix.columns,))
+            specs[f"{matrix.name}.rows"] = (torch.float32, (matrix.out,))
+        return specs
+
+    def workspace(self: OnGrid, out: int, columns: int) -> int:
+        """Three matrices like the Gram matrix to factorize it, and copies of the weights."""
+        compensated = 3 * columns**2 + 4 * out * columns if self.rounding == "gptq" else 0
+        return max(compensated, (6 if self.scaling == "awq" else 4) * out * columns)
+
+    def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
+        """As `quantize_layer`."""
+        return quantize_layer(self, layer.architecture, layer.weights, inputs.statistics, layer.heads, inputs.owned)
 
 
 @dataclass
-class LayerOutput:
-    """What one output keeps of one layer; names are relative to the layer.
+class Folded:
+    """What is known of a layer while it is worked on. columns, rows: linear -> what its columns were multiplied by
+    ``[in]`` and its rows divided by ``[out]`` (ones where nothing is folded)."""
 
-    codes: linear -> codes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns were
-    multiplied by ``[in]`` and its rows divided by ``[out]`` (empty where nothing is folded). records: linear -> errors.
-    importance: linear -> mean square of its input channels ``[in]`` (only where blocks were weighed by it).
-    """
-
-    codes: dict[str, Codes] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     records: dict[str, dict[str, float]] = field(default_factory=dict)
-    importance: dict[str, Tensor] = field(default_factory=dict)
-
-    def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
-        """The layer's state dict as a reader of the artifact gets it."""
-        state = {name: tensor.to(stored).to(dtype) for name, tensor in self.tensors.items()}
-        return state | {f"{linear}.weight": codes.dequantize(dtype) for linear, codes in self.codes.items()}
 
 
 def quantize_layer(
-    method: GridMethod,
+    method: OnGrid,
     architecture: Architecture,
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
     heads: Heads,
     owned: bool = False,
-) -> LayerOutput:
+) -> LayerCodes:
     """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its
     input's, used up to spare memory where ``owned``, left unchanged otherwise."""
     folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
-    output = LayerOutput()
+    output = Folded()
     for group in architecture.groups:
         for linear in group.linears:
             out, columns = weights[f"{linear}.weight"].shape
@@ -72,13 +123,15 @@ def quantize_layer(
         tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
         originals = [weights[f"{linear}.weight"].float() for linear in group.linears]
         spec = method.spec.for_columns(originals[0].shape[1])
-        search = awq.search_scale(originals, stats.gram, stats.mean_abs, spec, tie)
+        search = scaling.search_scale(originals, stats.gram, stats.mean_abs, spec, tie)
         if search.scale is not None:
             _fold(group, search.scale, folded, tie, method.spec.dtype, output)
     for group in architecture.groups:
         _round_group(method, group, weights, statistics[group.name], output, owned)
-    output.tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
-    return output
+    tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
+    kept = {f"{linear}.columns": scale for linear, scale in output.columns.items()}
+    kept |= {f"{linear}.rows": scale for linear, scale in output.rows.items()}
+    return LayerCodes(output.codes, tensors, output.records, kept)
 
 
 def kv_rows(heads: Heads, device: torch.device) -> Tensor:
@@ -93,7 +146,7 @@ def _fold(
     folded: dict[str, Tensor],
     tie: Tensor | None,
     dtype: torch.dtype,
-    output: LayerOutput,
+    output: Folded,
 ) -> None:
     """Divide the producer by ``scale``; the linears' columns get what the producer, as stored, leaves over.
 
@@ -124,11 +177,11 @@ def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float)
 
 
 def _round_group(
-    method: GridMethod,
+    method: OnGrid,
     group: InputGroup,
     weights: Mapping[str, Tensor],
     stats: InputStatistics,
-    output: LayerOutput,
+    output: Folded,
     owned: bool,
 ) -> None:
     """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
@@ -139,7 +192,7 @@ def _round_group(
     sizes = [source.shape[0] for source in sources]
     rows = torch.cat([output.rows[linear] for linear in group.linears]).unsqueeze(1)
     target = torch.cat(sources).mul_(scale).div_(rows)
-    gram = awq.scale_gram(stats.gram, scale, in_place=owned)
+    gram = scaling.scale_gram(stats.gram, scale, in_place=owned)
     damp = 0.0
     if method.rounding == "gptq":
         drift = None
@@ -148,13 +201,13 @@ def _round_group(
                 drift = stats.output_drift(torch.cat(sources)) / rows / scale
             if owned:
                 stats.drift = None  # can be as large as the Gram matrix, and is not needed again
-        order = gptq.activation_order(gram) if method.act_order else None
-        factor = gptq.factorize(gram, method.damp_percent, order)
+        order = rounding.activation_order(gram) if method.act_order else None
+        factor = rounding.factorize(gram, method.damp_percent, order)
         goal = target.clone()
         if drift is not None:
             with tensor_float32():
-                goal = gptq.propagated_target(target, drift, factor, method.propagate_strength)
-        rounded = gptq.gptq(goal, factor, spec, method.clip, gram)
+                goal = rounding.propagated_target(target, drift, factor, method.propagate_strength)
+        rounded = rounding.gptq(goal, factor, spec, method.clip, gram)
         damp = factor.damp
         del factor, goal, drift
     else:
@@ -163,7 +216,7 @@ def _round_group(
             if method.clip
             else grids.fit_minmax(target, spec)
         )
-        rounded = gptq.Rounded(grids.quantize(target, fitted, spec), fitted)
+        rounded = rounding.Rounded(grids.quantize(target, fitted, spec), fitted)
     parts = zip(
         group.linears, sources, target.split(sizes), rounded.codes.split(sizes),
         rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
@@ -173,7 +226,7 @@ def _round_group(
         output.codes[linear] = grids.to_codes(codes, grid, spec)
         error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
         with tensor_float32() if method.rounding == "rtn" else nullcontext():
-            loss = awq.output_error(error, gram)
+            loss = scaling.output_error(error, gram)
         output.records[linear] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
 
 
@@ -183,8 +236,8 @@ def _record(
     """``error``: of the scaled weight; ``gram``: of the scaled inputs. W s meets X / s, so its output errors are
     those of the source's own weights and inputs."""
     with tensor_float32():
-        energy = awq.output_error(source * scale, gram).clamp_min(1e-30)
-        plain = awq.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
+        energy = scaling.output_error(source * scale, gram).clamp_min(1e-30)
+        plain = scaling.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
     figures = [
         (plain.clamp_min(0) / energy).sqrt(),
         (loss.clamp_min(0) / energy).sqrt(),
