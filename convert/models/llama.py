@@ -13,13 +13,15 @@ def _like_70b(shape: Geometry) -> bool:  # load_arch_hparams of llama.cpp's src/
 
 _GGUF = GgufFacts("llama", permuted=True, biases=True, factors=True, like_70b=_like_70b)
 
+_DEFAULTS = {"hidden_act": "silu", "rope_theta": 1e4}
+
 LLAMA = Family(
     "LlamaForCausalLM",
     decoder_tensors(),
     gated_decoder(),
     SILU,
     Windows("none"),
-    {"hidden_act": "silu", "rope_theta": 1e4, "max_position_embeddings": 2048},
+    _DEFAULTS | {"max_position_embeddings": 2048},
     gguf=_GGUF,
 )
 MISTRAL = Family(
@@ -28,28 +30,19 @@ MISTRAL = Family(
     gated_decoder(),
     SILU,
     Windows("all"),
-    {
-        "hidden_act": "silu",
-        "rope_theta": 1e4,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },  # fmt: skip
+    _DEFAULTS | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     gguf=_GGUF,
 )
+_OWN_CODE = {  # configuration_iquestcoder.py
+    "hidden_act": "silu", "rope_theta": 5e5, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 16384, "max_window_layers": 0,
+}  # fmt: skip
 IQUEST_CODER = Family(
-    "IQuestCoderForCausalLM",  # its own code: configuration_iquestcoder.py
+    "IQuestCoderForCausalLM",
     decoder_tensors(),
     gated_decoder(),
     SILU,
     Windows("some", switched=True),
-    {
-        "hidden_act": "silu",
-        "rope_theta": 5e5,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 16384,
-        "max_window_layers": 0,
-    },  # fmt: skip
+    _OWN_CODE,
     gguf=_GGUF,
 )

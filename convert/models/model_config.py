@@ -60,9 +60,9 @@ def layer_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, .
 
 def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Any]:
     """The rotary settings of either generation of config.json; `rope_theta`, `rope_type` and, where the type has one,
-    `original_max_position_embeddings` are always there. ``kind``: of the layers, which in
-    some families have settings of their own (`Family.rope_kinds`). transformers takes `rope_scaling`, where it says
-    anything, and then leaves out `rope_parameters`. Raises QtoolError for settings that are no mapping, or nested where the code reads flat ones."""
+    `original_max_position_embeddings` are always there. ``kind``: of the layers, which in some families have settings
+    of their own (`Family.rope_kinds`). transformers takes `rope_scaling`, where it says anything, and then leaves out
+    `rope_parameters`. Raises QtoolError for settings that are no mapping, or nested where the code reads flat ones."""
     full = completed(config)
     given, scaling = _mapping(config, "rope_parameters"), _mapping(config, "rope_scaling")
     theta = full.get("rope_theta", 1e4)
