@@ -23,8 +23,8 @@ from transformers import LlamaConfig
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.config_file import read_config
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.quantize.architectures import LLAMA
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
@@ -82,10 +82,11 @@ def make_checkpoint(folder: Path, geometry: str, layers: int) -> Path:
 def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor) -> Walk:
     """A walk over the checkpoint in ``folder``."""
     model = build_skeleton(load_config(folder))
-    checkpoint = Checkpoint.open(folder)
-    shape = ModelShape(checkpoint.tensors, LLAMA.prefix, LLAMA.linears, read_config(folder))
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
+    decoder = decoder_of(config)
+    shape = ModelShape(checkpoint.tensors, decoder, config)
     columns = [Column(method, method.container.plan(shape)) for method in methods]
-    return Walk(model, checkpoint, CalibrationSet(tokens, "random"), columns, torch.device("cuda"))
+    return Walk(model, decoder, checkpoint, CalibrationSet(tokens, "random"), columns, torch.device("cuda"))
 
 
 def measure(folder: Path, methods: Methods, tokens: torch.Tensor) -> dict[str, float]:

@@ -36,9 +36,10 @@ if importlib.util.find_spec("qtool") is None:  # not installed: the folder pipel
     sys.modules["qtool"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["qtool"])
 
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.sizing.accelerators import Accelerator, choose, load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_seconds
-from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
 from qtool.sizing.kv_cache import kv_bytes
 from qtool.sizing.workspace import ALLOCATOR_SLACK, cublas_workspace, transformers_overhead
 

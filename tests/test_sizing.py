@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qtool import QtoolError
 from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.source import resolve
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
@@ -26,7 +27,6 @@ from qtool.sizing.accelerators import load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_flops
 from qtool.sizing.fit import Setting, cell_of, fits, largest_context, most_sequences, offload_of, parallel_faults
 from qtool.sizing.formats import artifact_weights, method_of, weights_of
-from qtool.sizing.geometry import read_geometry, tensor_shapes
 from qtool.sizing.headers import Headers, read_headers
 from qtool.sizing.kv_cache import check_kv_dtype, kv_bytes
 from qtool.sizing.workspace import transformers_activations
@@ -292,7 +292,7 @@ def test_what_config_json_does_not_say_is_said() -> None:
         read_geometry(config_of(num_hidden_layers=-1))
     with pytest.raises(QtoolError, match="dtype 'float8'"):
         read_geometry(config_of(dtype="float8"))
-    with pytest.raises(QtoolError, match="its tensors are not known to qtool without its weights' headers"):
+    with pytest.raises(QtoolError, match="NewForCausalLM is not known to qtool"):
         tensor_shapes(config_of(architectures=["NewForCausalLM"]))
     bare = {
         k: v for k, v in config_of().items() if k not in ("dtype", "num_key_value_heads", "max_position_embeddings")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec
+from qtool.convert.models.shape import Decoder
 
 QUANTIZED_SHARE = 0.99  # of the weights that are to be quantized
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan is made from: the source's tensors, which of them are linears (``linears`` of every layer below
-    ``prefix``), and its config.json."""
+    """What a plan is made from: the source's tensors, what its family says of them, and its config.json."""
 
     tensors: Mapping[str, TensorInfo]
-    prefix: str
-    linears: Sequence[str]
+    decoder: Decoder
     config: Mapping[str, Any]
 
 
@@ -58,22 +57,11 @@ class OutputPlan:
         return 8 * self.nbytes / self.parameters
 
 
-def is_linear(name: str, prefix: str, linears: Sequence[str]) -> bool:
-    """Whether a checkpoint tensor is one of ``linears`` inside a layer."""
-    return name.startswith(prefix) and any(name.endswith(f".{linear}.weight") for linear in linears)
-
-
-def layer_of(name: str, prefix: str) -> int | None:
-    """The layer index in a tensor's name, None outside the layers."""
-    number = name[len(prefix) :].split(".", 1)[0] if name.startswith(prefix) else ""
-    return int(number) if number.isdecimal() else None
-
-
-def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
+def walk_order(tensors: Mapping[str, TensorInfo], decoder: Decoder) -> list[str]:
     """Embeddings, then layer 0, 1, 2 …, then the rest: the order in which tensors are written."""
 
     def key(name: str) -> tuple[int, int, str]:
-        layer = layer_of(name, prefix)
+        layer = decoder.layer_of(name)
         if layer is not None:
             return 1, layer, name
         return (0 if "embed" in name else 2), 0, name

@@ -17,7 +17,7 @@ from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.containers import Container, Linears, container_of
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
-from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, is_linear, walk_order
+from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.runtimes import vllm as vllm_rules
 
 GROUP_SIZES = (128, 64, 32)
@@ -62,24 +62,24 @@ class Shards:
         rows_multiple, columns_multiple = self.container.multiples(self.section)
         specs: dict[str, Spec] = {}
         plans: list[LinearPlan] = []
-        for name in walk_order(shape.tensors, shape.prefix):
+        held, casts = shape.decoder.held(), shape.decoder.family.casts
+        for name in walk_order(shape.tensors, shape.decoder):
             info = shape.tensors[name]
             stored = self.dtype or info.dtype
-            module = name.removesuffix(".weight")
-            if not is_linear(name, shape.prefix, shape.linears):
-                specs[name] = (stored, info.shape)
-                continue
-            out, columns = info.shape
-            size = columns if self.group_size == -1 else self.group_size
-            fits = (
-                (not self.container.BY_ROW or columns % size == 0)
-                and out % rows_multiple == 0
-                and columns % columns_multiple == 0
-            )
-            packed = self.container.specs(out, columns, self.section, stored) if fits else {}
-            specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
-            taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
-            plans.append(LinearPlan(module, out, columns, size, taken))
+            if name not in held:
+                specs[name] = (stored if casts(name) else info.dtype, info.shape)
+            for module, matrix in held.get(name, ()):
+                out, columns = matrix.shape(info.shape)
+                size = columns if self.group_size == -1 else self.group_size
+                fits = (
+                    (not self.container.BY_ROW or columns % size == 0)
+                    and out % rows_multiple == 0
+                    and columns % columns_multiple == 0
+                )
+                packed = self.container.specs(out, columns, self.section, stored) if fits else {}
+                specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
+                taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
+                plans.append(LinearPlan(module, out, columns, size, taken))
         unfit = [plan for plan in plans if plan.nbytes < 0]
         if unfit:
             raise QtoolError(_why_unfit(unfit, plans, self.group_size, rows_multiple, columns_multiple))

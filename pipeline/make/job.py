@@ -20,10 +20,10 @@ from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.config_file import CONFIG, read_config
+from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 from qtool.make.output import Output, plan_output
-from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
 from qtool.quantize.precision import fast_bfloat16
@@ -42,7 +42,7 @@ class Job:
     source: ModelSource
     checkpoint: Checkpoint
     config: Any
-    architecture: Architecture
+    decoder: Decoder
     outputs: tuple[Output, ...]
     device: torch.device
     notes: tuple[str, ...] = ()  # tensors of the source that go into no artifact
@@ -72,7 +72,7 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     checkpoint = open_source(source.path)
     check_sidecars(source.path, trusted)
     config = load_config(source.path, trusted)
-    architecture = architecture_of(config)
+    decoder = decoder_of(read_config(source.path))
     skeleton = build_skeleton(config, trusted)
     shapes, tied = expected_shapes(skeleton)
     check_head(checkpoint, bool(tied))
@@ -85,12 +85,12 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     for method in methods:
         method.require(device)  # said now, not after hours
     raw = read_config(source.path)
-    shape = ModelShape(checkpoint.tensors, architecture.prefix, architecture.linears, raw)
+    shape = ModelShape(checkpoint.tensors, decoder, raw)
     made = named(recipe.output_dir)
     outputs = tuple(plan_output(method, shape, made / f"{source.name}-{method.name}") for method in methods)
     for container in {type(output.container): output.container for output in outputs}.values():
         container.prove(skeleton, raw)
-    return Job(recipe, source, checkpoint, config, architecture, outputs, device, (said,) if unknown else (),
+    return Job(recipe, source, checkpoint, config, decoder, outputs, device, (said,) if unknown else (),
                tuple(left_out(source.path, trusted)))  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def open_source(folder: Path) -> Checkpoint:
     refuse_quantized(folder, raw, ())
     checkpoint = Checkpoint.open(folder)
     refuse_quantized(folder, raw, checkpoint.tensors)
-    refuse_architecture(folder, raw, ARCHITECTURES)
+    refuse_architecture(folder, raw)
     checkpoint.check_sizes(raw)
     return checkpoint
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qtool.convert.models.geometry import Geometry
 from qtool.sizing.accelerators import Accelerator
 from qtool.sizing.bounds import Range, decode_seconds, offload_seconds, prefill_seconds
 from qtool.sizing.formats import Weights
-from qtool.sizing.geometry import Geometry
 from qtool.sizing.kv_cache import cells, kv_bytes, sliding_cells
 from qtool.sizing.workspace import (
     ALLOCATOR_SLACK,

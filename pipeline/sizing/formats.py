@@ -14,10 +14,10 @@ from qtool.convert.formats.containers import CONTAINERS
 from qtool.convert.formats.gguf.ggml import row_bytes
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.config_keys import check_config
-from qtool.quantize.architectures import ARCHITECTURES, Architecture
+from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
+from qtool.convert.models.table import find_family, names_of, quantized
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
-from qtool.sizing.geometry import KNOWN, LOOPED, tensor_shapes
 from qtool.sizing.headers import Headers
 
 SOURCE = "source"
@@ -87,14 +87,14 @@ def _weights_of(headers: Headers, name: str) -> Weights:
     if method is None:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
         return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
-    architecture = _architecture(headers)
+    decoder = _decoder(headers)
     check_config(headers.config)
     container = method.container
-    shape = ModelShape(headers.tensors, architecture.prefix, architecture.linears, headers.config)
+    shape = ModelShape(headers.tensors, decoder, headers.config)
     plan = container.plan(shape)
     sizes = {tensor: nbytes(spec) for tensor, spec in plan.specs.items()}
     family = str(container.section["quant_method"])
-    found = _split(name, family, sizes, plan.parameters, architecture.prefix)
+    found = _split(name, family, sizes, plan.parameters, decoder.prefix)
     largest = 2 * max(linear.out * linear.columns for linear in plan.linears) if container.expands else 0
     files, notes = container.file_bytes(plan), tuple(plan.notes)
     return replace(found, group=container.group, largest=largest, files=files, notes=notes)
@@ -132,17 +132,13 @@ def dtype_name(specs: Iterable[Spec]) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
-def _architecture(headers: Headers) -> Architecture:
-    names = headers.config.get("architectures") or []
-    if LOOPED in names:  # its layers are Llama's; qtool plans them, but does not quantize looped models
-        return ARCHITECTURES["LlamaForCausalLM"]
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise QtoolError(
-        f"architecture {', '.join(names) or '(none named in config.json)'} is not known to qtool: only its own dtype "
-        f"can be planned. Known: {', '.join(ARCHITECTURES)}."
-    )
+def _decoder(headers: Headers) -> Decoder:
+    if find_family(headers.config) is None:
+        raise QtoolError(
+            f"architecture {names_of(headers.config)} is not known to qtool: only its own dtype can be planned. Known: "
+            f"{', '.join(quantized())}."
+        )
+    return decoder_of(headers.config)
 
 
 def _parameters(headers: Headers) -> int:
@@ -150,7 +146,7 @@ def _parameters(headers: Headers) -> int:
 
 
 def _source_parameters(headers: Headers) -> int:
-    if headers.geometry.architecture not in KNOWN:
+    if find_family(headers.config) is None:
         return _parameters(headers)
     return sum(_count(shape) for shape in tensor_shapes(headers.config).values())
 

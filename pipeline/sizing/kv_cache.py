@@ -5,8 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from qtool import QtoolError
-from qtool.convert.models.model_config import PERIODS
-from qtool.sizing.geometry import Geometry
+from qtool.convert.models.geometry import Geometry
 from qtool.sizing.workspace import UBATCH
 
 # bytes to a number; ggml's blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
@@ -37,12 +36,12 @@ def kv_bytes(
 
 
 def cached_windows(geometry: Geometry, engine: str) -> tuple[int | None, ...]:
-    """One entry for each cache that a sequence has. llama.cpp ignores windows in all architectures but gemma2, gemma3.
+    """One entry for each cache that a sequence has. llama.cpp ignores windows but in some families.
 
     A looped model keeps the first pass whole and of every further pass a window (vLLM models/iquest_loopcoder.py,
     mlx-lm models/iquestloopcoder.py).
     """
-    ignored = engine == "llama.cpp" and geometry.architecture not in PERIODS
+    ignored = engine == "llama.cpp" and not geometry.llama_cpp_windows
     first = (None,) * geometry.layers if ignored else geometry.windows
     return first + (geometry.loop_window,) * (geometry.layers * (geometry.loops - 1))
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtool.quantize.architectures import ARCHITECTURES
+from qtool.convert.models.geometry import Geometry
 from qtool.sizing.accelerators import Accelerator
-from qtool.sizing.geometry import Geometry
 
 MIB = 2**20
 CUDA_CONTEXT = 500 * MIB  # driver context, loaded kernels: 0.4 to 0.6 GiB on Ampere and later
@@ -44,10 +43,9 @@ def transformers_activations(geometry: Geometry, context: int, sequences: int) -
     masks, three hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
-    queries = g.heads * g.head_dim
+    queries = g.q_row
     widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
-    known = ARCHITECTURES.get(g.architecture)
-    if known is not None and known.whole_scores:
+    if g.whole_scores:
         scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
         repeated = 2 * queries if g.heads > g.kv_heads else 0
         widest = max(widest, scores + tokens * (3 * g.hidden + queries + repeated) * g.width)

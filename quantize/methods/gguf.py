@@ -79,24 +79,24 @@ class GgufMethod(Method):
         """Records ``|W - Ŵ| / |W|`` and, where importance is known, the same with every column weighed by it: the
         relative output error on inputs whose channels are uncorrelated. Nothing is recorded outside the layers."""
         output = LayerCodes(tensors=layer.others)
-        for linear, plan in layer.matrices.items():
-            weight = layer.tensors[f"{linear}.weight"].to(layer.device)
-            given = inputs.importance.get(linear)
+        for matrix in layer.matrices:
+            module, weight = matrix.module, layer.source(matrix)
+            given, kind = inputs.importance.get(module), layer.plans[module].type
             row = None if given is None else live(given.to(layer.device))
-            if not fits(weight, plan.type):
-                raise QtoolError(f"{linear}: does not fit {plan.type}, which ends at 65504; set `type: BF16`.")
-            blocks = quantize_ggml(weight, plan.type, row)
-            output.codes[linear] = blocks
+            if not fits(weight, kind):
+                raise QtoolError(f"{module}: does not fit {kind}, which ends at 65504; set `type: BF16`.")
+            blocks = quantize_ggml(weight, kind, row)
+            output.codes[module] = blocks
             if given is not None and self.kept_as:
-                output.kept[linear] = given.float().cpu()
+                output.kept[module] = given.float().cpu()
             if layer.index is None:
                 continue
             source = weight.float()
             error = blocks.dequantize().sub_(source).square_()
             power = source.square_()
-            output.records[linear] = {"frobenius": _ratio(error, power)}
+            output.records[module] = {"frobenius": _ratio(error, power)}
             if row is not None:
-                output.records[linear]["weighted_error"] = _ratio(error * row, power * row)
+                output.records[module]["weighted_error"] = _ratio(error * row, power * row)
         return output
 
     def remarks(self, ledger: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -7,7 +7,7 @@ add one: docs/architecture.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -20,7 +20,7 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import Format
 from qtool.convert.formats.plan import LinearPlan
-from qtool.quantize.architectures import Architecture
+from qtool.convert.models.feeds import Feed, Matrix
 from qtool.quantize.statistics import InputStatistics
 
 SKIPPED = ["lm_head"]  # never quantized
@@ -52,40 +52,43 @@ class Needs(Enum):
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Attention geometry: each of ``kv`` key/value heads of ``dim`` rows feeds ``repeat`` query heads."""
-
-    kv: int
-    repeat: int
-    dim: int
-
-
-@dataclass(frozen=True)
 class Layer:
-    """A decoder layer of the source; or one matrix outside of them, whose ``index`` is None.
+    """A decoder layer of the source; or one matrix outside of them, whose ``index`` is None. Names are below
+    its prefix.
 
-    tensors: name in the layer -> tensor in the checkpoint's dtype, in host memory; weights: the same on ``device`` in
-    the walk's dtype (only where Gram matrices are collected); matrices: what is to be quantized -> its plan.
+    feeds: its inputs and what they feed; matrices: what is to be quantized; plans: a matrix's module -> its plan;
+    tensors: name -> tensor in the checkpoint's dtype, in host memory; weights: the same on ``device`` in the walk's
+    dtype (only where Gram matrices are collected).
     """
 
     index: int | None
-    architecture: Architecture
-    heads: Heads
-    device: torch.device
+    feeds: tuple[Feed, ...]
+    matrices: tuple[Matrix, ...]
+    plans: Mapping[str, LinearPlan]
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
-    matrices: Mapping[str, LinearPlan]
+    device: torch.device
+
+    def source(self, matrix: Matrix) -> Tensor:
+        """``[out, in]`` in the checkpoint's dtype, on the device."""
+        return matrix.of(self.tensors[matrix.tensor]).to(self.device)
 
     @property
     def others(self) -> dict[str, Tensor]:
         """The tensors that are not to be quantized, in the checkpoint's dtype."""
-        return {name: t for name, t in self.tensors.items() if name.removesuffix(".weight") not in self.matrices}
+        return unquantized(self.matrices, self.tensors)
+
+
+def unquantized(matrices: Sequence[Matrix], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a layer's tensors that hold none of its matrices."""
+    held = {matrix.tensor for matrix in matrices}
+    return {name: tensor for name, tensor in tensors.items() if name not in held}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method asked for. statistics: input group -> its statistics, used up to spare memory where ``owned``;
-    importance: matrix -> mean square of its input channels ``[in]``."""
+    """What a method asked for. statistics: a feed's name -> those of its input, used up to spare memory where
+    ``owned``; importance: module -> mean square of its input channels ``[in]``."""
 
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
     owned: bool = False
@@ -105,9 +108,10 @@ class LayerCodes:
     records: dict[str, dict[str, float]] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
-    def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
-        """The layer's state dict as a reader of the artifact gets it."""
-        state = {name: tensor.to(stored).to(dtype) for name, tensor in self.tensors.items()}
+    def dequantized(self, dtype: torch.dtype, stored: torch.dtype, casts: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The layer's state dict as a reader of the artifact gets it. ``casts``: whether a tensor is stored in
+        ``stored`` and computed with in ``dtype``."""
+        state = {name: t.to(stored).to(dtype) if casts(name) else t for name, t in self.tensors.items()}
         return state | {f"{matrix}.weight": codes.dequantize(dtype) for matrix, codes in self.codes.items()}
 
 

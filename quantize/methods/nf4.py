@@ -50,15 +50,15 @@ class Nf4Method(Method):
         load_bitsandbytes()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
-        """In the dtype of the checkpoint; one linear at a time is on the device. Only ``|W - Ŵ| / |W|`` is recorded."""
+        """In the dtype of the checkpoint; one matrix at a time is on the device. Only ``|W - Ŵ| / |W|`` is recorded."""
         output = LayerCodes(tensors=layer.others)
-        for linear in layer.matrices:
-            weight = layer.tensors[f"{linear}.weight"].to(layer.device)
+        for matrix in layer.matrices:
+            weight = layer.source(matrix)
             blocks = quantize_nf4(weight, self.blocksize, self.double_quant)
-            output.codes[linear] = blocks
+            output.codes[matrix.module] = blocks
             source = weight.float()
             error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
-            output.records[linear] = {"frobenius": float(f"{float(error):.6g}")}
+            output.records[matrix.module] = {"frobenius": float(f"{float(error):.6g}")}
         return output
 
 

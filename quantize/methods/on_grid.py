@@ -15,11 +15,11 @@ from qtool.convert.files.artifact import FOLD_SCALES
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.plan import LinearPlan
+from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Rows
 from qtool.quantize import grid as grids
 from qtool.quantize import rounding, scaling
-from qtool.quantize.architectures import Architecture, InputGroup
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods.method import Heads, Inputs, Layer, LayerCodes, Method, Needs, Number
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Number, unquantized
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 
@@ -86,12 +86,12 @@ class GridMethod(Method):
 
     def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
         """As `quantize_layer`."""
-        return quantize_layer(self, layer.architecture, layer.weights, inputs.statistics, layer.heads, inputs.owned)
+        return quantize_layer(self, layer.feeds, layer.weights, inputs.statistics, inputs.owned)
 
 
 @dataclass
 class Folded:
-    """What is known of a layer while it is worked on. columns, rows: linear -> what its columns were multiplied by
+    """What is known of a layer while it is worked on. columns, rows: module -> what its columns were multiplied by
     ``[in]`` and its rows divided by ``[out]`` (ones where nothing is folded)."""
 
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -102,67 +102,75 @@ class Folded:
 
 def quantize_layer(
     method: OnGrid,
-    architecture: Architecture,
+    feeds: Sequence[Feed],
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
-    heads: Heads,
     owned: bool = False,
 ) -> LayerCodes:
-    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its
+    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: a feed's name -> its
     input's, used up to spare memory where ``owned``, left unchanged otherwise."""
     folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
     output = Folded()
-    for group in architecture.groups:
-        for linear in group.linears:
-            out, columns = weights[f"{linear}.weight"].shape
-            device = weights[f"{linear}.weight"].device
-            output.columns[linear] = torch.ones(columns, device=device)
-            output.rows[linear] = torch.ones(out, device=device)
-    for group in architecture.groups if method.scaling == "awq" else ():
-        stats = statistics[group.name]
-        tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
-        originals = [weights[f"{linear}.weight"].float() for linear in group.linears]
-        spec = method.spec.for_columns(originals[0].shape[1])
-        search = scaling.search_scale(originals, stats.gram, stats.mean_abs, spec, tie)
-        if search.scale is not None:
-            _fold(group, search.scale, folded, tie, method.spec.dtype, output)
-    for group in architecture.groups:
-        _round_group(method, group, weights, statistics[group.name], output, owned)
-    tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
-    kept = {f"{linear}.columns": scale for linear, scale in output.columns.items()}
-    kept |= {f"{linear}.rows": scale for linear, scale in output.rows.items()}
-    return LayerCodes(output.codes, tensors, output.records, kept)
+    matrices = [matrix for feed in feeds for matrix in feed.consumers]
+    for matrix in matrices:
+        weight = matrix.of(weights[matrix.tensor])
+        output.rows[matrix.module], output.columns[matrix.module] = (
+            torch.ones(size, device=weight.device) for size in weight.shape
+        )
+    for feed in feeds if method.scaling == "awq" else ():
+        if feed.producer != Nothing():
+            _scale(method, feed, weights, statistics[feed.name], folded, output)
+    for feed in feeds:
+        _round_feed(method, feed, weights, statistics[feed.name], output, owned)
+    kept = {f"{module}.columns": scale for module, scale in output.columns.items()}
+    kept |= {f"{module}.rows": scale for module, scale in output.rows.items()}
+    return LayerCodes(output.codes, unquantized(matrices, folded), output.records, kept)
 
 
-def kv_rows(heads: Heads, device: torch.device) -> Tensor:
-    """For each input column of o_proj, the row of v_proj that feeds it: int64 ``[heads * dim]``."""
-    column = torch.arange(heads.kv * heads.repeat * heads.dim, device=device)
-    return column // (heads.dim * heads.repeat) * heads.dim + column % heads.dim
-
-
-def _fold(
-    group: InputGroup,
-    scale: Tensor,
+def _scale(
+    method: OnGrid,
+    feed: Feed,
+    weights: Mapping[str, Tensor],
+    stats: InputStatistics,
     folded: dict[str, Tensor],
-    tie: Tensor | None,
-    dtype: torch.dtype,
     output: Folded,
 ) -> None:
-    """Divide the producer by ``scale``; the linears' columns get what the producer, as stored, leaves over.
+    """Search a feed's scale and fold it: divide the producer by it; the columns that it feeds get what the producer, as
+    stored, leaves over.
 
-    Norms and biases are folded here; rows and columns of linears are noted and applied when they are rounded.
+    Norms, biases and the tensors that only take the scale are folded here; rows and columns of matrices are noted and
+    applied when they are rounded.
     """
-    if group.kind in ("norm", "norm_plus_one"):
-        name = f"{group.producer}.weight"
-        folded[name], scale = _fold_norm(folded[name], scale, dtype, 1.0 if group.kind == "norm_plus_one" else 0.0)
-    else:
-        rows = scale if tie is None else torch.empty_like(output.rows[group.producer]).index_copy_(0, tie, scale)
-        bias = f"{group.producer}.bias"
-        if bias in folded:
-            folded[bias] = folded[bias] / rows
-        output.rows[group.producer] = rows
-    for linear in group.linears:
-        output.columns[linear] = scale
+    originals = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
+    columns = originals[0].shape[1]
+    tie = feed.producer.ties(columns, stats.gram.device)
+    search = scaling.search_scale(originals, stats.gram, stats.mean_abs, method.spec.for_columns(columns), tie)
+    if search.scale is None:
+        return
+    scale = search.scale
+    match feed.producer:
+        case Norm(name, plus_one):
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            own = _untied(scale, tie, folded[weight].shape[0])
+            folded[weight], own = _fold_norm(folded[weight], own, method.spec.dtype, 1.0 if plus_one else 0.0)
+            scale = own if tie is None else own[tie]
+        case Rows(matrix) | Heads(matrix):
+            bias = f"{matrix.module}.bias"
+            own = _untied(scale, tie, output.rows[matrix.module].shape[0])
+            output.rows[matrix.module] = own
+        case Nothing():
+            return
+    if bias in folded:
+        folded[bias] = folded[bias] / own
+    for name in feed.also:
+        folded[name] = folded[name].float() * scale
+    for matrix in feed.consumers:
+        output.columns[matrix.module] = scale
+
+
+def _untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:
+    """One value for each channel of the producer, ``[channels]``, of one for each column that it feeds."""
+    return scale if tie is None else scale.new_empty(channels).index_copy_(0, tie, scale)
 
 
 def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
@@ -176,21 +184,22 @@ def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float)
     return stored, torch.where(left == 0, scale, norm / left)
 
 
-def _round_group(
+def _round_feed(
     method: OnGrid,
-    group: InputGroup,
+    feed: Feed,
     weights: Mapping[str, Tensor],
     stats: InputStatistics,
     output: Folded,
     owned: bool,
 ) -> None:
-    """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
+    """Choose codes for the consumers of one feed together (they share the Gram matrix) and record for each the relative
     output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
-    scale = output.columns[group.linears[0]]
+    modules = [matrix.module for matrix in feed.consumers]
+    scale = output.columns[modules[0]]
     spec = method.spec.for_columns(scale.shape[0])
-    sources = [weights[f"{linear}.weight"].float() for linear in group.linears]
+    sources = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
     sizes = [source.shape[0] for source in sources]
-    rows = torch.cat([output.rows[linear] for linear in group.linears]).unsqueeze(1)
+    rows = torch.cat([output.rows[module] for module in modules]).unsqueeze(1)
     target = torch.cat(sources).mul_(scale).div_(rows)
     gram = scaling.scale_gram(stats.gram, scale, in_place=owned)
     damp = 0.0
@@ -218,16 +227,16 @@ def _round_group(
         )
         rounded = rounding.Rounded(grids.quantize(target, fitted, spec), fitted)
     parts = zip(
-        group.linears, sources, target.split(sizes), rounded.codes.split(sizes),
+        modules, sources, target.split(sizes), rounded.codes.split(sizes),
         rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
     )  # fmt: skip
-    for linear, source, wanted, codes, scales, zeros in parts:
+    for module, source, wanted, codes, scales, zeros in parts:
         grid = grids.Grid(scales, zeros)
-        output.codes[linear] = grids.to_codes(codes, grid, spec)
-        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
+        output.codes[module] = grids.to_codes(codes, grid, spec)
+        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[module].unsqueeze(1))
         with tensor_float32() if method.rounding == "rtn" else nullcontext():
             loss = scaling.output_error(error, gram)
-        output.records[linear] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
+        output.records[module] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
 
 
 def _record(

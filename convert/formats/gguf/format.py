@@ -20,13 +20,14 @@ from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks
 from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
+from qtool.convert.formats.gguf.names import ROPE_FREQS, row_order
 from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.models.config_keys import prove_gguf
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 
 QUANT_METHOD = "gguf"
@@ -111,7 +112,7 @@ class GgufTensors:
         self.tokenizer = load_tokenizer(source.path, source.trusted)
         self.place = folder / f"{source.name}-{form.type}.gguf"
         tensors = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
-        layout = gguf_layout(self.place, gguf_architecture(self.config), self._describe, tensors)
+        layout = gguf_layout(self.place, gguf_facts(self.config).architecture, self._describe, tensors)
         self.writer = TensorWriter(folder, layout, key)
         self._written = GgufFile.open(self.place, self.config)
         size = int(self.config["vocab_size"])
@@ -140,7 +141,7 @@ class GgufTensors:
         """In the plan's float type. Raises QtoolError where that cannot hold the tensor."""
         stored = self.plan.names[name]
         type_name = self.plan.types[stored].type
-        offset = norm_offset(stored, self.config)
+        offset = self._written.decoder.family.norm_offset(name)
         tensor = tensor.float() + offset if offset else tensor
         if not bool(tensor.isfinite().all()):
             raise QtoolError(f"{name}: holds NaN or Inf.")
@@ -177,7 +178,7 @@ class GgufTensors:
 
     def _put(self, hf: str, data: torch.Tensor) -> None:
         name = self.plan.names[hf]
-        order = row_order(name, self.plan.shapes[name][0], self.config)
+        order = row_order(name, self.plan.shapes[name][0], self._written.decoder)
         if order is not None:
             data = data.view(order.numel(), -1)[order]  # a bias is one row of blocks, but as many numbers
         self.writer.write(name, data.reshape(-1))

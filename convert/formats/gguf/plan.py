@@ -13,10 +13,11 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.ggml import BLOCKS, FLOATS, load_gguf, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names
-from qtool.convert.formats.gguf.types import PLAIN, Typed, is_70b, tensor_types
-from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, is_linear, walk_order
+from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
+from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.table import gguf_facts
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,32 @@ def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
     tensors, config = shape.tensors, shape.config
     limits = tuple(check_gguf(config))
     model_keys(config)
-    names = gguf_names(walk_order(tensors, shape.prefix), config)
+    decoder = shape.decoder
+    names = gguf_names(walk_order(tensors, decoder), config)
     shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
     factors = rope_factors(config)
     if factors is not None:
         shapes[ROPE_FREQS] = tuple(factors.shape)
-    layers = int(config["num_hidden_layers"])
-    types = tensor_types(shapes, file_type, layers, is_70b(config))
+    types = tensor_types(shapes, file_type, decoder.shape.layers, gguf_facts(config).like_70b(decoder.shape))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
     _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
-    plans: dict[bool, list[LinearPlan]] = {True: [], False: []}
+    plans, outside, held = list[LinearPlan](), list[LinearPlan](), decoder.held()
     for hf, name in names.items():
-        linear = is_linear(hf, shape.prefix, shape.linears)
-        if linear or types[name].type not in FLOATS:
-            out, columns = shapes[name]
-            block = BLOCKS[types[name].type][0]
-            matrix = LinearPlan(hf.removesuffix(".weight"), out, columns, block, sizes[name], types[name].type)
-            plans[linear].append(matrix)
+        kind, columns = types[name].type, shapes[name][-1]
+        for module, matrix in held.get(hf, ()):
+            out, columns = matrix.shape(shapes[name])
+            plans.append(LinearPlan(module, out, columns, BLOCKS[kind][0], out * row_bytes(kind, columns), kind))
+        if hf not in held and kind not in FLOATS:
+            module = hf.removesuffix(".weight")
+            outside.append(LinearPlan(module, shapes[name][0], columns, BLOCKS[kind][0], sizes[name], kind))
     stored = names | {name: name for name in shapes if name == ROPE_FREQS}
     specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in stored.items()}
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
     total = sum(sizes.values())
-    return GgufPlan(specs, plans[True], parameters, total, plans[False], names, types, shapes, limits)
+    return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits)
 
 
 def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Typed], file_type: str) -> None:

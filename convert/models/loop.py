@@ -1,0 +1,34 @@
+"""IQuest-Coder's Loop models: Llama's layers, through which every token passes twice. The second pass attends to the
+first one's cache and, through a gate of each layer, to its own window (vLLM models/iquest_loopcoder.py)."""
+
+from __future__ import annotations
+
+from qtool.convert.models.family import SILU, Family, Windows
+from qtool.convert.models.feeds import Shape, Visit
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.parts import decoder_tensors, gated_decoder
+
+
+def _tensors(shape: Geometry) -> dict[str, Shape]:
+    found = decoder_tensors()(shape)
+    for index in range(shape.layers):
+        found[f"model.gate_projections.{index}.weight"] = (shape.heads, shape.head_dim)
+        found[f"model.gate_projections.{index}.bias"] = (shape.heads,)
+    return found
+
+
+def _visits(shape: Geometry) -> tuple[Visit, ...]:
+    return tuple(Visit(layer, turn) for turn in range(shape.loops) for layer in range(shape.layers))
+
+
+IQUEST_LOOP_CODER = Family(
+    "IQuestLoopCoderForCausalLM",
+    _tensors,
+    gated_decoder(),
+    SILU,
+    Windows("some"),
+    {"loop_num": 2, "loop_window_size": 64},
+    visits=_visits,
+    no_gguf="cannot be written as GGUF: llama.cpp has no looped decoder",
+    planned_only="a looped model, which qtool plans and does not quantize yet: no calibration goes through it twice",
+)
