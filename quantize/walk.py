@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from qtool.convert.formats.plan import OutputPlan, walk_order
 from qtool.convert.models.feeds import Feed, matrix
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, adder, advance, captured, of_own_stream, run_layer
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
@@ -29,9 +30,6 @@ from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
-
-Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
-Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class Walk:
             if alone and not last:
                 stored, casts = method.stored_dtype or self.dtype, self.decoder.family.casts
                 self._fill(index, result.dequantized(self.dtype, stored, casts))
-                _advance(module, streams[method.name], calls)
+                advance(module, streams[method.name], calls)
         module.to("meta")
         squares: dict[str, Tensor] = {}
         for feed in feeds if self.weighing else ():
@@ -200,18 +198,18 @@ class Walk:
         done = last and not self.on_grams
         wants_source = not all(output.own_stream for output in self.on_grams)
         shared = {feed.name: InputStatistics(channels_only=not wants_source) for feed in feeds}
-        own = {name: {feed.name: _of_own_stream(layer, feed) for feed in feeds} for name in streams}
+        own = {name: {feed.name: of_own_stream(layer, feed) for feed in feeds} for name in streams}
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
-            with suppress(_Enough), _captured(layer, feeds, inputs.__setitem__, enough=done):
-                hidden[number] = _run(layer, states, calls)
+            with suppress(Enough), captured(layer, feeds, inputs.__setitem__, enough=done):
+                hidden[number] = run_layer(layer, states, calls)
             if wants_source or self.weighing:
                 for name, x in inputs.items():
                     shared[name].add(x)
             for stream, batches in streams.items():
                 # every input is known before the last linears have run: their products are spared
-                with suppress(_Enough), _captured(layer, feeds, _adder(own[stream], inputs), enough=True):
-                    _run(layer, batches[number], calls)
+                with suppress(Enough), captured(layer, feeds, adder(own[stream], inputs), enough=True):
+                    run_layer(layer, batches[number], calls)
         for statistics in (shared, *own.values()):
             for stats in statistics.values():
                 if stats.tokens:
@@ -262,13 +260,13 @@ class Walk:
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> None:
         layer = self._fill(index, weights)
-        _advance(layer, hidden, calls)
+        advance(layer, hidden, calls)
         for name, states in streams.items():
             (output,) = (output for output in self.outputs if output.method.name == name)
             assert output.restore is not None
             restored = output.restore(self.decoder.at(index))
             self._fill(index, {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()})
-            _advance(layer, states, calls)
+            advance(layer, states, calls)
         layer.to("meta")
 
     def _record_inputs(self) -> tuple[Hidden, Calls]:
@@ -276,7 +274,7 @@ class Walk:
         arguments (masks, positions, rotary tables) of every layer."""
         decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
         layers, norm = decoder.layers, decoder.norm
-        recorders = [_Recorder(layer) for layer in layers]
+        recorders = [Recorder(layer) for layer in layers]
         decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
         state = {}
         for name, tensor in decoder.state_dict().items():
@@ -298,72 +296,3 @@ class Walk:
             decoder.embed_tokens.to("meta")
         calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
         return hidden, calls
-
-
-class _Enough(Exception):
-    """A forward may end here: all that was wanted of it is known."""
-
-
-@contextmanager
-def _captured(
-    layer: nn.Module, feeds: Sequence[Feed], take: Callable[[str, Tensor], None], enough: bool = False
-) -> Iterator[None]:
-    """While open, ``take(feed's name, input)`` is called for every distinct input of a forward; with ``enough``, the
-    last one ends it by raising _Enough."""
-    missing = {feed.name for feed in feeds}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            take(name, inputs[0])
-            missing.discard(name)
-            if enough and not missing:
-                raise _Enough
-
-        return keep
-
-    handles = [layer.get_submodule(feed.name).register_forward_pre_hook(hook(feed.name)) for feed in feeds]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.hidden = torch.empty(0)
-        # some models ask a layer for its kind before they call it
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden = hidden_states
-        self.calls[hidden_states.shape[0]] = kwargs
-        return hidden_states
-
-
-def _of_own_stream(layer: nn.Module, feed: Feed) -> InputStatistics:
-    """Empty statistics whose drift goes through the matrices where that makes it smaller."""
-    weights: list[Tensor] = [matrix.of(layer.get_parameter(matrix.tensor)) for matrix in feed.consumers]
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return InputStatistics(through=torch.cat(weights) if rows < columns else None)
-
-
-def _adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) -> Callable[[str, Tensor], None]:
-    return lambda name, x: into[name].add(x, source[name])
-
-
-def _run(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:
-    output = layer(states, **calls[id(layer)][states.shape[0]])
-    states = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-def _advance(layer: nn.Module, hidden: Hidden, calls: Calls) -> None:
-    for number, states in enumerate(hidden):
-        hidden[number] = _run(layer, states, calls)

@@ -6,15 +6,15 @@ import hashlib
 import json
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool import QtoolError
 from qtool.convert.files.artifact import PARTIAL
 from qtool.convert.text.windows import TextSource
-from qtool.quantize.methods.method import Number
-from qtool.quantize.methods.table import AnyMethod
+from qtool.quantize.methods.method import Method, Number
+from qtool.quantize.methods.table import METHODS
 from qtool.recipe import faults as recipe_faults
 from qtool.recipe.yaml_file import read_yaml
 
@@ -24,6 +24,10 @@ Positive = Annotated[int, Field(gt=0, le=10**6, strict=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address
 HOUR = 3600.0
+if TYPE_CHECKING:
+    OutputSection = Method
+else:  # what pydantic reads a section with: the method that its key `method` names
+    OutputSection = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
 
 
 class _Section(BaseModel):
@@ -190,7 +194,7 @@ class Recipe(_Section):
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
-    outputs: tuple[AnyMethod, ...]
+    outputs: tuple[OutputSection, ...]
     evaluate: EvaluateSection = EvaluateSection()
     measure: MeasureSection | None = None
     gates: tuple[GateSection, ...] = ()
