@@ -46,6 +46,10 @@ SILU = Activation("hidden_act", ("silu", "swish"), "silu")
 TANH_GELU = Activation("hidden_activation", ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 
 
+def _as_read(_: Settings, shape: Geometry) -> Geometry:
+    return shape
+
+
 def _no_keys(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
     return {}
 
@@ -95,8 +99,8 @@ class Family:
     name: as config.json has it. tensors: name -> shape of every tensor of a checkpoint, a tied head left out. feeds: of
     a layer, in forward order; they may differ from layer to layer. visits: the order in which a token passes through
     the layers. activation: of the MLP. windows: which layers slide. defaults: what transformers' class takes for a key
-    that config.json lacks (what is not here is None or False). rope_kinds: kinds of layers with rotary settings of
-    their own. prefix: of the layers. plus_one: how the names of norm weights end whose norms apply 1 + weight. uncast:
+    that config.json lacks (what is not here is None or False). shape: what keys of its own add to the geometry.
+    rope_kinds: kinds of layers with rotary settings of their own. prefix: of the layers. plus_one: how the names of norm weights end whose norms apply 1 + weight. uncast:
     how the names of tensors end that keep the dtype they are stored in. whole_scores: as `Geometry`'s. float16: whether
     vLLM runs it in float16. gguf: None where it cannot be written, and ``no_gguf`` says so. planned_only: why no output
     quantizes it yet; empty where all do.
@@ -108,6 +112,7 @@ class Family:
     activation: Activation
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    shape: Callable[[Settings, Geometry], Geometry] = _as_read
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = "model.layers."

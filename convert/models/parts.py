@@ -22,9 +22,9 @@ def gated_decoder(
         heads = Heads(matrix(V), shape.heads // shape.kv_heads, shape.head_dim)
         return (
             Feed(Norm("input_layernorm", plus_one), (matrix(Q), matrix(K), matrix(V))),
-            Feed(heads, (matrix(O),)),
+            Feed(heads, (matrix(O),), split=True),
             Feed(Norm(before_mlp, plus_one), (matrix(GATE), matrix(UP))),
-            Feed(Rows(matrix(UP)), (matrix(DOWN),)),
+            Feed(Rows(matrix(UP)), (matrix(DOWN),), split=True),
         )
 
     return feeds
