@@ -69,7 +69,7 @@ def test_a_looped_model_visits_its_layers_twice() -> None:
     decoder = decoder_of(SIZES | {"architectures": ["IQuestLoopCoderForCausalLM"]})
     assert [(visit.layer, visit.turn) for visit in decoder.visits()] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
     assert len(decoder_of(SIZES | {"architectures": ["LlamaForCausalLM"]}).visits()) == 3
-    with pytest.raises(QtoolError, match="cannot be written as GGUF: llama.cpp has no looped decoder"):
+    with pytest.raises(QtoolError, match=r"cannot be written as GGUF: llama\.cpp has no looped decoder"):
         gguf_facts({"architectures": ["IQuestLoopCoderForCausalLM"]})
 
 
