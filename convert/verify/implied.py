@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import HEAD as HEAD_MODULE
 from qtool.convert.formats.gguf.names import SUFFIXES, modules
 from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.tied import EMBEDDING
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 
@@ -38,7 +37,7 @@ def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
     decoder = decoder_of(config)
     matrices = [f"{module}.weight" for held in decoder.held().values() for module, _ in held]
     if "auto_map" in config:  # whoever checks a file runs none of its code
-        known = {module + suffix for module in (*modules(decoder), HEAD_MODULE) for suffix in SUFFIXES}
+        known = {module + suffix for module in modules(decoder) for suffix in SUFFIXES}
         return Implied(dict.fromkeys(name for name in stored if name in known), frozenset(), matrices)
     shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
     return Implied(shapes, frozenset(tied), matrices)
