@@ -15,6 +15,7 @@ from qtool.convert.models.geometry import Geometry
 Value = int | float | str
 Settings = Mapping[str, Any]
 """A config.json, completed with the family's defaults."""
+LAYERS = "model.layers."  # how names of tensors in layers begin, as nearly everywhere
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `layer_types` and in rotary settings
 
 
@@ -127,7 +128,7 @@ class Family:
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
-    prefix: str = "model.layers."
+    prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
     whole_scores: bool = False
