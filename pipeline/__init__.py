@@ -42,6 +42,10 @@ class QtoolError(click.ClickException):
         return re.sub(r"\S{400,}", lambda long: f"{long[0][:120]}…{long[0][-40:]}", text)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a stage that can say how to go on."""
+
+
 def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:
     """Does ``model`` fit on a card, in which format, with how long a context? No weight is read or downloaded.
 

@@ -32,6 +32,8 @@ from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.measure.run import check_contexts, measure_subjects
+from qtool.measure.scores import Evaluation
+from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.sections import Method, needs_calibration
 from qtool.recipe.paths import require_paths
@@ -39,8 +41,6 @@ from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recip
 from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.scores import Evaluation
-from qtool.runs.subjects import Subject, artifact_subject, source_subject
 from qtool.runs.summary import Size, Summary, save_summary, summarise
 
 DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")

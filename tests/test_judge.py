@@ -20,13 +20,13 @@ from qtool.cli import main
 from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, Scores, save
+from qtool.measure.scores import Evaluation
+from qtool.measure.subjects import Subject, artifact_subject
 from qtool.recipe.sections import EvaluateSection, FidelitySection, GateSection, TaskSection
+from qtool.report.junit import as_junit
 from qtool.run import evaluate_folders, run
-from qtool.runs.check import as_junit
 from qtool.runs.gates import GateResult, judge
 from qtool.runs.record import RunRecord, load_run, write_scores
-from qtool.runs.scores import Evaluation
-from qtool.runs.subjects import Subject, artifact_subject
 from qtool.runs.summary import summarise
 
 

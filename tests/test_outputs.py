@@ -18,8 +18,7 @@ import pytest
 import torch
 import yaml
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
+from qtool import Interrupted, QtoolError
 from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.source import HUB_PATTERNS, resolve

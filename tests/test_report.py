@@ -22,8 +22,6 @@ from rich.console import Console
 from qtool.cli import main
 from qtool.convert.verify.checks import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
-from qtool.measure.measure import Row
-from qtool.measure.measurements import Measurement
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.markup import visible
@@ -32,6 +30,7 @@ from qtool.report.problems import LONGEST, _marked
 from qtool.report.tables import footnote, score_rows
 from qtool.report.terminal import print_rows, write_report
 from qtool.runs.gates import GateResult
+from qtool.runs.measurements import Measurement, Row
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import summarise
 

@@ -71,8 +71,9 @@ def check(
     from qtool.recipe.paths import locate
     from qtool.recipe.sections import load_recipe
     from qtool.report import terminal as report
+    from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
-    from qtool.runs.check import as_json, as_junit, check_run
+    from qtool.runs.check import as_json, check_run
     from qtool.runs.record import find_run, load_run
 
     record = load_run(find_run(run, runs))

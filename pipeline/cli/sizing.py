@@ -57,7 +57,8 @@ def plan(
       qtool plan recipes/awq.yaml
     """
     import qtool
-    from qtool.sizing import memory_figure, plan_report
+    from qtool.report import memory_figure
+    from qtool.report import plan as plan_report
     from qtool.sizing.plan import as_json as to_json
 
     if model.endswith((".yaml", ".yml")):
@@ -142,10 +143,10 @@ def measure(
     from dataclasses import replace
 
     from qtool.convert.files.durable import require_writable
-    from qtool.measure import measurements
-    from qtool.measure import report as measure_report
     from qtool.measure.run import Asked, engine_of, measure_model, model_key
+    from qtool.report import measured as measure_report
     from qtool.run import choose_device
+    from qtool.runs import measurements
     from qtool.sizing.accelerators import choose, load_accelerators, own_card
 
     if not no_log:

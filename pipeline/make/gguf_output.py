@@ -32,7 +32,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
 from qtool.quantize.methods.ggml import fits, quantize_ggml
 from qtool.quantize.methods.sections import GgufMethod
-from qtool.report.redaction import without_folders
+from qtool.recipe.redaction import without_folders
 
 IMPORTANCE = "importance"
 

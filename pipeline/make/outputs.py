@@ -13,8 +13,7 @@ import click
 import torch
 from torch import Tensor
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
+from qtool import Interrupted, QtoolError
 from qtool.convert.files.artifact import Artifact, drop_journals
 from qtool.convert.files.durable import is_still, naming
 from qtool.convert.files.manifest import MANIFEST, read_manifest

@@ -14,11 +14,11 @@ from rich.table import Table
 from qtool.convert.formats.gguf.plan import GgufPlan
 from qtool.convert.runtimes import vllm as vllm_rules
 from qtool.convert.verify.checks import Verification
-from qtool.measure.report import measured_faults
 from qtool.report import loading
 from qtool.report.columns import print_table
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
+from qtool.report.measured import measured_faults
 from qtool.report.pictures import pictures
 from qtool.report.tables import Row, footnote, score_rows
 

@@ -13,9 +13,9 @@ from qtool import QtoolError
 from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
+from qtool.measure.subjects import artifact_subject
 from qtool.recipe.sections import EvaluateSection
 from qtool.runs.record import LOCK, find_run, load_index, load_run, load_summary
-from qtool.runs.subjects import artifact_subject
 from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
 
 

@@ -19,10 +19,10 @@ from qtool.convert.files.manifest import MANIFEST, Manifest
 from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.checks import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
-from qtool.measure.measurements import measured_models
 from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger
 from qtool.runs.gates import GateResult
+from qtool.runs.measurements import measured_models
 from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, summarise
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"

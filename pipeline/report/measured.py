@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qtool.measure.measure import Row
-from qtool.measure.measurements import Measurement
 from qtool.report.columns import print_table
+from qtool.report.plan import console
 from qtool.report.tables import rate_text
+from qtool.runs.measurements import Measurement, Row
 from qtool.sizing.fit import GIB
-from qtool.sizing.plan_report import console
 
 
 def print_rows(rows: Sequence[Row]) -> None:
