@@ -14,7 +14,7 @@ import click
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST, read_manifest
@@ -24,7 +24,8 @@ from qtool.convert.files.source import name_of, resolve
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer, token_windows
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
@@ -120,7 +121,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
         lock = _lock(folder, job, calibration, artifacts)
-        record.write_lock(folder, lock, artifacts)
+        record.write_lock(folder, lock)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
@@ -196,7 +197,7 @@ def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[s
         calibration=calibration.digest,
         device=device_kind(job.device),
         versions=versions(),
-        artifacts={name: record.locked(artifact, folder) for name, artifact in artifacts.items()},
+        artifacts={name: record.locked(artifact.path, folder) for name, artifact in artifacts.items()},
     )  # fmt: skip
 
 

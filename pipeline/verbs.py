@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import SHIPPED, shipped
-from qtool.convert.verify.checks import Verification
 from qtool.convert.verify.checks import verify as verify_artifact
+from qtool.convert.verify.verification import Verification
 from qtool.recipe.faults import sentences
 from qtool.recipe.sections import EvaluateSection, GateSection, checked_recipe
 from qtool.runs import gates

@@ -20,7 +20,8 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.quantize.architectures import Architecture, InputGroup, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
+from qtool.quantize.folding import Heads, quantize_layer
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods import gguf, nf4
 from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method

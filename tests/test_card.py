@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from qtool.convert.files.licence import Licence
 from qtool.convert.files.manifest import FileEntry, Manifest
-from qtool.convert.verify.checks import Check
+from qtool.convert.verify.verification import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.report.card import Card, Published, card_text, escape, eval_files, fenced, loading
 from qtool.runs.gates import GateResult

@@ -13,7 +13,7 @@ from rich.progress import Task, TaskID
 from qtool import QtoolError
 from qtool.cli import judge as cli_judge
 from qtool.cli import main
-from qtool.convert.verify.checks import Check
+from qtool.convert.verify.verification import Check
 from qtool.make import progress
 from qtool.recipe.paths import locate
 from qtool.report import loading

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.source import resolve
 from qtool.convert.files.watch import sha256_file
@@ -326,7 +326,7 @@ def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypa
 
 
 def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
-    from qtool.convert.formats.gguf.names import gguf_architecture
+    from qtool.convert.models.model_config import gguf_architecture
 
     with pytest.raises(QtoolError, match=r"PhiForCausalLM cannot be written as GGUF yet\. Known: LlamaForCausalLM"):
         gguf_architecture({"architectures": ["PhiForCausalLM"]})

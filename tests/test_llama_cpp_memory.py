@@ -69,8 +69,9 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
 
 def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     """A GGUF file of zeros that take no room on the disk: llama.cpp maps it and reads none."""
-    from qtool.convert.formats.gguf.names import gguf_architecture, gguf_names
+    from qtool.convert.formats.gguf.names import gguf_names
     from qtool.convert.formats.gguf.types import tensor_types
+    from qtool.convert.models.model_config import gguf_architecture
 
     geometry = read_geometry(config)
     shapes = tensor_shapes(config)

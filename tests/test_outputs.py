@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from qtool import Interrupted, QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.source import HUB_PATTERNS, resolve
 from qtool.convert.files.writer import ShardWriter

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qtool.cli import main
-from qtool.convert.verify.checks import Check, Verification
+from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qtool.convert.files.artifact import write_config
+from qtool.convert.files.folder import write_config
 from qtool.evaluate.engines import engine as engines
 from qtool.evaluate.engines.vllm import cause
 from qtool.measure.machine import machine_name

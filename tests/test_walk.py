@@ -15,7 +15,7 @@ from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize import walk as layers
 from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.sections import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
 from qtool.quantize.statistics import InputStatistics
 from qtool.quantize.walk import Walk

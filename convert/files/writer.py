@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import DTYPE_NAMES, INDEX
+from qtool.convert.files.checkpoint import DTYPE_NAMES
 from qtool.convert.files.durable import naming, say
+from qtool.convert.files.shard_header import INDEX
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 MAX_SHARD_BYTES = 5_000_000_000

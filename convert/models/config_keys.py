@@ -17,8 +17,15 @@ import torch
 from torch import nn
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import gguf_architecture
-from qtool.convert.models.model_config import FULL, SLIDING, architecture_name, completed, head_dim, layer_windows
+from qtool.convert.models.model_config import (
+    FULL,
+    SLIDING,
+    architecture_name,
+    completed,
+    gguf_architecture,
+    head_dim,
+    layer_windows,
+)
 from qtool.convert.models.rope import check_rope, rope_factors, rope_keys, rotation
 
 # said by a key, by a tensor, or by the architecture that a .gguf file names

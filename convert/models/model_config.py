@@ -138,3 +138,28 @@ def _mapping(config: Mapping[str, Any], key: str, above: str = "") -> dict[str, 
     if not isinstance(value, Mapping):
         raise QtoolError(f"config.json: {above}{key} is {value!r}; a mapping is needed.")
     return dict(value)
+
+
+# config.json's architecture -> general.architecture of a .gguf file
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "IQuestCoderForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+}
+
+
+def gguf_architecture(config: Mapping[str, Any]) -> str:
+    """`general.architecture` of a config.json. Raises QtoolError naming the architecture and those known."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise QtoolError(
+        f"architecture {', '.join(names) or '(none named in config.json)'} cannot be written as GGUF yet. Known: "
+        f"{', '.join(ARCHITECTURES)}."
+    )

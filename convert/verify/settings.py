@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.convert.files.artifact import IMATRIX, Artifact, made_config
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import IMATRIX, made_config
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
@@ -20,9 +21,9 @@ from qtool.convert.formats.gguf.header import read_header, read_value
 from qtool.convert.formats.gguf.imatrix import read_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import gguf_architecture
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary
+from qtool.convert.models.model_config import gguf_architecture
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.tensors import FLOATS, Result
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.metadata import required_keys
-from qtool.convert.formats.gguf.names import ADDED_ONE, ROPE_FREQS, gguf_architecture
+from qtool.convert.formats.gguf.names import ADDED_ONE, ROPE_FREQS
 from qtool.convert.formats.gguf.types import is_70b, tensor_types
+from qtool.convert.models.model_config import gguf_architecture
 from qtool.convert.verify.implied import EMBEDDING
 
 Result = tuple[str, list[str], str]

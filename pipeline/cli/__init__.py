@@ -61,6 +61,7 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
       qtool run my-recipe.yaml --only awq --device cuda
     """
     from qtool.recipe.paths import locate
+    from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
@@ -69,7 +70,7 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
     if found != recipe:
         click.echo(f"recipe: {found} (copy it to change it)", err=True)
     if dry_run:
-        report.print_plan(prepare(found, device, only))
+        job_report.print_plan(prepare(found, device, only))
         return
     result = run_recipe(found, runs, device, only)
     report.print_run(result)

@@ -90,8 +90,9 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
 
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
-    from qtool.make.needs import needs_of, print_needs
+    from qtool.make.needs import needs_of
     from qtool.recipe.paths import locate
+    from qtool.report.job import print_needs
     from qtool.run import prepare
 
     needs = needs_of(prepare(locate(recipe), "auto"), runs)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, IMATRIX, copy_sidecars, seal, write_config
+from qtool.convert.artifact import seal
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS, IMATRIX, copy_sidecars, write_config
 from qtool.convert.files.reading import read_json
 from qtool.convert.files.writer import ShardWriter
 from qtool.convert.formats.gguf.chat_form import learn
@@ -17,11 +18,12 @@ from qtool.convert.formats.gguf.ggml import GgmlBlocks
 from qtool.convert.formats.gguf.imatrix import write_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
+from qtool.convert.formats.gguf.names import ROPE_FREQS, norm_offset, row_order
 from qtool.convert.formats.gguf.plan import GgufPlan
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.formats.plan import layer_of
+from qtool.convert.models.model_config import gguf_architecture
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.text.windows import load_tokenizer
 from qtool.evaluate.engines.llama_cpp import INSTALL, installed
@@ -29,7 +31,7 @@ from qtool.evaluate.engines.token_proof import prove_tokens
 from qtool.make.job import Job
 from qtool.make.writers import manifest_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.ggml import fits, quantize_ggml
 from qtool.quantize.methods.sections import GgufMethod
 from qtool.recipe.redaction import without_folders

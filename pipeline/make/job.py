@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.diagnosis import refuse_architecture, refuse_quantized, why_no_model
+from qtool.convert.files.folder import PARTIAL
 from qtool.convert.files.reading import named, open_file, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
@@ -23,7 +24,6 @@ from qtool.convert.formats.gguf.ggml import FLOATS, load_gguf
 from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
 from qtool.convert.formats.gguf.plan import plan_gguf
 from qtool.convert.formats.plan import OutputPlan, plan_output
-from qtool.convert.models.config_file import CONFIG, read_config
 from qtool.convert.models.config_keys import prove_gguf
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config

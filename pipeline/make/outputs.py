@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qtool import Interrupted, QtoolError
-from qtool.convert.files.artifact import Artifact, drop_journals
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import is_still, naming
+from qtool.convert.files.folder import drop_journals
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import named
 from qtool.convert.files.writer import journal_key

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, FOLD_SCALES, copy_sidecars, file_entries, seal, write_config
+from qtool.convert.artifact import seal
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS, FOLD_SCALES, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.writer import ShardWriter, Spec
@@ -19,7 +20,7 @@ from qtool.convert.formats.plan import layer_of
 from qtool.convert.runtimes import vllm as vllm_rules
 from qtool.make.job import Job, device_kind, versions
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, Nf4Method, needs_calibration
 
 

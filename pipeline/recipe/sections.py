@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL
-from qtool.convert.text.windows import TextSource
+from qtool.convert.files.folder import PARTIAL
+from qtool.convert.text.source import TextSource
 from qtool.quantize.methods.sections import Method, Number
 from qtool.recipe import faults as recipe_faults
 from qtool.recipe.yaml_file import read_yaml

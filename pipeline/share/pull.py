@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import named, shown
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 from qtool.recipe.sections import EvaluateSection
 from qtool.report.card import EVIDENCE
 from qtool.run import evaluate_folders

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.ggml import fits, quantize_ggml
 
 TINY = 1e-12  # its square times a weight's is still a normal float32

@@ -14,7 +14,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.formats.codes import Nested, Nf4Blocks
 from qtool.quantize.architectures import Architecture
-from qtool.quantize.folding import LayerOutput
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.sections import Nf4Method
 
 INSTALL = "pip install 'qtool-llm[nf4]'"

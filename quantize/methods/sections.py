@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
-from qtool.quantize.grid import GridSpec
+if TYPE_CHECKING:  # a recipe is read without them
+    import torch
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    from qtool.quantize.grid import GridSpec
+
 SKIPPED = ["lm_head"]  # never quantized
 # a folder's name ends at 255 bytes, and the model's stands in front of it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -41,7 +41,9 @@ class _OnGrid(_Section):
     @property
     def stored_dtype(self) -> torch.dtype:
         """Of scales and of everything that is not quantized."""
-        return DTYPES[self.dtype]
+        import torch
+
+        return torch.float16 if self.dtype == "float16" else torch.bfloat16
 
 
 class AwqMethod(_OnGrid):
@@ -57,6 +59,8 @@ class AwqMethod(_OnGrid):
 
     @property
     def spec(self) -> GridSpec:
+        from qtool.quantize.grid import GridSpec
+
         return GridSpec(self.bits, self.group_size, sym=False, dtype=self.stored_dtype)
 
     @property
@@ -70,6 +74,8 @@ class AwqMethod(_OnGrid):
 
     def quantization_config(self) -> dict[str, Any]:
         """The section that loaders read."""
+        from qtool.convert.formats import autoawq
+
         return autoawq.quantization_config(self.group_size, SKIPPED)
 
 
@@ -97,6 +103,8 @@ class GptqMethod(_OnGrid):
 
     @property
     def spec(self) -> GridSpec:
+        from qtool.quantize.grid import GridSpec
+
         return GridSpec(self.bits, self.group_size, self.sym, self.stored_dtype)
 
     @property
@@ -111,6 +119,8 @@ class GptqMethod(_OnGrid):
 
     def quantization_config(self) -> dict[str, Any]:
         """The section that loaders read."""
+        from qtool.convert.formats import autogptq, compressed_tensors
+
         if self.format == "compressed-tensors":
             return compressed_tensors.quantization_config(self.bits, self.group_size, self.sym, self.desc_act)
         return autogptq.quantization_config(self.bits, self.group_size, self.sym, self.damp_percent)
@@ -135,6 +145,8 @@ class Nf4Method(_Section):
 
     def quantization_config(self) -> dict[str, Any]:
         """The section that loaders read."""
+        from qtool.convert.formats import bnb_nf4
+
         return bnb_nf4.quantization_config(self.double_quant, SKIPPED)
 
 

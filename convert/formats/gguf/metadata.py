@@ -9,9 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import gguf_architecture
 from qtool.convert.formats.gguf.types import FILE_TYPES
-from qtool.convert.models.model_config import GEMMA_WINDOW, SLIDING, completed, head_dim, layer_windows
+from qtool.convert.models.model_config import (
+    GEMMA_WINDOW,
+    SLIDING,
+    completed,
+    gguf_architecture,
+    head_dim,
+    layer_windows,
+)
 from qtool.convert.models.rope import Value, rope_keys
 
 REQUIRED = (

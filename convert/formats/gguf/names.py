@@ -10,19 +10,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import load_gguf
-from qtool.convert.models.model_config import completed, is_tied
+from qtool.convert.models.model_config import completed, gguf_architecture, is_tied
 
-# config.json's architecture -> general.architecture
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "IQuestCoderForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-}
 PERMUTED = ("llama",)
 ADDED_ONE = ("gemma", "gemma2", "gemma3")  # their norms apply 1 + weight, and llama.cpp's files hold the sum
 SUFFIXES = (".weight", ".bias")
@@ -32,18 +21,6 @@ PARTS = (
     "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm",
 )  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
-
-
-def gguf_architecture(config: Mapping[str, Any]) -> str:
-    """`general.architecture` of a config.json. Raises QtoolError naming the architecture and those known."""
-    names = config.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise QtoolError(
-        f"architecture {', '.join(names) or '(none named in config.json)'} cannot be written as GGUF yet. Known: "
-        f"{', '.join(ARCHITECTURES)}."
-    )
 
 
 def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:

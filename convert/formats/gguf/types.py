@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.convert.formats.gguf.ggml import BLOCKS
-from qtool.convert.formats.gguf.names import gguf_architecture
+from qtool.convert.models.model_config import gguf_architecture
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
     "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
