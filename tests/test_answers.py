@@ -276,11 +276,11 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     from qtool.run import run
 
     made = run(write_recipe(outputs=[{"method": "nf4"}]), tmp_path / "runs", "cpu")
-    (artifact,) = made.artifacts.values()
-    model = load_native(artifact.path, torch.device("cpu"))
+    (folder,) = made.folders.values()
+    model = load_native(folder, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
-    engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
+    engine = TorchEngine("transformers", model, load_tokenizer(folder))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
     assert found[0]
     assert "bitsandbytes" in engine.version

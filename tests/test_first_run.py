@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 
 from qtool import QtoolError
-from qtool.cli import judge as cli_judge
 from qtool.cli import main
+from qtool.cli.options import write_text
 from qtool.convert.verify.verification import Check
 from qtool.make import progress
 from qtool.recipe.paths import locate
@@ -143,7 +143,7 @@ def test_a_wide_table_goes_on_below_itself_with_its_first_columns() -> None:
 
 
 def test_files_are_written_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
-    cli_judge.write_text(tmp_path / "reports" / "today" / "q.xml", "<x/>")
+    write_text(tmp_path / "reports" / "today" / "q.xml", "<x/>")
     assert (tmp_path / "reports" / "today" / "q.xml").read_text() == "<x/>"
 
 

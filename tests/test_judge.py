@@ -60,7 +60,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     good = run(folder / "recipe.yaml", folder / "runs", "cpu")
-    found = {"good": good.folder, "runs": folder / "runs", "artifact": good.artifacts["awq"].path}
+    found = {"good": good.folder, "runs": folder / "runs", "artifact": good.folders["awq"]}
     source = resolve("qtool-demo")
     section = EvaluateSection(
         tasks=(TaskSection(task="heldout", limit=40),), max_new_tokens=96, batch_size=40,
@@ -68,10 +68,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in good.artifacts["awq"].read():
+        for name, tensor in Artifact.open(good.folders["awq"]).read():
             yield name, two_bits(tensor) if ".layers.1." in name and name.endswith("_proj.weight") else tensor
 
-    for label, stream in (("same", good.artifacts["awq"].read), ("bad", broken)):
+    for label, stream in (("same", Artifact.open(good.folders["awq"]).read), ("bad", broken)):
         target = folder / "runs" / label
         shutil.copytree(good.folder, target, ignore=shutil.ignore_patterns("scores"))
         subjects = [

@@ -262,7 +262,7 @@ def test_report_command(finished: RunRecord, tmp_path: Path) -> None:
     assert result.output.strip() == f"report: {tmp_path / 'r' / 'report.html'}"
     text = (tmp_path / "r" / "report.html").read_text()
     assert "0 by none" in text or "1 by none" in text
-    assert str(finished.artifacts["awq"].path.parent) not in text.replace(html.escape(finished.recipe_text.strip()), "")
+    assert str(finished.folders["awq"].parent) not in text.replace(html.escape(finished.recipe_text.strip()), "")
     missing = CliRunner().invoke(main, ["report", "none", "--runs", str(tmp_path)])
     assert (missing.exit_code, "no such run" in missing.output) == (2, True)
 

@@ -125,3 +125,11 @@ def _card(key: str, row: Any, where: str) -> Accelerator:
         key=key, name=str(row.get("name") or key), compute=str(row.get("compute") or "unknown"),
         sources={str(k): str(v) for k, v in sources.items()}, **numbers,
     )  # fmt: skip
+
+
+def one_card(gpu: str | None, here: bool) -> Accelerator | None:
+    """The card named, else this machine's where the work is done ``here``; None where qtool knows none, or several are
+    named. Raises QtoolError naming those known."""
+    known = load_accelerators()
+    name = gpu or (own_card(known) if here else "")
+    return choose(known, name)[0] if name and "," not in name else None
