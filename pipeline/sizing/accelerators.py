@@ -44,6 +44,7 @@ class Accelerator:
         return self.compute.replace(".", "").isdigit()
 
 
+DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # Linux, WSL, AMD: without one, torch need not be asked
 SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
 
 
@@ -77,6 +78,8 @@ def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
 
 def own_card(known: Mapping[str, Accelerator]) -> str:
     """The card in this machine, where qtool knows it; else one that many have and one that servers have."""
+    if not any(Path(driver).exists() for driver in DRIVERS):
+        return "RTX4090,H100"
     import torch
 
     if torch.cuda.is_available():
