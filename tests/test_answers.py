@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(path)])
     while not path.exists() or path.read_bytes().count(b'"outcome"') < 5:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with path.open("ab") as file:
