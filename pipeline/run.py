@@ -37,8 +37,10 @@ from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.sections import Method, needs_calibration
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection
 from qtool.recipe.paths import require_paths
-from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recipe
+from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord

@@ -17,7 +17,8 @@ from qtool.convert.verify.checks import verify as verify_artifact
 from qtool.convert.verify.verification import Verification
 from qtool.evaluate.tasks.benchmarks import is_dated
 from qtool.recipe.faults import sentences
-from qtool.recipe.sections import EvaluateSection, GateSection, checked_recipe
+from qtool.recipe.judging import EvaluateSection, GateSection
+from qtool.recipe.sections import checked_recipe
 from qtool.runs import gates
 from qtool.runs.summary import Summary
 from qtool.sizing.accelerators import choose, load_accelerators, own_card

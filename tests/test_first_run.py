@@ -169,7 +169,7 @@ def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
 
 
 def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.recipe.sections import PublishSection
+    from qtool.recipe.judging import PublishSection
     from qtool.share import admission
 
     monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))

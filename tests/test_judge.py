@@ -22,7 +22,7 @@ from qtool.convert.files.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, Scores, save
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject
-from qtool.recipe.sections import EvaluateSection, FidelitySection, GateSection, TaskSection
+from qtool.recipe.judging import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.report.junit import as_junit
 from qtool.run import evaluate_folders, run
 from qtool.runs.gates import GateResult, judge

@@ -21,7 +21,8 @@ from qtool.measure.machine import less_device_memory, machine_name
 from qtool.measure.measure import measure
 from qtool.measure.run import measure_subjects
 from qtool.measure.subjects import Subject, source_subject
-from qtool.recipe.sections import MeasureSection, load_recipe
+from qtool.recipe.judging import MeasureSection
+from qtool.recipe.sections import load_recipe
 from qtool.run import prepare, run
 from qtool.runs import ledger
 from qtool.runs.measurements import Measurement, Row, from_json, log, measured_models, one_machine

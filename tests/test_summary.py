@@ -16,7 +16,7 @@ from qtool import QtoolError
 from qtool.cli import main
 from qtool.evaluate.scorecard import FidelityScore, Scores
 from qtool.evaluate.statistics import Interval
-from qtool.recipe.sections import GateSection
+from qtool.recipe.judging import GateSection
 from qtool.report.pictures import cost_lines
 from qtool.report.tables import footnote, score_rows
 from qtool.runs import ledger, summary

@@ -33,7 +33,8 @@ from qtool.quantize.methods.ggml import load_library, quantizer_package
 from qtool.quantize.methods.nf4 import load_bitsandbytes
 from qtool.quantize.methods.sections import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
 from qtool.quantize.precision import fast_bfloat16
-from qtool.recipe.sections import Recipe, digest_of
+from qtool.recipe.checking import digest_of
+from qtool.recipe.sections import Recipe
 
 PARTS = ("model.", "lm_head.")  # of every model; what stands elsewhere is a value head, a draft head, a tower
 THREADS = "threads"  # among a manifest's versions

@@ -28,7 +28,7 @@ from qtool.measure.machine import less_device_memory, machine_name
 from qtool.measure.measure import Engine, measure
 from qtool.measure.scoring_engine import PACKAGES
 from qtool.measure.subjects import Subject
-from qtool.recipe.sections import MeasureSection
+from qtool.recipe.judging import MeasureSection
 from qtool.runs.measurements import Measurement, Row, from_json, log, measured_models
 from qtool.sizing.accelerators import Accelerator
 from qtool.sizing.fit import Cell, Setting, cell_of

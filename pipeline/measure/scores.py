@@ -33,7 +33,8 @@ from qtool.make.job import PACKAGES
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.subjects import Subject
 from qtool.quantize.architectures import architecture_of
-from qtool.recipe.sections import EvaluateSection, TaskSection, digest_of
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection, TaskSection
 
 Score = TypeVar("Score", TaskScore, FidelityScore)
 

@@ -16,7 +16,7 @@ from qtool.evaluate.engines.engine import Engine, package_versions
 from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, load_native, reference_dtype
 from qtool.evaluate.scorecard import Settings
 from qtool.measure.subjects import Subject
-from qtool.recipe.sections import EvaluateSection
+from qtool.recipe.judging import EvaluateSection
 
 PACKAGES = {
     "reference": ("torch", "transformers"),

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.verify.files import check_files
-from qtool.recipe.sections import GateSection
+from qtool.recipe.judging import GateSection
 from qtool.runs.baseline import Baseline, measured
 from qtool.runs.compare import Change, compare
 from qtool.runs.evidence import Result, p_text

@@ -18,7 +18,7 @@ from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
-from qtool.recipe.sections import Recipe, load_recipe
+from qtool.recipe.judging import Judging, load_judging
 from qtool.runs import ledger
 from qtool.runs.gates import GateResult
 from qtool.runs.measurements import measured_models
@@ -90,7 +90,7 @@ class RunRecord:
     the answers behind it."""
 
     folder: Path
-    recipe: Recipe
+    recipe: Judging
     recipe_text: str
     lock: Lock
     folders: dict[str, Path]
@@ -179,7 +179,7 @@ def load_run(folder: Path) -> RunRecord:
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
-        recipe=load_recipe(folder / RECIPE),
+        recipe=load_judging(folder / RECIPE),
         recipe_text=read_text(folder / RECIPE),
         lock=lock,
         folders={name: there for name, there in folders.items() if there is not None},

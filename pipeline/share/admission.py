@@ -13,7 +13,7 @@ from qtool.convert.files.licence import licence_fault
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
-from qtool.recipe.sections import PublishSection
+from qtool.recipe.judging import PublishSection
 from qtool.runs.record import RESULT, RunRecord, find_run, load_run
 
 

@@ -13,8 +13,8 @@ from qtool import QtoolError
 from qtool.convert.files.licence import licence_of
 from qtool.convert.files.manifest import MANIFEST, Manifest
 from qtool.evaluate.scorecard import Scores
+from qtool.recipe.judging import PublishSection
 from qtool.recipe.redaction import recipe_without_folders, without_folders
-from qtool.recipe.sections import PublishSection
 from qtool.report.card import EVIDENCE, PLOT, Card, Published, card_text, eval_files
 from qtool.report.figures import size_against
 from qtool.report.pictures import kl_points, rate_points

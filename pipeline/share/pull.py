@@ -12,7 +12,7 @@ from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import named, shown
 from qtool.convert.verify.verification import Verification
-from qtool.recipe.sections import EvaluateSection
+from qtool.recipe.judging import EvaluateSection
 from qtool.report.card import EVIDENCE
 from qtool.runs.baseline import Baseline, load_baseline, resolve_side
 from qtool.runs.compare import Change, compare, pair_up

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+from qtool.quantize.methods.number import Number
 
 if TYPE_CHECKING:  # a recipe is read without them
     import torch
@@ -14,15 +16,6 @@ if TYPE_CHECKING:  # a recipe is read without them
 SKIPPED = ["lm_head"]  # never quantized
 # a folder's name ends at 255 bytes, and the model's stands in front of it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-
-
-def _no_switch(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
 
 
 class _Section(BaseModel):
