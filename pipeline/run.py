@@ -14,7 +14,7 @@ import click
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST, read_manifest
@@ -24,7 +24,8 @@ from qtool.convert.files.source import name_of, resolve
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer, token_windows
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
@@ -32,15 +33,17 @@ from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.measure.run import check_contexts, measure_subjects
+from qtool.measure.scores import Evaluation
+from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection
 from qtool.recipe.paths import require_paths
-from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recipe
+from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.scores import Evaluation
-from qtool.runs.subjects import Subject, artifact_subject, source_subject
 from qtool.runs.summary import Size, Summary, save_summary, summarise
 
 DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
@@ -120,7 +123,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
         lock = _lock(folder, job, calibration, artifacts)
-        record.write_lock(folder, lock, artifacts)
+        record.write_lock(folder, lock)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
@@ -196,7 +199,7 @@ def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[s
         calibration=calibration.digest,
         device=device_kind(job.device),
         versions=versions(),
-        artifacts={name: record.locked(artifact, folder) for name, artifact in artifacts.items()},
+        artifacts={name: record.locked(artifact.path, folder) for name, artifact in artifacts.items()},
     )  # fmt: skip
 
 

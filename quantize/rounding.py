@@ -143,7 +143,7 @@ def _round_block(block: Tensor, upper: Tensor, grid: Grid, levels: int) -> tuple
     """A block of columns, transposed ``[n, out]`` so that a column is contiguous; grid ``[1, out]`` or ``[n, out]``.
     Returns codes and scaled errors ``[n, out]``."""
     if block.is_cuda:
-        from qtool.quantize.methods.kernels import round_block
+        from qtool.quantize.kernels import round_block
 
         return round_block(block, upper, grid.scale, grid.zero, levels)
     scales, zeros = grid.scale.contiguous().expand_as(block), grid.zero.contiguous().expand_as(block)

@@ -92,7 +92,7 @@ def search_scale(
 
 def _kernel_loss(weight: Tensor, gram: Tensor, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
     """Output errors of ``Q(W s)/s``, round to nearest on the min/max grid, for each scale ``[in]``."""
-    from qtool.quantize.methods.kernels import scaled_error
+    from qtool.quantize.kernels import scaled_error
 
     weight, half = weight.contiguous(), spec.dtype == torch.float16
     return [

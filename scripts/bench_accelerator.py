@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
 from qtool.convert.formats.plan import ModelShape
-from qtool.convert.models.config_file import read_config
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet

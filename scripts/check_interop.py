@@ -41,7 +41,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.skeleton import load_config
 from qtool.evaluate.engines.torch_engines import load_model
 

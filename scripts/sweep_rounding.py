@@ -18,7 +18,8 @@ import torch
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.windows import load_tokenizer, token_windows
 from qtool.evaluate import fidelity
 from qtool.evaluate.engines.torch_engines import load_model
 from qtool.evaluate.statistics import bootstrap_mean

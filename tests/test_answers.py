@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(path)])
     while not path.exists() or path.read_bytes().count(b'"outcome"') < 5:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with path.open("ab") as file:
@@ -276,11 +278,11 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     from qtool.run import run
 
     made = run(write_recipe(outputs=[{"method": "nf4"}]), tmp_path / "runs", "cpu")
-    (artifact,) = made.artifacts.values()
-    model = load_native(artifact.path, torch.device("cpu"))
+    (folder,) = made.folders.values()
+    model = load_native(folder, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
-    engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
+    engine = TorchEngine("transformers", model, load_tokenizer(folder))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
     assert found[0]
     assert "bitsandbytes" in engine.version

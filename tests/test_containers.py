@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact, write_json
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.folder import write_json
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import autogptq, compressed_tensors, packing
 from qtool.convert.formats.codes import UniformCodes

@@ -13,15 +13,17 @@ from small_models import converted
 from toy_family import STARCODER2
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, whole
 from qtool.convert.models.shape import decoder_of, tensor_shapes
 from qtool.convert.models.table import FAMILIES, gguf_facts
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_engines import load_model
-from qtool.quantize.folding import LayerOutput, _scale, quantize_layer
+from qtool.quantize.folding import _scale, quantize_layer
+from qtool.quantize.layer import LayerOutput
 from qtool.quantize.methods.sections import AwqMethod
 from qtool.quantize.statistics import InputStatistics
 from qtool.sizing.formats import weights_of

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.models.model_config import SLIDING, is_tied, layer_windows, rope_parameters

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.source import resolve
 from qtool.convert.files.watch import sha256_file
@@ -388,7 +388,7 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
 
 
 def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
-    from qtool.recipe.sections import EvaluateSection
+    from qtool.recipe.judging import EvaluateSection
     from qtool.run import evaluate_folders
 
     asked = {"tasks": [{"task": "heldout", "limit": 6}], "engine": "llama.cpp", "max_new_tokens": 64}

@@ -46,7 +46,7 @@ def test_scaled_error_agrees_with_the_cpu(spec: GridSpec) -> None:
     """Elementwise, up to codes on a tie."""
     weight = torch.randn(77, 256, generator=torch.Generator().manual_seed(3))
     scale = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.5
-    from qtool.quantize.methods import kernels
+    from qtool.quantize import kernels
 
     plain = grid.round_to_nearest(weight * scale, spec).div_(scale).sub_(weight)
     half = spec.dtype == torch.float16

@@ -9,7 +9,7 @@ import pytest
 
 from qtool import QtoolError
 from qtool.convert.text.shapes import row_of
-from qtool.recipe.sections import PublishSection
+from qtool.recipe.judging import PublishSection
 from qtool.recipe.yaml_file import read_yaml
 from qtool.runs.baseline import load_baseline
 from qtool.sizing.accelerators import load_accelerators

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import bnb_nf4

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from warm import Warm
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
-from qtool.convert.files.artifact import Artifact
+from qtool import Interrupted, QtoolError
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.source import HUB_PATTERNS, resolve
 from qtool.convert.files.writer import TensorWriter
@@ -253,7 +251,7 @@ from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 from qtool.convert.files.source import resolve
 
 where, number = sys.argv[2], int(sys.argv[3])
@@ -283,6 +281,14 @@ OUTPUTS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    pytest.importorskip("bitsandbytes")
+    process = Warm()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     recipe = {"model": str(tiny), "outputs": OUTPUTS, "output_dir": str(folder / "artifacts")}
@@ -303,12 +309,11 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     uninterrupted: dict[str, dict[str, bytes]],
+    warm: Warm,
 ) -> None:
     recipe = write_recipe(outputs=OUTPUTS, calibration=None)  # the default, as `uninterrupted` has it
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(recipe), where, str(number)], capture_output=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    said = tmp_path / "said"
+    assert warm.run(KILL, [str(recipe), where, str(number)], said) == -signal.SIGKILL, said.read_text()
     artifacts = tmp_path / "artifacts"
     left = [p.name for p in artifacts.iterdir() if not p.name.endswith(".partial")]
     assert left == ([] if (where, number) != ("seal", 2) else ["tiny-awq"])

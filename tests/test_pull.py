@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
-from qtool.recipe.sections import EvaluateSection, FidelitySection
+from qtool.recipe.judging import EvaluateSection, FidelitySection
 from qtool.run import run
 from qtool.runs.record import RunRecord
 from qtool.share.pull import asked_again

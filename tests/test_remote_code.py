@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts

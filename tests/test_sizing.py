@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config

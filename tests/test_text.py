@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.text.windows import TextSource, load_tokenizer, read_rows, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.windows import load_tokenizer, read_rows, token_windows
 from qtool.quantize.calibration import CalibrationSet
 
 

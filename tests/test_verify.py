@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from small_models import converted
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact, file_entries
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.folder import file_entries
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.formats import bnb_nf4, compressed_tensors
 from qtool.convert.runtimes import rules as runtimes
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32},

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from qtool.convert.files.artifact import write_config
+from qtool.convert.files.folder import write_config
 from qtool.evaluate.engines import engine as engines
 from qtool.evaluate.engines.vllm import cause
-from qtool.measure import report as measure_report
-from qtool.measure.measure import Row
-from qtool.measure.measurements import machine_name
+from qtool.measure.machine import machine_name
+from qtool.report import measured as measure_report
+from qtool.runs.measurements import Row
 
 PYDANTIC = (
     "1 validation error for VllmConfig\n  Value error, Unsupported quantization config: bits=4, sym=False "

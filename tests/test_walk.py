@@ -11,8 +11,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
 from qtool.convert.formats.plan import ModelShape
-from qtool.convert.models.config_file import read_config
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config

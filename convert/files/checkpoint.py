@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
+from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.diagnosis import UNQUANTIZED, why_missing, why_no_model
 from qtool.convert.files.reading import open_file, read_json, refuse_link, shown
-from qtool.convert.files.shard_header import read_header, read_places
-from qtool.convert.models.config_file import CONFIG
+from qtool.convert.files.shard_header import INDEX, SINGLE, read_header, read_places
 from qtool.convert.models.table import prefix_of
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.convert.files.checkpoint import DTYPE_NAMES, INDEX
+from qtool.convert.files.checkpoint import DTYPE_NAMES
+from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.writer import Layout, Place, Spec, TensorWriter, nbytes
 
 MAX_SHARD_BYTES = 5_000_000_000

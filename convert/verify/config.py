@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
-from qtool.convert.files.checkpoint import INDEX, SINGLE, Checkpoint
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.reading import read_json, shown
+from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.names import ROPE_FREQS, possible_names
 from qtool.convert.formats.gguf.types import PLAIN

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.convert.files.artifact import Artifact, made_config
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import made_config
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, FOLD_SCALES, Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.file import GgufFile

@@ -8,9 +8,7 @@ from pathlib import Path
 import click
 
 from qtool import QtoolError
-from qtool.cli.judge import write_text
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+from qtool.cli.options import FAILED, write_text
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -24,7 +22,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("model")
 @click.option("--gpu", help="Cards, comma-separated (default: this machine's, else RTX4090,H100).")
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many of each.")
@@ -57,7 +55,8 @@ def plan(
       qtool plan recipes/awq.yaml
     """
     import qtool
-    from qtool.sizing import memory_figure, plan_report
+    from qtool.report import memory_figure
+    from qtool.report import plan as plan_report
     from qtool.sizing.plan import as_json as to_json
 
     if model.endswith((".yaml", ".yml")):
@@ -89,8 +88,9 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
 
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
-    from qtool.make.needs import needs_of, print_needs
+    from qtool.make.needs import needs_of
     from qtool.recipe.paths import locate
+    from qtool.report.job import print_needs
     from qtool.run import prepare
 
     needs = needs_of(prepare(locate(recipe), "auto"), runs)
@@ -100,7 +100,7 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
         print_needs(needs)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("model")
 @click.option("--context", "contexts", default="2k", show_default=True, help="Prompt lengths, comma-separated.")
 @click.option("--batch", default="1,2,4,8", show_default=True, help="Requests at once, comma-separated.")
@@ -142,18 +142,15 @@ def measure(
     from dataclasses import replace
 
     from qtool.convert.files.durable import require_writable
-    from qtool.measure import measurements
-    from qtool.measure import report as measure_report
     from qtool.measure.run import Asked, engine_of, measure_model, model_key
+    from qtool.report import measured as measure_report
     from qtool.run import choose_device
-    from qtool.sizing.accelerators import choose, load_accelerators, own_card
+    from qtool.runs import measurements
+    from qtool.sizing.accelerators import one_card
 
     if not no_log:
         require_writable(runs, "--runs")
     url = model.startswith(("http://", "https://"))
-    known = load_accelerators()
-    own = gpu or ("" if url else own_card(known))
-    card = choose(known, own)[0] if own and "," not in own else None
     asked = Asked(
         model=model,
         engine=engine or engine_of(model),
@@ -162,7 +159,7 @@ def measure(
         tokens=tokens,
         repeats=repeats,
         device=str(choose_device(device)) if not url else device,
-        card=card,
+        card=one_card(gpu, here=not url),
         price=price,
         shape=shape,
         name=name,
@@ -179,4 +176,4 @@ def measure(
     else:
         measure_report.print_rows(found.rows)
     if any(row.status == "rejected" for row in found.rows):
-        raise SystemExit(1)
+        raise SystemExit(FAILED)

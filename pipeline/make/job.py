@@ -13,13 +13,13 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.diagnosis import refuse_architecture, refuse_quantized, why_no_model
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.formats.plan import ModelShape
-from qtool.convert.models.config_file import CONFIG, read_config
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
@@ -27,7 +27,8 @@ from qtool.make.output import Output, plan_output
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
 from qtool.quantize.precision import fast_bfloat16
-from qtool.recipe.sections import Recipe, digest_of
+from qtool.recipe.checking import digest_of
+from qtool.recipe.sections import Recipe
 
 PARTS = ("model.", "lm_head.")  # of every model; what stands elsewhere is a value head, a draft head, a tower
 THREADS = "threads"  # among a manifest's versions

@@ -117,29 +117,6 @@ def host_memory() -> int | None:
         return available
 
 
-def print_needs(needs: Needs) -> None:
-    """A line for each resource, then what is short."""
-    from rich.console import Console
-
-    console = Console()
-    short = needs.short()
-    console.print("[red]cannot finish here[/]" if short else "[green]this job fits[/]")
-    rows = [("host memory", needs.host_bytes, needs.host_free), (f"disk at {needs.disk_path}", needs.disk_bytes,
-            needs.disk_free)]  # fmt: skip
-    if needs.device != "host":
-        rows.insert(0, (f"{needs.device} memory", needs.device_bytes, needs.device_free))
-    for what, need, free in rows:
-        there = "" if free is None else f", {free / 1e9:.2f} GB free"
-        console.print(f"{what}: {need / 1e9:.2f} GB{there}", highlight=False, soft_wrap=True)
-    if needs.seconds is None:
-        console.print("time: not known; no earlier run on this kind of machine is in the ledger", highlight=False)
-    else:
-        low, high = needs.seconds
-        console.print(f"time: {low:.0f} to {high:.0f} s, as earlier runs on this kind of machine took", highlight=False)
-    for line in short:
-        console.print(f"short of {line}", highlight=False, soft_wrap=True)
-
-
 def _layer_bytes(job: Job) -> int:
     """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
     sizes = dict.fromkeys(range(job.decoder.shape.layers), 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL
+from qtool.convert.files.folder import PARTIAL
 from qtool.convert.files.reading import named, open_file
 from qtool.convert.files.shards import file_sizes
 from qtool.convert.files.watch import Watched, watch

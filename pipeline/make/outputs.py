@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 import torch
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
-from qtool.convert.files.artifact import Artifact, drop_journals
+from qtool import Interrupted, QtoolError
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import is_still, naming
+from qtool.convert.files.folder import drop_journals
 from qtool.convert.files.journal import journal_key
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.skeleton import build_skeleton

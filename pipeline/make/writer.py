@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, copy_sidecars, file_entries, seal, write_config
+from qtool.convert.artifact import seal
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
+from qtool.convert.files.folder import EXTRAS, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.shards import open_shards
 from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.format import CalibrationText, ModelFiles
-from qtool.convert.models.config_file import read_config
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.output import Output
 from qtool.make.token_proof import prove
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.walk import Column, LayerResult
-from qtool.report.redaction import without_folders
+from qtool.recipe.redaction import without_folders
 
 
 class OutputWriter:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from qtool.runs.measurements import Row
 from qtool.sizing.bounds import Range
 from qtool.sizing.fit import Cell
 
@@ -37,28 +38,6 @@ class Engine(Protocol):
 
     def run(self, context: int, sequences: int, tokens: int) -> Reading:
         """Raises OutOfMemory."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians over repeats; percentiles over all requests of all repeats. ``status``: `ok`, `out of memory`, `not run`
-    or `rejected`, with ``why``. ``predicted``: bytes, None where the card is unknown; ``step_bound`` and
-    ``first_bound``: seconds."""
-
-    context: int
-    sequences: int
-    status: str
-    why: str = ""
-    first_seconds: dict[str, float] | None = None
-    step_seconds: float | None = None
-    tokens_per_second: float | None = None
-    requests_per_second: float | None = None
-    cost_per_million: float | None = None
-    cached: float | None = None
-    memory: dict[str, int | None] | None = None
-    predicted: int | None = None
-    step_bound: tuple[float, float | None] | None = None
-    first_bound: tuple[float, float | None] | None = None
 
 
 def measure(

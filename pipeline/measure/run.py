@@ -24,11 +24,12 @@ from qtool.evaluate.engines.engine import package_versions
 from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.sandbox.secrets import for_child
 from qtool.measure.engines import Server, Transformers, Vllm, llama_cpp_machine
-from qtool.measure.measure import Engine, Row, measure
-from qtool.measure.measurements import Measurement, from_json, less_device_memory, log, machine_name, measured_models
-from qtool.recipe.sections import MeasureSection
-from qtool.runs.engines import PACKAGES
-from qtool.runs.subjects import Subject
+from qtool.measure.machine import less_device_memory, machine_name
+from qtool.measure.measure import Engine, measure
+from qtool.measure.scoring_engine import PACKAGES
+from qtool.measure.subjects import Subject
+from qtool.recipe.judging import MeasureSection
+from qtool.runs.measurements import Measurement, Row, from_json, log, measured_models
 from qtool.sizing.accelerators import Accelerator
 from qtool.sizing.fit import Cell, Setting, cell_of
 from qtool.sizing.formats import artifact_weights, weights_of

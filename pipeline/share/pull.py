@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import named, shown
-from qtool.convert.verify.checks import Verification, verify
-from qtool.recipe.sections import EvaluateSection
+from qtool.convert.verify.verification import Verification
+from qtool.recipe.judging import EvaluateSection
 from qtool.report.card import EVIDENCE
-from qtool.run import evaluate_folders
 from qtool.runs.baseline import Baseline, load_baseline, resolve_side
 from qtool.runs.compare import Change, compare, pair_up
 from qtool.share import hub
@@ -69,6 +68,8 @@ def _is_here(name: str) -> str:
 
 
 def _examine(path: Path, evidence: Path, runs: Path, again: Again | None) -> Pulled:
+    from qtool.convert.verify.checks import verify  # with torch: only where something arrived
+
     manifest = read_manifest(path)
     verification = verify(path)
     checked, unchecked, faults, changes = _published_numbers(
@@ -102,6 +103,8 @@ def _published_numbers(
 
 def _score(path: Path, published: Baseline, again: Again, runs: Path) -> list[str]:
     """Ask the artifact here what it was asked before it was published; what cannot be asked, one sentence each."""
+    from qtool.run import evaluate_folders
+
     section, left_out = asked_again(published.asked, with_text=again.source is not None)
     if section is not None:
         source = Path(again.source) if again.source else None

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
+from qtool.convert.files.checkpoint import COMPUTED, DTYPES, Checkpoint, TensorInfo
+from qtool.convert.files.config_file import CONFIG, check_config, read_config
 from qtool.convert.files.diagnosis import why_no_model
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
+from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.formats.gguf.imatrix import IMATRIX
-from qtool.convert.models.config_file import CONFIG, check_config, read_config
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.models.table import FAMILIES, find_family, names_of

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.convert.files.artifact import FOLD_SCALES
+from qtool.convert.files.folder import FOLD_SCALES
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.plan import LinearPlan

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from qtool.report.columns import print_table
+from qtool.report.columns import print_table, wide
 from qtool.report.tables import Row, rate_text
 from qtool.sizing.bounds import Range
 from qtool.sizing.fit import Cell
 from qtool.sizing.plan import Answer, Plan, gib
-
-console = Console()
-if not console.is_terminal:
-    console = Console(width=max(console.width, 120))  # a file has room for the grid
 
 
 def print_plan(plan: Plan) -> None:
     """Answers, notes, then one table for each kind of card."""
     for answers in _alike(plan):
         for line in answer_lines(plan, *answers):
-            console.print(line, highlight=False, soft_wrap=True)
+            wide.print(line, highlight=False, soft_wrap=True)
     for note in plan.notes:
-        console.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
+        wide.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
     for card, number in dict.fromkeys((a.setting.card.key, a.setting.cards) for a in plan.answers):
         title = f"{plan.headers.name} on {number} x {card}"
-        print_table(console, grid_rows(plan, card), title, lead=3, left=("format", "cache"))
-    console.print(
+        print_table(wide, grid_rows(plan, card), title, lead=3, left=("format", "cache"))
+    wide.print(
         "GiB on each card; ! does not fit. tok/s: all sequences together, from the slowest expected to the bound that "
         "no machine beats; first token: seconds, likewise. A format's rows end with the first context that does not "
         "fit at all (--json has all).",

@@ -15,8 +15,8 @@ from qtool.evaluate.engines import openai as served
 from qtool.evaluate.engines.engine import Engine, package_versions
 from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, load_native, reference_dtype
 from qtool.evaluate.scorecard import Settings
-from qtool.recipe.sections import EvaluateSection
-from qtool.runs.subjects import Subject
+from qtool.measure.subjects import Subject
+from qtool.recipe.judging import EvaluateSection
 
 PACKAGES = {
     "reference": ("torch", "transformers"),

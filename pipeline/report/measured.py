@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qtool.measure.measure import Row
-from qtool.measure.measurements import Measurement
-from qtool.report.columns import print_table
-from qtool.report.tables import rate_text
-from qtool.sizing.fit import GIB
-from qtool.sizing.plan_report import console
+from qtool.report.columns import print_table, wide
+from qtool.report.tables import GIB, rate_text
+from qtool.runs.measurements import Measurement, Row
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Speeds, memory and cost, then every row that was not believed or not run, with why."""
     for cells in (_speeds, _costs):
         if any(cells(row) for row in rows) or cells is _speeds:
-            print_table(console, [_name(row) | cells(row) for row in rows])
+            print_table(wide, [_name(row) | cells(row) for row in rows])
     for row in rows:
         if row.why:
             text = f"{row.context:,} x {row.sequences}: {row.status}: {row.why}"
-            console.print(text, highlight=False, soft_wrap=True)
+            wide.print(text, highlight=False, soft_wrap=True)
 
 
 def _name(row: Row) -> dict[str, str]:

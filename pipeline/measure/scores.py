@@ -31,9 +31,10 @@ from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.loading import Task, load_task, subset
 from qtool.evaluate.tasks.solvable import solvable
 from qtool.make.job import PACKAGES
-from qtool.recipe.sections import EvaluateSection, TaskSection, digest_of
-from qtool.runs.engines import open_engine, served_name, settings_for, settings_of
-from qtool.runs.subjects import Subject
+from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
+from qtool.measure.subjects import Subject
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection, TaskSection
 
 Score = TypeVar("Score", TaskScore, FidelityScore)
 

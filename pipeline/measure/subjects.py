@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint, TensorStream
-from qtool.convert.files.source import digest_folder
+from qtool.convert.files.folder import key_of
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,4 @@ def source_subject(checkpoint: Checkpoint, commit: str) -> Subject:
 
 def artifact_subject(name: str, artifact: Artifact) -> Subject:
     """A finished artifact, or another tool's folder, which is known by what is in it."""
-    key = artifact.manifest.key if artifact.manifest else f"unsigned:{digest_folder(artifact.path)}"
-    return Subject(name, key, artifact.read, artifact.gguf, artifact.path)
+    return Subject(name, key_of(artifact.path), artifact.read, artifact.gguf, artifact.path)

@@ -3,20 +3,39 @@ report and card."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from qtool.measure.measure import Row
 from qtool.runs import ledger
 
 KIND = "measure"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over repeats; percentiles over all requests of all repeats. ``status``: `ok`, `out of memory`, `not run`
+    or `rejected`, with ``why``. ``predicted``: bytes, None where the card is unknown; ``step_bound`` and
+    ``first_bound``: seconds."""
+
+    context: int
+    sequences: int
+    status: str
+    why: str = ""
+    first_seconds: dict[str, float] | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    requests_per_second: float | None = None
+    cost_per_million: float | None = None
+    cached: float | None = None
+    memory: dict[str, int | None] | None = None
+    predicted: int | None = None
+    step_bound: tuple[float, float | None] | None = None
+    first_bound: tuple[float, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,35 +118,3 @@ def one_machine(measured: Mapping[str, list[Measurement]]) -> dict[str, Measurem
     machine = max(last, key=lambda machine: (machines.count(machine), last[machine]))
     chosen = {name: next((m for m in found if m.machine == machine), None) for name, found in measured.items()}
     return {name: measurement for name, measurement in chosen.items() if measurement is not None}
-
-
-def machine_name(device: str) -> str:
-    """The card of ``cuda[:N]``, else this machine's processor with its cores; ``auto``: the card where there is one."""
-    if device != "cpu":
-        import torch
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {os.cpu_count()} cores"
-
-
-def less_device_memory(measurement: Measurement, taken: int) -> Measurement:
-    """Without the ``taken`` bytes that another process held on the card all the while."""
-    rows = []
-    for row in measurement.rows:
-        memory = dict(row.memory or {})
-        if (device := memory.get("device")) is not None:
-            memory["device"] = max(0, device - taken)
-        rows.append(replace(row, memory=memory or None))
-    return replace(measurement, rows=tuple(rows))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
