@@ -21,6 +21,7 @@ from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import named, read_text, shown
 from qtool.convert.files.sidecars import check_sidecars
 from qtool.convert.files.source import name_of, resolve
+from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer, token_windows
@@ -241,7 +242,7 @@ def evaluate_folders(
     artifact = Artifact.open(model)
     if artifact.gguf is None and not artifact.quantization:
         artifact.checkpoint.check_dtypes()
-        artifact.checkpoint.check_sizes(artifact.config)
+        check_sizes(artifact.checkpoint, artifact.config)
     config = load_config(model, trust_remote_code)
     check_folder(model)
     subjects = [artifact_subject(name, artifact)]

@@ -22,8 +22,8 @@ MAY_IMPORT = {
 # stands in no list, it only must not be part of a circle.
 DOWNHILL: dict[str, tuple[str, ...]] = {
     "": ("__main__", "cli", "share", "verbs", "run", "report", "measure", "make", "runs", "sizing", "recipe"),
-    "convert": ("verify", "artifact", "runtimes", "formats", "skeleton", "models", "text", "files"),
-    "quantize": ("walk", "folding", "memory", "methods", "grid", "layer", "statistics", "precision"),
+    "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
+    "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision"),
     "evaluate": ("selfcheck", "answers", "fidelity", "tasks", "engines", "sandbox", "journal", "scorecard", "rates"),
 }
 # What scripts run in environments of their own, or find in one: not installed with qtool, imported inside functions.

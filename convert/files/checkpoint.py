@@ -10,16 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.diagnosis import UNQUANTIZED, why_missing, why_no_model
 from qtool.convert.files.reading import open_file, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE, read_header, read_places
-from qtool.convert.models.table import prefix_of
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -146,30 +143,6 @@ class Checkpoint:
         """Every tensor (or those named), shard by shard."""
         for name in names if names is not None else self.tensors:
             yield name, self.tensor(name)
-
-    def check_sizes(self, config: Mapping[str, Any]) -> None:
-        """Compare config.json's sizes with the headers, before a model of these sizes is built. Raises QtoolError."""
-        said, prefix = config.get("num_hidden_layers"), prefix_of(config)
-        layer = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
-        layers = {name: int(found[1]) for name in self.tensors if (found := layer.match(name))}
-        if layers and isinstance(said, int):
-            held = max(layers.values()) + 1
-            if said > held:
-                raise QtoolError(
-                    f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
-                    f"{prefix}{held} is missing. Weights and config.json are not of one model."
-                )
-            self.refuse_strangers([name for name, layer in layers.items() if layer >= said])
-        embedding, gate = "model.embed_tokens.weight", f"{prefix}0.mlp.gate_proj.weight"
-        for key, name, axis in (
-            ("vocab_size", embedding, 0), ("hidden_size", embedding, 1), ("intermediate_size", gate, 0),
-        ):  # fmt: skip
-            info, said = self.tensors.get(name), config.get(key)
-            if info is not None and len(info.shape) == 2 and isinstance(said, int) and info.shape[axis] != said:
-                raise QtoolError(
-                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {key} {said}. Weights "
-                    "and config.json are not of one model."
-                )
 
     def refuse_strangers(self, names: Sequence[str]) -> None:
         """Raises QtoolError where there are any: the walk would leave them unwritten, and no loader has a place for

@@ -10,7 +10,6 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.reading import read_json, refuse_link, shown
-from qtool.convert.models.table import find_family, quantized
 
 ADAPTER = "adapter_config.json"
 UNQUANTIZED = "Take the unquantized release of this model"
@@ -32,8 +31,6 @@ _WRAPPERS = {
     "language_model.": ("a multimodal model, whose text part lies there", "save the text model alone"),
     "transformer.": ("another architecture or another library", "convert it to transformers' names"),
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
 def why_no_model(folder: Path) -> str:
@@ -99,34 +96,6 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Collectio
                 f"{folder}: holds {name}: the model is quantized already ({kind}), though config.json does not say so. "
                 f"{UNQUANTIZED}."
             )
-
-
-def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises QtoolError for an architecture that no output can be made of, saying what kind of model it is."""
-    family = find_family(config)
-    if family is not None and not family.planned_only:
-        return
-    names = config.get("architectures") or []
-    said = ", ".join(map(shown, names)) or "(none named in config.json)"
-    experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
-    inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
-    if family is not None:
-        why = family.planned_only
-    elif inside:
-        why = (
-            f"a model of several parts ({inside}). Save its text model alone as one of these (for Gemma 3: "
-            "`Gemma3ForCausalLM.from_pretrained(folder).save_pretrained(new)`)"
-        )
-    elif experts:
-        why = f"a mixture of experts ({experts}: {config[experts]}), which qtool does not quantize yet"
-    elif any("ForCausalLM" not in name for name in names):
-        why = "no causal language model under transformers' names"
-    else:
-        why = (
-            "not known to qtool: a module in convert/models is needed, which says what feeds its matrices "
-            "(docs/adding-a-family.md)"
-        )
-    raise QtoolError(f"{folder / 'config.json'}: architecture {said} is {why}. Known: {', '.join(quantized())}.")
 
 
 def why_missing(folder: Path, expected: str, tensors: Collection[str]) -> str:

@@ -79,6 +79,11 @@ def container_of(section: Section) -> Container:
     return CONTAINERS[method]
 
 
+def geometry_of(section: Section) -> dict[str, Any]:
+    """bits, group_size, sym, as the container reads them; AutoAWQ's says no sym."""
+    return {"bits": 4} | container_of(section).geometry(section)
+
+
 @dataclass(frozen=True)
 class Linears:
     """The quantized linears of an open folder, finished or not."""

@@ -13,6 +13,7 @@ from qtool.convert.files.folder import PARTIAL, refuse_unfinished
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import read_json
 from qtool.convert.formats import autogptq
+from qtool.convert.formats.containers import geometry_of
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.runtimes import rules as runtimes
 from qtool.convert.verify.config import check_config, check_ledger, check_share, stored_shapes
@@ -97,7 +98,7 @@ def subject_of(artifact: Artifact) -> runtimes.Subject:
     side = artifact.path / autogptq.QUANTIZE_CONFIG
     return runtimes.Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
-        frozenset(scattered), decoder_of(artifact.config).by_columns(),
+        frozenset(scattered), decoder_of(artifact.config).by_columns(), geometry_of(packed.section),
     )  # fmt: skip
 
 

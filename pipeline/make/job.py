@@ -14,12 +14,13 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config
-from qtool.convert.files.diagnosis import refuse_architecture, refuse_quantized, why_no_model
+from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.refusals import check_sizes, refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
@@ -105,7 +106,7 @@ def open_source(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint.open(folder)
     refuse_quantized(folder, raw, checkpoint.tensors)
     refuse_architecture(folder, raw)
-    checkpoint.check_sizes(raw)
+    check_sizes(checkpoint, raw)
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.models.table import FAMILIES, find_family, names_of
 from qtool.convert.models.tied import check_folder
@@ -82,7 +83,7 @@ def _local(path: Path, name: str) -> Headers:
         geometry = read_geometry(config, where)
         checkpoint = Checkpoint.open(path)
         if "quantization_config" not in config:  # packed tensors have other shapes; verify knows them
-            checkpoint.check_sizes(config)
+            check_sizes(checkpoint, config)
             if find_family(config) is not None:
                 checkpoint.check_shapes(tensor_shapes(config))
         check_folder(path)

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qtool.convert.files.writer import Spec
@@ -26,15 +26,6 @@ from qtool.quantize.statistics import InputStatistics
 SKIPPED = ["lm_head"]  # never quantized
 # a folder's name ends at 255 bytes, and the model's stands in front of it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-
-
-def _no_switch(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
 
 
 class Needs(Enum):

@@ -19,7 +19,8 @@ from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Rows
 from qtool.quantize import grid as grids
 from qtool.quantize import rounding, scaling
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Number, unquantized
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, unquantized
+from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 
