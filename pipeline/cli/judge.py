@@ -58,8 +58,6 @@ def check(
       qtool check latest
       qtool check latest --baseline baseline.json --junit qtool.xml
     """
-    from qtool.recipe.paths import locate
-    from qtool.recipe.sections import load_recipe
     from qtool.report import terminal as report
     from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
@@ -67,7 +65,12 @@ def check(
     from qtool.runs.record import find_run, load_run
 
     record = load_run(find_run(run, runs))
-    gates = load_recipe(locate(recipe)).gates if recipe else record.recipe.gates
+    gates = record.recipe.gates
+    if recipe:
+        from qtool.recipe.paths import locate
+        from qtool.recipe.sections import load_recipe  # with every method
+
+        gates = load_recipe(locate(recipe)).gates
     results = check_run(record, gates, load_baseline(baseline) if baseline else None)
     report.print_results(results)
     if junit:
