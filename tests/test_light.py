@@ -64,13 +64,12 @@ def test_help() -> None:
 
 
 def test_what_reads_a_run(runs: Path, tmp_path: Path) -> None:
-    recipe, baseline = next(runs.glob("*/recipe.yaml")), tmp_path / "baseline.json"
+    baseline = tmp_path / "baseline.json"
     artifact = next((runs.parent / "artifacts").glob("*awq*"))
     commands: list[list[object]] = [
         ["check", "latest"],
         ["baseline", "save", "latest", baseline],
         ["check", "latest", "--baseline", baseline, "--junit", tmp_path / "a.xml", "--json", tmp_path / "a.json"],
-        ["check", "latest", "--recipe", recipe],
         ["report", "latest", "--out", tmp_path / "out"],
         ["compare", "latest:nf4", "latest:awq"],
         ["compare", baseline, "latest"],
