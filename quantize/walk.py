@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.plan import OutputPlan, walk_order
-from qtool.convert.models.feeds import Feed, matrix
+from qtool.convert.models.feeds import Feed, whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, adder, advance, captured, of_own_stream, run_layer
@@ -91,13 +91,13 @@ class Walk:
         for name in walk_order(self.checkpoint.tensors, self.decoder):
             if self.decoder.layer_of(name) is not None:
                 continue
-            tensors, whole = {name: self.checkpoint.tensor(name)}, matrix(name.removesuffix(".weight"))
+            tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
             outputs = {}
             for output in self.outputs:
-                plans = {plan.name: plan for plan in output.plan.outside if plan.name == whole.module}
+                plans = {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module}
                 if plans:
                     refuse_unsound_values(name, tensors[name])
-                    layer = Layer(None, (), (whole,), plans, tensors, {}, self.device)
+                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)
                     outputs[output.method.name] = output.method.quantize(layer, Inputs())
                 elif name in output.plan.specs:
                     outputs[output.method.name] = LayerCodes(tensors=tensors)

@@ -15,6 +15,9 @@ from qtool.convert.models.geometry import Geometry
 Value = int | float | str
 Settings = Mapping[str, Any]
 """A config.json, completed with the family's defaults."""
+Ropes = Mapping[str, Mapping[str, Value]]
+"""Kind of layers -> llama.cpp's rotary keys (`rope.rope_keys`)."""
+LAYERS = "model.layers."  # how names of tensors in layers begin, as nearly everywhere
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `layer_types` and in rotary settings
 
 
@@ -46,7 +49,11 @@ SILU = Activation("hidden_act", ("silu", "swish"), "silu")
 TANH_GELU = Activation("hidden_activation", ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 
 
-def _no_keys(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+def _as_read(_: Settings, shape: Geometry) -> Geometry:
+    return shape
+
+
+def _no_keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
     return {}
 
 
@@ -54,21 +61,25 @@ def _never(_: Geometry) -> bool:
     return False
 
 
-def _nothing_odd(_: Settings, __: Mapping[str, Mapping[str, Value]]) -> None:
+def _takes_all(_: Settings, __: Ropes) -> None:
     return None
 
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """How llama.cpp wants a family, as its loader and its quantizer have it.
+    """How llama.cpp wants a family: what its loader, its graphs and its quantizer have in their code.
 
-    architecture: general.architecture. permuted: its rotation takes neighbouring pairs, so rows of q and k are put in
-    that order. windows: its sliding layers slide. biases: it loads biases where `attention_bias` says so. factors: it
-    loads llama-3's rotary factors. keys: its own keys, from the completed config.json, the shape and the rotary keys of
-    each kind of layer; raises QtoolError for what no key can say. required: those of them without which it loads a file
-    wrongly. refuse: raises QtoolError for what it would compute otherwise. says: the keys of config.json that only this
-    family has and that are written, checked or built in. like_70b: what it takes for a "70B", whose attn_v has more
-    bits.
+    architecture: `general.architecture`.
+    permuted: its rotation takes neighbouring pairs, so rows of q and k are stored in that order.
+    windows: its sliding layers slide.
+    biases: it loads biases of attention.
+    factors: it loads llama-3's rotary factors.
+    keys: its own keys, from the completed config.json, the shape, and the rotary keys of each kind of layer. Raises
+        QtoolError for what no key can say.
+    required: those of them without which it loads a file wrongly.
+    refuse: raises QtoolError for what it would compute otherwise, from the config.json and the rotary keys.
+    says: keys of config.json that only this family has, and that are written, checked or built in.
+    like_70b: whether it takes a shape for its "70B", whose attn_v gets more bits.
     """
 
     architecture: str
@@ -76,9 +87,9 @@ class GgufFacts:
     windows: bool = False
     biases: bool = False
     factors: bool = False
-    keys: Callable[[Settings, Geometry, Mapping[str, Mapping[str, Value]]], dict[str, Value]] = _no_keys
+    keys: Callable[[Settings, Geometry, Ropes], dict[str, Value]] = _no_keys
     required: tuple[str, ...] = ()
-    refuse: Callable[[Settings, Mapping[str, Mapping[str, Value]]], None] = _nothing_odd
+    refuse: Callable[[Settings, Ropes], None] = _takes_all
     says: frozenset[str] = frozenset()
     like_70b: Callable[[Geometry], bool] = _never
 
@@ -90,16 +101,24 @@ def one_pass(shape: Geometry) -> tuple[Visit, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """A family, by the name that config.json's `architectures` has for it.
+    """All that qtool knows of a family of models.
 
-    name: as config.json has it. tensors: name -> shape of every tensor of a checkpoint, a tied head left out. feeds: of
-    a layer, in forward order; they may differ from layer to layer. visits: the order in which a token passes through
-    the layers. activation: of the MLP. windows: which layers slide. defaults: what transformers' class takes for a key
-    that config.json lacks (what is not here is None or False). rope_kinds: kinds of layers with rotary settings of
-    their own. prefix: of the layers. plus_one: how the names of norm weights end whose norms apply 1 + weight. uncast:
-    how the names of tensors end that keep the dtype they are stored in. whole_scores: as `Geometry`'s. float16: whether
-    vLLM runs it in float16. gguf: None where it cannot be written, and ``no_gguf`` says so. planned_only: why no output
-    quantizes it yet; empty where all do.
+    name: its class, as `architectures` of config.json has it.
+    tensors: name -> shape of every tensor of a checkpoint, a tied head left out.
+    feeds: of one layer, in forward order; they may differ from layer to layer.
+    activation: of the MLP.
+    windows: which layers slide.
+    defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
+    shape: what keys of the family's own change in the geometry.
+    visits: the order in which a token passes through the layers.
+    rope_kinds: the kinds of layers that have rotary settings of their own.
+    prefix: how the names of the layers' tensors begin.
+    plus_one: how the names of norm weights end whose norms apply 1 + weight.
+    uncast: how the names of tensors end that keep the dtype in which they are stored.
+    whole_scores: as in `Geometry`.
+    float16: whether vLLM runs it in float16.
+    gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
+    planned_only: why no output quantizes it yet; empty where all do.
     """
 
     name: str
@@ -108,9 +127,10 @@ class Family:
     activation: Activation
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    shape: Callable[[Settings, Geometry], Geometry] = _as_read
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
-    prefix: str = "model.layers."
+    prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
     whole_scores: bool = False

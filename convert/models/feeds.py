@@ -46,7 +46,7 @@ class Matrix:
         return (rows if self.count is None else self.count), columns
 
 
-def matrix(module: str) -> Matrix:
+def whole(module: str) -> Matrix:
     """A matrix that is a tensor of its own, as most are."""
     return Matrix(module, f"{module}.weight")
 
@@ -110,13 +110,15 @@ class Feed:
 
     consumers: matrices to be quantized, which share the statistics of their input. also: tensors that take the scale
     and stay as they are otherwise: a router, the gate of a shared expert. routed: each consumer sees the tokens alone
-    that are sent to it. Feeds of one producer share its scale.
+    that are sent to it. split: engines that spread a layer over cards split the consumers' columns, for the input lies
+    split already. Feeds of one producer share its scale.
     """
 
     producer: Producer
     consumers: tuple[Matrix, ...]
     also: tuple[str, ...] = ()
     routed: bool = False
+    split: bool = False
 
     @property
     def name(self) -> str:

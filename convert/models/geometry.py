@@ -11,11 +11,13 @@ WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Geometry:
     """What a config.json says of a model's shape, and what its family adds; `convert.models.shape` reads it.
 
-    windows: for each layer the tokens its attention looks back on, None for all. loops: how often a token passes
-    through all layers; passes after the first attend to the first one's cache and to their own last ``loop_window``
-    tokens. whole_scores: transformers computes attention without SDPA, every head's scores at once. llama_cpp_windows:
-    llama.cpp's sliding layers keep their window alone. assumed: what config.json did not say, and what was taken
-    instead.
+    windows: for each layer the tokens its attention looks back on, None for all.
+    mlp_matrices: gate, up and down.
+    whole_scores: transformers computes attention without SDPA, every head's scores at once.
+    llama_cpp_windows: llama.cpp's sliding layers keep their window alone.
+    loops: how often a token passes through all layers; passes after the first attend to the first one's cache and to
+        their own last ``loop_window`` tokens.
+    assumed: what config.json did not say, and what was taken instead.
     """
 
     architecture: str
@@ -32,6 +34,7 @@ class Geometry:
     dtype: str
     attention_bias: bool = False
     mlp_bias: bool = False
+    mlp_matrices: int = 3
     whole_scores: bool = False
     llama_cpp_windows: bool = False
     loops: int = 1
@@ -57,7 +60,7 @@ class Geometry:
     def layer_linears(self) -> int:
         """Weights of one layer's linears."""
         attention = self.hidden * (2 * self.q_row + 2 * self.kv_row)
-        return attention + 3 * self.hidden * self.intermediate
+        return attention + self.mlp_matrices * self.hidden * self.intermediate
 
     @property
     def head_weights(self) -> int:

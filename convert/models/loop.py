@@ -3,10 +3,17 @@ first one's cache and, through a gate of each layer, to its own window (vLLM mod
 
 from __future__ import annotations
 
-from qtool.convert.models.family import SILU, Family, Windows
+from dataclasses import replace
+
+from qtool.convert.models.family import SILU, Family, Settings, Windows
 from qtool.convert.models.feeds import Shape, Visit
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import decoder_tensors, gated_decoder
+
+
+def _shape(settings: Settings, shape: Geometry) -> Geometry:
+    loops = int(settings.get("loop_num") or 2)
+    return replace(shape, loops=loops, loop_window=int(settings.get("loop_window_size") or 64) if loops > 1 else 0)
 
 
 def _tensors(shape: Geometry) -> dict[str, Shape]:
@@ -27,7 +34,7 @@ IQUEST_LOOP_CODER = Family(
     gated_decoder(),
     SILU,
     Windows("some"),
-    {"loop_num": 2, "loop_window_size": 64},
+    shape=_shape,
     visits=_visits,
     no_gguf="cannot be written as GGUF: llama.cpp has no looped decoder",
     planned_only="a looped model, which qtool plans and does not quantize yet: no calibration goes through it twice",

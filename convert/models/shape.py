@@ -58,6 +58,12 @@ class Decoder:
                 found.setdefault(at + matrix.tensor, []).append((at + matrix.module, matrix))
         return found
 
+    def by_columns(self) -> frozenset[str]:
+        """Full modules of the matrices whose columns engines split over several cards (`Feed.split`)."""
+        layers = range(self.shape.layers)
+        split = [(self.at(layer), feed.consumers) for layer in layers for feed in self.feeds(layer) if feed.split]
+        return frozenset(at + matrix.module for at, matrices in split for matrix in matrices)
+
     def tensors(self) -> dict[str, Shape]:
         """Name -> shape of every tensor that a checkpoint holds, a tied head left out."""
         return self.family.tensors(self.shape)
@@ -95,15 +101,13 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Geometry:
     if max_context is None:
         assumed.append("max_position_embeddings is missing: no context is refused as too long")
     architecture = _architecture(config, family, assumed, where)
-    for key in ("sliding_window", "sliding_window_pattern", "max_window_layers"):
+    for key in ("sliding_window", "sliding_window_pattern", "max_window_layers", "loop_num", "loop_window_size"):
         if config.get(key):  # 0 and null say that nothing slides, or all does
             _positive(config, key, where)
-    usual = family.defaults if family else {}
-    loops = _optional(config, "loop_num", where) or int(usual.get("loop_num", 1))
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is None:
         assumed.append("dtype is missing: bfloat16")
-    return Geometry(
+    shape = Geometry(
         architecture=architecture,
         layers=layers,
         hidden=hidden,
@@ -120,10 +124,9 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Geometry:
         mlp_bias=bool(config.get("mlp_bias")),
         whole_scores=family is not None and family.whole_scores,
         llama_cpp_windows=family is not None and family.gguf is not None and family.gguf.windows,
-        loops=loops,
-        loop_window=(_optional(config, "loop_window_size", where) or 64) if loops > 1 else 0,
         assumed=tuple(assumed),
     )
+    return family.shape(full, shape) if family else shape
 
 
 def read_geometry(config: Mapping[str, Any], where: str = "config.json") -> Geometry:
