@@ -253,7 +253,7 @@ from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 from qtool.convert.files.source import resolve
 
 where, number = sys.argv[2], int(sys.argv[3])
