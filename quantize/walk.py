@@ -91,13 +91,13 @@ class Walk:
         for name in walk_order(self.checkpoint.tensors, self.decoder):
             if self.decoder.layer_of(name) is not None:
                 continue
-            tensors, found = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
+            tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
             outputs = {}
             for output in self.outputs:
-                plans = {plan.name: plan for plan in output.plan.outside if plan.name == found.module}
+                plans = {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module}
                 if plans:
                     refuse_unsound_values(name, tensors[name])
-                    layer = Layer(None, (), (found,), plans, tensors, {}, self.device)
+                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)
                     outputs[output.method.name] = output.method.quantize(layer, Inputs())
                 elif name in output.plan.specs:
                     outputs[output.method.name] = LayerCodes(tensors=tensors)

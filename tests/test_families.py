@@ -22,9 +22,8 @@ from qtool.convert.models.table import FAMILIES, gguf_facts
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_engines import load_model
-from qtool.quantize.folding import _scale, quantize_layer
-from qtool.quantize.layer import LayerOutput
-from qtool.quantize.methods.sections import AwqMethod
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.on_grid import Folded, _scale, quantize_layer
 from qtool.quantize.statistics import InputStatistics
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
@@ -111,7 +110,7 @@ def test_a_scale_goes_to_whatever_else_its_norm_feeds() -> None:
     stats.finish()
     method = AwqMethod(method="awq", group_size=32, rounding="rtn", dtype="bfloat16")
     output = quantize_layer(method, [feed], weights, {feed.name: stats})
-    scale = output.columns["up"]
+    scale = output.kept["up.columns"]
     assert not torch.equal(scale, torch.ones(64))
     folded = x * output.tensors["norm.weight"] + output.tensors["norm.bias"]
     torch.testing.assert_close(folded * scale, made, rtol=1e-4, atol=1e-4)
@@ -130,7 +129,7 @@ def test_heads_that_share_a_norm_share_its_scales() -> None:
     stats = InputStatistics()
     stats.add(made)
     stats.finish()
-    output = LayerOutput(rows={"out": torch.ones(64)}, columns={"out": torch.ones(128)})
+    output = Folded(rows={"out": torch.ones(64)}, columns={"out": torch.ones(128)})
     folded = dict(weights)
     _scale(AwqMethod(method="awq", group_size=32, dtype="bfloat16"), feed, weights, stats, folded, output)
     assert not torch.equal(output.columns["out"], torch.ones(128))
@@ -166,7 +165,7 @@ def test_a_family_is_added_in_one_file(starcoder2: Path, tmp_path: Path) -> None
             assert scales.tensor("model.layers.0.mlp.c_fc.columns").unique().numel() > 1
             assert scales.tensor("model.layers.0.mlp.c_proj.columns").unique().tolist() == [1.0]
     with pytest.raises(QtoolError, match="Starcoder2ForCausalLM cannot be written as GGUF yet"):
-        converted(starcoder2, [{"method": "gguf"}], tmp_path / "other")
+        converted(starcoder2, [{"method": "gguf"}], tmp_path)
 
 
 def test_producers_that_nothing_passes_absorb_nothing() -> None:

@@ -24,7 +24,7 @@ LIBRARIES = GIB  # torch, transformers and the rest in host memory
 
 
 @dataclass(frozen=True)
-class Needs:
+class Resources:
     """Bytes needed and there (None: cannot be told here). ``seconds``: shortest and longest that this kind of machine
     took for as many parameters and outputs, evaluation included; None where it never did."""
 
@@ -55,7 +55,7 @@ class Needs:
         return asdict(self) | {"short": self.short()}
 
 
-def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None) -> Needs:
+def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None) -> Resources:
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
     there."""
     outputs = job.outputs if pending is None else pending
@@ -64,7 +64,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     on_host = job.device.type == "cpu"
     disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
     parent = _existing(named(job.recipe.output_dir))
-    return Needs(
+    return Resources(
         device="host" if on_host else device_kind(job.device),
         device_bytes=0 if on_host else peak,
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
