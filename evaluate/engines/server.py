@@ -1,4 +1,4 @@
-"""The engine `openai`: any OpenAI-compatible server (vLLM, SGLang, llama-server, Ollama), streamed and in parallel.
+"""A model behind an OpenAI-compatible server (vLLM, SGLang, llama-server, Ollama): streamed, in parallel, timed.
 
 API: https://platform.openai.com/docs/api-reference (completions, chat, models), as those servers implement it.
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from qtool import QtoolError
-from qtool.evaluate.engines.engine import Completion, Decoding, Request
+from qtool.evaluate.engines import machine
+from qtool.evaluate.engines.engine import Batch, Completion, Decoding, OutOfMemory, Reading, Request
 
-TIMEOUT = 600.0  # seconds without a byte from the server
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TIMEOUT, TIMED_TIMEOUT = 600.0, 1800.0  # seconds without a byte from the server
 RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the server names one
 RETRY_WAIT = 0.5
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -31,7 +34,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """The connection broke or the server is busy: worth another attempt. ``wait``: seconds the server asked for."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
@@ -40,10 +43,11 @@ class _Broken(Exception):
 
 
 @dataclass(frozen=True)
-class ServedEngine:
+class ServedModel:
     """``model`` at ``base_url``, which ends before ``/completions`` as in OpenAI's own clients. ``api_key`` goes into
     the Authorization header and nowhere else. ``tokenizer`` turns a prompt into token ids for servers that take them;
-    ``options`` are what this server must be told beside a temperature above 0."""
+    ``options`` are what this server must be told beside a temperature above 0. ``inside``: it runs in this process, so
+    that its memory is this process's."""
 
     base_url: str
     model: str
@@ -54,6 +58,7 @@ class ServedEngine:
     api_key: str | None = field(default=None, repr=False)
     tokenizer: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    inside: bool = False
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -99,40 +104,80 @@ class ServedEngine:
                         break
                 # halves of a character come as two pieces from servers that cut UTF-16
                 return index, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            except _Broken as error:
+            except Broken as error:
                 if attempt == RETRIES:
                     raise QtoolError(f"{url}: {error}, {RETRIES + 1} times. Is the server running?", 3) from error
                 time.sleep(error.wait if error.wait is not None else RETRY_WAIT * 2**attempt)
         raise AssertionError("unreachable")
 
+    def time(self, batch: Batch) -> Reading:
+        """All requests at once, streamed. Raises OutOfMemory, QtoolError (exit 3)."""
+        if self.inside:
+            machine.reset_resident_peak()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(batch.prompts)) as pool:
+            answers = list(pool.map(lambda ids: self._timed(list(ids), batch.tokens), batch.prompts))
+        wall = time.perf_counter() - started
+        steps = tuple((a.last - a.first) / (a.tokens - 1) for a in answers if a.tokens > 1)
+        cached = [answer.cached for answer in answers if answer.cached is not None]
+        return Reading(
+            tuple(answer.first for answer in answers), steps, wall, sum(answer.tokens for answer in answers),
+            sum(cached) / (len(batch.prompts[0]) * len(cached)) if cached else None,
+            {"resident": machine.resident_peak() if self.inside else None},
+        )  # fmt: skip
 
-def connect(base_url: str, model: str | None) -> ServedEngine:
-    """The engine for a server, after asking which models it has: the only one where ``model`` is None. The key is
-    OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise QtoolError(
-            f"--base-url {base_url!r}: give the address that ends before /completions, http://host:8000/v1."
-        )
-    if parts.username or parts.password:
-        raise QtoolError(f"--base-url: a key does not belong into the address. Set {KEY_VARIABLE} instead.")
-    key = os.environ.get(KEY_VARIABLE) or None
-    try:
-        with _open(f"{base_url.rstrip('/')}/models", None, key) as answer:
-            listed = [(str(row["id"]), str(row.get("owned_by") or "")) for row in json.load(answer).get("data") or []]
-            software = answer.headers.get("Server") or ""
-    except _Broken as error:
-        raise QtoolError(f"{base_url}/models: {error}. Is the server running?", exit_code=3) from error
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
-    names = [name for name, _ in listed]
-    if model is None and len(names) != 1:
-        raise QtoolError(f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one as MODEL.")
-    if model is not None and names and model not in names:
-        raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
-    owner = next((owner for name, owner in listed if name == (model or names[0])), "")
-    version = ", ".join(part for part in (owner, software) if part)
-    return ServedEngine(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
+    def _timed(self, ids: list[int], tokens: int) -> _Times:
+        url = f"{self.base_url.rstrip('/')}/completions"
+        body = {
+            "model": self.model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True,
+            "ignore_eos": True, "cache_prompt": False, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        started = time.perf_counter()
+        times: list[float] = []
+        usage: dict[str, Any] = {}
+        try:
+            with opener(url).open(_request(url, body, self.api_key), timeout=TIMED_TIMEOUT) as answer:
+                for line in answer:
+                    data = line.decode().strip().removeprefix("data:").strip()
+                    if not line.startswith(b"data:") or data == "[DONE]":
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise _refusal(url, hide(json.dumps(event["error"]), self.api_key))
+                    usage = event.get("usage") or usage
+                    if event.get("choices"):  # the last one says why it ended; a server may merge tokens into one
+                        times.append(time.perf_counter() - started)
+        except urllib.error.HTTPError as error:
+            said = hide(error.read(500).decode(errors="replace"), self.api_key)
+            raise _refusal(url, said or f"answered {error.code}") from error
+        except OSError as error:
+            raise QtoolError(f"{url}: cannot be reached ({error}). Is the server running?", exit_code=3) from error
+        if not times:
+            raise QtoolError(f"{url}: answered without a token.", exit_code=3)
+        details = usage.get("prompt_tokens_details") or {}
+        made = int(usage.get("completion_tokens") or len(times))
+        return _Times(times[0], times[-1], made, details.get("cached_tokens"))
+
+    def logits(self, window: Tensor) -> None:
+        """Servers give a few logits at most."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds to the first and the last piece, tokens made, prompt tokens served from a cache (None: not said)."""
+
+    first: float
+    last: float
+    tokens: int
+    cached: int | None
+
+
+def _refusal(url: str, said: str) -> Exception:
+    lowered = said.lower()
+    if "out of memory" in lowered or "exceed" in lowered or ("context" in lowered and "size" in lowered):
+        return OutOfMemory(said)
+    return QtoolError(f"{url}: {said}", exit_code=3)
 
 
 def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
@@ -154,9 +199,9 @@ def tokenize(base_url: str, text: str) -> list[int]:
 def ask(url: str, request: dict[str, Any] | None = None) -> Any:
     """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
-        with _open(url, request, None) as answer:
+        with open_url(url, request, None) as answer:
             return json.load(answer)
-    except (_Broken, OSError, http.client.HTTPException, ValueError) as error:
+    except (Broken, OSError, http.client.HTTPException, ValueError) as error:
         raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
 
 
@@ -165,7 +210,7 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
     half an answer is no answer."""
     ended = False
     try:
-        with _open(url, request, api_key) as answer:
+        with open_url(url, request, api_key) as answer:
             for line in iter(lambda: answer.readline(_LONGEST_LINE), b""):
                 data = line.decode().strip()
                 if not data.startswith("data:"):
@@ -180,11 +225,11 @@ def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[
                     ended = ended or choice.get("finish_reason") is not None
                     yield _text_of(choice)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _Broken(f"the answer broke off ({type(error).__name__})") from error
+        raise Broken(f"the answer broke off ({type(error).__name__})") from error
     except (TypeError, AttributeError) as error:
-        raise _Broken("the answer holds something else than an OpenAI-compatible server's events") from error
+        raise Broken("the answer holds something else than an OpenAI-compatible server's events") from error
     if not ended:
-        raise _Broken("the answer broke off")
+        raise Broken("the answer broke off")
 
 
 def _text_of(choice: Any) -> str:
@@ -207,19 +252,23 @@ def opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *direct)
 
 
-def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    body = None if request is None else json.dumps(request).encode()
+def open_url(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
+    """The server's answer to GET, or to POST of ``request``, as a file. Raises Broken, and QtoolError (exit 3)."""
     try:
-        return opener(url).open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
+        return opener(url).open(_request(url, request, api_key), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:
-            raise _Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
+            raise Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
         hint = f" Set {KEY_VARIABLE}." if error.code == 401 and not api_key else ""
         raise QtoolError(f"{url}: the server answered {error.code}: {said}.{hint}", exit_code=3) from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"no answer ({error})") from error
+        raise Broken(f"no answer ({error})") from error
+
+
+def _request(url: str, request: dict[str, Any] | None, api_key: str | None) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    return urllib.request.Request(url, None if request is None else json.dumps(request).encode(), headers)
 
 
 def _seconds(headers: Any) -> float | None:
