@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
-from qtool.evaluate.engines.engine import Decoding, Engine, Message, Request, sample_seed
+from qtool.evaluate.engines.engine import Answering, Decoding, Message, Request, sample_seed
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.sandbox.execute import Job, Outcome, run_programs
 from qtool.evaluate.scorecard import Outcome as Verdict
@@ -36,10 +36,10 @@ Progress = Callable[[int, int], None]  # answered, judged
 
 
 def answer_task(
-    engine: Engine, task: Task, asking: Asking, tokenizer: Any, journal: Journal,
+    model: Answering, task: Task, asking: Asking, tokenizer: Any, journal: Journal,
     progress: Progress = lambda answered, judged: None,
 ) -> Answers:  # fmt: skip
-    """Ask ``engine`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
+    """Ask ``model`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
 
     What the journal holds is not asked or judged again; what comes is in it before anything else happens. Raises
     QtoolError (exit 3) where the engine, the sandbox or a test itself failed: none is a wrong answer.
@@ -63,10 +63,10 @@ def answer_task(
     with ThreadPoolExecutor(max_workers=1) as judge:
         # A model on the CPU needs every core itself: torch's threads wait for each other, and programs beside them
         # slow it several times over. There the programs run when it is done; elsewhere, while it writes.
-        wait = engine.device == "cpu"
+        wait = model.device == "cpu"
         judging: Future[None] = Future() if wait else judge.submit(_judge_all, texts, problems, asking, journal, say)
         try:
-            for number, text in engine.generate(requests, asking.decoding, done):
+            for number, text in model.generate(requests, asking.decoding, done):
                 journal.answered(places[number], text)
                 texts.put((places[number], text))
                 answered += 1
@@ -80,7 +80,7 @@ def answer_task(
         judging.result()
     missing = [name for name, sample in places if (name, sample) not in journal.judged]
     if missing:
-        raise QtoolError(f"{task.name}: engine {engine.name} gave no answer to {missing[0]}.", exit_code=3)
+        raise QtoolError(f"{task.name}: engine {model.name} gave no answer to {missing[0]}.", exit_code=3)
     return {name: tuple(journal.judged[name, sample] for sample in range(asking.samples)) for name in problems}
 
 

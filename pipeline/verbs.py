@@ -21,7 +21,7 @@ from qtool.runs.summary import Summary
 from qtool.sizing.accelerators import choose, load_accelerators, own_card
 from qtool.sizing.fit import HOST_BANDWIDTH
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, Plan, make_plan
+from qtool.sizing.plan import Plan, Question, make_plan
 
 Named = str | Path | Mapping[str, Any]
 Section = TypeVar("Section", bound=BaseModel)
@@ -35,7 +35,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """`qtool.plan`."""
     known = load_accelerators(None if cards is None else Path(cards))
-    asked = Asked(
+    asked = Question(
         cards=choose(known, gpu or own_card(known)), number=gpus, contexts=tuple(contexts),
         sequences=tuple(sequences), kv_dtypes=tuple(kv_dtypes), engine=engine, formats=tuple(formats),
         host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,

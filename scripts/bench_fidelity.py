@@ -19,7 +19,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.statistics import bootstrap_mean, bootstrap_ratio
 
 

@@ -20,7 +20,7 @@ from qtool.convert.files.source import resolve
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.statistics import bootstrap_mean
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts

@@ -27,7 +27,7 @@ from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines import llama_cpp
 from qtool.evaluate.engines import openai as served
 from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.methods.ggml import quantize_ggml

@@ -33,7 +33,7 @@ from qtool.run import _calibrate
 from qtool.runs import ledger
 from qtool.sizing.accelerators import choose, load_accelerators
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, make_plan
+from qtool.sizing.plan import Question, make_plan
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 B40 = IQUEST / "IQuest-Coder-V1-40B"
@@ -148,9 +148,9 @@ def test_a_plan_takes_no_second_and_help_no_imports() -> None:
     cards = choose(load_accelerators(), "H100")
     headers = read_headers(str(B40))
     formats = ("source", "awq", "gptq", "nf4", "Q4_K_M")
-    make_plan(headers, Asked(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
+    make_plan(headers, Question(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
     started = time.process_time()
-    plan = make_plan(read_headers(str(B40)), Asked(cards, formats=formats))
+    plan = make_plan(read_headers(str(B40)), Question(cards, formats=formats))
     assert time.process_time() - started < 1
     assert sum(len(answer.cells) for answer in plan.answers) == 5 * 5 * 4
     heavy = ("torch", "transformers", "pydantic", "yaml", "rich")
@@ -375,5 +375,5 @@ def test_gemma_is_served_in_bfloat16() -> None:
     headers = read_headers(str(B40))
     cards = choose(load_accelerators(), "H100")
     gemma = replace(headers, config={**headers.config, "model_type": "gemma2"})
-    (answer,) = make_plan(gemma, Asked(cards, formats=("awq",), contexts=(2048,))).answers
+    (answer,) = make_plan(gemma, Question(cards, formats=("awq",), contexts=(2048,))).answers
     assert "--dtype bfloat16" in answer.command

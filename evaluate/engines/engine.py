@@ -71,16 +71,11 @@ class OutOfMemory(Exception):
     """The engine could not hold so much."""
 
 
-class Running(Protocol):
-    """A loaded model. ``name`` (the engine's), ``version`` (its packages), ``dtype`` and ``device`` go into the
-    scorecard."""
+class Answering(Protocol):
+    """What answers requests. ``name``: the engine's; ``device``: ``cpu``, ``cuda`` or where else."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
     @property
     def device(self) -> str: ...
 
@@ -89,6 +84,15 @@ class Running(Protocol):
     ) -> Iterator[Completion]:
         """Every request but those in ``done``, each once, in any order. The same requests give the same texts whichever
         of them are done already."""
+
+
+class Running(Answering, Protocol):
+    """A loaded model. ``version``: of the engine's packages; ``dtype``: of its activations."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
 
     def time(self, batch: Batch) -> Reading:
         """Put ``batch`` once. Raises OutOfMemory."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.convert.formats.gguf.stops import KNOWN, MARKS, SOMETIMES
-from qtool.evaluate.engines.server import tokenize
 from qtool.evaluate.engines.llama_cpp import serve
+from qtool.evaluate.engines.server import tokenize
 
 CORPUS = (
     "def f(x, y=1):\n\treturn x**2 + y  # square\n\n\nclass A(B):\n    pass\n",

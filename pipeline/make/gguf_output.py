@@ -24,7 +24,7 @@ from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unemb
 from qtool.convert.formats.plan import layer_of
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.text.windows import load_tokenizer
-from qtool.evaluate.engines.llama_cpp import INSTALL, installed
+from qtool.evaluate.engines.llama_cpp import FACTS, installed
 from qtool.evaluate.engines.token_proof import prove_tokens
 from qtool.make.job import Job
 from qtool.make.writers import manifest_of
@@ -184,7 +184,7 @@ class GgufOutput:
         """Raises QtoolError showing the first text that llama.cpp splits otherwise, or that it does not load the
         file."""
         if not installed():
-            return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {INSTALL}"
+            return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {FACTS.install}"
         prompts = self.chat.prompts if self.chat else ()
         proof = prove_tokens(self.path, self.tokenizer, self.beyond, prompts)
         if proof.fatal is not None:

@@ -3,8 +3,6 @@ report and card."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -101,18 +99,6 @@ def one_machine(measured: Mapping[str, list[Measurement]]) -> dict[str, Measurem
     return {name: measurement for name, measurement in chosen.items() if measurement is not None}
 
 
-def machine_name(device: str) -> str:
-    """The card of ``cuda[:N]``, else this machine's processor with its cores; ``auto``: the card where there is one."""
-    if device != "cpu":
-        import torch
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {os.cpu_count()} cores"
-
-
 def less_device_memory(measurement: Measurement, taken: int) -> Measurement:
     """Without the ``taken`` bytes that another process held on the card all the while."""
     rows = []
@@ -122,12 +108,3 @@ def less_device_memory(measurement: Measurement, taken: int) -> Measurement:
             memory["device"] = max(0, device - taken)
         rows.append(replace(row, memory=memory or None))
     return replace(measurement, rows=tuple(rows))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()

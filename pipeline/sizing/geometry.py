@@ -8,6 +8,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.models.model_config import PERIODS, completed, is_tied, layer_windows
+from qtool.quantize.architectures import ARCHITECTURES
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,6 +51,12 @@ class Geometry:
     def kv_row(self) -> int:
         """Numbers in one token's keys of one layer; its values are as many."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def whole_scores(self) -> bool:
+        """Whether transformers holds the scores of all heads at once."""
+        known = ARCHITECTURES.get(self.architecture)
+        return known is not None and known.whole_scores
 
     @property
     def layer_linears(self) -> int:

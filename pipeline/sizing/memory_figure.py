@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtool.report.markup import visible
-from qtool.sizing.fit import GIB, Cell
+from qtool.sizing.fit import GIB, Estimate
 from qtool.sizing.plan import Answer, Plan
 
 WIDTH, LEFT, TOP, HEIGHT, FOOT = 760, 58, 46, 230, 86
@@ -72,7 +72,7 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
         out.append(f'<text x="{middle:.1f}" y="{base + 56}" text-anchor="middle">{visible(label)}</text>')
         out.append(
             f'<text class="soft" x="{middle:.1f}" y="{base + 71}" text-anchor="middle">'
-            f"{visible(answer.setting.engine)}</text>"
+            f"{visible(answer.setting.engine.name)}</text>"
         )
     line = y(limit)
     out.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - 16}" y1="{line:.1f}" y2="{line:.1f}"/>')
@@ -83,7 +83,7 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
     return "".join(out)
 
 
-def _bar(cell: Cell, x: float, width: float, y: object, top: float, base: float) -> str:
+def _bar(cell: Estimate, x: float, width: float, y: object, top: float, base: float) -> str:
     assert callable(y)
     parts, done = [], 0
     sizes = (cell.weights, cell.cache, cell.overhead.activations, cell.overhead.fixed)

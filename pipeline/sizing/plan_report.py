@@ -9,7 +9,7 @@ from rich.console import Console
 from qtool.report.columns import print_table
 from qtool.report.tables import Row, rate_text
 from qtool.sizing.bounds import Range
-from qtool.sizing.fit import Cell
+from qtool.sizing.fit import Estimate
 from qtool.sizing.plan import Answer, Plan, gib
 
 console = Console()
@@ -40,7 +40,7 @@ def _alike(plan: Plan) -> list[list[Answer]]:
     found: dict[object, list[Answer]] = {}
     for number, answer in enumerate(plan.answers):
         s = answer.setting
-        same = (s.card.key, s.engine, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
+        same = (s.card.key, s.engine.name, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
         found.setdefault(same if answer.faults else number, []).append(answer)
     return list(found.values())
 
@@ -51,7 +51,7 @@ def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
     cards = f"{s.cards} x {s.card.key}" if s.cards > 1 else s.card.key
     sized = [(a.setting.weights.format, a.setting.weights) for a in (answer, *alike)]
     sizes = ", ".join(f"{name} ({w.bits_per_weight:.2f} bpw, {gib(w.nbytes)} GiB)" for name, w in sized)
-    head = f"{sizes} on {cards} with {s.engine}, {s.kv_dtype} cache"
+    head = f"{sizes} on {cards} with {s.engine.name}, {s.kv_dtype} cache"
     if answer.faults:
         return [f"[red]cannot be served[/]  {head}: {'; '.join(answer.faults)}", *_advice(plan, answer)]
     if answer.fits:
@@ -98,7 +98,7 @@ def grid_rows(plan: Plan, card: str) -> list[Row]:
     return rows
 
 
-def _cells(cells: Sequence[Cell], refused: bool) -> Row:
+def _cells(cells: Sequence[Estimate], refused: bool) -> Row:
     few, many = min(cells, key=lambda cell: cell.sequences), max(cells, key=lambda cell: cell.sequences)
     row = {f"x {cell.sequences}": f"{gib(cell.total)}{'' if cell.fits and not refused else ' !'}" for cell in cells}
     row[f"tok/s x {few.sequences}"] = "" if refused else _cell_speed(few)
@@ -108,7 +108,7 @@ def _cells(cells: Sequence[Cell], refused: bool) -> Row:
     return row | {"first token": "" if unknown or few.first_token is None else _seconds(few.first_token)}
 
 
-def _cell_speed(cell: Cell) -> str:
+def _cell_speed(cell: Estimate) -> str:
     return _speed(cell.step, cell.sequences) if cell.fits else ""
 
 
