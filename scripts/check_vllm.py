@@ -47,9 +47,9 @@ from qtool.convert.runtimes.rules import RULES
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer
 from qtool.convert.verify.checks import subject_of
+from qtool.evaluate.engines.machine import machine_name
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.tasks.loading import load_task
-from qtool.measure.measurements import machine_name
 
 HERE = Path(__file__).resolve().parent
 PROMPTS, TOKENS, BEST, CONTEXT = 20, 32, 5, 480

@@ -22,9 +22,10 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer
 from qtool.evaluate import selfcheck
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines import vllm
+from qtool.evaluate.engines import transformers, vllm
 from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.engines.torch_engines import TorchEngine, end_tokens, load_model, load_native
+from qtool.evaluate.engines.torch_model import TorchModel, end_tokens, load_model
+from qtool.evaluate.engines.transformers import load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import prompts
@@ -280,7 +281,7 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     model = load_native(artifact.path, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
-    engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
+    engine = TorchModel(transformers.FACTS, model, load_tokenizer(artifact.path))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
     assert found[0]
     assert "bitsandbytes" in engine.version

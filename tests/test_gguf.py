@@ -25,7 +25,7 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer, token_windows
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines import llama_cpp
-from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines import server as served
 from qtool.evaluate.engines.engine import Decoding, Request
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job

@@ -17,13 +17,13 @@ from rich.progress import Progress
 from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.evaluate.engines.machine import machine_name
 from qtool.measure.measure import Row, measure
 from qtool.measure.measurements import (
     Measurement,
     from_json,
     less_device_memory,
     log,
-    machine_name,
     measured_models,
     one_machine,
 )

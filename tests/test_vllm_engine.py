@@ -12,10 +12,10 @@ from rich.console import Console
 
 from qtool.convert.files.artifact import write_config
 from qtool.evaluate.engines import engine as engines
-from qtool.evaluate.engines.vllm import cause
+from qtool.evaluate.engines.machine import machine_name
+from qtool.evaluate.engines.vllm_model import cause
 from qtool.measure import report as measure_report
 from qtool.measure.measure import Row
-from qtool.measure.measurements import machine_name
 
 PYDANTIC = (
     "1 validation error for VllmConfig\n  Value error, Unsupported quantization config: bits=4, sym=False "
