@@ -17,7 +17,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines import cache, reference
+from qtool.evaluate.engines import cache, reference, torch_model
 from qtool.evaluate.engines.engine import Decoding, Request
 from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of, sample
 from qtool.evaluate.tasks import prompts
@@ -139,20 +139,18 @@ def test_long_windows_in_chunks_equal_one_pass(
     model: Any, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = torch.randint(0, 320, (2, 150), generator=torch.Generator().manual_seed(2))
-    whole = fidelity.diverge(
-        logits_of(other), windows, fidelity.make_reference(logits_of(model), windows, tmp_path / "whole")
-    )
-    monkeypatch.setattr(fidelity, "CHUNK", 64)
-    source = fidelity.make_reference(logits_of(model), windows, tmp_path / "parts")
+    mine, theirs = logits_of(model), logits_of(other)
+    whole = fidelity.diverge(theirs, windows, fidelity.make_reference(mine, windows, tmp_path / "whole"))
+    for module in (fidelity, torch_model):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    source = fidelity.make_reference(mine, windows, tmp_path / "parts")
     parts = fidelity.diverge(logits_of(other), windows, source)
     assert len(list(source.folder.iterdir())) == 6
     assert parts.nll == pytest.approx(whole.nll, rel=1e-5)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-4)
     assert parts.kl_by_position == pytest.approx(whole.kl_by_position, rel=1e-3)
     assert (parts.position_bin, len(parts.kl_by_position)) == (3, 50)
-    few = fidelity.diverge(
-        logits_of(other), windows, fidelity.make_reference(logits_of(model), windows, tmp_path / "few", kept=64)
-    )
+    few = fidelity.diverge(theirs, windows, fidelity.make_reference(mine, windows, tmp_path / "few", kept=64))
     assert few.kept == 64
     assert 0.8 * sum(whole.kl) < sum(few.kl) < sum(whole.kl)
     assert few.top1 == whole.top1
