@@ -75,7 +75,7 @@ def evaluate(
       qtool evaluate --self-check --task humaneval
     """
     import qtool
-    from qtool.evaluate.tasks.benchmarks import is_dated
+    from qtool.evaluate.tasks.table import is_dated
     from qtool.report import terminal as report
     from qtool.run import check_harness, evaluate_served
     from qtool.runs.summary import summarise
