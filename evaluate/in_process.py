@@ -5,7 +5,6 @@ only the containment is as strong as elsewhere. The nonce keeps out forgers that
 descriptor; the exit code decides nothing.
 """
 
-import asyncio
 import inspect
 import os
 import sys
@@ -47,6 +46,8 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
         if isinstance(cases, type) and issubclass(cases, unittest.TestCase):
             return _run(cases)
         if callable(check) and inspect.isawaitable(running := check(candidate)):
+            import asyncio  # as in checker
+
             asyncio.run(_awaited(running))
     except BaseException as error:
         return "failed", reason_of(error)

@@ -143,9 +143,8 @@ class Writer:
     def _other(self, value: Any, kind: type) -> Any:
         if kind in library.CHANGING:
             return self.met(value) or self.content(value)
-        if kind in library.FIXED:
-            parts, _ = library.FIXED[kind]
-            return {"o": [kind.__name__, [self.node(part) for part in parts(value)]]}
+        if (fixed := library.fixed(kind)) is not None:
+            return {"o": [kind.__name__, [self.node(part) for part in fixed[0](value)]]}
         if (names := library.spelt(value, self.sides.own_side)) is not None:
             return {"T": names}
         if kind.__module__ == "numpy" and arrays.number(value):
@@ -242,7 +241,7 @@ class Reader:
             return library.named(module, name, not self.sides.own_side)
         if tag == "o":
             name, parts = content
-            return library.FIXED[library.FIXED_NAMES[name]][1](*self._items(parts))
+            return library.fixed_named(name)[1](*self._items(parts))
         if tag == "n":
             return arrays.made(*content)
         return _decode_items(tag, self._items(content))
