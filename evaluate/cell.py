@@ -45,8 +45,10 @@ class Cell:
             raise OSError(0, "Landlock is not in this kernel")
         if tier != "none" and os.geteuid() == 0 and _can_work_as(uid, kit):
             self.uid = uid
-        # The many rules of what may be read are made once for all jobs; in namespaces nothing else is there.
+        # Rules are made once for all jobs: the many of what may be read (in namespaces nothing else is there), and
+        # those of a process that writes nothing.
         self._rules = self._readable() if self.use_landlock and tier != "namespaces" else None
+        self._writes_nothing = _kept(isolation.landlock_rules([Path("/")], [], [])) if self.use_landlock else None
 
     def describe(self) -> str:
         """The measures in force, for the scorecard."""
@@ -75,10 +77,15 @@ class Cell:
         if self.use_landlock:
             if self._rules is not None:
                 isolation.landlock(self._rules)
-            # The program and its dynamic loader, wherever the system keeps that.
-            executable = [Path(node), *isolation.system_libraries()] if node else []
-            own = [Path(writable)] if writable else []
-            isolation.landlock(isolation.landlock_rules([Path("/")], own, executable))
+            assert self._writes_nothing is not None
+            if writable is None and node is None:
+                isolation.landlock(self._writes_nothing)
+            else:
+                os.close(self._writes_nothing)
+                # The program and its dynamic loader, wherever the system keeps that.
+                executable = [Path(node), *isolation.system_libraries()] if node else []
+                own = [Path(writable)] if writable else []
+                isolation.landlock(isolation.landlock_rules([Path("/")], own, executable))
         if self.use_seccomp:
             isolation.forbid_calls(execute=node is not None)
 
@@ -87,10 +94,13 @@ class Cell:
         hidden = hidden_paths(self.kit)
         readable = [path for folder in shown for path in isolation.readable_without(folder, hidden)]
         executable = [Path(self.kit.node), *isolation.system_libraries()] if self.kit.node else []
-        made = isolation.landlock_rules(readable, [Path(self.folder)], executable)
-        kept = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _RULES_FD)
-        os.close(made)
-        return kept
+        return _kept(isolation.landlock_rules(readable, [Path(self.folder)], executable))
+
+
+def _kept(made: int) -> int:
+    kept = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _RULES_FD)
+    os.close(made)
+    return kept
 
 
 def hidden_paths(kit: Kit) -> list[Path]:

@@ -6,6 +6,7 @@ raise OSError naming the call that the machine refused.
 """
 
 import ctypes
+import functools
 import os
 import resource
 import struct
@@ -222,6 +223,7 @@ def drop_privileges(uid: int | None) -> None:
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
 
 
+@functools.cache
 def landlock_version() -> int:
     """ABI version of Landlock, 0 where it is missing."""
     if sys.platform != "linux":

@@ -6,6 +6,7 @@ io_uring, shared memory, and every call that did not exist when this was written
 """
 
 import ctypes
+import functools
 import os
 import struct
 from typing import Any
@@ -63,8 +64,13 @@ _F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP = 8, 10, 15, 0x8901, 
 
 
 def available() -> bool:
-    """Whether the filter below knows this machine."""
-    return os.uname().machine in _ALLOWED
+    """Whether the filter below knows this machine. Makes what `install` installs."""
+    machine = os.uname().machine
+    if machine not in _ALLOWED:
+        return False
+    for execute in (False, True):
+        _program(machine, execute)
+    return True
 
 
 def install(libc: Any, execute: bool = False) -> None:
@@ -82,6 +88,7 @@ def install(libc: Any, execute: bool = False) -> None:
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
+@functools.cache  # a worker makes it before it forks: once, not for every process
 def _program(machine: str, execute: bool) -> bytes:
     """BPF: jt and jf are the instructions to skip when the comparison holds or not."""
     architecture, ranges = _ALLOWED[machine]

@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate import candidate, checker, in_process, isolation, scratch
+from qtool.evaluate import candidate, checker, in_process, isolation, rehearsal, scratch
 from qtool.evaluate.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.frames import MAX_ANSWER, MAX_JOB, NotPlain, pack_json, read_frame, unpack_json, write_frame
 from qtool.evaluate.in_process import LOADING
@@ -83,6 +83,7 @@ def main(config: str) -> None:
         write_frame(1, pack_json({"missing": str(error)}))
         os._exit(1)
     write_frame(1, pack_json({"sandbox": cell.describe()}))
+    rehearsal.run()
     # Pages shared with children stay shared: the collector leaves what exists now alone.
     gc.collect()
     gc.freeze()
