@@ -48,7 +48,9 @@ class Cell:
         # Rules are made once for all jobs: the many of what may be read (in namespaces nothing else is there), and
         # those of a process that writes nothing.
         self._rules = self._readable() if self.use_landlock and tier != "namespaces" else None
-        self._writes_nothing = _kept(isolation.landlock_rules([Path("/")], [], [])) if self.use_landlock else None
+        self._all = isolation.landlock_read([Path("/")], []) if self.use_landlock else []
+        self._with_node = isolation.landlock_read([Path("/")], _executable(kit)) if self.use_landlock else []
+        self._writes_nothing = _kept(isolation.landlock_rules(self._all)) if self.use_landlock else None
 
     def describe(self) -> str:
         """The measures in force, for the scorecard."""
@@ -82,10 +84,8 @@ class Cell:
                 isolation.landlock(self._writes_nothing)
             else:
                 os.close(self._writes_nothing)
-                # The program and its dynamic loader, wherever the system keeps that.
-                executable = [Path(node), *isolation.system_libraries()] if node else []
-                own = [Path(writable)] if writable else []
-                isolation.landlock(isolation.landlock_rules([Path("/")], own, executable))
+                own = [isolation.landlock_write(writable)] if writable else []
+                isolation.landlock(isolation.landlock_rules([*(self._with_node if node else self._all), *own]))
         if self.use_seccomp:
             isolation.forbid_calls(execute=node is not None)
 
@@ -93,8 +93,13 @@ class Cell:
         shown = list(dict.fromkeys(Path(os.path.realpath(path)) for path in shown_paths(self.kit)))
         hidden = hidden_paths(self.kit)
         readable = [path for folder in shown for path in isolation.readable_without(folder, hidden)]
-        executable = [Path(self.kit.node), *isolation.system_libraries()] if self.kit.node else []
-        return _kept(isolation.landlock_rules(readable, [Path(self.folder)], executable))
+        grants = [*isolation.landlock_read(readable, _executable(self.kit)), isolation.landlock_write(self.folder)]
+        return _kept(isolation.landlock_rules(grants))
+
+
+def _executable(kit: Kit) -> list[Path]:
+    """node and its dynamic loader, wherever the system keeps that."""
+    return [Path(kit.node), *isolation.system_libraries()] if kit.node else []
 
 
 def _kept(made: int) -> int:
