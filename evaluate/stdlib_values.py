@@ -183,7 +183,17 @@ _DATA = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, se
 _CLASSES = frozenset({*_DATA, *_FIXED, *CHANGING})
 # Modules with exceptions of their own that a worker does without until one of them is named by the other process.
 _LATE = frozenset(
-    "asyncio.exceptions asyncio.queues binascii concurrent.futures._base locale socket ssl subprocess uuid".split()
+    [
+        "asyncio.exceptions",
+        "asyncio.queues",
+        "binascii",
+        "concurrent.futures._base",
+        "locale",
+        "socket",
+        "ssl",
+        "subprocess",
+        "uuid",
+    ]
 )
 # Raised in a test, these would not be a failure but an end of it.
 _NOT_RAISED = frozenset({"unittest", "test", "doctest"})

@@ -32,6 +32,7 @@ MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside a
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 _WORDS = frozenset({type(None), bool, str})
 _NUMBERS = frozenset({int, float})
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 class Sides:
@@ -81,7 +82,7 @@ class Writer:
         """The bytes of ``value``. Raises NotPlain."""
         try:
             with _deep():
-                data = json.dumps(self.node(value), separators=(",", ":"), allow_nan=False).encode("ascii")
+                data = _ENCODER.encode(self.node(value)).encode("ascii")
         except RecursionError as error:
             raise NotPlain("a value nested too deeply") from error
         if len(data) > limit:
@@ -198,7 +199,7 @@ class Reader:
         """The value. Raises NotPlain for bytes that spell none, or one too large for this process."""
         try:
             with _deep():
-                return self.value(json.loads(data))
+                return self.value(json.loads(data.decode()))
         except NotPlain:
             raise
         except (
