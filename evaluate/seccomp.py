@@ -128,8 +128,8 @@ def _program(machine: str, execute: bool) -> bytes:
 
 
 def _within(ranges: list[tuple[int, int]]) -> list[bytes]:
-    """Allow numbers in one of the ``ranges``, refuse all others. They are sought by halves: the kernel runs a new filter
-    for every number there is before it installs it, and that for every process of a job."""
+    """Allow the numbers in one of the ``ranges``, refuse all others. They are sought by halves: for every process of a
+    job the kernel runs the new filter for every number there is."""
     if len(ranges) == 1:
         ((low, high),) = ranges
         return [_op(_AT_LEAST, low, 0, 2), _op(_GREATER, high, 1, 0), _op(_RETURN, _ALLOW), _REFUSE]

@@ -74,7 +74,8 @@ def test_worker_is_light_and_its_jobs_import_nothing(tmp_path: Path) -> None:
 def test_what_is_loaded_late_still_crosses() -> None:
     """Values, classes and exceptions of modules that a worker starts without."""
     given = (
-        "import uuid\ndef f(value):\n    assert type(value) is uuid.UUID\n    return value, uuid.UUID(int=7), uuid.UUID\n",
+        "import uuid\ndef f(value):\n    assert type(value) is uuid.UUID\n"
+        "    return value, uuid.UUID(int=7), uuid.UUID\n",
         "import uuid\ndef check(candidate):\n    one = uuid.UUID(int=1)\n"
         "    assert candidate(one) == (one, uuid.UUID(int=7), uuid.UUID)\n",
     )
