@@ -8,8 +8,9 @@ import linecache
 import os
 import sys
 
-from qtool.evaluate import candidate, checker, in_process
+from qtool.evaluate import candidate, checker
 from qtool.evaluate.frames import write_frame
+from qtool.evaluate.in_process import judge
 from qtool.evaluate.wire import Reader, pack
 
 _CALLS = 24  # Python 3.11 adapts code at its eighth run
@@ -32,8 +33,9 @@ class TestCases(unittest.TestCase):
 """
 
 
-def run() -> None:
-    """Judge them. Raises RuntimeError where a right program does not pass: such a worker could judge nothing."""
+def run(in_process: bool = False) -> None:
+    """Judge them, also in one process if asked for. Raises RuntimeError where a right program does not pass: such a
+    worker could judge nothing."""
     calls_in, calls_out = os.pipe()
     replies_in, replies_out = os.pipe()
     asked = {"test": _TEST, "entry_point": "f", "setup": ""}
@@ -49,7 +51,8 @@ def run() -> None:
         for _ in range(_CALLS):
             reader = Reader(side)
             side.answer(side.receive(reader), reader)
-        outcomes += [in_process.judge(_PROGRAM, {"test": _CASES, "entry_point": "f"}) for _ in range(_CALLS // 2)]
+        if in_process:
+            outcomes += [judge(_PROGRAM, {"test": _CASES, "entry_point": "f"}) for _ in range(_CALLS // 2)]
     finally:
         for fd in (calls_in, calls_out, replies_in, replies_out):
             os.close(fd)

@@ -54,7 +54,7 @@ def main(config: str) -> None:
     known = json.loads(config)
     tier, folder = known["tier"], known["folder"]
     kit = Kit(**known["kit"])
-    for name in _PRELOADED.split():
+    for name in (*_PRELOADED.split(), *(["unittest"] if kit.unittest else [])):
         __import__(name)
     _import_libraries(kit, folder)
     os.environ.clear()
@@ -83,7 +83,7 @@ def main(config: str) -> None:
         write_frame(1, pack_json({"missing": str(error)}))
         os._exit(1)
     write_frame(1, pack_json({"sandbox": cell.describe()}))
-    rehearsal.run()
+    rehearsal.run(in_process=kit.unittest)
     # Pages shared with children stay shared: the collector leaves what exists now alone.
     gc.collect()
     gc.freeze()

@@ -32,7 +32,7 @@ HEAVY = {
 }
 
 
-def modules_of_a_worker(folder: Path) -> set[str]:
+def modules_of_a_worker(folder: Path, in_process: bool) -> set[str]:
     """Those that a worker has when it would fork for its first job."""
     begun = process._BOOT.partition("from qtool.evaluate.worker")[0]
     code = begun + (
@@ -40,7 +40,7 @@ def modules_of_a_worker(folder: Path) -> set[str]:
         "worker._serve = lambda cell: print(sorted(sys.modules), file=sys.stderr)\n"
         "worker.main(sys.argv[2])\n"
     )
-    config = json.dumps({"tier": "none", "uid": 0, "folder": str(folder), "kit": asdict(Kit())})
+    config = json.dumps({"tier": "none", "uid": 0, "folder": str(folder), "kit": asdict(Kit(unittest=in_process))})
     command = [sys.executable, "-s", "-P", "-S", "-B", "-c", code, str(Path(process.__file__).parent), config]
     # The environment that a worker gets: none of the caller's.
     said = subprocess.run(command, capture_output=True, check=True, text=True, env={})
@@ -48,9 +48,11 @@ def modules_of_a_worker(folder: Path) -> set[str]:
 
 
 def test_worker_is_light_and_its_jobs_import_nothing(tmp_path: Path) -> None:
-    known = modules_of_a_worker(tmp_path)
+    known = modules_of_a_worker(tmp_path, in_process=False)
+    with_unittest = modules_of_a_worker(tmp_path, in_process=True)
     assert not {name for name in known if name.split(".")[0] in HEAVY}
-    assert not known & {"candidate", "__test__"}, "a rehearsal leaves no module behind"
+    assert "unittest" in with_unittest - known
+    assert not with_unittest & {"candidate", "__test__"}, "a rehearsal leaves no module behind"
     program = "import sys\ndef f(values):\n    return sorted(sys.modules)\n"
     test = (
         "import sys\ndef check(candidate):\n"
@@ -59,16 +61,18 @@ def test_worker_is_light_and_its_jobs_import_nothing(tmp_path: Path) -> None:
         "    assert more == ['candidate'], more\n"
         "    assert sorted(set(sys.modules) - set(known)) == []\n"
     )
-    whole = "import sys\ndef f():\n    return sorted(sys.modules)\n"
-    alone = f"def check(candidate):\n    assert sorted(set(candidate()) - set({sorted(known)!r})) == ['__test__']\n"
     printed = f"import sys\nprint(sorted(set(sys.modules) - set({sorted(known)!r})))\n"
-    jobs = [
+    _passes(
         Job("call", program, test, "f"),
-        Job("in_process", whole, alone, "f", run="in_process"),
         Job("stdin", printed, "def check(candidate):\n    assert candidate('') == '[]\\n'\n", "f", run="stdin"),
-    ]
+    )
+    alone = f"def check(candidate):\n    more = sorted(set(candidate([1])) - set({sorted(with_unittest)!r}))\n"
+    _passes(Job("alone", program, alone + "    assert more == ['__test__'], more\n", "f", run="in_process"))
+
+
+def _passes(*jobs: Job) -> None:
     outcomes = run_programs(jobs, timeout=30.0, sandbox="none", workers=1)
-    assert [(each.outcome, each.detail) for each in outcomes] == [("passed", "")] * 3
+    assert [(each.outcome, each.detail) for each in outcomes] == [("passed", "")] * len(jobs)
 
 
 def test_what_is_loaded_late_still_crosses() -> None:
@@ -101,10 +105,8 @@ def test_what_is_loaded_late_still_crosses() -> None:
         "async def check(candidate):\n    assert await candidate(1) == 2\n",
     )
     pairs = [given, unnamed, named, raised, waited]
-    jobs = [Job(str(number), program, test, "f") for number, (program, test) in enumerate(pairs)]
-    jobs.append(Job("alone", *waited, "f", run="in_process"))
-    outcomes = run_programs(jobs, timeout=30.0, sandbox="none", workers=1)
-    assert [(each.outcome, each.detail) for each in outcomes] == [("passed", "")] * len(jobs)
+    _passes(*(Job(str(number), program, test, "f") for number, (program, test) in enumerate(pairs)))
+    _passes(Job("alone", *waited, "f", run="in_process"))
 
 
 def test_program_makes_the_tests_side_import_nothing_else() -> None:
@@ -117,13 +119,12 @@ def test_program_makes_the_tests_side_import_nothing_else() -> None:
         "import sys\ndef check(candidate):\n    try:\n        candidate()\n    except Exception as error:\n"
         "        assert str(error) == 'x'\n    assert 'turtledemo' not in sys.modules\n"
     )
-    (outcome,) = run_programs([Job("named", program, test, "f")], timeout=30.0, sandbox="none", workers=1)
-    assert (outcome.outcome, outcome.detail) == ("passed", "")
+    _passes(Job("named", program, test, "f"))
 
 
 def test_rehearsal_keeps_no_descriptor() -> None:
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-    rehearsal.run()
+    rehearsal.run(in_process=True)
     assert before == (os.listdir("/proc/self/fd") if before else [])
 
 
