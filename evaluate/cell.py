@@ -19,7 +19,8 @@ Language = Literal["python", "javascript"]
 @dataclass(frozen=True)
 class Kit:
     """What a worker's jobs need beyond the bare interpreter. ``libraries`` are imported before the first job;
-    ``folders`` is where they lie. ``unittest``: some are judged in process, where tests are that. ``node`` is the JavaScript interpreter, ``script`` qtool's two sides of a job in it.
+    ``folders`` is where they lie. ``node`` is the JavaScript interpreter, ``script`` qtool's two sides of a job in it.
+    ``unittest``: some jobs are judged in process, where tests are that.
     """
 
     libraries: tuple[str, ...] = ()
