@@ -12,8 +12,7 @@ from qtool import QtoolError
 from qtool.evaluate.engines.engine import Answering, Decoding, Message, Request, sample_seed
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.sandbox.execute import Job, Outcome, run_programs
-from qtool.evaluate.scorecard import Outcome as Verdict
-from qtool.evaluate.scorecard import ProblemOutcome
+from qtool.evaluate.scorecard import Grade, ProblemOutcome
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.loading import Problem, Task, as_job
 from qtool.evaluate.tasks.prompts import Style
@@ -108,16 +107,16 @@ def _judge_all(
         answers = [item for item in waiting if item is not None]
         jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
         outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
-        verdicts = [_verdict(outcome) for outcome in outcomes]
-        judged = zip(answers, outcomes, verdicts, strict=True)
+        grades = [_grade(outcome) for outcome in outcomes]
+        judged = zip(answers, outcomes, grades, strict=True)
         journal.add(
-            (place, ProblemOutcome(outcome=verdict, detail=outcome.detail, completion=text))
-            for (place, text), outcome, verdict in judged
+            (place, ProblemOutcome(outcome=grade, detail=outcome.detail, completion=text))
+            for (place, text), outcome, grade in judged
         )
         say()
 
 
-def _verdict(outcome: Outcome) -> Verdict:
+def _grade(outcome: Outcome) -> Grade:
     """Raises QtoolError where nothing is known of the program: exit 3 if the sandbox failed, exit 2 if the problem's
     own test cannot run here, which no second run would change."""
     if outcome.outcome == "error":

@@ -125,7 +125,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
-        result = record.Outcome(
+        result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             checks={name: found.checks for name, found in checks.items()},

@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 from qtool.evaluate.sandbox import habits
-from qtool.evaluate.sandbox.candidate import defined
+from qtool.evaluate.sandbox.program_side import defined
 from qtool.evaluate.sandbox.checker import reason_of
 from qtool.evaluate.sandbox.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
 
