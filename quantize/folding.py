@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -10,30 +10,21 @@ import torch
 from torch import Tensor
 
 from qtool.convert.formats.codes import Codes
+from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows
 from qtool.quantize import grid as grids
-from qtool.quantize.architectures import Architecture, InputGroup
 from qtool.quantize.methods import awq, gptq
 from qtool.quantize.methods.sections import GridMethod
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention geometry: each of ``kv`` key/value heads of ``dim`` rows feeds ``repeat`` query heads."""
-
-    kv: int
-    repeat: int
-    dim: int
-
-
 @dataclass
 class LayerOutput:
     """What one output keeps of one layer; names are relative to the layer.
 
-    codes: linear -> codes. tensors: every other tensor, float32, folded. columns, rows: linear -> what its columns were
-    multiplied by ``[in]`` and its rows divided by ``[out]`` (empty where nothing is folded). records: linear -> errors.
-    importance: linear -> mean square of its input channels ``[in]`` (only where blocks were weighed by it).
+    codes: module -> codes. tensors: every other tensor, float32, folded. columns, rows: module -> what its columns were
+    multiplied by ``[in]`` and its rows divided by ``[out]`` (empty where nothing is folded). records: module -> errors.
+    importance: module -> mean square of its input channels ``[in]`` (only where blocks were weighed by it).
     """
 
     codes: dict[str, Codes] = field(default_factory=dict)
@@ -43,73 +34,89 @@ class LayerOutput:
     records: dict[str, dict[str, float]] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
 
-    def dequantized(self, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
-        """The layer's state dict as a reader of the artifact gets it."""
-        state = {name: tensor.to(stored).to(dtype) for name, tensor in self.tensors.items()}
+    def dequantized(self, dtype: torch.dtype, stored: torch.dtype, casts: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The layer's state dict as a reader of the artifact gets it. ``casts``: whether a tensor is stored in
+        ``stored`` and computed with in ``dtype``."""
+        state = {name: t.to(stored).to(dtype) if casts(name) else t for name, t in self.tensors.items()}
         return state | {f"{linear}.weight": codes.dequantize(dtype) for linear, codes in self.codes.items()}
 
 
 def quantize_layer(
     method: GridMethod,
-    architecture: Architecture,
+    feeds: Sequence[Feed],
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
-    heads: Heads,
     owned: bool = False,
 ) -> LayerOutput:
-    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: group name -> its
+    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: a feed's name -> its
     input's, used up to spare memory where ``owned``, left unchanged otherwise."""
     folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
     output = LayerOutput()
-    for group in architecture.groups:
-        for linear in group.linears:
-            out, columns = weights[f"{linear}.weight"].shape
-            device = weights[f"{linear}.weight"].device
-            output.columns[linear] = torch.ones(columns, device=device)
-            output.rows[linear] = torch.ones(out, device=device)
-    for group in architecture.groups if method.scaling == "awq" else ():
-        stats = statistics[group.name]
-        tie = kv_rows(heads, stats.gram.device) if group.kind == "heads" else None
-        originals = [weights[f"{linear}.weight"].float() for linear in group.linears]
-        spec = method.spec.for_columns(originals[0].shape[1])
-        search = awq.search_scale(originals, stats.gram, stats.mean_abs, spec, tie)
-        if search.scale is not None:
-            _fold(group, search.scale, folded, tie, method.spec.dtype, output)
-    for group in architecture.groups:
-        _round_group(method, group, weights, statistics[group.name], output, owned)
-    output.tensors = {name: t for name, t in folded.items() if name.removesuffix(".weight") not in output.codes}
+    matrices = [matrix for feed in feeds for matrix in feed.consumers]
+    for matrix in matrices:
+        weight = matrix.of(weights[matrix.tensor])
+        output.rows[matrix.module], output.columns[matrix.module] = (
+            torch.ones(size, device=weight.device) for size in weight.shape
+        )
+    for feed in feeds if method.scaling == "awq" else ():
+        if feed.producer != Nothing():
+            _scale(method, feed, weights, statistics[feed.name], folded, output)
+    for feed in feeds:
+        _round_feed(method, feed, weights, statistics[feed.name], output, owned)
+    output.tensors = unquantized(matrices, folded)
     return output
 
 
-def kv_rows(heads: Heads, device: torch.device) -> Tensor:
-    """For each input column of o_proj, the row of v_proj that feeds it: int64 ``[heads * dim]``."""
-    column = torch.arange(heads.kv * heads.repeat * heads.dim, device=device)
-    return column // (heads.dim * heads.repeat) * heads.dim + column % heads.dim
+def unquantized(matrices: Sequence[Matrix], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a layer's tensors that hold none of its matrices."""
+    held = {matrix.tensor for matrix in matrices}
+    return {name: tensor for name, tensor in weights.items() if name not in held}
 
 
-def _fold(
-    group: InputGroup,
-    scale: Tensor,
+def _scale(
+    method: GridMethod,
+    feed: Feed,
+    weights: Mapping[str, Tensor],
+    stats: InputStatistics,
     folded: dict[str, Tensor],
-    tie: Tensor | None,
-    dtype: torch.dtype,
     output: LayerOutput,
 ) -> None:
-    """Divide the producer by ``scale``; the linears' columns get what the producer, as stored, leaves over.
+    """Search a feed's scale and fold it: divide the producer by it; the columns that it feeds get what the producer, as
+    stored, leaves over.
 
-    Norms and biases are folded here; rows and columns of linears are noted and applied when they are rounded.
+    Norms, biases and the tensors that only take the scale are folded here; rows and columns of matrices are noted and
+    applied when they are rounded.
     """
-    if group.kind in ("norm", "norm_plus_one"):
-        name = f"{group.producer}.weight"
-        folded[name], scale = _fold_norm(folded[name], scale, dtype, 1.0 if group.kind == "norm_plus_one" else 0.0)
-    else:
-        rows = scale if tie is None else torch.empty_like(output.rows[group.producer]).index_copy_(0, tie, scale)
-        bias = f"{group.producer}.bias"
-        if bias in folded:
-            folded[bias] = folded[bias] / rows
-        output.rows[group.producer] = rows
-    for linear in group.linears:
-        output.columns[linear] = scale
+    originals = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
+    columns = originals[0].shape[1]
+    tie = feed.producer.ties(columns, stats.gram.device)
+    search = awq.search_scale(originals, stats.gram, stats.mean_abs, method.spec.for_columns(columns), tie)
+    if search.scale is None:
+        return
+    scale = search.scale
+    match feed.producer:
+        case Norm(name, plus_one):
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            own = _untied(scale, tie, folded[weight].shape[0])
+            folded[weight], own = _fold_norm(folded[weight], own, method.spec.dtype, 1.0 if plus_one else 0.0)
+            scale = own if tie is None else own[tie]
+        case Rows(matrix) | Heads(matrix):
+            bias = f"{matrix.module}.bias"
+            own = _untied(scale, tie, output.rows[matrix.module].shape[0])
+            output.rows[matrix.module] = own
+        case Nothing():
+            return
+    if bias in folded:
+        folded[bias] = folded[bias] / own
+    for name in feed.also:
+        folded[name] = folded[name].float() * scale
+    for matrix in feed.consumers:
+        output.columns[matrix.module] = scale
+
+
+def _untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:
+    """One value for each channel of the producer, ``[channels]``, of one for each column that it feeds."""
+    return scale if tie is None else scale.new_empty(channels).index_copy_(0, tie, scale)
 
 
 def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
@@ -123,21 +130,22 @@ def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float)
     return stored, torch.where(left == 0, scale, norm / left)
 
 
-def _round_group(
+def _round_feed(
     method: GridMethod,
-    group: InputGroup,
+    feed: Feed,
     weights: Mapping[str, Tensor],
     stats: InputStatistics,
     output: LayerOutput,
     owned: bool,
 ) -> None:
-    """Choose codes for the linears of one group together (they share the Gram matrix) and record for each the relative
+    """Choose codes for the consumers of one feed together (they share the Gram matrix) and record for each the relative
     output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
-    scale = output.columns[group.linears[0]]
+    modules = [matrix.module for matrix in feed.consumers]
+    scale = output.columns[modules[0]]
     spec = method.spec.for_columns(scale.shape[0])
-    sources = [weights[f"{linear}.weight"].float() for linear in group.linears]
+    sources = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
     sizes = [source.shape[0] for source in sources]
-    rows = torch.cat([output.rows[linear] for linear in group.linears]).unsqueeze(1)
+    rows = torch.cat([output.rows[module] for module in modules]).unsqueeze(1)
     target = torch.cat(sources).mul_(scale).div_(rows)
     gram = awq.scale_gram(stats.gram, scale, in_place=owned)
     damp = 0.0
@@ -165,16 +173,16 @@ def _round_group(
         )
         rounded = gptq.Rounded(grids.quantize(target, fitted, spec), fitted)
     parts = zip(
-        group.linears, sources, target.split(sizes), rounded.codes.split(sizes),
+        modules, sources, target.split(sizes), rounded.codes.split(sizes),
         rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
     )  # fmt: skip
-    for linear, source, wanted, codes, scales, zeros in parts:
+    for module, source, wanted, codes, scales, zeros in parts:
         grid = grids.Grid(scales, zeros)
-        output.codes[linear] = grids.to_codes(codes, grid, spec)
-        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[linear].unsqueeze(1))
+        output.codes[module] = grids.to_codes(codes, grid, spec)
+        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[module].unsqueeze(1))
         with tensor_float32() if method.rounding == "rtn" else nullcontext():
             loss = awq.output_error(error, gram)
-        output.records[linear] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
+        output.records[module] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
 
 
 def _record(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qtool.quantize.architectures import Architecture
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import Decoder
 from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, needs_calibration
 from qtool.quantize.precision import fast_bfloat16
 
@@ -12,7 +13,7 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to f
 
 
 def peak_bytes(
-    architecture: Architecture,
+    decoder: Decoder,
     shapes: Mapping[str, tuple[int, ...]],
     methods: Sequence[Method],
     tokens: int,
@@ -23,8 +24,7 @@ def peak_bytes(
     Bytes on the computing device: hidden states of every stream, one layer, its Gram matrices and drifts, the largest
     workspace, the codes. Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md)."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
-    layer = {name: shape for name, shape in shapes.items() if name.startswith(f"{architecture.prefix}0.")}
-    parameters = sum(_count(shape) for shape in layer.values())
+    layer, parameters = _largest_layer(decoder, shapes)
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
     calibrated = [method for method in methods if needs_calibration(method)]
     if not calibrated:
@@ -33,9 +33,9 @@ def peak_bytes(
     own = sum(method.own_stream for method in on_grid)
     sharing = len(on_grid) - own
     group_shapes = []
-    for group in architecture.groups:
-        linears = [layer[f"{architecture.prefix}0.{linear}.weight"] for linear in group.linears]
-        group_shapes.append((sum(out for out, _ in linears), linears[0][1]))
+    for feed in decoder.feeds(layer):
+        fed = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in feed.consumers]
+        group_shapes.append((sum(out for out, _ in fed), fed[0][1]))
     hidden = group_shapes[0][1]
     widest = max(columns for _, columns in group_shapes)
     grams = sum(columns**2 for _, columns in group_shapes) * ((sharing > 0) + own)
@@ -54,14 +54,24 @@ def peak_bytes(
     return states + max(walking, embedding)
 
 
-def score_bytes(architecture: Architecture, heads: int, samples: int, length: int, device: str) -> int:
+def _largest_layer(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(its index, its parameters)."""
+    parameters = dict.fromkeys(range(decoder.shape.layers), 0)
+    for name, shape in shapes.items():
+        index = decoder.layer_of(name)
+        if index is not None:
+            parameters[index] += _count(shape)
+    return max(parameters.items(), key=lambda item: item[1])
+
+
+def score_bytes(model: Geometry, samples: int, length: int, device: str) -> int:
     """Of one forward's attention where all scores are whole: before softmax, after it and as float32 between, beside
     two masks."""
-    if not architecture.whole_scores:
+    if not model.whole_scores:
         return 0
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     sequences = min(samples, max(1, BATCH_TOKENS[device] // length))
-    return sequences * length**2 * (heads * (2 * width + 4) + 2 * width)
+    return sequences * length**2 * (model.heads * (2 * width + 4) + 2 * width)
 
 
 def _count(shape: tuple[int, ...]) -> int:

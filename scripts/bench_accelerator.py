@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.models.config_file import read_config
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Nf4Method
@@ -75,7 +77,14 @@ def make_checkpoint(folder: Path, geometry: str, layers: int) -> Path:
 def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor) -> Walk:
     """A walk over the checkpoint in ``folder``."""
     model = build_skeleton(load_config(folder))
-    return Walk(model, Checkpoint.open(folder), CalibrationSet(tokens, "random"), methods, torch.device("cuda"))
+    return Walk(
+        model,
+        decoder_of(read_config(folder)),
+        Checkpoint.open(folder),
+        CalibrationSet(tokens, "random"),
+        methods,
+        torch.device("cuda"),
+    )
 
 
 def measure(folder: Path, methods: Methods, tokens: torch.Tensor) -> dict[str, float]:

@@ -38,11 +38,12 @@ if importlib.util.find_spec("qtool") is None:  # not installed: the the folders 
     sys.modules["qtool"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["qtool"])
 
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.evaluate.engines.facts import Load
 from qtool.evaluate.engines.transformers import FACTS, activations, cublas_workspace
 from qtool.sizing.accelerators import Accelerator, choose, load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_seconds
-from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
 from qtool.sizing.kv_cache import kv_bytes
 
 GIB = 2**30

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtool.convert.models.feeds import Heads, Matrix, Norm
+from qtool.convert.models.shape import decoder_of
 from qtool.quantize import grid
-from qtool.quantize.architectures import GEMMA2, LLAMA, Architecture
-from qtool.quantize.folding import Heads, _fold_norm, kv_rows, quantize_layer
+from qtool.quantize.folding import _fold_norm, quantize_layer
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import awq
 from qtool.quantize.methods.sections import AwqMethod
@@ -75,7 +76,7 @@ def test_scaled_gram_is_the_gram_of_scaled_inputs() -> None:
 
 
 def test_repeated_heads_share_their_scales() -> None:
-    tie = kv_rows(Heads(kv=2, repeat=2, dim=32), torch.device("cpu"))
+    tie = Heads(Matrix("v", "v.weight"), repeat=2, dim=32).ties(128, torch.device("cpu"))
     # columns 0-31 and 32-63 are two query heads fed by key/value head 0
     assert tie.tolist() == [*range(32), *range(32), *range(32, 64), *range(32, 64)]
     x = inputs()
@@ -136,10 +137,14 @@ def test_bfloat16_products_lose_nothing() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-@pytest.mark.parametrize(("architecture", "offset"), [(LLAMA, 0.0), (GEMMA2, 1.0)])
-def test_folding_leaves_the_function_alone(rounding: str, architecture: Architecture, offset: float) -> None:
+@pytest.mark.parametrize(("family", "offset"), [("Llama", 0.0), ("Gemma2", 1.0)])
+def test_folding_leaves_the_function_alone(rounding: str, family: str, offset: float) -> None:
     """With the fold undone, the folded weights are the source's: only rounding changes the layer."""
-    heads = Heads(kv=2, repeat=2, dim=32)
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64,
+    }  # fmt: skip
+    feeds = decoder_of(sizes | {"architectures": [f"{family}ForCausalLM"]}).feeds(0)
     rows = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
     weights = {f"self_attn.{name}.weight": torch.randn(out, 128) * 0.1 for name, out in rows.items()}
     weights |= {f"self_attn.{name}.bias": torch.randn(out) for name, out in rows.items()}
@@ -149,15 +154,14 @@ def test_folding_leaves_the_function_alone(rounding: str, architecture: Architec
         "mlp.up_proj.weight": torch.randn(256, 128) * 0.1,
         "mlp.down_proj.weight": torch.randn(128, 256) * 0.1,
     }
-    norms = {group.producer: group.linears[0] for group in architecture.groups if group.kind.startswith("norm")}
+    norms = {feed.producer.name: feed.name for feed in feeds if isinstance(feed.producer, Norm)}
     weights |= {f"{norm}.weight": torch.rand(128) + 0.5 - offset for norm in norms}
-    groups = architecture.groups
-    stats = {group.name: statistics(inputs(columns=256 if group.name == "down" else 128)) for group in groups}
+    stats = {feed.name: statistics(inputs(columns=256 if "down" in feed.name else 128)) for feed in feeds}
     method = AwqMethod(method="awq", group_size=32, rounding=rounding)
-    output = quantize_layer(method, architecture, weights, stats, heads)
-    assert set(output.codes) == set(architecture.linears)
-    for group in groups:
-        for linear in group.linears:
+    output = quantize_layer(method, feeds, weights, stats)
+    assert list(output.codes) == [matrix.module for feed in feeds for matrix in feed.consumers]
+    for feed in feeds:
+        for linear in (matrix.module for matrix in feed.consumers):
             restored = output.codes[linear].dequantize() / output.columns[linear] * output.rows[linear].unsqueeze(1)
             source = weights[f"{linear}.weight"]
             assert float((restored - source).norm() / source.norm()) == pytest.approx(
@@ -170,7 +174,8 @@ def test_folding_leaves_the_function_alone(rounding: str, architecture: Architec
         assert not torch.equal(output.columns[linear], torch.ones(128))
     # what v_proj's rows and bias lost, o_proj's columns gained, head by head
     gained = output.columns["self_attn.o_proj"]
-    assert torch.equal(output.rows["self_attn.v_proj"][kv_rows(heads, torch.device("cpu"))], gained)
+    tie = feeds[1].producer.ties(128, torch.device("cpu"))
+    assert torch.equal(output.rows["self_attn.v_proj"][tie], gained)
     bias = output.tensors["self_attn.v_proj.bias"] * output.rows["self_attn.v_proj"]
     assert torch.allclose(bias, weights["self_attn.v_proj.bias"], rtol=1e-5)
     assert torch.equal(output.tensors["self_attn.q_proj.bias"], weights["self_attn.q_proj.bias"])

@@ -17,6 +17,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.models.model_config import SLIDING, is_tied, layer_windows, rope_parameters
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.runtimes.vllm import dtype_flag
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.windows import load_tokenizer
@@ -30,7 +31,6 @@ from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe.sections import load_recipe
 from qtool.sizing.formats import weights_of
-from qtool.sizing.geometry import read_geometry, tensor_shapes
 from qtool.sizing.headers import read_headers
 from qtool.sizing.kv_cache import kv_bytes
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,10 +332,10 @@ def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypa
 
 
 def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
-    from qtool.convert.formats.gguf.names import gguf_architecture
+    from qtool.convert.models.table import gguf_facts
 
     with pytest.raises(QtoolError, match=r"PhiForCausalLM cannot be written as GGUF yet\. Known: LlamaForCausalLM"):
-        gguf_architecture({"architectures": ["PhiForCausalLM"]})
+        gguf_facts({"architectures": ["PhiForCausalLM"]})
 
 
 def test_an_unknown_pre_tokenizer_is_refused(
@@ -359,7 +360,8 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("qtool.make.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
+    facts = SimpleNamespace(architecture="nosuchmodel")
+    monkeypatch.setattr("qtool.make.gguf_output.gguf_facts", lambda _: facts)
     monkeypatch.setattr("qtool.make.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match=r"llama\.cpp cannot load it"):
         convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))

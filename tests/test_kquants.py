@@ -159,13 +159,11 @@ def test_odd_numbers_of_blocks() -> None:
 
 
 def test_layers_that_do_not_fit_are_named() -> None:
-    from types import SimpleNamespace
-
-    from qtool.quantize.architectures import architecture_of
+    from qtool.convert.models.feeds import matrix
     from qtool.quantize.methods.gguf import quantize_layer
 
-    architecture = architecture_of(SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llama"))
-    tensors = {f"{linear}.weight": torch.full((2, 256), 7e4) for linear in architecture.linears}
-    types = dict.fromkeys(architecture.linears, "Q4_K")
+    matrices = [matrix("self_attn.q_proj"), matrix("mlp.down_proj")]
+    tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}
+    types = dict.fromkeys((one.module for one in matrices), "Q4_K")
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):
-        quantize_layer(architecture, tensors, types, {}, torch.device("cpu"))
+        quantize_layer(matrices, tensors, types, {}, torch.device("cpu"))

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.evaluate.engines.llama_cpp import FACTS, cells, compute_buffer, sliding_cells
 from qtool.make.outputs import make_artifacts
-from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
 from qtool.sizing.headers import read_headers
 from qtool.sizing.kv_cache import kv_bytes
 
@@ -69,16 +70,18 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
 
 def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     """A GGUF file of zeros that take no room on the disk: llama.cpp maps it and reads none."""
-    from qtool.convert.formats.gguf.names import gguf_architecture, gguf_names
+    from qtool.convert.formats.gguf.names import gguf_names
     from qtool.convert.formats.gguf.types import tensor_types
+    from qtool.convert.models.table import gguf_facts
 
     geometry = read_geometry(config)
     shapes = tensor_shapes(config)
     names = gguf_names(shapes, config)
     layout = {new: shapes[old] for old, new in names.items()}
     types = tensor_types(layout, "F16", geometry.layers)
-    writer = gguf.GGUFWriter(path, gguf_architecture(config))
-    if gguf_architecture(config) == "gemma2":
+    architecture = gguf_facts(config).architecture
+    writer = gguf.GGUFWriter(path, architecture)
+    if architecture == "gemma2":
         writer.add_sliding_window(config["sliding_window"])
     writer.add_block_count(geometry.layers)
     writer.add_context_length(131072)

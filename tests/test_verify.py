@@ -329,11 +329,12 @@ LLAMA_8B = {
     "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
     "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
 }  # fmt: skip
+BY_COLUMNS = frozenset(("o_proj", "down_proj"))
 
 
 def broken(runtime: str, rule: str, tp: int, linears: dict[str, tuple[int, int]], **quantization: Any) -> list[str]:
     config = CONFIG | {"quantization_config": {**CONFIG["quantization_config"], **quantization}}  # type: ignore[dict-item]
-    subject = runtimes.Subject(config, linears)
+    subject = runtimes.Subject(config, linears, by_columns=BY_COLUMNS)
     found = next(r for r in runtimes.AWQ_RULES if (r.runtime, r.name) == (runtime, rule))
     return list(found.broken(subject, tp))
 
@@ -369,7 +370,7 @@ def test_runtime_rules() -> None:
 def gptq_subject(linears: dict[str, tuple[int, int]], **quantization: Any) -> runtimes.Subject:
     section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-    return runtimes.Subject(heads | {"quantization_config": section | quantization}, linears)
+    return runtimes.Subject(heads | {"quantization_config": section | quantization}, linears, by_columns=BY_COLUMNS)
 
 
 def reasons(rules: tuple[runtimes.RuntimeRule, ...], runtime: str, subject: runtimes.Subject, tp: int = 1) -> list[str]:

@@ -11,9 +11,11 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.models.config_file import read_config
+from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize import walk as layers
-from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.folding import LayerOutput
 from qtool.quantize.methods.sections import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
@@ -26,12 +28,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3": {}, "Gemma": {}, "Gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
     "Gemma3": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
+INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
 
 
 def walk_of(folder: Path, methods: Sequence[Method]) -> Walk:
-    model = build_skeleton(load_config(folder))
-    return Walk(model, Checkpoint.open(folder), CalibrationSet(TOKENS, "test"), methods, torch.device("cpu"))
+    model, decoder = build_skeleton(load_config(folder)), decoder_of(read_config(folder))
+    calibration = CalibrationSet(TOKENS, "test")
+    return Walk(model, decoder, Checkpoint.open(folder), calibration, methods, torch.device("cpu"))
 
 
 def whole_model(folder: Path) -> Any:
@@ -41,15 +45,15 @@ def whole_model(folder: Path) -> Any:
 
 
 def inputs_of(model: Any) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, group) -> the input of its linears ``[tokens, in]``, from one ordinary forward."""
+    """(layer, feed's name) -> its input ``[tokens, in]``, from one ordinary forward."""
     found: dict[tuple[int, str], torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):
-        for group in LLAMA.groups:
+        for name in INPUTS:
 
-            def keep(_: Any, args: Any, key: tuple[int, str] = (index, group.name)) -> None:
+            def keep(_: Any, args: Any, key: tuple[int, str] = (index, name)) -> None:
                 found[key] = args[0].flatten(0, 1)
 
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(keep)
+            layer.get_submodule(name).register_forward_pre_hook(keep)
     with torch.inference_mode():
         model(input_ids=TOKENS)
     return found
@@ -61,14 +65,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]
     calls: list[Mapping[str, InputStatistics]] = []
     original = layers.quantize_layer
 
-    def spy(method: GridMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
+    def spy(method: GridMethod, feeds: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
         copies = {}
         for name, stats in statistics.items():
             copies[name] = InputStatistics(stats.tokens, stats.gram.clone(), None, stats.abs_sum, stats.absmax)
             copies[name].drift = None if stats.drift is None else stats.drift.clone()
             copies[name].through = stats.through
         calls.append(copies)
-        return original(method, architecture, weights, statistics, *rest)
+        return original(method, feeds, weights, statistics, *rest)
 
     monkeypatch.setattr(layers, "quantize_layer", spy)
     return calls
@@ -120,15 +124,15 @@ def test_own_stream_sees_the_quantized_prefix(tiny: Path, seen: list[Mapping[str
     results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
     source_model, model = whole_model(tiny), whole_model(tiny)
     source = inputs_of(source_model)
-    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16)
+    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16, lambda _: True)
     model.model.layers[0].load_state_dict(state)
     quantized = inputs_of(model)
-    for group in LLAMA.groups:
-        x, other = source[1, group.name], quantized[1, group.name]
-        stats = seen[1][group.name]
+    for name in INPUTS:
+        x, other = source[1, name], quantized[1, name]
+        stats = seen[1][name]
         assert torch.allclose(stats.gram, other.t() @ other, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
         drift = (x - other).t() @ other
-        if group.name == "down":  # fewer outputs than inputs: drift goes through the source's weight
+        if name == "mlp.down_proj":  # fewer outputs than inputs: drift goes through the source's weight
             drift = source_model.model.layers[1].mlp.down_proj.weight.detach() @ drift
         assert stats.drift is not None
         assert torch.allclose(stats.drift, drift, rtol=1e-2, atol=1e-2 * float(drift.abs().max()))
@@ -198,8 +202,5 @@ def test_activations_that_do_not_fit(tiny: Path, factor: float, expected: str) -
 
 
 def test_an_unknown_architecture_says_what_is_missing() -> None:
-    class Config:
-        architectures = ("FooForCausalLM",)
-
-    with pytest.raises(QtoolError, match=r"FooForCausalLM is not known.*LlamaForCausalLM.*ARCHITECTURES"):
-        architecture_of(Config())
+    with pytest.raises(QtoolError, match=r"FooForCausalLM is not known.*LlamaForCausalLM.*FAMILIES.*adding-a-family"):
+        family_of({"architectures": ["FooForCausalLM"]})

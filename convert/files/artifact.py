@@ -85,7 +85,8 @@ class Artifact:
     def linears(self) -> list[str]:
         """Names of the quantized linears, in file order."""
         if isinstance(self.weights, GgufFile):
-            return [name.removesuffix(".weight") for name in self.weights.hf_names() if name.endswith("_proj.weight")]
+            held = self.weights.decoder.held()
+            return [module for name in self.weights.hf_names() for module, _ in held.get(name, ())]
         return self.packed.names() if self.quantization else []
 
     def codes(self, linear: str) -> Codes:

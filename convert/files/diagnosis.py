@@ -4,12 +4,13 @@ compared."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.reading import read_json, refuse_link, shown
+from qtool.convert.models.table import find_family, quantized
 
 ADAPTER = "adapter_config.json"
 UNQUANTIZED = "Take the unquantized release of this model"
@@ -100,16 +101,18 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Collectio
             )
 
 
-def refuse_architecture(folder: Path, config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises QtoolError for an architecture that is not among ``known``, saying what kind of model it is."""
-    names = config.get("architectures") or []
-    known = tuple(known)
-    if any(name in known for name in names):
+def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises QtoolError for an architecture that no output can be made of, saying what kind of model it is."""
+    family = find_family(config)
+    if family is not None and not family.planned_only:
         return
+    names = config.get("architectures") or []
     said = ", ".join(map(shown, names)) or "(none named in config.json)"
     experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
     inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
-    if inside:
+    if family is not None:
+        why = family.planned_only
+    elif inside:
         why = (
             f"a model of several parts ({inside}). Save its text model alone as one of these (for Gemma 3: "
             "`Gemma3ForCausalLM.from_pretrained(folder).save_pretrained(new)`)"
@@ -120,10 +123,10 @@ def refuse_architecture(folder: Path, config: Mapping[str, Any], known: Iterable
         why = "no causal language model under transformers' names"
     else:
         why = (
-            "not known to qtool: which linears share an input and which norm feeds them is needed (a row of "
-            "ARCHITECTURES in quantize/architectures.py)"
+            "not known to qtool: a module in convert/models is needed, which says what feeds its matrices "
+            "(docs/adding-a-family.md)"
         )
-    raise QtoolError(f"{folder / 'config.json'}: architecture {said} is {why}. Known: {', '.join(known)}.")
+    raise QtoolError(f"{folder / 'config.json'}: architecture {said} is {why}. Known: {', '.join(quantized())}.")
 
 
 def why_missing(folder: Path, expected: str, tensors: Collection[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.containers import Section, container_of
+from qtool.convert.models.shape import Decoder
 
 GROUP_SIZES = (128, 64, 32)
 QUANTIZED_SHARE = 0.99  # of the weights that are to be quantized
@@ -45,14 +46,13 @@ class OutputPlan:
 
 def plan_output(
     tensors: Mapping[str, TensorInfo],
-    prefix: str,
-    linears: Sequence[str],
+    decoder: Decoder,
     section: Section,
     dtype: torch.dtype | None,
     group_size: int,
 ) -> OutputPlan:
-    """``linears`` of every layer below ``prefix`` go into the container that ``section`` speaks of, the rest is
-    stored in ``dtype`` (None: each tensor in its own). ``group_size``: weights to a scale, -1 for whole rows.
+    """Every layer's matrices go into the container that ``section`` speaks of, the rest is stored in ``dtype`` (None:
+    each tensor in its own). ``group_size``: weights to a scale, -1 for whole rows.
 
     Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit.
     """
@@ -60,24 +60,24 @@ def plan_output(
     rows_multiple, columns_multiple = container.multiples(section)
     specs: dict[str, Spec] = {}
     plans: list[LinearPlan] = []
-    for name in walk_order(tensors, prefix):
+    held = decoder.held()
+    for name in walk_order(tensors, decoder):
         info = tensors[name]
         stored = dtype or info.dtype
-        module = name.removesuffix(".weight")
-        if not is_linear(name, prefix, linears):
-            specs[name] = (stored, info.shape)
-            continue
-        out, columns = info.shape
-        size = columns if group_size == -1 else group_size
-        fits = (
-            (not container.BY_ROW or columns % size == 0)
-            and out % rows_multiple == 0
-            and columns % columns_multiple == 0
-        )
-        packed = container.specs(out, columns, section, stored) if fits else {}
-        specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
-        taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
-        plans.append(LinearPlan(module, out, columns, size, taken))
+        if name not in held:
+            specs[name] = (stored if decoder.family.casts(name) else info.dtype, info.shape)
+        for module, matrix in held.get(name, ()):
+            out, columns = matrix.shape(info.shape)
+            size = columns if group_size == -1 else group_size
+            fits = (
+                (not container.BY_ROW or columns % size == 0)
+                and out % rows_multiple == 0
+                and columns % columns_multiple == 0
+            )
+            packed = container.specs(out, columns, section, stored) if fits else {}
+            specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
+            taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
+            plans.append(LinearPlan(module, out, columns, size, taken))
     unfit = [plan for plan in plans if plan.nbytes < 0]
     if unfit:
         raise QtoolError(_why_unfit(unfit, plans, group_size, rows_multiple, columns_multiple))
@@ -85,22 +85,11 @@ def plan_output(
     return OutputPlan(specs, plans, parameters, sum(nbytes(spec) for spec in specs.values()))
 
 
-def is_linear(name: str, prefix: str, linears: Sequence[str]) -> bool:
-    """Whether a checkpoint tensor is one of ``linears`` inside a layer."""
-    return name.startswith(prefix) and any(name.endswith(f".{linear}.weight") for linear in linears)
-
-
-def layer_of(name: str, prefix: str) -> int | None:
-    """The layer index in a tensor's name, None outside the layers."""
-    number = name[len(prefix) :].split(".", 1)[0] if name.startswith(prefix) else ""
-    return int(number) if number.isdecimal() else None
-
-
-def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
+def walk_order(tensors: Mapping[str, TensorInfo], decoder: Decoder) -> list[str]:
     """Embeddings, then layer 0, 1, 2 …, then the rest: the order in which tensors are written."""
 
     def key(name: str) -> tuple[int, int, str]:
-        layer = layer_of(name, prefix)
+        layer = decoder.layer_of(name)
         if layer is not None:
             return 1, layer, name
         return (0 if "embed" in name else 2), 0, name

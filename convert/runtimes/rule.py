@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from qtool.convert.formats.containers import container_of
 
-ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is split along OUT
-
 
 @dataclass(frozen=True)
 class Subject:
     """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``; for GPTQ also each
     linear's least and greatest zero point as decoded, and those whose g_idx is not ``i // group_size``; the names of
-    all tensors; quantize_config.json."""
+    all tensors; quantize_config.json; the linears whose columns are split over the cards (of all others the rows
+    are)."""
 
     config: dict[str, Any]
     linears: dict[str, tuple[int, int]]
@@ -23,6 +22,7 @@ class Subject:
     tensors: frozenset[str] = frozenset()
     quantize_config: dict[str, Any] | None = None
     scattered: frozenset[str] = frozenset()
+    by_columns: frozenset[str] = frozenset()
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> It
         if (kind, out, columns) in seen:
             continue
         seen.add((kind, out, columns))
-        rows_split = kind not in ROW_PARALLEL
+        rows_split = name not in subject.by_columns
         share = out if rows_split else columns
         if share % tp:
             yield f"{kind}: {share} does not split over {tp} cards"

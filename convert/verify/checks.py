@@ -15,6 +15,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import read_json
 from qtool.convert.formats import autogptq
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.runtimes import rules as runtimes
 from qtool.convert.verify.config import check_config, check_ledger, check_share, stored_shapes
 from qtool.convert.verify.files import MISSING, check_files, unfit
@@ -152,7 +153,7 @@ def subject_of(artifact: Artifact) -> runtimes.Subject:
     side = artifact.path / QUANTIZE_CONFIG
     return runtimes.Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
-        frozenset(scattered),
+        frozenset(scattered), decoder_of(artifact.config).by_columns(),
     )  # fmt: skip
 
 

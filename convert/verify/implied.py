@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import PARTS, SUFFIXES
+from qtool.convert.formats.gguf.names import HEAD as HEAD_MODULE
+from qtool.convert.formats.gguf.names import SUFFIXES, modules
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,17 +23,11 @@ _COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_v
 @dataclass(frozen=True)
 class Implied:
     """``shapes``: name -> shape, None where only the model's own code knows it. ``absent``: may be missing, because it
-    is tied."""
+    is tied. ``matrices``: the weights that a quantized artifact quantizes, all of them."""
 
     shapes: Mapping[str, tuple[int, ...] | None]
     absent: frozenset[str]
-
-    @property
-    def matrices(self) -> list[str]:
-        """The weights inside layers that a quantized artifact quantizes, all of them."""
-        found = [(name, shape) for name, shape in self.shapes.items() if _LAYER.fullmatch(name)]
-        return [name for name, shape in found if name.endswith("_proj.weight" if shape is None else ".weight")
-                and (shape is None or len(shape) == 2)]  # fmt: skip
+    matrices: list[str]
 
 
 def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
@@ -39,10 +35,13 @@ def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
     compared before a model is built from them. Raises QtoolError naming the first that does not fit."""
     for fault in _numbers(config, stored):
         raise QtoolError(f"config.json {fault}. Weights and config.json are not of one model.")
+    decoder = decoder_of(config)
+    matrices = [f"{module}.weight" for held in decoder.held().values() for module, _ in held]
     if "auto_map" in config:  # whoever checks a file runs none of its code
-        return Implied(dict.fromkeys(name for name in stored if _known(name)), frozenset())
+        known = {module + suffix for module in (*modules(decoder), HEAD_MODULE) for suffix in SUFFIXES}
+        return Implied(dict.fromkeys(name for name in stored if name in known), frozenset(), matrices)
     shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
-    return Implied(shapes, frozenset(tied))
+    return Implied(shapes, frozenset(tied), matrices)
 
 
 def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
@@ -63,11 +62,3 @@ def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
     rows = stored.get("model.layers.0.self_attn.q_proj.weight")
     if head is not None and rows is not None and head > rows[0]:
         yield f"says head_dim {head}, q_proj has {rows[0]} rows"
-
-
-def _known(name: str) -> bool:
-    """Whether a decoder of some family that qtool knows has such a tensor."""
-    layer = _LAYER.fullmatch(name)
-    modules = PARTS if layer else ("model.embed_tokens", "model.norm", "lm_head")
-    rest = layer.group(2) if layer else name
-    return any(rest == module + suffix for module in modules for suffix in SUFFIXES)

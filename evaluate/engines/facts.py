@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
+from qtool.convert.models.geometry import Geometry
+
 MIB, GIB = 2**20, 2**30
 CUDA_CONTEXT = 500 * MIB  # driver context, loaded kernels: 0.4 to 0.6 GiB on Ampere and later
 
@@ -52,35 +54,6 @@ class Overhead:
         return self.activations + self.fixed
 
 
-class Shape(Protocol):
-    """What engines ask of a model's geometry (`qtool.sizing.geometry.Geometry` has it)."""
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def intermediate(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def windows(self) -> tuple[int | None, ...]: ...
-    @property
-    def loops(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def kv_row(self) -> int: ...
-    @property
-    def whole_scores(self) -> bool: ...
-
-
 class Card(Protocol):
     """What engines ask of a card (`qtool.sizing.accelerators.Accelerator` has it)."""
 
@@ -103,7 +76,7 @@ class Load:
     """What is asked of a model on its cards: ``sequences`` at once of ``context`` tokens each. ``expanded``: bytes of
     the largest matrix that is expanded to 16 bits before it is multiplied (NF4)."""
 
-    shape: Shape
+    geometry: Geometry
     card: Card
     cards: int
     context: int
@@ -160,14 +133,14 @@ class EngineFacts:
     # Memory: the cache as it lies there, what is taken beside weights and cache, what lies elsewhere.
     cache_types: tuple[CacheType, ...] = ()  # the first is its own choice
     cells: Callable[[int, int | None, int], int] = whole_context  # (context, window, chunk) -> tokens of one cache
-    slides: Callable[[Shape], bool] = lambda shape: True  # whether sliding layers cache their window alone
+    slides: Callable[[Geometry], bool] = lambda geometry: True  # whether sliding layers cache their window alone
     prefill_tokens: Callable[[Card], int] = lambda card: 0  # of one step, which sliding layers hold too
     overhead: Callable[[Load], Overhead] = lambda load: Overhead(0, 0)
     memory_share: float = 1.0  # of a card's memory that it takes
     embedding_on_card: bool = True
     offload: OffloadRule | None = None
-    # (shape, columns to a scale, cards) -> why cards cannot work at once; None: they take turns, each with its layers
-    split_faults: Callable[[Shape, int, int], list[str]] | None = None
+    # (geometry, columns to a scale, cards) -> why cards cannot share each layer; None: they take turns with theirs
+    split_faults: Callable[[Geometry, int, int], list[str]] | None = None
     efficiency: Efficiency = Efficiency(1.0, 1.0, 1.0, 0.0, 0.0)
     # What it loads, and how it is started.
     command: Callable[[Serving], str] = lambda serving: ""

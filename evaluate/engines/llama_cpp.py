@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.models.model_config import PERIODS
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines import server
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use, package_versions
 from qtool.evaluate.engines.facts import (
@@ -30,7 +30,6 @@ from qtool.evaluate.engines.facts import (
     OffloadRule,
     Overhead,
     Serving,
-    Shape,
 )
 from qtool.evaluate.engines.machine import machine_name
 
@@ -46,19 +45,14 @@ def cells(context: int, window: int | None, chunk: int = 0) -> int:
     return -(-held // PAD) * PAD
 
 
-def slides(shape: Shape) -> bool:
-    """Windows are ignored in all architectures but those of Gemma 2 and 3."""
-    return shape.architecture in PERIODS
-
-
-def sliding_cells(shape: Shape, context: int) -> int:
+def sliding_cells(geometry: Geometry, context: int) -> int:
     """Tokens that the cache of a sliding layer has room for, 0 where none slides."""
-    windows = [window for window in shape.windows if window is not None] if slides(shape) else []
-    return cells(context, windows[0]) if windows and shape.loops == 1 else 0
+    windows = [window for window in geometry.windows if window is not None] if geometry.llama_cpp_windows else []
+    return cells(context, windows[0]) if windows and geometry.loops == 1 else 0
 
 
 def compute_buffer(
-    shape: Shape, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH, sliding: int = 0
+    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH, sliding: int = 0
 ) -> int:
     """Bytes of the compute buffer for graphs of ``ubatch`` tokens, float32. ``cells``: cache cells that one sequence's
     attention spans; ``context``: n_ctx of all sequences, which no batch exceeds; ``sliding``: cells of the layers that
@@ -68,19 +62,21 @@ def compute_buffer(
     float16; without, keys and values are copied, scores of every head are whole, and the mask is float32. Fitted to
     what llama.cpp allocates (tests/test_llama_cpp_memory.py).
     """
-    s, tokens = shape, min(ubatch, context)
-    forward = 3 * s.intermediate + 5 * s.hidden
+    g, tokens = geometry, min(ubatch, context)
+    forward = 3 * g.intermediate + 5 * g.hidden
     if flash_attention:
         return tokens * (4 * (forward + 10) + 2 * (cells + sliding))
-    attention = 6 * s.heads * s.head_dim + s.heads * cells
-    return tokens * 4 * (max(forward, attention) + 2 * s.kv_row + cells + sliding + 5)
+    attention = 6 * g.q_row + g.heads * cells
+    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + sliding + 5)
 
 
 def overhead(load: Load) -> Overhead:
     """Compute buffer, logits of one token a sequence, and the CUDA context where there is one."""
     each = cells(load.context, None)
-    buffer = compute_buffer(load.shape, each, each * load.sequences, sliding=sliding_cells(load.shape, load.context))
-    return Overhead(buffer + 4 * load.shape.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
+    buffer = compute_buffer(
+        load.geometry, each, each * load.sequences, sliding=sliding_cells(load.geometry, load.context)
+    )
+    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
 
 
 def _command(serving: Serving) -> str:
@@ -107,7 +103,7 @@ FACTS = EngineFacts(
     # blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
     cache_types=(F16, BF16, CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)),
     cells=cells,
-    slides=slides,
+    slides=lambda geometry: geometry.llama_cpp_windows,
     overhead=overhead,
     memory_share=MARGIN,
     embedding_on_card=False,  # it lies in host memory; a tied one is copied as head

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qtool import QtoolError
 from qtool.convert.files.reading import read_json
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use
 from qtool.evaluate.engines.facts import (
     BF16,
@@ -26,7 +27,6 @@ from qtool.evaluate.engines.facts import (
     OffloadRule,
     Overhead,
     Serving,
-    Shape,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KERNELS = {  # quant_method -> (package that runs it in transformers, how to get
 }
 
 
-def activations(shape: Shape, context: int, sequences: int) -> int:
+def activations(geometry: Geometry, context: int, sequences: int) -> int:
     """Peak bytes that a whole prefill keeps alive beside weights and cache (SDPA attention, logits of last positions).
 
     Live at once in the gated MLP: embeddings, the layer's input, the residual, its norm (4 hidden) and three of the
@@ -51,15 +51,15 @@ def activations(shape: Shape, context: int, sequences: int) -> int:
     cap rules SDPA out: the scores of all heads are whole, before softmax, after it and as float32 between, beside two
     masks, three hidden states, queries, and keys and values repeated for every query head.
     """
-    s, tokens = shape, context * sequences
-    queries = s.heads * s.head_dim
-    widest = tokens * max(3 * s.intermediate + 4 * s.hidden, 3 * s.hidden + 4 * queries) * s.width
-    if s.whole_scores:
-        scores = tokens * context * (s.heads * (2 * s.width + 4) + 2 * s.width)
-        repeated = 2 * queries if s.heads > s.kv_heads else 0
-        widest = max(widest, scores + tokens * (3 * s.hidden + queries + repeated) * s.width)
-    rotary = context * (2 * s.head_dim * s.width + 8) + 8 * tokens
-    return widest + rotary + s.vocab * sequences * s.width
+    g, tokens = geometry, context * sequences
+    queries = g.q_row
+    widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    if g.whole_scores:
+        scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
+        repeated = 2 * queries if g.heads > g.kv_heads else 0
+        widest = max(widest, scores + tokens * (3 * g.hidden + queries + repeated) * g.width)
+    rotary = context * (2 * g.head_dim * g.width + 8) + 8 * tokens
+    return widest + rotary + g.vocab * sequences * g.width
 
 
 def cublas_workspace(compute: str) -> int:
@@ -69,7 +69,7 @@ def cublas_workspace(compute: str) -> int:
 
 def overhead(load: Load) -> Overhead:
     """Activations with the allocator's slack; the context and cuBLAS' workspace."""
-    alive = activations(load.shape, load.context, load.sequences) + load.expanded
+    alive = activations(load.geometry, load.context, load.sequences) + load.expanded
     return Overhead(int(alive * (1 + ALLOCATOR_SLACK)), CUDA_CONTEXT + cublas_workspace(load.card.compute))
 
 

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use
 from qtool.evaluate.engines.facts import (
@@ -28,7 +29,6 @@ from qtool.evaluate.engines.facts import (
     OffloadRule,
     Overhead,
     Serving,
-    Shape,
 )
 
 BLOCK = 16  # tokens to a block of the cache (CacheConfig.block_size on CUDA)
@@ -55,24 +55,24 @@ def overhead(load: Load) -> Overhead:
     """What profiling finds before vLLM gives the rest to the cache: a forward of the largest batch (fused gate and up,
     their product, residual and hidden states), or sampling for the sequences (its max_num_seqs: logits in 16 and 32
     bits, a sorted copy, int64 order, probabilities), whichever is larger; and the context, CUDA graphs, NCCL."""
-    s = load.shape
-    forward = (3 * s.intermediate // load.cards + 3 * s.hidden) * s.width * prefill_tokens(load.card)
-    sampling = s.vocab * load.sequences * (s.width + 4 + 4 + 8 + 4)
+    g = load.geometry
+    forward = (3 * g.intermediate // load.cards + 3 * g.hidden) * g.width * prefill_tokens(load.card)
+    sampling = g.vocab * load.sequences * (g.width + 4 + 4 + 8 + 4)
     parallel = PARALLEL if load.cards > 1 else 0
     return Overhead(max(forward, sampling), CUDA_CONTEXT + GRAPHS + parallel)
 
 
-def split_faults(shape: Shape, group: int, cards: int) -> list[str]:
+def split_faults(geometry: Geometry, group: int, cards: int) -> list[str]:
     """Why ``cards`` tensor-parallel ranks cannot share the model; ``group``: columns to a scale."""
     faults = []
-    if shape.heads % cards:
-        faults.append(f"{shape.heads} heads do not divide by {cards}")
-    if shape.kv_heads % cards and cards % shape.kv_heads:
-        faults.append(f"{shape.kv_heads} key/value heads neither divide by {cards} nor divide it")
-    if shape.intermediate % cards:
-        faults.append(f"intermediate_size {shape.intermediate} does not divide by {cards}")
+    if geometry.heads % cards:
+        faults.append(f"{geometry.heads} heads do not divide by {cards}")
+    if geometry.kv_heads % cards and cards % geometry.kv_heads:
+        faults.append(f"{geometry.kv_heads} key/value heads neither divide by {cards} nor divide it")
+    if geometry.intermediate % cards:
+        faults.append(f"intermediate_size {geometry.intermediate} does not divide by {cards}")
     elif group > 1:
-        for what, columns in (("down_proj", shape.intermediate), ("o_proj", shape.heads * shape.head_dim)):
+        for what, columns in (("down_proj", geometry.intermediate), ("o_proj", geometry.heads * geometry.head_dim)):
             if columns % cards or columns // cards % group:
                 faults.append(f"{what}: {columns} columns / {cards} do not divide by the group size {group}")
     return faults

@@ -17,12 +17,12 @@ from qtool.convert.formats.gguf.ggml import GgmlBlocks
 from qtool.convert.formats.gguf.imatrix import write_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_architecture, norm_offset, row_order
+from qtool.convert.formats.gguf.names import ROPE_FREQS, row_order
 from qtool.convert.formats.gguf.plan import GgufPlan
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unembedded
-from qtool.convert.formats.plan import layer_of
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.windows import load_tokenizer
 from qtool.evaluate.engines.llama_cpp import FACTS, installed
 from qtool.evaluate.engines.token_proof import prove_tokens
@@ -53,7 +53,7 @@ class GgufOutput:
             specs = {p.name: (torch.float32, (p.columns,)) for p in plan.linears}
             self.squares = ShardWriter(self.partial / EXTRAS, specs, key, IMPORTANCE)
         layout = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
-        self.file = GgufWriter(self.path, gguf_architecture(self.config), self._describe, layout, key)
+        self.file = GgufWriter(self.path, gguf_facts(self.config).architecture, self._describe, layout, key)
         self.written = GgufFile.open(self.path, self.config)
         size = int(self.config["vocab_size"])
         self.beyond = unembedded(self.tokenizer, size)
@@ -82,7 +82,7 @@ class GgufOutput:
     def write_outside_layers(self) -> None:
         """Embeddings, final norm and head; llama.cpp's importance matrices do not weigh them either."""
         for hf in self.plan.names:
-            if layer_of(hf, self.job.architecture.prefix) is None:
+            if self.job.decoder.layer_of(hf) is None:
                 self._write(hf, self.job.checkpoint.tensor(hf))
         factors = rope_factors(self.config)
         if factors is not None:
@@ -90,7 +90,7 @@ class GgufOutput:
 
     def write_layer(self, index: int, output: LayerOutput) -> None:
         """Write, make durable, read back and compare bit for bit, then note the layer as done."""
-        prefix = f"{self.job.architecture.prefix}{index}."
+        prefix = self.job.decoder.at(index)
         for name, tensor in output.tensors.items():
             self._write(prefix + name, tensor)
         for linear, codes in output.codes.items():
@@ -136,7 +136,7 @@ class GgufOutput:
     def _write(self, hf: str, tensor: torch.Tensor) -> None:
         name = self.plan.names[hf]
         type_name = self.plan.types[name].type
-        offset = norm_offset(name, self.config)
+        offset = self.job.decoder.family.norm_offset(hf)
         tensor = tensor.float() + offset if offset else tensor
         if not bool(tensor.isfinite().all()):
             raise QtoolError(f"{hf}: holds NaN or Inf.")
@@ -148,7 +148,7 @@ class GgufOutput:
     def _write_blocks(self, hf: str, blocks: GgmlBlocks) -> None:
         name = self.plan.names[hf]
         data = blocks.cpu().data
-        order = row_order(name, self.plan.shapes[name][0], self.config)
+        order = row_order(name, self.plan.shapes[name][0], self.job.decoder)
         if order is not None:
             data = data.view(order.numel(), -1)[order]  # a bias is one row of blocks, but as many numbers
         self.file.write(name, data)

@@ -25,9 +25,9 @@ from qtool.convert.formats.gguf.plan import plan_gguf
 from qtool.convert.formats.plan import OutputPlan, plan_output
 from qtool.convert.models.config_file import CONFIG, read_config
 from qtool.convert.models.config_keys import prove_gguf
+from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.ggml import load_library, quantizer_package
 from qtool.quantize.methods.nf4 import load_bitsandbytes
@@ -48,7 +48,7 @@ class Job:
     source: ModelSource
     checkpoint: Checkpoint
     config: Any
-    architecture: Architecture
+    decoder: Decoder
     plans: Mapping[str, OutputPlan]
     device: torch.device
     notes: tuple[str, ...] = ()  # tensors of the source that go into no artifact
@@ -85,7 +85,7 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint = open_source(source.path)
     check_sidecars(source.path, trusted)
     config = load_config(source.path, trusted)
-    architecture = architecture_of(config)
+    decoder = decoder_of(read_config(source.path))
     skeleton = build_skeleton(config, trusted)
     shapes, tied = expected_shapes(skeleton)
     check_head(checkpoint, bool(tied))
@@ -97,10 +97,10 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     checkpoint.check_dtypes()
     if any(isinstance(method, Nf4Method) for method in outputs):
         load_bitsandbytes()  # said now, not after hours
-    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
+    plans = {method.name: _plan(method, checkpoint, decoder, device) for method in outputs}
     if any(isinstance(method, GgufMethod) for method in outputs):
         prove_gguf(skeleton, read_config(source.path))
-    return Job(recipe, source, checkpoint, config, architecture, plans, device, (said,) if unknown else (),
+    return Job(recipe, source, checkpoint, config, decoder, plans, device, (said,) if unknown else (),
                tuple(left_out(source.path, trusted)), _matrices(outputs))  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def open_source(folder: Path) -> Checkpoint:
     refuse_quantized(folder, raw, ())
     checkpoint = Checkpoint.open(folder)
     refuse_quantized(folder, raw, checkpoint.tensors)
-    refuse_architecture(folder, raw, ARCHITECTURES)
+    refuse_architecture(folder, raw)
     checkpoint.check_sizes(raw)
     return checkpoint
 
@@ -132,17 +132,16 @@ def _matrices(outputs: Sequence[Method]) -> dict[str, Watched]:
     return found
 
 
-def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
+def _plan(method: Method, checkpoint: Checkpoint, decoder: Decoder, device: torch.device) -> OutputPlan:
     if isinstance(method, GgufMethod):
         load_gguf()  # said now, not after hours
         if method.type not in FLOATS and device.type == "cpu":
             load_library()
         config = read_config(checkpoint.path)
-        return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)
+        return plan_gguf(checkpoint.tensors, decoder, config, method.type)
     return plan_output(
         checkpoint.tensors,
-        architecture.prefix,
-        architecture.linears,
+        decoder,
         method.quantization_config(),
         method.stored_dtype,
         weights_per_scale(method),

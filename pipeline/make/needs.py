@@ -83,8 +83,8 @@ def peak_of(job: Job, methods: Sequence[Method]) -> int:
     """Bytes on the computing device while these outputs are made."""
     text, device = job.recipe.calibration, job.device.type
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    scores = score_bytes(job.architecture, job.config.num_attention_heads, text.samples, text.length, device)
-    return peak_bytes(job.architecture, shapes, methods, text.samples * text.length, device, scores)
+    scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
+    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores)
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Method]) -> None:
@@ -142,9 +142,13 @@ def print_needs(needs: Needs) -> None:
 
 
 def _layer_bytes(job: Job) -> int:
-    """The stored bytes of one layer; two are in host memory at once, one read ahead."""
-    prefix = f"{job.architecture.prefix}0."
-    return sum(info.nbytes for name, info in job.checkpoint.tensors.items() if name.startswith(prefix))
+    """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
+    sizes = dict.fromkeys(range(job.decoder.shape.layers), 0)
+    for name, info in job.checkpoint.tensors.items():
+        layer = job.decoder.layer_of(name)
+        if layer is not None:
+            sizes[layer] += info.nbytes
+    return max(sizes.values())
 
 
 def _largest(job: Job) -> int:

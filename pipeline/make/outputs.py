@@ -227,8 +227,8 @@ def _walk(
     start = min(writer.layers_done for writer in writers.values())
     types = {name: {linear.name: linear.type for linear in plan.linears} for name, plan in job.plans.items()}
     walk = Walk(
-        model, job.checkpoint, calibration, methods, job.device, lambda name, index: writers[name].restore(index),
-        types, importance,
+        model, job.decoder, job.checkpoint, calibration, methods, job.device,
+        lambda name, index: writers[name].restore(index), types, importance,
     )  # fmt: skip
     for writer in writers.values():
         writer.write_outside_layers()

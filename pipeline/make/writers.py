@@ -15,7 +15,6 @@ from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.writer import ShardWriter, Spec
 from qtool.convert.formats.containers import Linears, container_of
-from qtool.convert.formats.plan import layer_of
 from qtool.convert.runtimes import vllm as vllm_rules
 from qtool.make.job import Job, device_kind, versions
 from qtool.quantize.calibration import CalibrationSet
@@ -55,12 +54,12 @@ class SafetensorsOutput:
     def write_outside_layers(self) -> None:
         """Embeddings, final norm and head, in the stored dtype. Raises QtoolError where it cannot hold them."""
         for name, (dtype, _) in self.plan.specs.items():
-            if layer_of(name, self.job.architecture.prefix) is None:
+            if self.job.decoder.layer_of(name) is None:
                 self.weights.write(name, stored(name, self.job.checkpoint.tensor(name), dtype))
 
     def write_layer(self, index: int, output: LayerOutput) -> None:
         """Write, make durable, read back and compare bit for bit, then note the layer as done."""
-        prefix = f"{self.job.architecture.prefix}{index}."
+        prefix = self.job.decoder.at(index)
         for name, tensor in output.tensors.items():
             self.weights.write(prefix + name, stored(prefix + name, tensor, self.plan.specs[prefix + name][0]))
         for linear, codes in output.codes.items():
@@ -81,7 +80,7 @@ class SafetensorsOutput:
 
     def restore(self, index: int) -> dict[str, torch.Tensor]:
         """A finished layer's state dict, as a reader of the artifact gets it."""
-        prefix = f"{self.job.architecture.prefix}{index}."
+        prefix = self.job.decoder.at(index)
         linears = [name for name in self.linears.names() if name.startswith(prefix)]
         parts = {f"{linear}.{suffix}" for linear in linears for suffix in self.linears.parts(linear)}
         state = {f"{linear}.weight": self.linears.codes(linear).dequantize() for linear in linears}

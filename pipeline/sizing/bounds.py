@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines.facts import EngineFacts
 from qtool.sizing.accelerators import Accelerator
-from qtool.sizing.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines.facts import EngineFacts, Load, Overhead
 from qtool.sizing.accelerators import Accelerator
 from qtool.sizing.bounds import Range, decode_seconds, offload_seconds, prefill_seconds
 from qtool.sizing.formats import Weights
-from qtool.sizing.geometry import Geometry
 from qtool.sizing.kv_cache import kv_bytes
 
 GIB = 2**30

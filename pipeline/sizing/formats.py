@@ -15,9 +15,9 @@ from qtool.convert.formats.gguf.ggml import load_gguf, row_bytes
 from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
 from qtool.convert.formats.plan import OutputPlan, plan_output
 from qtool.convert.models.config_keys import check_config
-from qtool.quantize.architectures import ARCHITECTURES, Architecture
+from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
+from qtool.convert.models.table import find_family, names_of, quantized
 from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, Method, Nf4Method, weights_per_scale
-from qtool.sizing.geometry import KNOWN, LOOPED, tensor_shapes
 from qtool.sizing.headers import Headers
 
 SOURCE = "source"
@@ -94,18 +94,17 @@ def _weights_of(headers: Headers, name: str) -> Weights:
     if method is None:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
         return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
-    architecture = _architecture(headers)
+    decoder = _decoder(headers)
     check_config(headers.config)
     section = method.quantization_config()
     if isinstance(method, GgufMethod):
         load_gguf()
-        plan = plan_gguf(headers.tensors, architecture.prefix, architecture.linears, headers.config, method.type)
+        plan = plan_gguf(headers.tensors, decoder, headers.config, method.type)
         return _gguf_weights(name, plan)
     made: OutputPlan = plan_output(
-        headers.tensors, architecture.prefix, architecture.linears, section, method.stored_dtype,
-        weights_per_scale(method),
+        headers.tensors, decoder, section, method.stored_dtype, weights_per_scale(method),
     )  # fmt: skip
-    found = _weights(name, str(section["quant_method"]), made.specs, made.parameters, architecture.prefix)
+    found = _weights(name, str(section["quant_method"]), made.specs, made.parameters, decoder.prefix)
     largest = 2 * max(linear.out * linear.columns for linear in made.linears)
     group = 1 if isinstance(method, Nf4Method) else weights_per_scale(method)
     return _replace(found, group=group, largest=largest if isinstance(method, Nf4Method) else 0)
@@ -143,17 +142,13 @@ def dtype_name(specs: Iterable[Spec]) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
-def _architecture(headers: Headers) -> Architecture:
-    names = headers.config.get("architectures") or []
-    if LOOPED in names:  # its layers are Llama's; qtool plans them, but does not quantize looped models
-        return ARCHITECTURES["LlamaForCausalLM"]
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise QtoolError(
-        f"architecture {', '.join(names) or '(none named in config.json)'} is not known to qtool: only its own dtype "
-        f"can be planned. Known: {', '.join(ARCHITECTURES)}."
-    )
+def _decoder(headers: Headers) -> Decoder:
+    if find_family(headers.config) is None:
+        raise QtoolError(
+            f"architecture {names_of(headers.config)} is not known to qtool: only its own dtype can be planned. Known: "
+            f"{', '.join(quantized())}."
+        )
+    return decoder_of(headers.config)
 
 
 def _parameters(headers: Headers) -> int:
@@ -161,7 +156,7 @@ def _parameters(headers: Headers) -> int:
 
 
 def _source_parameters(headers: Headers) -> int:
-    if headers.geometry.architecture not in KNOWN:
+    if find_family(headers.config) is None:
         return _parameters(headers)
     return sum(_count(shape) for shape in tensor_shapes(headers.config).values())
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qtool import QtoolError
+from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines.facts import EngineFacts
-from qtool.sizing.geometry import Geometry
 
 
 def kv_bytes(

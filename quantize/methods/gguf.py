@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qtool import QtoolError
-from qtool.quantize.architectures import Architecture
-from qtool.quantize.folding import LayerOutput
+from qtool.convert.models.feeds import Matrix
+from qtool.quantize.folding import LayerOutput, unquantized
 from qtool.quantize.methods.ggml import fits, quantize_ggml
 
 TINY = 1e-12  # its square times a weight's is still a normal float32
 
 
 def quantize_layer(
-    architecture: Architecture,
+    matrices: Sequence[Matrix],
     weights: Mapping[str, Tensor],
     types: Mapping[str, str],
     importance: Mapping[str, Tensor],
     device: torch.device,
 ) -> LayerOutput:
-    """``weights``: tensor name -> tensor in the dtype of the checkpoint; ``types``: linear -> ggml type;
-    ``importance``: linear -> mean square of each input channel, float32 ``[in]`` (empty: errors count alike).
+    """``weights``: tensor name -> tensor in the dtype of the checkpoint; ``types``: module -> ggml type;
+    ``importance``: module -> mean square of each input channel, float32 ``[in]`` (empty: errors count alike).
 
     Records ``|W - Ŵ| / |W|`` and, where importance is known, the same with every column weighed by it: the relative
     output error on inputs whose channels are uncorrelated.
     """
-    output = LayerOutput(importance=dict(importance))
-    for linear in architecture.linears:
-        weight = weights[f"{linear}.weight"].to(device)
+    output = LayerOutput(tensors=unquantized(matrices, weights), importance=dict(importance))
+    for matrix in matrices:
+        linear = matrix.module
+        weight = matrix.of(weights[matrix.tensor]).to(device)
         row = live(importance[linear].to(device)) if linear in importance else None
         if not fits(weight, types[linear]):
             raise QtoolError(f"{linear}: does not fit {types[linear]}, which ends at 65504; set `type: BF16`.")
@@ -43,7 +44,6 @@ def quantize_layer(
         if row is not None:
             figures["weighted_error"] = _ratio(error * row, power * row)
         output.records[linear] = figures
-    output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
     return output
 
 

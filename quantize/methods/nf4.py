@@ -6,15 +6,15 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.143
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.codes import Nested, Nf4Blocks
-from qtool.quantize.architectures import Architecture
-from qtool.quantize.folding import LayerOutput
+from qtool.convert.models.feeds import Matrix
+from qtool.quantize.folding import LayerOutput, unquantized
 from qtool.quantize.methods.sections import Nf4Method
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
@@ -46,17 +46,16 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int, double_quant: bool) -> Nf
 
 
 def quantize_layer(
-    method: Nf4Method, architecture: Architecture, weights: Mapping[str, torch.Tensor], device: torch.device
+    method: Nf4Method, matrices: Sequence[Matrix], weights: Mapping[str, torch.Tensor], device: torch.device
 ) -> LayerOutput:
-    """``weights``: tensor name -> tensor in the dtype of the checkpoint; one linear at a time is on ``device``. No
+    """``weights``: tensor name -> tensor in the dtype of the checkpoint; one matrix at a time is on ``device``. No
     statistics are needed, so only ``|W - Ŵ| / |W|`` is recorded."""
-    output = LayerOutput()
-    for linear in architecture.linears:
-        weight = weights[f"{linear}.weight"].to(device)
+    output = LayerOutput(tensors=unquantized(matrices, weights))
+    for matrix in matrices:
+        weight = matrix.of(weights[matrix.tensor]).to(device)
         blocks = quantize_nf4(weight, method.blocksize, method.double_quant)
-        output.codes[linear] = blocks
+        output.codes[matrix.module] = blocks
         source = weight.float()
         error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
-        output.records[linear] = {"frobenius": float(f"{float(error):.6g}")}
-    output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
+        output.records[matrix.module] = {"frobenius": float(f"{float(error):.6g}")}
     return output

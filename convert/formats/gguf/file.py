@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from qtool.convert.files.durable import naming, say
 from qtool.convert.files.writer import StepJournal, journal_key, resume_journal, start_journal
 from qtool.convert.formats.gguf.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.formats.gguf.header import Header, read_header, read_tensor, read_value
-from qtool.convert.formats.gguf.names import norm_offset, possible_names, row_order
+from qtool.convert.formats.gguf.names import possible_names, row_order
+from qtool.convert.models.shape import Decoder, decoder_of
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """GGUF name -> (ggml type, shape in torch order), in file order."""
@@ -174,6 +176,11 @@ class GgufFile:
         except (ValueError, OSError) as error:
             raise QtoolError(f"{path}: not a whole GGUF file ({error}).") from error
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model by its config.json. Raises QtoolError where that is none of a known family."""
+        return decoder_of(self.config)
+
     @property
     def keys(self) -> list[str]:
         """Names of all keys."""
@@ -202,7 +209,7 @@ class GgufFile:
         if name is None:
             raise QtoolError(f"{self.path}: no tensor for {linear}.")
         blocks = self.blocks(name)
-        order = row_order(name, blocks.shape[0], self.config)
+        order = row_order(name, blocks.shape[0], self.decoder)
         if order is None:
             return blocks
         data = torch.empty_like(blocks.data)
@@ -213,9 +220,9 @@ class GgufFile:
         """Every tensor of the model under its Hugging Face name, dequantized to float32."""
         for hf, name in self.hf_names().items():
             values = self.blocks(name).dequantize()
-            if offset := norm_offset(name, self.config):
+            if offset := self.decoder.family.norm_offset(hf):
                 values = values - offset
-            order = row_order(name, self.layout[name][1][0], self.config)
+            order = row_order(name, self.layout[name][1][0], self.decoder)
             values = values.view(self.layout[name][1])
             if order is not None:
                 restored = torch.empty_like(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.ggml import BLOCKS, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names
-from qtool.convert.formats.gguf.types import PLAIN, Typed, is_70b, tensor_types
-from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
+from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.shape import Decoder
+from qtool.convert.models.table import gguf_facts
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,29 @@ class GgufPlan(OutputPlan):
 
 
 def plan_gguf(
-    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
+    tensors: Mapping[str, TensorInfo], decoder: Decoder, config: Mapping[str, Any], file_type: str
 ) -> GgufPlan:
     """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
     config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
     limits = tuple(check_gguf(config))
     model_keys(config)
-    names = gguf_names(walk_order(tensors, prefix), config)
+    names = gguf_names(walk_order(tensors, decoder), config)
     shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
     factors = rope_factors(config)
     if factors is not None:
         shapes[ROPE_FREQS] = tuple(factors.shape)
-    layers = int(config["num_hidden_layers"])
-    types = tensor_types(shapes, file_type, layers, is_70b(config))
+    types = tensor_types(shapes, file_type, decoder.shape.layers, gguf_facts(config).like_70b(decoder.shape))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
     _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
-    plans = []
+    plans, held = [], decoder.held()
     for hf, name in names.items():
-        if is_linear(hf, prefix, linears):
-            out, columns = shapes[name]
-            block = BLOCKS[types[name].type][0]
-            plans.append(LinearPlan(hf.removesuffix(".weight"), out, columns, block, sizes[name], types[name].type))
+        for module, matrix in held.get(hf, ()):
+            out, columns = matrix.shape(shapes[name])
+            kind = types[name].type
+            nbytes = out * row_bytes(kind, columns)
+            plans.append(LinearPlan(module, out, columns, BLOCKS[kind][0], nbytes, kind))
     specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in names.items()}
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
