@@ -15,7 +15,7 @@ from toy_family import STARCODER2
 from qtool import QtoolError
 from qtool.convert.files.artifact import EXTRAS, Artifact
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, matrix
+from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, whole
 from qtool.convert.models.shape import decoder_of, tensor_shapes
 from qtool.convert.models.table import FAMILIES, gguf_facts
 from qtool.convert.skeleton import load_config
@@ -76,7 +76,7 @@ def test_a_looped_model_visits_its_layers_twice() -> None:
 @pytest.mark.parametrize(
     ("stored", "one", "expected"),
     [
-        ((6, 4), matrix("a"), lambda t: t),
+        ((6, 4), whole("a"), lambda t: t),
         ((5, 6, 4), Matrix("a", "t", index=2), lambda t: t[2]),
         ((5, 6, 4), Matrix("a", "t", index=2, count=3), lambda t: t[2, :3]),  # gate of gate and up, a half each
         ((5, 6, 4), Matrix("a", "t", index=2, first=3, count=3), lambda t: t[2, 3:]),
@@ -98,7 +98,7 @@ def test_a_matrix_is_a_view_of_its_tensor(stored: tuple[int, ...], one: Matrix, 
 
 def test_a_scale_goes_to_whatever_else_its_norm_feeds() -> None:
     """A router beside the matrices, and a LayerNorm's bias: what each computes of the norm's output stays."""
-    feed = Feed(Norm("norm"), (matrix("up"),), also=("router.weight",))
+    feed = Feed(Norm("norm"), (whole("up"),), also=("router.weight",))
     weights = {"norm.weight": torch.rand(64) + 0.5, "norm.bias": torch.randn(64), "up.weight": torch.randn(32, 64),
                "router.weight": torch.randn(4, 64)}  # fmt: skip
     x = torch.randn(500, 64)
@@ -120,7 +120,7 @@ def test_a_scale_goes_to_whatever_else_its_norm_feeds() -> None:
 
 def test_heads_that_share_a_norm_share_its_scales() -> None:
     norm = Norm("norm", repeated=32)
-    feed = Feed(norm, (matrix("out"),))
+    feed = Feed(norm, (whole("out"),))
     weights = {"norm.weight": torch.rand(32) + 0.5, "out.weight": torch.randn(64, 128)}
     x = torch.randn(500, 128)
     x[:, ::32] *= 12

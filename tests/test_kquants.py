@@ -159,10 +159,10 @@ def test_odd_numbers_of_blocks() -> None:
 
 
 def test_layers_that_do_not_fit_are_named() -> None:
-    from qtool.convert.models.feeds import matrix
+    from qtool.convert.models.feeds import whole
     from qtool.quantize.methods.gguf import quantize_layer
 
-    matrices = [matrix("self_attn.q_proj"), matrix("mlp.down_proj")]
+    matrices = [whole("self_attn.q_proj"), whole("mlp.down_proj")]
     tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}
     types = dict.fromkeys((one.module for one in matrices), "Q4_K")
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):

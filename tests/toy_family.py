@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qtool.convert.models.family import TANH_GELU, Family, Settings, Windows
-from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Shape, matrix
+from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Shape, whole
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import TWO_NORMS, K, O, Q, V
 
@@ -36,12 +36,12 @@ def _tensors(shape: Geometry) -> dict[str, Shape]:
 
 
 def _feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
-    values = Heads(matrix(V), shape.heads // shape.kv_heads, shape.head_dim)
+    values = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
     return (
-        Feed(Norm("input_layernorm"), (matrix(Q), matrix(K), matrix(V))),
-        Feed(values, (matrix(O),), split=True),
-        Feed(Norm("post_attention_layernorm"), (matrix(FC),)),
-        Feed(Nothing(), (matrix(PROJ),), split=True),  # gelu lies between: no scale passes it
+        Feed(Norm("input_layernorm"), (whole(Q), whole(K), whole(V))),
+        Feed(values, (whole(O),), split=True),
+        Feed(Norm("post_attention_layernorm"), (whole(FC),)),
+        Feed(Nothing(), (whole(PROJ),), split=True),  # gelu lies between: no scale passes it
     )
 
 

@@ -19,6 +19,7 @@ from qtool.convert.files.diagnosis import UNQUANTIZED, why_missing, why_no_model
 from qtool.convert.files.reading import open_file, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import read_header, read_places
 from qtool.convert.models.config_file import CONFIG
+from qtool.convert.models.table import prefix_of
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -33,11 +34,6 @@ COMPUTED = ".rotary_emb.inv_freq"
 # Weights that lie beside a model's own: an adapter's, a trainer's, Mistral's second copy under names of its own.
 NOT_THE_MODEL = ("adapter", "optimizer", "scheduler", "training_args", "rng_state", "consolidated")
 SOURCES = (torch.float16, torch.bfloat16, torch.float32)
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_SIZES = (  # key of config.json, a tensor that shows it, and where
-    ("vocab_size", "model.embed_tokens.weight", 0), ("hidden_size", "model.embed_tokens.weight", 1),
-    ("intermediate_size", "model.layers.0.mlp.gate_proj.weight", 0),
-)  # fmt: skip
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -154,17 +150,21 @@ class Checkpoint:
 
     def check_sizes(self, config: Mapping[str, Any]) -> None:
         """Compare config.json's sizes with the headers, before a model of these sizes is built. Raises QtoolError."""
-        said = config.get("num_hidden_layers")
-        layers = {name: int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
+        said, prefix = config.get("num_hidden_layers"), prefix_of(config)
+        layer = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+        layers = {name: int(found[1]) for name in self.tensors if (found := layer.match(name))}
         if layers and isinstance(said, int):
             held = max(layers.values()) + 1
             if said > held:
                 raise QtoolError(
                     f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
-                    f"model.layers.{held} is missing. Weights and config.json are not of one model."
+                    f"{prefix}{held} is missing. Weights and config.json are not of one model."
                 )
             self.refuse_strangers([name for name, layer in layers.items() if layer >= said])
-        for key, name, axis in _SIZES:
+        embedding, gate = "model.embed_tokens.weight", f"{prefix}0.mlp.gate_proj.weight"
+        for key, name, axis in (
+            ("vocab_size", embedding, 0), ("hidden_size", embedding, 1), ("intermediate_size", gate, 0),
+        ):  # fmt: skip
             info, said = self.tensors.get(name), config.get(key)
             if info is not None and len(info.shape) == 2 and isinstance(said, int) and info.shape[axis] != said:
                 raise QtoolError(

@@ -15,6 +15,9 @@ from qtool.convert.models.geometry import Geometry
 Value = int | float | str
 Settings = Mapping[str, Any]
 """A config.json, completed with the family's defaults."""
+Ropes = Mapping[str, Mapping[str, Value]]
+"""Kind of layers -> llama.cpp's rotary keys (`rope.rope_keys`)."""
+LAYERS = "model.layers."  # how names of tensors in layers begin, as nearly everywhere
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `layer_types` and in rotary settings
 
 
@@ -50,7 +53,7 @@ def _as_read(_: Settings, shape: Geometry) -> Geometry:
     return shape
 
 
-def _no_keys(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+def _no_keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
     return {}
 
 
@@ -58,7 +61,7 @@ def _never(_: Geometry) -> bool:
     return False
 
 
-def _nothing_odd(_: Settings, __: Mapping[str, Mapping[str, Value]]) -> None:
+def _takes_all(_: Settings, __: Ropes) -> None:
     return None
 
 
@@ -84,9 +87,9 @@ class GgufFacts:
     windows: bool = False
     biases: bool = False
     factors: bool = False
-    keys: Callable[[Settings, Geometry, Mapping[str, Mapping[str, Value]]], dict[str, Value]] = _no_keys
+    keys: Callable[[Settings, Geometry, Ropes], dict[str, Value]] = _no_keys
     required: tuple[str, ...] = ()
-    refuse: Callable[[Settings, Mapping[str, Mapping[str, Value]]], None] = _nothing_odd
+    refuse: Callable[[Settings, Ropes], None] = _takes_all
     says: frozenset[str] = frozenset()
     like_70b: Callable[[Geometry], bool] = _never
 
@@ -127,7 +130,7 @@ class Family:
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
-    prefix: str = "model.layers."
+    prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
     whole_scores: bool = False

@@ -46,7 +46,7 @@ class Matrix:
         return (rows if self.count is None else self.count), columns
 
 
-def matrix(module: str) -> Matrix:
+def whole(module: str) -> Matrix:
     """A matrix that is a tensor of its own, as most are."""
     return Matrix(module, f"{module}.weight")
 

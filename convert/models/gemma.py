@@ -3,11 +3,10 @@ second on, four norms a layer and windows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from qtool import QtoolError
-from qtool.convert.models.family import FULL, SLIDING, TANH_GELU, Family, GgufFacts, Settings, Value, Windows
+from qtool.convert.models.family import FULL, SLIDING, TANH_GELU, Family, GgufFacts, Ropes, Settings, Value, Windows
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import TWO_NORMS, decoder_tensors, gated_decoder
 
@@ -55,7 +54,7 @@ def _keys(architecture: str, settings: Settings, shape: Geometry) -> dict[str, V
     return keys if final is None else keys | {"final_logit_softcapping": float(final)}
 
 
-def _keys2(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+def _keys2(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
     keys = _keys("gemma2", settings, shape)
     cap = settings.get("attn_logit_softcapping")
     if cap is None or settings.get("final_logit_softcapping") is None:
@@ -63,14 +62,14 @@ def _keys2(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, 
     return keys | {"attn_logit_softcapping": float(cap)}
 
 
-def _keys3(settings: Settings, shape: Geometry, rope: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+def _keys3(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
     keys, local = _keys("gemma3", settings, shape), rope[SLIDING]
     if len(local) > 1:
         raise QtoolError("config.json: sliding layers with a rotary scaling of their own cannot be written as GGUF.")
     return keys | {"rope.freq_base_swa": local["freq_base"]}
 
 
-def _refuse3(settings: Settings, rope: Mapping[str, Mapping[str, Value]]) -> None:
+def _refuse3(settings: Settings, rope: Ropes) -> None:
     if settings.get("attn_logit_softcapping") is not None:
         raise QtoolError("config.json: attn_logit_softcapping is set; llama.cpp's gemma3 has no such cap.")
     if "scaling.attn_factor" in rope[FULL]:  # KL 1.7e-2

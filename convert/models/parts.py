@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qtool.convert.models.feeds import Feed, Heads, Norm, Rows, Shape, matrix
+from qtool.convert.models.feeds import Feed, Heads, Norm, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 
 TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -19,12 +19,12 @@ def gated_decoder(
     behind o_proj or down_proj, and those of q and k, absorb nothing."""
 
     def feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
-        heads = Heads(matrix(V), shape.heads // shape.kv_heads, shape.head_dim)
+        heads = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
         return (
-            Feed(Norm("input_layernorm", plus_one), (matrix(Q), matrix(K), matrix(V))),
-            Feed(heads, (matrix(O),), split=True),
-            Feed(Norm(before_mlp, plus_one), (matrix(GATE), matrix(UP))),
-            Feed(Rows(matrix(UP)), (matrix(DOWN),), split=True),
+            Feed(Norm("input_layernorm", plus_one), (whole(Q), whole(K), whole(V))),
+            Feed(heads, (whole(O),), split=True),
+            Feed(Norm(before_mlp, plus_one), (whole(GATE), whole(UP))),
+            Feed(Rows(whole(UP)), (whole(DOWN),), split=True),
         )
 
     return feeds

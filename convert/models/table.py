@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.models.family import Family, GgufFacts
+from qtool.convert.models.family import LAYERS, Family, GgufFacts
 from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
 from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
 from qtool.convert.models.loop import IQUEST_LOOP_CODER
@@ -44,6 +44,12 @@ def gguf_facts(config: Mapping[str, Any]) -> GgufFacts:
     known = [name for name, other in FAMILIES.items() if other.gguf is not None]
     why = family.no_gguf if family else "cannot be written as GGUF yet"
     raise QtoolError(f"architecture {names_of(config)} {why}. Known: {', '.join(known)}.")
+
+
+def prefix_of(config: Mapping[str, Any]) -> str:
+    """How the names of its layers' tensors begin; of an architecture that is not known, as most do."""
+    family = find_family(config)
+    return family.prefix if family else LAYERS
 
 
 def architecture_name(config: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.names import ROPE_FREQS, possible_names
 from qtool.convert.formats.gguf.types import PLAIN
 from qtool.convert.formats.plan import QUANTIZED_SHARE
-from qtool.convert.verify.implied import EMBEDDING, HEAD, Implied, Shapes
+from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import Result
 
 ERROR = 0.99  # |W - Ŵ| / |W|: of nothing it is 1

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import HEAD as HEAD_MODULE
 from qtool.convert.formats.gguf.names import SUFFIXES, modules
 from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.table import prefix_of
+from qtool.convert.models.tied import EMBEDDING
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 
 
@@ -38,7 +37,7 @@ def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
     decoder = decoder_of(config)
     matrices = [f"{module}.weight" for held in decoder.held().values() for module, _ in held]
     if "auto_map" in config:  # whoever checks a file runs none of its code
-        known = {module + suffix for module in (*modules(decoder), HEAD_MODULE) for suffix in SUFFIXES}
+        known = {module + suffix for module in modules(decoder) for suffix in SUFFIXES}
         return Implied(dict.fromkeys(name for name in stored if name in known), frozenset(), matrices)
     shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
     return Implied(shapes, frozenset(tied), matrices)
@@ -50,7 +49,8 @@ def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             yield f"says {key} {value!r}, which is no number above 0"
             return
-    layers = {int(found.group(1)) for name in stored if (found := _LAYER.fullmatch(name))}
+    layer = re.compile(re.escape(prefix_of(config)) + r"(\d+)\.")
+    layers = {int(found.group(1)) for name in stored if (found := layer.match(name))}
     said = config.get("num_hidden_layers")
     if said is not None and layers != set(range(min(said, len(layers) + 1))):
         yield f"says num_hidden_layers {said}, the weights have {len(layers)}"
@@ -59,6 +59,6 @@ def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
     if table is not None and None not in (vocabulary, width) and table != (vocabulary, width):
         yield f"says vocab_size {vocabulary} and hidden_size {width}, {EMBEDDING} is {list(table)}"
     head = config.get("head_dim")
-    rows = stored.get("model.layers.0.self_attn.q_proj.weight")
+    rows = stored.get(f"{prefix_of(config)}0.self_attn.q_proj.weight")
     if head is not None and rows is not None and head > rows[0]:
         yield f"says head_dim {head}, q_proj has {rows[0]} rows"

@@ -13,7 +13,7 @@ from qtool.convert.files.artifact import EXTRAS, FOLD_SCALES, Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.formats.gguf.file import GgufFile
-from qtool.convert.models.feeds import Heads, Norm, Rows
+from qtool.convert.models.feeds import Heads, Norm, Rows, whole
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.verify.tensors import Result
 
@@ -43,14 +43,17 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
     folder = artifact.path / EXTRAS
     folded = any(folder.glob(f"{FOLD_SCALES}*.safetensors"))
     scales = Checkpoint.open(folder) if folded else None
+    decoder = decoder_of(artifact.config)
+    held = {module: (name, matrix) for name, pairs in decoder.held().items() for module, matrix in pairs}
     reasons = [] if linears else ["no linear to compare"]
     for linear in linears:
-        info, quantized = source.tensors.get(f"{linear}.weight"), artifact.codes(linear).dequantize()
-        if info is None or info.shape != quantized.shape:
+        name, matrix = held.get(linear, (f"{linear}.weight", whole(linear)))
+        info, quantized = source.tensors.get(name), artifact.codes(linear).dequantize()
+        if info is None or len(info.shape) < 2 or matrix.shape(info.shape) != quantized.shape:
             found = "no such tensor" if info is None else f"{list(info.shape)}"
             reasons.append(f"{linear} is {list(quantized.shape)} here and {found} there: not its source")
             continue
-        weight = source.tensor(f"{linear}.weight").float()
+        weight = matrix.of(source.tensor(name)).float()
         error = relative_frobenius(weight, quantized, _scales_of(scales, linear))
         said = ledger.get(linear, {}).get("frobenius")
         if said is None:
@@ -58,7 +61,6 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
         elif not math.isfinite(error) or not abs(error - said) <= FROBENIUS_TOLERANCE * max(said, 1e-6):
             reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {said:.4g}")
     if not reasons:  # else it is another model's source
-        decoder = decoder_of(artifact.config)
         reasons = [*_fold_faults(scales, linears, decoder), *_plain_faults(artifact, source, scales, decoder)]
     return AGAINST_SOURCE, reasons, f"{len(linears)} linears as recorded"
 
@@ -131,6 +133,7 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):
             yield f"{name} is not the source's (differs by {error:.2%})"
+    seen |= set(decoder.held())  # compared as matrices
     for name in source.tensors:
         if name.startswith(decoder.prefix) and name not in seen:
             yield f"{shown(name)} is in the source and not here"

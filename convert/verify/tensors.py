@@ -17,7 +17,7 @@ from qtool.convert.formats.gguf.metadata import required_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS
 from qtool.convert.formats.gguf.types import tensor_types
 from qtool.convert.models.table import find_family, gguf_facts
-from qtool.convert.verify.implied import EMBEDDING
+from qtool.convert.models.tied import EMBEDDING
 
 Result = tuple[str, list[str], str]
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

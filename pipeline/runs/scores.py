@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from qtool import QtoolError
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
-from qtool.convert.models.table import family_of
+from qtool.convert.models.table import prefix_of
 from qtool.convert.text.windows import load_tokenizer, token_windows
 from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
@@ -243,7 +243,7 @@ class Evaluation:
         """With the source's weights in memory, after the subject's are gone: one model at a time."""
         if not self._layered(length) or source.stream is None or subject.stream is None:
             return []
-        prefix = family_of(self.config.to_dict()).prefix
+        prefix = prefix_of(self.config.to_dict())
         model = load_model(source.stream(), self.config, self.device, self.trust_remote_code)
         step = self._row(bar, f"{subject.name}: layer by layer", self.config.num_hidden_layers)
         reference = fidelity.Reference(self._reference_path(source, length))

@@ -16,7 +16,7 @@ from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
 from qtool.convert.formats.plan import OutputPlan, plan_output
 from qtool.convert.models.config_keys import check_config
 from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
-from qtool.convert.models.table import find_family, names_of, quantized
+from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
 from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, Method, Nf4Method, weights_per_scale
 from qtool.sizing.headers import Headers
 
@@ -93,7 +93,7 @@ def _weights_of(headers: Headers, name: str) -> Weights:
     method = method_of(name)
     if method is None:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
-        return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
+        return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix_of(headers.config))
     decoder = _decoder(headers)
     check_config(headers.config)
     section = method.quantization_config()
@@ -116,7 +116,7 @@ def artifact_weights(headers: Headers) -> Weights:
         specs = {name: (info.dtype, info.shape) for name, info in headers.tensors.items()}
         section = headers.config["quantization_config"]
         method = str(section.get("quant_method", "unknown"))
-        found = _weights(method, method, specs, _source_parameters(headers), "model.layers.")
+        found = _weights(method, method, specs, _source_parameters(headers), prefix_of(headers.config))
         said = CONTAINERS[method].geometry(section) if method in CONTAINERS else section
         packed = [shape for dtype, shape in specs.values() if dtype == torch.uint8 and len(shape) == 2]
         largest = max((4 * _count(shape) for shape in packed), default=0)  # two weights to a byte, expanded to 16 bits

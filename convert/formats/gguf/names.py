@@ -13,9 +13,9 @@ from qtool.convert.formats.gguf.ggml import load_gguf
 from qtool.convert.models.model_config import is_tied
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.table import gguf_facts
+from qtool.convert.models.tied import HEAD
 
 SUFFIXES = (".weight", ".bias")
-HEAD = "lm_head"
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -25,7 +25,7 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
     tied = is_tied(config)
     found = {}
     for name in tensors:
-        if tied and name == f"{HEAD}.weight":
+        if tied and name == HEAD:
             continue
         mapped = table.get_name(name, try_suffixes=SUFFIXES)
         if mapped is None:
@@ -38,14 +38,14 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
 def possible_names(config: Mapping[str, Any]) -> dict[str, str]:
     """HF name -> GGUF name of every tensor that a model of this config may have."""
     table = _name_map(config)
-    names = [module + suffix for module in (*modules(decoder_of(config)), HEAD) for suffix in SUFFIXES]
+    names = [module + suffix for module in modules(decoder_of(config)) for suffix in SUFFIXES]
     mapped = {name: table.get_name(name, try_suffixes=SUFFIXES) for name in names}
     return {name: found for name, found in mapped.items() if found is not None}
 
 
 def modules(decoder: Decoder) -> list[str]:
-    """Every module of a model that has a tensor."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in decoder.tensors()))
+    """Every module of a model that has a tensor, the head too where it is tied."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in (*decoder.tensors(), HEAD)))
 
 
 def _name_map(config: Mapping[str, Any]) -> Any:
