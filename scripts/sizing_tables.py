@@ -33,7 +33,7 @@ def table(model: str) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
     by_format: dict[tuple[str, str], list[Answer]] = {}
     for answer in plan.answers:
-        by_format.setdefault((answer.setting.weights.format, answer.setting.engine.name), []).append(answer)
+        by_format.setdefault((answer.setting.weights.format, answer.setting.engine), []).append(answer)
     for (name, engine), answers in by_format.items():
         weights = answers[0].setting.weights
         h100 = answers[-1]

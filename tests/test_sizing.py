@@ -252,7 +252,7 @@ def test_tensor_parallel_rules() -> None:
     awq, source = weights_of(headers, "awq"), weights_of(headers, "source")
     four, three = (Setting(headers.geometry, w, VLLM, CARDS["H100"], n) for w, n in ((awq, 4), (source, 3)))
     assert split_faults(four) == []
-    assert split_faults(replace(four, engine=TRANSFORMERS, cards=3)) == []  # its cards take turns
+    assert split_faults(replace(four, facts=TRANSFORMERS, cards=3)) == []  # its cards take turns
     assert any("down_proj: 27648 columns / 16" in fault for fault in split_faults(replace(four, cards=16)))
     assert split_faults(three) == [
         "40 heads do not divide by 3", "8 key/value heads neither divide by 3 nor divide it",

@@ -19,32 +19,37 @@ HOST_BANDWIDTH = 80e9  # bytes/s, two channels of DDR5: what layers outside the 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to serve: the model's shape, its weights in a format, engine, card and how many of them."""
+    """One way to serve: the model's shape, its weights in a format, the engine's facts, the card and how many."""
 
     geometry: Geometry
     weights: Weights
-    engine: EngineFacts
+    facts: EngineFacts
     card: Accelerator
     cards: int = 1
     kv_dtype: str = "bf16"
 
     @property
+    def engine(self) -> str:
+        """Its name."""
+        return self.facts.name
+
+    @property
     def limit(self) -> int:
         """Bytes of each card that the engine takes."""
-        return int(self.card.memory * self.engine.memory_share)
+        return int(self.card.memory * self.facts.memory_share)
 
     @property
     def resident(self) -> int:
         """Bytes of weights on each card. An embedding that stays in host memory is copied as head where it is tied;
         tensor parallelism splits all but norms; other engines give each card its share of the layers."""
         w = self.weights
-        on_cards = w.nbytes if self.engine.embedding_on_card else w.layers + (w.head or w.embedding) + w.other
+        on_cards = w.nbytes if self.facts.embedding_on_card else w.layers + (w.head or w.embedding) + w.other
         return -(-(on_cards - w.other) // self.cards) + w.other
 
     @property
     def at_once(self) -> int:
         """Cards that work at the same time."""
-        return self.cards if self.engine.split_faults else 1
+        return self.cards if self.facts.split_faults else 1
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,16 @@ class Offload:
 
 def cache_of(setting: Setting, context: int, sequences: int) -> int:
     """Bytes of the cache on each card."""
-    chunk = setting.engine.prefill_tokens(setting.card)
+    chunk = setting.facts.prefill_tokens(setting.card)
     ranks = setting.at_once
-    nbytes = kv_bytes(setting.geometry, setting.engine, context, sequences, setting.kv_dtype, chunk, ranks)
+    nbytes = kv_bytes(setting.geometry, setting.facts, context, sequences, setting.kv_dtype, chunk, ranks)
     return nbytes if ranks > 1 else -(-nbytes // setting.cards)
 
 
 def overhead_of(setting: Setting, context: int, sequences: int) -> Overhead:
     """Activations, logits, context and graphs on each card."""
     expanded = setting.weights.largest
-    return setting.engine.overhead(Load(setting.geometry, setting.card, setting.cards, context, sequences, expanded))
+    return setting.facts.overhead(Load(setting.geometry, setting.card, setting.cards, context, sequences, expanded))
 
 
 def estimate_of(setting: Setting, context: int, sequences: int) -> Estimate:
@@ -123,7 +128,7 @@ def most_sequences(setting: Setting, context: int) -> int:
 
 def split_faults(setting: Setting) -> list[str]:
     """Why the cards cannot share the model as the engine would split it; empty where they can."""
-    split = setting.engine.split_faults
+    split = setting.facts.split_faults
     return split(setting.geometry, setting.weights.group, setting.cards) if split and setting.cards > 1 else []
 
 
@@ -133,7 +138,7 @@ def offload_of(setting: Setting, context: int, sequences: int, host: float = HOS
     ``host``: bytes/s of host memory, at which layers are computed that an engine runs where they lie; others are
     brought over the host link at each step.
     """
-    w, g, rule = setting.weights, setting.geometry, setting.engine.offload
+    w, g, rule = setting.weights, setting.geometry, setting.facts.offload
     over = estimate_of(setting, context, sequences).total - setting.limit
     if rule is None or over <= 0 or setting.card.unified:
         return None
@@ -160,17 +165,17 @@ def offload_of(setting: Setting, context: int, sequences: int, host: float = HOS
 
 def _step(setting: Setting, context: int, sequences: int, moved: int = 0, elsewhere: float = 0.0) -> Range:
     w = setting.weights
-    cache = kv_bytes(setting.geometry, setting.engine, context, sequences, setting.kv_dtype)
+    cache = kv_bytes(setting.geometry, setting.facts, context, sequences, setting.kv_dtype)
     layers = max(0, w.layers - moved)
     return decode_seconds(
-        setting.geometry, setting.engine, setting.card, layers, w.head or w.embedding, cache, sequences,
+        setting.geometry, setting.facts, setting.card, layers, w.head or w.embedding, cache, sequences,
         setting.at_once, elsewhere,
     )  # fmt: skip
 
 
 def _first(setting: Setting, context: int, sequences: int) -> Range | None:
     return prefill_seconds(
-        setting.geometry, setting.engine, setting.card, context, sequences, setting.weights.layers, setting.at_once
+        setting.geometry, setting.facts, setting.card, context, sequences, setting.weights.layers, setting.at_once
     )
 
 

@@ -72,7 +72,7 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
         out.append(f'<text x="{middle:.1f}" y="{base + 56}" text-anchor="middle">{visible(label)}</text>')
         out.append(
             f'<text class="soft" x="{middle:.1f}" y="{base + 71}" text-anchor="middle">'
-            f"{visible(answer.setting.engine.name)}</text>"
+            f"{visible(answer.setting.engine)}</text>"
         )
     line = y(limit)
     out.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - 16}" y1="{line:.1f}" y2="{line:.1f}"/>')

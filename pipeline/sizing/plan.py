@@ -208,7 +208,7 @@ def _answer(
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
     """What would hold ``context``: another cache type, another format, more cards; the mildest first, at most four."""
     found = []
-    for kind in setting.engine.cache_types:
+    for kind in setting.facts.cache_types:
         changed = replace(setting, kv_dtype=kind.name)
         if changed.kv_dtype != setting.kv_dtype and fits(changed, context, sequences):
             found.append(f"--kv-dtype {kind.name}")
@@ -217,7 +217,7 @@ def _changes(setting: Setting, others: list[Weights], context: int, sequences: i
         if other.format == setting.weights.format:
             continue
         engine = _engine(other)
-        changed = replace(setting, weights=other, engine=engine, kv_dtype=engine.cache_types[0].name)
+        changed = replace(setting, weights=other, facts=engine, kv_dtype=engine.cache_types[0].name)
         if not split_faults(changed) and fits(changed, context, sequences):
             found.append(f"format {other.format} ({engine.name})")
             break
@@ -243,7 +243,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _answer_json(answer: Answer) -> dict[str, Any]:
     s, w = answer.setting, answer.setting.weights
     return {
-        "card": s.card.key, "cards": s.cards, "format": w.format, "engine": s.engine.name, "kv_dtype": s.kv_dtype,
+        "card": s.card.key, "cards": s.cards, "format": w.format, "engine": s.engine, "kv_dtype": s.kv_dtype,
         "fits": answer.fits, "faults": list(answer.faults), "largest_context": answer.context,
         "most_sequences": answer.sequences, "least_changes": list(answer.least_changes),
         "changes": list(answer.changes), "command": answer.command,

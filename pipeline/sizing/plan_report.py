@@ -40,7 +40,7 @@ def _alike(plan: Plan) -> list[list[Answer]]:
     found: dict[object, list[Answer]] = {}
     for number, answer in enumerate(plan.answers):
         s = answer.setting
-        same = (s.card.key, s.engine.name, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
+        same = (s.card.key, s.engine, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
         found.setdefault(same if answer.faults else number, []).append(answer)
     return list(found.values())
 
@@ -51,7 +51,7 @@ def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
     cards = f"{s.cards} x {s.card.key}" if s.cards > 1 else s.card.key
     sized = [(a.setting.weights.format, a.setting.weights) for a in (answer, *alike)]
     sizes = ", ".join(f"{name} ({w.bits_per_weight:.2f} bpw, {gib(w.nbytes)} GiB)" for name, w in sized)
-    head = f"{sizes} on {cards} with {s.engine.name}, {s.kv_dtype} cache"
+    head = f"{sizes} on {cards} with {s.engine}, {s.kv_dtype} cache"
     if answer.faults:
         return [f"[red]cannot be served[/]  {head}: {'; '.join(answer.faults)}", *_advice(plan, answer)]
     if answer.fits:

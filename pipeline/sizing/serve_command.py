@@ -18,7 +18,7 @@ def command(headers: Headers, setting: Setting, context: int, sequences: int, of
     w = setting.weights
     made = headers.quantized or w.family == "source"
     place = headers.place if made else f"{headers.name}-{w.format}"
-    return setting.engine.command(Serving(
+    return setting.facts.command(Serving(
         place=place, revision=headers.revision if made else None, file=headers.gguf,
         default_file=f"{place}/{headers.name}-{w.format}.gguf", config=config_of(headers, setting), context=context,
         sequences=sequences, cards=setting.cards, cache_type=setting.kv_dtype, offload=offload.flag if offload else "",
@@ -41,7 +41,7 @@ def method_of_weights(setting: Setting) -> Any:
 
 def refusals(headers: Headers, setting: Setting) -> list[str]:
     """Why the engine does not load this at all; empty where it does."""
-    return setting.engine.refuses_model(config_of(headers, setting))
+    return setting.facts.refuses_model(config_of(headers, setting))
 
 
 def notes(headers: Headers, setting: Setting) -> list[str]:
