@@ -24,7 +24,8 @@ from qtool.convert.files.source import name_of, resolve
 from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.openai import connect
@@ -129,7 +130,7 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
-        result = record.Outcome(
+        result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             checks={name: found.checks for name, found in checks.items()},

@@ -15,7 +15,7 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import SHIPPED, shipped
 from qtool.convert.verify.checks import verify as verify_artifact
 from qtool.convert.verify.verification import Verification
-from qtool.evaluate.tasks.benchmarks import is_dated
+from qtool.evaluate.tasks.table import is_dated
 from qtool.recipe.faults import sentences
 from qtool.recipe.judging import EvaluateSection, GateSection
 from qtool.recipe.sections import checked_recipe
@@ -24,7 +24,7 @@ from qtool.runs.summary import Summary
 from qtool.sizing.accelerators import choose, load_accelerators, own_card
 from qtool.sizing.fit import HOST_BANDWIDTH
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, Plan, make_plan
+from qtool.sizing.plan import Plan, Question, make_plan
 
 Named = str | Path | Mapping[str, Any]
 Section = TypeVar("Section", bound=BaseModel)
@@ -38,7 +38,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """`qtool.plan`."""
     known = load_accelerators(None if cards is None else Path(cards))
-    asked = Asked(
+    asked = Question(
         cards=choose(known, gpu or own_card(known)), number=gpus, contexts=tuple(contexts),
         sequences=tuple(sequences), kv_dtypes=tuple(kv_dtypes), engine=engine, formats=tuple(formats),
         host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import time
@@ -60,9 +61,11 @@ def main() -> None:
             if job.language == "javascript" and shutil.which("node") is None:
                 continue
             count = arguments.jobs if job.language == "python" else max(1, arguments.jobs // 8)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             rates = [rate([job] * count, tier, arguments.workers) for _ in range(arguments.rounds)]
             shown = ", ".join(f"{value:.0f}" for value in rates)
-            print(f"  {kind:<20} {statistics.median(rates):6.0f} a second [{shown}]")
+            cost = spent(before, count * arguments.rounds)
+            print(f"  {kind:<20} {statistics.median(rates):6.0f} a second [{shown}], {cost} a job")
 
 
 def rate(jobs: list[Job], tier: str, workers: int | None) -> float:
@@ -74,6 +77,14 @@ def rate(jobs: list[Job], tier: str, workers: int | None) -> float:
     if wrong:
         raise SystemExit(f"{len(wrong)} right programs did not pass: {wrong[0]}")
     return len(jobs) / seconds
+
+
+def spent(before: resource.struct_rusage, jobs: int) -> str:
+    """What the workers took since ``before``: other load on the machine changes it less than the time."""
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+    faults = now.ru_minflt - before.ru_minflt
+    return f"{1000 * seconds / jobs:.1f} ms of processor time, {faults / jobs:.0f} page faults"
 
 
 if __name__ == "__main__":

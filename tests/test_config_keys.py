@@ -30,7 +30,7 @@ from qtool.convert.models.rope import rope_factors, rope_keys, rotation
 from qtool.convert.models.table import FAMILIES
 from qtool.convert.models.tied import check_folder, check_head
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.sizing.headers import read_headers
 
 SIZES: dict[str, Any] = {

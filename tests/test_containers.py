@@ -18,7 +18,7 @@ from qtool.convert.formats import autogptq, compressed_tensors, packing
 from qtool.convert.formats.codes import UniformCodes
 from qtool.convert.formats.containers import CONTAINERS, container_of
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet

@@ -21,7 +21,7 @@ from qtool.convert.models.shape import decoder_of, tensor_shapes
 from qtool.convert.models.table import FAMILIES, gguf_facts
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.on_grid import Folded, _scale, quantize_layer
 from qtool.quantize.statistics import InputStatistics

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,13 @@ from qtool.convert.formats.gguf.file import GgufFile, gguf_layout
 from qtool.convert.formats.gguf.imatrix import read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.modelfile import modelfile
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines import llama_cpp
-from qtool.evaluate.engines import openai as served
-from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines import server as served
+from qtool.evaluate.engines.engine import Decoding, Model, Request, Running, Use
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.methods.ggml import quantize_ggml
@@ -111,6 +113,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, dict[str, Artif
     return convert(path)
 
 
+def opened(file: Path, tokenizer: Any) -> AbstractContextManager[Running]:
+    return llama_cpp.ENGINE.open(Model("m", gguf=file, tokenizer=tokenizer), Use("cpu", 2, lambda: 64))
+
+
 def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]) -> None:
     _, artifacts = demo
     for artifact in artifacts.values():
@@ -122,7 +128,7 @@ def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]
     assert file.metadata("tokenizer.ggml.pre") == "deepseek-coder"
     assert file.metadata("general.file_type") == 15
     requests = [Request(text, lambda _: False) for text in ("def f(a", "class A")]
-    with llama_cpp.open_engine(q4.gguf, load_tokenizer(artifacts["q4"].path, False), 64, 2, "Q4_K_M") as engine:
+    with opened(q4.gguf, load_tokenizer(artifacts["q4"].path, False)) as engine:
         found = list(engine.generate(requests, Decoding(max_new_tokens=8, batch_size=2)))
     assert {index for index, _ in found} == {0, 1}
 
@@ -155,7 +161,7 @@ def test_llama_cpp_samples_by_temperature_and_top_p_alone(demo: tuple[Job, dict[
     assert artifact.gguf is not None
     tokenizer = load_tokenizer(artifact.path, False)
     requests = [Request("def f(a", lambda _: False, seed=seed) for seed in range(60)]
-    with llama_cpp.open_engine(artifact.gguf, tokenizer, 64, 2, "Q8_0") as engine:
+    with opened(artifact.gguf, tokenizer) as engine:
         hot = Decoding(max_new_tokens=1, batch_size=2, temperature=100.0)
         found = {text for _, text in engine.generate(requests, hot)}
     assert len(found) > 40  # nearly uniform over the vocabulary

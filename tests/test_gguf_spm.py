@@ -13,7 +13,8 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet

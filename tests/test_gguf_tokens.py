@@ -17,7 +17,7 @@ from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.format import GgufTensors
 from qtool.convert.formats.gguf.stops import KNOWN, find_stops
-from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines import server as served
 from qtool.evaluate.engines.llama_cpp import serve
 from qtool.make import writer as make_writer
 from qtool.make.job import open_job

@@ -160,7 +160,7 @@ def test_odd_numbers_of_blocks() -> None:
 
 def test_layers_that_do_not_fit_are_named() -> None:
     from qtool.convert.models.feeds import whole
-    from qtool.quantize.methods.gguf import quantize_layer
+    from qtool.quantize.methods.on_grid import quantize_layer
 
     matrices = [whole("self_attn.q_proj"), whole("mlp.down_proj")]
     tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}

@@ -53,7 +53,7 @@ def test_a_message_shows_no_control_codes() -> None:
 def test_a_damaged_generation_config_is_no_default(tmp_path: Path) -> None:
     import torch
 
-    from qtool.evaluate.engines.torch_engines import load_native
+    from qtool.evaluate.engines.transformers import load_native
 
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(QtoolError, match=r"generation_config\.json: not valid JSON"):

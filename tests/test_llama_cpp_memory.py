@@ -14,10 +14,10 @@ import pytest
 
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import read_geometry, tensor_shapes
+from qtool.evaluate.engines.llama_cpp import FACTS, cells, compute_buffer, sliding_cells
 from qtool.make.outputs import make_artifacts
 from qtool.sizing.headers import read_headers
-from qtool.sizing.kv_cache import cells, kv_bytes, sliding_cells
-from qtool.sizing.workspace import llama_cpp_compute
+from qtool.sizing.kv_cache import kv_bytes
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -62,9 +62,9 @@ def allocated(path: Path, context: int, slots: int, flash: bool, kind: str) -> d
 def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool, kind: str) -> None:
     found = allocated(path, context, slots, flash, kind)
     each = context // slots
-    assert found["KV"] == pytest.approx(kv_bytes(geometry, "llama.cpp", each, slots, kind) / MIB, abs=0.011)
-    whole, sliding = cells("llama.cpp", each, None), sliding_cells(geometry, each)
-    predicted = llama_cpp_compute(geometry, whole, context, flash, sliding=sliding) / MIB
+    assert found["KV"] == pytest.approx(kv_bytes(geometry, FACTS, each, slots, kind) / MIB, abs=0.011)
+    whole, sliding = cells(each, None), sliding_cells(geometry, each)
+    predicted = compute_buffer(geometry, whole, context, flash, sliding=sliding) / MIB
     assert abs(predicted - found["compute"]) < 0.5, (predicted, found)  # asked: 10 % or 16 MiB
 
 

@@ -19,7 +19,7 @@ from qtool.convert.files.source import resolve
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nf4Blocks
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet

@@ -14,7 +14,6 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from qtool.run import _calibrate
 from qtool.runs import ledger
 from qtool.sizing.accelerators import choose, load_accelerators
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, make_plan
+from qtool.sizing.plan import Question, make_plan
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 B40 = IQUEST / "IQuest-Coder-V1-40B"
@@ -148,9 +147,9 @@ def test_a_plan_takes_no_second_and_help_no_imports() -> None:
     cards = choose(load_accelerators(), "H100")
     headers = read_headers(str(B40))
     formats = ("source", "awq", "gptq", "nf4", "Q4_K_M")
-    make_plan(headers, Asked(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
+    make_plan(headers, Question(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
     started = time.process_time()
-    plan = make_plan(read_headers(str(B40)), Asked(cards, formats=formats))
+    plan = make_plan(read_headers(str(B40)), Question(cards, formats=formats))
     assert time.process_time() - started < 1
     assert sum(len(answer.cells) for answer in plan.answers) == 5 * 5 * 4
     heavy = ("torch", "transformers", "pydantic", "yaml", "rich")
@@ -371,9 +370,16 @@ def test_nf4_names_the_plugin_that_vllm_needs(tiny: Path, tmp_path: Path) -> Non
         assert "pip install vllm-bnb-plugin" in call("plan", folder, "--gpu", "H100", "--engine", engine).output
 
 
-def test_gemma_is_served_in_bfloat16() -> None:
-    headers = read_headers(str(B40))
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "vocab_size": 256000, "sliding_window": 4096, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256,
+    "torch_dtype": "bfloat16", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def test_gemma_is_served_in_bfloat16(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA2))
     cards = choose(load_accelerators(), "H100")
-    gemma = replace(headers, config={**headers.config, "model_type": "gemma2"})
-    (answer,) = make_plan(gemma, Asked(cards, formats=("awq",), contexts=(2048,))).answers
+    (answer,) = make_plan(read_headers(str(tmp_path)), Question(cards, formats=("awq",), contexts=(2048,))).answers
     assert "--dtype bfloat16" in answer.command

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from qtool.convert.files.folder import write_config
 from qtool.evaluate.engines import engine as engines
-from qtool.evaluate.engines.vllm import cause
-from qtool.measure.machine import machine_name
+from qtool.evaluate.engines.machine import machine_name
+from qtool.evaluate.engines.vllm_model import cause
 from qtool.report import measured as measure_report
 from qtool.runs.measurements import Row
 

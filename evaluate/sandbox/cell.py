@@ -20,12 +20,14 @@ Language = Literal["python", "javascript"]
 class Kit:
     """What a worker's jobs need beyond the bare interpreter. ``libraries`` are imported before the first job;
     ``folders`` is where they lie. ``node`` is the JavaScript interpreter, ``script`` qtool's two sides of a job in it.
+    ``unittest``: some jobs are judged in process, where tests are that.
     """
 
     libraries: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     node: str | None = None
     script: str = ""
+    unittest: bool = False
 
 
 class Cell:
@@ -45,8 +47,12 @@ class Cell:
             raise OSError(0, "Landlock is not in this kernel")
         if tier != "none" and os.geteuid() == 0 and _can_work_as(uid, kit):
             self.uid = uid
-        # The many rules of what may be read are made once for all jobs; in namespaces nothing else is there.
+        # Rules are made once for all jobs: the many of what may be read (in namespaces nothing else is there), and
+        # those of a process that writes nothing.
         self._rules = self._readable() if self.use_landlock and tier != "namespaces" else None
+        self._all = isolation.landlock_read([Path("/")], []) if self.use_landlock else []
+        self._with_node = isolation.landlock_read([Path("/")], _executable(kit)) if self.use_landlock else []
+        self._writes_nothing = _kept(isolation.landlock_rules(self._all)) if self.use_landlock else None
 
     def describe(self) -> str:
         """The measures in force, for the scorecard."""
@@ -75,10 +81,13 @@ class Cell:
         if self.use_landlock:
             if self._rules is not None:
                 isolation.landlock(self._rules)
-            # The program and its dynamic loader, wherever the system keeps that.
-            executable = [Path(node), *isolation.system_libraries()] if node else []
-            own = [Path(writable)] if writable else []
-            isolation.landlock(isolation.landlock_rules([Path("/")], own, executable))
+            assert self._writes_nothing is not None
+            if writable is None and node is None:
+                isolation.landlock(self._writes_nothing)
+            else:
+                os.close(self._writes_nothing)
+                own = [isolation.landlock_write(writable)] if writable else []
+                isolation.landlock(isolation.landlock_rules([*(self._with_node if node else self._all), *own]))
         if self.use_seccomp:
             isolation.forbid_calls(execute=node is not None)
 
@@ -86,11 +95,19 @@ class Cell:
         shown = list(dict.fromkeys(Path(os.path.realpath(path)) for path in shown_paths(self.kit)))
         hidden = hidden_paths(self.kit)
         readable = [path for folder in shown for path in isolation.readable_without(folder, hidden)]
-        executable = [Path(self.kit.node), *isolation.system_libraries()] if self.kit.node else []
-        made = isolation.landlock_rules(readable, [Path(self.folder)], executable)
-        kept = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _RULES_FD)
-        os.close(made)
-        return kept
+        grants = [*isolation.landlock_read(readable, _executable(self.kit)), isolation.landlock_write(self.folder)]
+        return _kept(isolation.landlock_rules(grants))
+
+
+def _executable(kit: Kit) -> list[Path]:
+    """node and its dynamic loader, wherever the system keeps that."""
+    return [Path(kit.node), *isolation.system_libraries()] if kit.node else []
+
+
+def _kept(made: int) -> int:
+    kept = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, _RULES_FD)
+    os.close(made)
+    return kept
 
 
 def hidden_paths(kit: Kit) -> list[Path]:

@@ -4,7 +4,6 @@ What comes back is decoded to plain values (see wire), so a comparison in the te
 stays where it is (see remote).
 """
 
-import asyncio
 import inspect
 import json
 import linecache
@@ -181,6 +180,8 @@ def judge(job: dict[str, Any], line: TestSide) -> tuple[str, str]:
         exec(code, space)
         check = space.get("check")
         if callable(check) and check is not before and inspect.isawaitable(running := check(candidate)):
+            import asyncio  # few tests need it, and every process of a worker would carry it
+
             asyncio.run(_wait(running))
     except BrokenTest as error:
         return "unjudged", str(error)

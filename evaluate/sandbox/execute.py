@@ -14,6 +14,7 @@ import shutil
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qtool import QtoolError
@@ -50,7 +51,7 @@ def run_programs(
     if not jobs:
         return []
     kit = kit_for(jobs)
-    if kit != Kit():
+    if replace(kit, unittest=False) != Kit():
         _try_kit(tier, kit)
     count = min(workers or _cores(), len(jobs))
     results: queue.SimpleQueue[tuple[int, Outcome | BaseException]] = queue.SimpleQueue()
@@ -101,8 +102,9 @@ def kit_for(jobs: Sequence[Job]) -> Kit:
     beside = {str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin and spec.parent}
     own = {sysconfig.get_path(name) for name in ("purelib", "platlib")} if libraries else set()
     folders = tuple(sorted(own | beside))
+    unittest = any(job.run == "in_process" for job in jobs)
     if all(job.language == "python" for job in jobs):
-        return Kit(libraries, folders)
+        return Kit(libraries, folders, unittest=unittest)
     node = shutil.which("node")
     if node is None:
         raise QtoolError(
@@ -111,7 +113,7 @@ def kit_for(jobs: Sequence[Job]) -> Kit:
             exit_code=3,
         )
     script = importlib.resources.files("qtool.evaluate").joinpath("data/sandbox.js").read_text(encoding="utf-8")
-    return Kit(libraries, folders, os.path.realpath(node), script)
+    return Kit(libraries, folders, os.path.realpath(node), script, unittest)
 
 
 @functools.cache

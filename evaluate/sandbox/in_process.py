@@ -5,19 +5,17 @@ only the containment is as strong as elsewhere. The nonce keeps out forgers that
 descriptor; the exit code decides nothing.
 """
 
-import asyncio
 import inspect
 import os
 import sys
 import types
-import unittest
 import warnings
 from typing import Any
 
 from qtool.evaluate.sandbox import habits
-from qtool.evaluate.sandbox.candidate import defined
 from qtool.evaluate.sandbox.checker import reason_of
 from qtool.evaluate.sandbox.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.sandbox.program_side import defined
 
 _TESTS = ("TestCases", "check")
 # Written after the test was found to be Python and before the program is loaded: what comes later may be the program's.
@@ -26,6 +24,8 @@ LOADING = ("alive", "loading")
 
 def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
     """("passed" | "failed", short reason) for a program and its ``job`` (keys test, entry_point)."""
+    import unittest  # before the program runs; a worker for such jobs has it already, the others do without
+
     module = types.ModuleType("__test__")
     module.__file__ = "__test__.py"
     sys.modules["__test__"] = module
@@ -45,8 +45,10 @@ def judge(program: str, job: dict[str, Any]) -> tuple[str, str]:
         exec(test, space)
         cases, check = (space.get(name) if space.get(name) is not own.get(name) else None for name in _TESTS)
         if isinstance(cases, type) and issubclass(cases, unittest.TestCase):
-            return _run(cases)
+            return _run(cases, unittest)
         if callable(check) and inspect.isawaitable(running := check(candidate)):
+            import asyncio  # as in checker
+
             asyncio.run(_awaited(running))
     except BaseException as error:
         return "failed", reason_of(error)
@@ -57,7 +59,7 @@ async def _awaited(running: Any) -> None:
     await running
 
 
-def _run(cases: type[unittest.TestCase]) -> tuple[str, str]:
+def _run(cases: Any, unittest: Any) -> tuple[str, str]:
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(cases).run(result)
     for case, trace in [*result.failures, *result.errors]:

@@ -6,6 +6,7 @@ raise OSError naming the call that the machine refused.
 """
 
 import ctypes
+import functools
 import os
 import resource
 import struct
@@ -222,6 +223,7 @@ def drop_privileges(uid: int | None) -> None:
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
 
 
+@functools.cache
 def landlock_version() -> int:
     """ABI version of Landlock, 0 where it is missing."""
     if sys.platform != "linux":
@@ -230,26 +232,42 @@ def landlock_version() -> int:
     return max(0, int(result))
 
 
-def landlock_rules(readable: list[Path], writable: list[Path], executable: list[Path]) -> int:
+Grant = tuple[str, int]
+
+
+@functools.cache
+def _landlock_files() -> int:
+    """All that the ABI can forbid to do to files."""
+    version = landlock_version()
+    files = 0x1FFF | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
+    return files | (1 << 15 if version >= 5 else 0)
+
+
+def landlock_read(readable: list[Path], executable: list[Path]) -> list[Grant]:
+    """What grants reading these, running those, and the devices."""
+    grants = [(str(path), _READ if path.is_dir() else _READ_FILE) for path in readable]
+    grants += [(str(path), _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
+    devices = _READ_FILE | 0b10 | (1 << 14 if landlock_version() >= 3 else 0)
+    return [*grants, *((str(path), devices) for path in DEVICES if path.exists())]
+
+
+def landlock_write(folder: str) -> Grant:
+    """What grants all in ``folder`` but making device nodes."""
+    return folder, _landlock_files() & ~(1 << 6 | 1 << 11)
+
+
+def landlock_rules(grants: list[Grant]) -> int:
     """No file but these, no TCP, no signal or abstract socket to others, as far as the ABI goes: a descriptor for
     `landlock`, good for many processes."""
     version = landlock_version()
-    files = 0x1FFF | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
-    files |= 1 << 15 if version >= 5 else 0
-    rules = struct.pack("QQQ", files, 0b11, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    rules = struct.pack("QQQ", _landlock_files(), 0b11, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     size, flags = ctypes.c_size_t(len(rules)), ctypes.c_uint(0)
     ruleset = _check(_libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), rules, size, flags), "landlock_create_ruleset")
-    grants = [(path, _READ if path.is_dir() else _READ_FILE) for path in readable]
-    grants += [(path, _EXECUTE | (_READ if path.is_dir() else _READ_FILE)) for path in executable]
-    devices = _READ_FILE | 0b10 | (1 << 14 if version >= 3 else 0)
-    grants += [(path, devices) for path in DEVICES if path.exists()]
-    # Making device nodes is never granted.
-    grants += [(path, files & ~(1 << 6 | 1 << 11)) for path in writable]
+    number, own, one = ctypes.c_long(_LANDLOCK_ADD), ctypes.c_int(ruleset), ctypes.c_int(1)
     for path, allowed in grants:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", allowed, fd)
-        number, one = ctypes.c_long(_LANDLOCK_ADD), ctypes.c_int(1)
-        _check(_libc.syscall(number, ctypes.c_int(ruleset), one, rule, flags), "landlock_add_rule")
+        _check(_libc.syscall(number, own, one, rule, flags), "landlock_add_rule")
         os.close(fd)
     return ruleset
 

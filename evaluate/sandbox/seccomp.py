@@ -6,6 +6,7 @@ io_uring, shared memory, and every call that did not exist when this was written
 """
 
 import ctypes
+import functools
 import os
 import struct
 from typing import Any
@@ -63,8 +64,13 @@ _F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP = 8, 10, 15, 0x8901, 
 
 
 def available() -> bool:
-    """Whether the filter below knows this machine."""
-    return os.uname().machine in _ALLOWED
+    """Whether the filter below knows this machine. Makes what `install` installs."""
+    machine = os.uname().machine
+    if machine not in _ALLOWED:
+        return False
+    for execute in (False, True):
+        _program(machine, execute)
+    return True
 
 
 def install(libc: Any, execute: bool = False) -> None:
@@ -82,12 +88,12 @@ def install(libc: Any, execute: bool = False) -> None:
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
+@functools.cache  # a worker makes it before it forks: once, not for every process
 def _program(machine: str, execute: bool) -> bytes:
     """BPF: jt and jf are the instructions to skip when the comparison holds or not."""
     architecture, ranges = _ALLOWED[machine]
-    ranges = ranges + [(_EXECVE[machine], _EXECVE[machine])] * execute
-    refuse = _op(_RETURN, _ERRNO | _EPERM)
-    allow = _op(_RETURN, _ALLOW)
+    ranges = sorted(ranges + [(_EXECVE[machine], _EXECVE[machine])] * execute)
+    refuse, allow = _REFUSE, _op(_RETURN, _ALLOW)
     code = [_op(_LOAD, _AT_ARCHITECTURE), _op(_EQUAL, architecture, 1, 0), refuse]
     code += [_op(_LOAD, _AT_NUMBER)]
     # "Not implemented" makes the C library fall back to clone, whose flags a filter can see.
@@ -118,9 +124,18 @@ def _program(machine: str, execute: bool) -> bytes:
         count = len(commands)
         code += [_op(_EQUAL, number, 0, count + 3), *_load_low(1)]
         code += [*(_op(_EQUAL, command, count - i, 0) for i, command in enumerate(commands)), allow, refuse]
-    for low, high in ranges:
-        code += [_op(_AT_LEAST, low, 0, 2), _op(_GREATER, high, 1, 0), allow]
-    return b"".join([*code, refuse])
+    return b"".join([*code, *_within(ranges)])
+
+
+def _within(ranges: list[tuple[int, int]]) -> list[bytes]:
+    """Allow the numbers in one of the ``ranges``, refuse all others. They are sought by halves: for every process of a
+    job the kernel runs the new filter for every number there is."""
+    if len(ranges) == 1:
+        ((low, high),) = ranges
+        return [_op(_AT_LEAST, low, 0, 2), _op(_GREATER, high, 1, 0), _op(_RETURN, _ALLOW), _REFUSE]
+    middle = len(ranges) // 2
+    lower, upper = _within(ranges[:middle]), _within(ranges[middle:])
+    return [_op(_AT_LEAST, ranges[middle][0], len(lower), 0), *lower, *upper]
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -129,3 +144,6 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 def _load_low(argument: int) -> list[bytes]:
     return [_op(_LOAD, _AT_ARGUMENTS + 8 * argument)]
+
+
+_REFUSE = _op(_RETURN, _ERRNO | _EPERM)

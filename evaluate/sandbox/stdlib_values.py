@@ -6,9 +6,11 @@ own ``__eq__`` would decide.
 
 import array
 import collections
+import contextlib
 import datetime
 import decimal
 import fractions
+import importlib
 import io
 import ipaddress
 import pathlib
@@ -16,7 +18,6 @@ import re
 import statistics
 import sys
 import types
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,8 @@ def _pattern(text: Any, flags: int) -> Any:
 
 
 # Values that never change: type -> (its parts, how it is made of them).
-FIXED: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
+Fixed = tuple[Callable[[Any], list[Any]], Callable[..., Any]]
+_FIXED: dict[type, Fixed] = {
     decimal.Decimal: (lambda value: [str(value)], decimal.Decimal),
     fractions.Fraction: (lambda value: [value.numerator, value.denominator], fractions.Fraction),
     datetime.date: (lambda value: [value.year, value.month, value.day], datetime.date),
@@ -78,7 +80,6 @@ FIXED: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     statistics.NormalDist: (lambda value: [value.mean, value.stdev], statistics.NormalDist),
     collections.UserString: (lambda value: [value.data], collections.UserString),
     re.Pattern: (lambda value: [value.pattern, value.flags], _pattern),
-    uuid.UUID: (lambda value: [value.hex], uuid.UUID),
     slice: (lambda value: [value.start, value.stop, value.step], slice),
     memoryview: (lambda value: [value.tobytes()], memoryview),
     pathlib.PurePosixPath: (lambda value: [str(value)], pathlib.PurePosixPath),
@@ -93,7 +94,19 @@ FIXED: dict[type, tuple[Callable[[Any], list[Any]], Callable[..., Any]]] = {
     _VALUES: (lambda value: [list(value)], lambda items: dict(enumerate(items)).values()),
     _ODD_VALUES: (lambda value: [list(value)], lambda items: dict(enumerate(items)).values()),
 }
-FIXED_NAMES = {kind.__name__: kind for kind in FIXED}
+# `uuid` is loaded where one is met: a worker's every process would carry what it imports.
+_UUID: Fixed = (lambda value: [value.hex], lambda text: importlib.import_module("uuid").UUID(text))
+_FIXED_NAMES = {kind.__name__: how for kind, how in _FIXED.items()} | {"UUID": _UUID}
+
+
+def fixed(kind: type) -> Fixed | None:
+    """How values of the type are spelt, which never change; None for any other type."""
+    return _FIXED.get(kind) or (_UUID if kind is getattr(sys.modules.get("uuid"), "UUID", None) else None)
+
+
+def fixed_named(name: str) -> Fixed:
+    """The same for the name of a type. Raises KeyError."""
+    return _FIXED_NAMES[name]
 
 
 def _refill(value: Any, content: Any) -> None:
@@ -167,7 +180,21 @@ def refill(value: Any, content: Any) -> None:
 
 # Classes that may cross both ways: none does anything when it is called but make such a value.
 _DATA = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, object, type(None))
-_CLASSES = frozenset({*_DATA, *FIXED, *CHANGING})
+_CLASSES = frozenset({*_DATA, *_FIXED, *CHANGING})
+# Modules with exceptions of their own that a worker does without until one of them is named by the other process.
+_LATE = frozenset(
+    [
+        "asyncio.exceptions",
+        "asyncio.queues",
+        "binascii",
+        "concurrent.futures._base",
+        "locale",
+        "socket",
+        "ssl",
+        "subprocess",
+        "uuid",
+    ]
+)
 # Raised in a test, these would not be a failure but an end of it.
 _NOT_RAISED = frozenset({"unittest", "test", "doctest"})
 
@@ -178,7 +205,7 @@ def spelt(value: Any, own_side: bool) -> list[str] | None:
     if not isinstance(value, type | types.BuiltinFunctionType):
         return None
     module, name = value.__module__, value.__qualname__
-    plain = isinstance(value, type) and (value in _CLASSES or exception_type(module, name) is value)
+    plain = isinstance(value, type) and (_data(value) or exception_type(module, name) is value)
     if not plain and not (own_side and _found(module, name) is value):
         return None
     return [module, name]
@@ -187,17 +214,30 @@ def spelt(value: Any, own_side: bool) -> list[str] | None:
 def named(module: Any, name: Any, own_side: bool) -> Any:
     """The class that ``spelt`` named. ``own_side``: this is the program's side, where any name is its own business.
     Raises KeyError for what may not cross."""
-    found = _found(module, name)
-    plain = isinstance(found, type) and (found in _CLASSES or exception_type(module, name) is found)
+    found = _found(module, name, own_side)
+    plain = isinstance(found, type) and (_data(found) or exception_type(module, name) is found)
     if found is None or not (plain or own_side):
         raise KeyError(name)
     return found
 
 
-def _found(module: Any, name: Any) -> Any:
-    if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
+def _data(kind: type) -> bool:
+    return kind in _CLASSES or fixed(kind) is not None
+
+
+def _found(module: Any, name: Any, bring: bool = False) -> Any:
+    """The standard library's class or function. ``bring``: this is the program's side, whose own business it is what
+    is imported for the test; the test's side imports nothing for the program but what defines and does no more."""
+    if not isinstance(module, str) or not isinstance(name, str):
         return None
     if module.split(".")[0] not in sys.stdlib_module_names:
+        return None
+    if module not in sys.modules:
+        if not bring and module not in _LATE:
+            return None
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    if module not in sys.modules:
         return None
     found = vars(sys.modules[module]).get(name)
     return found if isinstance(found, type | types.BuiltinFunctionType) else None

@@ -32,6 +32,7 @@ MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside a
 _PLAIN_BASES: tuple[Any, ...] = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 _WORDS = frozenset({type(None), bool, str})
 _NUMBERS = frozenset({int, float})
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 class Sides:
@@ -81,7 +82,7 @@ class Writer:
         """The bytes of ``value``. Raises NotPlain."""
         try:
             with _deep():
-                data = json.dumps(self.node(value), separators=(",", ":"), allow_nan=False).encode("ascii")
+                data = _ENCODER.encode(self.node(value)).encode("ascii")
         except RecursionError as error:
             raise NotPlain("a value nested too deeply") from error
         if len(data) > limit:
@@ -143,9 +144,8 @@ class Writer:
     def _other(self, value: Any, kind: type) -> Any:
         if kind in library.CHANGING:
             return self.met(value) or self.content(value)
-        if kind in library.FIXED:
-            parts, _ = library.FIXED[kind]
-            return {"o": [kind.__name__, [self.node(part) for part in parts(value)]]}
+        if (fixed := library.fixed(kind)) is not None:
+            return {"o": [kind.__name__, [self.node(part) for part in fixed[0](value)]]}
         if (names := library.spelt(value, self.sides.own_side)) is not None:
             return {"T": names}
         if kind.__module__ == "numpy" and arrays.number(value):
@@ -199,7 +199,7 @@ class Reader:
         """The value. Raises NotPlain for bytes that spell none, or one too large for this process."""
         try:
             with _deep():
-                return self.value(json.loads(data))
+                return self.value(json.loads(data.decode()))
         except NotPlain:
             raise
         except (
@@ -242,7 +242,7 @@ class Reader:
             return library.named(module, name, not self.sides.own_side)
         if tag == "o":
             name, parts = content
-            return library.FIXED[library.FIXED_NAMES[name]][1](*self._items(parts))
+            return library.fixed_named(name)[1](*self._items(parts))
         if tag == "n":
             return arrays.made(*content)
         return _decode_items(tag, self._items(content))

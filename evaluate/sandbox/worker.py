@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate.sandbox import candidate, checker, in_process, isolation, scratch
+from qtool.evaluate.sandbox import checker, in_process, isolation, program_side, rehearsal, scratch
 from qtool.evaluate.sandbox.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.sandbox.frames import (
     MAX_ANSWER,
@@ -62,7 +62,7 @@ def main(config: str) -> None:
     known = json.loads(config)
     tier, folder = known["tier"], known["folder"]
     kit = Kit(**known["kit"])
-    for name in _PRELOADED.split():
+    for name in (*_PRELOADED.split(), *(["unittest"] if kit.unittest else [])):
         __import__(name)
     _import_libraries(kit, folder)
     os.environ.clear()
@@ -91,6 +91,7 @@ def main(config: str) -> None:
         write_frame(1, pack_json({"missing": str(error)}))
         os._exit(1)
     write_frame(1, pack_json({"sandbox": cell.describe()}))
+    rehearsal.run(in_process=kit.unittest)
     # Pages shared with children stay shared: the collector leaves what exists now alone.
     gc.collect()
     gc.freeze()
@@ -156,13 +157,11 @@ def _supervise(cell: Cell, mode: bytes) -> None:
         _become(cell, kept, writable, seconds, language, "candidate")
         if alone:
             in_process.main(3, 4, 5, nonce)
-        candidate.main(3, 4)
+        program_side.main(3, 4)
     for fd in (test_in, calls_in, replies_in, replies_out, verdict_out):
         os.close(fd)
     outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce, writable)
-    _end(cell, answerer)
-    if judge:
-        _end(cell, judge)
+    _end(cell, [answerer, judge] if judge else [answerer])
     write_frame(1, pack_json(list(outcome)))
     scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
@@ -284,15 +283,15 @@ def _writable(cell: Cell) -> str:
     return folder
 
 
-def _end(cell: Cell, pid: int) -> None:
-    """Kill the process, its group and, without namespaces, whatever it left behind; wait for all of them."""
-    for kill in (os.kill, os.killpg):
-        with contextlib.suppress(OSError):
-            kill(pid, signal.SIGKILL)
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        return
+def _end(cell: Cell, pids: list[int]) -> None:
+    """Kill the processes, their groups and, without namespaces, whatever they left behind; wait for all of them."""
+    for pid in pids:
+        for kill in (os.kill, os.killpg):
+            with contextlib.suppress(OSError):
+                kill(pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
     if cell.tier == "none":
         _end_orphans()
 

@@ -10,9 +10,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.options import device_option, runs_option
-
-ENGINES = ["reference", "transformers", "llama.cpp", "vllm", "openai"]
-
+from qtool.evaluate.engines.table import ENGINES
 
 _DAY = click.DateTime(["%Y-%m-%d"])
 
@@ -40,7 +38,7 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of --text.")
 @click.option("--window-length", default="512", show_default=True, type=_Lengths(), help="Tokens in one.")
 @click.option("--by-layer", is_flag=True, help="Also the KL of each layer alone (slow: a pass for every layer).")
-@click.option("--engine", type=click.Choice(ENGINES), default="reference", show_default=True)
+@click.option("--engine", type=click.Choice(list(ENGINES)), default="reference", show_default=True)
 @click.option("--base-url", metavar="URL", help="Engine openai: the server's address, which ends in /v1.")
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
@@ -90,7 +88,7 @@ def evaluate(
     asked |= {"tasks": task_sections(tasks, limit, *days), "text": fidelity}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
-    if model is None and not check and base_url is None and engine != "openai":
+    if model is None and not check and base_url is None and not ENGINES[engine].facts.served:
         raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
     if check or base_url is not None or model is None:
         section = evaluate_section(asked)

@@ -9,6 +9,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.options import FAILED, write_text
+from qtool.evaluate.engines.table import planned
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -29,7 +30,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 @click.option("--context", "contexts", default="", help="Tokens, comma-separated (default: 2k,8k,32k,64k,128k).")
 @click.option("--concurrency", default="", help="Sequences at once, comma-separated (default: 1,2,4,8).")
 @click.option("--kv-dtype", default="", help="Cache types, comma-separated: bf16,f16,fp8,q8_0,q4_0.")
-@click.option("--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: each format's own.")
+@click.option("--engine", type=click.Choice(list(planned())), help="Default: each format's own.")
 @click.option("--format", "formats", default="", help="Default: source,awq,gptq,nf4,Q4_K_M,Q8_0.")
 @click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own.")
 @click.option("--host-bandwidth", type=click.FloatRange(min=1), help="GB/s of host memory, for layers left there.")
@@ -78,12 +79,11 @@ def plan(
 
 
 def _kv_dtypes(text: str) -> tuple[str, ...]:
-    from qtool.sizing.kv_cache import KV_BYTES
-
+    known = dict.fromkeys(kind.name for engine in planned().values() for kind in engine.cache_types)
     names = tuple(filter(None, (name.strip().lower() for name in text.split(","))))
-    wrong = [name for name in names if name not in KV_BYTES]
+    wrong = [name for name in names if name not in known]
     if wrong:
-        raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(KV_BYTES)}.")
+        raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(known)}.")
     return names
 
 
@@ -107,7 +107,7 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens of each answer.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
 @click.option(
-    "--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: llama.cpp for .gguf, else "
+    "--engine", type=click.Choice(list(planned())), help="Default: llama.cpp for .gguf, else "
     "transformers; of a URL none is asked.",
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="For transformers.")
@@ -136,13 +136,12 @@ def measure(
       qtool measure ./My-Model --engine transformers --price 2.5
       qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
     """
-    import os
     import sys
     from contextlib import nullcontext, redirect_stdout
     from dataclasses import replace
 
     from qtool.convert.files.durable import require_writable
-    from qtool.measure.run import Asked, engine_of, measure_model, model_key
+    from qtool.measure.run import Trial, engine_of, measure_model, model_key
     from qtool.report import measured as measure_report
     from qtool.run import choose_device
     from qtool.runs import measurements
@@ -151,7 +150,7 @@ def measure(
     if not no_log:
         require_writable(runs, "--runs")
     url = model.startswith(("http://", "https://"))
-    asked = Asked(
+    trial = Trial(
         model=model,
         engine=engine or engine_of(model),
         contexts=numbers(contexts, "--context"),
@@ -163,11 +162,10 @@ def measure(
         price=price,
         shape=shape,
         name=name,
-        api_key=os.environ.get("OPENAI_API_KEY") if url else None,
         trust_remote_code=trust_remote_code,
     )
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
-        found = measure_model(asked)
+        found = measure_model(trial)
     if not no_log:
         found = replace(found, key=model_key(model))
         measurements.log(runs, found)

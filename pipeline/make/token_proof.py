@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qtool import QtoolError
 from qtool.convert.formats.format import TokenQuestion
-from qtool.evaluate.engines.llama_cpp import INSTALL, installed
+from qtool.evaluate.engines.llama_cpp import FACTS, installed
 from qtool.evaluate.engines.token_proof import prove_tokens
 
 
@@ -14,7 +14,7 @@ def prove(question: TokenQuestion | None) -> str:
     if question is None:
         return ""
     if not installed():
-        return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {INSTALL}"
+        return f"token ids: not compared with llama.cpp's, which is not installed here. Run: {FACTS.install}"
     proof = prove_tokens(question.path, question.tokenizer, question.beyond, question.prompts)
     if proof.fatal is not None:
         raise QtoolError(f"{question.path}: llama.cpp's token ids differ from the tokenizer's: {proof.fatal}")

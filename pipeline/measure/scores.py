@@ -18,17 +18,19 @@ from rich.progress import Progress
 from qtool import QtoolError
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
 from qtool.convert.models.table import prefix_of
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines.engine import Decoding, Engine, package_versions
-from qtool.evaluate.engines.torch_engines import TorchEngine, load_model
+from qtool.evaluate.engines.engine import Decoding, Running, package_versions
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.sandbox.execute import detect_sandbox
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.tasks import prompts
-from qtool.evaluate.tasks.loading import Task, load_task, subset
+from qtool.evaluate.tasks.loading import load_task, subset
+from qtool.evaluate.tasks.problems import Task
 from qtool.evaluate.tasks.solvable import solvable
 from qtool.make.job import PACKAGES
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
@@ -129,12 +131,12 @@ class Evaluation:
             measured: dict[int, fidelity.Divergence] = {}
             if pending or lengths:
                 with ExitStack() as stack:
-                    engine = stack.enter_context(self._engine(subject, pending))
+                    running = stack.enter_context(self._engine(subject, pending))
                     for length in lengths:
-                        measured[length] = self._diverge(engine, subject, source, length, bar)
+                        measured[length] = self._diverge(running, subject, source, length, bar)
                     for label in pending:
-                        scores.tasks.setdefault(subject.name, {})[label] = self._task(engine, subject, label, bar)
-                    del engine
+                        scores.tasks.setdefault(subject.name, {})[label] = self._task(running, subject, label, bar)
+                    del running
             for length, found in measured.items():
                 layers = self._by_layer(subject, source, length, bar) if number else []
                 texts[length] = self._save_fidelity(subject, source, length, found, layers)
@@ -226,16 +228,15 @@ class Evaluation:
         return None if fault else found
 
     def _diverge(
-        self, engine: Engine, subject: Subject, source: Subject, length: int, bar: Progress
+        self, running: Running, subject: Subject, source: Subject, length: int, bar: Progress
     ) -> fidelity.Divergence:
         """Compare with the source's distribution, which is made here when the subject is the source."""
-        assert isinstance(engine, TorchEngine)
         windows, path = self.windows[length], self._reference_path(source, length)
         step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
         if subject is source and self._reference(source, length) is None:
             making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
-            fidelity.make_reference(engine.model, windows, path, making)
-        return fidelity.diverge(engine.model, windows, fidelity.Reference(path), step)
+            fidelity.make_reference(running.logits, windows, path, making)
+        return fidelity.diverge(running.logits, windows, fidelity.Reference(path), step)
 
     def _row(self, bar: Progress, text: str, total: int) -> Callable[[], None]:
         row = bar.add_task(text, total=total)
@@ -262,7 +263,7 @@ class Evaluation:
         save(self.run / "scores" / f"fidelity-{key[:16]}.json", score)
         return score
 
-    def _task(self, engine: Engine, subject: Subject, label: str, bar: Progress) -> TaskScore:
+    def _task(self, running: Running, subject: Subject, label: str, bar: Progress) -> TaskScore:
         started = time.monotonic()
         task, key = self.tasks[label], self._task_key(subject, label)
         name = f"{_file_name(task)}-{key[:16]}"
@@ -275,7 +276,7 @@ class Evaluation:
             bar.update(answering, completed=answered)
             bar.update(judging, completed=judged)
 
-        found = answer_task(engine, task, self.asking, self.tokenizer, journal, progress)
+        found = answer_task(running, task, self.asking, self.tokenizer, journal, progress)
         several = self.section.samples > 1
         score = TaskScore(
             key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self._settings_for(subject),

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qtool.convert.text.source import TextSource
+from qtool.evaluate.engines.table import ENGINES
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
 
@@ -19,6 +20,11 @@ Positive = Annotated[int, Field(gt=0, le=10**6, strict=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address
 HOUR = 3600.0
+
+if TYPE_CHECKING:  # a Literal, whose faults `recipe.faults` tells, but mypy wants its values spelt out
+    EngineName = str
+else:
+    EngineName = Literal[tuple(ENGINES)]
 
 
 class Section(BaseModel):
@@ -75,7 +81,7 @@ class EvaluateSection(Section):
 
     tasks: tuple[TaskSection, ...] = ()
     text: FidelitySection | None = None
-    engine: Literal["reference", "transformers", "llama.cpp", "vllm", "openai"] = "reference"
+    engine: EngineName = "reference"
     base_url: str | None = None
     models: dict[str, str] = {}
     samples: Positive = 1
@@ -94,11 +100,11 @@ class EvaluateSection(Section):
             raise ValueError(f"samples: {self.samples} with temperature 0 would be one answer; set `temperature: 0.8`")
         if 0 < self.temperature < 0.001:
             raise ValueError("`temperature:` below 0.001 is not drawing; 0 takes the likeliest token")
-        if (self.engine == "openai") != (self.base_url is not None):
+        if ENGINES[self.engine].facts.served != (self.base_url is not None):
             raise ValueError("`base_url:` and `engine: openai` go together")
         if self.base_url is not None and "@" in self.base_url:
             raise ValueError("`base_url:` holds a password; put the server's key into OPENAI_API_KEY")
-        if self.text is not None and self.engine not in ("reference", "transformers"):
+        if self.text is not None and not ENGINES[self.engine].facts.logits:
             raise ValueError(
                 f"perplexity and KL need all logits, which engine {self.engine} does not give; leave out `text:` or "
                 "take engine reference"

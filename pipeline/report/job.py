@@ -6,7 +6,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from qtool.make.job import Job
-from qtool.make.needs import Needs, peak_of
+from qtool.make.needs import Resources, peak_of
 from qtool.report.columns import console
 
 
@@ -41,7 +41,7 @@ def print_plan(job: Job) -> None:
     )
 
 
-def print_needs(needs: Needs) -> None:
+def print_needs(needs: Resources) -> None:
     """A line for each resource, then what is short."""
     short = needs.short()
     console.print("[red]cannot finish here[/]" if short else "[green]this job fits[/]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtool.report.markup import visible
-from qtool.sizing.fit import GIB, Cell
+from qtool.sizing.fit import GIB, Estimate
 from qtool.sizing.plan import Answer, Plan
 
 WIDTH, LEFT, TOP, HEIGHT, FOOT = 760, 58, 46, 230, 86
@@ -83,7 +83,7 @@ def _panel(plan: Plan, answers: Sequence[Answer], offset: float) -> str:
     return "".join(out)
 
 
-def _bar(cell: Cell, x: float, width: float, y: object, top: float, base: float) -> str:
+def _bar(cell: Estimate, x: float, width: float, y: object, top: float, base: float) -> str:
     assert callable(y)
     parts, done = [], 0
     sizes = (cell.weights, cell.cache, cell.overhead.activations, cell.overhead.fixed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qtool.report.columns import print_table, wide
 from qtool.report.tables import Row, rate_text
 from qtool.sizing.bounds import Range
-from qtool.sizing.fit import Cell
+from qtool.sizing.fit import Estimate
 from qtool.sizing.plan import Answer, Plan, gib
 
 
@@ -92,7 +92,7 @@ def grid_rows(plan: Plan, card: str) -> list[Row]:
     return rows
 
 
-def _cells(cells: Sequence[Cell], refused: bool) -> Row:
+def _cells(cells: Sequence[Estimate], refused: bool) -> Row:
     few, many = min(cells, key=lambda cell: cell.sequences), max(cells, key=lambda cell: cell.sequences)
     row = {f"x {cell.sequences}": f"{gib(cell.total)}{'' if cell.fits and not refused else ' !'}" for cell in cells}
     row[f"tok/s x {few.sequences}"] = "" if refused else _cell_speed(few)
@@ -102,7 +102,7 @@ def _cells(cells: Sequence[Cell], refused: bool) -> Row:
     return row | {"first token": "" if unknown or few.first_token is None else _seconds(few.first_token)}
 
 
-def _cell_speed(cell: Cell) -> str:
+def _cell_speed(cell: Estimate) -> str:
     return _speed(cell.step, cell.sequences) if cell.fits else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +118,14 @@ def one_machine(measured: Mapping[str, list[Measurement]]) -> dict[str, Measurem
     machine = max(last, key=lambda machine: (machines.count(machine), last[machine]))
     chosen = {name: next((m for m in found if m.machine == machine), None) for name, found in measured.items()}
     return {name: measurement for name, measurement in chosen.items() if measurement is not None}
+
+
+def less_device_memory(measurement: Measurement, taken: int) -> Measurement:
+    """Without the ``taken`` bytes that another process held on the card all the while."""
+    rows = []
+    for row in measurement.rows:
+        memory = dict(row.memory or {})
+        if (device := memory.get("device")) is not None:
+            memory["device"] = max(0, device - taken)
+        rows.append(replace(row, memory=memory or None))
+    return replace(measurement, rows=tuple(rows))

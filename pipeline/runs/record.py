@@ -71,7 +71,7 @@ class ScoreIndex(_File):
     contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
 
 
-class Outcome(_File):
+class Result(_File):
     """`result.json`, written last: its presence says that the run finished."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -156,7 +156,7 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
     _write(folder / INDEX, index.model_dump(mode="json"))
 
 
-def write_result(folder: Path, result: Outcome) -> None:
+def write_result(folder: Path, result: Result) -> None:
     """The end of a run: whole or absent."""
     _write(folder / RESULT, json.loads(result.model_dump_json()))
 
@@ -172,7 +172,7 @@ def load_run(folder: Path) -> RunRecord:
     if not (folder / RESULT).exists():
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
     lock = _read(Lock, folder / LOCK)
-    result = _read(Outcome, folder / RESULT)
+    result = _read(Result, folder / RESULT)
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}

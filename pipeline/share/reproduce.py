@@ -18,7 +18,8 @@ from qtool.convert.files.reading import named, shown
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.text.source import TextSource
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.make.job import THREADS, device_kind, open_job
 from qtool.make.outputs import MOST_THREADS, make_artifacts
 from qtool.quantize.calibration import CalibrationSet

@@ -1,11 +1,9 @@
-"""The engines `reference` and `transformers`: a torch model in this process, generating in batches.
-
-`reference` is any artifact, dequantized into transformers' own model; `transformers` runs the artifact's own kernels.
-"""
+"""A torch model in this process: loaded from a stream of tensors, generating in batches, timed, read out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,31 +16,40 @@ from qtool.convert.files.checkpoint import TensorStream
 from qtool.convert.files.reading import read_json
 from qtool.convert.models.tied import check_equal
 from qtool.convert.skeleton import build_skeleton, expected_shapes
-from qtool.evaluate.engines.engine import Completion, Decoding, Request, package_versions
+from qtool.evaluate.engines import machine
+from qtool.evaluate.engines.engine import (
+    CHUNK,
+    Batch,
+    Completion,
+    Decoding,
+    OutOfMemory,
+    Reading,
+    Request,
+    package_versions,
+)
+from qtool.evaluate.engines.facts import EngineFacts
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it is still running
-KERNELS = {  # quant_method -> (package that runs it in transformers, how to get it)
-    "awq": ("gptqmodel", "pip install gptqmodel"),
-    "gptq": ("gptqmodel", "pip install gptqmodel optimum"),
-    "bitsandbytes": ("bitsandbytes", "pip install 'qtool-llm[nf4]'"),
-    "compressed-tensors": ("compressed_tensors", "pip install compressed-tensors"),
-}
 
 
 @dataclass(frozen=True)
-class TorchEngine:
-    """A model in this process."""
+class TorchModel:
+    """A model that runs here, for the engine with these facts."""
 
-    name: str
+    facts: EngineFacts
     model: nn.Module
     tokenizer: Any
 
     @property
+    def name(self) -> str:
+        """The engine's."""
+        return self.facts.name
+
+    @property
     def version(self) -> str:
         """The packages that compute."""
-        kernels = () if self.name == "reference" else ("gptqmodel", "bitsandbytes", "compressed-tensors")
-        return package_versions("torch", "transformers", *kernels)
+        return package_versions(*self.facts.packages)
 
     @property
     def dtype(self) -> str:
@@ -52,7 +59,11 @@ class TorchEngine:
     @property
     def device(self) -> str:
         """`cpu` or `cuda`."""
-        return next(self.model.parameters()).device.type
+        return self._device.type
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -64,14 +75,60 @@ class TorchEngine:
         for start in range(0, len(order), decoding.batch_size):
             rows = order[start : start + decoding.batch_size]
             if any(row not in done for row in rows):
-                batch = _Batch(self, rows, [encoded[row] for row in rows], requests, decoding)
+                batch = _Rows(self, rows, [encoded[row] for row in rows], requests, decoding)
                 yield from (found for found in batch.decode(requests) if found[0] not in done)
+
+    def logits(self, window: Tensor) -> Iterator[Tensor]:
+        """Chunk by chunk; a window longer than one goes through a key/value cache."""
+        return logits_of(self.model)(window)
+
+    def time(self, batch: Batch) -> Reading:
+        """A whole prefill, then single steps on the cache that transformers grows. Raises OutOfMemory."""
+        try:
+            return self._time(batch)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemory(str(error).splitlines()[0]) from error
+
+    @torch.inference_mode()
+    def _time(self, batch: Batch) -> Reading:
+        ids = torch.tensor(batch.prompts, device=self._device)
+        model: Any = self.model
+        sequences, tokens = len(batch.prompts), batch.tokens
+        machine.reset_resident_peak()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = self._now()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        first = self._now() - started
+        for _ in range(tokens - 1):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+        wall = self._now() - started
+        steps = ((wall - first) / (tokens - 1),) * sequences if tokens > 1 else ()
+        return Reading((first,) * sequences, steps, wall, tokens * sequences, None, self._peaks())
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _peaks(self) -> dict[str, int | None]:
+        if self.device != "cuda":
+            return {"resident": machine.resident_peak()}
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "allocated": torch.cuda.max_memory_allocated(), "device": total - free,
+            "resident": machine.resident_peak(),
+        }  # fmt: skip
 
 
 def load_model(stream: TensorStream, config: Any, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
     """Fill a skeleton from a stream of named tensors: float32 on the CPU, bfloat16 on an accelerator. Answers end as
     the generation_config.json beside ``config`` says."""
-    dtype = reference_dtype(device)
+    dtype = compute_dtype(device)
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
     state = {name: tensor.to(device, dtype) for name, tensor in stream if name in shapes}
@@ -90,56 +147,49 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     return model.to(device).eval()
 
 
-def reference_dtype(device: torch.device) -> torch.dtype:
-    """What the reference engine computes in."""
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """In which unquantized weights are computed with."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def load_native(path: Path, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """An artifact as transformers itself loads it, with the kernels of its format. Raises QtoolError: exit 3 where the
-    package with the kernels is not installed or does not run here, exit 2 for a .gguf artifact."""
-    if (path / "generation_config.json").exists():
-        read_json(path / "generation_config.json")  # transformers takes its own defaults for one that is damaged
-    from importlib.util import find_spec
+def logits_of(model: nn.Module) -> Callable[[Tensor], Iterator[Tensor]]:
+    """What gives the logits of a window int64 ``[length]``: ``[chunk, vocabulary]`` for each `CHUNK` positions."""
 
-    from transformers import AutoModelForCausalLM
+    def logits(window: Tensor) -> Iterator[Tensor]:
+        device = next(model.parameters()).device
+        cache = None
+        if len(window) > CHUNK:
+            from qtool.evaluate.engines.cache import make_cache  # transformers' caches take seconds to import
 
-    if any(path.glob("*.gguf")):
-        raise QtoolError(f"{path}: engine transformers runs safetensors only; use engine llama.cpp or reference.")
-    config = read_json(path / "config.json")
-    if "auto_map" in config and not trust_remote_code:
-        raise QtoolError(f"{path}: config.json asks to run the model's own code; read it, then trust_remote_code.")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    package, install = KERNELS.get(method, ("transformers", "")) if method else ("transformers", "")
-    if find_spec(package) is None:
-        raise QtoolError(
-            f"{path.name}: engine transformers needs {package} for {method}, which is not installed here. Run: "
-            f"{install}; or use engine reference, which needs nothing.",
-            exit_code=3,
-        )
-    dtype = "auto" if method else reference_dtype(device)
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": str(device)} if method else None, trust_remote_code=trust_remote_code
-        )
-    except (ImportError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QtoolError(f"{path}: transformers cannot load it here ({reason}).", exit_code=3) from error
-    return model.to(device).eval() if not method else model.eval()
+            cache = make_cache(model.config)
+        for start in range(0, len(window), CHUNK):
+            yield _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
+
+    return logits
 
 
-class _Batch:
+@torch.inference_mode()
+def _chunk_logits(model: nn.Module, part: Tensor, cache: Any) -> Tensor:
+    logits: Tensor
+    if cache is None:
+        logits = model(input_ids=part, use_cache=False).logits[0]
+    else:
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+    return logits
+
+
+class _Rows:
     """Rows decoded together, padded on the left; the key/value cache grows by one position a step."""
 
     def __init__(
-        self, engine: TorchEngine, rows: list[int], encoded: list[list[int]], requests: Sequence[Request],
+        self, running: TorchModel, rows: list[int], encoded: list[list[int]], requests: Sequence[Request],
         decoding: Decoding,
     ) -> None:  # fmt: skip
-        from qtool.evaluate.engines.cache import make_cache  # transformers' caches take seconds to import
+        from qtool.evaluate.engines.cache import make_cache
 
-        device = next(engine.model.parameters()).device
+        device = next(running.model.parameters()).device
         width = max(map(len, encoded))
-        self.model, self.tokenizer, self.rows, self.decoding = engine.model, engine.tokenizer, rows, decoding
+        self.model, self.tokenizer, self.rows, self.decoding = running.model, running.tokenizer, rows, decoding
         self.input = torch.zeros(len(rows), width, dtype=torch.int64)
         self.mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for row, ids in enumerate(encoded):
