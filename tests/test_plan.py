@@ -374,6 +374,6 @@ def test_nf4_names_the_plugin_that_vllm_needs(tiny: Path, tmp_path: Path) -> Non
 def test_gemma_is_served_in_bfloat16() -> None:
     headers = read_headers(str(B40))
     cards = choose(load_accelerators(), "H100")
-    gemma = replace(headers, config={**headers.config, "model_type": "gemma2"})
+    gemma = replace(headers, config={**headers.config, "architectures": ["Gemma2ForCausalLM"]})
     (answer,) = make_plan(gemma, Asked(cards, formats=("awq",), contexts=(2048,))).answers
     assert "--dtype bfloat16" in answer.command
