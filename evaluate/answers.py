@@ -11,8 +11,7 @@ from typing import Any
 from qtool import QtoolError
 from qtool.evaluate.engines.engine import Answering, Decoding, Message, Request, sample_seed
 from qtool.evaluate.journal import Journal, Place
-from qtool.evaluate.sandbox.execute import Job, run_programs
-from qtool.evaluate.sandbox.process import Outcome
+from qtool.evaluate.sandbox.execute import Job, Outcome, run_programs
 from qtool.evaluate.scorecard import Grade, ProblemOutcome
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.loading import as_job

@@ -23,7 +23,7 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import selfcheck
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines import transformers, vllm_model
+from qtool.evaluate.engines import transformers, vllm, vllm_model
 from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_seed
 from qtool.evaluate.engines.torch_model import TorchModel, end_tokens, load_model
 from qtool.evaluate.engines.transformers import load_native
@@ -311,13 +311,13 @@ class FakeLLM:
 
 def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QtoolError, match="engine vllm needs vLLM, which is not here") as caught:
-        vllm_model.load(tiny, None, 64)
+        vllm_model.load(vllm.FACTS, tiny, None, 64)
     assert caught.value.exit_code == 3
     fake = types.ModuleType("vllm")
     fake.__dict__.update(LLM=FakeLLM, SamplingParams=FakeSamplingParams)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     tokenizer = load_tokenizer(tiny)
-    engine = vllm_model.load(tiny, tokenizer, 64)
+    engine = vllm_model.load(vllm.FACTS, tiny, tokenizer, 64)
     assert engine.llm.options["max_model_len"] == 64
     assert engine.dtype == "float16"
     texts = ["def f1(a, b):\n", "x", "y", "def"]

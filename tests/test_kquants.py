@@ -159,11 +159,14 @@ def test_odd_numbers_of_blocks() -> None:
 
 
 def test_layers_that_do_not_fit_are_named() -> None:
+    from qtool.convert.formats.plan import LinearPlan
     from qtool.convert.models.feeds import whole
-    from qtool.quantize.methods.on_grid import quantize_layer
+    from qtool.quantize.methods.gguf import GgufMethod
+    from qtool.quantize.methods.method import Inputs, Layer
 
-    matrices = [whole("self_attn.q_proj"), whole("mlp.down_proj")]
+    matrices = (whole("self_attn.q_proj"), whole("mlp.down_proj"))
     tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}
-    types = dict.fromkeys((one.module for one in matrices), "Q4_K")
+    plans = {one.module: LinearPlan(one.module, 2, 256, 32, 288, "Q4_K") for one in matrices}
+    layer = Layer(0, (), matrices, plans, tensors, {}, torch.device("cpu"))
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):
-        quantize_layer(matrices, tensors, types, {}, torch.device("cpu"))
+        GgufMethod(method="gguf").quantize(layer, Inputs())

@@ -213,11 +213,11 @@ class FakeVllm(types.ModuleType):
 def test_vllm_offline_against_a_recorded_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(QtoolError, match="needs vLLM, which is not here") as error:
-        load(Path("m"), None, 100, timed=2)
+        load(vllm.FACTS, Path("m"), None, 100, timed=2)
     assert error.value.exit_code == 3
     fake = FakeVllm()
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    running = load(Path("m"), None, 100, timed=2)
+    running = load(vllm.FACTS, Path("m"), None, 100, timed=2)
     assert {key: fake.asked[0][key] for key in ("max_model_len", "max_num_seqs", "enable_prefix_caching")} == {
         "max_model_len": 100, "max_num_seqs": 2, "enable_prefix_caching": False,
     }  # fmt: skip
@@ -227,7 +227,7 @@ def test_vllm_offline_against_a_recorded_interface(monkeypatch: pytest.MonkeyPat
     with pytest.raises(OutOfMemory):
         running.time(batch(20, 3, 4))
     with pytest.raises(QtoolError, match="no room for 2000 tokens"):
-        load(Path("m"), None, 2000, timed=1)
+        load(vllm.FACTS, Path("m"), None, 2000, timed=1)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from qtool.convert.files.source import resolve
 from qtool.convert.formats import autogptq, bnb_nf4
 from qtool.make import needs as job_needs
 from qtool.make.job import device_kind, open_job
+from qtool.make.output import TOKENIZER_AND_CONFIG
 from qtool.make.outputs import make_artifacts
 from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
@@ -182,7 +183,7 @@ def test_a_recipe_is_planned_as_a_job(
     needs = job_needs.needs_of(job)
     made = make_artifacts(job, _calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
-    assert taken <= needs.disk_bytes <= taken + job_needs.TOKENIZER_AND_CONFIG
+    assert taken <= needs.disk_bytes <= taken + TOKENIZER_AND_CONFIG
     monkeypatch.setattr(job_needs, "host_memory", lambda: 1000)
     found = json.loads(call("plan", recipe, "--runs", runs, "--json").output)
     assert found["short"][0].startswith("host memory: ")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.evaluate.engines import vllm_model
+from qtool.evaluate.engines import vllm, vllm_model
 from qtool.evaluate.engines.engine import Batch
 from qtool.evaluate.engines.server import ServedModel
 from qtool.evaluate.sandbox import execute, secrets
@@ -130,8 +130,8 @@ def test_vllms_own_processes_start_without_secrets(planted: None, monkeypatch: p
     fake = types.ModuleType("vllm")
     fake.__dict__.update(LLM=LLM, SamplingParams=object)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    vllm_model.load(Path("m"), None, 64)
-    vllm_model.load(Path("m"), None, 64, timed=1)
+    vllm_model.load(vllm.FACTS, Path("m"), None, 64)
+    vllm_model.load(vllm.FACTS, Path("m"), None, 64, timed=1)
     assert len(seen) == 2
     assert not any(SECRET in text for text in seen)
     assert os.environ["HF_TOKEN"] == SECRET

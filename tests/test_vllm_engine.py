@@ -89,6 +89,6 @@ def test_both_dtypes_say_what_is_stored(
 
 def test_no_table_without_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(record=True, width=120)
-    monkeypatch.setattr(measure_report, "console", console)
+    monkeypatch.setattr(measure_report, "wide", console)
     measure_report.print_rows([Row(64, 1, "ok", step_seconds=0.5, memory={"resident": None})])
     assert console.export_text().count("prompt x batch") == 1

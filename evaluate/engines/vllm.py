@@ -135,14 +135,14 @@ def _open(model: Model, use: Use) -> Iterator[Running]:
     from qtool.evaluate.engines.vllm_model import closing, load
 
     timed = use.slots if use.timed else None
-    with closing(load(model.path, model.tokenizer, use.context(), model.trust_remote_code, timed)) as running:
+    with closing(load(FACTS, model.path, model.tokenizer, use.context(), model.trust_remote_code, timed)) as running:
         yield running
 
 
 def _used(model: Model) -> tuple[str, str]:
     from qtool.evaluate.engines.vllm_model import used
 
-    return used(model.path, model.trust_remote_code) if model.path else (FACTS.place, FACTS.dtype(""))
+    return used(FACTS, model.path, model.trust_remote_code) if model.path else (FACTS.place, FACTS.dtype(""))
 
 
 ENGINE = Engine(FACTS, _open, used=_used, machine=lambda device: machine.machine_name("auto"))

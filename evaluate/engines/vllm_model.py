@@ -30,7 +30,7 @@ from qtool.evaluate.engines.engine import (
     Request,
     package_versions,
 )
-from qtool.evaluate.engines.vllm import FACTS
+from qtool.evaluate.engines.facts import EngineFacts
 from qtool.evaluate.sandbox import secrets
 
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
@@ -40,16 +40,20 @@ CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 class VllmModel:
     """A loaded ``vllm.LLM``; vLLM batches for itself. ``dtype`` and ``device`` are those it really took."""
 
+    facts: EngineFacts
     llm: Any
     tokenizer: Any
     dtype: str
     device: str
-    name: str = FACTS.name
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
 
     @property
     def version(self) -> str:
         """The packages that compute."""
-        return package_versions(*FACTS.packages)
+        return package_versions(*self.facts.packages)
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -107,7 +111,7 @@ class VllmModel:
         return None
 
 
-def used(path: Path, trust_remote_code: bool = False) -> tuple[str, str]:
+def used(facts: EngineFacts, path: Path, trust_remote_code: bool = False) -> tuple[str, str]:
     """Device and dtype in which vLLM will run the model, asked of vLLM without loading a weight. Raises QtoolError
     (exit 3) where vLLM is not installed or refuses the model."""
     stay_in_process()
@@ -115,15 +119,16 @@ def used(path: Path, trust_remote_code: bool = False) -> tuple[str, str]:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise _missing(error) from error
+        raise _missing(facts, error) from error
     with _told(path):
         config = EngineArgs(model=str(path), trust_remote_code=trust_remote_code).create_model_config()
     return str(current_platform.device_type), str(config.dtype).removeprefix("torch.")
 
 
 def load(
-    path: Path, tokenizer: Any, context: int, trust_remote_code: bool = False, timed: int | None = None
-) -> VllmModel:
+    facts: EngineFacts, path: Path, tokenizer: Any, context: int, trust_remote_code: bool = False,
+    timed: int | None = None,
+) -> VllmModel:  # fmt: skip
     """Load an artifact; ``context``: the longest prompt plus its answer, in tokens; ``timed``: how many sequences at
     once are going to be timed, then compiled and without a prefix cache. Raises QtoolError (exit 3) where vLLM is not
     installed or does not run, with vLLM's own reason."""
@@ -131,14 +136,14 @@ def load(
     try:
         from vllm import LLM
     except ImportError as error:
-        raise _missing(error) from error
+        raise _missing(facts, error) from error
     options: dict[str, Any] = {"max_num_seqs": timed, "enable_prefix_caching": False}
     if timed is None:  # on a CPU compiling takes minutes and a C++ compiler
         options = {"enforce_eager": not torch.cuda.is_available(), "seed": 0}
     with _told(path, context), secrets.withheld():  # it starts processes
         llm = LLM(model=str(path), max_model_len=context, trust_remote_code=trust_remote_code, **options)
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    return VllmModel(llm, tokenizer, dtype, device_of(llm))
+    return VllmModel(facts, llm, tokenizer, dtype, device_of(llm))
 
 
 @contextmanager
@@ -201,9 +206,9 @@ def _told(path: Path, context: int = 0) -> Iterator[None]:
         raise QtoolError(f"{path}: vLLM {what}: {why}.", exit_code=3) from error
 
 
-def _missing(error: ImportError) -> QtoolError:
+def _missing(facts: EngineFacts, error: ImportError) -> QtoolError:
     return QtoolError(
-        f"engine vllm needs vLLM, which is not here ({error}). Run: {FACTS.install}; "
+        f"engine vllm needs vLLM, which is not here ({error}). Run: {facts.install}; "
         "or serve the model elsewhere and use engine openai.",
         exit_code=3,
     )

@@ -3,8 +3,7 @@
 import ast
 
 from qtool import QtoolError
-from qtool.evaluate.sandbox.execute import run_programs
-from qtool.evaluate.sandbox.process import Outcome
+from qtool.evaluate.sandbox.execute import Outcome, run_programs
 from qtool.evaluate.tasks.loading import as_job
 from qtool.evaluate.tasks.problems import Problem, Task
 

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import named, shown
-from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.judging import EvaluateSection
@@ -70,6 +69,7 @@ def _is_here(name: str) -> str:
 
 
 def _examine(path: Path, evidence: Path, runs: Path, again: Again | None) -> Pulled:
+    from qtool.convert.verify.checks import verify  # with torch: only where something arrived
 
     manifest = read_manifest(path)
     verification = verify(path)

@@ -117,7 +117,7 @@ class GgufTensors:
         self._written = GgufFile.open(self.place, self.config)
         size = int(self.config["vocab_size"])
         self._beyond = unembedded(self.tokenizer, size)
-        self._stops = find_stops(source.path, self.tokenizer, self.config, size)
+        self.stops = find_stops(source.path, self.tokenizer, self.config, size)
         self._chat = learn(self.tokenizer)
         prompts = self._chat.prompts if self._chat else ()
         self.question: TokenQuestion | None = TokenQuestion(
@@ -172,9 +172,9 @@ class GgufTensors:
         beyond = ", ".join(self._beyond)
         left_out = [f"tokens beyond the embedding's rows, left out: {beyond}"] if beyond else []
         around = around_texts(self._source.path, self.tokenizer)
-        made = modelfile_of(self._source.path, self.place.name, self.tokenizer, self._chat, self._stops)
+        made = modelfile_of(self._source.path, self.place.name, self.tokenizer, self._chat, self.stops)
         (self._folder / MODELFILE).write_text(made.text, encoding="utf-8")
-        return [*left_out, proof, *around, *self._stops.notes, *made.notes]
+        return [*left_out, proof, *around, *self.stops.notes, *made.notes]
 
     def _put(self, hf: str, data: torch.Tensor) -> None:
         name = self.plan.names[hf]
