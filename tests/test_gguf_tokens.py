@@ -14,6 +14,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.source import resolve
+from qtool.convert.formats.format import CalibrationText
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.format import GgufTensors
 from qtool.convert.formats.gguf.stops import KNOWN, find_stops
@@ -189,8 +190,8 @@ def test_llama_cpp_ends_where_the_model_does_as_far_as_a_file_can_say(count: int
         assert number in found or repr(text) in said
     assert found <= wanted
     assert len(found) == min(3, len(wanted))
-    output._write_modelfile()
-    made = (output.partial / "Modelfile").read_text()
+    output.finish("", None, CalibrationText(0, 0, "none"))
+    made = (output.place.parent / "Modelfile").read_text()
     assert all(f'PARAMETER stop "{text}"\n' in made for text in ENDS[:count])
     output.close()
 
