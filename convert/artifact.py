@@ -14,9 +14,9 @@ from qtool.convert.files.durable import make_durable, naming
 from qtool.convert.files.folder import drop_journals, refuse_unfinished, write_json
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.formats.codes import Codes
-from qtool.convert.formats.containers import Linears
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.imatrix import IMATRIX
+from qtool.convert.formats.linears import Linears
 
 
 class Artifact:

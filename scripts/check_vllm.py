@@ -42,13 +42,13 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
-from qtool.convert.runtimes import vllm as vllm_rules
-from qtool.convert.runtimes.rules import RULES
+from qtool.convert.formats.table import rules_of
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.checks import subject_of
 from qtool.evaluate.engines.machine import machine_name
 from qtool.evaluate.engines.torch_model import load_model
+from qtool.evaluate.engines.vllm import FACTS
 from qtool.evaluate.tasks.loading import load_task
 
 HERE = Path(__file__).resolve().parent
@@ -75,14 +75,14 @@ class Case:
         """Why qtool says that vLLM loads this on no platform; empty where it does."""
         if any(self.path.glob("*.gguf")):
             return "a folder with a .gguf file"
-        return "; ".join(vllm_rules.refusals(json.loads((self.path / "config.json").read_text(encoding="utf-8"))))
+        return "; ".join(FACTS.refuses_model(json.loads((self.path / "config.json").read_text(encoding="utf-8"))))
 
     def refused_on_cpu(self) -> str:
         """Why its kernel for the CPU does not take it."""
         artifact = Artifact.open(self.path)
         if artifact.gguf is not None or not artifact.quantization:
             return ""
-        rules = [rule for rule in RULES[artifact.quantization["quant_method"]] if rule.name == "CPU kernel"]
+        rules = [rule for rule in rules_of(artifact.quantization) if rule.name == "CPU kernel"]
         return "; ".join(reason for rule in rules for reason in rule.broken(subject_of(artifact), 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ CONTAINER = '''
 """int8: ``weight_int8`` as stored, ``weight_step`` float32 a row."""
 import torch
 from qtool.convert.formats.codes import UniformCodes
+from qtool.convert.runtimes.rule import Runtime, RuntimeRule, nothing_observed as observed
 
+SAFETENSORS = True
+RUNS_IN = (Runtime("transformers", "transformers", "int8-kernels", "pip install int8-kernels"),)
 MARK, SUFFIXES, POSITIVE = "weight_int8", ("weight_int8", "weight_step"), ("weight_step",)
 BY_ROW, EXPANDS, COPIES, KEYS = True, False, (), frozenset({"quant_method"})
 
@@ -28,6 +32,11 @@ def unpack(tensors, section):
     values, step = tensors["weight_int8"], tensors["weight_step"]
     return UniformCodes(values, step, torch.full(step.shape, 128, dtype=torch.uint8), 8, values.shape[1])
 def shape(tensor, section): return tuple(tensor("weight_int8").shape)
+def stores(made): return made["method"] == "int8"
+def section_of(made): return {"quant_method": "int8"}
+def _bytes(subject, cards):
+    if cards > 1: yield "one card alone"
+RULES = (RuntimeRule("bytes", "int8-kernels", "1.0", "int8/kernel.py", _bytes, tensor_parallel=True),)
 '''
 METHOD = '''
 """Eight bits, the largest weight of a row at 127."""
@@ -59,10 +68,10 @@ class Int8Method(Method):
 '''
 ROWS = """
 import container, method  # the two modules
-from qtool.convert.formats.containers import CONTAINERS
+from qtool.convert.formats.table import FORMATS
 from qtool.quantize.methods.table import METHODS
 
-CONTAINERS["int8"] = container
+FORMATS["int8"] = container
 METHODS["int8"] = method.Int8Method
 from qtool.cli import main
 
@@ -93,5 +102,8 @@ def test_a_method_and_a_container_are_two_modules_and_two_rows(tiny: Path, text_
     expected = source.tensor(f"{name}.weight").float()
     assert float((weight - expected).norm() / expected.norm()) < 0.01
     assert torch.equal(made.tensor("model.norm.weight"), source.tensor("model.norm.weight"))
-    assert "NOT sound" not in qtool("verify", str(made.path), "--source", str(tiny))
-    assert "int8" in qtool("plan", str(tiny), "--format", "int8")
+    said = qtool("verify", str(made.path), "--source", str(tiny))
+    assert "NOT sound" not in said
+    assert "loads in int8-kernels 1.0, on 1 card; does not split over 2, 4 or 8" in said
+    planned = json.loads(qtool("plan", str(tiny), "--format", "int8", "--gpu", "RTX4090", "--json"))
+    assert {(answer["format"], answer["engine"]) for answer in planned["answers"]} == {("int8", "transformers")}

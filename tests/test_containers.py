@@ -16,12 +16,13 @@ from qtool.convert.files.folder import write_json
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import autogptq, compressed_tensors, packing
 from qtool.convert.formats.codes import UniformCodes
-from qtool.convert.formats.containers import CONTAINERS, container_of
+from qtool.convert.formats.table import FORMATS, container_of, format_of, runs_in
 from qtool.convert.skeleton import load_config
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.methods.table import METHODS
 from qtool.recipe.sections import load_recipe
 
 OUT, IN = 64, 128
@@ -197,8 +198,31 @@ def test_what_is_not_known_is_named(tmp_path: Path) -> None:
         compressed_tensors.specs(OUT, IN, {"config_groups": {"a": {}, "b": {}}}, torch.float16)
 
 
-def test_the_table_names_every_container() -> None:
-    assert list(CONTAINERS) == ["awq", "gptq", "compressed-tensors", "bitsandbytes"]
+def test_the_table_names_every_format() -> None:
+    assert list(FORMATS) == ["awq", "gptq", "compressed-tensors", "bitsandbytes", "gguf"]
+    with pytest.raises(QtoolError, match="qtool reads awq, gptq, compressed-tensors, bitsandbytes"):
+        container_of({"quant_method": "gguf"})  # lies in no safetensors
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "engines"),
+    [
+        ({"method": "awq"}, "awq", ["vllm", "transformers", "sglang"]),
+        ({"method": "gptq"}, "gptq", ["vllm", "transformers", "sglang"]),
+        ({"method": "gptq", "format": "compressed-tensors"}, "compressed-tensors", ["vllm", "transformers"]),
+        ({"method": "nf4"}, "bitsandbytes", ["transformers", "vllm"]),
+        ({"method": "gguf"}, "gguf", ["llama.cpp"]),
+    ],
+)
+def test_a_format_says_what_is_stored_in_it_and_what_runs_it(
+    method: dict[str, str], name: str, engines: list[str]
+) -> None:
+    """The section that a manifest's output implies is the one that the method writes; the first engine is planned."""
+    output = METHODS[method["method"]].model_validate(method)
+    assert format_of(output.model_dump()) is FORMATS[name]
+    assert FORMATS[name].section_of(output.model_dump()) == output.container.config_section
+    assert [runtime.engine for runtime in runs_in(name)] == engines
+    assert runs_in("fp8")[0].engine == "vllm"  # somebody else's
 
 
 @pytest.mark.parametrize("pack", [lambda t: packing.pack(t, 8), lambda t: packing.pack(t, 4)])

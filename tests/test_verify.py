@@ -17,9 +17,9 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.folder import file_entries
 from qtool.convert.files.manifest import MANIFEST, read_manifest
-from qtool.convert.formats import bnb_nf4, compressed_tensors
-from qtool.convert.formats.containers import geometry_of
-from qtool.convert.runtimes import rules as runtimes
+from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
+from qtool.convert.formats.table import geometry_of
+from qtool.convert.runtimes import rule as runtimes
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 
@@ -340,7 +340,7 @@ def broken(runtime: str, rule: str, tp: int, linears: dict[str, tuple[int, int]]
     subject = runtimes.Subject(
         config, linears, by_columns=BY_COLUMNS, geometry=geometry_of(config["quantization_config"])
     )
-    found = next(r for r in runtimes.AWQ_RULES if (r.runtime, r.name) == (runtime, rule))
+    found = next(r for r in autoawq.RULES if (r.runtime, r.name) == (runtime, rule))
     return list(found.broken(subject, tp))
 
 
@@ -389,20 +389,20 @@ def reasons(rules: tuple[runtimes.RuntimeRule, ...], runtime: str, subject: runt
 def test_gptq_kernels() -> None:
     for tp in runtimes.TENSOR_PARALLEL:
         for group_size in (-1, 32, 64, 128):
-            assert not reasons(runtimes.GPTQ_RULES, "vLLM", gptq_subject(LLAMA_8B, group_size=group_size), tp)
-    assert reasons(runtimes.GPTQ_RULES, "SGLang", gptq_subject(LLAMA_8B, sym=False)) == [
+            assert not reasons(autogptq.RULES, "vLLM", gptq_subject(LLAMA_8B, group_size=group_size), tp)
+    assert reasons(autogptq.RULES, "SGLang", gptq_subject(LLAMA_8B, sym=False)) == [
         "the grid is asymmetric (sym: false); Marlin takes symmetric ones"
     ]
-    assert not reasons(runtimes.GPTQ_RULES, "SGLang", gptq_subject(LLAMA_8B, bits=8))
-    assert not reasons(runtimes.GPTQ_RULES, "vLLM", gptq_subject({"q_proj": (96, 192)}, group_size=32))
-    narrow = reasons(runtimes.GPTQ_RULES, "SGLang", gptq_subject({"q_proj": (96, 192)}, group_size=32))
+    assert not reasons(autogptq.RULES, "SGLang", gptq_subject(LLAMA_8B, bits=8))
+    assert not reasons(autogptq.RULES, "vLLM", gptq_subject({"q_proj": (96, 192)}, group_size=32))
+    narrow = reasons(autogptq.RULES, "SGLang", gptq_subject({"q_proj": (96, 192)}, group_size=32))
     assert narrow == ["q_proj: out 96 is not a multiple of 64", "q_proj: in 192 is not a multiple of 128"]
-    assert not reasons(runtimes.GPTQ_RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq"))
-    assert reasons(runtimes.GPTQ_RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq_v2"))
+    assert not reasons(autogptq.RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq"))
+    assert reasons(autogptq.RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq_v2"))
 
 
 def test_zero_points_that_a_version_cannot_hold() -> None:
-    rule = next(rule for rule in runtimes.GPTQ_RULES if rule.name == "zero points")
+    rule = next(rule for rule in autogptq.RULES if rule.name == "zero points")
     for sym, version, zeros, good in (
         (True, "gptq", (8, 8), True), (True, "gptq_v2", (8, 9), False), (False, "gptq_v2", (0, 15), True),
         (False, "gptq", (0, 15), False), (False, "gptq", (1, 15), True),
@@ -417,12 +417,12 @@ def test_compressed_tensors_and_nf4_kernels() -> None:
     for sym, bits, good in ((True, 4, True), (True, 8, True), (False, 4, True), (False, 8, False)):
         section = compressed_tensors.quantization_config(bits, 128, sym, False)
         subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B, geometry=geometry_of(section))
-        assert (not reasons(runtimes.COMPRESSED_RULES, "vLLM", subject)) == good
+        assert (not reasons(compressed_tensors.RULES, "vLLM", subject)) == good
     section = bnb_nf4.quantization_config(True, ["lm_head"])
     subject = runtimes.Subject(
         config | {"quantization_config": section}, LLAMA_8B | {"k_proj": (1000, 4128)}, geometry=geometry_of(section)
     )
-    assert reasons(runtimes.NF4_RULES, "bitsandbytes", subject) == [
+    assert reasons(bnb_nf4.RULES, "bitsandbytes", subject) == [
         "k_proj: out 1000 is not a multiple of 32", "k_proj: in 4128 is not a multiple of 64"
     ]  # fmt: skip
 

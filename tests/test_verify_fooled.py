@@ -22,7 +22,7 @@ from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import strict_json
 from qtool.convert.formats.bnb_nf4 import KEYS as NF4_KEYS
 from qtool.convert.formats.bnb_nf4 import MARK, NF4
-from qtool.convert.formats.containers import CONTAINERS
+from qtool.convert.formats.table import container_of
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.files import check_files
 
@@ -381,6 +381,6 @@ def test_sections_have_no_key_that_readers_would_call_foreign(made: dict[str, Pa
     for path in made.values():
         section = json.loads((path / "config.json").read_text()).get("quantization_config")
         if section:
-            assert set(section) <= CONTAINERS[section["quant_method"]].KEYS
+            assert set(section) <= container_of(section).KEYS
     assert NF4_KEYS
     assert len(NF4) == 16

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
-from qtool.convert.runtimes.rules import RULES, Subject
-from qtool.convert.runtimes.vllm import dtype_flag, plugin_of, refusals
+from qtool.convert.formats.table import FORMATS
+from qtool.convert.runtimes.rule import Subject
+from qtool.convert.runtimes.vllm import dtype_flag
+from qtool.evaluate.engines.vllm import FACTS
 
 AWQ = autoawq.quantization_config(128, ["lm_head"])
 GPTQ = autogptq.quantization_config(4, 128, True, 0.1)
@@ -54,21 +56,22 @@ def ordered(order: object) -> dict[str, Any]:
     ],
 )
 def test_what_vllm_refuses(section: dict[str, Any], said: str | None) -> None:
-    found = refusals({"quantization_config": section} if section else {})
+    found = FACTS.refuses_model({"quantization_config": section} if section else {})
     assert [reason for reason in found if said and said in reason] == found
     assert bool(found) == (said is not None)
 
 
 def test_an_asymmetric_file_is_told_the_way_that_loads() -> None:
-    (reason,) = refusals({"quantization_config": autogptq.quantization_config(4, 128, False, 0.1)})
+    (reason,) = FACTS.refuses_model({"quantization_config": autogptq.quantization_config(4, 128, False, 0.1)})
     assert "format: compressed-tensors" in reason
 
 
 def test_the_plugin_of_nf4_is_named() -> None:
     config = {"quantization_config": bnb_nf4.quantization_config(True, ["lm_head"])}
-    assert plugin_of(config) == "vllm-bnb-plugin"
-    assert plugin_of({"quantization_config": AWQ}) is None
-    runtimes = [rule.runtime for rule in RULES["bitsandbytes"] if "vLLM" in rule.runtime]
+    said = "vLLM loads it with vllm-bnb-plugin only (pip install vllm-bnb-plugin, in vLLM's environment)"
+    assert FACTS.needs_beside(config) == said
+    assert FACTS.needs_beside({"quantization_config": AWQ}) == ""
+    runtimes = [rule.runtime for rule in FORMATS["bitsandbytes"].RULES if "vLLM" in rule.runtime]
     assert runtimes == ["vllm-bnb-plugin 0.0.3 in vLLM"]
 
 
@@ -77,17 +80,17 @@ def test_gemma_runs_in_bfloat16() -> None:
     assert dtype_flag(config) == "bfloat16"
     assert dtype_flag(config | {"dtype": "bfloat16"}) is None
     assert dtype_flag(config | {"architectures": ["GemmaForCausalLM"]}) is None
-    assert not refusals(config)
+    assert not FACTS.refuses_model(config)
 
 
 def test_kernels_of_a_refused_file_say_nothing() -> None:
     subject = Subject({"quantization_config": GPTQ | {"desc_act": True}}, {"q_proj": (128, 128)})
-    asked = [rule for rule in RULES["gptq"] if rule.runtime == "vLLM"]
+    asked = [rule for rule in FORMATS["gptq"].RULES if rule.runtime == "vLLM"]
     assert [rule.name for rule in asked if rule.applies(subject)] == ["loading"]
     assert {rule.version for rule in asked} == {"0.32"}
 
 
 def test_every_source_exists_in_the_version_that_the_rule_names() -> None:
     """awq.py, awq_marlin.py and gptq_marlin.py were there before 0.32."""
-    named = {rule.source.rsplit("/", 1)[-1] for rules in RULES.values() for rule in rules if rule.runtime == "vLLM"}
+    named = {rule.source.rsplit("/", 1)[-1] for row in FORMATS.values() for rule in row.RULES if rule.runtime == "vLLM"}
     assert named == {"auto_awq.py", "auto_gptq.py", "compressed_tensors.py", "marlin.py", "cpu.py"}

@@ -7,15 +7,28 @@ both packed along OUT in AWQ order; ``w = (q - z) * s``; zeros stored as they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in
 from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
+from qtool.convert.runtimes import sglang, vllm
+from qtool.convert.runtimes.rule import (
+    HEAD,
+    QLINEAR,
+    TRANSFORMERS,
+    Runtime,
+    RuntimeRule,
+    Subject,
+    heads,
+    nothing_observed,
+    shards,
+)
 
+SAFETENSORS: Literal[True] = True
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 POSITIVE: tuple[str, ...] = ("scales",)
@@ -23,6 +36,7 @@ BY_ROW = True
 EXPANDS = False
 COPIES: tuple[str, ...] = ()
 KEYS = frozenset({"quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert"})
+WRITTEN = ("quant_method", "bits", "group_size", "zero_point", "version")
 
 
 def skipped(section: Mapping[str, Any]) -> list[str]:
@@ -91,3 +105,66 @@ def quantization_config(group_size: int, skipped: list[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": skipped or None,
     }
+
+
+def stores(made: Mapping[str, Any]) -> bool:
+    """Whether an output that a manifest tells of lies in this format."""
+    return bool(made.get("method") == "awq")
+
+
+def section_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of such an output."""
+    return quantization_config(made["group_size"], ["lm_head"])
+
+
+def _keys(subject: Subject, _: int) -> Iterator[str]:
+    for key in WRITTEN:
+        if key not in subject.quantization:
+            yield f"quantization_config lacks {key!r}"
+    if subject.quantization.get("version") not in ("gemm", None):
+        yield f"version is {subject.quantization['version']!r}, expected 'gemm'"
+    if subject.quantization.get("bits") not in (4, None):
+        yield f"bits is {subject.quantization['bits']}, AWQ kernels hold 4"
+
+
+def _shapes(subject: Subject, _: int) -> Iterator[str]:
+    yield from shards(subject, 1, multiple_out=8, multiple_in=1)
+
+
+def _unfused_shapes(subject: Subject, tp: int) -> Iterator[str]:
+    """AutoAWQLinearMethod.create_weights, of every AWQ kernel."""
+    yield from heads(subject, tp)
+    yield from shards(subject, tp, multiple_out=8, multiple_in=1)
+
+
+def _sglang(subject: Subject, tp: int) -> Iterator[str]:
+    if not subject.quantization.get("zero_point"):
+        yield "zero_point is not true"
+    yield from sglang.marlin(subject, tp)
+
+
+def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
+    yield from vllm.lacking(section, "bits", "group_size", "zero_point")
+    if section.get("bits") not in (4, None):
+        yield f"bits is {section['bits']!r}; vLLM's AWQ has 4"
+    if section.get("zero_point") is False:
+        yield "zero_point is false: vLLM leaves the zero points out (it loads, and what it answers is wrong)"
+
+
+observed = nothing_observed
+RUNS_IN: tuple[Runtime, ...] = (
+    vllm.runtime(_vllm),
+    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel"),
+    sglang.RUNTIME,
+)
+RULES: tuple[RuntimeRule, ...] = (
+    RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (AwqConfig)", _keys, required=True),
+    HEAD,
+    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
+    *vllm.rules(
+        "auto_awq.py",
+        _vllm,
+        RuntimeRule("plain kernel", "vLLM", vllm.VERSION, f"{vllm.FOLDER}/auto_awq.py", _unfused_shapes, True),
+    ),
+    sglang.marlin_rule("awq.py", _sglang),
+)

@@ -9,9 +9,9 @@ nested_quant_map float32 ``[256]``, and absmax is uint8.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,10 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import DTYPES
 from qtool.convert.files.reading import strict_json
 from qtool.convert.formats.codes import Codes, Nested, Nf4Blocks, names_in
+from qtool.convert.runtimes import vllm
+from qtool.convert.runtimes.rule import HEAD, TRANSFORMERS, Runtime, RuntimeRule, Subject, nothing_observed, shards
 
+SAFETENSORS: Literal[True] = True
 MARK = "weight.quant_state.bitsandbytes__nf4"
 SUFFIXES: tuple[str, ...] = (
     "weight",
@@ -151,6 +154,16 @@ def quantization_config(double_quant: bool, skipped: list[str]) -> dict[str, Any
     }
 
 
+def stores(made: Mapping[str, Any]) -> bool:
+    """Whether an output that a manifest tells of lies in this format."""
+    return bool(made.get("method") == "nf4")
+
+
+def section_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of such an output."""
+    return quantization_config(made["double_quant"], ["lm_head"])
+
+
 def _state(shape: tuple[int, int], block: int, dtype: torch.dtype, nested_block: int | None, offset: float) -> bytes:
     """QuantState's JSON, padded with spaces (which JSON allows) to a length that depends on neither the offset's
     digits nor the dtype's: the plan knows every tensor's size before a weight is read."""
@@ -189,3 +202,42 @@ def _dtype(name: str) -> torch.dtype:
     if name not in found:
         raise QtoolError(f"{MARK}: dtype {name!r} is unknown.")
     return found[name]
+
+
+def _keys(subject: Subject, _: int) -> Iterator[str]:
+    section = subject.quantization
+    expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    for key, value in expected.items():
+        if section.get(key) != value:
+            yield f"{key} is {section.get(key)!r}, expected {value!r}"
+    if section.get("bnb_4bit_compute_dtype") not in ("bfloat16", "float16", "float32"):
+        yield f"bnb_4bit_compute_dtype is {section.get('bnb_4bit_compute_dtype')!r}"
+    if "lm_head" not in (section.get("llm_int8_skip_modules") or ()):
+        yield "llm_int8_skip_modules lacks 'lm_head'"
+    nested = section.get("bnb_4bit_use_double_quant")
+    for name in subject.linears:
+        if (f"{name}.weight.nested_absmax" in subject.tensors) != bool(nested):
+            yield f"{name}: bnb_4bit_use_double_quant is {nested}, the tensors say otherwise"
+
+
+def _shapes(subject: Subject, _: int) -> Iterator[str]:
+    yield from shards(subject, 1, multiple_out=32, multiple_in=64)
+
+
+def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
+    if not section.get("load_in_4bit") and not section.get("load_in_8bit"):
+        yield "neither load_in_4bit nor load_in_8bit is true"
+
+
+observed = nothing_observed
+PLUGIN, PLUGIN_VERSION = "vllm-bnb-plugin", "0.0.3"
+RUNS_IN: tuple[Runtime, ...] = (
+    Runtime("transformers", "transformers", "bitsandbytes", "pip install 'qtool-llm[nf4]'"),
+    vllm.runtime(_vllm, PLUGIN, f"pip install {PLUGIN}"),
+)
+RULES: tuple[RuntimeRule, ...] = (
+    RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (BitsAndBytesConfig)", _keys, required=True),
+    HEAD,
+    RuntimeRule("CPU and GEMV kernels", "bitsandbytes", "0.50.2", "bitsandbytes/functional.py", _shapes),
+    vllm.loading(_vllm, "vllm_bnb_plugin", f"{PLUGIN} {PLUGIN_VERSION} in vLLM"),
+)

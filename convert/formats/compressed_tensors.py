@@ -9,15 +9,18 @@ int32 ``[out/n, groups]``, packed along OUT; act-order files by others may have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
 from qtool import QtoolError
 from qtool.convert.formats import packing
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
+from qtool.convert.runtimes import vllm
+from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, nothing_observed
 
+SAFETENSORS: Literal[True] = True
 MARK = "weight_packed"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 POSITIVE: tuple[str, ...] = ("weight_scale",)
@@ -131,6 +134,16 @@ def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool) -
     }
 
 
+def stores(made: Mapping[str, Any]) -> bool:
+    """Whether an output that a manifest tells of lies in this format."""
+    return bool(made.get("format") == "compressed-tensors")
+
+
+def section_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of such an output."""
+    return quantization_config(made["bits"], made["group_size"], made["sym"], made["desc_act"])
+
+
 def _scheme(section: Mapping[str, Any]) -> dict[str, Any]:
     """The weights' arguments of the only group."""
     (group,) = _groups(section).values()
@@ -156,3 +169,35 @@ def _bits(section: Mapping[str, Any]) -> int:
 
 def _group_size(section: Mapping[str, Any], columns: int) -> int:
     return group_size_of(geometry(section)["group_size"], columns)
+
+
+def _keys(subject: Subject, _: int) -> Iterator[str]:
+    section = subject.quantization
+    if section.get("format") != "pack-quantized":
+        yield f"format is {section.get('format')!r}, expected 'pack-quantized'"
+    if section.get("quantization_status") != "compressed":
+        yield f"quantization_status is {section.get('quantization_status')!r}, expected 'compressed'"
+    if "lm_head" not in (section.get("ignore") or ()):
+        yield "ignore lacks 'lm_head'"
+    for key, value in subject.geometry.items():
+        if value is None:
+            yield f"config_groups does not say {key}"
+
+
+def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
+    for name, group in (section.get("config_groups") or {}).items():
+        order = ((group or {}).get("weights") or {}).get("actorder")
+        if order not in (None, False, "static", "weight"):
+            yield f"{name}: actorder is {order!r}; vLLM takes 'static' and 'weight' from 0.32 on"
+
+
+observed = nothing_observed
+RUNS_IN: tuple[Runtime, ...] = (
+    vllm.runtime(_vllm),
+    Runtime("transformers", "compressed-tensors", "compressed-tensors", "pip install compressed-tensors"),
+)
+RULES: tuple[RuntimeRule, ...] = (
+    RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _keys, required=True),
+    HEAD,
+    *vllm.rules("compressed_tensors/compressed_tensors.py", _vllm),
+)

@@ -1,7 +1,7 @@
 """What a format is: it plans what a file will hold from shapes alone, and opens the file that is written so.
 
 A format is what recipes' outputs are stored in. `Shards` stands for every container of safetensors files (one module
-each, the table is in containers.py), `Gguf` for llama.cpp's single file. tests/test_additions.py adds a container.
+each, the table is in table.py), `Gguf` for llama.cpp's single file. tests/test_additions.py adds a container.
 """
 
 from __future__ import annotations

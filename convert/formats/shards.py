@@ -15,10 +15,10 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.shards import file_sizes, open_shards
 from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.codes import Codes
-from qtool.convert.formats.containers import Container, Linears, container_of
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
+from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
-from qtool.convert.runtimes import vllm as vllm_rules
+from qtool.convert.formats.table import Container, container_of
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -102,8 +102,12 @@ class Shards:
         return 0
 
     def notes(self) -> list[str]:
-        """What vLLM refuses, or needs beside itself."""
-        return vllm_rules.notes(self.section)
+        """What runtimes refuse, or need beside themselves."""
+        found: list[str] = []
+        for runtime in self.container.RUNS_IN:
+            found += [f"{runtime.title} does not load it: {reason}" for reason in runtime.refuses(self.section)]
+            found += [runtime.note] if runtime.note else []
+        return found
 
     def importance(self, path: Path, plan: OutputPlan) -> dict[str, torch.Tensor]:
         """Raises QtoolError: importance matrices name the tensors of .gguf files."""

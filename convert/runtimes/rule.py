@@ -1,10 +1,16 @@
-"""What a loading rule is, and what rules of several runtimes ask: shards, heads, groups."""
+"""What a container needs in a runtime and what a loading rule is; what rules of several runtimes ask: shards, heads,
+groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+TRANSFORMERS = "transformers/utils/quantization_config.py"  # the sources of several containers' rules
+QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
+TENSOR_PARALLEL = (1, 2, 4, 8)
+QUANTIZED = (".qweight", ".weight_packed", ".weight.absmax")  # how the tensors of a quantized module end
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,39 @@ class Subject:
     def quantization(self) -> dict[str, Any]:
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
+
+
+def _nothing(_: Mapping[str, Any]) -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What one container needs in one runtime. ``engine``: its name in `qtool.evaluate.engines`; ``title``: the name
+    that the loading rules have for what reads the file there; ``package``: what must be installed beside the engine,
+    ``install``: how; ``refuses(quantization_config)`` yields why such a file is loaded on no platform; ``note``: what
+    whoever makes such a file should hear."""
+
+    engine: str
+    title: str
+    package: str = ""
+    install: str = ""
+    refuses: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What rules ask of a linear's numbers: its least and greatest zero point as decoded, and whether the columns of
+    some group lie apart."""
+
+    zeros: tuple[int, int] | None = None
+    scattered: bool = False
+
+
+def nothing_observed(tensor: object, parts: object, section: object) -> Observed:
+    """Of a container whose rules ask for none of it."""
+    return Observed()
 
 
 def _always(_: Subject) -> bool:
@@ -88,3 +127,20 @@ def shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> It
             yield f"{kind}: in {columns} is not a multiple of {multiple_in}"
         if group > 0 and columns % group:
             yield f"{kind}: in {columns} is not a multiple of the group size {group}"
+
+
+def _head(subject: Subject, _: int) -> Iterator[str]:
+    """No loader of these formats is told of a quantized head or embedding; a tied head lives in the embedding."""
+    for name in subject.tensors:
+        module = next((name.removesuffix(end) for end in QUANTIZED if name.endswith(end)), "")
+        if module.endswith(("lm_head", "embed_tokens")):
+            yield f"{name}: {module} is quantized, and no loader expects that"
+    if (
+        subject.tensors
+        and "lm_head.weight" not in subject.tensors
+        and subject.config.get("tie_word_embeddings") is False
+    ):
+        yield "lm_head.weight is missing, and tie_word_embeddings is false"
+
+
+HEAD = RuntimeRule("embeddings and head", "all", "loaders", "tie_word_embeddings in config.json", _head, required=True)

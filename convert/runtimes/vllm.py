@@ -9,48 +9,31 @@ with zeros, with a warning. Marlin and Machete themselves ran with vLLM 0.26, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qtool.convert.models.table import find_family
-from qtool.convert.runtimes.rule import RuntimeRule, Subject, heads, shards
+from qtool.convert.runtimes.rule import Runtime, RuntimeRule, Subject, heads, shards
 
 VERSION = "0.32"
-PLUGIN, PLUGIN_VERSION = "vllm-bnb-plugin", "0.0.3"
-WITH_PLUGIN = f"{PLUGIN} {PLUGIN_VERSION} in vLLM"
-INSTALL_PLUGIN = f"pip install {PLUGIN}"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
-KEYS = {"awq": ("bits", "group_size", "zero_point"), "gptq": ("bits", "group_size", "sym", "desc_act")}
-ASYMMETRIC = "take `format: compressed-tensors` for asymmetric codes, or `method: awq`: vLLM loads both"
-_FOLDER = "vllm/model_executor/layers/quantization"
+FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
+Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
+"""quantization_config -> why vLLM loads such a file on no platform."""
 
 
-def refusals(config: Mapping[str, Any]) -> list[str]:
-    """Why vLLM loads a model with this config.json on no platform; empty where nothing is against it. NF4 is loaded,
-    but by a plugin: `plugin_of`."""
-    section = config.get("quantization_config") or {}
-    method = section.get("quant_method")
-    checks = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _nf4}
-    if method not in checks:
-        return [f"vLLM knows no quant_method {method!r}"] if section else []
-    missing = [f"quantization_config lacks {key!r}" for key in KEYS.get(str(method), ()) if section.get(key) is None]
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    return [*missing, *checks[str(method)](section, dtype)]
+def runtime(refuses: Refuses, package: str = "", install: str = "") -> Runtime:
+    """What a container needs in vLLM. ``package``: a plugin."""
+    note = f"vLLM loads it with {package} only ({install}, in vLLM's environment)" if package else ""
+    return Runtime("vllm", "vLLM", package, install, refuses, note)
 
 
-def plugin_of(config: Mapping[str, Any]) -> str | None:
-    """The package that vLLM needs beside itself for this config.json."""
-    return PLUGIN if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes" else None
-
-
-def notes(section: Mapping[str, Any]) -> list[str]:
-    """What whoever makes an artifact with this quantization_config should hear of vLLM."""
-    config = {"quantization_config": section}
-    found = [f"vLLM does not load it: {reason}" for reason in refusals(config)]
-    plugin = plugin_of(config)
-    return [*found, f"vLLM loads it with {plugin} only ({INSTALL_PLUGIN}, in vLLM's environment)"] if plugin else found
+def lacking(section: Mapping[str, Any], *keys: str) -> Iterator[str]:
+    """Keys that vLLM's own reader of the section asks for."""
+    yield from (f"quantization_config lacks {key!r}" for key in keys if section.get(key) is None)
 
 
 def dtype_flag(config: Mapping[str, Any]) -> str | None:
@@ -59,57 +42,6 @@ def dtype_flag(config: Mapping[str, Any]) -> str | None:
     family = find_family(config)
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return "bfloat16" if family and not family.float16 and said == "float16" else None
-
-
-def _awq(section: Mapping[str, Any], _: str) -> Iterator[str]:
-    if section.get("bits") not in (4, None):
-        yield f"bits is {section['bits']!r}; vLLM's AWQ has 4"
-    if section.get("zero_point") is False:
-        yield "zero_point is false: vLLM leaves the zero points out (it loads, and what it answers is wrong)"
-
-
-def _gptq(section: Mapping[str, Any], _: str) -> Iterator[str]:
-    bits, size = section.get("bits"), section.get("group_size")
-    if section.get("sym") is False:
-        yield f"sym is false: vLLM's GPTQ takes symmetric files only; {ASYMMETRIC}"
-    if bits not in (4, 8, None):
-        yield f"bits is {bits!r}; vLLM's GPTQ takes 4 and 8"
-    if section.get("desc_act") and size != -1:
-        yield "desc_act is true: vLLM takes no groups of scattered columns from 0.32 on; convert again (static groups)"
-    for pattern, rule in (section.get("dynamic") or {}).items():
-        if pattern.startswith("-:") or not isinstance(rule, Mapping):
-            continue
-        if rule.get("desc_act", section.get("desc_act")) and rule.get("group_size", size) != -1:
-            yield f"desc_act is true in the dynamic rule {pattern!r}: vLLM takes no groups of scattered columns"
-        if rule.get("sym") is False:
-            yield f"sym is false in the dynamic rule {pattern!r}: vLLM's GPTQ takes symmetric files only"
-
-
-def _compressed(section: Mapping[str, Any], _: str) -> Iterator[str]:
-    for name, group in (section.get("config_groups") or {}).items():
-        order = ((group or {}).get("weights") or {}).get("actorder")
-        if order not in (None, False, "static", "weight"):
-            yield f"{name}: actorder is {order!r}; vLLM takes 'static' and 'weight' from 0.32 on"
-
-
-def _nf4(section: Mapping[str, Any], _: str) -> Iterator[str]:
-    if not section.get("load_in_4bit") and not section.get("load_in_8bit"):
-        yield "neither load_in_4bit nor load_in_8bit is true"
-
-
-def loads(subject: Subject) -> bool:
-    """Whether the kernels are worth a look."""
-    return not refusals(subject.config)
-
-
-def _loading(subject: Subject, _: int) -> Iterator[str]:
-    yield from refusals(subject.config)
-
-
-def _unfused_shapes(subject: Subject, tp: int) -> Iterator[str]:
-    """AutoAWQLinearMethod.create_weights, of every AWQ kernel."""
-    yield from heads(subject, tp)
-    yield from shards(subject, tp, multiple_out=8, multiple_in=1)
 
 
 def _marlin(subject: Subject, tp: int) -> Iterator[str]:
@@ -134,25 +66,24 @@ def _cpu(subject: Subject, tp: int) -> Iterator[str]:
     yield from shards(subject, tp, CPU_MULTIPLE, CPU_MULTIPLE)
 
 
-def _rules(file: str, *more: RuntimeRule) -> tuple[RuntimeRule, ...]:
-    return (
-        RuntimeRule("loading", "vLLM", VERSION, f"{_FOLDER}/{file}", _loading, proof="run"),
-        *more,
-        RuntimeRule(
-            "Marlin kernel", "vLLM", VERSION, f"{_KERNELS}/marlin.py", _marlin, tensor_parallel=True, applies=loads
-        ),
-        RuntimeRule(
-            "CPU kernel", "vLLM", VERSION, f"{_KERNELS}/cpu.py", _cpu, tensor_parallel=True, proof="run", applies=loads
-        ),
+def loading(refuses: Refuses, source: str, title: str = "vLLM") -> RuntimeRule:
+    """The rule that vLLM takes the file at all."""
+
+    def broken(subject: Subject, _: int) -> Iterator[str]:
+        yield from refuses(subject.quantization)
+
+    return RuntimeRule("loading", title, VERSION, source, broken, proof="run")
+
+
+def rules(file: str, refuses: Refuses, *more: RuntimeRule) -> tuple[RuntimeRule, ...]:
+    """Loading, ``more``, and the kernels, which are worth a look only where it loads. ``file``: of vLLM's
+    layers/quantization."""
+
+    def loads(subject: Subject) -> bool:
+        return not any(refuses(subject.quantization))
+
+    kernels = (
+        RuntimeRule("Marlin kernel", "vLLM", VERSION, f"{_KERNELS}/marlin.py", _marlin, True, applies=loads),
+        RuntimeRule("CPU kernel", "vLLM", VERSION, f"{_KERNELS}/cpu.py", _cpu, True, proof="run", applies=loads),
     )
-
-
-AWQ = _rules(
-    "auto_awq.py",
-    RuntimeRule(
-        "plain kernel", "vLLM", VERSION, f"{_FOLDER}/auto_awq.py", _unfused_shapes, tensor_parallel=True, applies=loads
-    ),
-)
-GPTQ = _rules("auto_gptq.py")
-COMPRESSED = _rules("compressed_tensors/compressed_tensors.py")
-NF4 = (RuntimeRule("loading", WITH_PLUGIN, VERSION, "vllm_bnb_plugin", _loading, proof="run"),)
+    return loading(refuses, f"{FOLDER}/{file}"), *(replace(rule, applies=loads) for rule in more), *kernels

@@ -12,10 +12,9 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import PARTIAL, refuse_unfinished
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import read_json
-from qtool.convert.formats import autogptq
-from qtool.convert.formats.containers import geometry_of
+from qtool.convert.formats.table import geometry_of, rules_of
 from qtool.convert.models.shape import decoder_of
-from qtool.convert.runtimes import rules as runtimes
+from qtool.convert.runtimes.rule import TENSOR_PARALLEL, Subject
 from qtool.convert.verify.config import check_config, check_ledger, check_share, stored_shapes
 from qtool.convert.verify.files import MISSING, check_files, unfit
 from qtool.convert.verify.implied import implied
@@ -80,31 +79,30 @@ def check_model(artifact: Artifact, result: Verification) -> None:
         result.add(*share)
 
 
-def subject_of(artifact: Artifact) -> runtimes.Subject:
+def subject_of(artifact: Artifact) -> Subject:
     """What the loading rules look at."""
     packed, checkpoint = artifact.packed, artifact.checkpoint
     shapes, zeros, scattered = {}, {}, set()
     for linear in packed.names():
         try:
             shapes[linear] = packed.shape(linear)
-            if packed.section["quant_method"] == "gptq":
-                low, high = autogptq.zero_points(checkpoint.tensor(f"{linear}.qzeros"), packed.section).aminmax()
-                zeros[linear] = (int(low), int(high))
-                g_idx = f"{linear}.g_idx"
-                if g_idx in checkpoint.tensors and autogptq.scattered(checkpoint.tensor(g_idx), packed.section):
-                    scattered.add(linear)
+            seen = packed.observed(linear)
         except (QtoolError, ValueError):
             continue  # named by the check of the tensors
-    side = artifact.path / autogptq.QUANTIZE_CONFIG
-    return runtimes.Subject(
-        artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
+        if seen.zeros is not None:
+            zeros[linear] = seen.zeros
+        if seen.scattered:
+            scattered.add(linear)
+    sides = [artifact.path / name for name in packed.container.COPIES if (artifact.path / name).exists()]
+    return Subject(
+        artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(sides[0]) if sides else None,
         frozenset(scattered), decoder_of(artifact.config).by_columns(), geometry_of(packed.section),
     )  # fmt: skip
 
 
 def check_runtimes(artifact: Artifact, result: Verification) -> None:
     """Static loading rules, one line for each runtime and tensor-parallel size."""
-    rules = runtimes.RULES.get(str(artifact.quantization.get("quant_method")), ())
+    rules = rules_of(artifact.quantization)
     if not rules:
         return  # the check of the tensors has said so
     subject = subject_of(artifact)
@@ -112,7 +110,7 @@ def check_runtimes(artifact: Artifact, result: Verification) -> None:
         if not rule.applies(subject):
             continue
         runtime = f"{rule.runtime} {rule.version}"
-        for cards in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (0,):
+        for cards in TENSOR_PARALLEL if rule.tensor_parallel else (0,):
             reasons = list(rule.broken(subject, cards or 1))
             label = f"{runtime}: {rule.name}{over(cards)}"
             result.add(label, reasons, rule.passed, rule.required, runtime, cards)

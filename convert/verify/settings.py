@@ -14,7 +14,6 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import made_config
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
-from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
@@ -23,6 +22,7 @@ from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary
+from qtool.convert.formats.table import format_of
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.tensors import FLOATS, Result
@@ -99,28 +99,13 @@ def _told(found: Any, value: Any) -> str:
 def section_faults(artifact: Artifact) -> Iterator[str]:
     """quantization_config is what qtool writes for an output made as the manifest says."""
     assert artifact.manifest is not None
-    expected = _section(artifact.manifest.output)
+    made = format_of(artifact.manifest.output)
+    expected = {} if made is None else made.section_of(artifact.manifest.output)
     for key, value in expected.items():
         found = artifact.quantization.get(key, ...)
         if found != value and key != "desc_act":  # once it told the order of rounding
             said = "is missing" if found is ... else f"is {shown(repr(found))}"
             yield f"quantization_config: {key} {said}, and the artifact was made with {shown(repr(value))}"
-
-
-def _section(made: Mapping[str, Any]) -> dict[str, Any]:
-    skipped = ["lm_head"]
-    match made.get("method"), made.get("format"):
-        case "awq", _:
-            return autoawq.quantization_config(made["group_size"], skipped)
-        case "gptq", "compressed-tensors":
-            return compressed_tensors.quantization_config(
-                made["bits"], made["group_size"], made["sym"], made["desc_act"]
-            )
-        case "gptq", _:
-            return autogptq.quantization_config(made["bits"], made["group_size"], made["sym"], made["damp_percent"])
-        case "nf4", _:
-            return bnb_nf4.quantization_config(made["double_quant"], skipped)
-    return {}
 
 
 def check_settings(artifact: Artifact, source: Checkpoint) -> Result:

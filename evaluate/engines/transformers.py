@@ -34,12 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALLOCATOR_SLACK = 0.02  # of activations: rounding of torch's allocator to 2 MiB, segments half used
-KERNELS = {  # quant_method -> (package that runs it in transformers, how to get it)
-    "awq": ("gptqmodel", "pip install gptqmodel"),
-    "gptq": ("gptqmodel", "pip install gptqmodel optimum"),
-    "bitsandbytes": ("bitsandbytes", "pip install 'qtool-llm[nf4]'"),
-    "compressed-tensors": ("compressed_tensors", "pip install compressed-tensors"),
-}
 
 
 def activations(geometry: Geometry, context: int, sequences: int) -> int:
@@ -103,6 +97,7 @@ def load_native(
         read_json(path / "generation_config.json")  # transformers takes its own defaults for one that is damaged
     from transformers import AutoModelForCausalLM
 
+    from qtool.convert.formats.table import runtime_of
     from qtool.evaluate.engines.torch_model import compute_dtype
 
     if any(path.glob("*.gguf")):
@@ -110,12 +105,12 @@ def load_native(
     config = read_json(path / "config.json")
     if "auto_map" in config and not trust_remote_code:
         raise QtoolError(f"{path}: config.json asks to run the model's own code; read it, then trust_remote_code.")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    package, install = KERNELS.get(method, ("transformers", "")) if method else ("transformers", "")
-    if find_spec(package) is None:
+    section = config.get("quantization_config") or {}
+    method, kernels = section.get("quant_method"), runtime_of(section, FACTS.name)
+    if kernels is not None and find_spec(kernels.package.replace("-", "_")) is None:
         raise QtoolError(
-            f"{path.name}: engine transformers needs {package} for {method}, which is not installed here. Run: "
-            f"{install}; or use engine reference, which needs nothing.",
+            f"{path.name}: engine transformers needs {kernels.package} for {method}, which is not installed here. Run: "
+            f"{kernels.install}; or use engine reference, which needs nothing.",
             exit_code=3,
         )
     dtype = "auto" if method or as_stored else compute_dtype(device)

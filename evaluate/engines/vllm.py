@@ -92,16 +92,20 @@ def _command(serving: Serving) -> str:
 
 
 def _refusals(config: Mapping[str, Any]) -> list[str]:
-    from qtool.convert.runtimes.vllm import refusals
+    from qtool.convert.formats.table import runtime_of
 
-    return refusals(config)
+    section = config.get("quantization_config") or {}
+    runtime = runtime_of(section, "vllm")
+    if runtime is None:
+        return [f"vLLM knows no quant_method {section.get('quant_method')!r}"] if section else []
+    return list(runtime.refuses(section))
 
 
 def _plugin(config: Mapping[str, Any]) -> str:
-    from qtool.convert.runtimes.vllm import INSTALL_PLUGIN, plugin_of
+    from qtool.convert.formats.table import runtime_of
 
-    plugin = plugin_of(config)
-    return f"vLLM loads it with {plugin} only ({INSTALL_PLUGIN}, in vLLM's environment)" if plugin else ""
+    runtime = runtime_of(config.get("quantization_config") or {}, "vllm")
+    return runtime.note if runtime else ""
 
 
 FACTS = EngineFacts(

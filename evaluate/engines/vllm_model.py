@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qtool import QtoolError
-from qtool.convert.runtimes.vllm import INSTALL_PLUGIN
+from qtool.convert.formats.table import runtime_of
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.engine import (
     Batch,
@@ -190,7 +190,8 @@ def cause(error: BaseException) -> str:
     text = " ".join(text.split()).removesuffix(".")
     lowered = text.lower()
     if "unknown quantization method: bitsandbytes" in lowered:
-        return f"{text.partition('. Must')[0]}. It needs a plugin: {INSTALL_PLUGIN}"
+        plugin = runtime_of({"quant_method": "bitsandbytes"}, "vllm")
+        return f"{text.partition('. Must')[0]}. It needs a plugin: {plugin.install if plugin else ''}"
     if CPU_CACHE.lower() in lowered or ("memory" in lowered and "cpu" in lowered):
         return f"{text}. On a CPU set {CPU_CACHE} to the GiB of its cache: {CPU_CACHE}=1"
     return text

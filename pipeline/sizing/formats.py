@@ -10,9 +10,9 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.shards import file_sizes
 from qtool.convert.files.writer import Spec, nbytes
-from qtool.convert.formats.containers import CONTAINERS
 from qtool.convert.formats.gguf.ggml import row_bytes
 from qtool.convert.formats.plan import ModelShape
+from qtool.convert.formats.table import FORMATS
 from qtool.convert.models.config_keys import check_config
 from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
 from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
@@ -107,7 +107,8 @@ def artifact_weights(headers: Headers) -> Weights:
         section = headers.config["quantization_config"]
         method = str(section.get("quant_method", "unknown"))
         found = _weights(method, method, specs, _source_parameters(headers), prefix_of(headers.config))
-        said = CONTAINERS[method].geometry(section) if method in CONTAINERS else section
+        row = FORMATS.get(method)
+        said = row.geometry(section) if row is not None and row.SAFETENSORS else section
         packed = [shape for dtype, shape in specs.values() if dtype == torch.uint8 and len(shape) == 2]
         largest = max((4 * _count(shape) for shape in packed), default=0)  # two weights to a byte, expanded to 16 bits
         head = 0 if headers.geometry.tied and found.embedding else found.head

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.formats.table import runs_in
 from qtool.convert.models.config_keys import LIMIT
 from qtool.evaluate.engines.facts import EngineFacts
 from qtool.evaluate.engines.table import planned_engine
@@ -169,11 +170,11 @@ def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
 
 def _engine(weights: Weights) -> EngineFacts:
     """The engine that a format is planned for where none was asked for."""
-    return planned_engine({"gguf": "llama.cpp", "bitsandbytes": "transformers"}.get(weights.family, "vllm"))
+    return planned_engine(runs_in(weights.family)[0].engine)
 
 
 def _runs(engine: EngineFacts, weights: Weights) -> bool:
-    return engine.gguf == (weights.family == "gguf")
+    return any(runtime.engine == engine.name for runtime in runs_in(weights.family))
 
 
 def _unloadable(headers: Headers, engine: EngineFacts) -> str:

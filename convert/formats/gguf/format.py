@@ -30,8 +30,6 @@ from qtool.convert.models.rope import rope_factors
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 
-QUANT_METHOD = "gguf"
-
 
 @dataclass(frozen=True)
 class Gguf:
@@ -44,7 +42,7 @@ class Gguf:
     @property
     def section(self) -> dict[str, Any]:
         """No loader reads it."""
-        return {"quant_method": QUANT_METHOD, "type": self.type}
+        return {"quant_method": "gguf", "type": self.type}
 
     @property
     def config_section(self) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The quantized linears of a folder of safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.formats.codes import Codes, check_codes
+from qtool.convert.formats.table import Container, container_of
+from qtool.convert.runtimes.rule import Observed
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The quantized linears of an open folder, finished or not."""
+
+    checkpoint: Checkpoint
+    section: Mapping[str, Any]
+
+    @property
+    def container(self) -> Container:
+        return container_of(self.section)
+
+    def names(self) -> list[str]:
+        """In file order."""
+        mark = f".{self.container.MARK}"
+        return [name.removesuffix(mark) for name in self.checkpoint.tensors if name.endswith(mark)]
+
+    def parts(self, linear: str) -> list[str]:
+        """Suffixes of the tensors that the folder holds for a linear."""
+        return [suffix for suffix in self.container.SUFFIXES if f"{linear}.{suffix}" in self.checkpoint.tensors]
+
+    def codes(self, linear: str) -> Codes:
+        """One linear as codes and scales. Raises QtoolError where its tensors do not fit together or config.json."""
+        tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}") for suffix in self.parts(linear)}
+        try:
+            codes = self.container.unpack(tensors, self.section)
+            check_codes(codes)
+        except QtoolError as error:
+            raise QtoolError(f"{self.checkpoint.path}: {linear}: {error.message}") from error
+        except KeyError as error:
+            raise QtoolError(f"{self.checkpoint.path}: {linear} lacks {error}, or config.json does.") from error
+        except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # the last two: torch's
+            raise QtoolError(f"{self.checkpoint.path}: {linear} does not fit its config.json ({error}).") from error
+        return codes
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.container.shape(lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
+
+    def observed(self, linear: str) -> Observed:
+        """What the container's loading rules ask of a linear's numbers."""
+        return self.container.observed(
+            lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.parts(linear), self.section
+        )
