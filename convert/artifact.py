@@ -17,6 +17,7 @@ from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.formats.linears import Linears
+from qtool.convert.formats.reader import Folder, Reader
 
 
 class Artifact:
@@ -47,10 +48,17 @@ class Artifact:
         return self._weights
 
     @cached_property
-    def weights(self) -> Checkpoint | GgufFile:
-        """Where the tensors are; a .gguf file is opened here, because reading its vocabulary takes seconds. Raises
-        QtoolError for a file that is no whole GGUF file."""
-        return GgufFile.open(self._weights, self.config) if isinstance(self._weights, Path) else self._weights
+    def file(self) -> GgufFile:
+        """The .gguf file, opened here, because reading its vocabulary takes seconds. Raises QtoolError for an artifact
+        that has none, and for a file that is no whole GGUF file."""
+        if not isinstance(self._weights, Path):
+            raise QtoolError(f"{self.path}: holds safetensors, no .gguf file.")
+        return GgufFile.open(self._weights, self.config)
+
+    @property
+    def weights(self) -> Reader:
+        """Where the tensors are, whatever the format. Raises QtoolError for a file that is no whole GGUF file."""
+        return Folder(self._weights, self.quantization) if isinstance(self._weights, Checkpoint) else self.file
 
     @property
     def notes(self) -> list[str]:
@@ -75,29 +83,15 @@ class Artifact:
 
     def linears(self) -> list[str]:
         """Names of the quantized linears, in file order."""
-        if isinstance(self.weights, GgufFile):
-            held = self.weights.decoder.held()
-            return [module for name in self.weights.hf_names() for module, _ in held.get(name, ())]
-        return self.packed.names() if self.quantization else []
+        return self.weights.linears()
 
     def codes(self, linear: str) -> Codes:
         """One linear as codes and scales."""
-        return self.weights.codes(linear) if isinstance(self.weights, GgufFile) else self.packed.codes(linear)
+        return self.weights.codes(linear)
 
     def read(self) -> TensorStream:
         """Every tensor of the model under its Hugging Face name; quantized linears dequantized to float32."""
-        if isinstance(self.weights, GgufFile) or not self.quantization:
-            yield from self.weights.read()
-            return
-        packed = self.packed
-        mark = f".{packed.container.MARK}"
-        parts = {f"{linear}.{suffix}" for linear in packed.names() for suffix in packed.parts(linear)}
-        for name in self.checkpoint.tensors:
-            if name.endswith(mark):
-                linear = name.removesuffix(mark)
-                yield f"{linear}.weight", packed.codes(linear).dequantize()
-            elif name not in parts:
-                yield name, self.checkpoint.tensor(name)
+        return self.weights.read()
 
 
 def seal(partial: Path, final: Path, manifest: Manifest, look_again: Callable[[], None] = lambda: None) -> Artifact:

@@ -131,6 +131,24 @@ def test_a_runtime_whose_rules_failed_is_not_named(card: Card) -> None:
     assert any("vllm serve my-org/x" in block for block in loading(card.artifacts[0], "my-org/x"))
 
 
+@pytest.mark.parametrize(
+    ("output", "package"),
+    [
+        ({"method": "gptq"}, "gptqmodel"), ({"method": "nf4"}, "bitsandbytes"),
+        ({"method": "gptq", "format": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)  # fmt: skip
+def test_each_container_names_the_package_of_its_kernels(card: Card, output: dict[str, str], package: str) -> None:
+    """In a folder of its own, which has to be fetched first."""
+    checks = [Check(f"{runtime} 1: keys", "pass", "") for runtime in ("transformers", "compressed-tensors", "vLLM")]
+    item = replace(card.artifacts[0], manifest=manifest(**output), checks=checks, folder="one")
+    fetched, python, shell = loading(item, "my-org/x")
+    assert "hf download my-org/x --local-dir ./x" in fetched
+    assert f"# pip install transformers accelerate {package}\n" in python
+    assert 'model = "./x/one"' in python
+    assert "vllm serve ./x/one" in shell
+
+
 def test_texts_of_others_stay_texts(card: Card) -> None:
     assert escape("a <script>|x|\n# [b](c) `d`") == "a &lt;script&gt;\\|x\\| \\# \\[b\\](c) \\`d\\`"
     assert fenced("```\n</details>\n````", "yaml") == "`````yaml\n```\n</details>\n````\n`````"

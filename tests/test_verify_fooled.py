@@ -358,7 +358,7 @@ def test_zero_blocks_of_a_gguf_file(copy: Callable[[str], Path], tiny: Path) -> 
 
     folder = copy("q8")
     artifact = Artifact.open(folder)
-    tensor = artifact.weights.tensors["blk.1.ffn_up.weight"]  # type: ignore[union-attr]
+    tensor = artifact.file.tensors["blk.1.ffn_up.weight"]
     start, size = int(tensor.data_offset), int(tensor.nbytes)
     path = artifact.gguf
     assert path is not None

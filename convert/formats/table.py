@@ -125,12 +125,17 @@ def runs_in(name: str) -> tuple[Runtime, ...]:
     return FORMATS[name].RUNS_IN if name in FORMATS else OTHERS_RUN_IN
 
 
+def in_safetensors(name: str) -> bool:
+    """Whether weights in the format ``name`` lie there, as all do that qtool does not know."""
+    return name not in FORMATS or FORMATS[name].SAFETENSORS
+
+
 def runtime_of(section: Section, engine: str) -> Runtime | None:
     """What a file with this ``quantization_config`` needs in ``engine``; None where that does not read it."""
     found = FORMATS.get(str(section.get("quant_method")))
     return next((runtime for runtime in found.RUNS_IN if runtime.engine == engine), None) if found else None
 
 
-def format_of(made: Mapping[str, Any]) -> Stored | None:
+def format_of(made: Mapping[str, Any]) -> Container | OneFile | None:
     """The format of an output, by what its manifest says of it."""
     return next((row for row in FORMATS.values() if row.stores(made)), None)

@@ -15,13 +15,13 @@ from qtool.convert.files.reading import read_json
 from qtool.convert.formats.table import geometry_of, rules_of
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.runtimes.rule import TENSOR_PARALLEL, Subject
-from qtool.convert.verify.config import check_config, check_ledger, check_share, stored_shapes
+from qtool.convert.verify.config import check_config, check_ledger, check_share
 from qtool.convert.verify.files import MISSING, check_files, unfit
 from qtool.convert.verify.implied import implied
-from qtool.convert.verify.settings import KEYS, SETTINGS, check_keys, check_settings, section_faults
+from qtool.convert.verify.settings import SETTINGS, check_settings, section_faults
 from qtool.convert.verify.source import AGAINST_SOURCE, check_against_source, open_source
-from qtool.convert.verify.tensors import check_gguf, check_tensors
 from qtool.convert.verify.verification import Check, Verification, over
+from qtool.convert.verify.way import way_of
 
 
 def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -48,12 +48,13 @@ def check_weights(
     artifact: Artifact, source: Checkpoint | None, result: Verification, progress: Callable[[str], None]
 ) -> None:
     """Every check that opens the tensors; one that breaks off does not keep the next from being made."""
+    way = way_of(artifact)
     progress("tensors")
     with result.guarded("tensors"):
-        result.add(*(check_tensors(artifact) if artifact.gguf is None else check_gguf(artifact)))
-    if artifact.gguf is not None:
-        with result.guarded(KEYS):
-            result.add(*check_keys(artifact))
+        result.add(*way.check_tensors(artifact))
+    for name, check in way.FURTHER:
+        with result.guarded(name):
+            result.add(*check(artifact))
     with result.guarded("config.json"):
         check_model(artifact, result)
     with result.guarded("error ledger"):
@@ -70,7 +71,7 @@ def check_weights(
 
 def check_model(artifact: Artifact, result: Verification) -> None:
     """What config.json implies, and how much of it is quantized."""
-    shapes = stored_shapes(artifact)
+    shapes = artifact.weights.shapes()
     model = implied(artifact.path, artifact.config, shapes)
     name, reasons, passed = check_config(artifact, shapes, model)
     result.add(name, [*reasons, *section_faults(artifact)], passed)

@@ -13,15 +13,13 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
-from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
 from qtool.convert.models.shape import Decoder, decoder_of
-from qtool.convert.verify.tensors import Result
+from qtool.convert.verify.tensors import PLAIN_TOLERANCE, Result
+from qtool.convert.verify.way import way_of
 
 AGAINST_SOURCE = "error against the source"
 FROBENIUS_TOLERANCE = 1e-3  # relative; float32 sums in another order move the sixth digit
-PLAIN_TOLERANCE = 0.02  # of what is not quantized, rounded to 16 bits once or twice
-BLOCKS_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
 Scales = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -114,7 +112,7 @@ def _fold_faults(scales: Checkpoint | None, linears: list[str], decoder: Decoder
 
 def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | None, decoder: Decoder) -> Iterator[str]:
     """Embeddings, norms, biases and head, as they were but for a fold scale and their type."""
-    blocks = isinstance(artifact.weights, GgufFile)
+    tables = way_of(artifact).TABLE_TOLERANCE
     linears = {f"{linear}.weight" for linear in artifact.linears()}
     absorbed = {} if scales is None else _absorbed(scales, decoder)
     seen: set[str] = set()
@@ -130,7 +128,7 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         was, now = source.tensor(name).float() + offset, tensor.float() + offset
         if name in absorbed:
             now = now * absorbed[name]
-        limit = BLOCKS_TOLERANCE if blocks and now.ndim >= 2 else PLAIN_TOLERANCE
+        limit = tables if now.ndim >= 2 else PLAIN_TOLERANCE
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):
             yield f"{name} is not the source's (differs by {error:.2%})"

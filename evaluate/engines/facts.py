@@ -113,6 +113,25 @@ class Serving:
     offload: str
 
 
+@dataclass(frozen=True)
+class Download:
+    """A published artifact, as a card tells how to load it. ``repo``: its Hub id; ``place``: what an engine that reads
+    folders is given; ``fetch``: the command that brings the files; ``folder``: where they lie then, with a slash at the
+    end; ``files``: their names; ``packages``: what the format needs beside the engine."""
+
+    repo: str
+    place: str
+    fetch: str
+    folder: str
+    files: tuple[str, ...]
+    packages: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the repository."""
+        return self.repo.split("/")[-1]
+
+
 def whole_context(context: int, window: int | None, chunk: int) -> int:
     """A cache without blocks: the context, or the window that a layer slides."""
     return context if window is None else min(context, window)
@@ -144,6 +163,7 @@ class EngineFacts:
     efficiency: Efficiency = Efficiency(1.0, 1.0, 1.0, 0.0, 0.0)
     # What it loads, and how it is started.
     command: Callable[[Serving], str] = lambda serving: ""
+    load: Callable[[Download], list[tuple[str, str]]] = lambda download: []  # blocks of a card: (text, language)
     refuses_card: Callable[[Card], str] = lambda card: ""
     refuses_model: Callable[[Mapping[str, Any]], list[str]] = lambda config: []  # config.json -> why not
     needs_beside: Callable[[Mapping[str, Any]], str] = lambda config: ""  # config.json -> what to install beside it

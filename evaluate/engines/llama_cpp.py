@@ -24,6 +24,7 @@ from qtool.evaluate.engines.facts import (
     CUDA_CONTEXT,
     F16,
     CacheType,
+    Download,
     Efficiency,
     EngineFacts,
     Load,
@@ -94,6 +95,14 @@ def _command(serving: Serving) -> str:
     return f"{shlex.join(parts)}   ({shlex.join(named)})"
 
 
+def _load(download: Download) -> list[tuple[str, str]]:
+    file = next(name for name in download.files if name.endswith(".gguf") and name != "imatrix.gguf")
+    found = [(f"{download.fetch}\nllama-server -m {download.folder}{file}", "bash")]
+    if "Modelfile" in download.files:
+        found.append((f"cd {download.folder}\nollama create {download.name.lower()} -f Modelfile", "bash"))
+    return found
+
+
 FACTS = EngineFacts(
     name="llama.cpp",
     packages=("xllamacpp",),
@@ -110,6 +119,7 @@ FACTS = EngineFacts(
     offload=OffloadRule(flag=lambda units, layers: f"-ngl {layers - units + 1}", computed_there=True),
     efficiency=Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
     command=_command,
+    load=_load,
 )
 
 

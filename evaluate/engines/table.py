@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from qtool import QtoolError
-from qtool.evaluate.engines import llama_cpp, openai, reference, transformers, vllm
+from qtool.evaluate.engines import llama_cpp, openai, reference, sglang, transformers, vllm
 from qtool.evaluate.engines.engine import Engine
 from qtool.evaluate.engines.facts import EngineFacts
 
 ENGINES: dict[str, Engine] = {
     module.FACTS.name: module.ENGINE for module in (reference, transformers, llama_cpp, vllm, openai)
 }
+
+# Those that cards tell how to start, in their order there; qtool does not run them all.
+ON_CARDS: tuple[EngineFacts, ...] = (transformers.FACTS, vllm.FACTS, sglang.FACTS, llama_cpp.FACTS)
 
 
 def planned() -> dict[str, EngineFacts]:

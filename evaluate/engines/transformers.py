@@ -21,6 +21,7 @@ from qtool.evaluate.engines.facts import (
     CUDA_CONTEXT,
     F16,
     MIB,
+    Download,
     Efficiency,
     EngineFacts,
     Load,
@@ -74,6 +75,17 @@ def _command(serving: Serving) -> str:
     return f'AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto", {mapped})'
 
 
+def _load(download: Download) -> list[tuple[str, str]]:
+    needs = " ".join(("transformers", "accelerate", *download.packages))
+    text = f"""# pip install {needs}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = "{download.place}"
+tokenizer = AutoTokenizer.from_pretrained(model)
+model = AutoModelForCausalLM.from_pretrained(model, device_map="auto")"""
+    return [(text, "python")]
+
+
 FACTS = EngineFacts(
     name="transformers",
     packages=("torch", "transformers", "gptqmodel", "bitsandbytes", "compressed-tensors"),
@@ -84,6 +96,7 @@ FACTS = EngineFacts(
     # each layer's kernels are launched from Python, and the growing cache is copied at each step
     efficiency=Efficiency(0.45, 0.12, 0.30, 2.5e-3, 20e-3),
     command=_command,
+    load=_load,
 )
 
 

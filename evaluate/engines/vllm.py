@@ -122,6 +122,7 @@ FACTS = EngineFacts(
     split_faults=split_faults,
     efficiency=Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),  # it replays graphs
     command=_command,
+    load=lambda download: [(f"vllm serve {download.place}", "bash")],
     refuses_card=lambda card: f"vLLM does not run on {card.key}; take a GGUF format" if card.unified else "",
     refuses_model=_refusals,
     needs_beside=_plugin,

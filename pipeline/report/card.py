@@ -13,6 +13,8 @@ import yaml
 from qtool.convert.files.licence import Licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.verify.verification import Check
+from qtool.evaluate.engines.facts import Download
+from qtool.evaluate.engines.table import ON_CARDS
 from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
 from qtool.runs.gates import GateResult
@@ -21,7 +23,6 @@ from qtool.runs.summary import ModelSummary, Summary
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
 WORST = 10
 READ = "These follow from each runtime's own loading rules, checked on these files; nobody started them here."
-_LIBRARIES = {"gguf": "gguf"}  # of `library_name:`; all else loads in transformers
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def metadata(card: Card) -> str:
         license_link=licence.link,
         base_model=card.base_model,
         base_model_relation="quantized" if card.base_model else None,
-        library_name=_LIBRARIES.get(formats[0], "transformers"),
+        library_name=_library(card.artifacts[0].manifest),
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["code", "quantized", *formats, *(item.label for item in card.artifacts), "qtool"])),
         datasets=[text for text in datasets if not text.endswith((".txt", ".jsonl", ".parquet"))] or None,
@@ -101,6 +102,15 @@ def metadata(card: Card) -> str:
         data.pop("model_name")
     text: str = data.to_yaml()
     return text
+
+
+def _library(manifest: Manifest) -> str:
+    """What the Hub calls the library that loads it."""
+    from qtool.convert.formats.table import format_of  # it brings torch
+
+    stored = format_of(manifest.output)
+    in_transformers = stored is None or any(runtime.engine == "transformers" for runtime in stored.RUNS_IN)
+    return "transformers" if in_transformers else str(manifest.output["method"])
 
 
 def _results(card: Card) -> list[Any]:
@@ -227,35 +237,28 @@ def _section(item: Published, repo: str, named: bool) -> list[str]:
 
 def loading(item: Published, repo: str) -> list[str]:
     """Commands for the runtimes whose static rules hold in these checks; each says that they were read, not run."""
-    method = item.manifest.output["method"]
-    place = f"./{repo.split('/')[-1]}/{item.folder}" if item.folder else repo
-    first = f"hf download {repo} --local-dir ./{repo.split('/')[-1]}"
-    blocks = [fenced(first, "bash")] if item.folder else []
-    if method == "gguf":
-        file = next(name for name in item.manifest.files if name.endswith(".gguf") and name != "imatrix.gguf")
-        local = f"./{repo.split('/')[-1]}/" + (f"{item.folder}/" if item.folder else "")
-        blocks = [fenced(f"{first}\nllama-server -m {local}{file}", "bash")]
-        if "Modelfile" in item.manifest.files:
-            blocks.append(fenced(f"cd {local}\nollama create {repo.split('/')[-1].lower()} -f Modelfile", "bash"))
-        return blocks
-    text = f'from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = "{place}"\n'
-    text += "tokenizer = AutoTokenizer.from_pretrained(model)\n"
-    text += 'model = AutoModelForCausalLM.from_pretrained(model, device_map="auto")'
-    needs = {"awq": "gptqmodel", "gptq": "gptqmodel", "nf4": "bitsandbytes"}[method]
-    if item.manifest.output.get("format") == "compressed-tensors":
-        needs = "compressed-tensors"
-    if _holds(item.checks, "transformers", "compressed-tensors"):
-        blocks.append(fenced(f"# pip install transformers accelerate {needs}\n{text}", "python"))
-    if _holds(item.checks, "vLLM"):
-        blocks.append(fenced(f"vllm serve {place}", "bash"))
-    if _holds(item.checks, "SGLang"):
-        blocks.append(fenced(f"python -m sglang.launch_server --model-path {place}", "bash"))
+    from qtool.convert.formats.table import format_of  # it brings torch
+
+    stored = format_of(item.manifest.output)
+    if stored is None:
+        return []
+    name = repo.split("/")[-1]
+    folder = f"./{name}/{item.folder}/" if item.folder else f"./{name}/"
+    place, fetch = folder.removesuffix("/") if item.folder else repo, f"hf download {repo} --local-dir ./{name}"
+    blocks = [fenced(fetch, "bash")] if item.folder and stored.SAFETENSORS else []
+    for facts in ON_CARDS:
+        runtime = next((runtime for runtime in stored.RUNS_IN if runtime.engine == facts.name), None)
+        if runtime is None or (stored.RULES and not _holds(item.checks, runtime.title)):
+            continue
+        packages = (runtime.package,) if runtime.package else ()
+        download = Download(repo, place, fetch, folder, tuple(item.manifest.files), packages)
+        blocks += [fenced(text, language) for text, language in facts.load(download)]
     return blocks
 
 
-def _holds(checks: Sequence[Check], *runtimes: str) -> bool:
+def _holds(checks: Sequence[Check], runtime: str) -> bool:
     """Whether some loading rule of a runtime passed on one card, and none that is required failed."""
-    rules = [check for check in checks if any(name in check.name.split(":")[0] for name in runtimes)]
+    rules = [check for check in checks if runtime in check.name.split(":")[0]]
     single = [c for c in rules if "TP " not in c.name or c.name.endswith("TP 1")]
     return any(c.status == "pass" for c in single) and not any(c.status == "fail" and c.required for c in single)
 

@@ -46,10 +46,10 @@ class Plan:
 def format_label(manifest: Manifest) -> str:
     """`AWQ-4bit`, `GPTQ-8bit`, `NF4`, `Q4_K_M-GGUF`: how people name such repositories."""
     output = manifest.output
-    if output["method"] == "gguf":
-        return f"{output['type']}-GGUF"
-    bits = f"-{output['bits']}bit" if "bits" in output else ""
-    return f"{output['method'].upper()}{bits}"
+    method = str(output["method"]).upper()
+    if "type" in output:
+        return f"{output['type']}-{method}"
+    return f"{method}-{output['bits']}bit" if "bits" in output else method
 
 
 def repository(section: PublishSection, name: str, manifest: Manifest) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.source import resolve
-from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.text.source import TextSource
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
@@ -66,7 +64,7 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
     (made,) = make_artifacts(job, calibration, _threads(manifest)).values()
-    before, after = _stored(original), _stored(made)
+    before, after = original.weights.stored(), made.weights.stored()
     names = list(dict.fromkeys([*before, *after]))
     differing = []
     for name in names:  # one tensor of each at a time: a model may be larger than the memory
@@ -119,18 +117,6 @@ def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recip
         raise QtoolError(
             f"{folder}/qtool.json: says no recipe this qtool understands ({error.errors()[0]['msg']})."
         ) from error
-
-
-def _stored(artifact: Artifact) -> dict[str, Callable[[], torch.Tensor]]:
-    """Name -> what reads that tensor as it is stored; of a .gguf file its bytes."""
-    weights = artifact.weights
-    if isinstance(weights, GgufFile):
-        return {name: partial(_bytes_of, weights, name) for name in weights.tensors}
-    return {name: partial(weights.tensor, name) for name in weights.tensors}
-
-
-def _bytes_of(file: GgufFile, name: str) -> torch.Tensor:
-    return file.blocks(name).data
 
 
 def _difference(before: torch.Tensor | None, after: torch.Tensor | None) -> str:

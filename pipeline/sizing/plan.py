@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.table import runs_in
+from qtool.convert.formats.table import in_safetensors, runs_in
 from qtool.convert.models.config_keys import LIMIT
 from qtool.evaluate.engines.facts import EngineFacts
 from qtool.evaluate.engines.table import planned_engine
@@ -174,7 +174,7 @@ def _engine(weights: Weights) -> EngineFacts:
 
 
 def _runs(engine: EngineFacts, weights: Weights) -> bool:
-    return any(runtime.engine == engine.name for runtime in runs_in(weights.family))
+    return engine.gguf != in_safetensors(weights.family)
 
 
 def _unloadable(headers: Headers, engine: EngineFacts) -> str:

@@ -6,7 +6,7 @@ Every shape is known from the plan, so the header is written first and each tens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,27 @@ class GgufFile:
         if not self._names:  # a table of hundreds of patterns is behind it
             self._names = {hf: name for hf, name in possible_names(self.config).items() if name in self.tensors}
         return self._names
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(int(tensor.nbytes) for tensor in self.tensors.values())
+
+    def linears(self) -> list[str]:
+        """Names of the layers' matrices, in file order."""
+        held = self.decoder.held()
+        return [module for name in self.hf_names() for module, _ in held.get(name, ())]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """HF name -> shape."""
+        return {hf: self.layout[name][1] for hf, name in self.hf_names().items()}
+
+    def stored(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """GGUF name -> what reads the tensor's bytes."""
+        return {name: partial(self._bytes, name) for name in self.tensors}
+
+    def _bytes(self, name: str) -> torch.Tensor:
+        return self.blocks(name).data
 
     def codes(self, linear: str) -> GgmlBlocks:
         """A linear (HF name, without `.weight`) as blocks in the source's row order. Raises QtoolError where it is not

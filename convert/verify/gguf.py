@@ -1,0 +1,175 @@
+"""How a .gguf artifact is checked: its tensors, and its keys against the config.json and the tokenizer beside it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.reading import read_bytes, read_json, shown
+from qtool.convert.formats.gguf.chat_form import learn
+from qtool.convert.formats.gguf.file import GgufFile, header_of
+from qtool.convert.formats.gguf.header import read_header, read_value
+from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix
+from qtool.convert.formats.gguf.metadata import add_metadata, required_keys
+from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
+from qtool.convert.formats.gguf.names import ROPE_FREQS, possible_names
+from qtool.convert.formats.gguf.stops import find_stops
+from qtool.convert.formats.gguf.types import PLAIN, tensor_types
+from qtool.convert.formats.gguf.vocab import add_vocabulary
+from qtool.convert.models.table import gguf_facts
+from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.verify.implied import Implied, Shapes
+from qtool.convert.verify.tensors import Check, Result, hollow
+
+KEYS = "keys of the file"
+TOKENIZER = "tokenizer."
+FLOAT32 = 1e-6  # relative: what a key of 32 bits leaves of a number
+TABLE_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
+
+
+def check_tensors(artifact: Artifact) -> Result:
+    """Every tensor that the linears of the manifest imply, with the type of llama.cpp's rule, finite and no matrix of
+    zeros; the keys that llama.cpp cannot do without."""
+    assert artifact.manifest is not None
+    file, config = artifact.file, artifact.config
+    wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {EMBEDDING}
+    reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
+    shapes = {name: shape for name, (_, shape) in file.layout.items()}
+    made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
+    for name, typed in tensor_types(shapes, made, shape.layers, facts.like_70b(shape)).items():
+        found = file.layout[name][0]
+        if name != ROPE_FREQS and found != typed.type:
+            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
+            continue
+        values = file.blocks(name).dequantize()
+        if not bool(values.isfinite().all()):
+            reasons.append(f"{name} holds NaN or Inf")
+        elif len(shapes[name]) >= 2:
+            reasons += hollow(name, values)
+        elif name.endswith("norm.weight") and not bool(values.any()):
+            reasons.append(f"{name} is all zero")
+    reasons += [f"the key {key} is missing" for key in required_keys(facts) if file.metadata(key) is None]
+    reasons += _unlike_config(file, config)
+    tokens = file.metadata("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    rows = shapes.get("token_embd.weight", (len(tokens),))[0]
+    if len(tokens) != rows:
+        reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")
+    return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
+
+
+def _unlike_config(file: GgufFile, config: Mapping[str, Any]) -> Iterator[str]:
+    """llama.cpp reads the file's own keys, every other check config.json: they have to be of one model."""
+    architecture = gguf_facts(config).architecture
+    heads = config.get("num_attention_heads")
+    said = {
+        "general.architecture": architecture,
+        f"{architecture}.block_count": config.get("num_hidden_layers"),
+        f"{architecture}.embedding_length": config.get("hidden_size"),
+        f"{architecture}.feed_forward_length": config.get("intermediate_size"),
+        f"{architecture}.attention.head_count": heads,
+        f"{architecture}.attention.head_count_kv": config.get("num_key_value_heads") or heads,
+    }
+    for key, value in said.items():
+        found = file.metadata(key)
+        if value is not None and found is not None and found != value:
+            yield f"{key} is {found}, config.json says {value}"
+
+
+def check_keys(artifact: Artifact) -> Result:
+    """llama.cpp reads the .gguf file alone: each of its keys is written anew from the config.json and the tokenizer
+    that lie beside it, and compared; so is the Modelfile. A tokenizer that is code of its own (auto_map) is not run."""
+    file, manifest, config = artifact.file, artifact.manifest, artifact.config
+    assert manifest is not None
+    settings = artifact.path / "tokenizer_config.json"
+    has_code = "auto_map" in config or (settings.exists() and "auto_map" in read_json(settings))
+    tokenizer = None if has_code else load_tokenizer(artifact.path)
+    made = manifest.output
+
+    def describe(writer: Any) -> None:
+        add_metadata(writer, config, str(manifest.source.get("name")), str(made.get("type")))
+        if tokenizer is not None:
+            add_vocabulary(writer, artifact.path, tokenizer, config, made.get("pre_tokenizer"))
+
+    with tempfile.TemporaryDirectory(prefix="qtool-keys-") as folder:
+        path = Path(folder) / "keys.gguf"
+        path.write_bytes(header_of(path, gguf_facts(config).architecture, describe))
+        expected = read_header(path)
+        wanted = {key: read_value(path, expected, key) for key in expected.keys}
+    reasons = [*_differences(file, wanted, "" if tokenizer is not None else TOKENIZER)]
+    beside = artifact.path / MODELFILE
+    if tokenizer is not None and beside.exists():
+        stops = find_stops(artifact.path, tokenizer, config, int(config["vocab_size"]))
+        text = modelfile_of(artifact.path, file.path.name, tokenizer, learn(tokenizer), stops).text
+        if read_bytes(beside) != text.encode():
+            reasons.append(f"{MODELFILE} is not what the tokenizer's chat template and stops make of it")
+    if (artifact.path / IMATRIX).exists():
+        names = {*file.hf_names().values()}
+        reasons += [f"{IMATRIX} names {shown(name)}" for name in read_imatrix(artifact.path / IMATRIX).keys() - names]
+    told = "config.json and the tokenizer say" if tokenizer is not None else "config.json says (its tokenizer is code)"
+    return KEYS, reasons, f"{len(wanted)} keys as {told}"
+
+
+def _differences(file: GgufFile, wanted: Mapping[str, Any], but: str) -> Iterator[str]:
+    """``but``: how the keys begin that are not compared; empty for none."""
+    there = set(file.keys)
+    for key, value in wanted.items():
+        if key not in there:
+            yield f"the key {key} is missing"
+        elif (found := file.metadata(key)) != value and not _close(found, value):
+            yield f"{key} is {_told(found, value)}"
+    for key in sorted(there - set(wanted)):
+        if but and key.startswith(but):
+            continue
+        yield f"the key {shown(key)} is in the file, and nothing beside it says so"
+
+
+def _close(found: Any, value: Any) -> bool:
+    numbers = all(isinstance(number, float) for number in (found, value))
+    return numbers and math.isclose(found, value, rel_tol=FLOAT32)
+
+
+def _told(found: Any, value: Any) -> str:
+    if not isinstance(found, list) or not isinstance(value, list):
+        return f"{shown(repr(found))}, config.json and the tokenizer say {shown(repr(value))}"
+    if len(found) != len(value):
+        return f"a list of {len(found)}, the tokenizer says {len(value)}"
+    at = next(number for number, (a, b) in enumerate(zip(found, value, strict=True)) if a != b)
+    return f"{shown(repr(found[at]))} at {at}, the tokenizer says {shown(repr(value[at]))}"
+
+
+def expected(artifact: Artifact, model: Implied) -> set[str]:
+    """What config.json implies and llama.cpp has a name for."""
+    return set(model.shapes) & set(possible_names(artifact.config))
+
+
+def misplaced(artifact: Artifact) -> Iterator[str]:
+    """Tensors that llama.cpp does not know."""
+    known = {*artifact.file.hf_names().values(), ROPE_FREQS}
+    for name in artifact.file.tensors:
+        if name not in known:
+            yield f"{name} is in the file, and llama.cpp has no place for it"
+
+
+def config_faults(artifact: Artifact, model: Implied) -> Iterator[str]:
+    """None: llama.cpp reads the file's own keys."""
+    return iter(())
+
+
+def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str], set[str]] | None:
+    """(what is to be quantized, embeddings and head among it; what of it is not). None where the file was to have 16
+    bits."""
+    assert artifact.manifest is not None
+    if artifact.manifest.output["type"] in PLAIN:
+        return None
+    file = artifact.file
+    plain = {hf for hf, name in file.hf_names().items() if file.layout[name][0] in PLAIN}
+    return [name for name in shapes if name in model.matrices or name in (EMBEDDING, HEAD)], plain
+
+
+FURTHER: tuple[tuple[str, Check], ...] = ((KEYS, check_keys),)
