@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import EXTRAS
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, whole
+from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import decoder_of, tensor_shapes
 from qtool.convert.models.table import FAMILIES, gguf_facts
 from qtool.convert.skeleton import load_config
@@ -166,6 +168,22 @@ def test_a_family_is_added_in_one_file(starcoder2: Path, tmp_path: Path) -> None
             assert scales.tensor("model.layers.0.mlp.c_proj.columns").unique().tolist() == [1.0]
     with pytest.raises(QtoolError, match="Starcoder2ForCausalLM cannot be written as GGUF yet"):
         converted(starcoder2, [{"method": "gguf"}], tmp_path)
+
+
+@pytest.mark.parametrize("second", [Norm("input_layernorm"), Rows(whole("self_attn.v_proj"))])
+def test_two_feeds_of_one_producer_are_refused(
+    starcoder2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: Norm | Rows
+) -> None:
+    """Each would be scaled by itself, and the producer divided by the last scale alone: nothing is written."""
+
+    def feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
+        *rest, mlp, last = STARCODER2.feeds(shape, layer)
+        return (*rest, replace(mlp, producer=second), last)
+
+    monkeypatch.setitem(FAMILIES, STARCODER2.name, replace(STARCODER2, feeds=feeds))
+    with pytest.raises(QtoolError, match=r"Starcoder2ForCausalLM: self_attn\.\w+ and mlp\.c_fc are two feeds of"):
+        converted(starcoder2, OUTPUTS[:1], tmp_path)
+    assert not any(path for path in tmp_path.rglob("*.safetensors") if starcoder2 not in path.parents)
 
 
 def test_producers_that_nothing_passes_absorb_nothing() -> None:

@@ -111,7 +111,7 @@ class Feed:
     consumers: matrices to be quantized, which share the statistics of their input. also: tensors that take the scale
     and stay as they are otherwise: a router, the gate of a shared expert. routed: each consumer sees the tokens alone
     that are sent to it. split: engines that spread a layer over cards split the consumers' columns, for the input lies
-    split already. Feeds of one producer share its scale.
+    split already. A producer has one feed in a layer, because it has one scale: `Decoder.feeds` refuses a second.
     """
 
     producer: Producer

@@ -8,7 +8,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.models.family import Family
-from qtool.convert.models.feeds import Feed, Matrix, Shape, Visit
+from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, Shape, Visit
 from qtool.convert.models.geometry import WIDTHS, Geometry
 from qtool.convert.models.model_config import completed, is_tied, layer_windows
 from qtool.convert.models.table import family_of, find_family
@@ -38,8 +38,10 @@ class Decoder:
         return int(number) if number.isdecimal() else None
 
     def feeds(self, layer: int) -> tuple[Feed, ...]:
-        """In forward order, names below `at`."""
-        return self.family.feeds(self.shape, layer)
+        """In forward order, names below `at`. Raises QtoolError for a family that names one producer twice."""
+        feeds = self.family.feeds(self.shape, layer)
+        _prove_one_scale(self.family, feeds)
+        return feeds
 
     def matrices(self, layer: int) -> tuple[Matrix, ...]:
         """Those that are quantized, in forward order, names below `at`."""
@@ -67,6 +69,26 @@ class Decoder:
     def tensors(self) -> dict[str, Shape]:
         """Name -> shape of every tensor that a checkpoint holds, a tied head left out."""
         return self.family.tensors(self.shape)
+
+
+def _prove_one_scale(family: Family, feeds: tuple[Feed, ...]) -> None:
+    """Raises QtoolError where two feeds have one producer: each would be scaled by its own search, and the producer,
+    which can be divided by one scale alone, would belong to the last."""
+    fed: dict[str, str] = {}
+    for feed in feeds:
+        match feed.producer:
+            case Norm(name):
+                made = name
+            case Rows(matrix) | Heads(matrix):
+                made = matrix.module
+            case Nothing():
+                continue
+        if made in fed:
+            raise QtoolError(
+                f"{family.name}: {fed[made]} and {feed.name} are two feeds of {made}, whose output has one scale. Name "
+                "all their matrices in one feed (docs/adding-a-family.md)."
+            )
+        fed[made] = feed.name
 
 
 def decoder_of(config: Mapping[str, Any], where: str = "config.json") -> Decoder:
