@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import datetime
-import os
-import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.durable import require_writable
-from qtool.convert.files.manifest import MANIFEST, read_manifest
-from qtool.convert.files.reading import named, read_text, shown
-from qtool.convert.files.sidecars import check_sidecars
-from qtool.convert.files.source import name_of, resolve
-from qtool.convert.models.refusals import check_sizes
-from qtool.convert.models.tied import check_folder
-from qtool.convert.skeleton import load_config
+from qtool.convert.files.manifest import MANIFEST
+from qtool.convert.files.reading import named, read_text
+from qtool.convert.files.source import resolve
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
-from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.scorecard import Scores
-from qtool.evaluate.selfcheck import SelfCheck
+from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
@@ -39,31 +29,12 @@ from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
-from qtool.recipe.checking import digest_of
-from qtool.recipe.judging import EvaluateSection
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.summary import Size, Summary, save_summary, summarise
-
-DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
-
-
-def choose_device(asked: str) -> torch.device:
-    """`auto` takes an accelerator where there is one. Raises QtoolError for a name that is none of qtool's (exit 2) and
-    for an accelerator that is not there (exit 3)."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked == "auto":
-        asked = "cuda" if there else "cpu"
-    named_so = DEVICE.fullmatch(asked)
-    if named_so is None:
-        raise QtoolError(f"--device {shown(asked)}: is none of auto, cpu, cuda, cuda:N.")
-    if asked != "cpu" and int(named_so["number"] or 0) >= there:
-        seen = f"{there} accelerator{'s' if there > 1 else ''}, numbered from 0" if there else "no accelerator"
-        raise QtoolError(f"--device {asked}: torch sees {seen} here. Use --device cpu.", exit_code=3)
-    return torch.device(asked)
+from qtool.runs.summary import save_summary
 
 
 def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
@@ -227,75 +198,3 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         ],
         "failed": run.failed,
     }
-
-
-def evaluate_folders(
-    model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
-) -> Scores:
-    """Score a model (a folder, a shipped name, a Hub id), and its source beside it where given. Raises QtoolError."""
-    if os.path.isdir(model):
-        name = name_of(model)
-    else:
-        found = resolve(str(model))
-        name, model = found.name, found.path
-    require_writable(runs, "--runs")
-    check_sidecars(model)
-    artifact = Artifact.open(model)
-    if artifact.gguf is None and not artifact.quantization:
-        artifact.checkpoint.check_dtypes()
-        check_sizes(artifact.checkpoint, artifact.config)
-    config = load_config(model, trust_remote_code)
-    check_folder(model)
-    subjects = [artifact_subject(name, artifact)]
-    if source is not None and any(source.glob("*.gguf")):  # llama.cpp compares two of its own files
-        subjects.insert(0, artifact_subject("source", Artifact.open(source)))
-    elif source is not None:
-        resolved = resolve(str(source))
-        check_folder(resolved.path)
-        subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
-    elif section.text is not None:
-        subjects[0] = replace(subjects[0], name="source")
-    folder = runs / digest_of([subject.key for subject in subjects])[:16]
-    return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)
-
-
-def score_folders(
-    model: Path, source: Path | None, section: EvaluateSection, runs: Path, device: str, trust_remote_code: bool
-) -> Summary:
-    """As `evaluate_folders`, summarised, with the sizes that an artifact's manifest knows. Raises QtoolError."""
-    scores = evaluate_folders(model, source, section, runs, device, trust_remote_code)
-    manifest = read_manifest(model) if (model / MANIFEST).exists() else None
-    sizes = {}
-    if manifest is not None:
-        if source is not None and not any(source.glob("*.gguf")):
-            nbytes = sum(info.nbytes for info in Checkpoint.open(resolve(str(source)).path).tensors.values())
-            sizes["source"] = Size(nbytes, nbytes * manifest.bits_per_weight / manifest.tensor_bytes)
-        sizes[name_of(model)] = Size(manifest.tensor_bytes, manifest.bits_per_weight, manifest.file_bytes)
-    return summarise(scores, sizes)
-
-
-def evaluate_served(section: EvaluateSection, runs: Path) -> Scores:
-    """Score what a server has (``section.models``: one name -> the model there; empty: its only one). Raises
-    QtoolError."""
-    assert section.base_url is not None
-    require_writable(runs, "--runs")
-    model = connect(section.base_url, next(iter(section.models.values()), None)).model
-    section = section.model_copy(update={"models": {model: model}})
-    subject = Subject(model, digest_of([section.base_url, model]))
-    folder = runs / subject.key[:16]
-    return _scored(Evaluation(section, None, None, torch.device("cpu"), runs, folder), [subject])
-
-
-def check_harness(section: EvaluateSection, model: Path | None, runs: Path, trusted: bool) -> dict[str, SelfCheck]:
-    """Known answers to the section's tasks, put with ``model``'s tokenizer where one is named. Raises QtoolError."""
-    evaluation = Evaluation(section, model, None, torch.device("cpu"), runs, runs, trusted)
-    with progress_bar() as bar:
-        return evaluation.self_check(bar)
-
-
-def _scored(evaluation: Evaluation, subjects: list[Subject]) -> Scores:
-    with record.alone(evaluation.run), progress_bar() as bar:
-        scores = evaluation.score(subjects, bar)
-        record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
-        save_summary(evaluation.run, summarise(scores))
-    return scores

@@ -82,7 +82,7 @@ def score(
     text: Named | None, runs: str | Path, device: str, trust_remote_code: bool, settings: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
     """`qtool.score`."""
-    from qtool.run import score_folders
+    from qtool.measure.scoring import score_folders
 
     asked = {"tasks": [_keys(task, "task") for task in _several(tasks)], "text": text and _keys(text, "text")}
     section = evaluate_section({**asked, **settings})

@@ -22,12 +22,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_environments import prepare_environment, run_child
+from peer_logits import MAX_RELATIVE_ERROR, Distance, compute_reference
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -42,17 +41,9 @@ from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_model import load_model
 
-HERE = Path(__file__).resolve().parent
-TORCH = "torch==2.13.0"  # installed first; the constraint for everything else
 BATCH, LENGTH = 4, 128
 
-# An exact kernel multiplies by the very float16 weights that the codes stand for, with activations rounded to
-# float16 (11 bits) in each linear. Seen on SmolLM2-135M: 8e-4 after 30 layers, 2.5e-4 after 2; 0.4 when zero
-# points are read one too high in one group of each row, 2 with a wrong nibble order.
-MAX_RELATIVE_ERROR = 1e-2
 # The same next token, wherever the reference prefers it by more than the error allowed above (of the logits'
 # root mean square): a flip between two tokens closer than that says nothing (seen: 1 in 512).
 MIN_TOP1 = 0.995
@@ -61,32 +52,6 @@ MIN_TOP1 = 0.995
 # be at most this many times as far from the float32 logits (it rounds scales as well; seen: 1.1 to 2 times).
 BFLOAT16_FACTOR = 3.0
 BFLOAT16_TOP1_LOSS = 0.03
-
-
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment: distribution -> version prefix that must be there; what pip installs for it."""
-
-    needs: dict[str, str]
-    installs: tuple[tuple[str, ...], ...]
-
-
-ENVIRONMENTS = {
-    "gptqmodel": Environment(
-        {"torch": "2.13.0", "gptqmodel": "7.6", "transformers": "5.", "optimum": "2."},
-        (("gptqmodel==7.6.*", "optimum==2.3.0", "transformers==5.23.0"),),
-    ),
-    # AutoAWQ without its dependencies: they ask for triton (1 GB), and its unpacking code needs torch only.
-    "autoawq": Environment(
-        {"torch": "2.13.0", "autoawq": "0.2.9", "safetensors": "0."},
-        (("numpy", "safetensors"), ("--no-deps", "autoawq==0.2.9")),
-    ),
-    # AutoGPTQ likewise; the modules that unpack import transformers, of any version.
-    "autogptq": Environment(
-        {"torch": "2.13.0", "auto-gptq": "0.7.1", "transformers": "5."},
-        (("numpy", "safetensors", "transformers==5.23.0"), ("--no-deps", "auto-gptq==0.7.1")),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -109,86 +74,12 @@ class Context:
     scratch: Path
 
 
-def run_child(python: Path, script: str, *arguments: str | Path, scratch: Path) -> Any:
-    """Run a script of this folder in a peer's Python, isolated from ours; return the JSON that it prints."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    command = [str(python), "-I", str(HERE / script), *map(str, arguments)]
-    log = scratch / f"{Path(script).stem}.log"
-    with log.open("w") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=environment, cwd=scratch, check=False)
-    if done.returncode != 0:
-        tail = "\n".join(re.split(r"[\r\n]+", log.read_text(errors="replace"))[-15:])
-        raise ChildProcessError(f"{script} ended with {done.returncode}:\n{tail}")
-    return json.loads(done.stdout)
-
-
-def has_packages(python: Path, needs: dict[str, str]) -> bool:
-    """Tell whether `python` exists and sees every distribution of `needs` at a version with that prefix."""
-    if not python.is_file():
-        return False
-    code = (
-        "import importlib.metadata as m, json, sys; needs = json.loads(sys.argv[1])\n"
-        "sys.exit(not all(m.version(name).startswith(needs[name]) for name in needs))"
-    )
-    command = [str(python), "-I", "-c", code, json.dumps(needs)]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
-def prepare_environment(name: str, peers: Path, torch_index: str | None) -> None:
-    """Make the environment `name` under `peers` unless it is there already. Raises CalledProcessError."""
-    environment = ENVIRONMENTS[name]
-    folder = peers / name
-    python = folder / "bin" / "python"
-    if has_packages(python, environment.needs):
-        return
-    print(f"making the environment {folder} ...", file=sys.stderr)
-    venv.create(folder, with_pip=True)
-    constraints = folder / "constraints.txt"
-    constraints.write_text(TORCH + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    index = ["--index-url", torch_index] if torch_index else []
-    subprocess.run([*pip, *index, TORCH], check=True)
-    for packages in environment.installs:
-        subprocess.run([*pip, "--constraint", str(constraints), *packages], check=True)
-    if not has_packages(python, environment.needs):
-        raise RuntimeError(f"{folder} still lacks one of {environment.needs}")
-
-
 def make_tokens(folder: Path) -> torch.Tensor:
     """Return a fixed batch [BATCH, LENGTH] of code: this file, as the artifact's own tokenizer reads it."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(Path(__file__).read_text()).input_ids[: BATCH * LENGTH]
     return torch.tensor(ids, dtype=torch.int64).view(BATCH, LENGTH)
-
-
-def compute_reference(artifact: Artifact, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [batch, length, vocabulary] of the reference engine; float32 is what it evaluates with."""
-    model = load_model(artifact.read(), load_config(artifact.path), torch.device("cpu")).to(dtype)
-    with torch.inference_mode():
-        logits: torch.Tensor = model(tokens, use_cache=False).logits.float()
-    return logits
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far logits are from the reference: largest difference, relative error (Frobenius), same top-1."""
-
-    largest: float
-    relative: float
-    top1: float
-
-    @classmethod
-    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> Distance:
-        """Compare [batch, length, vocabulary] with its reference; near ties count as the same top-1."""
-        difference = logits - reference
-        loss = reference.amax(-1) - reference.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-        tie = MAX_RELATIVE_ERROR * reference.square().mean().sqrt()
-        relative = difference.norm() / reference.norm()
-        return cls(float(difference.abs().max()), float(relative), float((loss <= tie).double().mean()))
-
-    def __str__(self) -> str:
-        return f"relative {self.relative:.1e}, largest {self.largest:.3f}, top-1 {self.top1:.2%}"
 
 
 def check_gptqmodel(context: Context) -> list[Row]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from vllm_table import PROMPTS, TOKENS, Row, read_rows, said_by, table, write_into
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
@@ -46,13 +46,12 @@ from qtool.convert.formats.table import rules_of
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.checks import subject_of
-from qtool.evaluate.engines.machine import machine_name
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.engines.vllm import FACTS
 from qtool.evaluate.tasks.loading import load_task
 
 HERE = Path(__file__).resolve().parent
-PROMPTS, TOKENS, BEST, CONTEXT = 20, 32, 5, 480
+BEST, CONTEXT = 5, 480
 LEAST = -8.0  # nats: below this a token says nothing of the weights
 # Seen on the demo model: right weights .0021 to .0088 in float16, .016 to .021 in bfloat16 (the source too: it is the
 # arithmetic's), wrong ones from .2 on.
@@ -84,20 +83,6 @@ class Case:
             return ""
         rules = [rule for rule in rules_of(artifact.quantization) if rule.name == "CPU kernel"]
         return "; ".join(reason for rule in rules for reason in rule.broken(subject_of(artifact), 1))
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one case in one dtype. ``distance``: nats; ``top1``: share of steps with the same first token."""
-
-    label: str
-    dtype: str
-    ran: str
-    kernels: str
-    distance: float | None
-    top1: float | None
-    verdict: str
-    agrees: bool
 
 
 def outputs(groups: Sequence[int]) -> list[dict[str, Any]]:
@@ -202,11 +187,6 @@ def write_job(file: Path, models: list[dict[str, str]], prompts: list[list[int]]
     return file
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of an answer file; none where there is no file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
 def prompts_of(model: str) -> list[list[int]]:
     """Held-out prompts, spread over the task, as token ids of the model's own tokenizer."""
     problems = load_task("heldout").problems
@@ -268,52 +248,6 @@ def judge(cases: Sequence[Case], prompts: list[list[int]], answers: list[dict[st
         kernels = ", ".join(sorted(answer["kernels"]))
         rows.append(Row(case.label, dtype, answer["dtype"], kernels, distance, top1, verdict, good))
     return rows
-
-
-def said_by(error: str) -> str:
-    """The sentence in vLLM's error."""
-    found = re.search(r"Value error, (.*?)(?: \[type=|$)", error, re.DOTALL)
-    text = " ".join((found.group(1) if found else error.partition(": ")[2] or error).split())
-    text = re.sub(r"`?/\S+/", "…/", text)  # where it was tried is nobody's matter
-    return text if len(text) <= 140 else text[:139] + "…"
-
-
-def table(rows: Sequence[Row], answers: list[dict[str, Any]], command: str) -> str:
-    """Markdown: machine and versions, then a line for each output."""
-    first = next((row for row in answers if "device" in row), answers[0])
-    machine = first.get("card") or machine_name("cpu")
-    dtypes = [dtype for dtype in ("float32", "float16", "bfloat16") if any(row.dtype == dtype for row in rows)]
-    lines = [
-        f"vLLM {first['vllm']}, torch {first['torch']}, {machine}; {PROMPTS} prompts, {TOKENS} tokens each.", "",
-        f"    {command}", "",
-        f"| output | {' | '.join(dtypes)} | kernel, or what vLLM says |", f"|---|{'---|' * (len(dtypes) + 1)}",
-    ]  # fmt: skip
-    for label in dict.fromkeys(row.label for row in rows):
-        found = {row.dtype: row for row in rows if row.label == label}
-        cells = [cell(found.get(dtype)) for dtype in dtypes]
-        says = "; ".join(dict.fromkeys(row.kernels for row in found.values()))
-        lines.append(f"| {label} | {' | '.join(cells)} | {says} |")
-    return "\n".join(lines)
-
-
-def cell(row: Row | None) -> str:
-    """``.0022, 100.0 %``."""
-    if row is None:
-        return ""
-    if row.distance is None or row.top1 is None:
-        return row.verdict
-    mark = "" if row.agrees and row.verdict == "agrees" else f" ({row.verdict})"
-    return f"{row.distance:.4f}, {row.top1:.1%}{mark}".replace("0.", ".", 1)
-
-
-def write_into(document: Path, kind: str, text: str) -> None:
-    """Between the marks of ``kind``. Raises QtoolError where the document has none."""
-    old = document.read_text(encoding="utf-8")
-    begin, end = f"<!-- check_vllm {kind} -->\n", "<!-- end -->"
-    if begin not in old:
-        raise QtoolError(f"{document}: has no mark {begin.strip()!r}.")
-    head, _, rest = old.partition(begin)
-    document.write_text(f"{head}{begin}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def check(args: argparse.Namespace, work: Path) -> int:

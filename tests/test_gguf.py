@@ -394,8 +394,8 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
 
 
 def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
+    from qtool.measure.scoring import evaluate_folders
     from qtool.recipe.judging import EvaluateSection
-    from qtool.run import evaluate_folders
 
     asked = {"tasks": [{"task": "heldout", "limit": 6}], "engine": "llama.cpp", "max_new_tokens": 64}
     section = EvaluateSection.model_validate(asked)

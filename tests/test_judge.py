@@ -21,10 +21,11 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, Scores, save
 from qtool.measure.scores import Evaluation
+from qtool.measure.scoring import evaluate_folders
 from qtool.measure.subjects import Subject, artifact_subject
 from qtool.recipe.judging import EvaluateSection, FidelitySection, GateSection, TaskSection
 from qtool.report.junit import as_junit
-from qtool.run import evaluate_folders, run
+from qtool.run import run
 from qtool.runs.gates import GateResult, judge
 from qtool.runs.record import RunRecord, load_run, write_scores
 from qtool.runs.summary import summarise

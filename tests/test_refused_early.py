@@ -23,7 +23,8 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.text.shapes import row_of
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate.engines.llama_cpp import serve
-from qtool.run import choose_device, prepare, run
+from qtool.make.device import choose_device
+from qtool.run import prepare, run
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
 

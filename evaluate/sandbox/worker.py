@@ -12,7 +12,6 @@ candidate gets the test too.
 """
 
 import contextlib
-import fcntl
 import gc
 import importlib
 import json
@@ -22,9 +21,8 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
-from qtool.evaluate.sandbox import checker, in_process, isolation, program_side, rehearsal, scratch
+from qtool.evaluate.sandbox import checker, children, in_process, isolation, program_side, rehearsal, scratch
 from qtool.evaluate.sandbox.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.sandbox.frames import (
     MAX_ANSWER,
@@ -40,8 +38,6 @@ from qtool.evaluate.sandbox.in_process import LOADING
 # The byte before each job: Python called over a pipe, JavaScript so, Python in one process with its test.
 MODES = {"call": b"J", "javascript": b"N", "in_process": b"P"}
 _SAID = ("alive", "passed", "failed", "timeout", "error", "unjudged")
-# Above every descriptor a worker ever has open.
-_PARKED = 128
 # What a program may put on the disk, in all; how often that is looked at.
 _MOST_BYTES, _MOST_FILES, _LOOK_SECONDS = 64 * 2**20, 4096, 0.01
 # Imported once here, so that a job does not spend its time on them.
@@ -50,10 +46,6 @@ _PRELOADED = (
     "functools hashlib heapq inspect io itertools json math operator random re statistics string textwrap "
     "threading types typing unicodedata"
 )
-# V8's heap; what lies outside it (buffers) is bounded by the process's limits.
-_NODE_OPTIONS = ("--max-old-space-size=512", "--no-warnings")
-# The system's file, if it may not be read, ends node at once; one that is missing does not.
-_NODE_ENVIRONMENT = {"OPENSSL_CONF": "/missing"}
 
 
 def main(config: str) -> None:
@@ -126,7 +118,7 @@ def _serve(cell: Cell) -> None:
         if os.waitpid(pid, 0)[1] != 0:
             # Part of the job may be unread: the stream is lost, the host starts a new worker.
             os._exit(1)
-        _reap()
+        children.reap()
     os._exit(0)
 
 
@@ -148,20 +140,20 @@ def _supervise(cell: Cell, mode: bytes) -> None:
     if not alone:
         judge = os.fork()
         if judge == 0:
-            _become(cell, [test_in, calls_out, replies_in, verdict_out], None, seconds, language, "checker")
+            children.become(cell, [test_in, calls_out, replies_in, verdict_out], None, seconds, language, "checker")
             checker.main(3, 4, 5, 6)
-    writable = _writable(cell)
+    writable = children.make_writable(cell)
     answerer = os.fork()
     if answerer == 0:
         kept = [calls_in, test_in, verdict_out] if alone else [calls_in, replies_out]
-        _become(cell, kept, writable, seconds, language, "candidate")
+        children.become(cell, kept, writable, seconds, language, "candidate")
         if alone:
             in_process.main(3, 4, 5, nonce)
         program_side.main(3, 4)
     for fd in (test_in, calls_in, replies_in, replies_out, verdict_out):
         os.close(fd)
     outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce, writable)
-    _end(cell, [answerer, judge] if judge else [answerer])
+    children.end(cell, [answerer, judge] if judge else [answerer])
     write_frame(1, pack_json(list(outcome)))
     scratch.remove(writable)  # what cannot be removed ends this worker, and a new one takes its place
 
@@ -249,71 +241,3 @@ def _verdict(fd: int, deadline: float, nonce: str) -> tuple[str, str] | None:
     if found[0] not in _SAID or (nonce and found[2] != nonce):
         return "", ""
     return found[0], found[1]
-
-
-def _become(cell: Cell, kept: list[int], writable: str | None, seconds: float, language: Language, role: str) -> None:
-    """In a fresh child: null standard streams, ``kept`` as descriptors 3, 4, ..., nothing else, no rights.
-
-    A JavaScript job's process then becomes node, in ``role``, and does not return.
-    """
-    try:
-        os.setsid()
-        parked = [fcntl.fcntl(fd, fcntl.F_DUPFD, _PARKED) for fd in kept]
-        for target in (0, 1, 2):
-            os.dup2(cell.null, target)
-        for target, fd in enumerate(parked, start=3):
-            os.dup2(fd, target)
-        os.closerange(3 + len(kept), _PARKED + len(kept) + 1)
-        os.chdir(writable or "/")
-        cell.lock_down(writable, seconds, language)
-        if language == "javascript" and cell.kit.node is not None:
-            os.execve(cell.kit.node, ["node", *_NODE_OPTIONS, "-e", cell.kit.script, role], _NODE_ENVIRONMENT)
-    except BaseException:
-        os._exit(1)
-
-
-def _writable(cell: Cell) -> str:
-    """A new folder for the candidate's files; with namespaces, also its PID namespace."""
-    if cell.tier == "namespaces":
-        isolation.own_pid_namespace()
-    folder = os.path.join("/tmp" if cell.tier == "namespaces" else cell.folder, str(os.getpid()))
-    os.mkdir(folder, 0o700)
-    if cell.uid is not None:
-        os.chown(folder, cell.uid, cell.uid)
-    return folder
-
-
-def _end(cell: Cell, pids: list[int]) -> None:
-    """Kill the processes, their groups and, without namespaces, whatever they left behind; wait for all of them."""
-    for pid in pids:
-        for kill in (os.kill, os.killpg):
-            with contextlib.suppress(OSError):
-                kill(pid, signal.SIGKILL)
-    for pid in pids:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-    if cell.tier == "none":
-        _end_orphans()
-
-
-def _end_orphans() -> None:
-    # A candidate that forks faster than this loop kills still ends: orphans come here, one generation a
-    # round.
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    for _ in range(200):
-        listed = children.read_text().split() if children.exists() else []
-        for child in listed:
-            with contextlib.suppress(OSError):
-                os.kill(int(child), signal.SIGKILL)
-        _reap()
-        if not listed:
-            return
-        time.sleep(0.005)
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass

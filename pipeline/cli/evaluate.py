@@ -73,8 +73,8 @@ def evaluate(
       qtool evaluate --self-check --task humaneval
     """
     import qtool
+    from qtool.measure.scoring import check_harness, evaluate_served
     from qtool.report import terminal as report
-    from qtool.run import check_harness, evaluate_served
     from qtool.runs.summary import summarise
     from qtool.verbs import evaluate_section, task_sections
 

@@ -141,9 +141,9 @@ def measure(
     from dataclasses import replace
 
     from qtool.convert.files.durable import require_writable
+    from qtool.make.device import choose_device
     from qtool.measure.run import Trial, engine_of, measure_model, model_key
     from qtool.report import measured as measure_report
-    from qtool.run import choose_device
     from qtool.runs import measurements
     from qtool.sizing.accelerators import one_card
 

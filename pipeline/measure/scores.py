@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import torch
 from rich.progress import Progress
 
-from qtool import QtoolError
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
 from qtool.convert.models.table import prefix_of
 from qtool.convert.text.tokenizer import load_tokenizer
-from qtool.convert.text.windows import token_windows
 from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines.engine import Decoding, Running, package_versions
@@ -29,14 +27,13 @@ from qtool.evaluate.sandbox.execute import detect_sandbox
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
 from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.tasks import prompts
-from qtool.evaluate.tasks.loading import load_task, subset
 from qtool.evaluate.tasks.problems import Task
-from qtool.evaluate.tasks.solvable import solvable
 from qtool.make.job import PACKAGES
+from qtool.measure.questions import tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.subjects import Subject
 from qtool.recipe.checking import digest_of
-from qtool.recipe.judging import EvaluateSection, TaskSection
+from qtool.recipe.judging import EvaluateSection
 
 Score = TypeVar("Score", TaskScore, FidelityScore)
 
@@ -58,9 +55,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
-        self.tasks = {t.task: _load(t, self.section) for t in self.section.tasks}
+        self.tasks = tasks_of(self.section)
         self.prompts = {label: self._prompts(task) for label, task in self.tasks.items()}
-        self.windows = self._windows()
+        self.windows = windows_of(self.section, self.config, self.tokenizer)
         self.settings = settings_of(self.section, self.device, self.style)
         decoding = Decoding(
             self.section.max_new_tokens, self.section.batch_size, self.section.temperature, self.section.top_p
@@ -70,20 +67,6 @@ class Evaluation:
         )
         if self.tasks:  # say so before any work if hostile code cannot be contained here
             self.sandbox = detect_sandbox() if self.section.sandbox == "auto" else "none"
-
-    def _windows(self) -> dict[int, torch.Tensor]:
-        text = self.section.text
-        if text is None:
-            return {}
-        limit = getattr(self.config, "max_position_embeddings", None)
-        too_long = [length for length in text.lengths if limit is not None and length > limit]
-        if too_long:
-            raise QtoolError(
-                f"text: windows of {too_long[0]} tokens are longer than the model's context, {limit} "
-                "(max_position_embeddings in config.json)."
-            )
-        rows = getattr(self.config, "vocab_size", None)
-        return {length: token_windows(text.source(length), self.tokenizer, rows) for length in text.lengths}
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt, for readers of the answers."""
@@ -289,13 +272,6 @@ class Evaluation:
         save(self.run / "scores" / f"{name}.json", score)
         journal.close()
         return score
-
-
-def _load(asked: TaskSection, section: EvaluateSection) -> Task:
-    task = load_task(
-        asked.task, file=asked.file, revision=asked.revision, after=asked.after, before=asked.before
-    )  # fmt: skip
-    return solvable(subset(task, asked.limit), section.timeout, section.sandbox)
 
 
 def _file_name(task: Task) -> str:

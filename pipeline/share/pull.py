@@ -104,7 +104,7 @@ def _published_numbers(
 
 def _score(path: Path, published: Baseline, again: Again, runs: Path) -> list[str]:
     """Ask the artifact here what it was asked before it was published; what cannot be asked, one sentence each."""
-    from qtool.run import evaluate_folders
+    from qtool.measure.scoring import evaluate_folders
 
     section, left_out = asked_again(published.asked, with_text=again.source is not None)
     if section is not None:

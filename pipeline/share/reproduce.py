@@ -18,11 +18,11 @@ from qtool.convert.files.source import resolve
 from qtool.convert.text.source import TextSource
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
+from qtool.make.device import choose_device
 from qtool.make.job import THREADS, device_kind, open_job
 from qtool.make.outputs import MOST_THREADS, make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe.sections import Recipe
-from qtool.run import choose_device
 
 
 @dataclass(frozen=True)
