@@ -120,7 +120,7 @@ def load_native(
         raise QtoolError(f"{path}: config.json asks to run the model's own code; read it, then trust_remote_code.")
     section = config.get("quantization_config") or {}
     method, kernels = section.get("quant_method"), runtime_of(section, FACTS.name)
-    if kernels is not None and find_spec(kernels.package.replace("-", "_")) is None:
+    if kernels and kernels.package and find_spec(kernels.package.replace("-", "_")) is None:
         raise QtoolError(
             f"{path.name}: engine transformers needs {kernels.package} for {method}, which is not installed here. Run: "
             f"{kernels.install}; or use engine reference, which needs nothing.",

@@ -95,7 +95,7 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
     from qtool.convert.formats.table import runtime_of
 
     section = config.get("quantization_config") or {}
-    runtime = runtime_of(section, "vllm")
+    runtime = runtime_of(section, FACTS.name)
     if runtime is None:
         return [f"vLLM knows no quant_method {section.get('quant_method')!r}"] if section else []
     return list(runtime.refuses(section))
@@ -104,7 +104,7 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
 def _plugin(config: Mapping[str, Any]) -> str:
     from qtool.convert.formats.table import runtime_of
 
-    runtime = runtime_of(config.get("quantization_config") or {}, "vllm")
+    runtime = runtime_of(config.get("quantization_config") or {}, FACTS.name)
     return runtime.note if runtime else ""
 
 
