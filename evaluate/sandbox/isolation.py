@@ -98,8 +98,6 @@ def third_party(shown: list[Path]) -> list[Path]:
     solutions."""
     places = (path for folder in shown for pattern in PACKAGES for path in folder.glob(pattern))
     folders = {Path(os.path.realpath(path)) for path in places}
-        Path(os.path.realpath(path)) for folder in shown for pattern in PACKAGES for path in folder.glob(pattern)
-    }
     return sorted(path for path in folders if path.is_dir())
 
 

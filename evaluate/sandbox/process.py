@@ -130,12 +130,7 @@ class Worker:
         """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
         seconds = max(self._timeout, job.seconds or 0.0)
         program = pack_json({"program": job.program, "entry_point": job.entry_point, "run": job.run}, MAX_JOB)
-        test = {
-            "test": job.test,
-            "entry_point": job.entry_point,
-            "setup": job.setup,
-            "call_seconds": job.call_seconds,
-        }
+        test = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
         mode = MODES["in_process" if job.run == "in_process" else "javascript" if job.language != "python" else "call"]
         data = mode + round(seconds * 1000).to_bytes(4, "big")
         data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(question, MAX_JOB)))
