@@ -133,7 +133,7 @@ class Worker:
         test = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
         mode = MODES["in_process" if job.run == "in_process" else "javascript" if job.language != "python" else "call"]
         data = mode + round(seconds * 1000).to_bytes(4, "big")
-        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(question, MAX_JOB)))
+        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(test, MAX_JOB)))
         deadline = time.monotonic() + seconds + _GRACE_SECONDS
         self._send(data, deadline)
         answer = self._answer(deadline - time.monotonic())
