@@ -33,8 +33,11 @@ Logits = Callable[[Tensor], Iterator[Tensor] | None]  # a window -> its logits i
 
 @dataclass(frozen=True)
 class Reference:
-    """The source's distributions in ``folder``, a file a chunk, mapped into memory when read: ``logprobs`` float32
-    ``[positions, kept]``, falling, with ``tokens`` int32; or, exact, ``[positions, vocabulary]`` in its own order."""
+    """The source's distributions in ``folder``, a file for each chunk, mapped into memory when read.
+
+    ``logprobs``: float32 ``[positions, kept]``, the largest first, with ``tokens`` int32 beside them. Exact ones are
+    ``[positions, vocabulary]`` in the order of the vocabulary, without ``tokens``.
+    """
 
     folder: Path
 

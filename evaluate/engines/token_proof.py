@@ -51,9 +51,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """``fatal``: the first text that must not differ and does; ``limits``: one example for each token that is found
-    by other rules there (white space or whole words beside it, letters that two share); ``tokens``: how many added
-    tokens were tried."""
+    """What the comparison showed.
+
+    ``fatal``: the first text that must not differ and does. ``limits``: for each token that llama.cpp finds by other
+    rules (white space or whole words beside it, letters that two tokens share), one example. ``tokens``: how many added
+    tokens were tried.
+    """
 
     fatal: Difference | None
     limits: list[Difference]

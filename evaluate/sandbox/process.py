@@ -63,8 +63,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the checker found. "error" is the sandbox's failure, "unjudged" the test's, which cannot run here: neither
-    says that the program is wrong."""
+    """What the checker found. Two names say nothing about the program: "error" (the sandbox failed) and "unjudged" (the
+    test cannot run here)."""
 
     task_id: str
     outcome: OutcomeName

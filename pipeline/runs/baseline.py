@@ -1,5 +1,7 @@
-"""Scores in the form in which two models are compared: which problems each solved, and its loss window by window; of a
-run, of an evaluation, or of a baseline file kept beside the code."""
+"""Scores as two models are compared: which problems a model solved, and its loss window by window.
+
+They come from a run, from an evaluation, or from a baseline file kept beside the code.
+"""
 
 from __future__ import annotations
 

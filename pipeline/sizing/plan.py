@@ -52,9 +52,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One format on one kind of card. ``faults``: why it cannot be served so at all. ``smallest``: the least asked for.
-    ``offload``: how that is served where it does not fit. ``changes``: what would hold the longest context asked for,
-    ``least_changes``: what the smallest cell, each empty where it fits."""
+    """One format on one kind of card.
+
+    ``cells``: an estimate for each context and number of sequences; ``smallest`` is the least of them. ``faults``: why
+    the format cannot be served here at all. ``offload``: how the smallest cell is served where it does not fit.
+    ``changes``: what would hold the longest context, ``least_changes``: what would hold the smallest cell; each is
+    empty where that fits already.
+    """
 
     setting: Setting
     cells: tuple[Estimate, ...]
