@@ -33,8 +33,11 @@ Logits = Callable[[Tensor], Iterator[Tensor] | None]  # a window -> its logits i
 
 @dataclass(frozen=True)
 class Reference:
-    """The source's distributions in ``folder``, a file a chunk, mapped into memory when read: ``logprobs`` float32
-    ``[positions, kept]``, falling, with ``tokens`` int32; or, exact, ``[positions, vocabulary]`` in its own order."""
+    """The source's distributions in ``folder``, a file for each chunk, mapped into memory when read.
+
+    ``logprobs``: float32 ``[positions, kept]``, the largest first, with ``tokens`` int32 beside them. Exact ones are
+    ``[positions, vocabulary]`` in the order of the vocabulary, without ``tokens``.
+    """
 
     folder: Path
 
@@ -155,7 +158,7 @@ def diverge_by_layer(
     afterwards; ``stream`` is the artifact's: beside the model only the layers that it has not completed are in memory.
     A layer's scales must be folded into that layer alone. Raises QtoolError where the stream lacks a layer."""
     layers: Any = model.get_submodule(prefix.rstrip("."))
-    found: dict[int, float] = {}
+    errors: dict[int, float] = {}
     for index, state in _layers(stream, prefix, layers):
         layer = layers[index]
         original = dict(layer.state_dict())
@@ -165,12 +168,12 @@ def diverge_by_layer(
             for start, logs in _logprobs(logits_of(model), window):
                 tokens, p_log = source.chunk(number, start)
                 total += float(_compare(tokens, p_log, logs)[0].double().sum())
-        found[index] = total / windows.numel()
+        errors[index] = total / windows.numel()
         layer.load_state_dict(original, assign=True)
         progress()
-    if len(found) != len(layers):
-        raise QtoolError(f"the artifact lacks layer {next(i for i in range(len(layers)) if i not in found)}.")
-    return [found[index] for index in range(len(layers))]
+    if len(errors) != len(layers):
+        raise QtoolError(f"the artifact lacks layer {next(i for i in range(len(layers)) if i not in errors)}.")
+    return [errors[index] for index in range(len(layers))]
 
 
 def _layers(stream: TensorStream, prefix: str, layers: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -3,9 +3,8 @@
 Known answers go the way of a model's: prompt, stop rule, extraction, sandbox. A mutant is wrong by construction:
 
 raises   every call raises, so a test can only pass by expecting nothing else, or by never calling.
-altered  the published solution with every result changed to a value that differs from it (None becomes 0, a number
-         grows, a container grows, anything else becomes None; never equal to the right one, by Python's own ==), and
-         every exception to one of another kind.
+altered  the published solution with every result changed to one that Python's own == calls different: None becomes 0,
+         a number grows, a container grows, anything else becomes None. An exception becomes one of another class.
 """
 
 from __future__ import annotations
@@ -168,8 +167,8 @@ def _tree(problem: Problem) -> ast.Module | None:
 
 
 def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return found[-1] if found else None
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return functions[-1] if functions else None
 
 
 def _raise() -> ast.stmt:

@@ -46,11 +46,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a stage that can say how to go on."""
 
 
-def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:
+def plan(model: str | Path, gpu: str | None = None, **options: Any) -> Plan:
     """Does ``model`` fit on a card, in which format, with how long a context? No weight is read or downloaded.
 
     ``model``: a folder, a config.json, a Hub id, an artifact. ``gpu``: cards, comma-separated (None: this machine's,
-    else RTX4090 and H100). ``asked``: ``gpus``, ``contexts``, ``sequences``, ``kv_dtypes``, ``engine``, ``formats``,
+    else RTX4090 and H100). ``options``: ``gpus``, ``contexts``, ``sequences``, ``kv_dtypes``, ``engine``, ``formats``,
     ``cards`` (a YAML file of cards of your own), ``host_bandwidth`` (GB/s), ``revision``. Raises QtoolError.
 
     >>> found = qtool.plan("qtool-demo", gpu="RTX4090", formats=["awq", "Q4_K_M"], contexts=[512])
@@ -59,7 +59,7 @@ def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:
     """
     from qtool import verbs
 
-    return verbs.plan(model, gpu, **asked)
+    return verbs.plan(model, gpu, **options)
 
 
 def convert(

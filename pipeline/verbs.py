@@ -38,12 +38,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """`qtool.plan`."""
     known = load_accelerators(None if cards is None else Path(cards))
-    asked = Question(
+    question = Question(
         cards=choose(known, gpu or own_card(known)), number=gpus, contexts=tuple(contexts),
         sequences=tuple(sequences), kv_dtypes=tuple(kv_dtypes), engine=engine, formats=tuple(formats),
         host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,
     )  # fmt: skip
-    return make_plan(read_headers(str(model), revision), asked)
+    return make_plan(read_headers(str(model), revision), question)
 
 
 def convert(
@@ -84,8 +84,8 @@ def score(
     """`qtool.score`."""
     from qtool.measure.scoring import score_folders
 
-    asked = {"tasks": [_keys(task, "task") for task in _several(tasks)], "text": text and _keys(text, "text")}
-    section = evaluate_section({**asked, **settings})
+    measured = {"tasks": [_keys(task, "task") for task in _several(tasks)], "text": text and _keys(text, "text")}
+    section = evaluate_section({**measured, **settings})
     if not section.tasks and section.text is None:
         raise QtoolError("nothing to measure: name tasks, a text or both, for example tasks=['handwritten'].")
     source = None if against is None else Path(against)
@@ -113,11 +113,11 @@ def judge(summary: Summary, conditions: Sequence[Mapping[str, Any]]) -> list[gat
     return gates.judge(summary, sections)
 
 
-def _checked(kind: type[Section], data: Mapping[str, Any], where: str) -> Section:
+def _checked(section: type[Section], data: Mapping[str, Any], where: str) -> Section:
     try:
-        return kind.model_validate(data)
+        return section.model_validate(data)
     except ValidationError as error:
-        faults = [line.strip().removeprefix("recipe: ") for line in sentences(error, kind)]
+        faults = [line.strip().removeprefix("recipe: ") for line in sentences(error, section)]
         raise QtoolError("\n".join(f"{where}{fault}" for fault in faults)) from error
 
 

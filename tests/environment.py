@@ -20,4 +20,4 @@ def make_neutral(environment: MutableMapping[str, str], hub: str) -> None:
         del environment[name]
     environment |= {"HF_HOME": hub, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
     # tests run side by side, on models too small for more: threads would only wait for one another
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -67,15 +67,18 @@ class Int8Method(Method):
         return made
 '''
 ROWS = """
+import json, sys
 import container, method  # the two modules
 from qtool.convert.formats.table import FORMATS
 from qtool.quantize.methods.table import METHODS
 
 FORMATS["int8"] = container
 METHODS["int8"] = method.Int8Method
+from click.testing import CliRunner
 from qtool.cli import main
 
-main()
+results = [CliRunner().invoke(main, words) for words in json.loads(sys.argv[1])]  # what qtool imports, it imports once
+json.dump([(result.exit_code, result.output) for result in results], sys.stdout)
 """
 
 
@@ -89,21 +92,23 @@ def test_a_method_and_a_container_are_two_modules_and_two_rows(tiny: Path, text_
         f"outputs: [{{method: int8}}, {{method: awq, group_size: 32}}]\noutput_dir: {tmp_path}/artifacts\n"
     )
 
-    def qtool(*arguments: str) -> str:
-        command = [sys.executable, str(tmp_path / "rows.py"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    qtool("run", str(recipe), "--device", "cpu")
-    made, source = Checkpoint.open(tmp_path / "artifacts" / "tiny-int8"), Checkpoint.open(tiny)
+    artifact = tmp_path / "artifacts" / "tiny-int8"
+    words = [
+        ["run", recipe, "--device", "cpu"],
+        ["verify", artifact, "--source", tiny],
+        ["plan", tiny, "--format", "int8", "--gpu", "RTX4090", "--json"],
+    ]
+    command = [sys.executable, str(tmp_path / "rows.py"), json.dumps(words, default=str)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    results = json.loads(done.stdout)
+    assert [code for code, _ in results] == [0, 0, 0], results
+    made, source = Checkpoint.open(artifact), Checkpoint.open(tiny)
     name = "model.layers.1.mlp.down_proj"
     weight = (made.tensor(f"{name}.weight_int8").float() - 128) * made.tensor(f"{name}.weight_step")
     expected = source.tensor(f"{name}.weight").float()
     assert float((weight - expected).norm() / expected.norm()) < 0.01
     assert torch.equal(made.tensor("model.norm.weight"), source.tensor("model.norm.weight"))
-    said = qtool("verify", str(made.path), "--source", str(tiny))
+    said, planned = results[1][1], json.loads(results[2][1])
     assert "NOT sound" not in said
     assert "loads in int8-kernels 1.0, on 1 card; does not split over 2, 4 or 8" in said
-    planned = json.loads(qtool("plan", str(tiny), "--format", "int8", "--gpu", "RTX4090", "--json"))
     assert {(answer["format"], answer["engine"]) for answer in planned["answers"]} == {("int8", "transformers")}

@@ -204,9 +204,10 @@ def test_a_harness_that_fails_scores_nothing(
     result = CliRunner().invoke(main, [*arguments[:1], *arguments[2:]])
     assert result.exit_code == 3
     assert "the self-check failed on 1 problems" in result.output
-    result = CliRunner().invoke(main, ["evaluate", "--self-check", "--task", "handwritten", "--runs", str(tmp_path)])
+    arguments = ["evaluate", "--self-check", "--task", "handwritten", "--limit", "9", "--runs", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "73 published solutions passed, 146 wrong answers failed" in result.output
+    assert "9 published solutions passed, 18 wrong answers failed" in result.output
     assert len(list((tmp_path / "selfchecks").glob("*.json"))) == 1
 
 

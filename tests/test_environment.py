@@ -22,7 +22,8 @@ def test_what_a_user_has_set_is_taken_out() -> None:
     environment = HOSTILE | {"PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": "0"}
     make_neutral(environment, "/hub")
     assert environment == {
-        "PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0",
+        "PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "0",
         "HF_HOME": "/hub", "LC_ALL": "C.UTF-8", "TERM": "xterm",
     }  # fmt: skip
 

@@ -54,7 +54,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "model": "qtool-demo", "calibration": {"text": "qtool-code", "samples": 8, "length": 128},
         "outputs": [{"method": "awq", "group_size": 64}], "output_dir": str(folder / "artifacts"),
         "evaluate": {
-            "tasks": [{"task": "heldout", "limit": 40}], "max_new_tokens": 96, "batch_size": 40,
+            "tasks": [{"task": "heldout", "limit": 24}], "max_new_tokens": 96, "batch_size": 24,
             "text": {"text": "heldout-code", "samples": 8, "length": 128},
         },
         "gates": [{"max_kld": 0.2}, {"min_bits_saved": 8}, {"task": "heldout", "max_drop": 20}],
@@ -64,7 +64,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"good": good.folder, "runs": folder / "runs", "artifact": good.folders["awq"]}
     source = resolve("qtool-demo")
     section = EvaluateSection(
-        tasks=(TaskSection(task="heldout", limit=40),), max_new_tokens=96, batch_size=40,
+        tasks=(TaskSection(task="heldout", limit=24),), max_new_tokens=96, batch_size=24,
         text=FidelitySection(text="heldout-code", samples=8, length=128),
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_what_the_baseline_has_must_be_measured(planted: dict[str, Path], tmp_pa
         (("tasks", "heldout", "settings", "engine"), "llama.cpp", "awq: heldout: engine llama.cpp and reference"),
         (("tasks", "heldout", "settings", "dtype"), "bfloat16", "awq: heldout: dtype bfloat16 and float32"),
         (("tasks", "heldout", "settings", "prompt"), "chat", "awq: heldout: prompt chat and completion"),
-        (("tasks", "heldout", "digest"), "0", r"awq: heldout: other problems \(40 and 40\)"),
+        (("tasks", "heldout", "digest"), "0", r"awq: heldout: other problems \(24 and 24\)"),
         (("tasks", "heldout", "samples"), 2, "awq: heldout: samples 2 and 1"),
         (("texts", "128", "digest"), "0", "awq: held-out text: other windows of text"),
         (("texts", "128", "settings", "dtype"), "bfloat16", "awq: held-out text: dtype bfloat16 and float32"),
@@ -251,7 +251,7 @@ def gate_of(record: RunRecord, scores: Scores | None = None, **gate: Any) -> Gat
         ({"max_kld": 1.0}, "pass", "within max_kld 1"),
         ({"max_kld": 1e-5}, "fail", "beyond max_kld"),
         ({"max_drop": 60, "task": "heldout"}, "pass", "within max_drop 60"),
-        ({"max_drop": 0, "task": "heldout"}, "undecided", "40 problems show losses from"),
+        ({"max_drop": 0, "task": "heldout"}, "undecided", "24 problems show losses from"),
         ({"min_recovery": 0.3}, "pass", "within min_recovery 0.3"),
         ({"min_recovery": 1.5}, "fail", "beyond min_recovery 1.5"),
         ({"max_drop": 5, "output": "gptq"}, "undecided", "did not make that output"),

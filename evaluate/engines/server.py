@@ -184,8 +184,8 @@ def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
     """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    found = ask(f"{base_url.rstrip('/')}/completions", request)
-    first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    answer = ask(f"{base_url.rstrip('/')}/completions", request)
+    first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
 

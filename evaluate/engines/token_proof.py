@@ -51,9 +51,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """``fatal``: the first text that must not differ and does; ``limits``: one example for each token that is found
-    by other rules there (white space or whole words beside it, letters that two share); ``tokens``: how many added
-    tokens were tried."""
+    """What the comparison showed.
+
+    ``fatal``: the first text that must not differ and does. ``limits``: for each token that llama.cpp finds by other
+    rules (white space or whole words beside it, letters that two tokens share), one example. ``tokens``: how many added
+    tokens were tried.
+    """
 
     fatal: Difference | None
     limits: list[Difference]
@@ -71,12 +74,12 @@ def prove_tokens(file: Path, tokenizer: Any, without: Collection[str] = (), prom
 
         def differs(text: str, token: str | None = None) -> Difference | None:
             expected = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            found = tokenize(url, text)
-            if found == expected:
+            ids = tokenize(url, text)
+            if ids == expected:
                 return None
             if token is not None and not added[token]:  # another token in the text may be the one with a habit
                 token = next((other for other, habit in added.items() if habit and other in text), token)
-            return Difference(text, found, expected, token, added.get(token or "", ""))
+            return Difference(text, ids, expected, token, added.get(token or "", ""))
 
         for text in (*CORPUS, *prompts, *tokens):
             if (fatal := differs(text)) is not None:
@@ -100,8 +103,8 @@ def _around(tokens: Sequence[str], differs: Callable[..., Difference | None]) ->
         yield from _tried(pieces, differs)
     pieces = list(_overlapping(tokens))
     for start in range(0, len(pieces), 10 * TOGETHER):
-        for found in _tried(pieces[start : start + 10 * TOGETHER], differs):
-            yield replace(found, habit=found.habit or "shares letters with another")
+        for difference in _tried(pieces[start : start + 10 * TOGETHER], differs):
+            yield replace(difference, habit=difference.habit or "shares letters with another")
 
 
 def _tried(pieces: Sequence[tuple[str, str]], differs: Callable[..., Difference | None]) -> Iterator[Difference]:

@@ -40,11 +40,11 @@ ALLOCATOR_SLACK = 0.02  # of activations: rounding of torch's allocator to 2 MiB
 def activations(geometry: Geometry, context: int, sequences: int) -> int:
     """Peak bytes that a whole prefill keeps alive beside weights and cache (SDPA attention, logits of last positions).
 
-    Live at once in the gated MLP: embeddings, the layer's input, the residual, its norm (4 hidden) and three of the
-    intermediate's width; in the rotary step of attention three hidden states and four queries, the layer's own keys and
-    values not yet being in the cache. Beside them cos and sin and the positions (int64) of one sequence. Gemma 2's soft
-    cap rules SDPA out: the scores of all heads are whole, before softmax, after it and as float32 between, beside two
-    masks, three hidden states, queries, and keys and values repeated for every query head.
+    The gated MLP holds four hidden states (embeddings, the layer's input, the residual, its norm) and three tensors of
+    the intermediate's width. The rotary step of attention holds three hidden states and four queries; the layer's own
+    keys and values are not in the cache yet. Both also hold cos, sin and the positions (int64) of one sequence.
+    Gemma 2's soft cap rules SDPA out. It holds the scores of all heads three times (before softmax, after it, and as
+    float32 between), two masks, three hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
     queries = g.q_row

@@ -52,9 +52,12 @@ def cells(context: int, window: int | None, chunk: int) -> int:
 
 
 def overhead(load: Load) -> Overhead:
-    """What profiling finds before vLLM gives the rest to the cache: a forward of the largest batch (fused gate and up,
-    their product, residual and hidden states), or sampling for the sequences (its max_num_seqs: logits in 16 and 32
-    bits, a sorted copy, int64 order, probabilities), whichever is larger; and the context, CUDA graphs, NCCL."""
+    """What vLLM's profiling finds before the rest is given to the cache.
+
+    It is the larger of two. A forward of the largest batch holds fused gate and up, their product, residual and hidden
+    states. Sampling for the sequences (vLLM's max_num_seqs) holds logits in 16 and 32 bits, a sorted copy, its int64
+    order and probabilities. The context, CUDA graphs and NCCL come on top.
+    """
     g = load.geometry
     forward = (3 * g.intermediate // load.cards + 3 * g.hidden) * g.width * prefill_tokens(load.card)
     sampling = g.vocab * load.sequences * (g.width + 4 + 4 + 8 + 4)

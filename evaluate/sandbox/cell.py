@@ -114,9 +114,9 @@ def hidden_paths(kit: Kit) -> list[Path]:
     """What lies inside the folders shown and is not to be seen: third-party packages, but for those that jobs may
     import; of these, the ones that carry solutions."""
     libraries = [Path(os.path.realpath(folder)) for folder in kit.folders]
-    found = [path for path in isolation.third_party(shown_paths(kit)) if path not in libraries]
-    found += [folder / name for folder in libraries for name in WITH_SOLUTIONS if (folder / name).is_dir()]
-    return [path for path in found if not any(folder.is_relative_to(path) for folder in libraries)]
+    hidden = [path for path in isolation.third_party(shown_paths(kit)) if path not in libraries]
+    hidden += [folder / name for folder in libraries for name in WITH_SOLUTIONS if (folder / name).is_dir()]
+    return [path for path in hidden if not any(folder.is_relative_to(path) for folder in libraries)]
 
 
 def shown_paths(kit: Kit) -> list[Path]:

@@ -98,8 +98,8 @@ def kit_for(jobs: Sequence[Job]) -> Kit:
     """What the jobs need beyond a bare interpreter. Raises QtoolError (exit 3) if node is needed and not there."""
     libraries = tuple(sorted({library for job in jobs for library in job.libraries}))
     # Where they lie: also beside the environment's own folder (a user's site, one linked by a .pth).
-    found = (importlib.util.find_spec(name) for name in libraries)
-    beside = {str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin and spec.parent}
+    specs = (importlib.util.find_spec(name) for name in libraries)
+    beside = {str(Path(spec.origin).parent.parent) for spec in specs if spec and spec.origin and spec.parent}
     own = {sysconfig.get_path(name) for name in ("purelib", "platlib")} if libraries else set()
     folders = tuple(sorted(own | beside))
     unittest = any(job.run == "in_process" for job in jobs)

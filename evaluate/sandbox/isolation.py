@@ -96,8 +96,9 @@ def system_libraries() -> list[Path]:
 def third_party(shown: list[Path]) -> list[Path]:
     """The folders of third-party packages inside those shown: qtool's own data may lie there, and published
     solutions."""
-    found = {Path(os.path.realpath(path)) for folder in shown for pattern in PACKAGES for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_dir())
+    places = (path for folder in shown for pattern in PACKAGES for path in folder.glob(pattern))
+    folders = {Path(os.path.realpath(path)) for path in places}
+    return sorted(path for path in folders if path.is_dir())
 
 
 def enter_namespaces(root: str, shown: list[Path], hidden: list[Path]) -> None:

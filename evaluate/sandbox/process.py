@@ -63,8 +63,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the checker found. "error" is the sandbox's failure, "unjudged" the test's, which cannot run here: neither
-    says that the program is wrong."""
+    """What the checker found. Two names say nothing about the program: "error" (the sandbox failed) and "unjudged" (the
+    test cannot run here)."""
 
     task_id: str
     outcome: OutcomeName
@@ -130,10 +130,10 @@ class Worker:
         """The outcome of one job, after at most the time limit and some grace. Raises WorkerLost."""
         seconds = max(self._timeout, job.seconds or 0.0)
         program = pack_json({"program": job.program, "entry_point": job.entry_point, "run": job.run}, MAX_JOB)
-        asked = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
+        test = {"test": job.test, "entry_point": job.entry_point, "setup": job.setup, "call_seconds": job.call_seconds}
         mode = MODES["in_process" if job.run == "in_process" else "javascript" if job.language != "python" else "call"]
         data = mode + round(seconds * 1000).to_bytes(4, "big")
-        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(asked, MAX_JOB)))
+        data += b"".join(len(part).to_bytes(4, "big") + part for part in (program, pack_json(test, MAX_JOB)))
         deadline = time.monotonic() + seconds + _GRACE_SECONDS
         self._send(data, deadline)
         answer = self._answer(deadline - time.monotonic())

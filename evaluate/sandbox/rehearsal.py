@@ -38,14 +38,14 @@ def run(in_process: bool = False) -> None:
     worker could judge nothing."""
     calls_in, calls_out = os.pipe()
     replies_in, replies_out = os.pipe()
-    asked = {"test": _TEST, "entry_point": "f", "setup": ""}
+    question = {"test": _TEST, "entry_point": "f", "setup": ""}
     try:
         # The test's side reads answers that lie there already; what it asked is then answered by the program's side.
         for word in ("alive", "ready"):
             write_frame(replies_out, program_side.line_word(word))
         for _ in range(_CALLS):
             write_frame(replies_out, pack(("is", _ANSWER, {})))
-        outcomes = [checker.judge(asked, checker.TestSide(calls_out, replies_in))]
+        outcomes = [checker.judge(question, checker.TestSide(calls_out, replies_in))]
         side = program_side.ProgramSide(calls_in, replies_out)
         side.load({"run": "call", "program": _PROGRAM, "entry_point": "f"})
         for _ in range(_CALLS):

@@ -73,8 +73,8 @@ def _plain(code: str) -> str:
     return _EXPORT.sub("", _EXPORTED.sub("", _IMPORT.sub(_required, code)))
 
 
-def _required(found: re.Match[str]) -> str:
-    if found["some"]:
-        names = re.sub(r"\bas\b", ":", found["some"])
-        return f"const {names} = require({found['module']});"
-    return f"const {found['one'] or found['all'].split()[-1]} = require({found['module']});"
+def _required(statement: re.Match[str]) -> str:
+    if statement["some"]:
+        names = re.sub(r"\bas\b", ":", statement["some"])
+        return f"const {names} = require({statement['module']});"
+    return f"const {statement['one'] or statement['all'].split()[-1]} = require({statement['module']});"

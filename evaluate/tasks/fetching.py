@@ -22,20 +22,20 @@ def fetch(name: str, revision: str | None = None) -> tuple[list[Path], str]:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     _, known = data_sets()[name]
-    asked = revision or known.revision
+    commit = revision or known.revision
     offline = (
         f"Offline, copy the benchmark's own file here (for example {known.local}, or {known.files[0]} of the data set "
         f"{known.repository}) and write `file: PATH` beside `task: {name}`."
     )
     try:
         folder = Path(
-            snapshot_download(known.repository, repo_type="dataset", revision=asked, allow_patterns=list(known.files))
+            snapshot_download(known.repository, repo_type="dataset", revision=commit, allow_patterns=list(known.files))
         )
     except RevisionNotFoundError as error:
-        raise QtoolError(f"task {name!r}: the data set {known.repository} has no revision {asked!r}.") from error
+        raise QtoolError(f"task {name!r}: the data set {known.repository} has no revision {commit!r}.") from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise QtoolError(
-            f"task {name!r}: the data set {known.repository} at {asked[:12]} is not in the local cache and cannot be "
+            f"task {name!r}: the data set {known.repository} at {commit[:12]} is not in the local cache and cannot be "
             f"fetched ({type(error).__name__}). {offline}",
             exit_code=3,
         ) from error

@@ -27,11 +27,11 @@ CHAT = (
 )
 
 
-def choose_style(asked: str, tokenizer: Any) -> Style:
+def choose_style(style: str, tokenizer: Any) -> Style:
     """`auto`: chat where the model has a chat template."""
-    if asked == "auto":
+    if style == "auto":
         return "chat" if getattr(tokenizer, "chat_template", None) else "completion"
-    return "chat" if asked == "chat" else "completion"
+    return "chat" if style == "chat" else "completion"
 
 
 def messages(problem: Problem) -> list[dict[str, str]]:

@@ -11,12 +11,12 @@ from qtool.evaluate.tasks.problems import Problem, Task
 def solvable(task: Task, timeout: float, sandbox: str) -> Task:
     """``task`` as this machine can judge it; ``left_out`` says which problems it cannot, and how they failed.
 
-    A call's published solution that fails where its test may share more with the program than values (objects of its
-    own, the output, files, a random seed), and passes in one process with it: that problem is judged so, and counted.
-    One whose test passes what cannot cross, and that fails there too, is left out.
-    Problems judged in process with libraries are tried (BigCodeBench): their tests may want another version of a
-    library, a program to start, or the network, which the sandbox refuses. Raises as run_programs does, and QtoolError
-    where no problem is left.
+    Some tests share more with the program than values: objects of their own, the output, files, a random seed. Where
+    the published solution fails such a test over the pipe and passes it in one process, the problem is judged in one
+    process, and counted. Where it fails in both, and the test passes what cannot cross, the problem is left out.
+    Published solutions that use libraries in one process (BigCodeBench) are tried too: their tests may want another
+    version of a library, a program to start, or the network, which the sandbox refuses.
+    Raises as run_programs does, and QtoolError where no problem is left.
     """
     own = [p for p in task.problems if p.run == "in_process" and p.libraries and p.solution is not None]
     odd = [p for p in task.problems if p.run == "call" and p.solution is not None and _shares_more(p)]

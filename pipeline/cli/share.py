@@ -39,12 +39,12 @@ def publish(
     from qtool.share import admission
     from qtool.share import publish as publishing
 
-    found = admission.candidates(what, runs, only)
-    run = found[0].run
+    offers = admission.offers(what, runs, only)
+    run = offers[0].run
     section = publishing.with_options(
         run.recipe.publish if run else None, to, private=private, revision=revision, pr=pr, license=licence
     )
-    plans = publishing.plan(admission.accept(found, section, allow_failed), section)
+    plans = publishing.plan(admission.accept(offers, section, allow_failed), section)
     for planned in plans:
         if dry_run:
             click.echo(f"{planned.target.repo}: {len(planned.uploads)} files, {planned.size:,} bytes")
@@ -86,9 +86,9 @@ def pull(
     from qtool.share.pull import pull as pull_artifacts
 
     again = Again(source, device) if score else None
-    commit, found = pull_artifacts(repo, revision, into or Path(repo.split("/")[-1]), runs, again)
+    commit, artifacts = pull_artifacts(repo, revision, into or Path(repo.split("/")[-1]), runs, again)
     click.echo(f"{repo} at {commit}")
-    for pulled in found:
+    for pulled in artifacts:
         report.print_verification(pulled.verification)
         for label, lines in (("checked", pulled.checked), ("not checked", pulled.unchecked), ("FAILED", pulled.faults)):
             for line in lines:
@@ -96,7 +96,7 @@ def pull(
         if pulled.changes:
             click.echo("A: as published; B: as measured here")
             report.print_changes(pulled.changes, [])
-    if not all(pulled.sound for pulled in found):
+    if not all(pulled.sound for pulled in artifacts):
         raise SystemExit(FAILED)
 
 
@@ -126,13 +126,13 @@ def reproduce(artifact: str, source: str | None, text: str | None, device: str, 
         if published(artifact):
             folder = Path(work) / "published" / folder.name
             click.echo(f"{artifact} at {hub.fetch(artifact, None, folder)}")
-        found = build_again(folder, Given(source, text, device, trust_remote_code), Path(work) / "again")
-    if not found.differing:
-        click.echo(f"{artifact}: {found.tensors} tensors, the same bit for bit")
+        comparison = build_again(folder, Given(source, text, device, trust_remote_code), Path(work) / "again")
+    if not comparison.differing:
+        click.echo(f"{artifact}: {comparison.tensors} tensors, the same bit for bit")
         return
-    click.echo(f"{artifact}: {len(found.differing)} of {found.tensors} tensors differ")
-    for line in found.differing[:20]:
+    click.echo(f"{artifact}: {len(comparison.differing)} of {comparison.tensors} tensors differ")
+    for line in comparison.differing[:20]:
         click.echo(f"  {line}")
-    for line in found.reasons or ("device and versions are the same: this should not be",):
+    for line in comparison.reasons or ("device and versions are the same: this should not be",):
         click.echo(f"why it may: {line}")
     raise SystemExit(FAILED)

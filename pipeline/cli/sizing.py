@@ -63,18 +63,18 @@ def plan(
     if model.endswith((".yaml", ".yml")):
         _plan_job(Path(model), runs, as_json)
         return
-    found = qtool.plan(
+    answer = qtool.plan(
         model, gpu, gpus=gpus, contexts=numbers(contexts, "--context"),
         sequences=numbers(concurrency, "--concurrency"), kv_dtypes=_kv_dtypes(kv_dtype), engine=engine,
         formats=list(filter(None, (name.strip() for name in formats.split(",")))), cards=cards,
         host_bandwidth=host_bandwidth, revision=revision,
     )  # fmt: skip
     if as_json:
-        click.echo(json.dumps(to_json(found), indent=2))
+        click.echo(json.dumps(to_json(answer), indent=2))
     else:
-        plan_report.print_plan(found)
+        plan_report.print_plan(answer)
     if svg is not None:
-        write_text(svg, memory_figure.memory_by_context(found))
+        write_text(svg, memory_figure.memory_by_context(answer))
         click.echo(f"picture: {svg}", err=True)
 
 
@@ -165,13 +165,13 @@ def measure(
         trust_remote_code=trust_remote_code,
     )
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
-        found = measure_model(trial)
+        measurement = measure_model(trial)
     if not no_log:
-        found = replace(found, key=model_key(model))
-        measurements.log(runs, found)
+        measurement = replace(measurement, key=model_key(model))
+        measurements.log(runs, measurement)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2))
+        click.echo(json.dumps(measurement.as_json(), indent=2))
     else:
-        measure_report.print_rows(found.rows)
-    if any(row.status == "rejected" for row in found.rows):
+        measure_report.print_rows(measurement.rows)
+    if any(row.status == "rejected" for row in measurement.rows):
         raise SystemExit(FAILED)

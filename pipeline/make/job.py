@@ -118,9 +118,12 @@ def versions(method: Method | None = None, device: torch.device | None = None) -
 
 
 def artifact_key(job: Job, output: Output, calibration: CalibrationSet, threads: int | None = None) -> str:
-    """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section and the
-    importance matrix that it names, device kind, versions, and the number of threads (None: as many as torch uses now)
-    where sums of calibration were cut into as many parts."""
+    """Two artifacts of the same key have the same bytes.
+
+    In the key: the source's commit, the calibration tokens where they matter, the output's section, the importance
+    matrix that it names, the kind of device, the versions. ``threads`` (None: as many as torch uses now) is in it where
+    they matter: sums of calibration are cut into as many parts.
+    """
     return keys_by_threads(job, output, calibration, [threads or torch.get_num_threads()])[0]
 
 

@@ -40,15 +40,15 @@ class Resources:
 
     def short(self) -> list[str]:
         """What is short, a sentence each."""
-        found = []
+        lacking = []
         for what, need, free in (
             (f"{self.device} memory", self.device_bytes, self.device_free),
             ("host memory", self.host_bytes, self.host_free),
             (f"disk at {self.disk_path}", self.disk_bytes, self.disk_free),
         ):
             if free is not None and need > free:
-                found.append(f"{what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-        return found
+                lacking.append(f"{what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        return lacking
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""

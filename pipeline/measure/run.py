@@ -1,5 +1,7 @@
-"""A measurement from its arguments: in this process for `qtool measure`; for a recipe, each model in a process of its
-own, so that one's memory is not counted as another's and what runs out of memory takes nothing down."""
+"""A measurement from its arguments. `qtool measure` makes it in this process, a recipe in a process for each model.
+
+So one model's memory is not counted as another's, and a model that runs out of memory ends nothing but its process.
+"""
 
 from __future__ import annotations
 

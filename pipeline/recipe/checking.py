@@ -16,27 +16,27 @@ from qtool.recipe.yaml_file import read_yaml
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def load(path: Path, kind: type[Checked]) -> Checked:
-    """Read a recipe as ``kind``. Raises QtoolError listing every fault with its path in the file."""
+def load(path: Path, section: type[Checked]) -> Checked:
+    """Read a recipe as ``section``. Raises QtoolError listing every fault with its path in the file."""
     if not path.exists():
         raise QtoolError(f"{path}: No such file or directory. Check the path; the folder recipes/ has examples.")
     data = read_yaml(path)
     if not isinstance(data, dict):
         there = {type(None): "it is empty", list: "it is a list"}.get(type(data), "it is one value")
         raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`; {there}.")
-    return checked(data, str(path), kind)
+    return checked(data, str(path), section)
 
 
-def checked(data: dict[str, Any], where: str, kind: type[Checked]) -> Checked:
-    """``data`` as ``kind``; names that are right but for capitals are put right in it. Raises QtoolError listing every
+def checked(data: dict[str, Any], where: str, section: type[Checked]) -> Checked:
+    """``data`` as ``section``; names right but for capitals are put right in it. Raises QtoolError listing every
     fault, ``where`` in front."""
     while True:
         try:
-            return kind.model_validate(data)
+            return section.model_validate(data)
         except ValidationError as error:
-            written_otherwise = other_case(error, kind)
+            written_otherwise = other_case(error, section)
             if not written_otherwise:
-                faults = sentences(error, kind)
+                faults = sentences(error, section)
                 raise QtoolError(f"{where}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
             for loc, value in written_otherwise:
                 _put(data, loc, value)

@@ -16,10 +16,10 @@ _KINDS = {str: "text", dict: "a mapping", list: "a list", bool: "true or false",
 
 def sentences(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
     """One line for each fault; of a value that may be one of several kinds, the first."""
-    found: dict[str, str] = {}
+    faults: dict[str, str] = {}
     for fault in error.errors():
-        found.setdefault(place(fault["loc"], recipe), _say(fault, recipe))
-    return [f"  {where}: {said}" for where, said in found.items()]
+        faults.setdefault(place(fault["loc"], recipe), _say(fault, recipe))
+    return [f"  {where}: {said}" for where, said in faults.items()]
 
 
 def other_case(error: ValidationError, recipe: type[BaseModel]) -> list[tuple[Loc, Any]]:
@@ -47,30 +47,30 @@ def place(loc: Loc, recipe: type[BaseModel]) -> str:
 
 
 def _say(fault: Any, recipe: type[BaseModel]) -> str:
-    kind, given = fault["type"], fault.get("input")
-    if kind == "extra_forbidden":
+    fault_type, given = fault["type"], fault.get("input")
+    if fault_type == "extra_forbidden":
         return _unknown_key(str(fault["loc"][-1]), fault["loc"], recipe)
-    if kind == "missing":
+    if fault_type == "missing":
         return "is missing"
-    if kind in ("model_type", "dict_type", "tuple_type", "model_attributes_type"):
+    if fault_type in ("model_type", "dict_type", "tuple_type", "model_attributes_type"):
         models = _below(fault["loc"], recipe)
         keys = ", ".join(models[0].model_fields) if len(models) == 1 else ""
-        wanted = "a list" if kind == "tuple_type" else f"keys of {keys}" if keys else "keys with values"
+        wanted = "a list" if fault_type == "tuple_type" else f"keys of {keys}" if keys else "keys with values"
         return f"is {_KINDS.get(type(given), type(given).__name__)}; it has to be {wanted}"
-    if kind == "invalid_key":
+    if fault_type == "invalid_key":
         return "a key that is no text"
-    if kind == "union_tag_not_found":
+    if fault_type == "union_tag_not_found":
         return f"`method:` is missing; it is one of {', '.join(_allowed(fault))}"
-    if kind in ("union_tag_invalid", "literal_error"):
-        given = fault["ctx"]["tag"] if kind == "union_tag_invalid" else given
+    if fault_type in ("union_tag_invalid", "literal_error"):
+        given = fault["ctx"]["tag"] if fault_type == "union_tag_invalid" else given
         allowed = _allowed(fault)
         if isinstance(given, str) and given in allowed:
             return f"{given!r:.80} is text; write {given:.80} without quotes"
-        what = "no such method" if kind == "union_tag_invalid" else "not possible"
+        what = "no such method" if fault_type == "union_tag_invalid" else "not possible"
         one = f"one of {', '.join(allowed)}" if len(allowed) > 1 else allowed[0]
         meant = _meant(str(given), allowed)
         return f"{given!r:.80} is {what}{meant} It is {one}" if meant else f"{given!r:.80} is {what}; it is {one}"
-    if kind == "int_type":
+    if fault_type == "int_type":
         return f"{given!r:.80} is no whole number"
     message = str(fault["msg"]).removeprefix("Value error, ")
     return message if isinstance(given, dict | list) else f"{message} (got {given!r:.80})"

@@ -115,8 +115,8 @@ def size_against(points: Sequence[Point], axis: str, higher_is_better: bool) -> 
         low, high = (frame.y(min(max(v, up[0]), up[-1])) for v in (point.low, point.high))
         taken += [(x - 5, y - 5, 10.0, 10.0), (x - 2, high, 4.0, low - high)]
         whisker = f'<line class="line" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-        kind = "dot" if point in front else "dot open"
-        parts.append(f'<g class="{marks[i]}">{whisker}<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
+        mark = "dot" if point in front else "dot open"
+        parts.append(f'<g class="{marks[i]}">{whisker}<circle class="{mark}" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
     for i, point in enumerate(points):
         x, y = _label_place(places[i], frame.y(point.score), len(point.name), taken, frame)
         parts.append(f'<text class="{marks[i]} name" x="{x:.1f}" y="{y:.1f}">{visible(point.name)}</text>')

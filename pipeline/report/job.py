@@ -22,11 +22,11 @@ def print_plan(job: Job) -> None:
             table.add_column(column, justify="left" if column == "linear" else "right")
         kinds: dict[tuple[str, int, int, str, int], int] = {}
         for linear in plan.linears:
-            kind = linear.name[len(job.decoder.prefix) :].split(".", 1)[1]
-            key = (kind, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
+            part = linear.name[len(job.decoder.prefix) :].split(".", 1)[1]
+            key = (part, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
             kinds[key] = kinds.get(key, 0) + 1
-        for (kind, out, across, group, nbytes), count in kinds.items():
-            table.add_row(kind, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
+        for (part, out, across, group, nbytes), count in kinds.items():
+            table.add_row(part, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
         console.print(table)
         for note in output.notes:
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)

@@ -55,14 +55,14 @@ def _costs(row: Row) -> dict[str, str]:
 
 def measured_rows(measured: Mapping[str, Sequence[Measurement]]) -> list[dict[str, str]]:
     """A row for each cell of each model, for report and card; a column that would say one thing of all is left out."""
-    found = []
-    several = len({measurement.machine for found in measured.values() for measurement in found}) > 1
+    rows = []
+    several = len({measurement.machine for known in measured.values() for measurement in known}) > 1
     for name, measurements in measured.items():
         for measurement in measurements:
             about = {"model": name, "engine": measurement.engine}
             about |= {"machine": measurement.machine} if several else {}
-            found += [about | _name(row) | _speeds(row) | _costs(row) for row in measurement.rows]
-    return found
+            rows += [about | _name(row) | _speeds(row) | _costs(row) for row in measurement.rows]
+    return rows
 
 
 def measured_ways(measured: Mapping[str, Sequence[Measurement]]) -> list[str]:

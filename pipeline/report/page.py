@@ -105,15 +105,15 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
 """
 
 
-def table(rows: Sequence[Row], kind: str, label: str) -> str:
-    """Rows of text as a table that scrolls in its own box. ``kind``: scores (numbers) or words."""
+def table(rows: Sequence[Row], style: str, label: str) -> str:
+    """Rows of text as a table that scrolls in its own box. ``style``: scores (numbers) or words."""
     heads = columns(list(rows))
     top = "".join(f'<th scope="col">{visible(head)}</th>' for head in heads)
     lines = []
     for row in rows:
         first, *rest = (visible(row.get(head, "")) for head in heads)
         lines.append(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>')
-    body = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    body = f'<table class="{style}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{visible(label)}">{body}</div>'
 
 

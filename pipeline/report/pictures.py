@@ -62,8 +62,8 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
         said = [f"{size_text(model.size.tensors)}, {model.size.tensors / source.tensors:.0%} of the source"]
         if model.text is not None:
             said.append(f"KL {model.text.kl.estimate:.4f}")
-        for task, found in model.tasks.items():
-            if (loss := found.loss) is not None:
+        for task, result in model.tasks.items():
+            if (loss := result.loss) is not None:
                 worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
                 shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
                 said.append(f"{moved(loss.difference.loss)} on {task_label(task)} ({shown})")
@@ -114,7 +114,7 @@ def kl_points(summary: Summary) -> list[Point]:
 
 
 def _sizes(summary: Summary) -> list[Picture]:
-    found = []
+    pictures = []
     aside = "Points of nearly one size are drawn side by side."
     for number, task in enumerate(summary.models["source"].tasks):
         marks = [
@@ -125,17 +125,17 @@ def _sizes(summary: Summary) -> list[Picture]:
         label = task_label(task)
         svg = figures.size_against(marks, f"{label}, % passed", True)
         caption = f"Bars are 95 % intervals of each score alone; the table's paired losses are sharper. {aside}"
-        found.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
+        pictures.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
     marks = [replace(p, low=max(0.0, p.low)) for p in kl_points(summary)]
     if len(marks) > 1:
         svg = figures.size_against(marks, "KL to source, nats a token", False)
         caption = f"Bars are 95 % bootstrap intervals over windows of held-out text. {aside}"
-        found.append(Picture("size-kl", "size", "Size against KL divergence", caption, svg))
-    return found
+        pictures.append(Picture("size-kl", "size", "Size against KL divergence", caption, svg))
+    return pictures
 
 
 def _kls(summary: Summary) -> list[Picture]:
-    found = []
+    pictures = []
     measured = {name: model.texts for name, model in summary.models.items() if name != "source" and model.texts}
     for length in dict.fromkeys(length for texts in measured.values() for length in texts):
         texts = {name: by_length[length] for name, by_length in measured.items() if length in by_length}
@@ -144,17 +144,17 @@ def _kls(summary: Summary) -> list[Picture]:
             width = next(texts[name].position_bin for name in by_position)
             svg = figures.kl_by_position(by_position, width)
             caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
-            found.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
+            pictures.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
     first = {name: next(iter(by_length.values())) for name, by_length in measured.items()}
     by_layer = {name: text.kl_by_layer for name, text in first.items() if _drawable(text.kl_by_layer)}
     if by_layer:
         caption = "Each layer in turn is the quantized one; all others are the source's."
-        found.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))
-    return found
+        pictures.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))
+    return pictures
 
 
 def _errors(run: RunRecord) -> list[Picture]:
-    found = []
+    pictures = []
     for number, (name, manifest) in enumerate(run.manifests.items()):
         records = manifest.ledger.values()
         key = next((key for key in _ERRORS if any(key in record for record in records)), None)
@@ -167,8 +167,8 @@ def _errors(run: RunRecord) -> list[Picture]:
             label = _ERRORS[key]
             svg = figures.heat_map(values, f"{name}: {label}")
             caption = f"Every linear of {name}: {label}. The colours span this artifact's own range."
-            found.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
-    return found
+            pictures.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
+    return pictures
 
 
 def _drawable(values: Sequence[float]) -> bool:

@@ -31,12 +31,12 @@ def print_plan(plan: Plan) -> None:
 
 def _alike(plan: Plan) -> list[list[Answer]]:
     """Answers, those with the same refusal and advice together."""
-    found: dict[object, list[Answer]] = {}
+    groups: dict[object, list[Answer]] = {}
     for number, answer in enumerate(plan.answers):
         s = answer.setting
         same = (s.card.key, s.engine, s.kv_dtype, answer.faults, tuple(_advice(plan, answer)))
-        found.setdefault(same if answer.faults else number, []).append(answer)
-    return list(found.values())
+        groups.setdefault(same if answer.faults else number, []).append(answer)
+    return list(groups.values())
 
 
 def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
@@ -112,9 +112,9 @@ def _speed(step: Range, sequences: int) -> str:
     return f"{low} - {rate_text(rate.best)}"
 
 
-def _seconds(found: Range) -> str:
-    high = "?" if found.slow is None else _two_digits(found.slow)
-    return f"{_two_digits(found.best)} - {high} s"
+def _seconds(seconds: Range) -> str:
+    high = "?" if seconds.slow is None else _two_digits(seconds.slow)
+    return f"{_two_digits(seconds.best)} - {high} s"
 
 
 def _two_digits(value: float) -> str:

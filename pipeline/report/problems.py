@@ -93,11 +93,11 @@ def _pick(score: TaskScore, problem: str, passing: bool) -> ProblemOutcome:
 
 
 def _card(name: str, score: TaskScore, problem: str, answer: ProblemOutcome, reference: str) -> str:
-    right = sum(found.outcome == "passed" for found in score.answers(problem))
+    right = sum(outcome.outcome == "passed" for outcome in score.answers(problem))
     count = f" ({right} of {score.samples} samples passed)" if score.samples > 1 else ""
-    kind = "yes" if answer.outcome == "passed" else "no"
+    mark = "yes" if answer.outcome == "passed" else "no"
     detail = f'<p class="detail">{visible(answer.detail[:600])}</p>' if answer.detail else ""
-    head = f'<h5>{visible(name)} <span class="{kind}">{answer.outcome}</span>{count}</h5>'
+    head = f'<h5>{visible(name)} <span class="{mark}">{answer.outcome}</span>{count}</h5>'
     return f"<section>{head}<pre>{_marked(answer.completion, reference)}</pre>{detail}</section>"
 
 

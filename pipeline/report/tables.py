@@ -32,11 +32,11 @@ def score_rows(summary: Summary) -> list[Row]:
     return rows
 
 
-def _task_cells(name: str, found: TaskSummary) -> Row:
-    label = name if found.samples == 1 else f"{name}, pass@1 of {found.samples}"
-    row = {label: _percent(found.rate)}
-    row |= {f"{name}, pass@{k}": _percent(several) for k, several in found.pass_at.items() if k > 1}
-    if (loss := found.loss) is not None:
+def _task_cells(name: str, task: TaskSummary) -> Row:
+    label = name if task.samples == 1 else f"{name}, pass@1 of {task.samples}"
+    row = {label: _percent(task.rate)}
+    row |= {f"{name}, pass@{k}": _percent(several) for k, several in task.pass_at.items() if k > 1}
+    if (loss := task.loss) is not None:
         row[f"{label}: points lost"] = f"{points(loss.difference.loss)}, p={loss.p_holm:.2g}"
         if loss.recovery is not None:
             row[f"{label}: recovery"] = _percent(loss.recovery)

@@ -96,8 +96,8 @@ def print_self_check(checks: dict[str, SelfCheck]) -> None:
 
 def print_results(results: Sequence[GateResult]) -> None:
     """One line a gate, with its reason."""
-    for found in results:
-        line = f"{MARKS[found.verdict]}  {escape(f'{found.output}: {found.gate}: {found.reason}')}"
+    for result in results:
+        line = f"{MARKS[result.verdict]}  {escape(f'{result.output}: {result.gate}: {result.reason}')}"
         console.print(line, highlight=False, soft_wrap=True)
 
 

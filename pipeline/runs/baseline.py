@@ -1,5 +1,7 @@
-"""Scores in the form in which two models are compared: which problems each solved, and its loss window by window; of a
-run, of an evaluation, or of a baseline file kept beside the code."""
+"""Scores as two models are compared: which problems a model solved, and its loss window by window.
+
+They come from a run, from an evaluation, or from a baseline file kept beside the code.
+"""
 
 from __future__ import annotations
 
@@ -128,9 +130,9 @@ def _model(key: str, model: ModelSummary) -> Measured:
     return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
 
 
-def _task(found: TaskSummary) -> TaskResult:
-    return TaskResult(digest=found.digest, settings=found.settings, samples=found.samples, solved=found.solved)
+def _task(score: TaskSummary) -> TaskResult:
+    return TaskResult(digest=score.digest, settings=score.settings, samples=score.samples, solved=score.solved)
 
 
-def _text(found: TextSummary) -> TextResult:
-    return TextResult(digest=found.digest, settings=found.settings, kl=found.kls, nll=found.nlls)
+def _text(score: TextSummary) -> TextResult:
+    return TextResult(digest=score.digest, settings=score.settings, kl=score.kls, nll=score.nlls)

@@ -104,7 +104,7 @@ def _adjusted(changes: Sequence[Change]) -> list[Change]:
     """With Holm's p over all that were tested; what it does not bear out is not shown."""
     tested = [change.numbers.p for change in changes if change.numbers and change.numbers.p is not None]
     adjusted = iter(holm(tested))
-    found = []
+    judged = []
     for change in changes:
         if (numbers := change.numbers) is not None and numbers.p is not None:
             p = next(adjusted)
@@ -113,8 +113,8 @@ def _adjusted(changes: Sequence[Change]) -> list[Change]:
                 numbers=replace(numbers, p_holm=p, comparisons=len(tested)),
                 shown=change.shown if p < ALPHA else "no loss shown",
             )
-        found.append(change)
-    return found
+        judged.append(change)
+    return judged
 
 
 def _misfits(a: Measured, b: Measured) -> list[str]:
@@ -160,13 +160,13 @@ def _alone(label: str, what: str, in_a: bool, done: str) -> Change:
 
 def _task(label: str, name: str, a: TaskResult, b: TaskResult) -> Change:
     one, other = list(a.solved.values()), list(b.solved.values())
-    found = rate_difference(one, other, a.samples)
+    difference = rate_difference(one, other, a.samples)
     before, after = (mean_rate(counts, a.samples).estimate for counts in (one, other))
     numbers = Evidence(
-        "loss", found.loss.estimate, interval=found.loss, before=before, after=after, n=found.problems,
-        lost=found.lost, gained=found.gained, detectable=found.detectable, p=found.p, alpha=ALPHA,
+        "loss", difference.loss.estimate, interval=difference.loss, before=before, after=after, n=difference.problems,
+        lost=difference.lost, gained=difference.gained, detectable=difference.detectable, p=difference.p, alpha=ALPHA,
     )  # fmt: skip
-    return Change(label, name, "worse" if found.loss.estimate > 0 else "better", numbers)
+    return Change(label, name, "worse" if difference.loss.estimate > 0 else "better", numbers)
 
 
 def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Change]:

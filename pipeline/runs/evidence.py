@@ -23,10 +23,11 @@ AT_LEAST = ("bits saved", "recovery")  # all else is to be at most its limit
 class Evidence:
     """One measurement beside its limit; None for what plays no part.
 
-    ``value`` is the interval's estimate: bytes, bits a weight, points of loss, a fraction (recovery), and for KL and
-    nll nats a token: the mean, or its rise where two models are compared. ``before`` and ``after``: the two models' own
-    (rates as fractions, perplexities, bytes). ``n``: problems, or windows. ``p`` is the test's own, ``p_holm`` adjusted
-    over ``comparisons``; ``alpha``: the p_holm below which a difference counts as shown.
+    ``value`` is the interval's estimate, in bytes, bits a weight, points of loss or a fraction (recovery). For KL and
+    nll it is in nats a token: the mean, or the rise of the mean where two models are compared. ``before`` and
+    ``after``: the value of each of the two models (rates as fractions, perplexities, bytes). ``n``: problems, or
+    windows. ``p`` is the test's own, ``p_holm`` is adjusted over ``comparisons``. A difference counts as shown where
+    p_holm is below ``alpha``.
     """
 
     measure: Measure

@@ -50,10 +50,10 @@ def judge(summary: Summary, gates: Sequence[GateSection]) -> list[GateResult]:
     return results
 
 
-def _result(gate: GateSection, name: str, label: str, found: Evidence | _Unmeasured) -> GateResult:
-    if isinstance(found, _Unmeasured):
-        return GateResult(name, label, found.verdict, found.why, gate.on_undecided)
-    return GateResult(name, label, result_of(found), reason(found), gate.on_undecided, found)
+def _result(gate: GateSection, name: str, label: str, evidence: Evidence | _Unmeasured) -> GateResult:
+    if isinstance(evidence, _Unmeasured):
+        return GateResult(name, label, evidence.verdict, evidence.why, gate.on_undecided)
+    return GateResult(name, label, result_of(evidence), reason(evidence), gate.on_undecided, evidence)
 
 
 def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:

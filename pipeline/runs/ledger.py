@@ -41,8 +41,8 @@ def append(runs: Path, entry: dict[str, Any]) -> None:
 def read(runs: Path) -> list[dict[str, Any]]:
     """All entries, oldest first; lines that a power cut tore are left out. Raises QtoolError where it is no file."""
     path = runs / LEDGER
-    found = []
+    entries = []
     for line in read_bytes(path).splitlines() if os.path.lexists(path) else []:
         with suppress(ValueError):
-            found.append(from_json(line))  # of bounded depth: a million brackets are refused after a few hundred
-    return [entry for entry in found if isinstance(entry, dict)]
+            entries.append(from_json(line))  # of bounded depth: a million brackets are refused after a few hundred
+    return [entry for entry in entries if isinstance(entry, dict)]

@@ -248,13 +248,13 @@ def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"
         raise QtoolError(f"latest: {runs} has no finished run. Make one with `qtool run RECIPE`.")
     if Path(text).is_dir():
         return Path(text)
-    found = sorted(path.parent for path in runs.glob(f"*/{marker}") if path.parent.name.startswith(text))
-    if len(found) != 1 or not text:
+    folders = sorted(path.parent for path in runs.glob(f"*/{marker}") if path.parent.name.startswith(text))
+    if len(folders) != 1 or not text:
         there = sorted(path.parent.name for path in runs.glob(f"*/{marker}"))
-        what = "several runs begin so" if len(found) > 1 else "no such run"
+        what = "several runs begin so" if len(folders) > 1 else "no such run"
         few = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
         raise QtoolError(f"{text}: {what}; {runs} has {few or 'none'} (a beginning is enough), or say latest.")
-    return found[0]
+    return folders[0]
 
 
 def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
@@ -280,8 +280,8 @@ def _score_file(folder: Path, key: str) -> Path:
     return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
 
 
-def _read(kind: type[File], path: Path) -> File:
-    return _checked(TypeAdapter(kind), path)
+def _read(model: type[File], path: Path) -> File:
+    return _checked(TypeAdapter(model), path)
 
 
 def _checked(reader: TypeAdapter[File], path: Path) -> File:

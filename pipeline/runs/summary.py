@@ -158,15 +158,15 @@ def summarise(
 
 def evidence_of(scores: Scores, sizes: Mapping[str, Size]) -> str:
     """sha256 of all that a Summary is computed from."""
-    found = hashlib.sha256(f"{FORMAT}\n".encode())
+    digest = hashlib.sha256(f"{FORMAT}\n".encode())
     for name, size in sizes.items():
-        found.update(f"{name} {size}\n".encode())
+        digest.update(f"{name} {size}\n".encode())
     for name, tasks in scores.tasks.items():
         for label, task in tasks.items():
-            found.update(f"{name} {label} {task.model_dump_json()}\n".encode())
+            digest.update(f"{name} {label} {task.model_dump_json()}\n".encode())
     for name, text in [*scores.fidelity.items(), *((n, t) for n, by in scores.contexts.items() for t in by.values())]:
-        found.update(f"{name} {text.model_dump_json()}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{name} {text.model_dump_json()}\n".encode())
+    return digest.hexdigest()
 
 
 def save_summary(folder: Path, summary: Summary) -> None:

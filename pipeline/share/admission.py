@@ -18,7 +18,7 @@ from qtool.runs.record import RESULT, RunRecord, find_run, load_run
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Offer:
     """An artifact that someone wants to publish, with the run that judged it, if any did."""
 
     name: str
@@ -27,10 +27,10 @@ class Candidate:
     run: RunRecord | None
 
 
-Accepted = tuple[Candidate, Verification, Sequence[str]]  # the last: what --allow-failed forgave
+Accepted = tuple[Offer, Verification, Sequence[str]]  # the last: what --allow-failed forgave
 
 
-def candidates(text: str, runs: Path, only: Sequence[str] = ()) -> list[Candidate]:
+def offers(text: str, runs: Path, only: Sequence[str] = ()) -> list[Offer]:
     """What ``text`` names: the outputs of a run, or one artifact's folder. Raises QtoolError for an unfinished one."""
     path = Path(text)
     if path.name.endswith(PARTIAL) or (not path.exists() and path.with_name(path.name + PARTIAL).exists()):
@@ -38,13 +38,13 @@ def candidates(text: str, runs: Path, only: Sequence[str] = ()) -> list[Candidat
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
         run, name = _judged_by(manifest.key, runs)
-        return [Candidate(name or manifest.output["name"], path, manifest, run)]
+        return [Offer(name or manifest.output["name"], path, manifest, run)]
     run = load_run(find_run(text, runs))
     unknown = [name for name in only if name not in run.manifests]
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the run made {', '.join(run.manifests)}.")
     places = {name: run.folder / entry.path for name, entry in run.lock.artifacts.items()}
-    return [Candidate(n, places[n], m, run) for n, m in run.manifests.items() if not only or n in only]
+    return [Offer(n, places[n], m, run) for n, m in run.manifests.items() if not only or n in only]
 
 
 def _judged_by(key: str, runs: Path) -> tuple[RunRecord | None, str | None]:
@@ -60,39 +60,39 @@ def _judged_by(key: str, runs: Path) -> tuple[RunRecord | None, str | None]:
     return None, None
 
 
-def refusals(candidate: Candidate, section: PublishSection) -> tuple[list[str], list[str], Verification | None]:
+def refusals(offer: Offer, section: PublishSection) -> tuple[list[str], list[str], Verification | None]:
     """Reasons that nothing overrides, reasons that --allow-failed overrides, and the fresh checks."""
-    folder = candidate.path
+    folder = offer.path
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(folder.name + PARTIAL).exists()
         return [f"{folder} is {'unfinished' if unfinished else 'gone'}; run the recipe again"], [], None
-    if read_manifest(folder).key != candidate.manifest.key:
+    if read_manifest(folder).key != offer.manifest.key:
         return [f"{folder} holds another artifact than the run made"], [], None
     try:
         checked = verify(folder)
     except QtoolError as error:
         return [error.message], [], None
     hard = [f"{c.name}: {c.detail}" for c in checked.checks if c.required and c.status == "fail"]
-    carried = any(name.upper().startswith("LICENSE") for name in candidate.manifest.files)
-    fault = licence_fault(licence_keys(candidate.manifest, section), carried)
+    carried = any(name.upper().startswith("LICENSE") for name in offer.manifest.files)
+    fault = licence_fault(licence_keys(offer.manifest, section), carried)
     if fault:
         hard.append(f"{fault}. If you know better, say --license, or `publish: {{license: …}}` in the recipe")
-    return hard, _gate_faults(candidate), checked
+    return hard, _gate_faults(offer), checked
 
 
-def accept(found: Sequence[Candidate], section: PublishSection, allow_failed: bool) -> list[Accepted]:
+def accept(offers: Sequence[Offer], section: PublishSection, allow_failed: bool) -> list[Accepted]:
     """Those that may go out, with what --allow-failed forgave. Raises QtoolError (exit 1) naming every reason when one
     of them may not: then none goes."""
     accepted: list[Accepted] = []
     refused: list[str] = []
-    for candidate in found:
-        hard, soft, checked = refusals(candidate, section)
+    for offer in offers:
+        hard, soft, checked = refusals(offer, section)
         reasons = hard if allow_failed else [*hard, *soft]
-        refused += [f"  {candidate.name}: {reason}" for reason in reasons]
+        refused += [f"  {offer.name}: {reason}" for reason in reasons]
         if checked is not None and not reasons:
-            accepted.append((candidate, checked, soft))
+            accepted.append((offer, checked, soft))
     if refused:
-        ways = ["`--only NAME` publishes one output"] if len(found) > 1 else []
+        ways = ["`--only NAME` publishes one output"] if len(offers) > 1 else []
         ways.append("`gates:` in the recipe judge an output (run it again: nothing is made twice)")
         if not allow_failed:
             ways.append("`--allow-failed` publishes what gates failed or none judged, and the card says so")
@@ -101,10 +101,10 @@ def accept(found: Sequence[Candidate], section: PublishSection, allow_failed: bo
     return accepted
 
 
-def _gate_faults(candidate: Candidate) -> list[str]:
-    if candidate.run is None:
+def _gate_faults(offer: Offer) -> list[str]:
+    if offer.run is None:
         return ["no run judged it"]
-    verdicts = [v for v in candidate.run.verdicts if v.output == candidate.name]
+    verdicts = [v for v in offer.run.verdicts if v.output == offer.name]
     if not verdicts:
         return ["no gate judged it"]
     return [f"gate {v.verdict}: {v.gate}: {v.reason}" for v in verdicts if v.verdict != "pass"]

@@ -23,12 +23,12 @@ from qtool.runs.baseline import Baseline, measured
 from qtool.runs.record import LOCK, RunRecord
 from qtool.runs.summary import Size, Summary, summarise
 from qtool.share import hub
-from qtool.share.admission import Accepted, Candidate, licence_keys
+from qtool.share.admission import Accepted, Offer, licence_keys
 from qtool.share.hub import Target, Upload, upload_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRepository:
     """One repository as it will be: ``uploads`` holds every file, the card among them."""
 
     target: Target
@@ -69,38 +69,38 @@ def repository(section: PublishSection, name: str, manifest: Manifest) -> str:
     return repo
 
 
-def plan(accepted: Sequence[Accepted], section: PublishSection) -> list[Plan]:
+def plan(accepted: Sequence[Accepted], section: PublishSection) -> list[PlannedRepository]:
     """The repositories; ``accepted`` with what --allow-failed forgave. Raises QtoolError when two would be one."""
     named = [(repository(section, c.name, c.manifest), c, v, forgiven) for c, v, forgiven in accepted]
     groups: dict[str, list[Accepted]] = {}
-    for repo, candidate, checked, forgiven in named:
-        groups.setdefault(repo, []).append((candidate, checked, forgiven))
+    for repo, offer, checked, forgiven in named:
+        groups.setdefault(repo, []).append((offer, checked, forgiven))
     for repo, members in groups.items():
         if len(members) > 1 and section.layout == "repository":
-            names = ", ".join(candidate.name for candidate, _, _ in members)
+            names = ", ".join(offer.name for offer, _, _ in members)
             raise QtoolError(f"{names} would all go to {repo}. Put {{output}} into `to:`, or use `layout: folders`.")
     return [_plan(repo, members, section) for repo, members in groups.items()]
 
 
-def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> Plan:
+def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> PlannedRepository:
     run = members[0][0].run
     folders = section.layout == "folders"
     items, uploads = [], []
-    for candidate, checked, forgiven in members:
-        prefix = candidate.name if folders else ""
-        gates = [v for v in candidate.run.verdicts if v.output == candidate.name] if candidate.run else []
+    for offer, checked, forgiven in members:
+        prefix = offer.name if folders else ""
+        gates = [v for v in offer.run.verdicts if v.output == offer.name] if offer.run else []
         items.append(
             Published(
-                candidate.name,
-                format_label(candidate.manifest),
+                offer.name,
+                format_label(offer.manifest),
                 prefix,
-                candidate.manifest,
+                offer.manifest,
                 checked.checks,
                 gates,
                 forgiven,
             )
         )
-        uploads += _files(candidate, prefix)
+        uploads += _files(offer, prefix)
     names = [item.name for item in items]
     summary = run.summary.only(names) if run else summarise(Scores(), {item.name: _size(item) for item in items})
     source = items[0].manifest.source
@@ -123,15 +123,15 @@ def _plan(repo: str, members: Sequence[Accepted], section: PublishSection) -> Pl
     uploads += [upload_of(name, text.encode()) for name, text in made.items()]
     target = Target(repo, section.revision or "main", section.pr, section.private)
     keys = tuple(item.manifest.key for item in items)
-    return Plan(target, tuple(names), keys, str(source["model"]), tuple(uploads), made["README.md"])
+    return PlannedRepository(target, tuple(names), keys, str(source["model"]), tuple(uploads), made["README.md"])
 
 
-def _files(candidate: Candidate, prefix: str) -> list[Upload]:
+def _files(offer: Offer, prefix: str) -> list[Upload]:
     """The files of the manifest and the manifest: nothing else that lies in the folder."""
     at = f"{prefix}/" if prefix else ""
-    entries = candidate.manifest.files.items()
-    files = [Upload(at + name, candidate.path / name, entry.bytes, entry.sha256) for name, entry in entries]
-    manifest = without_folders(candidate.manifest.model_dump(mode="json"))
+    entries = offer.manifest.files.items()
+    files = [Upload(at + name, offer.path / name, entry.bytes, entry.sha256) for name, entry in entries]
+    manifest = without_folders(offer.manifest.model_dump(mode="json"))
     return [*files, upload_of(at + MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())]
 
 
@@ -161,7 +161,7 @@ def plot(summary: Summary) -> str | None:
     return size_against(points, axis, higher_is_better=bool(tasks)) if points else None
 
 
-def stale_files(planned: Plan, remote: hub.Remote | None) -> list[str]:
+def stale_files(planned: PlannedRepository, remote: hub.Remote | None) -> list[str]:
     """Files of an earlier publication to remove. Raises QtoolError when the repository holds something else."""
     if remote is None:
         return []
@@ -191,7 +191,7 @@ def _of_qtool(name: str) -> bool:
     return name in (EVIDENCE, PLOT) or name.startswith(".eval_results/")
 
 
-def send(planned: Plan) -> hub.Publication:
+def send(planned: PlannedRepository) -> hub.Publication:
     """Check the repository, upload, read back. Raises QtoolError as `hub.publish` and `stale_files` do."""
     texts = {u.path: u.source if isinstance(u.source, bytes) else u.source.read_bytes() for u in planned.uploads
              if u.size < 1 << 22}  # fmt: skip
@@ -211,7 +211,7 @@ def with_options(section: PublishSection | None, to: str | None, **changes: Any)
     return base.model_copy(update=given | ({"to": to} if to else {}))
 
 
-def note(runs: Path, planned: Plan, sent: hub.Publication) -> None:
+def note(runs: Path, planned: PlannedRepository, sent: hub.Publication) -> None:
     """A line in the ledger: what went where, as which commit."""
     entry = {"repo": sent.repo, "revision": planned.target.revision, "commit": sent.commit, "url": sent.url}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

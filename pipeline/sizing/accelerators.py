@@ -51,10 +51,10 @@ SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link"
 def load_accelerators(own: Path | None = None) -> dict[str, Accelerator]:
     """Shipped cards, then those of ``own``, which may replace them. Raises QtoolError naming file, card and key."""
     shipped = files("qtool").joinpath("data/accelerators.yaml")
-    found = _read(shipped.read_text(encoding="utf-8"), "accelerators.yaml")
+    accelerators = _read(shipped.read_text(encoding="utf-8"), "accelerators.yaml")
     if own is not None:
-        found |= _read(read_text(named(str(own)), CONFIG_LIMIT), str(own))
-    return found
+        accelerators |= _read(read_text(named(str(own)), CONFIG_LIMIT), str(own))
+    return accelerators
 
 
 def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:

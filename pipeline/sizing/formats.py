@@ -59,15 +59,15 @@ def method_of(name: str) -> Method | None:
     dtype. Raises QtoolError naming all."""
     base, _, group = name.partition("-g")
     size = int(group) if group.isdigit() else GROUPS[-1]
-    for method, kind in METHODS.items():
-        if not kind.grouped and name in kind.short:
-            return kind.model_validate({"method": method, **kind.short[name]})
-        if kind.grouped and base in kind.short and size in GROUPS:
-            return kind.model_validate({"method": method, "group_size": size, **kind.short[base]})
+    for method, method_class in METHODS.items():
+        if not method_class.grouped and name in method_class.short:
+            return method_class.model_validate({"method": method, **method_class.short[name]})
+        if method_class.grouped and base in method_class.short and size in GROUPS:
+            return method_class.model_validate({"method": method, "group_size": size, **method_class.short[base]})
     if name == SOURCE:
         return None
-    grouped = [short for kind in METHODS.values() if kind.grouped for short in kind.short]
-    others = [short for kind in METHODS.values() if not kind.grouped for short in kind.short]
+    grouped = [short for method_class in METHODS.values() if method_class.grouped for short in method_class.short]
+    others = [short for method_class in METHODS.values() if not method_class.grouped for short in method_class.short]
     raise QtoolError(
         f"--format {name}: not a format qtool writes. Known: {SOURCE}, {', '.join(grouped)} (each with -g32, -g64 or "
         f"-g128), {', '.join(others)}."
@@ -76,10 +76,10 @@ def method_of(name: str) -> Method | None:
 
 def weights_of(headers: Headers, name: str) -> Weights:
     """Raises QtoolError where the model cannot be written in this format, saying why."""
-    found = _weights_of(headers, name)
-    if headers.geometry.tied and found.head and found.embedding:  # stored all the same; engines load one of the two
-        return _replace(found, head=0, parameters=found.parameters - headers.geometry.head_weights)
-    return found
+    weights = _weights_of(headers, name)
+    if headers.geometry.tied and weights.head and weights.embedding:  # stored all the same; engines load one of the two
+        return _replace(weights, head=0, parameters=weights.parameters - headers.geometry.head_weights)
+    return weights
 
 
 def _weights_of(headers: Headers, name: str) -> Weights:

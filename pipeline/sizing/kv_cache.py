@@ -16,9 +16,9 @@ def kv_bytes(
     """
     row = geometry.kv_row if cards == 1 else max(1, geometry.kv_heads // cards) * geometry.head_dim
     tokens = sum(engine.cells(context, window, chunk) for window in cached_windows(geometry, engine))
-    kind = engine.cache_type(kv_dtype)
-    assert kind is not None, f"{engine.name} has no cache of {kv_dtype}; check_kv_dtype says so"
-    return int(sequences * tokens * 2 * row * kind.width)
+    cache_type = engine.cache_type(kv_dtype)
+    assert cache_type is not None, f"{engine.name} has no cache of {kv_dtype}; check_kv_dtype says so"
+    return int(sequences * tokens * 2 * row * cache_type.width)
 
 
 def cached_windows(geometry: Geometry, engine: EngineFacts) -> tuple[int | None, ...]:
@@ -33,11 +33,11 @@ def cached_windows(geometry: Geometry, engine: EngineFacts) -> tuple[int | None,
 
 def check_kv_dtype(geometry: Geometry, engine: EngineFacts, kv_dtype: str) -> None:
     """Raises QtoolError for a cache type that the engine does not have or the heads do not divide into."""
-    kind = engine.cache_type(kv_dtype)
-    if kind is None:
+    cache_type = engine.cache_type(kv_dtype)
+    if cache_type is None:
         known = ", ".join(known.name for known in engine.cache_types)
         raise QtoolError(f"--kv-dtype {kv_dtype}: {engine.name} keeps its cache in {known}.")
-    if geometry.head_dim % kind.block:
+    if geometry.head_dim % cache_type.block:
         raise QtoolError(
-            f"--kv-dtype {kv_dtype}: heads of {geometry.head_dim} do not divide into blocks of {kind.block}."
+            f"--kv-dtype {kv_dtype}: heads of {geometry.head_dim} do not divide into blocks of {cache_type.block}."
         )

@@ -53,9 +53,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One format on one kind of card. ``faults``: why it cannot be served so at all. ``smallest``: the least asked for.
-    ``offload``: how that is served where it does not fit. ``changes``: what would hold the longest context asked for,
-    ``least_changes``: what the smallest cell, each empty where it fits."""
+    """One format on one kind of card.
+
+    ``cells``: an estimate for each context and number of sequences; ``smallest`` is the least of them. ``faults``: why
+    the format cannot be served here at all. ``offload``: how the smallest cell is served where it does not fit.
+    ``changes``: what would hold the longest context, ``least_changes``: what would hold the smallest cell; each is
+    empty where that fits already.
+    """
 
     setting: Setting
     cells: tuple[Estimate, ...]
@@ -87,80 +91,80 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(headers: Headers, asked: Question) -> Plan:
+def make_plan(headers: Headers, question: Question) -> Plan:
     """Raises QtoolError for a context that the model was not made for and for a choice that no format can follow."""
     geometry = headers.geometry
     said = [f"assumed: {text}" for text in headers.assumed]
-    contexts = _contexts(headers, asked.contexts, said)
-    sequences = asked.sequences or SEQUENCES
-    weights, refused = _weights(headers, asked)
+    contexts = _contexts(headers, question.contexts, said)
+    sequences = question.sequences or SEQUENCES
+    formats, refused = _weights(headers, question)
     said += refused
-    others = [*weights, *_smallest(headers, weights)]
+    others = [*formats, *_smallest(headers, formats)]
     answers, served, fault = [], False, ""
-    for card in asked.cards:
-        for found in weights:
-            engine = planned_engine(asked.engine) if asked.engine else _engine(found)
-            if not _runs(engine, found):
-                said.append(f"{found.format}: {_unloadable(headers, engine)}")
+    for card in question.cards:
+        for weights in formats:
+            engine = planned_engine(question.engine) if question.engine else _engine(weights)
+            if not _runs(engine, weights):
+                said.append(f"{weights.format}: {_unloadable(headers, engine)}")
                 continue
             if refused_card := engine.refuses_card(card):
-                said.append(f"{found.format}: {refused_card}")
+                said.append(f"{weights.format}: {refused_card}")
                 continue
-            for kv_dtype in asked.kv_dtypes or (engine.cache_types[0].name,):
+            for kv_dtype in question.kv_dtypes or (engine.cache_types[0].name,):
                 try:
                     check_kv_dtype(geometry, engine, kv_dtype)
                 except QtoolError as error:
                     fault = error.message
                     continue
                 served = True
-                setting = Setting(geometry, found, engine, card, asked.number, kv_dtype)
+                setting = Setting(geometry, weights, engine, card, question.number, kv_dtype)
                 said += notes(headers, setting)
-                answers.append(_answer(headers, setting, others, contexts, sequences, asked))
+                answers.append(_answer(headers, setting, others, contexts, sequences, question))
     if not served:
         raise QtoolError(fault or f"nothing to plan: {'; '.join(dict.fromkeys(said))}")
     return Plan(headers, contexts, sequences, tuple(answers), tuple(dict.fromkeys(said)))
 
 
-def _contexts(headers: Headers, asked: tuple[int, ...], notes: list[str]) -> tuple[int, ...]:
+def _contexts(headers: Headers, wanted: tuple[int, ...], notes: list[str]) -> tuple[int, ...]:
     most = headers.geometry.max_context
-    beyond = [context for context in asked if most and context > most]
+    beyond = [context for context in wanted if most and context > most]
     if beyond:
         raise QtoolError(
             f"--context {beyond[0]}: {headers.name} was made for {most:,} tokens (max_position_embeddings in "
             "config.json). Ask for no more, or plan from a config.json whose rope scaling and "
             "max_position_embeddings say more."
         )
-    if asked:
-        return tuple(sorted(set(asked)))
+    if wanted:
+        return tuple(sorted(set(wanted)))
     kept = tuple(context for context in CONTEXTS if not most or context <= most)
     if len(kept) < len(CONTEXTS):
         notes.append(f"contexts end at {most:,} tokens, the model's max_position_embeddings")
     return kept or (int(most or CONTEXTS[0]),)
 
 
-def _weights(headers: Headers, asked: Question) -> tuple[list[Weights], list[str]]:
+def _weights(headers: Headers, question: Question) -> tuple[list[Weights], list[str]]:
     if headers.quantized:
-        if asked.formats:
+        if question.formats:
             raise QtoolError(f"--format: {headers.name} is quantized already; plan its source for other formats.")
         return [artifact_weights(headers)], []
-    found, notes = [], []
-    for name in asked.formats or DEFAULT_FORMATS:
+    weights, notes = [], []
+    for name in question.formats or DEFAULT_FORMATS:
         method_of(name)  # a misspelt one is an error, not a note
         try:
-            found.append(weights_of(headers, name))
-            notes += [f"{name}: {limit}" for limit in found[-1].notes if limit.startswith(LIMIT)]
+            weights.append(weights_of(headers, name))
+            notes += [f"{name}: {limit}" for limit in weights[-1].notes if limit.startswith(LIMIT)]
         except QtoolError as error:
             notes.append(f"{name}: {error.message}")
-    if not found:
+    if not weights:
         raise QtoolError("; ".join(notes))
-    if headers.geometry.loops > 1 and any(weights.family != SOURCE for weights in found):
+    if headers.geometry.loops > 1 and any(each.family != SOURCE for each in weights):
         notes.append("looped models are planned, but qtool quantizes none of them yet")
-    return found, notes
+    return weights, notes
 
 
 def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
     """The smallest format that qtool writes, to be advised even where nobody asked for it."""
-    if headers.quantized or any(found.format == SMALLEST for found in weights):
+    if headers.quantized or any(known.format == SMALLEST for known in weights):
         return []
     try:
         return [weights_of(headers, SMALLEST)]
@@ -186,7 +190,7 @@ def _unloadable(headers: Headers, engine: EngineFacts) -> str:
 
 def _answer(
     headers: Headers, setting: Setting, others: list[Weights], contexts: tuple[int, ...], sequences: tuple[int, ...],
-    asked: Question,
+    question: Question,
 ) -> Answer:  # fmt: skip
     refused = refusals(headers, setting)
     faults = [*refused, *split_faults(setting)]
@@ -194,7 +198,7 @@ def _answer(
     least, fewest = min(contexts), min(sequences)
     holds = not faults and fits(setting, least, fewest)
     longest = 0 if faults else largest_context(setting, fewest)
-    offload = None if holds or faults else offload_of(setting, least, fewest, asked.host_bandwidth)
+    offload = None if holds or faults else offload_of(setting, least, fewest, question.host_bandwidth)
     largest = max(contexts)
     wanted = not faults and fits(setting, largest, fewest)
     changes = () if wanted or refused else _changes(setting, others, largest, fewest)
@@ -208,11 +212,11 @@ def _answer(
 
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
     """What would hold ``context``: another cache type, another format, more cards; the mildest first, at most four."""
-    found = []
-    for kind in setting.facts.cache_types:
-        changed = replace(setting, kv_dtype=kind.name)
+    changes = []
+    for cache_type in setting.facts.cache_types:
+        changed = replace(setting, kv_dtype=cache_type.name)
         if changed.kv_dtype != setting.kv_dtype and fits(changed, context, sequences):
-            found.append(f"--kv-dtype {kind.name}")
+            changes.append(f"--kv-dtype {cache_type.name}")
             break
     for other in sorted(others, key=lambda w: -w.nbytes):
         if other.format == setting.weights.format:
@@ -220,14 +224,14 @@ def _changes(setting: Setting, others: list[Weights], context: int, sequences: i
         engine = _engine(other)
         changed = replace(setting, weights=other, facts=engine, kv_dtype=engine.cache_types[0].name)
         if not split_faults(changed) and fits(changed, context, sequences):
-            found.append(f"format {other.format} ({engine.name})")
+            changes.append(f"format {other.format} ({engine.name})")
             break
     for cards in (2, 4, 8):
         changed = replace(setting, cards=cards)
         if cards > setting.cards and not split_faults(changed) and fits(changed, context, sequences):
-            found.append(f"{cards} x {setting.card.key}")
+            changes.append(f"{cards} x {setting.card.key}")
             break
-    return found
+    return changes
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -269,8 +273,8 @@ def _cell_json(cell: Estimate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _range(found: Range) -> Mapping[str, float | None]:
-    return {"best": found.best, "slow": found.slow}
+def _range(seconds: Range) -> Mapping[str, float | None]:
+    return {"best": seconds.best, "slow": seconds.slow}
 
 
 def gib(nbytes: int) -> str:

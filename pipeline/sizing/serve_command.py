@@ -47,8 +47,8 @@ def refusals(headers: Headers, setting: Setting) -> list[str]:
 def notes(headers: Headers, setting: Setting) -> list[str]:
     """What engines need beside themselves to load this, or would take instead."""
     if headers.gguf is not None:
-        found = [engine.refuses_gguf for engine in planned().values()]
+        sentences = [engine.refuses_gguf for engine in planned().values()]
     else:
         config = config_of(headers, setting)
-        found = [engine.needs_beside(config) for engine in planned().values()]
-    return [f"{setting.weights.format}: {text}" for text in found if text]
+        sentences = [engine.needs_beside(config) for engine in planned().values()]
+    return [f"{setting.weights.format}: {text}" for text in sentences if text]
