@@ -159,18 +159,20 @@ def test_a_test_that_shares_objects_is_marked(tmp_path: Path, test: str, run: st
     assert load_task(path).problems[0].run == run
 
 
+MBPP_PLUS = {
+    "task_id": "Mbpp/2",  # one of those whose arguments are tuples
+    "prompt": '"""\nWrite a function to join two tuples.\nassert join((1,), (2,)) == (1, 2)\n"""\n',
+    "entry_point": "join",
+    "canonical_solution": "\ndef join(a, b):\n    return a + b\n",
+    "base_input": [[[1], [2]]],
+    "plus_input": [[[], [3, 4]]],
+    "atol": 0,
+}
+
+
 def test_mbpp_plus_release_and_data_set(tmp_path: Path) -> None:
-    release = {
-        "task_id": "Mbpp/2",  # one of those whose arguments are tuples
-        "prompt": '"""\nWrite a function to join two tuples.\nassert join((1,), (2,)) == (1, 2)\n"""\n',
-        "entry_point": "join",
-        "canonical_solution": "\ndef join(a, b):\n    return a + b\n",
-        "base_input": [[[1], [2]]],
-        "plus_input": [[[], [3, 4]]],
-        "atol": 0,
-    }
     path = tmp_path / "MbppPlus.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(release).encode()))
+    path.write_bytes(gzip.compress(json.dumps(MBPP_PLUS).encode()))
     (problem,) = load_task(str(path)).problems
     assert (problem.format, problem.run) == ("mbpp", "call")
     judge_both(problem, "def join(a, b):\n    return (*a, *b)\n", "def join(a, b):\n    return [*a, *b]\n")
@@ -551,3 +553,20 @@ def test_file_and_revision_are_for_benchmarks(tmp_path: Path) -> None:
         load_task("mbpp", file=str(tmp_path / "none.jsonl"))
     assert isinstance(load_task(path), Task)
     assert set(tasks.SHIPPED).isdisjoint(data_sets())
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "digest"),
+    [
+        ("humaneval+", HUMANEVAL_PLUS, "66ebf1b91161866b"),
+        ("mbpp", MBPP, "b5a47af7b058f2ac"),
+        ("mbpp", MBPP_OBJECTS, "e2f27ec7b341b4b8"),
+        ("mbpp+", MBPP_PLUS, "682f86706cf5725d"),
+        ("bigcodebench", BIGCODEBENCH, "a6cdaebcd3b5895a"),
+        ("livecodebench", FUNCTIONAL, "08a2006e708f5954"),
+        ("multipl-e-js", MULTIPL_E, "bd226d39a5a5b297"),
+    ],
+)
+def test_a_digest_is_what_it_was(tmp_path: Path, task: str, row: dict[str, Any], digest: str) -> None:
+    """Scores and baselines are compared by digest: those of commit 9ac962b stay comparable when a module moves."""
+    assert load_task(task, file=write(tmp_path / "rows.jsonl", row)).digest[:16] == digest

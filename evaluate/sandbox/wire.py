@@ -26,6 +26,10 @@ from qtool.evaluate.sandbox import arrays
 from qtool.evaluate.sandbox import stdlib_values as library
 from qtool.evaluate.sandbox.frames import MAX_FRAME, NotPlain
 
+# What the tests of EvalPlus's releases import this module as. Digests of tasks cover the tests' text, and scores and
+# baselines are compared by digest: so this name stays, wherever the module lies.
+NAME_IN_TESTS = "qtool.evaluate.wire"
+
 MAX_ITEMS = 100_000
 MAX_DEPTH = 10_000  # calls of the functions below, some for each value inside another
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.evaluate.sandbox.frames import NotPlain
-from qtool.evaluate.sandbox.wire import pack
+from qtool.evaluate.sandbox.wire import NAME_IN_TESTS, pack
 from qtool.evaluate.tasks.rows import Row, text_of
 
 # Answers that are match objects, which only their own process can see.
@@ -137,7 +137,7 @@ def differential_test(where: str, row: Row, suite: str) -> str:
         "REFERENCE": text_of(where, row, "prompt") + text_of(where, row, "canonical_solution"),
         "INPUTS": packed,
     }
-    lines = ["from qtool.evaluate.sandbox.wire import unpack"]
+    lines = [f"from {NAME_IN_TESTS} import unpack"]
     lines += [f"{name} = {_literal(value)}" for name, value in constants.items()]
     return "\n".join(lines) + "\n" + _TEST
 
