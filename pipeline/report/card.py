@@ -21,6 +21,7 @@ from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary
 
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
+LIBRARY = "transformers"  # as the Hub calls what loads most models
 WORST = 10
 READ = "These follow from each runtime's own loading rules, checked on these files; nobody started them here."
 
@@ -109,8 +110,9 @@ def _library(manifest: Manifest) -> str:
     from qtool.convert.formats.table import format_of  # it brings torch
 
     stored = format_of(manifest.output)
-    in_transformers = stored is None or any(runtime.engine == "transformers" for runtime in stored.RUNS_IN)
-    return "transformers" if in_transformers else str(manifest.output["method"])
+    if stored is None or LIBRARY in {runtime.engine for runtime in stored.RUNS_IN}:
+        return LIBRARY
+    return str(manifest.output["method"])
 
 
 def _results(card: Card) -> list[Any]:
