@@ -76,7 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # plans from headers alone
 # Times, durations and this folder's name: what may differ between two runs of one version.
 VOLATILE = [
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00|Z| UTC)?"), "TIME"),
-    (re.compile(r'("seconds": )[\d.]+'), r"\1N"),
+    (re.compile(r'("seconds": |>seconds</\w+><\w+>)[\d.]+'), r"\1N"),
     (re.compile(r"\b\d+(\.\d+)? (s|seconds|minutes)\b"), "DURATION"),
 ]
 
