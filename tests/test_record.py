@@ -124,3 +124,18 @@ def test_a_line_that_a_power_cut_tore_costs_no_other(tmp_path: Path) -> None:
     assert [entry["run"] for entry in ledger.read(tmp_path)] == ["one", "three", "four"]
     (tmp_path / ledger.LEDGER).write_bytes(b'{"run": "five"}\n\x00\x00\xff\n7\n')
     assert ledger.read(tmp_path) == [{"run": "five"}]
+
+
+def test_a_folder_of_runs_that_is_a_link(finished: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`..` of what a link leads to is not the folder that the link lies in."""
+    real, place = tmp_path / "disk" / "deep" / "runs", tmp_path / "work"
+    (real / "one").mkdir(parents=True)
+    shutil.copytree(finished.folders["nf4"], place / "artifacts" / "nf4")
+    (place / "runs").symlink_to(real)
+    monkeypatch.chdir(place)
+    for artifact in (Path("artifacts/nf4"), place / "artifacts" / "nf4"):
+        entry = record.locked(artifact, Path("runs/one"))
+        assert (Path("runs/one") / entry.path).samefile(artifact)
+        assert record._folder(Path("runs/one"), entry) == Path("artifacts/nf4")
+    (place / "plain").mkdir()
+    assert record.locked(Path("artifacts/nf4"), Path("plain/one")).path == "../../artifacts/nf4"

@@ -141,8 +141,12 @@ def write_lock(folder: Path, lock: Lock) -> None:
 
 
 def locked(artifact: Path, folder: Path) -> LockedArtifact:
-    """A finished artifact as the lock of the run in ``folder`` names it."""
-    return LockedArtifact(path=os.path.relpath(artifact, folder), key=read_manifest(artifact).key)
+    """A finished artifact as the lock of the run in ``folder`` names it: from there, also where ``folder`` is reached
+    by a link, whose `..` leads elsewhere than its name says."""
+    path = os.path.relpath(artifact, folder)
+    if not (folder / path).exists() or not (folder / path).samefile(artifact):
+        path = os.path.relpath(artifact.resolve(), folder.resolve())
+    return LockedArtifact(path=path, key=read_manifest(artifact).key)
 
 
 def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None:
@@ -265,8 +269,10 @@ def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
 
 def _short(path: Path) -> Path:
     """As a person here would type it."""
-    relative = os.path.relpath(path)
-    return path.resolve() if relative.startswith("..") else Path(relative)
+    relative = Path(os.path.relpath(path))
+    if path.exists() and not (relative.exists() and relative.samefile(path)):  # a link on the way
+        relative = Path(os.path.relpath(path.resolve()))
+    return path.resolve() if relative.parts[:1] == ("..",) else relative
 
 
 def _manifest(path: Path) -> Manifest:
