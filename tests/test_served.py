@@ -73,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         prompt = asked["messages"][-1]["content"] if chat else asked["prompt"]
         text = self.server.answers.get(prompt, "?")
         time.sleep(0.02)  # so that requests meet
+        with self.server.lock:  # before the answer: whoever has it may ask again at once
+            self.server.now -= 1
         self.send_response(200)
         self.end_headers()
         try:
@@ -90,9 +92,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n')
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has what it wants
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
         return None
 
 
