@@ -33,7 +33,7 @@ EXTRA = ("Q5_K", "Q8_0", "Q5_0", "Q5_1")  # timed on one down_proj: what other r
 def find_package() -> None:
     """Folder ``X/`` of the checkout imports as ``qtool.X`` where qtool is not installed."""
     try:
-        import qtool.quantize.methods.kquants  # noqa: F401
+        import qtool.quantize.methods.kquants  # noqa: F401  # is it there?
     except ImportError:
         for name, folder in (("qtool", "pipeline"), ("qtool.convert", "convert"), ("qtool.quantize", "quantize")):
             module = types.ModuleType(name)
@@ -45,7 +45,7 @@ def find_package() -> None:
             error: type[Exception] = click.ClickException
         except ImportError:
             error = Exception
-        sys.modules["qtool"].QtoolError = type("QtoolError", (error,), {})  # type: ignore[attr-defined]
+        sys.modules["qtool"].QtoolError = type("QtoolError", (error,), {})  # type: ignore[attr-defined]  # the hollow module
 
 
 def more_bits(layer: int) -> bool:

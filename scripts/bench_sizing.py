@@ -244,7 +244,8 @@ class Report:
     """The file that holds everything measured so far."""
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path, self.head, self.cells = path, head, []  # type: ignore[var-annotated]
+        self.path, self.head = path, head
+        self.cells: list[dict[str, Any]] = []
 
     def add(self, cell: dict[str, Any]) -> None:
         self.cells.append(cell)

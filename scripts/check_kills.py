@@ -81,8 +81,8 @@ class Hooks:
 
         os.fsync = counted(fsync, _path_of)
         os.posix_fallocate = counted(reserve, lambda fd, *_: _path_of(fd))
-        TensorWriter.write = counted(TensorWriter.write, lambda *_: self.folder)  # type: ignore[method-assign]
-        StepJournal.add, Walk.run = added, noted  # type: ignore[method-assign, assignment]
+        TensorWriter.write = counted(TensorWriter.write, lambda *_: self.folder)  # type: ignore[method-assign]  # watched
+        StepJournal.add, Walk.run = added, noted  # type: ignore[method-assign, assignment]  # watched
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:

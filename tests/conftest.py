@@ -16,8 +16,8 @@ from environment import make_neutral
 HUB = tempfile.mkdtemp(prefix="qtool-tests-hub-")
 make_neutral(os.environ, HUB)  # before the libraries that read it once, when they are imported
 
-import torch  # noqa: E402
-from small_models import PROBLEM, TEXT, make_model  # noqa: E402
+import torch  # noqa: E402  # after the environment is neutral
+from small_models import PROBLEM, TEXT, make_model  # noqa: E402  # imports torch
 
 
 def pytest_unconfigure() -> None:

@@ -243,6 +243,7 @@ def test_a_prompt_is_split_as_the_tokenizer_would(scheme: str) -> None:
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE({name: n for n, name in enumerate(names)}, [("\u2581", "d")], unk_token="<unk>")
     )
+    # tokenizers types these attributes too narrowly
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
     made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])  # type: ignore[assignment]
     made.add_special_tokens(["<s>", "<unk>"])

@@ -173,6 +173,7 @@ def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pyt
     from qtool.share import admission
 
     monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))
+    # neither is looked at here
     two = [admission.Offer(name, tmp_path, None, None) for name in ("awq", "gptq")]  # type: ignore[arg-type]
     with pytest.raises(
         QtoolError, match=r"gptq: no gate judged it\nWays on: `--only NAME` .*`gates:`.*`--allow-failed`"

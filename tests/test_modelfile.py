@@ -111,6 +111,7 @@ def test_ollama_prompts_as_the_chat_template_does(name: str, tokenizer: Any) -> 
     for label in ("user", "system", "turns", "system and turns", "long"):
         if name != "no system" or "system" not in label:
             wanted = tokenizer.apply_chat_template(list(CHATS[label]), tokenize=False, add_generation_prompt=True)
+            # the table's cases have one shape
             assert by_ollama(made, CHATS[label]) == wanted, label  # type: ignore[arg-type]
     if name == "default":
         assert f'SYSTEM """{WORDS}"""\n' in made.text

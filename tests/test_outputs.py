@@ -215,6 +215,7 @@ def test_weights_of_more_layers_than_the_config_has(
 def test_a_full_disk_is_said_before_the_work(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # what disk_usage returns
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(QtoolError, match=r"0\.00 GB free") as error:
         make(write_recipe())

@@ -33,6 +33,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
     assert again.summary == finished.summary
     assert stored_summary(finished.folder, again.summary.evidence) == again.summary  # the run stored that very one
     assert list(again.summary.models) == ["source", "awq", "nf4"]
+    # it has one: the run was sized
     assert again.summary.models["source"].size.bits_per_weight == 16.0  # type: ignore[union-attr]
     assert not again.failed
     (questions,) = again.questions().values()

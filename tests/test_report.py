@@ -227,7 +227,7 @@ def test_a_narrow_terminal_cuts_no_cell(record: RunRecord, monkeypatch: pytest.M
     monkeypatch.setattr("qtool.report.terminal.console", narrow)
     rows = score_rows(record.summary)
     print_rows(rows)
-    printed = narrow.file.getvalue()  # type: ignore[attr-defined]
+    printed = narrow.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert "…" not in printed
     assert all(cell in printed for row in rows for cell in row.values())
     assert max(map(len, printed.splitlines())) <= 72

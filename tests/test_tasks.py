@@ -334,7 +334,7 @@ for program, test, entry_point in json.load(sys.stdin):
         outcome = "passed"
     except Late:
         outcome = "timeout"
-    except Exception:
+    except Exception:  # a mutant may raise anything
         outcome = "failed"
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -336,6 +336,7 @@ BY_COLUMNS = frozenset(("o_proj", "down_proj"))
 
 
 def broken(runtime: str, rule: str, tp: int, linears: dict[str, tuple[int, int]], **quantization: Any) -> list[str]:
+    # CONFIG holds a section there
     config = CONFIG | {"quantization_config": {**CONFIG["quantization_config"], **quantization}}  # type: ignore[dict-item]
     subject = runtimes.Subject(
         config, linears, by_columns=BY_COLUMNS, geometry=geometry_of(config["quantization_config"])

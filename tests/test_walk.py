@@ -187,7 +187,7 @@ def test_nan_in_a_weight_stops_at_its_layer(tiny: Path) -> None:
             tensor[3, 5] = float("nan")
         return tensor
 
-    walk.checkpoint.tensor = broken  # type: ignore[method-assign]
+    walk.checkpoint.tensor = broken  # type: ignore[method-assign]  # one reader, broken on purpose
     results = walk.run()
     next(results)
     with pytest.raises(QtoolError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
@@ -203,7 +203,7 @@ def test_activations_that_do_not_fit(tiny: Path, factor: float, expected: str) -
         scale = factor if name == "model.layers.0.post_attention_layernorm.weight" else 1.0
         return (read(name).float() * scale).to(torch.bfloat16)
 
-    walk.checkpoint.tensor = loud  # type: ignore[method-assign]
+    walk.checkpoint.tensor = loud  # type: ignore[method-assign]  # one reader, broken on purpose
     with pytest.raises(QtoolError, match=rf"model\.layers\.0.*{expected}"):
         next(walk.run())
 

@@ -57,6 +57,7 @@ def test_the_safetensors_library_reads_it(tmp_path: Path, max_shard: int) -> Non
     found = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
+            # safetensors' file is no mapping
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())

@@ -106,6 +106,23 @@ class Running(Answering, Protocol):
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model that packages of this process run: named, and with the versions, as its engine's facts say."""
+
+    facts: EngineFacts
+
+    @property
+    def name(self) -> str:
+        """The engine's."""
+        return self.facts.name
+
+    @property
+    def version(self) -> str:
+        """The packages that compute."""
+        return package_versions(*self.facts.packages)
+
+
+@dataclass(frozen=True)
 class Model:
     """A model as engines find it: ``path`` its folder, ``gguf`` its file, ``stream`` its tensors dequantized, with
     transformers' ``config`` and ``tokenizer``; or ``served``, its name at ``base_url`` (None: its only one)."""

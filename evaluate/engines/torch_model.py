@@ -22,34 +22,22 @@ from qtool.evaluate.engines.engine import (
     Batch,
     Completion,
     Decoding,
+    Loaded,
     OutOfMemory,
     Reading,
     Request,
-    package_versions,
 )
-from qtool.evaluate.engines.facts import EngineFacts
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it is still running
 
 
 @dataclass(frozen=True)
-class TorchModel:
+class TorchModel(Loaded):
     """A model that runs here, for the engine with these facts."""
 
-    facts: EngineFacts
     model: nn.Module
     tokenizer: Any
-
-    @property
-    def name(self) -> str:
-        """The engine's."""
-        return self.facts.name
-
-    @property
-    def version(self) -> str:
-        """The packages that compute."""
-        return package_versions(*self.facts.packages)
 
     @property
     def dtype(self) -> str:

@@ -25,10 +25,10 @@ from qtool.evaluate.engines.engine import (
     Batch,
     Completion,
     Decoding,
+    Loaded,
     OutOfMemory,
     Reading,
     Request,
-    package_versions,
 )
 from qtool.evaluate.engines.facts import EngineFacts
 from qtool.evaluate.sandbox import secrets
@@ -37,23 +37,13 @@ CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 @dataclass(frozen=True)
-class VllmModel:
+class VllmModel(Loaded):
     """A loaded ``vllm.LLM``; vLLM batches for itself. ``dtype`` and ``device`` are those it really took."""
 
-    facts: EngineFacts
     llm: Any
     tokenizer: Any
     dtype: str
     device: str
-
-    @property
-    def name(self) -> str:
-        return self.facts.name
-
-    @property
-    def version(self) -> str:
-        """The packages that compute."""
-        return package_versions(*self.facts.packages)
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
@@ -201,6 +191,7 @@ def cause(error: BaseException) -> str:
 def _told(path: Path, context: int = 0) -> Iterator[None]:
     try:
         yield
+    # vLLM has no error of its own for a model that it does not take: each layer of it raises what it likes.
     except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError, ImportError) as error:
         why = cause(error)
         what = f"has no room for {context} tokens" if context and "memory" in why.lower() else "cannot load it here"

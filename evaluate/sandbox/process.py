@@ -86,7 +86,7 @@ class Worker:
         self._timeout = timeout
         self._kit = kit or Kit()
         self._folder, self._hold = work_folder("qtool-cell-", scratch.remove)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker: `close` closes it
         try:
             os.chmod(self._folder, 0o711)
             self._process = subprocess.Popen(

@@ -52,8 +52,8 @@ def as_function(program: str) -> Callable[[str], str]:
         raw = io.FileIO(1, "w", closefd=False)
         raw.name = "<stdout>"
         printer = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape")
-        printer.mode = "w"  # type: ignore[misc]
-        sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]
+        printer.mode = "w"  # type: ignore[misc]  # as the reader's
+        sys.stdout = sys.__stdout__ = printer  # type: ignore[misc]  # as stdin
         module = types.ModuleType("__main__")
         module.__file__ = os.path.join(os.getcwd(), _NAME)
         vars(module)["__builtins__"] = builtins
@@ -126,7 +126,7 @@ def _leave_by_exception() -> None:
     def leave(status: int) -> None:
         raise _Ended
 
-    os._exit = leave  # type: ignore[assignment]
+    os._exit = leave  # type: ignore[assignment]  # which never returns either, but raises
 
 
 def _open_streams_by_name() -> None:

@@ -46,7 +46,7 @@ class Boundary(click.Group):
             said = "Interrupted" if signum == signal.SIGINT else f"Ended by {signal.Signals(signum).name}"
             click.echo(f"\n{said}. {_go_on(error)}", err=True)
             sys.exit(128 + signum)
-        except Exception as error:
+        except Exception as error:  # whatever a library raises: `explain` makes one line of it
             if os.environ.get(TRACEBACK):
                 raise
             line = explain(error)

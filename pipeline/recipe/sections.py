@@ -17,7 +17,7 @@ from qtool.recipe.judging import EvaluateSection, GateSection, MeasureSection, P
 if TYPE_CHECKING:
     OutputSection = Method
 else:  # what pydantic reads a section with: the method that its key `method` names
-    OutputSection = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+    OutputSection = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007  # `|` takes no tuple
 
 
 class ModelSection(Section):

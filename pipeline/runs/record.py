@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from qtool.recipe.judging import Judging, load_judging
 from qtool.runs import ledger
 from qtool.runs.gates import GateResult
 from qtool.runs.measurements import measured_models
+from qtool.runs.places import as_typed, path_from
 from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, summarise
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
@@ -141,12 +141,8 @@ def write_lock(folder: Path, lock: Lock) -> None:
 
 
 def locked(artifact: Path, folder: Path) -> LockedArtifact:
-    """A finished artifact as the lock of the run in ``folder`` names it: from there, also where ``folder`` is reached
-    by a link, whose `..` leads elsewhere than its name says."""
-    path = os.path.relpath(artifact, folder)
-    if not (folder / path).exists() or not (folder / path).samefile(artifact):
-        path = os.path.relpath(artifact.resolve(), folder.resolve())
-    return LockedArtifact(path=path, key=read_manifest(artifact).key)
+    """A finished artifact as the lock of the run in ``folder`` names it."""
+    return LockedArtifact(path=path_from(folder, artifact), key=read_manifest(artifact).key)
 
 
 def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None:
@@ -178,7 +174,7 @@ def load_run(folder: Path) -> RunRecord:
     lock = _read(Lock, folder / LOCK)
     result = _read(Result, folder / RESULT)
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
-    paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
+    paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
     scores = load_scores(folder)
     return RunRecord(
@@ -264,15 +260,7 @@ def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"
 def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
     """The artifact's, if it is still where it was and still the same."""
     path = folder / entry.path
-    return _short(path) if (path / MANIFEST).exists() and read_manifest(path).key == entry.key else None
-
-
-def _short(path: Path) -> Path:
-    """As a person here would type it."""
-    relative = Path(os.path.relpath(path))
-    if path.exists() and not (relative.exists() and relative.samefile(path)):  # a link on the way
-        relative = Path(os.path.relpath(path.resolve()))
-    return path.resolve() if relative.parts[:1] == ("..",) else relative
+    return as_typed(path) if (path / MANIFEST).exists() and read_manifest(path).key == entry.key else None
 
 
 def _manifest(path: Path) -> Manifest:

@@ -16,7 +16,6 @@ from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, row_bytes
 from qtool.quantize.methods.kquant_candidates import FLAT, HALF_MAX, PLAIN, TINY, WEIGHED, AffineSearch
 
 CHUNK_WEIGHTS = 1 << 22
-SYMMETRIC_LEVELS = {"Q6_K": 32, "Q5_0": 16}  # codes -levels … levels - 1
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
 
 
