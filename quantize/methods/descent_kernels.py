@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+ROWS, PART, WARPS = 16, 32, 1  # of a program; PART: columns that a step touches
 SLOTS = 16  # for the losses of as many candidates at most
 
 
@@ -73,68 +74,107 @@ def _covering(low, high, ratio, top: tl.constexpr, rule: tl.constexpr, kind: tl.
 
 
 @triton.jit
+def _loss(left, slope, error, metric, scale, here, first, row, out, inside, columns: tl.constexpr, part: tl.constexpr):
+    """What the columns ``first`` … ``first + part`` of an error ``[columns, rows]`` add to e (2 slope + e metric)ᵀ; their
+    own error is ``left * scale - here``."""
+    within = first + tl.arange(0, part)
+    at = within.to(tl.int64)[:, None] * out + row[None, :]
+    rows_of_metric = tl.load(metric + within[:, None] * columns + tl.arange(0, columns)[None, :])
+    own = left * scale[None, :] - tl.load(here + at, mask=inside, other=0.0)
+    lean = tl.load(slope + at, mask=inside, other=0.0)
+    return tl.sum((tl.dot(rows_of_metric, error, input_precision="tf32x3") + 2 * lean) * own, axis=0)
+
+
+@triton.jit
 def _choose_kernel(
-    here, slope, aim, metric, level_in, scale_in, zero_in, level_out, scale_out, zero_out, ratios, table, middles,
+    here, slope, aim, metric, level_in, scale_in, zero_in, work, level_out, scale_out, zero_out, ratios, table, middles,
     out, count, finalists, passes,
-    columns: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
+    columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
     current: tl.constexpr, scales: tl.constexpr, slots: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
+    # One warp does `rows` rows. Columns are taken in parts: what changes from step to step then fits into registers,
+    # and what a step sums over lies in few lanes. The levels in work lie in `work`, which this program alone touches.
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    column = tl.arange(0, columns)
-    slot = tl.arange(0, slots)[None, :]
-    inside = row < out
-    place = row.to(tl.int64)[:, None] * columns + column[None, :]
-    base = tl.load(here + place, mask=inside[:, None], other=0.0)
-    lean = tl.load(slope + place, mask=inside[:, None], other=0.0)
-    goal = tl.load(aim + place, mask=inside[:, None], other=0.0)
-    m = tl.load(metric + column[:, None] * columns + column[None, :])
-    low, high = tl.min(goal, axis=1), tl.max(goal, axis=1)
-    losses = tl.zeros([rows, slots], tl.float32) + float("inf")
+    column, within = tl.arange(0, columns), tl.arange(0, part)
+    slot = tl.arange(0, slots)[:, None]
+    inside = (row < out)[None, :]
+    place = column.to(tl.int64)[:, None] * out + row[None, :]
+    goal = tl.load(aim + place, mask=inside, other=0.0)
+    low, high = tl.min(goal, axis=0), tl.max(goal, axis=0)
+    losses = tl.zeros([slots, rows], tl.float32) + float("inf")
     for number in range(count):
         s, z = _covering(low, high, tl.load(ratios + number), top, rule, kind)
-        error = _level(goal, s[:, None], z[:, None], table, middles, top, rule) * s[:, None] - base
-        loss = tl.sum((tl.dot(error, m, input_precision="tf32x3") + 2 * lean) * error, axis=1)
-        losses = tl.where(slot == number, loss[:, None], losses)
+        error = _level(goal, s[None, :], z[None, :], table, middles, top, rule) * s[None, :]
+        error -= tl.load(here + place, mask=inside, other=0.0)
+        loss = tl.zeros_like(low)
+        for first in range(0, columns, part):
+            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+            wished = tl.load(aim + at, mask=inside, other=0.0)
+            level = _level(wished, s[None, :], z[None, :], table, middles, top, rule)
+            loss += _loss(level, slope, error, metric, s, here, first, row, out, inside, columns, part)
+        losses = tl.where(slot == number, loss[None, :], losses)
     best = tl.zeros_like(low) + float("inf")
-    best_s, best_z, best_level = tl.zeros_like(low) + 1.0, tl.zeros_like(low), tl.zeros_like(goal)
     for start in range(-1 if current else 0, finalists):
         if start < 0:
-            s = tl.load(scale_in + row, mask=inside, other=1.0)
-            z = tl.load(zero_in + row, mask=inside, other=0.0)
-            level = tl.load(level_in + place, mask=inside[:, None], other=0.0)
+            s = tl.load(scale_in + row, mask=row < out, other=1.0)
+            z = tl.load(zero_in + row, mask=row < out, other=0.0)
+            tl.store(work + place, tl.load(level_in + place, mask=inside, other=0.0), mask=inside)
         else:
-            leader = tl.argmin(losses, axis=1)
-            losses = tl.where(slot == leader[:, None], float("inf"), losses)
+            leader = tl.argmin(losses, axis=0)
+            losses = tl.where(slot == leader[None, :], float("inf"), losses)
             s, z = _covering(low, high, tl.load(ratios + leader), top, rule, kind)
-            level = _level(goal, s[:, None], z[:, None], table, middles, top, rule)
-        gradient = lean + tl.dot(level * s[:, None] - base, m, input_precision="tf32x3")
+            wished = tl.load(aim + place, mask=inside, other=0.0)
+            tl.store(work + place, _level(wished, s[None, :], z[None, :], table, middles, top, rule), mask=inside)
+        tl.debug_barrier()
         for _ in range(passes):
             if scales:
-                product = tl.dot(level, m, input_precision="tf32x3")
-                lift, curve = tl.sum(level * gradient, axis=1), tl.sum(level * product, axis=1)
+                every = tl.load(work + place, mask=inside, other=0.0)
+                error = every * s[None, :] - tl.load(here + place, mask=inside, other=0.0)
+                lift, curve = tl.zeros_like(low), tl.zeros_like(low)
+                for first in range(0, columns, part):
+                    at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+                    m = tl.load(metric + (first + within)[:, None] * columns + column[None, :])
+                    level = tl.load(work + at, mask=inside, other=0.0)
+                    gradient = tl.load(slope + at, mask=inside, other=0.0)
+                    gradient += tl.dot(m, error, input_precision="tf32x3")
+                    lift += tl.sum(level * gradient, axis=0)
+                    curve += tl.sum(level * tl.dot(m, every, input_precision="tf32x3"), axis=0)
                 wished = s - lift / tl.maximum(curve, 1e-30)
                 step = _store(wished, kind) - s
                 helps = (2 * step * lift + step * step * curve < 0) & (wished * s > 0) & (curve > 0)
-                step = tl.where(helps, step, 0.0)
-                s += step
-                gradient += step[:, None] * product
-            for number in range(columns):
-                at = column[None, :] == number
-                pull = tl.sum(tl.where(at, gradient, 0.0), axis=1)
-                old = tl.sum(tl.where(at, level, 0.0), axis=1)
-                own = tl.load(metric + number * columns + number)
-                new = _level(old * s - pull / own, s, z, table, middles, top, rule)
-                level = tl.where(at, new[:, None], level)
-                gradient += ((new - old) * s)[:, None] * tl.load(metric + number * columns + column)[None, :]
-        error = level * s[:, None] - base
-        loss = tl.sum((tl.dot(error, m, input_precision="tf32x3") + 2 * lean) * error, axis=1)
+                s += tl.where(helps, step, 0.0)
+            for first in range(0, columns, part):
+                at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+                m = tl.load(metric + (first + within)[:, None] * columns + column[None, :])
+                error = tl.load(work + place, mask=inside, other=0.0) * s[None, :]
+                error -= tl.load(here + place, mask=inside, other=0.0)
+                gradient = tl.load(slope + at, mask=inside, other=0.0)
+                gradient += tl.dot(m, error, input_precision="tf32x3")
+                level = tl.load(work + at, mask=inside, other=0.0)
+                for number in range(part):
+                    chosen = within[:, None] == number
+                    pull = tl.sum(tl.where(chosen, gradient, 0.0), axis=0)
+                    old = tl.sum(tl.where(chosen, level, 0.0), axis=0)
+                    line = metric + (first + number) * columns + first
+                    new = _level(old * s - pull / tl.load(line + number), s, z, table, middles, top, rule)
+                    level = tl.where(chosen, new[None, :], level)
+                    gradient += tl.load(line + within)[:, None] * ((new - old) * s)[None, :]
+                tl.debug_barrier()
+                tl.store(work + at, level, mask=inside)
+                tl.debug_barrier()
+        error = tl.load(work + place, mask=inside, other=0.0) * s[None, :]
+        error -= tl.load(here + place, mask=inside, other=0.0)
+        loss = tl.zeros_like(low)
+        for first in range(0, columns, part):
+            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+            level = tl.load(work + at, mask=inside, other=0.0)
+            loss += _loss(level, slope, error, metric, s, here, first, row, out, inside, columns, part)
         better = loss < best
         best = tl.where(better, loss, best)
-        best_s, best_z = tl.where(better, s, best_s), tl.where(better, z, best_z)
-        best_level = tl.where(better[:, None], level, best_level)
-    tl.store(scale_out + row, best_s, mask=inside)
-    tl.store(zero_out + row, best_z, mask=inside)
-    tl.store(level_out + place, best_level, mask=inside[:, None])
+        tl.store(scale_out + row, s, mask=(row < out) & better)
+        tl.store(zero_out + row, z, mask=(row < out) & better)
+        tl.store(level_out + place, tl.load(work + place, mask=inside, other=0.0), mask=inside & better[None, :])
+        tl.debug_barrier()
 
 
 def choose(
@@ -147,14 +187,14 @@ def choose(
         raise ValueError(f"groups of {columns} columns, {len(ratios)} candidates")
     rule = TABLE if levels.table is not None else RANGE if not levels.sym else SIGNED if levels.signed else MIRRORED
     kind = STORED[levels.dtype]
-    level, scale, zero = torch.empty_like(problem.aim), problem.aim.new_empty(out, 1), problem.aim.new_empty(out, 1)
+    level, scale, zero = problem.aim.new_empty(columns, out), *problem.aim.new_empty(2, out, 1)
     table = problem.aim.new_tensor(levels.table or (0.0, 0.0))
-    given = (level, scale, zero) if current is None else (current.levels, current.scale, current.zero)
-    rows = 32 if columns <= 64 else 16
-    _choose_kernel[(triton.cdiv(out, rows),)](
-        *(tensor.contiguous() for tensor in (problem.here, problem.slope, problem.aim, problem.metric, *given)),
-        level, scale, zero, problem.aim.new_tensor(list(ratios) or [1.0]), table, (table[1:] + table[:-1]) / 2,
+    given = (scale, zero) if current is None else (current.scale.contiguous(), current.zero.contiguous())
+    inputs = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
+    _choose_kernel[(triton.cdiv(out, ROWS),)](
+        *inputs, problem.metric.contiguous(), level if current is None else current.levels.t().contiguous(), *given,
+        torch.empty_like(level), level, scale, zero, problem.aim.new_tensor(list(ratios) or [1.0]), table, (table[1:] + table[:-1]) / 2,
         out, len(ratios), min(finalists, len(ratios)), passes,
-        columns, levels.top, rule, kind, current is not None, scales, SLOTS, rows, num_warps=4,
+        columns, min(columns, PART), levels.top, rule, kind, current is not None, scales, SLOTS, ROWS, num_warps=WARPS,
     )  # fmt: skip
-    return level, scale, zero
+    return level.t(), scale, zero
