@@ -75,8 +75,8 @@ def _covering(low, high, ratio, top: tl.constexpr, rule: tl.constexpr, kind: tl.
 
 @triton.jit
 def _loss(left, slope, error, metric, scale, here, first, row, out, inside, columns: tl.constexpr, part: tl.constexpr):
-    """What the columns ``first`` … ``first + part`` of an error ``[columns, rows]`` add to e (2 slope + e metric)ᵀ; their
-    own error is ``left * scale - here``."""
+    """What the columns ``first`` … ``first + part`` of an error ``[columns, rows]`` add to e (2 slope + e metric)ᵀ;
+    their own error is ``left * scale - here``."""
     within = first + tl.arange(0, part)
     at = within.to(tl.int64)[:, None] * out + row[None, :]
     rows_of_metric = tl.load(metric + within[:, None] * columns + tl.arange(0, columns)[None, :])
@@ -190,10 +190,11 @@ def choose(
     level, scale, zero = problem.aim.new_empty(columns, out), *problem.aim.new_empty(2, out, 1)
     table = problem.aim.new_tensor(levels.table or (0.0, 0.0))
     given = (scale, zero) if current is None else (current.scale.contiguous(), current.zero.contiguous())
+    middles = (table[1:] + table[:-1]) / 2
     inputs = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
     _choose_kernel[(triton.cdiv(out, ROWS),)](
         *inputs, problem.metric.contiguous(), level if current is None else current.levels.t().contiguous(), *given,
-        torch.empty_like(level), level, scale, zero, problem.aim.new_tensor(list(ratios) or [1.0]), table, (table[1:] + table[:-1]) / 2,
+        torch.empty_like(level), level, scale, zero, problem.aim.new_tensor(list(ratios) or [1.0]), table, middles,
         out, len(ratios), min(finalists, len(ratios)), passes,
         columns, min(columns, PART), levels.top, rule, kind, current is not None, scales, SLOTS, ROWS, num_warps=WARPS,
     )  # fmt: skip
