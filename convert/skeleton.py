@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qtool import QtoolError
+from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.reading import shown
-from qtool.convert.models.config_file import CONFIG, read_config
 
 _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 

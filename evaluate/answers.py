@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import QtoolError
-from qtool.evaluate.engines.engine import Decoding, Engine, Message, Request, sample_seed
+from qtool.evaluate.engines.engine import Answering, Decoding, Message, Request, sample_seed
 from qtool.evaluate.journal import Journal, Place
 from qtool.evaluate.sandbox.execute import Job, Outcome, run_programs
-from qtool.evaluate.scorecard import Outcome as Verdict
-from qtool.evaluate.scorecard import ProblemOutcome
+from qtool.evaluate.scorecard import Grade, ProblemOutcome
 from qtool.evaluate.tasks import prompts
-from qtool.evaluate.tasks.loading import Problem, Task, as_job
+from qtool.evaluate.tasks.loading import as_job
+from qtool.evaluate.tasks.problems import Problem, Task
 from qtool.evaluate.tasks.prompts import Style
 
 
@@ -36,10 +36,10 @@ Progress = Callable[[int, int], None]  # answered, judged
 
 
 def answer_task(
-    engine: Engine, task: Task, asking: Asking, tokenizer: Any, journal: Journal,
+    model: Answering, task: Task, asking: Asking, tokenizer: Any, journal: Journal,
     progress: Progress = lambda answered, judged: None,
 ) -> Answers:  # fmt: skip
-    """Ask ``engine`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
+    """Ask ``model`` every problem and judge its answers. ``tokenizer`` None: the engine applies templates itself.
 
     What the journal holds is not asked or judged again; what comes is in it before anything else happens. Raises
     QtoolError (exit 3) where the engine, the sandbox or a test itself failed: none is a wrong answer.
@@ -63,10 +63,10 @@ def answer_task(
     with ThreadPoolExecutor(max_workers=1) as judge:
         # A model on the CPU needs every core itself: torch's threads wait for each other, and programs beside them
         # slow it several times over. There the programs run when it is done; elsewhere, while it writes.
-        wait = engine.device == "cpu"
+        wait = model.device == "cpu"
         judging: Future[None] = Future() if wait else judge.submit(_judge_all, texts, problems, asking, journal, say)
         try:
-            for number, text in engine.generate(requests, asking.decoding, done):
+            for number, text in model.generate(requests, asking.decoding, done):
                 journal.answered(places[number], text)
                 texts.put((places[number], text))
                 answered += 1
@@ -80,7 +80,7 @@ def answer_task(
         judging.result()
     missing = [name for name, sample in places if (name, sample) not in journal.judged]
     if missing:
-        raise QtoolError(f"{task.name}: engine {engine.name} gave no answer to {missing[0]}.", exit_code=3)
+        raise QtoolError(f"{task.name}: engine {model.name} gave no answer to {missing[0]}.", exit_code=3)
     return {name: tuple(journal.judged[name, sample] for sample in range(asking.samples)) for name in problems}
 
 
@@ -108,16 +108,16 @@ def _judge_all(
         answers = [item for item in waiting if item is not None]
         jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
         outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
-        verdicts = [_verdict(outcome) for outcome in outcomes]
-        judged = zip(answers, outcomes, verdicts, strict=True)
+        grades = [_grade(outcome) for outcome in outcomes]
+        judged = zip(answers, outcomes, grades, strict=True)
         journal.add(
-            (place, ProblemOutcome(outcome=verdict, detail=outcome.detail, completion=text))
-            for (place, text), outcome, verdict in judged
+            (place, ProblemOutcome(outcome=grade, detail=outcome.detail, completion=text))
+            for (place, text), outcome, grade in judged
         )
         say()
 
 
-def _verdict(outcome: Outcome) -> Verdict:
+def _grade(outcome: Outcome) -> Grade:
     """Raises QtoolError where nothing is known of the program: exit 3 if the sandbox failed, exit 2 if the problem's
     own test cannot run here, which no second run would change."""
     if outcome.outcome == "error":

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorStream
 from qtool.convert.files.durable import naming, whole_folder
+from qtool.evaluate.engines.engine import CHUNK
+from qtool.evaluate.engines.torch_model import logits_of
 
 TOP = 2048  # tokens kept at a position
 BUDGET = 2**30  # bytes on disk for one reference: fewer are kept where TOP would need more
-CHUNK = 512  # positions whose logits exist at a time; longer windows go through a key/value cache
 BINS = 64  # of kl_by_position
+Logits = Callable[[Tensor], Iterator[Tensor] | None]  # a window -> its logits in chunks: a running model's
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,13 @@ def kept_tokens(vocabulary: int, positions: int) -> int:
 
 @torch.inference_mode()
 def make_reference(
-    model: nn.Module, windows: Tensor, folder: Path, progress: Callable[[], None] = lambda: None,
+    logits: Logits, windows: Tensor, folder: Path, progress: Callable[[], None] = lambda: None,
     kept: int | None = None,
 ) -> Reference:  # fmt: skip
     """Run the source over ``windows`` int64 ``[n, length]``; ``folder`` is whole or absent."""
     with whole_folder(folder) as partial:
         for number, window in enumerate(windows):
-            for start, logs in _logprobs(model, window):
+            for start, logs in _logprobs(logits, window):
                 count = kept or kept_tokens(logs.shape[-1], windows.numel())
                 tensors = {"logprobs": logs.cpu()}
                 if count < logs.shape[-1]:
@@ -117,15 +119,15 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 @torch.inference_mode()
 def diverge(
-    model: nn.Module, windows: Tensor, source: Reference, progress: Callable[[], None] = lambda: None
+    logits: Logits, windows: Tensor, source: Reference, progress: Callable[[], None] = lambda: None
 ) -> Divergence:
-    """Perplexity (as mean negative log-likelihood), KL to the source and top-1 agreement of ``model``."""
+    """Perplexity (as mean negative log-likelihood), KL to the source and top-1 agreement of ``logits``' model."""
     length = windows.shape[1]
     nll, top1, kept = [], [], 0
     every = torch.empty(windows.shape)
     for number, window in enumerate(windows):
         loss, agreed = 0.0, 0
-        for start, logs in _logprobs(model, window):
+        for start, logs in _logprobs(logits, window):
             end = start + len(logs)
             targets = window[start + 1 : end + 1].to(logs.device).unsqueeze(1)
             loss -= float(logs[: len(targets)].gather(1, targets).sum(dtype=torch.float64))
@@ -160,7 +162,7 @@ def diverge_by_layer(
         layer.load_state_dict({n: t.to(original[n].device, original[n].dtype) for n, t in state.items()}, assign=True)
         total = 0.0
         for number, window in enumerate(windows):
-            for start, logs in _logprobs(model, window):
+            for start, logs in _logprobs(logits_of(model), window):
                 tokens, p_log = source.chunk(number, start)
                 total += float(_compare(tokens, p_log, logs)[0].double().sum())
         found[index] = total / windows.numel()
@@ -201,20 +203,13 @@ def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return (listed + rest).clamp_min(0)
 
 
-def _logprobs(model: nn.Module, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _logprobs(logits: Logits, window: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it."""
-    device = next(model.parameters()).device
-    if len(window) <= CHUNK:
-        logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0]
-        yield 0, torch.log_softmax(logits.float(), dim=-1)
-        return
-    from qtool.evaluate.engines.cache import make_cache
-
-    cache = make_cache(model.config)
-    for start in range(0, len(window), CHUNK):
-        part = window[start : start + CHUNK].unsqueeze(0).to(device)
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
-        yield start, torch.log_softmax(logits.float(), dim=-1)
+    chunks = logits(window)
+    if chunks is None:
+        raise QtoolError("perplexity and KL need all logits, which this engine does not give; take engine reference.")
+    for number, chunk in enumerate(chunks):
+        yield number * CHUNK, torch.log_softmax(chunk.float(), dim=-1)
 
 
 def _chunk_length(length: int) -> int:

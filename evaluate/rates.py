@@ -1,6 +1,6 @@
 """Scores with several samples a problem: pass@1 with its interval, and the paired loss by an exact permutation test.
 
-With one sample a problem everything here is what regression.py does. Sources: Fisher 1935 (sign-flip permutation of
+With one sample a problem everything here is what `statistics` does. Sources: Fisher 1935 (sign-flip permutation of
 paired differences); Agresti & Min 2005, Statistics in Medicine 24:729 (a pseudo-pair of each kind, without which an
 interval on no differences is a point). Problems are resampled, not samples: problems are what generalizes.
 """

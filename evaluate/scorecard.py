@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from qtool.convert.files.durable import save as save
 
-Outcome = Literal["passed", "failed", "timeout", "error"]
+Grade = Literal["passed", "failed", "timeout", "error"]
 
 
 class _Record(BaseModel):
@@ -44,7 +44,7 @@ class Settings(_Record):
 class ProblemOutcome(_Record):
     """One answer to one problem: what the model wrote and what became of it."""
 
-    outcome: Outcome
+    outcome: Grade
     detail: str
     completion: str
 

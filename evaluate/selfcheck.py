@@ -22,9 +22,10 @@ from qtool import QtoolError
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines.engine import Completion, Decoding, Request
 from qtool.evaluate.journal import Journal
-from qtool.evaluate.tasks.loading import Problem, Task
+from qtool.evaluate.tasks.problems import Problem, Task
 from qtool.evaluate.tasks.prompts import Style
 from qtool.evaluate.tasks.rows import syntax_tree
+from qtool.evaluate.tasks.table import benchmark_of
 
 PIECE = 24  # characters that a model would write between two looks at the text
 _ALTER = """
@@ -129,8 +130,7 @@ def answers(problem: Problem, style: Style) -> dict[str, str]:
     """Kind -> text, as a model would write it; empty where no solution is published or the program is not Python."""
     if not problem.canonical_solution.strip():
         return {}
-    # MBPP's prompt is a comment on top, not the beginning of the function.
-    whole = style == "chat" or problem.format == "mbpp"
+    whole = style == "chat" or benchmark_of(problem).whole_solutions
     program, tree = _program(problem), _tree(problem)
     function = _function(tree, problem.entry_point) if tree else None
     if function is None:
@@ -156,7 +156,11 @@ def _known(problem: Problem, style: Style, program: str, function: ast.FunctionD
 
 
 def _program(problem: Problem) -> str:
-    return problem.canonical_solution if problem.format == "mbpp" else problem.prompt + problem.canonical_solution
+    return (
+        problem.canonical_solution
+        if benchmark_of(problem).whole_solutions
+        else problem.prompt + problem.canonical_solution
+    )
 
 
 def _tree(problem: Problem) -> ast.Module | None:

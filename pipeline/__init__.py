@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qtool.convert.files.artifact import Artifact
-    from qtool.convert.verify.checks import Verification
+    from qtool.convert.artifact import Artifact
+    from qtool.convert.verify.verification import Verification
     from qtool.runs.gates import GateResult
     from qtool.runs.summary import Summary
     from qtool.sizing.plan import Plan
@@ -40,6 +40,10 @@ class QtoolError(click.ClickException):
         it."""
         text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in self.message)
         return re.sub(r"\S{400,}", lambda long: f"{long[0][:120]}…{long[0][-40:]}", text)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a stage that can say how to go on."""
 
 
 def plan(model: str | Path, gpu: str | None = None, **asked: Any) -> Plan:
@@ -166,7 +170,7 @@ class _Called(ModuleType):
 
 
 class _Root(ModuleType):
-    """This package. Importing `qtool.convert.files.artifact` sets ``convert`` here to the folder's module, which would
+    """This package. Importing `qtool.convert.artifact` sets ``convert`` here to the folder's module, which would
     hide the verb: such a module takes the verb's call and its documentation."""
 
     def __setattr__(self, name: str, value: Any) -> None:

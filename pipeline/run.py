@@ -14,17 +14,20 @@ import click
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import named, read_text, shown
 from qtool.convert.files.sidecars import check_sidecars
 from qtool.convert.files.source import name_of, resolve
+from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer, token_windows
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.scorecard import Scores
 from qtool.evaluate.selfcheck import SelfCheck
@@ -32,15 +35,17 @@ from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.measure.run import check_contexts, measure_subjects
+from qtool.measure.scores import Evaluation
+from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.sections import Method, needs_calibration
+from qtool.quantize.methods.method import Method
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection
 from qtool.recipe.paths import require_paths
-from qtool.recipe.sections import EvaluateSection, Recipe, digest_of, load_recipe
+from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.scores import Evaluation
-from qtool.runs.subjects import Subject, artifact_subject, source_subject
 from qtool.runs.summary import Size, Summary, save_summary, summarise
 
 DEVICE = re.compile(r"cpu|cuda(:(?P<number>\d{1,3}))?")
@@ -93,7 +98,7 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
 def _check_calibration(recipe: Recipe, most: int | None) -> None:
     """As evaluation's: windows longer than the model's context would measure it where it was never trained."""
     length = recipe.calibration.length
-    if most is not None and length > most and any(map(needs_calibration, recipe.outputs)):
+    if most is not None and length > most and any(output.calibrated for output in recipe.outputs):
         raise QtoolError(
             f"calibration: length {length:,} is more than the {most:,} tokens that the model was made for "
             "(max_position_embeddings in config.json)."
@@ -115,17 +120,17 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
         record.begin(folder, text)
-    artifacts = make_artifacts(job, _chosen(recipe, only), calibration)
+    artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
         lock = _lock(folder, job, calibration, artifacts)
-        record.write_lock(folder, lock, artifacts)
+        record.write_lock(folder, lock)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
-        result = record.Outcome(
+        result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             checks={name: found.checks for name, found in checks.items()},
@@ -141,7 +146,7 @@ def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
         click.echo(note, err=True)
-    return make_artifacts(job, job.recipe.outputs, _calibrate(job))
+    return make_artifacts(job, _calibrate(job))
 
 
 def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
@@ -186,7 +191,7 @@ def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:
 def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> record.Lock:
     """What the recipe's names resolved to."""
     nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
-    parameters = next(iter(job.plans.values())).parameters
+    parameters = job.outputs[0].plan.parameters
     return record.Lock(
         recipe=job.recipe.digest,
         source=record.LockedSource(
@@ -196,7 +201,7 @@ def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[s
         calibration=calibration.digest,
         device=device_kind(job.device),
         versions=versions(),
-        artifacts={name: record.locked(artifact, folder) for name, artifact in artifacts.items()},
+        artifacts={name: record.locked(artifact.path, folder) for name, artifact in artifacts.items()},
     )  # fmt: skip
 
 
@@ -238,7 +243,7 @@ def evaluate_folders(
     artifact = Artifact.open(model)
     if artifact.gguf is None and not artifact.quantization:
         artifact.checkpoint.check_dtypes()
-        artifact.checkpoint.check_sizes(artifact.config)
+        check_sizes(artifact.checkpoint, artifact.config)
     config = load_config(model, trust_remote_code)
     check_folder(model)
     subjects = [artifact_subject(name, artifact)]

@@ -4,24 +4,27 @@ calls, too."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import SHIPPED, shipped
-from qtool.convert.verify.checks import Verification
 from qtool.convert.verify.checks import verify as verify_artifact
+from qtool.convert.verify.verification import Verification
+from qtool.evaluate.tasks.table import is_dated
 from qtool.recipe.faults import sentences
-from qtool.recipe.sections import EvaluateSection, GateSection, checked_recipe
+from qtool.recipe.judging import EvaluateSection, GateSection
+from qtool.recipe.sections import checked_recipe
 from qtool.runs import gates
 from qtool.runs.summary import Summary
 from qtool.sizing.accelerators import choose, load_accelerators, own_card
 from qtool.sizing.fit import HOST_BANDWIDTH
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, Plan, make_plan
+from qtool.sizing.plan import Plan, Question, make_plan
 
 Named = str | Path | Mapping[str, Any]
 Section = TypeVar("Section", bound=BaseModel)
@@ -35,7 +38,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """`qtool.plan`."""
     known = load_accelerators(None if cards is None else Path(cards))
-    asked = Asked(
+    asked = Question(
         cards=choose(known, gpu or own_card(known)), number=gpus, contexts=tuple(contexts),
         sequences=tuple(sequences), kv_dtypes=tuple(kv_dtypes), engine=engine, formats=tuple(formats),
         host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,
@@ -92,6 +95,16 @@ def score(
 def evaluate_section(asked: Mapping[str, Any]) -> EvaluateSection:
     """What is asked, checked. Raises QtoolError with every fault."""
     return _checked(EvaluateSection, asked, "")
+
+
+def task_sections(
+    tasks: Sequence[str], limit: int | None, after: date | None, before: date | None
+) -> list[dict[str, Any]]:
+    """A section for each task. The days are those of benchmarks that have dates; where none has, they stand with all,
+    so that the section's own check refuses them."""
+    dated = [task for task in tasks if is_dated(task)] or tasks
+    window = {"after": after, "before": before}
+    return [{"task": task, "limit": limit} | (window if task in dated else {}) for task in tasks]
 
 
 def judge(summary: Summary, conditions: Sequence[Mapping[str, Any]]) -> list[gates.GateResult]:

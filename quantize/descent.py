@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from qtool.quantize.grid import Grid, GridSpec, diagonal_blocks, stored
-from qtool.quantize.methods.gptq import Factor, residual_metric
 from qtool.quantize.precision import subtract_product, tensor_float32
+from qtool.quantize.rounding import Factor, residual_metric
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
 FINALISTS = 2  # of these, the best by plain rounding are worked out
@@ -144,7 +144,7 @@ def choose(
     """The best found, row by row: ``current`` and the finalists among ``ratios`` of the covering scale, each improved
     by PASSES over scale (if ``scales``) and codes."""
     if problem.aim.is_cuda and levels.group_size <= KERNEL_GROUP:
-        from qtool.quantize.methods.descent_kernels import choose as on_accelerator
+        from qtool.quantize.descent_kernels import choose as on_accelerator
 
         return Group(*on_accelerator(problem, levels, ratios, current, scales, FINALISTS, PASSES))
     here, slope, aim = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))

@@ -104,7 +104,7 @@ def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Grid:
 def _fit_group(weight: Tensor, metric: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero ``[out, 1]`` of one group ``[out, g]``."""
     if weight.is_cuda and spec.group_size <= KERNEL_GROUP:
-        from qtool.quantize.methods.kernels import fit_clipped as fit_group
+        from qtool.quantize.kernels import fit_clipped as fit_group
 
         half = spec.dtype == torch.float16
         return fit_group(weight, metric, spec.levels, spec.sym, half, CLIP_STEPS, CLIP_STEP)

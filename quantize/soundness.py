@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,17 +10,23 @@ from torch import Tensor
 from qtool import QtoolError
 
 
-def refuse_unsound(weights: Mapping[str, Tensor], where: str, added: bool) -> None:
+def refuse_unsound(weights: Mapping[str, Tensor], where: str, norm_offset: Callable[[str], float]) -> None:
     """Raises QtoolError, its message begun by ``where``, for a tensor that holds NaN or Inf, and for a matrix or a norm
-    of zeros alone, whose output says nothing (verify refuses it too). ``added``: norms apply 1 + weight, so that zeros
-    are a norm like any other."""
+    of zeros alone, whose output says nothing (verify refuses it too). ``norm_offset``: what the norm of a weight adds
+    to it; zeros are a weight like any other where it adds 1."""
     facts = [(tensor.isfinite().all(), tensor.any()) for tensor in weights.values()]
     answers = torch.stack([fact for pair in facts for fact in pair]).tolist()  # one wait for the device
     for (name, tensor), finite, some in zip(weights.items(), answers[::2], answers[1::2], strict=True):
         if not finite:
             raise QtoolError(f"{where}{name}: the source weight holds NaN or Inf. Download the model again.")
-        if not some and (tensor.ndim > 1 or (name.endswith("norm.weight") and not added)):
+        if not some and (tensor.ndim > 1 or (name.endswith("norm.weight") and not norm_offset(name))):
             raise QtoolError(
                 f"{where}{name}: the source weight is all zero: of a model that is damaged, or was enlarged and not "
                 "trained yet."
             )
+
+
+def refuse_unsound_values(name: str, tensor: Tensor) -> None:
+    """Raises QtoolError for a tensor outside the layers that holds NaN or Inf: codes would not tell."""
+    if not bool(tensor.isfinite().all()):
+        raise QtoolError(f"{name}: holds NaN or Inf.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,204 +18,215 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.quantize.architectures import Architecture, InputGroup, architecture_of
+from qtool.convert.formats.plan import OutputPlan, walk_order
+from qtool.convert.models.feeds import Feed, whole
+from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import Heads, LayerOutput, quantize_layer
+from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, adder, advance, captured, of_own_stream, run_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods import gguf, nf4
-from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.soundness import refuse_unsound
+from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
 
 FLOAT16_MAX = 65504.0
 
-Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
-Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
+
+@dataclass(frozen=True)
+class Column:
+    """An output as the walk sees it. importance: matrix -> mean square of its input channels, where a file says so;
+    restore: prefix of a finished layer -> its state dict as the artifact holds it, when a run resumes."""
+
+    method: Method
+    plan: OutputPlan
+    importance: Mapping[str, Tensor] | None = None
+    restore: Callable[[str], Mapping[str, Tensor]] | None = None
+
+    @property
+    def own_stream(self) -> bool:
+        """Whether its layers are fed what its own quantized prefix produces."""
+        return self.method.needs is Needs.OWN_STREAM
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Layer ``index`` as every output will store it."""
+    """Layer ``index`` (None: a tensor outside the layers) as every output will store it. ``prefix``: of its names."""
 
-    index: int
-    outputs: dict[str, LayerOutput]
+    index: int | None
+    prefix: str
+    outputs: dict[str, LayerCodes]
 
 
 @dataclass
 class Walk:
-    """What the walk needs: the model's skeleton, its weights, the calibration tokens and the outputs to make.
-
-    ``restore(name, index)`` gives back a finished layer's state dict (as its artifact holds it) when a run resumes.
-    For outputs in llama.cpp's formats, ``types``: output -> linear -> ggml type; ``importance``: output -> linear ->
-    mean square of its input channels, where a file said so.
-    """
+    """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens and the
+    outputs to make."""
 
     model: nn.Module
+    decoder: Decoder
     checkpoint: Checkpoint
     calibration: CalibrationSet
-    outputs: Sequence[Method]
+    outputs: Sequence[Column]
     device: torch.device
-    restore: Callable[[str, int], Mapping[str, Tensor]] | None = None
-    types: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    importance: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    architecture: Architecture = field(init=False)
-    on_grid: list[GridMethod] = field(init=False)
+    on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
-        config: Any = self.model.config
-        self.architecture = architecture_of(config)
-        self.on_grid = [method for method in self.outputs if isinstance(method, AwqMethod | GptqMethod)]
-        self.weighing = any(isinstance(method, GgufMethod) and method.needs_importance for method in self.outputs)
+        self.on_grams = [output for output in self.outputs if output.method.needs.gram]
+        self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = embedding.dtype
         if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
             self.dtype = torch.float32
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv = config.num_key_value_heads
-        self.heads = Heads(kv, config.num_attention_heads // kv, dim)
 
     @property
     def layers(self) -> nn.ModuleList:
-        decoder: Any = self.model.get_submodule(self.architecture.prefix.rstrip("."))
-        return decoder  # type: ignore[no-any-return]  # get_submodule is typed as Module
+        layers: Any = self.model.get_submodule(self.decoder.prefix.rstrip("."))
+        return layers  # type: ignore[no-any-return]  # get_submodule is typed as Module
+
+    @torch.inference_mode()
+    def outside(self) -> Iterator[LayerResult]:
+        """Embeddings, final norm and head, a tensor at a time; no calibration weighs them, in no output."""
+        for name in walk_order(self.checkpoint.tensors, self.decoder):
+            if self.decoder.layer_of(name) is not None:
+                continue
+            tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
+            outputs = {}
+            for output in self.outputs:
+                plans = {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module}
+                if plans:
+                    refuse_unsound_values(name, tensors[name])
+                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)
+                    outputs[output.method.name] = output.method.quantize(layer, Inputs())
+                elif name in output.plan.specs:
+                    outputs[output.method.name] = LayerCodes(tensors=tensors)
+            yield LayerResult(None, "", outputs)
 
     @torch.inference_mode()
     def run(self, start: int = 0) -> Iterator[LayerResult]:
-        """Results of layers ``start`` onward; earlier ones are replayed forward without being quantized again.
+        """Results of visits ``start`` onward; earlier ones are replayed forward without being quantized again.
 
         Raises QtoolError naming the layer for NaN/Inf in weights or activations, and for activations that the dtype of
         an output cannot hold.
         """
         # outputs that need no calibration cause no forward
-        calibrated = bool(self.on_grid) or self.weighing
+        calibrated = bool(self.on_grams) or self.weighing
         hidden, calls = self._record_inputs() if calibrated else ([], {})
-        streams = {method.name: list(hidden) for method in self.on_grid if method.own_stream}
+        streams = {output.method.name: list(hidden) for output in self.outputs if output.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
-            following = reader.submit(self._read, 0)
-            for index in range(len(self.layers)):
-                tensors = following.result()
+            visits = self.decoder.visits()
+            following = reader.submit(self._read, visits[0].layer)
+            for number, visit in enumerate(visits):
+                index, tensors = visit.layer, following.result()
                 weights = self._place(index, tensors)
-                if index + 1 < len(self.layers):
-                    following = reader.submit(self._read, index + 1)
-                if index < start:
+                if number + 1 < len(visits):
+                    following = reader.submit(self._read, visits[number + 1].layer)
+                if number < start:
                     self._replay(index, weights, hidden, streams, calls)
                     continue
-                outputs, squares = self._visit(index, weights, hidden, streams, calls) if calibrated else ({}, {})
-                for method in self.outputs:
-                    if isinstance(method, Nf4Method):
-                        outputs[method.name] = nf4.quantize_layer(method, self.architecture, tensors, self.device)
-                    elif isinstance(method, GgufMethod):
-                        outputs[method.name] = self._in_blocks(method, index, tensors, squares)
-                yield LayerResult(index, outputs)
-                del weights, tensors, outputs
+                feeds, matrices = self.decoder.feeds(index), self.decoder.matrices(index)
+                layer = Layer(index, feeds, matrices, {}, tensors, weights, self.device)
+                last = number == len(visits) - 1
+                results, squares = self._visit(layer, hidden, streams, calls, last) if calibrated else ({}, {})
+                for output in self.outputs:
+                    if not output.method.needs.gram:
+                        inputs = Inputs(importance=self._importance(index, output, squares))
+                        results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+                yield LayerResult(index, self.decoder.at(index), results)
+                del layer, weights, tensors, results
 
     def _visit(
-        self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
-    ) -> tuple[dict[str, LayerOutput], dict[str, Tensor]]:
-        """Advance every stream through layer ``index``; returns the version of each output on a uniform grid, and each
-        linear's mean squares of the source's inputs."""
-        layer = self._fill(index, weights)
-        last = index == len(self.layers) - 1
-        shared, own = self._collect(layer, hidden, streams, calls, last)
+        self, layer: Layer, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
+    ) -> tuple[dict[str, LayerCodes], dict[str, Tensor]]:
+        """Advance every stream through a layer; returns the version of each output that takes Gram matrices, and each
+        matrix's mean squares of the source's inputs."""
+        index, feeds = layer.index, layer.feeds
+        assert index is not None
+        module = self._fill(index, layer.weights)
+        shared, own = self._collect(module, feeds, hidden, streams, calls, last)
         results = {}
-        for number, method in enumerate(self.on_grid):
-            owned = method.own_stream or not any(not other.own_stream for other in self.on_grid[number + 1 :])
+        for number, output in enumerate(self.on_grams):
+            method, alone = output.method, output.own_stream
+            owned = alone or all(other.own_stream for other in self.on_grams[number + 1 :])
             statistics = own.pop(method.name, shared)
             self._check_range(index, method, statistics, hidden)
-            result = quantize_layer(method, self.architecture, weights, statistics, self.heads, owned)
+            result = method.quantize(self._planned(layer, output), Inputs(statistics, owned))
             results[method.name] = result
             del statistics
-            if method.own_stream and not last:
-                self._fill(index, result.dequantized(self.dtype, method.spec.dtype))
-                _advance(layer, streams[method.name], calls)
-        layer.to("meta")
+            if alone and not last:
+                stored, casts = method.stored_dtype or self.dtype, self.decoder.family.casts
+                self._fill(index, result.dequantized(self.dtype, stored, casts))
+                advance(module, streams[method.name], calls)
+        module.to("meta")
         squares: dict[str, Tensor] = {}
-        for group in self.architecture.groups if self.weighing else ():
-            row = shared[group.name].mean_square
+        for feed in feeds if self.weighing else ():
+            row = shared[feed.name].mean_square
             if not bool(row.isfinite().all()):
                 raise QtoolError(
-                    f"{self.architecture.prefix}{index}: the input of {group.linears[0]} is NaN or Inf on the "
-                    "calibration text; the source model is broken."
+                    f"{self.decoder.prefix}{index}: the input of {feed.name} is NaN or Inf on the calibration text; "
+                    "the source model is broken."
                 )
-            squares |= dict.fromkeys(group.linears, row)
+            squares |= dict.fromkeys((matrix.module for matrix in feed.consumers), row)
         return results, squares
 
-    def _in_blocks(
-        self, method: GgufMethod, index: int, tensors: Mapping[str, Tensor], squares: Mapping[str, Tensor]
-    ) -> LayerOutput:
-        prefix = f"{self.architecture.prefix}{index}."
-        types = {linear: self.types[method.name][prefix + linear] for linear in self.architecture.linears}
-        rows: Mapping[str, Tensor] = squares if method.needs_importance else {}
-        given = self.importance.get(method.name)
-        if given is not None:
-            rows = {linear: given[prefix + linear] for linear in self.architecture.linears if prefix + linear in given}
-        return gguf.quantize_layer(self.architecture, tensors, types, rows, self.device)
+    def _planned(self, layer: Layer, output: Column) -> Layer:
+        """A layer with an output's plans of its matrices."""
+        assert layer.index is not None
+        at = self.decoder.at(layer.index)
+        plans = {plan.name: plan for plan in output.plan.linears if plan.name.startswith(at)}
+        return replace(layer, plans={matrix.module: plans[at + matrix.module] for matrix in layer.matrices})
+
+    def _importance(self, index: int, output: Column, squares: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Module -> mean squares: those that a file says, those of the text where the method needs them, or none."""
+        given, at = output.importance, self.decoder.at(index)
+        if given is None:
+            return squares if output.method.needs is Needs.CHANNELS else {}
+        return {name.removeprefix(at): row for name, row in given.items() if name.startswith(at)}
 
     def _collect(
-        self, layer: nn.Module, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
+        self,
+        layer: nn.Module,
+        feeds: Sequence[Feed],
+        hidden: Hidden,
+        streams: dict[str, Hidden],
+        calls: Calls,
+        last: bool,
     ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
         """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
-        after the last layer only the float16 range of the outputs on a grid is asked of."""
-        done = last and not self.on_grid
-        wants_source = any(not method.own_stream for method in self.on_grid)
-        shared = {group.name: InputStatistics(channels_only=not wants_source) for group in self.architecture.groups}
-        own = {name: {g.name: _of_own_stream(layer, g) for g in self.architecture.groups} for name in streams}
+        after the last layer only the float16 range of outputs that take Gram matrices is asked of."""
+        done = last and not self.on_grams
+        wants_source = not all(output.own_stream for output in self.on_grams)
+        shared = {feed.name: InputStatistics(channels_only=not wants_source) for feed in feeds}
+        own = {name: {feed.name: of_own_stream(layer, feed) for feed in feeds} for name in streams}
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
-            with suppress(_Enough), self._captured(layer, inputs.__setitem__, enough=done):
-                hidden[number] = _run(layer, states, calls)
+            with suppress(Enough), captured(layer, feeds, inputs.__setitem__, enough=done):
+                hidden[number] = run_layer(layer, states, calls)
             if wants_source or self.weighing:
                 for name, x in inputs.items():
                     shared[name].add(x)
             for stream, batches in streams.items():
                 # every input is known before the last linears have run: their products are spared
-                with suppress(_Enough), self._captured(layer, _adder(own[stream], inputs), enough=True):
-                    _run(layer, batches[number], calls)
+                with suppress(Enough), captured(layer, feeds, adder(own[stream], inputs), enough=True):
+                    run_layer(layer, batches[number], calls)
         for statistics in (shared, *own.values()):
             for stats in statistics.values():
                 if stats.tokens:
                     stats.finish()
         return shared, own
 
-    @contextmanager
-    def _captured(self, layer: nn.Module, take: Callable[[str, Tensor], None], enough: bool = False) -> Iterator[None]:
-        """While open, ``take(group name, input)`` is called for every distinct linear input of a forward; with
-        ``enough``, the last one ends it by raising _Enough."""
-        missing = {group.name for group in self.architecture.groups}
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                take(name, inputs[0])
-                missing.discard(name)
-                if enough and not missing:
-                    raise _Enough
-
-            return keep
-
-        handles = [
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook(group.name))
-            for group in self.architecture.groups
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _check_range(
-        self, index: int, method: GridMethod, statistics: Mapping[str, InputStatistics], hidden: Hidden
+        self, index: int, method: Method, statistics: Mapping[str, InputStatistics], hidden: Hidden
     ) -> None:
-        prefix = f"{self.architecture.prefix}{index}"
-        peaks = {f"the input of {g.linears[0]}": statistics[g.name].absmax.max() for g in self.architecture.groups}
+        prefix = f"{self.decoder.prefix}{index}"
+        peaks = {f"the input of {name}": stats.absmax.max() for name, stats in statistics.items()}
         peaks["its output"] = torch.stack([states.abs().amax() for states in hidden]).amax()
         values = torch.stack([peak.float() for peak in peaks.values()]).tolist()
         for (what, _), value in zip(peaks.items(), values, strict=True):
             if not value < float("inf"):
                 raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
-            if method.dtype == "float16" and value > FLOAT16_MAX:
+            if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
                 raise QtoolError(
                     f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
                     f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
@@ -223,17 +234,22 @@ class Walk:
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
-        prefix = f"{self.architecture.prefix}{index}."
+        prefix = self.decoder.at(index)
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in self.layers[index].state_dict()}
         return (
             {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
         )
 
     def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weights = {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
-        added = any(group.kind == "norm_plus_one" for group in self.architecture.groups)
-        refuse_unsound(weights, f"{self.checkpoint.path}: {self.architecture.prefix}{index}.", added)
+        weights = {
+            name: tensor.to(self.device, self._dtype_of(name, tensor), non_blocking=True)
+            for name, tensor in tensors.items()
+        }
+        refuse_unsound(weights, f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset)
         return weights
+
+    def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.decoder.family.casts(name) else tensor.dtype
 
     def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         layer = self.layers[index]
@@ -244,25 +260,26 @@ class Walk:
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> None:
         layer = self._fill(index, weights)
-        _advance(layer, hidden, calls)
+        advance(layer, hidden, calls)
         for name, states in streams.items():
-            assert self.restore is not None
-            restored = self.restore(name, index)
-            self._fill(index, {key: tensor.to(self.device, self.dtype) for key, tensor in restored.items()})
-            _advance(layer, states, calls)
+            (output,) = (output for output in self.outputs if output.method.name == name)
+            assert output.restore is not None
+            restored = output.restore(self.decoder.at(index))
+            self._fill(index, {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()})
+            advance(layer, states, calls)
         layer.to("meta")
 
     def _record_inputs(self) -> tuple[Hidden, Calls]:
         """Run the model's own forward with recorders in place of the layers: what the first layer is fed, and the other
         arguments (masks, positions, rotary tables) of every layer."""
-        decoder: Any = self.model.get_submodule(self.architecture.prefix.split(".layers")[0])
+        decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
         layers, norm = decoder.layers, decoder.norm
-        recorders = [_Recorder(layer) for layer in layers]
+        recorders = [Recorder(layer) for layer in layers]
         decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
         state = {}
         for name, tensor in decoder.state_dict().items():
             if not name.startswith("layers.") and tensor.is_meta:
-                full = self.architecture.prefix.removesuffix("layers.") + name
+                full = self.decoder.prefix.removesuffix("layers.") + name
                 state[name] = self.checkpoint.tensor(full).to(self.device, self.dtype)
         decoder.load_state_dict(state, assign=True, strict=False)
         for module in decoder.children():
@@ -279,47 +296,3 @@ class Walk:
             decoder.embed_tokens.to("meta")
         calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
         return hidden, calls
-
-
-class _Enough(Exception):
-    """A forward may end here: all that was wanted of it is known."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.hidden = torch.empty(0)
-        # some models ask a layer for its kind before they call it
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden = hidden_states
-        self.calls[hidden_states.shape[0]] = kwargs
-        return hidden_states
-
-
-def _of_own_stream(layer: nn.Module, group: InputGroup) -> InputStatistics:
-    """Empty statistics whose drift goes through the linears' weights where that makes it smaller."""
-    weights: list[Tensor] = [layer.get_parameter(f"{linear}.weight") for linear in group.linears]
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return InputStatistics(through=torch.cat(weights) if rows < columns else None)
-
-
-def _adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) -> Callable[[str, Tensor], None]:
-    return lambda name, x: into[name].add(x, source[name])
-
-
-def _run(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:
-    output = layer(states, **calls[id(layer)][states.shape[0]])
-    states = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-def _advance(layer: nn.Module, hidden: Hidden, calls: Calls) -> None:
-    for number, states in enumerate(hidden):
-        hidden[number] = _run(layer, states, calls)

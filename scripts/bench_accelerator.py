@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +21,18 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
+from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Nf4Method
-from qtool.quantize.walk import Walk
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.nf4 import Nf4Method
+from qtool.quantize.walk import Column, Walk
 
-Methods = list[AwqMethod | GptqMethod | Nf4Method]
+Methods = Sequence[Method]
 CASES: dict[str, Methods] = {
     "AWQ, rtn rounding": [AwqMethod(method="awq", rounding="rtn")],
     "AWQ, gptq rounding, source inputs": [AwqMethod(method="awq", propagate_error=False)],
@@ -75,7 +82,11 @@ def make_checkpoint(folder: Path, geometry: str, layers: int) -> Path:
 def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor) -> Walk:
     """A walk over the checkpoint in ``folder``."""
     model = build_skeleton(load_config(folder))
-    return Walk(model, Checkpoint.open(folder), CalibrationSet(tokens, "random"), methods, torch.device("cuda"))
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
+    decoder = decoder_of(config)
+    shape = ModelShape(checkpoint.tensors, decoder, config)
+    columns = [Column(method, method.container.plan(shape)) for method in methods]
+    return Walk(model, decoder, checkpoint, CalibrationSet(tokens, "random"), columns, torch.device("cuda"))
 
 
 def measure(folder: Path, methods: Methods, tokens: torch.Tensor) -> dict[str, float]:

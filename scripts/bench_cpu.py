@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from qtool.convert.files.source import resolve
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -68,10 +69,10 @@ def main() -> None:
     )
     start = time.perf_counter()
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    for output in recipe.outputs:
-        shutil.rmtree(job.folder(output), ignore_errors=True)
+    for output in job.outputs:
+        shutil.rmtree(output.folder, ignore_errors=True)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path))
-    artifacts = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))
+    artifacts = make_artifacts(job, CalibrationSet(tokens, "bench"))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
     for name, artifact in artifacts.items():

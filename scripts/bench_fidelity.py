@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model, logits_of
 from qtool.evaluate.statistics import bootstrap_mean, bootstrap_ratio
 
 
@@ -43,12 +45,12 @@ def main() -> None:
     model = load_model(Checkpoint.open(options.source).read(), config, device)
     scratch = tempfile.TemporaryDirectory(prefix="qtool-")
     kept = options.kept or config.vocab_size
-    source = fidelity.make_reference(model, windows, Path(scratch.name) / "source", kept=kept)
-    found = {"source": fidelity.diverge(model, windows, source)}
+    source = fidelity.make_reference(logits_of(model), windows, Path(scratch.name) / "source", kept=kept)
+    found = {"source": fidelity.diverge(logits_of(model), windows, source)}
     for item in options.artifacts:
         name, folder = item.split("=", 1)
         model = load_model(Artifact.open(Path(folder)).read(), config, device)
-        found[name] = fidelity.diverge(model, windows, source)
+        found[name] = fidelity.diverge(logits_of(model), windows, source)
     print(f"| model | perplexity | KL | p99.9 | top-1 |{' KL ratio |' if options.against else ''}")
     print("|---|---|---|---|---|" + ("---|" if options.against else ""))
     for name, figures in found.items():

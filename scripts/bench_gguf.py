@@ -27,9 +27,11 @@ from qtool.convert.files.reading import read_json
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model, logits_of
 from qtool.evaluate.statistics import bootstrap_mean
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
@@ -70,7 +72,7 @@ def qtool(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     started = time.perf_counter()
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path, False))
-    artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "bench"))[kind]
+    artifact = make_artifacts(job, CalibrationSet(tokens, "bench"))[kind]
     return {"side": f"qtool {kind}", "seconds": round(time.perf_counter() - started, 1), "file": str(artifact.gguf)}
 
 
@@ -122,10 +124,10 @@ def compare(options: argparse.Namespace, ours: str, theirs: str) -> None:
     device = torch.device("cpu")
     folder = tempfile.TemporaryDirectory(prefix="qtool-")
     model = load_model(Checkpoint.open(source).read(), config, device)
-    reference = fidelity.make_reference(model, windows, Path(folder.name) / "source")
+    reference = fidelity.make_reference(logits_of(model), windows, Path(folder.name) / "source")
     for name, file in (("qtool", ours), ("llama.cpp", theirs)):
         model = load_model(GgufFile.open(Path(file), raw).read(), config, device)
-        kl = fidelity.diverge(model, windows, reference, lambda: None).kl
+        kl = fidelity.diverge(logits_of(model), windows, reference, lambda: None).kl
         interval = bootstrap_mean(kl)
         print(json.dumps({"side": name, "KL": [round(interval.estimate, 5), interval.low, interval.high]}))
     one, two = (GgufFile.open(Path(file), raw).layout for file in (ours, theirs))

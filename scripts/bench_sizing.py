@@ -28,19 +28,23 @@ from typing import Any
 
 import torch
 
-if importlib.util.find_spec("qtool") is None:  # not installed: the folder pipeline/ is the package
-    root = Path(__file__).resolve().parent.parent / "pipeline"
-    spec = importlib.util.spec_from_file_location("qtool", root / "__init__.py", submodule_search_locations=[str(root)])
+if importlib.util.find_spec("qtool") is None:  # not installed: the the folders beside this one are the package
+    top = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(
+        "qtool", top / "pipeline/__init__.py", submodule_search_locations=[str(top / "pipeline"), str(top)]
+    )
     assert spec is not None
     assert spec.loader is not None
     sys.modules["qtool"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["qtool"])
 
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import read_geometry, tensor_shapes
+from qtool.evaluate.engines.facts import Load
+from qtool.evaluate.engines.transformers import FACTS, activations, cublas_workspace
 from qtool.sizing.accelerators import Accelerator, choose, load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_seconds
-from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
 from qtool.sizing.kv_cache import kv_bytes
-from qtool.sizing.workspace import ALLOCATOR_SLACK, cublas_workspace, transformers_overhead
 
 GIB = 2**30
 MODELS: dict[str, dict[str, Any]] = {
@@ -85,16 +89,16 @@ def build(config: dict[str, Any], device: torch.device) -> Any:
 
 def predict(geometry: Geometry, card: Accelerator, weights: int, context: int, batch: int) -> dict[str, Any]:
     """Bytes beside the weights (allocator), bytes in all (device), ranges of seconds."""
-    cache = kv_bytes(geometry, "transformers", context + DECODED, batch, "bf16")
-    overhead = transformers_overhead(geometry, context, batch, card.compute)
+    cache = kv_bytes(geometry, FACTS, context + DECODED, batch, "bf16")
+    overhead = FACTS.overhead(Load(geometry, card, 1, context, batch))
     head = geometry.head_weights * geometry.width
     layers = weights - head * (1 if geometry.tied else 2)
-    prefill = prefill_seconds(geometry, "transformers", card, context, batch, layers)
-    decode = decode_seconds(geometry, "transformers", card, layers, head, cache, batch)
+    prefill = prefill_seconds(geometry, FACTS, card, context, batch, layers)
+    decode = decode_seconds(geometry, FACTS, card, layers, head, cache, batch)
     assert prefill is not None
-    device = weights + cache + int(overhead.activations * (1 + ALLOCATOR_SLACK)) + overhead.fixed
+    device = weights + cache + overhead.total
     return {
-        "beside_weights": cache + overhead.activations + cublas_workspace(card.compute),
+        "beside_weights": cache + activations(geometry, context, batch) + cublas_workspace(card.compute),
         "device": device,
         "fits": device <= card.memory,
         "prefill_s": [prefill.best, prefill.slow],

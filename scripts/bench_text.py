@@ -15,7 +15,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 
 CALIBRATION = ("asyncio", "email", "http", "json", "logging", "unittest", "xml", "importlib", "concurrent")
 HELDOUT = ("rich", "click", "pydantic", "huggingface_hub")  # under site-packages

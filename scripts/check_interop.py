@@ -41,9 +41,9 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"  # installed first; the constraint for everything else

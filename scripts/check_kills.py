@@ -54,11 +54,11 @@ class Hooks:
 
     def install(self) -> None:
         """From here on operations count."""
-        from qtool.convert.files import writer
-        from qtool.convert.formats.gguf import file as gguf_file
+        from qtool.convert.files.journal import StepJournal
+        from qtool.convert.files.writer import TensorWriter
         from qtool.quantize.walk import Walk
 
-        fsync, reserve, run, add = os.fsync, os.posix_fallocate, Walk.run, writer.StepJournal.add
+        fsync, reserve, run, add = os.fsync, os.posix_fallocate, Walk.run, StepJournal.add
 
         def counted(function: Callable[..., Any], path: Callable[..., str]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
@@ -81,9 +81,8 @@ class Hooks:
 
         os.fsync = counted(fsync, _path_of)
         os.posix_fallocate = counted(reserve, lambda fd, *_: _path_of(fd))
-        for kind in (writer.ShardWriter, gguf_file.GgufWriter):
-            kind.write = counted(kind.write, lambda *_: self.folder)  # type: ignore[method-assign]
-        writer.StepJournal.add, Walk.run = added, noted  # type: ignore[method-assign, assignment]
+        TensorWriter.write = counted(TensorWriter.write, lambda *_: self.folder)  # type: ignore[method-assign]
+        StepJournal.add, Walk.run = added, noted  # type: ignore[method-assign, assignment]
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:

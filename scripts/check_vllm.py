@@ -39,17 +39,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.runtimes import vllm as vllm_rules
 from qtool.convert.runtimes.rules import RULES
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.checks import subject_of
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.machine import machine_name
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.tasks.loading import load_task
-from qtool.measure.measurements import machine_name
 
 HERE = Path(__file__).resolve().parent
 PROMPTS, TOKENS, BEST, CONTEXT = 20, 32, 5, 480

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qtool.sizing.accelerators import choose, load_accelerators
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Answer, Asked, gib, make_plan
+from qtool.sizing.plan import Answer, Question, gib, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("IQuest-Coder-V1-7B", "IQuest-Coder-V1-14B", "IQuest-Coder-V1-40B", "IQuest-Coder-V1-40B-Loop")
@@ -26,7 +26,7 @@ def table(model: str) -> str:
     card."""
     headers = read_headers(str(ROOT / "tests" / "data" / "iquest" / model))
     cards = choose(load_accelerators(), CARDS)
-    plan = make_plan(headers, Asked(cards, contexts=CONTEXTS, sequences=(1,), formats=FORMATS))
+    plan = make_plan(headers, Question(cards, contexts=CONTEXTS, sequences=(1,), formats=FORMATS))
     titles = ["format", "engine", "weights GiB", "bpw", *(f"{context // 1024}K" for context in CONTEXTS)]
     for card in cards:
         titles += [f"longest on {card.key}", f"tok/s at 8K on {card.key}, at most"]

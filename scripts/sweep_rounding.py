@@ -18,9 +18,11 @@ import torch
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model, logits_of
 from qtool.evaluate.statistics import bootstrap_mean
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
@@ -76,7 +78,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="qtool-") as work:
         model = load_model(Checkpoint.open(source.path).read(), config, device)
-        reference = fidelity.make_reference(model, windows, Path(work) / "source")
+        reference = fidelity.make_reference(logits_of(model), windows, Path(work) / "source")
         print("| setting | mean KL | top-1 |\n|---|---|---|")
         for name, keys in SETTINGS.items():
             if options.quick and name not in QUICK:
@@ -85,8 +87,8 @@ def main() -> None:
             output = {"method": "awq", "group_size": options.group_size} | keys
             recipe = Recipe.model_validate({"model": options.model, "outputs": [output], "output_dir": str(made)})
             job = open_job(recipe, source, device, recipe.outputs)
-            artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, options.calibration))["awq"]
-            found = fidelity.diverge(load_model(artifact.read(), config, device), windows, reference)
+            artifact = make_artifacts(job, CalibrationSet(tokens, options.calibration))["awq"]
+            found = fidelity.diverge(logits_of(load_model(artifact.read(), config, device)), windows, reference)
             shutil.rmtree(made)
             kl = bootstrap_mean(found.kl)
             top1 = sum(found.top1) / len(found.top1)

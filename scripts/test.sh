@@ -8,9 +8,8 @@ make_environment
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/mypy scripts
-# the whole suite on two cores: files side by side, each file's tests in order
+# the whole suite on two cores: files side by side by name, each file's tests in order
 if [ $# -eq 0 ]; then
-    set -- -n 2 --dist loadfile
-    export OMP_NUM_THREADS=1  # a core each
+    set -- -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest -q "$@"

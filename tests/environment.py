@@ -19,3 +19,5 @@ def make_neutral(environment: MutableMapping[str, str], hub: str) -> None:
     for name in [name for name in environment if _USERS.fullmatch(name)]:
         del environment[name]
     environment |= {"HF_HOME": hub, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+    # tests run side by side, on models too small for more: threads would only wait for one another
+    environment["OMP_NUM_THREADS"] = "1"

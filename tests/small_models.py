@@ -65,5 +65,5 @@ def converted(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    made = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
+    made = make_artifacts(job, CalibrationSet(tokens, "test"))
     return {name: artifact.path for name, artifact in made.items()}

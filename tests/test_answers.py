@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,18 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import selfcheck
 from qtool.evaluate.answers import Asking, answer_task
-from qtool.evaluate.engines import vllm
+from qtool.evaluate.engines import transformers, vllm, vllm_model
 from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.engines.torch_engines import TorchEngine, end_tokens, load_model, load_native
+from qtool.evaluate.engines.torch_model import TorchModel, end_tokens, load_model
+from qtool.evaluate.engines.transformers import load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import prompts
-from qtool.evaluate.tasks.loading import Problem, Task, load_task, subset
+from qtool.evaluate.tasks.loading import load_task, subset
+from qtool.evaluate.tasks.problems import Problem, Task
 
 ASKING = Asking("completion", Decoding(64, 4))
 
@@ -82,6 +85,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(path)])
     while not path.exists() or path.read_bytes().count(b'"outcome"') < 5:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with path.open("ab") as file:
@@ -276,11 +280,11 @@ def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Pat
     from qtool.run import run
 
     made = run(write_recipe(outputs=[{"method": "nf4"}]), tmp_path / "runs", "cpu")
-    (artifact,) = made.artifacts.values()
-    model = load_native(artifact.path, torch.device("cpu"))
+    (folder,) = made.folders.values()
+    model = load_native(folder, torch.device("cpu"))
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
-    engine = TorchEngine("transformers", model, load_tokenizer(artifact.path))
+    engine = TorchModel(transformers.FACTS, model, load_tokenizer(folder))
     found = dict(engine.generate([Request("def f1(a, b):\n", lambda _: False)], Decoding(8, 1)))
     assert found[0]
     assert "bitsandbytes" in engine.version
@@ -307,13 +311,13 @@ class FakeLLM:
 
 def test_vllm_is_called_as_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QtoolError, match="engine vllm needs vLLM, which is not here") as caught:
-        vllm.load(tiny, None, 64)
+        vllm_model.load(vllm.FACTS, tiny, None, 64)
     assert caught.value.exit_code == 3
     fake = types.ModuleType("vllm")
     fake.__dict__.update(LLM=FakeLLM, SamplingParams=FakeSamplingParams)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     tokenizer = load_tokenizer(tiny)
-    engine = vllm.load(tiny, tokenizer, 64)
+    engine = vllm_model.load(vllm.FACTS, tiny, tokenizer, 64)
     assert engine.llm.options["max_model_len"] == 64
     assert engine.dtype == "float16"
     texts = ["def f1(a, b):\n", "x", "y", "def"]

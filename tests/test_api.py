@@ -64,8 +64,8 @@ def test_importing_is_light_and_the_verbs_are_there() -> None:
 
 def test_a_verb_stays_one_where_a_module_has_its_name() -> None:
     module: Any = importlib.import_module("qtool.convert")
-    importlib.import_module("qtool.convert.files.artifact")
-    assert module.files.artifact.Artifact
+    importlib.import_module("qtool.convert.artifact")
+    assert module.artifact.Artifact
     assert callable(qtool.convert)
     assert callable(qtool.plan)
     assert "outputs" in inspect.signature(qtool.convert).parameters

@@ -90,7 +90,7 @@ def bench(tiny: Path, finished: Any, tmp_path_factory: pytest.TempPathFactory) -
     (root / "artifacts").mkdir()
     for name in ("awq", "nf4"):
         for there in (f"model-{name}", f"tiny-{name}"):
-            (root / "artifacts" / there).symlink_to(finished.artifacts[name].path)
+            (root / "artifacts" / there).symlink_to(finished.folders[name])
     return Bench(root)
 
 

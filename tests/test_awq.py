@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.quantize import grid
-from qtool.quantize.architectures import GEMMA2, LLAMA, Architecture
-from qtool.quantize.folding import Heads, _fold_norm, kv_rows, quantize_layer
+from qtool.convert.models.feeds import Heads, Matrix, Norm
+from qtool.convert.models.shape import decoder_of
+from qtool.quantize import grid, scaling
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods import awq
-from qtool.quantize.methods.sections import AwqMethod
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.on_grid import _fold_norm, quantize_layer
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.statistics import InputStatistics
 
@@ -35,8 +35,8 @@ def test_closed_form_loss_is_the_forward_loss() -> None:
     x, weight = inputs().double(), torch.randn(64, 128).double()
     error = torch.randn(64, 128).double() * 0.01
     forward = (x @ (weight + error).t() - x @ weight.t()).square().sum()
-    assert float(awq.output_error(error, x.t() @ x)) == pytest.approx(float(forward), rel=1e-9)
-    closed = awq.output_error(error.float(), (x.t() @ x).float())
+    assert float(scaling.output_error(error, x.t() @ x)) == pytest.approx(float(forward), rel=1e-9)
+    closed = scaling.output_error(error.float(), (x.t() @ x).float())
     assert float(closed) == pytest.approx(float(forward), rel=1e-5)
 
 
@@ -44,9 +44,9 @@ def test_search_equals_brute_force_over_all_candidates() -> None:
     """Every candidate run through a real forward in float64: the search must find one as good as the best."""
     x = inputs()
     weights = [torch.randn(256, 128), torch.randn(128, 128)]
-    found = awq.search_scale(weights, x.t() @ x, x.abs().mean(0), SPEC)
+    found = scaling.search_scale(weights, x.t() @ x, x.abs().mean(0), SPEC)
     assert found.scale is not None
-    candidates = [torch.ones(128), *awq.candidate_scales(x.abs().mean(0), weights, SPEC)]
+    candidates = [torch.ones(128), *scaling.candidate_scales(x.abs().mean(0), weights, SPEC)]
 
     def loss(scale: torch.Tensor) -> float:
         total = 0.0
@@ -65,21 +65,21 @@ def test_no_scaling_when_nothing_beats_it() -> None:
     weight = torch.randint(-7, 8, (64, 128)).float()
     weight[:, ::32], weight[:, 1::32] = 7.0, -8.0
     x = inputs()
-    assert awq.search_scale([weight], x.t() @ x, x.abs().mean(0), SPEC).scale is None
+    assert scaling.search_scale([weight], x.t() @ x, x.abs().mean(0), SPEC).scale is None
 
 
 def test_scaled_gram_is_the_gram_of_scaled_inputs() -> None:
     x, scale = inputs(), torch.rand(128) + 0.5
     expected = (x / scale).t() @ (x / scale)
-    assert torch.allclose(awq.scale_gram(x.t() @ x, scale), expected, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(scaling.scale_gram(x.t() @ x, scale), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_repeated_heads_share_their_scales() -> None:
-    tie = kv_rows(Heads(kv=2, repeat=2, dim=32), torch.device("cpu"))
+    tie = Heads(Matrix("v", "v.weight"), repeat=2, dim=32).ties(128, torch.device("cpu"))
     # columns 0-31 and 32-63 are two query heads fed by key/value head 0
     assert tie.tolist() == [*range(32), *range(32), *range(32, 64), *range(32, 64)]
     x = inputs()
-    scale = awq.search_scale([torch.randn(64, 128)], x.t() @ x, x.abs().mean(0), SPEC, tie).scale
+    scale = scaling.search_scale([torch.randn(64, 128)], x.t() @ x, x.abs().mean(0), SPEC, tie).scale
     assert scale is not None
     assert torch.equal(scale[:32], scale[32:64])
     assert torch.equal(scale[64:96], scale[96:])
@@ -136,10 +136,14 @@ def test_bfloat16_products_lose_nothing() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-@pytest.mark.parametrize(("architecture", "offset"), [(LLAMA, 0.0), (GEMMA2, 1.0)])
-def test_folding_leaves_the_function_alone(rounding: str, architecture: Architecture, offset: float) -> None:
+@pytest.mark.parametrize(("family", "offset"), [("Llama", 0.0), ("Gemma2", 1.0)])
+def test_folding_leaves_the_function_alone(rounding: str, family: str, offset: float) -> None:
     """With the fold undone, the folded weights are the source's: only rounding changes the layer."""
-    heads = Heads(kv=2, repeat=2, dim=32)
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64,
+    }  # fmt: skip
+    feeds = decoder_of(sizes | {"architectures": [f"{family}ForCausalLM"]}).feeds(0)
     rows = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
     weights = {f"self_attn.{name}.weight": torch.randn(out, 128) * 0.1 for name, out in rows.items()}
     weights |= {f"self_attn.{name}.bias": torch.randn(out) for name, out in rows.items()}
@@ -149,29 +153,30 @@ def test_folding_leaves_the_function_alone(rounding: str, architecture: Architec
         "mlp.up_proj.weight": torch.randn(256, 128) * 0.1,
         "mlp.down_proj.weight": torch.randn(128, 256) * 0.1,
     }
-    norms = {group.producer: group.linears[0] for group in architecture.groups if group.kind.startswith("norm")}
+    norms = {feed.producer.name: feed.name for feed in feeds if isinstance(feed.producer, Norm)}
     weights |= {f"{norm}.weight": torch.rand(128) + 0.5 - offset for norm in norms}
-    groups = architecture.groups
-    stats = {group.name: statistics(inputs(columns=256 if group.name == "down" else 128)) for group in groups}
+    stats = {feed.name: statistics(inputs(columns=256 if "down" in feed.name else 128)) for feed in feeds}
     method = AwqMethod(method="awq", group_size=32, rounding=rounding)
-    output = quantize_layer(method, architecture, weights, stats, heads)
-    assert set(output.codes) == set(architecture.linears)
-    for group in groups:
-        for linear in group.linears:
-            restored = output.codes[linear].dequantize() / output.columns[linear] * output.rows[linear].unsqueeze(1)
+    output = quantize_layer(method, feeds, weights, stats)
+    assert list(output.codes) == [matrix.module for feed in feeds for matrix in feed.consumers]
+    for feed in feeds:
+        for linear in (matrix.module for matrix in feed.consumers):
+            columns, scaled = output.kept[f"{linear}.columns"], output.kept[f"{linear}.rows"].unsqueeze(1)
+            restored = output.codes[linear].dequantize() / columns * scaled
             source = weights[f"{linear}.weight"]
             assert float((restored - source).norm() / source.norm()) == pytest.approx(
                 output.records[linear]["frobenius"], rel=1e-4
             )
             assert output.records[linear]["error"] < output.records[linear]["rtn_error"]
     for norm, linear in norms.items():
-        product = (output.tensors[f"{norm}.weight"] + offset) * output.columns[linear]
+        product = (output.tensors[f"{norm}.weight"] + offset) * output.kept[f"{linear}.columns"]
         assert torch.allclose(product, weights[f"{norm}.weight"] + offset, rtol=1e-6)
-        assert not torch.equal(output.columns[linear], torch.ones(128))
+        assert not torch.equal(output.kept[f"{linear}.columns"], torch.ones(128))
     # what v_proj's rows and bias lost, o_proj's columns gained, head by head
-    gained = output.columns["self_attn.o_proj"]
-    assert torch.equal(output.rows["self_attn.v_proj"][kv_rows(heads, torch.device("cpu"))], gained)
-    bias = output.tensors["self_attn.v_proj.bias"] * output.rows["self_attn.v_proj"]
+    gained = output.kept["self_attn.o_proj.columns"]
+    tie = feeds[1].producer.ties(128, torch.device("cpu"))
+    assert torch.equal(output.kept["self_attn.v_proj.rows"][tie], gained)
+    bias = output.tensors["self_attn.v_proj.bias"] * output.kept["self_attn.v_proj.rows"]
     assert torch.allclose(bias, weights["self_attn.v_proj.bias"], rtol=1e-5)
     assert torch.equal(output.tensors["self_attn.q_proj.bias"], weights["self_attn.q_proj.bias"])
 

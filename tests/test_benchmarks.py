@@ -15,11 +15,14 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from qtool import QtoolError
-from qtool.evaluate.sandbox.execute import Outcome, detect_sandbox, run_programs
-from qtool.evaluate.tasks import benchmarks, prompts, solvable
+from qtool.evaluate.sandbox.execute import detect_sandbox, run_programs
+from qtool.evaluate.sandbox.process import Outcome
 from qtool.evaluate.tasks import loading as tasks
+from qtool.evaluate.tasks import prompts, solvable
 from qtool.evaluate.tasks.livecodebench import decode_tests
-from qtool.evaluate.tasks.loading import Problem, Task, as_job, load_task
+from qtool.evaluate.tasks.loading import as_job, load_task
+from qtool.evaluate.tasks.problems import Problem, Task
+from qtool.evaluate.tasks.table import data_sets
 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 
@@ -487,7 +490,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, An
 
 
 def test_a_benchmark_comes_at_its_pinned_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = benchmarks.BENCHMARKS["livecodebench"]
+    known = data_sets()["livecodebench"][1]
     folder = tmp_path / known.revision
     folder.mkdir()
     for number, name in enumerate(["test10.jsonl", "test2.jsonl", "test.jsonl"]):
@@ -502,12 +505,12 @@ def test_a_benchmark_comes_at_its_pinned_commit(tmp_path: Path, monkeypatch: pyt
     assert task.source == f"livecodebench/code_generation_lite@{known.revision}"
     assert [call["revision"] for call in calls] == [known.revision, "main"]
     assert calls[0]["repo_type"] == "dataset"
-    for benchmark in benchmarks.BENCHMARKS.values():
-        assert len(benchmark.revision) == 40
-        int(benchmark.revision, 16)
+    for _, data_set in data_sets().values():
+        assert len(data_set.revision) == 40
+        int(data_set.revision, 16)
 
 
-@pytest.mark.parametrize("name", sorted(set(benchmarks.BENCHMARKS) - {"humaneval"}))
+@pytest.mark.parametrize("name", sorted(set(data_sets()) - {"humaneval"}))
 def test_a_benchmark_that_cannot_be_fetched_names_the_offline_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: Any, **options: Any) -> str:
         raise LocalEntryNotFoundError("not cached")
@@ -516,7 +519,7 @@ def test_a_benchmark_that_cannot_be_fetched_names_the_offline_way(name: str, mon
     with pytest.raises(QtoolError, match="cannot be fetched") as caught:
         load_task(name)
     assert caught.value.exit_code == 3
-    known = benchmarks.BENCHMARKS[name]
+    known = data_sets()[name][1]
     for part in (known.repository, known.local, f"`file: PATH` beside `task: {name}`"):
         assert part in caught.value.message
 
@@ -547,4 +550,4 @@ def test_file_and_revision_are_for_benchmarks(tmp_path: Path) -> None:
     with pytest.raises(QtoolError, match="is neither a known task nor a file"):
         load_task("mbpp", file=str(tmp_path / "none.jsonl"))
     assert isinstance(load_task(path), Task)
-    assert set(tasks.SHIPPED).isdisjoint(benchmarks.BENCHMARKS)
+    assert set(tasks.SHIPPED).isdisjoint(data_sets())

@@ -8,8 +8,8 @@ import signal
 import click
 import pytest
 
-from qtool import QtoolError
-from qtool.cli.boundary import Boundary, Interrupted
+from qtool import Interrupted, QtoolError
+from qtool.cli.boundary import Boundary
 
 
 def run(error: BaseException) -> int:

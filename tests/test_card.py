@@ -11,12 +11,11 @@ from huggingface_hub import ModelCard
 
 from qtool.convert.files.licence import Licence
 from qtool.convert.files.manifest import FileEntry, Manifest
-from qtool.convert.verify.checks import Check
+from qtool.convert.verify.verification import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
-from qtool.measure.measure import Row
-from qtool.measure.measurements import Measurement
 from qtool.report.card import Card, Published, card_text, escape, eval_files, fenced, loading
 from qtool.runs.gates import GateResult
+from qtool.runs.measurements import Measurement, Row
 from qtool.runs.summary import Size, summarise
 
 GOLDEN = Path(__file__).parent / "data/card.md"

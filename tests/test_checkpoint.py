@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import INDEX, Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.reading import read_json
-from qtool.convert.files.shard_header import read_places
+from qtool.convert.files.shard_header import INDEX, read_places
 from qtool.convert.files.source import resolve
 from qtool.convert.skeleton import _fill_buffers, build_skeleton, expected_shapes, load_config
 

@@ -16,22 +16,21 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.models.config_keys import (
-    ACTIVATIONS,
     CHECKED,
     HARMLESS,
-    SILU,
-    TANH_GELU,
     WRITTEN,
     check_config,
     check_gguf,
     keys_read,
     prove_gguf,
 )
-from qtool.convert.models.model_config import DEFAULTS, FULL, completed, head_dim, layer_windows, rope_parameters
+from qtool.convert.models.family import FULL, SILU, TANH_GELU
+from qtool.convert.models.model_config import completed, head_dim, layer_windows, rope_parameters
 from qtool.convert.models.rope import rope_factors, rope_keys, rotation
+from qtool.convert.models.table import FAMILIES
 from qtool.convert.models.tied import check_folder, check_head
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.sizing.headers import read_headers
 
 SIZES: dict[str, Any] = {
@@ -69,7 +68,7 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
     import transformers
 
     theirs = getattr(transformers, f"{kind}ForCausalLM").config_class()
-    ours = DEFAULTS[f"{kind}ForCausalLM"]
+    ours = FAMILIES[f"{kind}ForCausalLM"].defaults
     named = ("hidden_act", "hidden_activation", "num_key_value_heads", "max_position_embeddings",
              "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "clip_qkv",
              "max_window_layers")  # fmt: skip
@@ -253,8 +252,8 @@ def test_activations_by_several_names_are_one() -> None:
 
     x = torch.linspace(-8, 8, 321)
     for names, expected in (
-        (SILU, torch.nn.functional.silu(x)),
-        (TANH_GELU, torch.nn.functional.gelu(x, approximate="tanh")),
+        (SILU.names, torch.nn.functional.silu(x)),
+        (TANH_GELU.names, torch.nn.functional.gelu(x, approximate="tanh")),
     ):
         for name in names:
             torch.testing.assert_close(ACT2FN[name](x), expected, atol=1e-6, rtol=1e-5)
@@ -266,9 +265,11 @@ def test_every_key_that_the_code_reads_has_a_row(kind: str, tmp_path: Path) -> N
     model = skeleton_of(config_of(kind), tmp_path)
     read = keys_read(model)
     assert {"hidden_size", "rms_norm_eps", "rope_parameters"} <= read
-    assert ACTIVATIONS[f"{kind}ForCausalLM"][0] in read
+    family = FAMILIES[f"{kind}ForCausalLM"]
+    assert family.gguf is not None
+    assert family.activation.key in read
     others = {"get_text_config", "standardize_rope_params", "validate_rope", "default_theta", "json"}  # no keys
-    assert read - WRITTEN - CHECKED - HARMLESS - others == set()
+    assert read - WRITTEN - CHECKED - HARMLESS - family.gguf.says - others == set()
     prove_gguf(model, config_of(kind))
 
 

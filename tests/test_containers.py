@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact, write_json
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.folder import write_json
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import autogptq, compressed_tensors, packing
 from qtool.convert.formats.codes import UniformCodes
 from qtool.convert.formats.containers import CONTAINERS, container_of
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -215,7 +216,7 @@ def test_transformers_loads_compressed_tensors(write_recipe: Callable[..., Path]
     recipe = load_recipe(write_recipe(outputs=[output]))
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    artifact = make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))["gptq"]
+    artifact = make_artifacts(job, CalibrationSet(tokens, "test"))["gptq"]
     theirs = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
     ours = load_model(artifact.read(), load_config(artifact.path), torch.device("cpu"))
     with torch.inference_mode():

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qtool.quantize import descent
+from qtool.quantize import rounding as gptq
+from qtool.quantize import scaling as awq
 from qtool.quantize.descent import Chosen, Group, Levels, Problem
 from qtool.quantize.grid import GridSpec, stored
-from qtool.quantize.methods import awq, gptq
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

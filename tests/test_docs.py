@@ -10,7 +10,8 @@ import pytest
 from qtool.evaluate.fidelity import TOP
 from qtool.evaluate.sandbox.execute import TIERS
 from qtool.evaluate.statistics import RESAMPLES
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
 
 DOCS = Path(__file__).parent.parent / "docs"
 

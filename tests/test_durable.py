@@ -14,8 +14,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files import durable
+from qtool.convert.files.journal import resume_journal
 from qtool.convert.files.watch import watch, watch_blob
-from qtool.convert.files.writer import resume_journal
 from qtool.evaluate import fidelity
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.sandbox import secrets

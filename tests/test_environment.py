@@ -19,7 +19,7 @@ HOSTILE = {
 
 
 def test_what_a_user_has_set_is_taken_out() -> None:
-    environment = HOSTILE | {"PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}
+    environment = HOSTILE | {"PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": "0"}
     make_neutral(environment, "/hub")
     assert environment == {
         "PATH": "/bin", "HOME": "/home/me", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0",

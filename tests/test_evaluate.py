@@ -15,13 +15,13 @@ from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import fidelity
-from qtool.evaluate.engines import cache
+from qtool.evaluate.engines import cache, reference, torch_model
 from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, sample
+from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of, sample
 from qtool.evaluate.tasks import prompts
-from qtool.evaluate.tasks.loading import Problem
+from qtool.evaluate.tasks.problems import Problem
 
 PROMPTS = ["def f1(a, b):\n", "def f23(a, b):\n    return", "x", "def f7(a, b):\n    return a * 7 + b\n\n\ndef"]
 
@@ -37,7 +37,7 @@ def model(tiny: Path) -> Any:
 
 
 def answers(model: Any, tokenizer: Any, batch: int, limit: int = 21, stop: Any = lambda _: False) -> list[str]:
-    engine = TorchEngine("reference", model, tokenizer)
+    engine = TorchModel(reference.FACTS, model, tokenizer)
     requests = [Request(prompt, stop) for prompt in PROMPTS]
     return [text for _, text in sorted(engine.generate(requests, Decoding(limit, batch)))]
 
@@ -83,7 +83,7 @@ def test_a_model_with_a_missing_tensor_is_refused(tiny: Path) -> None:
 
 
 def sampled(model: Any, tokenizer: Any, batch: int, done: Collection[int] = ()) -> dict[int, str]:
-    engine = TorchEngine("reference", model, tokenizer)
+    engine = TorchModel(reference.FACTS, model, tokenizer)
     requests = [Request(prompt, lambda _: False, seed=seed) for seed in (1, 2) for prompt in PROMPTS]
     return dict(engine.generate(requests, Decoding(9, batch, temperature=1.0, top_p=0.9), done))
 
@@ -115,8 +115,8 @@ def other(tiny: Path) -> Any:
 
 def test_divergence_equals_the_full_distributions(model: Any, other: Any, tmp_path: Path) -> None:
     windows = torch.randint(0, 320, (3, 32), generator=torch.Generator().manual_seed(1))
-    source = fidelity.make_reference(model, windows, tmp_path / "source")
-    found = fidelity.diverge(other, windows, source)
+    source = fidelity.make_reference(logits_of(model), windows, tmp_path / "source")
+    found = fidelity.diverge(logits_of(other), windows, source)
     assert found.kept == 0
     with torch.inference_mode():
         p = model(input_ids=windows).logits.double().log_softmax(-1)
@@ -130,7 +130,7 @@ def test_divergence_equals_the_full_distributions(model: Any, other: Any, tmp_pa
     by_position = kl.mean(0)
     assert found.position_bin == 1
     assert found.kl_by_position == pytest.approx(by_position.tolist(), rel=1e-3)
-    itself = fidelity.diverge(model, windows, source)
+    itself = fidelity.diverge(logits_of(model), windows, source)
     assert max(itself.kl) < 1e-6
     assert itself.top1 == [1.0] * 3
 
@@ -139,16 +139,18 @@ def test_long_windows_in_chunks_equal_one_pass(
     model: Any, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = torch.randint(0, 320, (2, 150), generator=torch.Generator().manual_seed(2))
-    whole = fidelity.diverge(other, windows, fidelity.make_reference(model, windows, tmp_path / "whole"))
-    monkeypatch.setattr(fidelity, "CHUNK", 64)
-    source = fidelity.make_reference(model, windows, tmp_path / "parts")
-    parts = fidelity.diverge(other, windows, source)
+    mine, theirs = logits_of(model), logits_of(other)
+    whole = fidelity.diverge(theirs, windows, fidelity.make_reference(mine, windows, tmp_path / "whole"))
+    for module in (fidelity, torch_model):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    source = fidelity.make_reference(mine, windows, tmp_path / "parts")
+    parts = fidelity.diverge(logits_of(other), windows, source)
     assert len(list(source.folder.iterdir())) == 6
     assert parts.nll == pytest.approx(whole.nll, rel=1e-5)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-4)
     assert parts.kl_by_position == pytest.approx(whole.kl_by_position, rel=1e-3)
     assert (parts.position_bin, len(parts.kl_by_position)) == (3, 50)
-    few = fidelity.diverge(other, windows, fidelity.make_reference(model, windows, tmp_path / "few", kept=64))
+    few = fidelity.diverge(theirs, windows, fidelity.make_reference(mine, windows, tmp_path / "few", kept=64))
     assert few.kept == 64
     assert 0.8 * sum(whole.kl) < sum(few.kl) < sum(whole.kl)
     assert few.top1 == whole.top1
@@ -163,7 +165,7 @@ def test_a_reference_stays_within_its_budget() -> None:
 
 def test_kl_by_layer_is_that_of_the_hybrid_model(model: Any, other: Any, tiny: Path, tmp_path: Path) -> None:
     windows = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(4))
-    source = fidelity.make_reference(model, windows, tmp_path / "source")
+    source = fidelity.make_reference(logits_of(model), windows, tmp_path / "source")
     changed = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mixed_up = sorted(changed.items(), key=lambda item: item[0][::-1])  # no layer in one piece
@@ -173,7 +175,7 @@ def test_kl_by_layer_is_that_of_the_hybrid_model(model: Any, other: Any, tiny: P
         mark = f"model.layers.{index}."
         stream = ((name, changed[name] if name.startswith(mark) else tensor) for name, tensor in before.items())
         hybrid = load_model(stream, load_config(tiny), torch.device("cpu"))
-        expected = fidelity.diverge(hybrid, windows, source).kl
+        expected = fidelity.diverge(logits_of(hybrid), windows, source).kl
         assert found[index] == pytest.approx(sum(expected) / 2, rel=1e-4)
     lacking = ((name, tensor) for name, tensor in changed.items() if ".1.mlp" not in name)
     with pytest.raises(QtoolError, match=r"lacks layer 1\."):

@@ -18,7 +18,8 @@ from tiers import HERE
 
 from qtool import QtoolError
 from qtool.evaluate.sandbox import execute, seccomp
-from qtool.evaluate.sandbox.execute import Job, Outcome, Worker, WorkerLost, detect_sandbox, run_programs
+from qtool.evaluate.sandbox.execute import Job, detect_sandbox, run_programs
+from qtool.evaluate.sandbox.process import Outcome, Worker, WorkerLost
 
 SECRET = "only the test knows 9731"
 TEST = f'''

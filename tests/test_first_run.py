@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 
 from qtool import QtoolError
-from qtool.cli import judge as cli_judge
 from qtool.cli import main
-from qtool.convert.verify.checks import Check
+from qtool.cli.options import write_text
+from qtool.convert.verify.verification import Check
 from qtool.make import progress
 from qtool.recipe.paths import locate
 from qtool.report import loading
@@ -143,7 +143,7 @@ def test_a_wide_table_goes_on_below_itself_with_its_first_columns() -> None:
 
 
 def test_files_are_written_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
-    cli_judge.write_text(tmp_path / "reports" / "today" / "q.xml", "<x/>")
+    write_text(tmp_path / "reports" / "today" / "q.xml", "<x/>")
     assert (tmp_path / "reports" / "today" / "q.xml").read_text() == "<x/>"
 
 
@@ -169,7 +169,7 @@ def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
 
 
 def test_a_refusal_to_publish_names_the_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.recipe.sections import PublishSection
+    from qtool.recipe.judging import PublishSection
     from qtool.share import admission
 
     monkeypatch.setattr(admission, "refusals", lambda *_: ([], ["no gate judged it"], None))

@@ -12,23 +12,27 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.metadata import add_metadata
-from qtool.convert.models.model_config import SLIDING, is_tied, layer_windows, rope_parameters
+from qtool.convert.models.family import SLIDING
+from qtool.convert.models.model_config import is_tied, layer_windows, rope_parameters
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.runtimes.vllm import dtype_flag
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines import llama_cpp, reference, transformers
 from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_engines import TorchEngine, load_model, load_native
+from qtool.evaluate.engines.torch_model import TorchModel, load_model
+from qtool.evaluate.engines.transformers import load_native
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.recipe.sections import load_recipe
 from qtool.sizing.formats import weights_of
-from qtool.sizing.geometry import read_geometry, tensor_shapes
 from qtool.sizing.headers import read_headers
 from qtool.sizing.kv_cache import kv_bytes
 
@@ -71,7 +75,7 @@ def made(
     recipe.write_text(yaml.safe_dump({"model": str(model), "outputs": OUTPUTS, "output_dir": str(folder / "out")}))
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(str(model)), CPU, loaded.outputs)
-    return model, make_artifacts(job, loaded.outputs, CalibrationSet(TOKENS, "test"))
+    return model, make_artifacts(job, CalibrationSet(TOKENS, "test"))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_batched_greedy_equals_transformers_one_by_one(made: tuple[Path, dict[st
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = source.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    engine = TorchEngine("reference", source, tokenizer)
+    engine = TorchModel(reference.FACTS, source, tokenizer)
     found = dict(engine.generate([Request(prompt, lambda _: False) for prompt in prompts], Decoding(40, 3)))
     assert [found[index] for index in range(3)] == expected
 
@@ -202,8 +206,8 @@ def test_a_config_that_leaves_windows_and_bases_to_defaults() -> None:
     assert rope_parameters(nested, SLIDING) == {"rope_theta": 1e4, "rope_type": "default"}
     geometry = read_geometry(three)
     row = 2 * 256 * 2
-    assert kv_bytes(geometry, "transformers", 8192, 1, "bf16") == (4 * 8192 + 22 * 512) * row
-    assert kv_bytes(geometry, "llama.cpp", 8192, 1, "f16") == (4 * 8192 + 22 * 1024) * row
+    assert kv_bytes(geometry, transformers.FACTS, 8192, 1, "bf16") == (4 * 8192 + 22 * 512) * row
+    assert kv_bytes(geometry, llama_cpp.FACTS, 8192, 1, "f16") == (4 * 8192 + 22 * 1024) * row
 
 
 @pytest.mark.parametrize(

@@ -7,27 +7,31 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.source import resolve
 from qtool.convert.files.watch import sha256_file
-from qtool.convert.formats.gguf.file import GgufFile, GgufWriter
+from qtool.convert.files.writer import TensorWriter
+from qtool.convert.formats.gguf.file import GgufFile, gguf_layout
 from qtool.convert.formats.gguf.imatrix import read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.modelfile import modelfile
 from qtool.convert.skeleton import load_config
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines import llama_cpp
-from qtool.evaluate.engines import openai as served
-from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines import server as served
+from qtool.evaluate.engines.engine import Decoding, Model, Request, Running, Use
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.methods.ggml import quantize_ggml
@@ -51,7 +55,7 @@ TWO_ROPES = {
 def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
-    return job, make_artifacts(job, loaded.outputs, _calibrate(job))
+    return job, make_artifacts(job, _calibrate(job))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, dict[str, Artif
     return convert(path)
 
 
+def opened(file: Path, tokenizer: Any) -> AbstractContextManager[Running]:
+    return llama_cpp.ENGINE.open(Model("m", gguf=file, tokenizer=tokenizer), Use("cpu", 2, lambda: 64))
+
+
 def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]) -> None:
     _, artifacts = demo
     for artifact in artifacts.values():
@@ -120,7 +128,7 @@ def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]
     assert file.metadata("tokenizer.ggml.pre") == "deepseek-coder"
     assert file.metadata("general.file_type") == 15
     requests = [Request(text, lambda _: False) for text in ("def f(a", "class A")]
-    with llama_cpp.open_engine(q4.gguf, load_tokenizer(artifacts["q4"].path, False), 64, 2, "Q4_K_M") as engine:
+    with opened(q4.gguf, load_tokenizer(artifacts["q4"].path, False)) as engine:
         found = list(engine.generate(requests, Decoding(max_new_tokens=8, batch_size=2)))
     assert {index for index, _ in found} == {0, 1}
 
@@ -153,7 +161,7 @@ def test_llama_cpp_samples_by_temperature_and_top_p_alone(demo: tuple[Job, dict[
     assert artifact.gguf is not None
     tokenizer = load_tokenizer(artifact.path, False)
     requests = [Request("def f(a", lambda _: False, seed=seed) for seed in range(60)]
-    with llama_cpp.open_engine(artifact.gguf, tokenizer, 64, 2, "Q8_0") as engine:
+    with opened(artifact.gguf, tokenizer) as engine:
         hot = Decoding(max_new_tokens=1, batch_size=2, temperature=100.0)
         found = {text for _, text in engine.generate(requests, hot)}
     assert len(found) > 40  # nearly uniform over the vocabulary
@@ -277,10 +285,10 @@ def test_planted_faults_are_found(demo: tuple[Job, dict[str, Artifact]], tmp_pat
 
 def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
     layout = {"a.weight": ("Q8_0", (3, 64)), "b": ("F32", (5,))}
-    first, second = torch.randint(0, 255, (3, 68), dtype=torch.uint8), torch.arange(5.0).view(torch.uint8)
+    first, second = torch.randint(0, 255, (204,), dtype=torch.uint8), torch.arange(5.0).view(torch.uint8)
 
-    def begin(folder: Path, key: str = "k") -> GgufWriter:
-        return GgufWriter(folder / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, key)
+    def begin(folder: Path, key: str = "k") -> TensorWriter:
+        return TensorWriter(folder, gguf_layout(folder / "m.gguf", "llama", lambda w: w.add_name("m"), layout), key)
 
     whole = begin(tmp_path / "whole")
     whole.write("a.weight", first)
@@ -297,27 +305,29 @@ def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "killed/m.gguf").read_bytes() == (tmp_path / "whole/m.gguf").read_bytes()
     other = begin(tmp_path / "killed", "other")
     assert other.steps == []
-    with pytest.raises(ValueError, match=r"a\.weight: planned 204 bytes"):
+    with pytest.raises(ValueError, match=r"a\.weight: planned torch\.uint8 \[204\]"):
         other.write("a.weight", second)
     other.close()
 
 
 def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin() -> GgufWriter:
-        layout = {"a.weight": ("F32", (2, 32))}
-        return GgufWriter(tmp_path / "m.gguf", "llama", lambda writer: writer.add_name("m"), layout, "k")
+    path = tmp_path / "m.gguf"
+
+    def begin() -> TensorWriter:
+        layout = gguf_layout(path, "llama", lambda writer: writer.add_name("m"), {"a.weight": ("F32", (2, 32))})
+        return TensorWriter(tmp_path, layout, "k")
 
     begun = begin()
-    begun.write("a.weight", torch.ones(2, 32).view(torch.uint8))
+    begun.write("a.weight", torch.ones(64).view(torch.uint8))
     begun.commit({"layer": 0})
     begun.close()
-    begun.path.unlink()
+    path.unlink()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qtool.convert.formats.gguf.file.start_journal", killed)
+        patch.setattr("qtool.convert.files.writer.start_journal", killed)
         with pytest.raises(KeyboardInterrupt):
             begin()
     again = begin()
@@ -326,10 +336,10 @@ def test_killed_while_it_starts_over_no_old_step_counts(tmp_path: Path, monkeypa
 
 
 def test_an_unknown_architecture_is_named(model_maker: Callable[..., Path], tmp_path: Path) -> None:
-    from qtool.convert.formats.gguf.names import gguf_architecture
+    from qtool.convert.models.table import gguf_facts
 
     with pytest.raises(QtoolError, match=r"PhiForCausalLM cannot be written as GGUF yet\. Known: LlamaForCausalLM"):
-        gguf_architecture({"architectures": ["PhiForCausalLM"]})
+        gguf_facts({"architectures": ["PhiForCausalLM"]})
 
 
 def test_an_unknown_pre_tokenizer_is_refused(
@@ -354,7 +364,8 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("qtool.make.gguf_output.gguf_architecture", lambda _: "nosuchmodel")
+    facts = SimpleNamespace(architecture="nosuchmodel")
+    monkeypatch.setattr("qtool.convert.formats.gguf.format.gguf_facts", lambda _: facts)
     monkeypatch.setattr("qtool.make.outputs._walk", lambda *_: pytest.fail("layers were quantized before the proof"))
     with pytest.raises(QtoolError, match=r"llama\.cpp cannot load it"):
         convert(write_recipe(outputs=[{"method": "gguf", "imatrix": False}]))
@@ -363,7 +374,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_no_artifact(
 def test_without_llama_cpp_the_proof_is_said_to_be_missing(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qtool.make.gguf_output.installed", lambda: False)
+    monkeypatch.setattr("qtool.make.token_proof.installed", lambda: False)
     _, made = convert(write_recipe(outputs=[{"method": "gguf", "type": "F16"}]))
     said = "token ids: not compared with llama.cpp's, which is not installed here."
     assert any(note.startswith(said) for note in made["gguf"].notes)
@@ -383,7 +394,7 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
 
 
 def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
-    from qtool.recipe.sections import EvaluateSection
+    from qtool.recipe.judging import EvaluateSection
     from qtool.run import evaluate_folders
 
     asked = {"tasks": [{"task": "heldout", "limit": 6}], "engine": "llama.cpp", "max_new_tokens": 64}

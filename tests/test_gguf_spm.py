@@ -13,7 +13,8 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
-from qtool.convert.text.windows import load_tokenizer, token_windows
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -107,7 +108,7 @@ def convert(recipe_path: Path) -> Any:
     recipe = load_recipe(recipe_path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = token_windows(recipe.calibration, load_tokenizer(job.source.path, False))
-    return next(iter(make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "t")).values()))
+    return next(iter(make_artifacts(job, CalibrationSet(tokens, "t")).values()))
 
 
 @pytest.mark.parametrize("prepend", [True, False])

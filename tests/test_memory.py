@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from qtool.quantize.architectures import GEMMA2, GEMMA3, LLAMA
+from qtool.convert.models.shape import decoder_of, shape_of
 from qtool.quantize.memory import peak_bytes, score_bytes
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, Method, Nf4Method
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.nf4 import Nf4Method
 
 HIDDEN, INNER, TOKENS = 4096, 14336, 128 * 2048
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (1024, HIDDEN), "self_attn.v_proj": (1024, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
+}  # fmt: skip
+CONFIG = {
+    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 4096,
 }  # fmt: skip
 AWQ, GPTQ, NF4 = AwqMethod(method="awq"), GptqMethod(method="gptq"), Nf4Method(method="nf4")
 SOURCE_INPUTS = {"propagate_error": False}
@@ -33,12 +40,17 @@ SOURCE_INPUTS = {"propagate_error": False}
 def test_peak_is_what_an_h200_measured(outputs: list[Method], measured: float) -> None:
     shapes: dict[str, tuple[int, ...]] = {f"model.layers.0.{name}.weight": shape for name, shape in SHAPES.items()}
     shapes["model.embed_tokens.weight"] = (4096, HIDDEN)
-    found = peak_bytes(LLAMA, shapes, outputs, TOKENS, "cuda") / 2**30
+    llama = decoder_of(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    found = peak_bytes(llama, shapes, outputs, TOKENS, "cuda") / 2**30
     assert found == pytest.approx(measured, rel=0.05)
 
 
 def test_a_soft_cap_makes_scores_whole() -> None:
     """As tests/test_sizing.py counts them storage by storage: eight bytes a score in 16 bits, four a mask's entry."""
-    assert score_bytes(GEMMA2, 16, 128, 2048, "cuda") == 8 * 2048**2 * (16 * 8 + 4)
-    assert score_bytes(GEMMA2, 16, 3, 2048, "cuda") == 3 * 2048**2 * (16 * 8 + 4)
-    assert score_bytes(GEMMA3, 16, 128, 2048, "cuda") == score_bytes(LLAMA, 16, 128, 2048, "cuda") == 0
+    llama, gemma2, gemma3 = (
+        shape_of(CONFIG | {"num_attention_heads": 16, "architectures": [f"{name}ForCausalLM"]})
+        for name in ("Llama", "Gemma2", "Gemma3")
+    )
+    assert score_bytes(gemma2, 128, 2048, "cuda") == 8 * 2048**2 * (16 * 8 + 4)
+    assert score_bytes(gemma2, 3, 2048, "cuda") == 3 * 2048**2 * (16 * 8 + 4)
+    assert score_bytes(gemma3, 128, 2048, "cuda") == score_bytes(llama, 128, 2048, "cuda") == 0

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import copy_sidecars, write_config
-from qtool.convert.files.checkpoint import INDEX, SINGLE, Checkpoint
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import check_config, read_config
 from qtool.convert.files.diagnosis import refuse_quantized
+from qtool.convert.files.folder import copy_sidecars, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.reading import leaves_folder
-from qtool.convert.files.shard_header import HEADER_LIMIT, read_header
+from qtool.convert.files.shard_header import HEADER_LIMIT, INDEX, SINGLE, read_header
 from qtool.convert.files.sidecars import check_sidecars, left_out, without_private_paths
 from qtool.convert.files.source import name_of, resolve
-from qtool.convert.models.config_file import check_config, read_config
 from qtool.convert.skeleton import load_config
 from qtool.make.job import open_job, open_source
 from qtool.recipe.sections import load_recipe
@@ -291,7 +291,7 @@ def test_tensors_of_other_models(model: Path, write_recipe: Write) -> None:
     assert job.notes == (
         "left out, no part of LlamaForCausalLM: v_head.summary.bias, v_head.summary.weight (2 tensors)",
     )
-    assert not set(head) & (set(job.checkpoint.tensors) | set(job.plans["awq"].specs))
+    assert not set(head) & (set(job.checkpoint.tensors) | set(job.output("awq").plan.specs))
     for name in ("model.norm.bias", "lm_head.bias", "model.extra"):
         restore(model, lambda tensors, name=name: tensors | {name: torch.zeros(128)})
         with pytest.raises(QtoolError, match=rf"holds {name} \(1 such\), which config\.json does not imply"):

@@ -13,7 +13,7 @@ from qtool import QtoolError
 from qtool.convert.formats.gguf import chat_form
 from qtool.convert.formats.gguf.chat_form import CHATS, learn
 from qtool.convert.formats.gguf.modelfile import Modelfile, modelfile, template
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "pipeline/data/demo-model"
 CHATML = (

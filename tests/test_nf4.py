@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nf4Blocks
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines.torch_engines import load_model
+from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -70,7 +70,7 @@ def artifact(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytes
     )
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-    return make_artifacts(job, recipe.outputs, CalibrationSet(TOKENS, "test"))["nf4"]
+    return make_artifacts(job, CalibrationSet(TOKENS, "test"))["nf4"]
 
 
 def logits(model: Any) -> torch.Tensor:

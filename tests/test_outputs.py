@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from warm import Warm
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
-from qtool.convert.files.artifact import Artifact
+from qtool import Interrupted, QtoolError
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.source import HUB_PATTERNS, resolve
-from qtool.convert.files.writer import ShardWriter
+from qtool.convert.files.writer import TensorWriter
 from qtool.make.job import Job, artifact_key, open_job
 from qtool.make.outputs import make_artifacts
-from qtool.make.writers import SafetensorsOutput
+from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.methods.method import LayerCodes
+from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import load_recipe
 
 CALIBRATION = CalibrationSet(torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
@@ -40,7 +40,7 @@ def job_of(recipe: Path) -> Job:
 
 def make(recipe: Path) -> dict[str, Artifact]:
     job = job_of(recipe)
-    return make_artifacts(job, job.recipe.outputs, CALIBRATION)
+    return make_artifacts(job, CALIBRATION)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,10 +98,10 @@ def test_notices_are_carried_and_indices_of_other_weights_are_not(
 
 def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
     job = job_of(write_recipe(outputs=EVERY))
-    artifacts = make_artifacts(job, job.recipe.outputs, CALIBRATION)
+    artifacts = make_artifacts(job, CALIBRATION)
     assert len(artifacts) == len(EVERY)
     for name, artifact in artifacts.items():
-        plan = job.plans[name]
+        plan = job.output(name).plan
         found = {tensor: (info.dtype, info.shape) for tensor, info in artifact.checkpoint.tensors.items()}
         assert found == plan.specs, name
         assert sum(info.nbytes for info in artifact.checkpoint.tensors.values()) == plan.nbytes
@@ -112,10 +112,10 @@ def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
 def test_nf4_does_not_depend_on_the_calibration(write_recipe: Callable[..., Path]) -> None:
     """Other tokens, same key: the artifact is reused."""
     job = job_of(write_recipe(outputs=[{"method": "nf4"}]))
-    first = make_artifacts(job, job.recipe.outputs, CALIBRATION)["nf4"]
+    first = make_artifacts(job, CALIBRATION)["nf4"]
     stamp = (first.path / "model.safetensors").stat().st_mtime_ns
     other = CalibrationSet(CALIBRATION.tokens + 1, "other")
-    second = make_artifacts(job, job.recipe.outputs, other)["nf4"]
+    second = make_artifacts(job, other)["nf4"]
     assert (second.path / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -125,7 +125,7 @@ def test_rows_that_do_not_fill_words_are_refused(
     model = model_maker(tmp_path / "odd", intermediate_size=260)
     with pytest.raises(QtoolError, match=r"down_proj has 260 columns; this format packs columns in groups of 8"):
         job_of(write_recipe(model=str(model), outputs=[{"method": "gptq", "group_size": -1}]))
-    assert job_of(write_recipe(model=str(model), outputs=[{"method": "nf4"}])).plans["nf4"].nbytes
+    assert job_of(write_recipe(model=str(model), outputs=[{"method": "nf4"}])).output("nf4").plan.nbytes
 
 
 def test_everything_is_durable_before_the_folder_gets_its_name(
@@ -148,17 +148,17 @@ def test_one_output_that_cannot_be_sealed_takes_no_other_along(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(outputs=[{"method": "awq", "group_size": 32}, {"method": "nf4"}])
-    whole = SafetensorsOutput.seal
+    whole = OutputWriter.seal
 
-    def seal(self: SafetensorsOutput, calibration: CalibrationSet) -> None:
-        if self.method.name == "awq":
-            self.weights.close()
-            assert self.scales is not None
-            self.scales.close()
+    def seal(self: OutputWriter, calibration: CalibrationSet) -> None:
+        if self.output.name == "awq":
+            self.file.close()
+            assert self.kept is not None
+            self.kept.close()
             raise QtoolError("planted", exit_code=3)
         whole(self, calibration)
 
-    monkeypatch.setattr(SafetensorsOutput, "seal", seal)
+    monkeypatch.setattr(OutputWriter, "seal", seal)
     with pytest.raises(QtoolError, match=r"awq: planted\nFinished all the same: nf4") as error:
         make(recipe)
     assert error.value.exit_code == 3
@@ -224,7 +224,7 @@ def test_a_full_disk_is_said_before_the_work(
 def test_a_second_writer_is_refused(write_recipe: Callable[..., Path]) -> None:
     recipe = write_recipe()
     job = job_of(recipe)
-    partial = job.partial(job.recipe.outputs[0])
+    partial = job.outputs[0].partial
     partial.mkdir(parents=True)
     holder = os.open(partial, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
@@ -249,13 +249,13 @@ from pathlib import Path
 from qtool.convert.files import writer
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
-from qtool.make.writers import SafetensorsOutput
+from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
-from qtool.recipe import load_recipe
+from qtool.recipe.sections import load_recipe
 from qtool.convert.files.source import resolve
 
 where, number = sys.argv[2], int(sys.argv[3])
-target = {"write": writer.ShardWriter, "commit": writer.ShardWriter, "seal": SafetensorsOutput}[where]
+target = {"write": writer.TensorWriter, "commit": writer.TensorWriter, "seal": OutputWriter}[where]
 original, count = getattr(target, where), 0
 
 def deadly(*args, **kwargs):
@@ -270,7 +270,7 @@ setattr(target, where, deadly)
 recipe = load_recipe(Path(sys.argv[1]))
 tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
 job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
-make_artifacts(job, recipe.outputs, CalibrationSet(tokens, "test"))
+make_artifacts(job, CalibrationSet(tokens, "test"))
 """
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32},
@@ -278,6 +278,14 @@ OUTPUTS: list[dict[str, Any]] = [
     {"method": "nf4"},
     {"method": "awq", "name": "rtn", "group_size": 32, "rounding": "rtn"},
 ]
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    pytest.importorskip("bitsandbytes")
+    process = Warm()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="module")
@@ -301,12 +309,11 @@ def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(
     write_recipe: Callable[..., Path],
     tmp_path: Path,
     uninterrupted: dict[str, dict[str, bytes]],
+    warm: Warm,
 ) -> None:
     recipe = write_recipe(outputs=OUTPUTS, calibration=None)  # the default, as `uninterrupted` has it
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(recipe), where, str(number)], capture_output=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    said = tmp_path / "said"
+    assert warm.run(KILL, [str(recipe), where, str(number)], said) == -signal.SIGKILL, said.read_text()
     artifacts = tmp_path / "artifacts"
     left = [p.name for p in artifacts.iterdir() if not p.name.endswith(".partial")]
     assert left == ([] if (where, number) != ("seal", 2) else ["tiny-awq"])
@@ -329,7 +336,7 @@ def test_nothing_of_another_recipes_unfinished_work_is_sealed(
     pytest.importorskip("gguf")
     job = job_of(write_recipe(outputs=[before]))
     whole = make(write_recipe(outputs=[before], output_dir=str(tmp_path / "whole")))["x"].path
-    partial = Path(shutil.copytree(whole, job.partial(job.recipe.outputs[0])))
+    partial = Path(shutil.copytree(whole, job.outputs[0].partial))
     (partial / "model.journal.jsonl").write_text('{"key": "of other work"}\n')
     made = make(write_recipe(outputs=[after]))["x"]
     expected = make(write_recipe(outputs=[after], output_dir=str(tmp_path / "expected")))["x"]
@@ -344,9 +351,9 @@ def test_a_source_that_changes_is_not_sealed_under_the_old_ones_key(
     recipe = write_recipe(model=str(model))
     expected = contents(make(write_recipe(model=str(model), output_dir=str(tmp_path / "expected")))["awq"].path)
     shard = sorted(model.glob("*.safetensors"))[-1]
-    data, commit, done = shard.read_bytes(), ShardWriter.commit, 0
+    data, commit, done = shard.read_bytes(), TensorWriter.commit, 0
 
-    def changing(self: ShardWriter, step: dict[str, Any]) -> None:
+    def changing(self: TensorWriter, step: dict[str, Any]) -> None:
         nonlocal done
         commit(self, step)
         done += 1
@@ -354,7 +361,7 @@ def test_a_source_that_changes_is_not_sealed_under_the_old_ones_key(
             shard.write_bytes(data[:-100] + bytes(100))
 
     write_recipe(model=str(model))
-    monkeypatch.setattr(ShardWriter, "commit", changing)
+    monkeypatch.setattr(TensorWriter, "commit", changing)
     with pytest.raises(QtoolError, match=rf"{shard.name}: changed while the model was being converted"):
         make(recipe)
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["tiny-awq.partial"]
@@ -369,29 +376,28 @@ def test_whatever_number_of_threads_what_was_begun_is_ended_with_it(
     """The number is in the key; a finished artifact is not made again for it, and begun work goes on with its own."""
     before = torch.get_num_threads()
     job = job_of(write_recipe())
-    (method,) = job.recipe.outputs
     nf4 = job_of(write_recipe(outputs=[{"method": "nf4"}]))
-    keys = [artifact_key(job, method, CALIBRATION, number) for number in (1, 2)]
+    keys = [artifact_key(job, job.outputs[0], CALIBRATION, number) for number in (1, 2)]
     assert keys[0] != keys[1]
-    same = [artifact_key(nf4, nf4.recipe.outputs[0], CALIBRATION, number) for number in (1, 2)]
+    same = [artifact_key(nf4, nf4.outputs[0], CALIBRATION, number) for number in (1, 2)]
     assert same[0] == same[1]
-    seal = SafetensorsOutput.seal
+    seal = OutputWriter.seal
 
     def fail(*_: object) -> None:
         raise QtoolError("planted")
 
-    monkeypatch.setattr(SafetensorsOutput, "seal", fail)
+    monkeypatch.setattr(OutputWriter, "seal", fail)
     with pytest.raises(QtoolError, match="planted"):
-        make_artifacts(job, [method], CALIBRATION, threads=2)
-    monkeypatch.setattr(SafetensorsOutput, "seal", seal)
+        make_artifacts(job, CALIBRATION, threads=2)
+    monkeypatch.setattr(OutputWriter, "seal", seal)
     torch.set_num_threads(1)
     try:
-        made = make_artifacts(job, [method], CALIBRATION)["awq"]
+        made = make_artifacts(job, CALIBRATION)["awq"]
         assert made.manifest is not None
         assert made.manifest.key == keys[1]
         assert made.manifest.versions["threads"] == "2"
         stamp = (made.path / "model.safetensors").stat().st_mtime_ns
-        again = make_artifacts(job, [method], CALIBRATION)["awq"]
+        again = make_artifacts(job, CALIBRATION)["awq"]
         assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
         assert torch.get_num_threads() == 1
     finally:
@@ -430,13 +436,13 @@ def test_what_a_kill_left_after_the_rename_is_tidied(write_recipe: Callable[...,
 
 
 def test_ctrl_c_says_where_it_goes_on(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = SafetensorsOutput.write_layer
+    write = OutputWriter.write
 
-    def interrupted(self: SafetensorsOutput, index: int, output: Any) -> None:
-        if index == 1:
+    def interrupted(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
+        if result.index == 1:
             raise KeyboardInterrupt
-        write(self, index, output)
+        write(self, result, codes)
 
-    monkeypatch.setattr(SafetensorsOutput, "write_layer", interrupted)
+    monkeypatch.setattr(OutputWriter, "write", interrupted)
     with pytest.raises(Interrupted, match="it continues at layer 2 of 2"):
         make(write_recipe(outputs=[{"method": "nf4"}]))

@@ -14,7 +14,6 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,14 @@ from qtool.convert.files.source import resolve
 from qtool.convert.formats import autogptq, bnb_nf4
 from qtool.make import needs as job_needs
 from qtool.make.job import device_kind, open_job
+from qtool.make.output import TOKENIZER_AND_CONFIG
 from qtool.make.outputs import make_artifacts
 from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
 from qtool.runs import ledger
 from qtool.sizing.accelerators import choose, load_accelerators
 from qtool.sizing.headers import read_headers
-from qtool.sizing.plan import Asked, make_plan
+from qtool.sizing.plan import Question, make_plan
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 B40 = IQUEST / "IQuest-Coder-V1-40B"
@@ -148,9 +148,9 @@ def test_a_plan_takes_no_second_and_help_no_imports() -> None:
     cards = choose(load_accelerators(), "H100")
     headers = read_headers(str(B40))
     formats = ("source", "awq", "gptq", "nf4", "Q4_K_M")
-    make_plan(headers, Asked(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
+    make_plan(headers, Question(cards, formats=("Q4_K_M",), contexts=(2048,)))  # imports
     started = time.process_time()
-    plan = make_plan(read_headers(str(B40)), Asked(cards, formats=formats))
+    plan = make_plan(read_headers(str(B40)), Question(cards, formats=formats))
     assert time.process_time() - started < 1
     assert sum(len(answer.cells) for answer in plan.answers) == 5 * 5 * 4
     heavy = ("torch", "transformers", "pydantic", "yaml", "rich")
@@ -173,7 +173,7 @@ def test_a_recipe_is_planned_as_a_job(
     assert "time: not known" in result.output
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
-    plan = job.plans["awq"]
+    plan = job.output("awq").plan
     entry = {
         "device": device_kind(job.device), "seconds": 8.0,
         "artifacts": {"awq": {"bytes": plan.nbytes, "bpw": plan.bits_per_weight}},
@@ -181,9 +181,9 @@ def test_a_recipe_is_planned_as_a_job(
     ledger.append(runs, entry)
     assert "time: 8 to 8 s" in call("plan", recipe, "--runs", runs).output
     needs = job_needs.needs_of(job)
-    made = make_artifacts(job, loaded.outputs, _calibrate(job))["awq"]
+    made = make_artifacts(job, _calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
-    assert taken <= needs.disk_bytes <= taken + job_needs.TOKENIZER_AND_CONFIG
+    assert taken <= needs.disk_bytes <= taken + TOKENIZER_AND_CONFIG
     monkeypatch.setattr(job_needs, "host_memory", lambda: 1000)
     found = json.loads(call("plan", recipe, "--runs", runs, "--json").output)
     assert found["short"][0].startswith("host memory: ")
@@ -371,9 +371,16 @@ def test_nf4_names_the_plugin_that_vllm_needs(tiny: Path, tmp_path: Path) -> Non
         assert "pip install vllm-bnb-plugin" in call("plan", folder, "--gpu", "H100", "--engine", engine).output
 
 
-def test_gemma_is_served_in_bfloat16() -> None:
-    headers = read_headers(str(B40))
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "vocab_size": 256000, "sliding_window": 4096, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256,
+    "torch_dtype": "bfloat16", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def test_gemma_is_served_in_bfloat16(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA2))
     cards = choose(load_accelerators(), "H100")
-    gemma = replace(headers, config={**headers.config, "model_type": "gemma2"})
-    (answer,) = make_plan(gemma, Asked(cards, formats=("awq",), contexts=(2048,))).answers
+    (answer,) = make_plan(read_headers(str(tmp_path)), Question(cards, formats=("awq",), contexts=(2048,))).answers
     assert "--dtype bfloat16" in answer.command

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from qtool.cli import main
 from qtool.convert.files.manifest import Manifest, read_manifest
 from qtool.convert.verify.checks import verify
-from qtool.recipe.sections import PublishSection
-from qtool.report.redaction import recipe_without_folders, without_folders
+from qtool.recipe.judging import PublishSection
+from qtool.recipe.redaction import recipe_without_folders, without_folders
 from qtool.runs import ledger
 from qtool.runs.baseline import Baseline
 from qtool.share import hub

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qtool.cli import main
-from qtool.recipe.sections import EvaluateSection, FidelitySection
+from qtool.recipe.judging import EvaluateSection, FidelitySection
 from qtool.run import run
 from qtool.runs.record import RunRecord
 from qtool.share.pull import asked_again
@@ -127,7 +127,8 @@ def test_a_revision(published: Any, tmp_path: Path) -> None:
 
 def test_reproduce_fetches_what_is_not_a_folder(published: Any, finished: Any) -> None:
     recipe = finished.recipe
-    options = ["--device", "cpu", "--source", str(recipe.model.id), "--text", str(recipe.calibration.text)]
+    text = {"text": recipe.calibration} if isinstance(recipe.calibration, str) else recipe.calibration
+    options = ["--device", "cpu", "--source", str(recipe.model), "--text", str(text["text"])]
     result = CliRunner().invoke(main, ["reproduce", REPO, *options])
     assert result.exit_code == 0, result.output
     assert "the same bit for bit" in result.output

@@ -26,7 +26,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
     again = load_run(finished.folder)
     assert (again.recipe, again.lock, again.verdicts) == (finished.recipe, finished.lock, finished.verdicts)
     assert again.scores == finished.scores
-    assert set(again.artifacts) == {"awq", "nf4"}
+    assert set(again.folders) == {"awq", "nf4"}
     assert {name: found.checks for name, found in again.checks.items()} == {
         name: found.checks for name, found in finished.checks.items()
     }
@@ -41,7 +41,7 @@ def test_the_folder_tells_the_run(finished: RunRecord) -> None:
 
 def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:
     moved = load_run(copied)
-    assert moved.artifacts == {}
+    assert moved.folders == {}
     assert moved.summary == finished.summary
     assert moved.manifests == finished.manifests
     assert moved.scores == finished.scores
@@ -50,14 +50,14 @@ def test_it_outlives_its_artifacts(copied: Path, finished: RunRecord) -> None:
 def test_an_artifact_that_became_another_is_not_this_runs(finished: RunRecord, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "x"
     shutil.copytree(finished.folder, folder)
-    shutil.copytree(finished.artifacts["awq"].path, tmp_path / "a")
+    shutil.copytree(finished.folders["awq"], tmp_path / "a")
     lock = json.loads((folder / "lock.json").read_text())
     lock["artifacts"]["awq"]["path"] = "../../a"
     (folder / "lock.json").write_text(json.dumps(lock))
-    assert set(load_run(folder).artifacts) == {"awq"}
+    assert set(load_run(folder).folders) == {"awq"}
     lock["artifacts"]["awq"]["key"] = "other"
     (folder / "lock.json").write_text(json.dumps(lock))
-    assert load_run(folder).artifacts == {}
+    assert load_run(folder).folders == {}
 
 
 def test_a_run_is_named_by_its_beginning(copied: Path) -> None:

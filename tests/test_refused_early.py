@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
+from qtool.convert.files.config_file import check_config
 from qtool.convert.files.sidecars import check_sidecars
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.types import tensor_types
 from qtool.convert.formats.gguf.vocab import around_texts
-from qtool.convert.models.config_file import check_config
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.shapes import row_of
 from qtool.convert.text.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
@@ -73,10 +73,10 @@ def test_converted_with_leave_and_the_code_goes_along(
     recipe = write_recipe(model={"id": str(iquest), "trust_remote_code": True})
     job = job_of(recipe)
     calibration = CalibrationSet(torch.randint(0, 320, (4, 48), generator=torch.Generator().manual_seed(0)), "test")
-    artifact: Artifact = make_artifacts(job, job.recipe.outputs, calibration)["awq"]
+    artifact: Artifact = make_artifacts(job, calibration)["awq"]
     assert (artifact.path / "modeling_iquestcoder.py").read_text() == MODELING
     plain = job_of(write_recipe(outputs=[{"method": "awq", "group_size": 32, "name": "plain"}]))
-    other = make_artifacts(plain, plain.recipe.outputs, calibration)["plain"]
+    other = make_artifacts(plain, calibration)["plain"]
     for (name, tensor), (same, expected) in zip(artifact.read(), other.read(), strict=True):
         assert name == same
         assert torch.equal(tensor, expected), name

@@ -20,10 +20,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from qtool.cli import main
-from qtool.convert.verify.checks import Check, Verification
+from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
-from qtool.measure.measure import Row
-from qtool.measure.measurements import Measurement
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.markup import visible
@@ -32,6 +30,7 @@ from qtool.report.problems import LONGEST, _marked
 from qtool.report.tables import footnote, score_rows
 from qtool.report.terminal import print_rows, write_report
 from qtool.runs.gates import GateResult
+from qtool.runs.measurements import Measurement, Row
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import summarise
 
@@ -263,7 +262,7 @@ def test_report_command(finished: RunRecord, tmp_path: Path) -> None:
     assert result.output.strip() == f"report: {tmp_path / 'r' / 'report.html'}"
     text = (tmp_path / "r" / "report.html").read_text()
     assert "0 by none" in text or "1 by none" in text
-    assert str(finished.artifacts["awq"].path.parent) not in text.replace(html.escape(finished.recipe_text.strip()), "")
+    assert str(finished.folders["awq"].parent) not in text.replace(html.escape(finished.recipe_text.strip()), "")
     missing = CliRunner().invoke(main, ["report", "none", "--runs", str(tmp_path)])
     assert (missing.exit_code, "no such run" in missing.output) == (2, True)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.report.redaction import without_folders
+from qtool.recipe.redaction import without_folders
 
 
 def reproduce(folder: Path, *words: str) -> Result:

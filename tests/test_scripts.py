@@ -72,7 +72,7 @@ def test_scripts_that_do_not_start_are_seen(tmp_path: Path) -> None:
 
 def test_the_sweep_spells_out_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default that changes must not change what a row of docs/benchmarks.md is."""
-    from qtool.quantize.methods.sections import AwqMethod
+    from qtool.quantize.methods.awq import AwqMethod
 
     monkeypatch.syspath_prepend(str(FOLDER))
     import sweep_rounding

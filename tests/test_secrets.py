@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.evaluate.engines import vllm
+from qtool.evaluate.engines import vllm, vllm_model
+from qtool.evaluate.engines.engine import Batch
+from qtool.evaluate.engines.server import ServedModel
 from qtool.evaluate.sandbox import execute, secrets
-from qtool.evaluate.sandbox.execute import TIERS, Job, Worker, WorkerLost
-from qtool.measure.engines import Server, Vllm
+from qtool.evaluate.sandbox.execute import TIERS, Job
+from qtool.evaluate.sandbox.process import Worker, WorkerLost
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "PGPASSWORD"]
@@ -128,8 +130,8 @@ def test_vllms_own_processes_start_without_secrets(planted: None, monkeypatch: p
     fake = types.ModuleType("vllm")
     fake.__dict__.update(LLM=LLM, SamplingParams=object)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    vllm.load(Path("m"), None, 64)
-    Vllm(Path("m"), 64, 1, 50)
+    vllm_model.load(vllm.FACTS, Path("m"), None, 64)
+    vllm_model.load(vllm.FACTS, Path("m"), None, 64, timed=1)
     assert len(seen) == 2
     assert not any(SECRET in text for text in seen)
     assert os.environ["HF_TOKEN"] == SECRET
@@ -168,6 +170,6 @@ def test_measure_keeps_the_key_to_its_server(monkeypatch: pytest.MonkeyPatch) ->
         address = f"http://127.0.0.1:{server.server_address[1]}"
         for path in ("/moved", "/refused"):
             with pytest.raises(QtoolError, match=r"bad key Bearer \*\*\*"):
-                Server(address + path, "m", 50, SECRET).run(4, 1, 2)
+                ServedModel(address + path, "m", api_key=SECRET).time(Batch(((10, 11, 12, 13),), 2))
         server.shutdown()
     assert keys == []

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.evaluate.engines import openai as served
+from qtool.evaluate.engines import server as served
 from qtool.evaluate.engines.engine import Decoding, Request
+from qtool.evaluate.engines.openai import connect
 from qtool.evaluate.tasks.loading import load_task
 
 KEY = "sk-secret-0123456789"
@@ -110,7 +111,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def ask(server: Server, prompts: list[str], done: tuple[int, ...] = (), **changes: Any) -> dict[int, str]:
     requests = [Request(prompt, lambda text: "STOP" in text, seed=7) for prompt in prompts]
     decoding = Decoding(**({"max_new_tokens": 16, "batch_size": 4} | changes))
-    return dict(served.connect(server.url, None).generate(requests, decoding, done))
+    return dict(connect(server.url, None).generate(requests, decoding, done))
 
 
 def test_completions_are_greedy_and_parallel(server: Server) -> None:
@@ -151,7 +152,7 @@ def test_the_last_failure_is_said(server: Server) -> None:
 
 def test_the_key_goes_into_one_header_only(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    engine = served.connect(server.url, None)
+    engine = connect(server.url, None)
     assert KEY not in repr(engine)
     server.faults = ["refused"]
     with pytest.raises(QtoolError, match=r"answered 401: bad key Bearer \*\*\*") as caught:
@@ -172,17 +173,17 @@ def test_the_key_goes_into_one_header_only(server: Server, monkeypatch: pytest.M
 )  # fmt: skip
 def test_addresses_that_cannot_work(url: str, message: str) -> None:
     with pytest.raises(QtoolError, match=message) as caught:
-        served.connect(url, None)
+        connect(url, None)
     assert "secret" not in str(caught.value)
 
 
 def test_the_model_must_be_there(server: Server) -> None:
     with pytest.raises(QtoolError, match="does not serve 'other'; it has coder"):
-        served.connect(server.url, "other")
+        connect(server.url, "other")
     server.models = ["a", "b"]
     with pytest.raises(QtoolError, match="serves a, b; name one as MODEL"):
-        served.connect(server.url, None)
-    assert served.connect(server.url, "b").version.startswith("fakeserver, BaseHTTP")
+        connect(server.url, None)
+    assert connect(server.url, "b").version.startswith("fakeserver, BaseHTTP")
 
 
 @pytest.mark.parametrize("style", ["completion", "chat"])
@@ -225,7 +226,7 @@ def test_a_recipe_and_its_address_go_together() -> None:
 def test_a_list_of_models_without_names_is_no_answer(server: Server) -> None:
     server.models = [None]  # type: ignore[list-item]  # said as a row without a key "id"
     with pytest.raises(QtoolError, match="not an OpenAI-compatible answer"):
-        served.connect(server.url, None)
+        connect(server.url, None)
 
 
 def test_a_character_cut_in_half_is_put_together_or_replaced(server: Server) -> None:

@@ -15,21 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.source import resolve
+from qtool.convert.models.shape import read_geometry, tensor_shapes
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.llama_cpp import FACTS as LLAMA_CPP
+from qtool.evaluate.engines.transformers import FACTS as TRANSFORMERS
+from qtool.evaluate.engines.transformers import activations
+from qtool.evaluate.engines.vllm import FACTS as VLLM
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
 from qtool.sizing.accelerators import load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_flops
-from qtool.sizing.fit import Setting, cell_of, fits, largest_context, most_sequences, offload_of, parallel_faults
+from qtool.sizing.fit import Setting, estimate_of, fits, largest_context, most_sequences, offload_of, split_faults
 from qtool.sizing.formats import artifact_weights, method_of, weights_of
-from qtool.sizing.geometry import read_geometry, tensor_shapes
 from qtool.sizing.headers import Headers, read_headers
 from qtool.sizing.kv_cache import check_kv_dtype, kv_bytes
-from qtool.sizing.workspace import transformers_activations
 
 IQUEST = Path(__file__).parent / "data" / "iquest"
 CARDS = load_accelerators()
@@ -58,19 +62,19 @@ def test_iquest_40b_equals_the_published_sizes() -> None:
         assert round(weights_of(headers, name).nbytes / GIB, 2) == expected
     for name, mib in (("Q4_K_M", 22915.45), ("Q5_K_M", 26887.32), ("Q6_K", 31134.00), ("Q8_0", 40325.02)):
         assert round(weights_of(headers, name).nbytes / MIB, 2) == mib
-    assert kv_bytes(headers.geometry, "transformers", 1, 1, "bf16") == 320 * KIB
-    assert kv_bytes(headers.geometry, "transformers", 131072, 1, "bf16") == 40 * GIB  # linear, no square root
+    assert kv_bytes(headers.geometry, TRANSFORMERS, 1, 1, "bf16") == 320 * KIB
+    assert kv_bytes(headers.geometry, TRANSFORMERS, 131072, 1, "bf16") == 40 * GIB  # linear, no square root
 
 
 def test_the_loop_reads_its_layers_twice_and_caches_a_window_more() -> None:
     plain, loop = iquest("40B"), iquest("40B-Loop")
     assert weights_of(loop, "source").nbytes - weights_of(plain, "source").nbytes == 2 * 80 * (40 * 128 + 40)
-    more = kv_bytes(loop.geometry, "transformers", 32768, 1, "bf16")
-    assert more - kv_bytes(plain.geometry, "transformers", 32768, 1, "bf16") == 64 * 320 * KIB
+    more = kv_bytes(loop.geometry, TRANSFORMERS, 32768, 1, "bf16")
+    assert more - kv_bytes(plain.geometry, TRANSFORMERS, 32768, 1, "bf16") == 64 * 320 * KIB
     assert prefill_flops(loop.geometry, 4096, 1) > 2 * prefill_flops(plain.geometry, 4096, 1) * 0.98
     awq = weights_of(plain, "awq")
     once, twice = (
-        decode_seconds(h.geometry, "vllm", CARDS["H200"], awq.layers, awq.head, 0, 1).best for h in (plain, loop)
+        decode_seconds(h.geometry, VLLM, CARDS["H200"], awq.layers, awq.head, 0, 1).best for h in (plain, loop)
     )
     assert 1.9 < twice / once < 2
 
@@ -131,7 +135,7 @@ def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[
     ]  # fmt: skip
     loaded = load_recipe(write_recipe(outputs=outputs))
     job = open_job(loaded, resolve(str(tiny)), torch.device("cpu"), loaded.outputs)
-    made = make_artifacts(job, loaded.outputs, _calibrate(job))
+    made = make_artifacts(job, _calibrate(job))
     headers = read_headers(str(tiny))
     for name, artifact in made.items():
         planned = weights_of(headers, name)
@@ -195,8 +199,8 @@ def test_transformers_keeps_alive_what_is_predicted(
     model = kind(kind.config_class(num_hidden_layers=4, vocab_size=512, **settings)).to(torch.bfloat16).eval()
     with torch.inference_mode(), Live() as live:
         model(torch.randint(1, 512, (batch, context)), use_cache=True, logits_to_keep=1)
-    predicted = kv_bytes(geometry, "transformers", context, batch, "bf16")
-    predicted += transformers_activations(geometry, context, batch)
+    predicted = kv_bytes(geometry, TRANSFORMERS, context, batch, "bf16")
+    predicted += activations(geometry, context, batch)
     assert abs(live.peak - predicted) < 0.01 * live.peak
 
 
@@ -204,32 +208,31 @@ def test_cache_types_windows_and_blocks() -> None:
     geometry = read_geometry(config_of(head_dim=64, num_hidden_layers=2))
     row = 2 * 64
     tokens = 256 * 2 * row * 2  # layers x (keys and values)
-    assert kv_bytes(geometry, "llama.cpp", 200, 1, "f16") == 2 * tokens  # padded to 256 cells
-    assert kv_bytes(geometry, "llama.cpp", 200, 3, "q8_0") == 3 * tokens * 34 // 32
-    assert kv_bytes(geometry, "llama.cpp", 256, 1, "q4_0") == tokens * 18 // 32
-    assert kv_bytes(geometry, "vllm", 17, 1, "fp8") == 32 * 2 * row * 2  # blocks of 16
-    assert kv_bytes(geometry, "vllm", 16, 1, "bf16", cards=4) == 16 * 2 * 64 * 2 * 2  # a head is repeated
+    assert kv_bytes(geometry, LLAMA_CPP, 200, 1, "f16") == 2 * tokens  # padded to 256 cells
+    assert kv_bytes(geometry, LLAMA_CPP, 200, 3, "q8_0") == 3 * tokens * 34 // 32
+    assert kv_bytes(geometry, LLAMA_CPP, 256, 1, "q4_0") == tokens * 18 // 32
+    assert kv_bytes(geometry, VLLM, 17, 1, "fp8") == 32 * 2 * row * 2  # blocks of 16
+    assert kv_bytes(geometry, VLLM, 16, 1, "bf16", cards=4) == 16 * 2 * 64 * 2 * 2  # a head is repeated
     mistral = read_geometry(config_of(architectures=["MistralForCausalLM"], sliding_window=100, num_hidden_layers=2))
     assert mistral.windows == (100, 100)
-    assert kv_bytes(mistral, "transformers", 5000, 1, "bf16") == kv_bytes(mistral, "transformers", 100, 1, "bf16")
-    assert kv_bytes(mistral, "llama.cpp", 5120, 1, "f16") == 5120 * 2 * 2 * 64 * 2 * 2 // 2  # ignores the window
+    assert kv_bytes(mistral, TRANSFORMERS, 5000, 1, "bf16") == kv_bytes(mistral, TRANSFORMERS, 100, 1, "bf16")
+    assert kv_bytes(mistral, LLAMA_CPP, 5120, 1, "f16") == 5120 * 2 * 2 * 64 * 2 * 2 // 2  # ignores the window
     qwen = config_of(architectures=["Qwen2ForCausalLM"], sliding_window=64, use_sliding_window=False)
     assert read_geometry(qwen).windows == (None,) * 4
     late = qwen | {"use_sliding_window": True, "max_window_layers": 3}
     assert read_geometry(late).windows == (None, None, None, 64)
-    for engine, kv_dtype in (("vllm", "q8_0"), ("transformers", "fp8"), ("llama.cpp", "fp8")):
-        with pytest.raises(QtoolError, match=rf"--kv-dtype {kv_dtype}: {engine} keeps its cache in"):
+    for engine, kv_dtype in ((VLLM, "q8_0"), (TRANSFORMERS, "fp8"), (LLAMA_CPP, "fp8")):
+        with pytest.raises(QtoolError, match=rf"--kv-dtype {kv_dtype}: {engine.name} keeps its cache in"):
             check_kv_dtype(geometry, engine, kv_dtype)
     with pytest.raises(QtoolError, match="heads of 20 do not divide into blocks of 32"):
-        check_kv_dtype(read_geometry(config_of(head_dim=20)), "llama.cpp", "q8_0")
+        check_kv_dtype(read_geometry(config_of(head_dim=20)), LLAMA_CPP, "q8_0")
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers", "llama.cpp"])
-def test_the_largest_that_fits_is_the_largest(engine: str) -> None:
+@pytest.mark.parametrize("engine", [VLLM, TRANSFORMERS, LLAMA_CPP], ids=lambda engine: engine.name)
+def test_the_largest_that_fits_is_the_largest(engine: EngineFacts) -> None:
     headers = iquest("14B")
-    weights = weights_of(headers, "Q4_K_M" if engine == "llama.cpp" else "awq")
-    kv_dtype = "f16" if engine == "llama.cpp" else "bf16"
-    setting = Setting(headers.geometry, weights, engine, CARDS["RTX4090"], 1, kv_dtype)
+    weights = weights_of(headers, "Q4_K_M" if engine.gguf else "awq")
+    setting = Setting(headers.geometry, weights, engine, CARDS["RTX4090"], 1, engine.cache_types[0].name)
     context = largest_context(setting, 4)
     assert 1000 < context < 131072
     assert fits(setting, context, 4)
@@ -237,7 +240,7 @@ def test_the_largest_that_fits_is_the_largest(engine: str) -> None:
     most = most_sequences(setting, 4096)
     assert fits(setting, 4096, most)
     assert not fits(setting, 4096, most + 1)
-    cell = cell_of(setting, context, 4)
+    cell = estimate_of(setting, context, 4)
     assert cell.fits
     assert cell.total == cell.weights + cell.cache + cell.overhead.activations + cell.overhead.fixed
     assert cell.step.slow is not None
@@ -247,12 +250,14 @@ def test_the_largest_that_fits_is_the_largest(engine: str) -> None:
 def test_tensor_parallel_rules() -> None:
     headers = iquest("40B")
     awq, source = weights_of(headers, "awq"), weights_of(headers, "source")
-    assert parallel_faults(headers.geometry, awq, 4) == []
-    assert any("down_proj: 27648 columns / 16" in fault for fault in parallel_faults(headers.geometry, awq, 16))
-    assert parallel_faults(headers.geometry, source, 3) == [
+    four, three = (Setting(headers.geometry, w, VLLM, CARDS["H100"], n) for w, n in ((awq, 4), (source, 3)))
+    assert split_faults(four) == []
+    assert split_faults(replace(four, facts=TRANSFORMERS, cards=3)) == []  # its cards take turns
+    assert any("down_proj: 27648 columns / 16" in fault for fault in split_faults(replace(four, cards=16)))
+    assert split_faults(three) == [
         "40 heads do not divide by 3", "8 key/value heads neither divide by 3 nor divide it",
     ]  # fmt: skip
-    two = Setting(headers.geometry, source, "vllm", CARDS["H100"], 2)
+    two = Setting(headers.geometry, source, VLLM, CARDS["H100"], 2)
     assert two.resident < 0.51 * source.nbytes
     assert fits(two, 32768, 1)
 
@@ -260,7 +265,7 @@ def test_tensor_parallel_rules() -> None:
 def test_decode_bound_is_bytes_over_bandwidth() -> None:
     headers = iquest("40B")
     weights = weights_of(headers, "source")
-    cell = cell_of(Setting(headers.geometry, weights, "transformers", CARDS["H200"]), 8192, 1)
+    cell = estimate_of(Setting(headers.geometry, weights, TRANSFORMERS, CARDS["H200"]), 8192, 1)
     read = weights.layers + weights.head + 8192 * 320 * KIB  # of the embedding, a row
     assert cell.step.best == pytest.approx(read / 4800e9)
     assert cell.step.per_second(1).best < 63  # nobody decodes this model in 16 bits faster on this card
@@ -272,15 +277,15 @@ def test_decode_bound_is_bytes_over_bandwidth() -> None:
 def test_what_does_not_fit_goes_elsewhere_at_its_price() -> None:
     headers = iquest("40B")
     card = CARDS["RTX4090"]
-    llama = offload_of(Setting(headers.geometry, weights_of(headers, "Q4_K_M"), "llama.cpp", card, 1, "f16"), 8192, 1)
+    llama = offload_of(Setting(headers.geometry, weights_of(headers, "Q4_K_M"), LLAMA_CPP, card, 1, "f16"), 8192, 1)
     assert llama is not None
     assert llama.flag.startswith("-ngl ")
     assert llama.step.best > llama.moved / 80e9
-    vllm = offload_of(Setting(headers.geometry, weights_of(headers, "awq"), "vllm", card), 2048, 1)
+    vllm = offload_of(Setting(headers.geometry, weights_of(headers, "awq"), VLLM, card), 2048, 1)
     assert vllm is not None
     assert vllm.flag == "--cpu-offload-gb 1"
     assert vllm.step.best > GIB / 32e9
-    assert offload_of(Setting(headers.geometry, weights_of(headers, "awq"), "vllm", CARDS["H200"]), 2048, 1) is None
+    assert offload_of(Setting(headers.geometry, weights_of(headers, "awq"), VLLM, CARDS["H200"]), 2048, 1) is None
 
 
 def test_what_config_json_does_not_say_is_said() -> None:
@@ -292,7 +297,7 @@ def test_what_config_json_does_not_say_is_said() -> None:
         read_geometry(config_of(num_hidden_layers=-1))
     with pytest.raises(QtoolError, match="dtype 'float8'"):
         read_geometry(config_of(dtype="float8"))
-    with pytest.raises(QtoolError, match="its tensors are not known to qtool without its weights' headers"):
+    with pytest.raises(QtoolError, match="NewForCausalLM is not known to qtool"):
         tensor_shapes(config_of(architectures=["NewForCausalLM"]))
     bare = {
         k: v for k, v in config_of().items() if k not in ("dtype", "num_key_value_heads", "max_position_embeddings")

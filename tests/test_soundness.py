@@ -20,9 +20,9 @@ from qtool.quantize.soundness import refuse_unsound
 )
 def test_it_is_named(name: str, tensor: torch.Tensor, said: str) -> None:
     with pytest.raises(QtoolError, match=rf"model\.layers\.3\.{name}: .*{said}"):
-        refuse_unsound({"self_attn.q_proj.weight": torch.ones(2, 2), name: tensor}, "model.layers.3.", added=False)
+        refuse_unsound({"self_attn.q_proj.weight": torch.ones(2, 2), name: tensor}, "model.layers.3.", lambda _: 0.0)
 
 
 def test_zeros_that_mean_something() -> None:
-    refuse_unsound({"input_layernorm.weight": torch.zeros(3)}, "", added=True)  # 1 + weight
-    refuse_unsound({"self_attn.q_proj.bias": torch.zeros(3)}, "", added=False)
+    refuse_unsound({"input_layernorm.weight": torch.zeros(3)}, "", lambda _: 1.0)  # 1 + weight
+    refuse_unsound({"self_attn.q_proj.bias": torch.zeros(3)}, "", lambda _: 0.0)

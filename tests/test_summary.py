@@ -16,13 +16,13 @@ from qtool import QtoolError
 from qtool.cli import main
 from qtool.evaluate.scorecard import FidelityScore, Scores
 from qtool.evaluate.statistics import Interval
-from qtool.measure.measurements import Measurement
-from qtool.recipe.sections import GateSection
+from qtool.recipe.judging import GateSection
 from qtool.report.pictures import cost_lines
 from qtool.report.tables import footnote, score_rows
 from qtool.runs import ledger, summary
 from qtool.runs.baseline import measured
 from qtool.runs.gates import judge
+from qtool.runs.measurements import Measurement
 from qtool.runs.record import load_run, load_summary
 from qtool.runs.summary import Size, Summary, save_summary, stored_summary, summarise
 

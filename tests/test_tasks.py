@@ -3,6 +3,8 @@
 import ast
 import functools
 import gzip
+import importlib.metadata
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,8 +14,8 @@ import pytest
 
 from qtool import QtoolError
 from qtool.evaluate.sandbox.execute import Job, detect_sandbox, run_programs
-from qtool.evaluate.tasks import loading as tasks
-from qtool.evaluate.tasks.loading import Problem, Task, load_task, subset
+from qtool.evaluate.tasks.loading import load_task, subset
+from qtool.evaluate.tasks.problems import Problem, Task
 
 ROW = {
     "task_id": "x/0",
@@ -90,15 +92,15 @@ def test_what_is_not_a_task_is_refused(tmp_path: Path) -> None:
 
 def test_humaneval_without_package_and_network_names_the_offline_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise tasks.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
 
-    monkeypatch.setattr(tasks.importlib.metadata, "files", missing)
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QtoolError, match=r"HumanEval.jsonl.gz") as caught:
         load_task("humaneval")
     assert caught.value.exit_code == 3

@@ -12,7 +12,7 @@ from qtool import QtoolError
 from qtool.convert.text import bounded as bounded_module
 from qtool.convert.text.bounded import Overrun, bounded
 from qtool.convert.text.templates import Rendered, render_chats
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qtool import QtoolError
-from qtool.convert.text.windows import TextSource, load_tokenizer, read_rows, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import read_rows, token_windows
 from qtool.quantize.calibration import CalibrationSet
 
 

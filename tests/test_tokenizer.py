@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qtool import QtoolError
-from qtool.convert.text.windows import load_tokenizer
+from qtool.convert.text.tokenizer import load_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 

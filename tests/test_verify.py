@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from small_models import converted
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact, file_entries
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.folder import file_entries
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.formats import bnb_nf4, compressed_tensors
+from qtool.convert.formats.containers import geometry_of
 from qtool.convert.runtimes import rules as runtimes
-from qtool.convert.verify.checks import Verification, verify
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
 
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32},
@@ -329,11 +332,14 @@ LLAMA_8B = {
     "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
     "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
 }  # fmt: skip
+BY_COLUMNS = frozenset(("o_proj", "down_proj"))
 
 
 def broken(runtime: str, rule: str, tp: int, linears: dict[str, tuple[int, int]], **quantization: Any) -> list[str]:
     config = CONFIG | {"quantization_config": {**CONFIG["quantization_config"], **quantization}}  # type: ignore[dict-item]
-    subject = runtimes.Subject(config, linears)
+    subject = runtimes.Subject(
+        config, linears, by_columns=BY_COLUMNS, geometry=geometry_of(config["quantization_config"])
+    )
     found = next(r for r in runtimes.AWQ_RULES if (r.runtime, r.name) == (runtime, rule))
     return list(found.broken(subject, tp))
 
@@ -369,7 +375,9 @@ def test_runtime_rules() -> None:
 def gptq_subject(linears: dict[str, tuple[int, int]], **quantization: Any) -> runtimes.Subject:
     section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-    return runtimes.Subject(heads | {"quantization_config": section | quantization}, linears)
+    section |= quantization
+    config = heads | {"quantization_config": section}
+    return runtimes.Subject(config, linears, by_columns=BY_COLUMNS, geometry=geometry_of(section))
 
 
 def reasons(rules: tuple[runtimes.RuntimeRule, ...], runtime: str, subject: runtimes.Subject, tp: int = 1) -> list[str]:
@@ -408,10 +416,12 @@ def test_compressed_tensors_and_nf4_kernels() -> None:
     config = {"num_attention_heads": 32, "num_key_value_heads": 8}
     for sym, bits, good in ((True, 4, True), (True, 8, True), (False, 4, True), (False, 8, False)):
         section = compressed_tensors.quantization_config(bits, 128, sym, False)
-        subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B)
+        subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B, geometry=geometry_of(section))
         assert (not reasons(runtimes.COMPRESSED_RULES, "vLLM", subject)) == good
     section = bnb_nf4.quantization_config(True, ["lm_head"])
-    subject = runtimes.Subject(config | {"quantization_config": section}, LLAMA_8B | {"k_proj": (1000, 4128)})
+    subject = runtimes.Subject(
+        config | {"quantization_config": section}, LLAMA_8B | {"k_proj": (1000, 4128)}, geometry=geometry_of(section)
+    )
     assert reasons(runtimes.NF4_RULES, "bitsandbytes", subject) == [
         "k_proj: out 1000 is not a multiple of 32", "k_proj: in 4128 is not a multiple of 64"
     ]  # fmt: skip

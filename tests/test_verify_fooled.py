@@ -354,7 +354,7 @@ def test_the_source_is_another_folder_and_not_quantized(copy: Callable[[str], Pa
 
 
 def test_zero_blocks_of_a_gguf_file(copy: Callable[[str], Path], tiny: Path) -> None:
-    from qtool.convert.files.artifact import Artifact
+    from qtool.convert.artifact import Artifact
 
     folder = copy("q8")
     artifact = Artifact.open(folder)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from qtool.convert.files.artifact import write_config
+from qtool.convert.files.folder import write_config
 from qtool.evaluate.engines import engine as engines
-from qtool.evaluate.engines.vllm import cause
-from qtool.measure import report as measure_report
-from qtool.measure.measure import Row
-from qtool.measure.measurements import machine_name
+from qtool.evaluate.engines.machine import machine_name
+from qtool.evaluate.engines.vllm_model import cause
+from qtool.report import measured as measure_report
+from qtool.runs.measurements import Row
 
 PYDANTIC = (
     "1 validation error for VllmConfig\n  Value error, Unsupported quantization config: bits=4, sym=False "
@@ -89,6 +89,6 @@ def test_both_dtypes_say_what_is_stored(
 
 def test_no_table_without_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(record=True, width=120)
-    monkeypatch.setattr(measure_report, "console", console)
+    monkeypatch.setattr(measure_report, "wide", console)
     measure_report.print_rows([Row(64, 1, "ok", step_seconds=0.5, memory={"resident": None})])
     assert console.export_text().count("prompt x batch") == 1

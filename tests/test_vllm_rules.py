@@ -73,10 +73,10 @@ def test_the_plugin_of_nf4_is_named() -> None:
 
 
 def test_gemma_runs_in_bfloat16() -> None:
-    config = {"model_type": "gemma2", "dtype": "float16", "quantization_config": AWQ}
+    config = {"architectures": ["Gemma2ForCausalLM"], "dtype": "float16", "quantization_config": AWQ}
     assert dtype_flag(config) == "bfloat16"
     assert dtype_flag(config | {"dtype": "bfloat16"}) is None
-    assert dtype_flag(config | {"model_type": "gemma"}) is None
+    assert dtype_flag(config | {"architectures": ["GemmaForCausalLM"]}) is None
     assert not refusals(config)
 
 

@@ -11,14 +11,21 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
+from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize import walk as layers
-from qtool.quantize.architectures import LLAMA, architecture_of
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.folding import LayerOutput
-from qtool.quantize.methods.sections import AwqMethod, GptqMethod, GridMethod, Method, Nf4Method
+from qtool.quantize.methods import on_grid
+from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.method import LayerCodes, Method
+from qtool.quantize.methods.nf4 import Nf4Method
+from qtool.quantize.methods.on_grid import OnGrid
 from qtool.quantize.statistics import InputStatistics
-from qtool.quantize.walk import Walk
+from qtool.quantize.walk import Column, Walk
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {}, "Mistral": {"sliding_window": 24},
@@ -26,12 +33,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3": {}, "Gemma": {}, "Gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
     "Gemma3": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
+INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 TOKENS = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
 
 
 def walk_of(folder: Path, methods: Sequence[Method]) -> Walk:
-    model = build_skeleton(load_config(folder))
-    return Walk(model, Checkpoint.open(folder), CalibrationSet(TOKENS, "test"), methods, torch.device("cpu"))
+    model, checkpoint, config = build_skeleton(load_config(folder)), Checkpoint.open(folder), read_config(folder)
+    decoder = decoder_of(config)
+    shape = ModelShape(checkpoint.tensors, decoder, config)
+    columns = [Column(method, method.container.plan(shape)) for method in methods]
+    return Walk(model, decoder, checkpoint, CalibrationSet(TOKENS, "test"), columns, torch.device("cpu"))
 
 
 def whole_model(folder: Path) -> Any:
@@ -41,15 +52,15 @@ def whole_model(folder: Path) -> Any:
 
 
 def inputs_of(model: Any) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, group) -> the input of its linears ``[tokens, in]``, from one ordinary forward."""
+    """(layer, feed's name) -> its input ``[tokens, in]``, from one ordinary forward."""
     found: dict[tuple[int, str], torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):
-        for group in LLAMA.groups:
+        for name in INPUTS:
 
-            def keep(_: Any, args: Any, key: tuple[int, str] = (index, group.name)) -> None:
+            def keep(_: Any, args: Any, key: tuple[int, str] = (index, name)) -> None:
                 found[key] = args[0].flatten(0, 1)
 
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(keep)
+            layer.get_submodule(name).register_forward_pre_hook(keep)
     with torch.inference_mode():
         model(input_ids=TOKENS)
     return found
@@ -59,18 +70,18 @@ def inputs_of(model: Any) -> dict[tuple[int, str], torch.Tensor]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]:
     """Statistics of each layer as the quantizer is given them (copied: it may use them up)."""
     calls: list[Mapping[str, InputStatistics]] = []
-    original = layers.quantize_layer
+    original = on_grid.quantize_layer
 
-    def spy(method: GridMethod, architecture: Any, weights: Any, statistics: Any, *rest: Any) -> LayerOutput:
+    def spy(method: OnGrid, feeds: Any, weights: Any, statistics: Any, *rest: Any) -> LayerCodes:
         copies = {}
         for name, stats in statistics.items():
             copies[name] = InputStatistics(stats.tokens, stats.gram.clone(), None, stats.abs_sum, stats.absmax)
             copies[name].drift = None if stats.drift is None else stats.drift.clone()
             copies[name].through = stats.through
         calls.append(copies)
-        return original(method, architecture, weights, statistics, *rest)
+        return original(method, feeds, weights, statistics, *rest)
 
-    monkeypatch.setattr(layers, "quantize_layer", spy)
+    monkeypatch.setattr(on_grid, "quantize_layer", spy)
     return calls
 
 
@@ -120,15 +131,15 @@ def test_own_stream_sees_the_quantized_prefix(tiny: Path, seen: list[Mapping[str
     results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
     source_model, model = whole_model(tiny), whole_model(tiny)
     source = inputs_of(source_model)
-    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16)
+    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16, lambda _: True)
     model.model.layers[0].load_state_dict(state)
     quantized = inputs_of(model)
-    for group in LLAMA.groups:
-        x, other = source[1, group.name], quantized[1, group.name]
-        stats = seen[1][group.name]
+    for name in INPUTS:
+        x, other = source[1, name], quantized[1, name]
+        stats = seen[1][name]
         assert torch.allclose(stats.gram, other.t() @ other, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
         drift = (x - other).t() @ other
-        if group.name == "down":  # fewer outputs than inputs: drift goes through the source's weight
+        if name == "mlp.down_proj":  # fewer outputs than inputs: drift goes through the source's weight
             drift = source_model.model.layers[1].mlp.down_proj.weight.detach() @ drift
         assert stats.drift is not None
         assert torch.allclose(stats.drift, drift, rtol=1e-2, atol=1e-2 * float(drift.abs().max()))
@@ -198,8 +209,5 @@ def test_activations_that_do_not_fit(tiny: Path, factor: float, expected: str) -
 
 
 def test_an_unknown_architecture_says_what_is_missing() -> None:
-    class Config:
-        architectures = ("FooForCausalLM",)
-
-    with pytest.raises(QtoolError, match=r"FooForCausalLM is not known.*LlamaForCausalLM.*ARCHITECTURES"):
-        architecture_of(Config())
+    with pytest.raises(QtoolError, match=r"FooForCausalLM is not known.*LlamaForCausalLM.*FAMILIES.*adding-a-family"):
+        family_of({"architectures": ["FooForCausalLM"]})

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.files.writer import ShardWriter, Spec
+from qtool.convert.files.shards import open_shards
+from qtool.convert.files.writer import Spec, TensorWriter
 
 SPECS: dict[str, Spec] = {
     "a.weight": (torch.float16, (2, 3)),
@@ -25,7 +26,7 @@ TENSORS = {
 }
 
 
-def fill(writer: ShardWriter) -> None:
+def fill(writer: TensorWriter) -> None:
     for name, tensor in TENSORS.items():
         writer.write(name, tensor)
     writer.commit({"layer": 0})
@@ -33,7 +34,7 @@ def fill(writer: ShardWriter) -> None:
 
 
 def test_literal_bytes(tmp_path: Path) -> None:
-    fill(ShardWriter(tmp_path, SPECS, "key"))
+    fill(open_shards(tmp_path, SPECS, "key"))
     data = (tmp_path / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -50,7 +51,7 @@ def test_literal_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_shard", [10, 10_000])
 def test_the_safetensors_library_reads_it(tmp_path: Path, max_shard: int) -> None:
-    fill(ShardWriter(tmp_path, SPECS, "key", max_shard=max_shard))
+    fill(open_shards(tmp_path, SPECS, "key", max_shard=max_shard))
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) == (3 if max_shard == 10 else 1)
     found = {}
@@ -64,7 +65,7 @@ def test_the_safetensors_library_reads_it(tmp_path: Path, max_shard: int) -> Non
 
 
 def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, SPECS, "key")
+    writer = open_shards(tmp_path, SPECS, "key")
     with pytest.raises(ValueError, match="planned"):
         writer.write("a.weight", torch.zeros(2, 3))
     with pytest.raises(ValueError, match="planned"):
@@ -73,13 +74,13 @@ def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path: Path) -> None:
 
 
 def test_finished_steps_survive_and_a_torn_line_does_not(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, SPECS, "key")
+    writer = open_shards(tmp_path, SPECS, "key")
     writer.write("a.weight", TENSORS["a.weight"])
     writer.commit({"layer": 0})
     writer.close()
     with writer.journal_path.open("a") as file:
         file.write('{"layer": 1')  # killed in the middle of a line
-    again = ShardWriter(tmp_path, SPECS, "key")
+    again = open_shards(tmp_path, SPECS, "key")
     assert again.steps == [{"layer": 0}]
     again.write("b.codes", TENSORS["b.codes"])
     again.write("c.scale", TENSORS["c.scale"])
@@ -90,10 +91,10 @@ def test_finished_steps_survive_and_a_torn_line_does_not(tmp_path: Path) -> None
 
 def test_another_key_or_another_plan_starts_over(tmp_path: Path) -> None:
     for key, specs in (("other", SPECS), ("key", SPECS | {"d": (torch.int32, (1,))})):
-        first = ShardWriter(tmp_path, SPECS, "key")
+        first = open_shards(tmp_path, SPECS, "key")
         first.commit({"layer": 0})
         first.close()
-        second = ShardWriter(tmp_path, specs, key)
+        second = open_shards(tmp_path, specs, key)
         assert second.steps == []
         second.close()
 
@@ -108,5 +109,5 @@ def test_the_space_is_reserved_before_the_work(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(QtoolError, match="No space left on device") as error:
-        ShardWriter(tmp_path, SPECS, "key")
+        open_shards(tmp_path, SPECS, "key")
     assert error.value.exit_code == 3

@@ -10,19 +10,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qtool import QtoolError
 from qtool.convert.files.diagnosis import UNQUANTIZED, why_missing, why_no_model
 from qtool.convert.files.reading import open_file, read_json, refuse_link, shown
-from qtool.convert.files.shard_header import read_header, read_places
-from qtool.convert.models.config_file import CONFIG
+from qtool.convert.files.shard_header import INDEX, SINGLE, read_header, read_places
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -33,11 +30,6 @@ COMPUTED = ".rotary_emb.inv_freq"
 # Weights that lie beside a model's own: an adapter's, a trainer's, Mistral's second copy under names of its own.
 NOT_THE_MODEL = ("adapter", "optimizer", "scheduler", "training_args", "rng_state", "consolidated")
 SOURCES = (torch.float16, torch.bfloat16, torch.float32)
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_SIZES = (  # key of config.json, a tensor that shows it, and where
-    ("vocab_size", "model.embed_tokens.weight", 0), ("hidden_size", "model.embed_tokens.weight", 1),
-    ("intermediate_size", "model.layers.0.mlp.gate_proj.weight", 0),
-)  # fmt: skip
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -151,26 +143,6 @@ class Checkpoint:
         """Every tensor (or those named), shard by shard."""
         for name in names if names is not None else self.tensors:
             yield name, self.tensor(name)
-
-    def check_sizes(self, config: Mapping[str, Any]) -> None:
-        """Compare config.json's sizes with the headers, before a model of these sizes is built. Raises QtoolError."""
-        said = config.get("num_hidden_layers")
-        layers = {name: int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
-        if layers and isinstance(said, int):
-            held = max(layers.values()) + 1
-            if said > held:
-                raise QtoolError(
-                    f"{self.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
-                    f"model.layers.{held} is missing. Weights and config.json are not of one model."
-                )
-            self.refuse_strangers([name for name, layer in layers.items() if layer >= said])
-        for key, name, axis in _SIZES:
-            info, said = self.tensors.get(name), config.get(key)
-            if info is not None and len(info.shape) == 2 and isinstance(said, int) and info.shape[axis] != said:
-                raise QtoolError(
-                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {key} {said}. Weights "
-                    "and config.json are not of one model."
-                )
 
     def refuse_strangers(self, names: Sequence[str]) -> None:
         """Raises QtoolError where there are any: the walk would leave them unwritten, and no loader has a place for

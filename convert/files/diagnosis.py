@@ -4,7 +4,7 @@ compared."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ _WRAPPERS = {
     "language_model.": ("a multimodal model, whose text part lies there", "save the text model alone"),
     "transformer.": ("another architecture or another library", "convert it to transformers' names"),
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
 def why_no_model(folder: Path) -> str:
@@ -98,32 +96,6 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Collectio
                 f"{folder}: holds {name}: the model is quantized already ({kind}), though config.json does not say so. "
                 f"{UNQUANTIZED}."
             )
-
-
-def refuse_architecture(folder: Path, config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises QtoolError for an architecture that is not among ``known``, saying what kind of model it is."""
-    names = config.get("architectures") or []
-    known = tuple(known)
-    if any(name in known for name in names):
-        return
-    said = ", ".join(map(shown, names)) or "(none named in config.json)"
-    experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
-    inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
-    if inside:
-        why = (
-            f"a model of several parts ({inside}). Save its text model alone as one of these (for Gemma 3: "
-            "`Gemma3ForCausalLM.from_pretrained(folder).save_pretrained(new)`)"
-        )
-    elif experts:
-        why = f"a mixture of experts ({experts}: {config[experts]}), which qtool does not quantize yet"
-    elif any("ForCausalLM" not in name for name in names):
-        why = "no causal language model under transformers' names"
-    else:
-        why = (
-            "not known to qtool: which linears share an input and which norm feeds them is needed (a row of "
-            "ARCHITECTURES in quantize/architectures.py)"
-        )
-    raise QtoolError(f"{folder / 'config.json'}: architecture {said} is {why}. Known: {', '.join(known)}.")
 
 
 def why_missing(folder: Path, expected: str, tensors: Collection[str]) -> str:

@@ -21,11 +21,10 @@ BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one shard, or the list of several
 HEADER_LIMIT = 32 * MB  # a tensor takes 130 bytes of it: 250,000 tensors
 NAME_LIMIT = 500
 _LENGTH = 8
-
-
 Stored = tuple[str, tuple[int, ...]]  # dtype as the header spells it, shape
 
 

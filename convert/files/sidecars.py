@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.reading import CONFIG_LIMIT, MB, TOKENIZER_LIMIT, open_file, read_bytes, refuse_link
-from qtool.convert.models.config_file import CONFIG
 
 # What loaders read beside config.json and the weights. Trainers, adapters and loggers leave other files in a model's
 # folder, some with names of people and machines, and with PEFT installed an adapter_config.json changes what is loaded.

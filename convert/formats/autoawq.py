@@ -20,6 +20,8 @@ MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 POSITIVE: tuple[str, ...] = ("scales",)
 BY_ROW = True
+EXPANDS = False
+COPIES: tuple[str, ...] = ()
 KEYS = frozenset({"quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert"})
 
 

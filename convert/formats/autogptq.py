@@ -22,6 +22,9 @@ MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 POSITIVE: tuple[str, ...] = ("scales",)
 BY_ROW = True
+EXPANDS = False
+QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ looks for it
+COPIES: tuple[str, ...] = (QUANTIZE_CONFIG,)
 KEYS = frozenset(
     {
         "quant_method", "bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential", "static_groups",

@@ -31,6 +31,8 @@ SUFFIXES: tuple[str, ...] = (
 )
 POSITIVE: tuple[str, ...] = ()
 BY_ROW = False
+EXPANDS = True
+COPIES: tuple[str, ...] = ()
 BLOCK, NESTED_BLOCK = 64, 256
 LONGEST_STATE = 4096  # bytes of a QuantState's JSON; real ones have 200
 KEYS = frozenset(

@@ -22,6 +22,8 @@ MARK = "weight_packed"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 POSITIVE: tuple[str, ...] = ("weight_scale",)
 BY_ROW = True
+EXPANDS = False
+COPIES: tuple[str, ...] = ()
 FORMAT = "pack-quantized"
 KEYS = frozenset({"quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme"})
 

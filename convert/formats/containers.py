@@ -32,6 +32,10 @@ class Container(Protocol):
     """Suffixes of tensors whose numbers are all above zero."""
     BY_ROW: bool
     """Whether a scale belongs to columns of one row, so that the group size must divide them."""
+    EXPANDS: bool
+    """Whether engines expand a whole matrix to 16 bits before they use it."""
+    COPIES: tuple[str, ...]
+    """Files beside config.json that hold the section too."""
 
     KEYS: frozenset[str]
     """What the section says: a key beside these makes some loader read the tensors in another way."""
@@ -73,6 +77,11 @@ def container_of(section: Section) -> Container:
     if method not in CONTAINERS:
         raise QtoolError(f"quant_method {method!r} cannot be read back; qtool reads {', '.join(CONTAINERS)}.")
     return CONTAINERS[method]
+
+
+def geometry_of(section: Section) -> dict[str, Any]:
+    """bits, group_size, sym, as the container reads them; AutoAWQ's says no sym."""
+    return {"bits": 4} | container_of(section).geometry(section)
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorInfo
-from qtool.convert.files.writer import Spec, nbytes
-from qtool.convert.formats.containers import Section, container_of
+from qtool.convert.files.writer import Spec
+from qtool.convert.models.shape import Decoder
 
-GROUP_SIZES = (128, 64, 32)
 QUANTIZED_SHARE = 0.99  # of the weights that are to be quantized
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """What a plan is made from: the source's tensors, what its family says of them, and its config.json."""
+
+    tensors: Mapping[str, TensorInfo]
+    decoder: Decoder
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class LinearPlan:
-    """One quantized linear: shape ``[out, in]``, its group size, the bytes it will take and, in GGUF, its type."""
+    """One quantized linear: shape ``[out, in]``, its group size, the bytes it will take and, where a file has many
+    types, its type."""
 
     name: str
     out: int
@@ -30,12 +37,19 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """``specs``: every tensor of the artifact in walk order. ``parameters``: weights of the source model."""
+    """``specs``: every tensor of the artifact in walk order. ``linears``: of the layers; ``outside``: what else is
+    quantized (embeddings, head). ``parameters``: weights of the source model."""
 
     specs: dict[str, Spec]
     linears: list[LinearPlan]
     parameters: int
     nbytes: int
+    outside: list[LinearPlan] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the model the file does not hold as it was asked to."""
+        return []
 
     @property
     def bits_per_weight(self) -> float:
@@ -43,85 +57,13 @@ class OutputPlan:
         return 8 * self.nbytes / self.parameters
 
 
-def plan_output(
-    tensors: Mapping[str, TensorInfo],
-    prefix: str,
-    linears: Sequence[str],
-    section: Section,
-    dtype: torch.dtype | None,
-    group_size: int,
-) -> OutputPlan:
-    """``linears`` of every layer below ``prefix`` go into the container that ``section`` speaks of, the rest is
-    stored in ``dtype`` (None: each tensor in its own). ``group_size``: weights to a scale, -1 for whole rows.
-
-    Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit.
-    """
-    container = container_of(section)
-    rows_multiple, columns_multiple = container.multiples(section)
-    specs: dict[str, Spec] = {}
-    plans: list[LinearPlan] = []
-    for name in walk_order(tensors, prefix):
-        info = tensors[name]
-        stored = dtype or info.dtype
-        module = name.removesuffix(".weight")
-        if not is_linear(name, prefix, linears):
-            specs[name] = (stored, info.shape)
-            continue
-        out, columns = info.shape
-        size = columns if group_size == -1 else group_size
-        fits = (
-            (not container.BY_ROW or columns % size == 0)
-            and out % rows_multiple == 0
-            and columns % columns_multiple == 0
-        )
-        packed = container.specs(out, columns, section, stored) if fits else {}
-        specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
-        taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
-        plans.append(LinearPlan(module, out, columns, size, taken))
-    unfit = [plan for plan in plans if plan.nbytes < 0]
-    if unfit:
-        raise QtoolError(_why_unfit(unfit, plans, group_size, rows_multiple, columns_multiple))
-    parameters = sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
-    return OutputPlan(specs, plans, parameters, sum(nbytes(spec) for spec in specs.values()))
-
-
-def is_linear(name: str, prefix: str, linears: Sequence[str]) -> bool:
-    """Whether a checkpoint tensor is one of ``linears`` inside a layer."""
-    return name.startswith(prefix) and any(name.endswith(f".{linear}.weight") for linear in linears)
-
-
-def layer_of(name: str, prefix: str) -> int | None:
-    """The layer index in a tensor's name, None outside the layers."""
-    number = name[len(prefix) :].split(".", 1)[0] if name.startswith(prefix) else ""
-    return int(number) if number.isdecimal() else None
-
-
-def walk_order(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
+def walk_order(tensors: Mapping[str, TensorInfo], decoder: Decoder) -> list[str]:
     """Embeddings, then layer 0, 1, 2 …, then the rest: the order in which tensors are written."""
 
     def key(name: str) -> tuple[int, int, str]:
-        layer = layer_of(name, prefix)
+        layer = decoder.layer_of(name)
         if layer is not None:
             return 1, layer, name
         return (0 if "embed" in name else 2), 0, name
 
     return sorted(tensors, key=key)
-
-
-def _why_unfit(
-    unfit: list[LinearPlan], plans: list[LinearPlan], group_size: int, rows_multiple: int, columns_multiple: int
-) -> str:
-    for plan in unfit:
-        if plan.out % rows_multiple:
-            return f"{plan.name} has {plan.out} rows; this format packs rows in groups of {rows_multiple}."
-        if plan.columns % columns_multiple:
-            return f"{plan.name} has {plan.columns} columns; this format packs columns in groups of {columns_multiple}."
-    fitting = [size for size in GROUP_SIZES if all(plan.columns % size == 0 for plan in plans)]
-    kinds: dict[tuple[str, int], list[str]] = {}
-    for plan in unfit:
-        kinds.setdefault((plan.name.rsplit(".", 1)[-1], plan.columns), []).append(plan.name)
-    listed = "; ".join(
-        f"{kind} ({columns} columns, {len(names)} layers, first {names[0]})" for (kind, columns), names in kinds.items()
-    )
-    advice = f"Sizes that fit every linear: {', '.join(map(str, fitting))}." if fitting else "No group size fits."
-    return f"group_size: {group_size} does not divide the inputs of {listed}. {advice}"

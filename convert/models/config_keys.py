@@ -10,29 +10,29 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import gguf_architecture
-from qtool.convert.models.model_config import FULL, SLIDING, architecture_name, completed, head_dim, layer_windows
-from qtool.convert.models.rope import check_rope, rope_factors, rope_keys, rotation
+from qtool.convert.models.family import FULL, SLIDING, Family
+from qtool.convert.models.model_config import completed, head_dim, layer_windows
+from qtool.convert.models.rope import check_rope, rope_factors, rope_keys, ropes, rotation
+from qtool.convert.models.table import FAMILIES, family_of, find_family, gguf_facts
 
-# said by a key, by a tensor, or by the architecture that a .gguf file names
+# said by a key, by a tensor, or by the architecture that a .gguf file names; a family's own keys: `GgufFacts.says`
 WRITTEN = frozenset((
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
     "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters",
-    "rope_local_base_freq", "original_max_position_embeddings", "final_logit_softcapping",
-    "bos_token_id", "eos_token_id", "pad_token_id",
+    "original_max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
 ))  # fmt: skip
 # compared with what llama.cpp always does (`check_gguf`, `check_config`), or its limit is told
 CHECKED = frozenset((
-    "hidden_act", "hidden_activation", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "sliding_window_pattern", "_sliding_window_pattern", "query_pre_attn_scalar", "attn_logit_softcapping", "clip_qkv",
+    "hidden_act", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "clip_qkv",
     "partial_rotary_factor", "use_bidirectional_attention", "is_causal", "is_decoder", "attention_chunk_size",
     "per_layer_config",
 ))  # fmt: skip
@@ -42,14 +42,16 @@ HARMLESS = frozenset((
     "output_hidden_states", "return_dict", "use_return_dict", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "transformers_version", "chunk_size_feed_forward", "gradient_checkpointing",
     "quantization_config", "auto_map", "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels",
-    "problem_type", "vision_config", "text_config", "image_token_id", "mm_tokens_per_image",  # of Gemma 3 with images
+    "problem_type",
 ))  # fmt: skip
-TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-SILU = ("silu", "swish")
 LIMIT = "right only up to"  # how a line on a limit begins
 CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}  # the values of a model that answers
 CODE = ("transformers.models.", "transformers_modules.")  # transformers' own models; code that came with a model
 COMMON = ("transformers.masking_utils", "transformers.modeling_rope_utils")  # what all of them call
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+}
 _READ = re.compile(r"""\bconfig\.([a-zA-Z_]\w*)|getattr\(\s*(?:self\.)?config,\s*["'](\w+)["']""")
 _TAKEN = re.compile(r"""kwargs\.(?:get|pop)\(\s*["'](\w+)["']""")
 
@@ -57,23 +59,23 @@ _TAKEN = re.compile(r"""kwargs\.(?:get|pop)\(\s*["'](\w+)["']""")
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises QtoolError for what no output can be right about: settings that one runtime follows and another does not,
     so that the model they mean cannot be told, and models that do not answer from left to right."""
-    architecture = architecture_name(config)
+    family = find_family(config)
     if config.get("per_layer_config"):
         raise QtoolError("config.json: per_layer_config gives layers settings of their own; qtool's layers are alike.")
     for key, usual in CAUSAL.items():
         if config.get(key) not in (None, usual):
             raise QtoolError(f"config.json: {key} is {config[key]!r}; qtool quantizes models that answer from left to "
                              "right.")  # fmt: skip
-    if architecture in ACTIVATIONS:
-        for kind in (FULL, SLIDING) if architecture == "Gemma3ForCausalLM" else (FULL,):
-            check_rope(config, kind)
+    for kind in family.rope_kinds if family else ():
+        check_rope(config, kind)
     attention = config.get("_attn_implementation") or config.get("attn_implementation") or "eager"
     if config.get("output_attentions") and attention != "eager":
         raise QtoolError(
             f"config.json: output_attentions is true, and the attention named is {attention!r}; transformers gives "
             "them with 'eager' alone. Remove output_attentions: no answer needs it."
         )
-    _check_windows(config, architecture)
+    if family is not None:
+        _check_windows(config, family)
 
 
 def check_class(config: Any, trust_remote_code: bool = False) -> None:
@@ -82,7 +84,7 @@ def check_class(config: Any, trust_remote_code: bool = False) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = config.architectures or []
-    chosen = next((name for name in names if name in ACTIVATIONS), "")  # as `architecture_name`
+    chosen = next((name for name in names if name in FAMILIES), "")  # as `find_family`
     built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if built is not None and not own and chosen and built != chosen:
@@ -90,76 +92,60 @@ def check_class(config: Any, trust_remote_code: bool = False) -> None:
                          f"architectures names {', '.join(names)}. They are not of one model.")  # fmt: skip
 
 
-def _check_windows(config: Mapping[str, Any], architecture: str) -> None:
+def _check_windows(config: Mapping[str, Any], family: Family) -> None:
     """Windows that attention and its cache, or two runtimes, read differently."""
     full = completed(config)
     longest = full.get("max_position_embeddings")
     layers = config.get("num_hidden_layers")
     kinds = config.get("layer_types")
     sliding = isinstance(kinds, list) and any(kind == SLIDING for kind in kinds)
-    if architecture not in ACTIVATIONS or not isinstance(layers, int):
+    if not isinstance(layers, int):
         return
     for key in ("sliding_window", "attention_chunk_size"):
         window = config.get(key)
-        read = key == "sliding_window" and architecture not in ("LlamaForCausalLM", "GemmaForCausalLM")
+        read = key == "sliding_window" and family.windows.which != "none"
         off = key == "sliding_window" and "use_sliding_window" in full and not full["use_sliding_window"]
         if window is None or off:
             continue
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise QtoolError(f"config.json: {key} is {window!r}; a positive whole number or null is needed.")
         if not read and isinstance(longest, int) and window < longest:
-            raise QtoolError(f"config.json: {key} is {window}, at which the attention of transformers' {architecture} "
+            raise QtoolError(f"config.json: {key} is {window}, at which the attention of transformers' {family.name} "
                              "does not look and its key/value cache does. Set it to null if every token attends to all "
                              "before it.")  # fmt: skip
     if isinstance(kinds, list) and len(kinds) != layers:
         raise QtoolError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers {layers}.")
-    mistral = architecture == "MistralForCausalLM" and full.get("sliding_window") is not None
-    if mistral and isinstance(kinds, list) and any(kind != SLIDING for kind in kinds):
-        raise QtoolError("config.json: layer_types lets some layers attend to everything; transformers' Mistral slides"
-                         " in all of them, vLLM's does not. Name the one that is meant.")  # fmt: skip
-    if sliding and not any(layer_windows(config, layers)) and architecture != "MistralForCausalLM":
+    every, window = family.windows.which == "all", full.get("sliding_window")
+    if every and window is not None and isinstance(kinds, list) and any(k != SLIDING for k in kinds):
+        raise QtoolError(f"config.json: layer_types lets some layers attend to everything; transformers' {family.name} "
+                         "slides in all of them, vLLM's does not. Name the one that is meant.")  # fmt: skip
+    if sliding and not any(layer_windows(config, layers)) and not every:
         raise QtoolError(f"config.json: layer_types lets layers slide ({SLIDING}), but there is no window for them: "
                          "sliding_window is null or use_sliding_window is false.")  # fmt: skip
-
-
-# architecture -> (the key that names the activation of its MLP, what llama.cpp always computes there)
-ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "LlamaForCausalLM": ("hidden_act", SILU),
-    "MistralForCausalLM": ("hidden_act", SILU),
-    "IQuestCoderForCausalLM": ("hidden_act", SILU),
-    "Qwen2ForCausalLM": ("hidden_act", SILU),
-    "Qwen3ForCausalLM": ("hidden_act", SILU),
-    "GemmaForCausalLM": ("hidden_act", (*TANH_GELU, "gelu")),  # transformers takes its "gelu" for the tanh one
-    "Gemma2ForCausalLM": ("hidden_activation", TANH_GELU),
-    "Gemma3ForCausalLM": ("hidden_activation", TANH_GELU),
-}
-# what llama.cpp loads for one architecture alone: with another it calls the file's tensors too many
-ONLY_LLAMA = ("llama",)
 
 
 def check_gguf(config: Mapping[str, Any]) -> list[str]:
     """What a .gguf file of this model is right only up to, a line each. Raises QtoolError naming the key of what
     llama.cpp would compute otherwise."""
     check_config(config)
-    target, architecture, full = gguf_architecture(config), architecture_name(config), completed(config)
-    key, allowed = ACTIVATIONS[architecture]
-    if full.get(key) not in allowed:
-        raise QtoolError(f"config.json: {key} is {full.get(key)!r}; llama.cpp's {target} always computes {allowed[0]}.")
+    facts, full = gguf_facts(config), completed(config)
+    target, activation = facts.architecture, family_of(config).activation
+    found = full.get(activation.key)
+    if found not in activation.names:
+        raise QtoolError(
+            f"config.json: {activation.key} is {found!r}; llama.cpp's {target} always computes {activation.names[0]}."
+        )
     if full.get("clip_qkv") is not None:
         raise QtoolError(f"config.json: clip_qkv is {full['clip_qkv']!r}; llama.cpp's {target} clips nothing.")
-    if target == "gemma3" and full.get("attn_logit_softcapping") is not None:
-        raise QtoolError("config.json: attn_logit_softcapping is set; llama.cpp's gemma3 has no such cap.")
-    if full.get("attention_bias") and target not in ONLY_LLAMA and target != "qwen2":
+    if full.get("attention_bias") and not facts.biases:
         raise QtoolError(f"config.json: attention_bias is set; llama.cpp's {target} has no biases.")
-    keys = rope_keys(config)
-    if rope_factors(config) is not None and target not in ONLY_LLAMA:
+    rope = ropes(config)
+    if rope_factors(config) is not None and not facts.factors:
         raise QtoolError(f"config.json: rotary scaling 'llama3' cannot be written for llama.cpp's {target}.")
-    if target == "gemma3" and "scaling.attn_factor" in keys:  # KL 1.7e-2
-        raise QtoolError("config.json: an attention_factor of the rotary scaling cannot be written for llama.cpp's"
-                         " gemma3, which applies it to sliding layers as well.")  # fmt: skip
+    facts.refuse(full, rope)
     windows = layer_windows(config, int(config["num_hidden_layers"]))
     shortest = min((window for window in windows if window is not None), default=None)
-    if target in ("gemma2", "gemma3") or shortest is None or shortest >= full["max_position_embeddings"]:
+    if facts.windows or shortest is None or shortest >= full["max_position_embeddings"]:
         return []
     count = sum(window is not None for window in windows)
     return [
@@ -171,14 +157,14 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
 def prove_gguf(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Compare transformers' own model (without weights) with what llama.cpp computes from the file's keys: activation,
     rotary tables, and that no key is read which the table does not have. Raises QtoolError."""
-    target = gguf_architecture(config)
-    known = WRITTEN | CHECKED | HARMLESS
+    facts = gguf_facts(config)
+    target, known = facts.architecture, WRITTEN | CHECKED | HARMLESS | facts.says
     strangers = sorted(key for key in keys_read(model) if config.get(key) is not None and key not in known)
     if strangers:
         raise QtoolError(f"config.json: {strangers[0]} is {config[strangers[0]]!r}; the model's code reads it, and no "
                          f"key of a GGUF file of architecture {target} is known to say it.")  # fmt: skip
     x = torch.linspace(-8, 8, 321)
-    expected = nn.functional.silu(x) if not target.startswith("gemma") else nn.functional.gelu(x, approximate="tanh")
+    expected = FUNCTIONS[family_of(config).activation.function](x)
     for name, module in model.named_modules():
         activation = getattr(module, "act_fn", None)
         if callable(activation) and not torch.allclose(activation(x), expected, atol=1e-5):

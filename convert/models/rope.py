@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.models.model_config import FULL, completed, head_dim, rope_parameters
+from qtool.convert.models.family import FULL, Value
+from qtool.convert.models.model_config import completed, head_dim, rope_parameters
+from qtool.convert.models.table import find_family
 
-Value = int | float | str
 KINDS = ("default", "linear", "yarn", "llama3")
 NUMBERS = {  # what each variant of transformers cannot do without
     "default": (), "proportional": (), "linear": ("factor",), "dynamic": ("factor",),
@@ -80,6 +81,12 @@ def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
     usual = 1 + 0.1 * math.log(factor)  # llama.cpp multiplies by it whatever the file says
     keys |= {"scaling.type": "yarn", "scaling.factor": factor, "scaling.original_context_length": int(original)}
     return keys if math.isclose(magnitude, usual) else keys | {"scaling.attn_factor": magnitude / usual}
+
+
+def ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
+    """Kind of layers -> `rope_keys`, of the kinds that have settings of their own in this family."""
+    family = find_family(config)
+    return {kind: rope_keys(config, kind) for kind in (family.rope_kinds if family else (FULL,))}
 
 
 def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:

@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtool.convert.formats.containers import container_of
-
-ROW_PARALLEL = ("o_proj", "down_proj")  # split along IN; every other linear is split along OUT
-
 
 @dataclass(frozen=True)
 class Subject:
     """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``; for GPTQ also each
     linear's least and greatest zero point as decoded, and those whose g_idx is not ``i // group_size``; the names of
-    all tensors; quantize_config.json."""
+    all tensors; quantize_config.json; the linears whose columns are split over the cards (of all others the rows
+    are); bits, group_size, sym as the container reads them (AutoAWQ's says no sym)."""
 
     config: dict[str, Any]
     linears: dict[str, tuple[int, int]]
@@ -23,16 +20,13 @@ class Subject:
     tensors: frozenset[str] = frozenset()
     quantize_config: dict[str, Any] | None = None
     scattered: frozenset[str] = frozenset()
+    by_columns: frozenset[str] = frozenset()
+    geometry: dict[str, Any] = field(default_factory=dict)
 
     @property
     def quantization(self) -> dict[str, Any]:
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """bits, group_size, sym, as the container's config says them; AutoAWQ's says no sym."""
-        return {"bits": 4} | container_of(self.quantization).geometry(self.quantization)
 
 
 def _always(_: Subject) -> bool:
@@ -82,7 +76,7 @@ def shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> It
         if (kind, out, columns) in seen:
             continue
         seen.add((kind, out, columns))
-        rows_split = kind not in ROW_PARALLEL
+        rows_split = name not in subject.by_columns
         share = out if rows_split else columns
         if share % tp:
             yield f"{kind}: {share} does not split over {tp} cards"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qtool.convert.models.table import find_family
 from qtool.convert.runtimes.rule import RuntimeRule, Subject, heads, shards
 
 VERSION = "0.32"
@@ -20,7 +21,6 @@ WITH_PLUGIN = f"{PLUGIN} {PLUGIN_VERSION} in vLLM"
 INSTALL_PLUGIN = f"pip install {PLUGIN}"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
-NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text")  # vllm/config/model.py: --dtype auto runs them in bfloat16 then
 KEYS = {"awq": ("bits", "group_size", "zero_point"), "gptq": ("bits", "group_size", "sym", "desc_act")}
 ASYMMETRIC = "take `format: compressed-tensors` for asymmetric codes, or `method: awq`: vLLM loads both"
 _FOLDER = "vllm/model_executor/layers/quantization"
@@ -54,9 +54,11 @@ def notes(section: Mapping[str, Any]) -> list[str]:
 
 
 def dtype_flag(config: Mapping[str, Any]) -> str | None:
-    """What must follow ``--dtype`` where config.json says a dtype that vLLM does not run the model in."""
+    """What must follow ``--dtype`` where config.json says a dtype that vLLM does not run the model in: vllm/config/
+    model.py, whose --dtype auto runs it in bfloat16 then."""
+    family = find_family(config)
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    return "bfloat16" if config.get("model_type") in NO_FLOAT16 and said == "float16" else None
+    return "bfloat16" if family and not family.float16 and said == "float16" else None
 
 
 def _awq(section: Mapping[str, Any], _: str) -> Iterator[str]:

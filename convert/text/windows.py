@@ -7,16 +7,16 @@ import random
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from qtool import QtoolError
 from qtool.convert.files.reading import MB, TEXT_LIMIT, named, open_file, shown
 from qtool.convert.text.bounded import ANSWER, SECONDS, Overrun, bounded
 from qtool.convert.text.records import Placed, parse_records, read_beginning, read_records, suffix
 from qtool.convert.text.shapes import Row, has_text, row_of, said
+from qtool.convert.text.source import TextSource
 from qtool.convert.text.templates import render_one
 from qtool.convert.text.tokenizer import (
     load_tokenizer as load_tokenizer,  # where everything that makes windows is found
@@ -31,21 +31,6 @@ SHOWN_FORMATS = "text of any kind (.txt, .md, .py, …), or rows (.jsonl, .json,
 PIECE = 2**20  # characters of one text that are encoded at a time
 BEGINNING = 256 * MB  # of a file of plain text: far more than any windows need
 LONGEST = 3600.0
-
-
-class TextSource(BaseModel):
-    """``text``: a name in SHIPPED, a file of text or of rows, or a Hub data set with its ``split`` and
-    ``revision``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: Annotated[str, Field(min_length=1)]
-    split: str = "train"
-    revision: str | None = None
-    column: str | None = None
-    samples: Annotated[int, Field(gt=0, le=10**6, strict=True)] = 128
-    length: Annotated[int, Field(ge=8, le=10**7, strict=True)] = 512
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
 
 
 def token_windows(source: TextSource, tokenizer: Any, rows_of_model: int | None = None) -> torch.Tensor:

@@ -3,18 +3,18 @@ source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL, QUANTIZE_CONFIG, Artifact, refuse_unfinished
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import PARTIAL, refuse_unfinished
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import read_json
 from qtool.convert.formats import autogptq
+from qtool.convert.formats.containers import geometry_of
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.runtimes import rules as runtimes
 from qtool.convert.verify.config import check_config, check_ledger, check_share, stored_shapes
 from qtool.convert.verify.files import MISSING, check_files, unfit
@@ -22,61 +22,7 @@ from qtool.convert.verify.implied import implied
 from qtool.convert.verify.settings import KEYS, SETTINGS, check_keys, check_settings, section_faults
 from qtool.convert.verify.source import AGAINST_SOURCE, check_against_source, open_source
 from qtool.convert.verify.tensors import check_gguf, check_tensors
-
-Status = Literal["pass", "fail", "not made"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report. ``required`` checks decide whether the artifact is sound; loading rules only inform.
-    ``runtime``: of a loading rule, `vLLM 0.32`; ``cards``: how many it was looked at for, 0 for a rule that asks
-    nothing of their number."""
-
-    name: str
-    status: Status
-    detail: str
-    required: bool = True
-    runtime: str = ""
-    cards: int = 0
-
-    @property
-    def rule(self) -> str:
-        """The name without the number of cards."""
-        return self.name.removesuffix(_on(self.cards))
-
-
-def _on(cards: int) -> str:
-    return f", TP {cards}" if cards else ""
-
-
-@dataclass
-class Verification:
-    """All checks of one artifact, those not made included."""
-
-    path: Path
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def sound(self) -> bool:
-        return not any(check.required and check.status == "fail" for check in self.checks)
-
-    @contextmanager
-    def guarded(self, name: str) -> Iterator[None]:
-        """What breaks a check off has failed it: the files may be anybody's."""
-        try:
-            yield
-        except QtoolError as error:
-            self.add(name, [error.message], "")
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            self.add(name, [f"cannot be checked ({type(error).__name__}: {error})"], "")
-
-    def add(
-        self, name: str, reasons: list[str], passed: str, required: bool = True, runtime: str = "", cards: int = 0
-    ) -> None:
-        """A check fails with its first reasons or passes with ``passed``."""
-        more = f" (+{len(reasons) - 3} more)" if len(reasons) > 3 else ""
-        detail = "; ".join(reasons[:3]) + more if reasons else passed
-        self.checks.append(Check(name, "fail" if reasons else "pass", detail, required, runtime, cards))
+from qtool.convert.verify.verification import Check, Verification, over
 
 
 def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -149,10 +95,10 @@ def subject_of(artifact: Artifact) -> runtimes.Subject:
                     scattered.add(linear)
         except (QtoolError, ValueError):
             continue  # named by the check of the tensors
-    side = artifact.path / QUANTIZE_CONFIG
+    side = artifact.path / autogptq.QUANTIZE_CONFIG
     return runtimes.Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(side) if side.exists() else None,
-        frozenset(scattered),
+        frozenset(scattered), decoder_of(artifact.config).by_columns(), geometry_of(packed.section),
     )  # fmt: skip
 
 
@@ -168,5 +114,5 @@ def check_runtimes(artifact: Artifact, result: Verification) -> None:
         runtime = f"{rule.runtime} {rule.version}"
         for cards in runtimes.TENSOR_PARALLEL if rule.tensor_parallel else (0,):
             reasons = list(rule.broken(subject, cards or 1))
-            label = f"{runtime}: {rule.name}{_on(cards)}"
+            label = f"{runtime}: {rule.name}{over(cards)}"
             result.add(label, reasons, rule.passed, rule.required, runtime, cards)

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
-from qtool.convert.files.checkpoint import INDEX, SINGLE, Checkpoint
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.reading import read_json, shown
+from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.names import ROPE_FREQS, possible_names
 from qtool.convert.formats.gguf.types import PLAIN
 from qtool.convert.formats.plan import QUANTIZED_SHARE
-from qtool.convert.verify.implied import EMBEDDING, HEAD, Implied, Shapes
+from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import Result
 
 ERROR = 0.99  # |W - Ŵ| / |W|: of nothing it is 1

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import INDEX, SINGLE
 from qtool.convert.files.manifest import MANIFEST, FileEntry, Manifest
 from qtool.convert.files.reading import leaves_folder, open_file, read_json, shown
+from qtool.convert.files.shard_header import INDEX, SINGLE
 
 EXTRAS, IMATRIX, PUBLISHED = "qtool", "imatrix.gguf", "qtool-scores.json"
 WEIGHTS = {

@@ -9,29 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.names import PARTS, SUFFIXES
+from qtool.convert.formats.gguf.names import SUFFIXES, modules
+from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.table import prefix_of
+from qtool.convert.models.tied import EMBEDDING
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Implied:
     """``shapes``: name -> shape, None where only the model's own code knows it. ``absent``: may be missing, because it
-    is tied."""
+    is tied. ``matrices``: the weights that a quantized artifact quantizes, all of them."""
 
     shapes: Mapping[str, tuple[int, ...] | None]
     absent: frozenset[str]
-
-    @property
-    def matrices(self) -> list[str]:
-        """The weights inside layers that a quantized artifact quantizes, all of them."""
-        found = [(name, shape) for name, shape in self.shapes.items() if _LAYER.fullmatch(name)]
-        return [name for name, shape in found if name.endswith("_proj.weight" if shape is None else ".weight")
-                and (shape is None or len(shape) == 2)]  # fmt: skip
+    matrices: list[str]
 
 
 def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
@@ -39,10 +34,13 @@ def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
     compared before a model is built from them. Raises QtoolError naming the first that does not fit."""
     for fault in _numbers(config, stored):
         raise QtoolError(f"config.json {fault}. Weights and config.json are not of one model.")
+    decoder = decoder_of(config)
+    matrices = [f"{module}.weight" for held in decoder.held().values() for module, _ in held]
     if "auto_map" in config:  # whoever checks a file runs none of its code
-        return Implied(dict.fromkeys(name for name in stored if _known(name)), frozenset())
+        known = {module + suffix for module in modules(decoder) for suffix in SUFFIXES}
+        return Implied(dict.fromkeys(name for name in stored if name in known), frozenset(), matrices)
     shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
-    return Implied(shapes, frozenset(tied))
+    return Implied(shapes, frozenset(tied), matrices)
 
 
 def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
@@ -51,7 +49,8 @@ def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             yield f"says {key} {value!r}, which is no number above 0"
             return
-    layers = {int(found.group(1)) for name in stored if (found := _LAYER.fullmatch(name))}
+    layer = re.compile(re.escape(prefix_of(config)) + r"(\d+)\.")
+    layers = {int(found.group(1)) for name in stored if (found := layer.match(name))}
     said = config.get("num_hidden_layers")
     if said is not None and layers != set(range(min(said, len(layers) + 1))):
         yield f"says num_hidden_layers {said}, the weights have {len(layers)}"
@@ -60,14 +59,6 @@ def _numbers(config: Mapping[str, Any], stored: Shapes) -> Iterator[str]:
     if table is not None and None not in (vocabulary, width) and table != (vocabulary, width):
         yield f"says vocab_size {vocabulary} and hidden_size {width}, {EMBEDDING} is {list(table)}"
     head = config.get("head_dim")
-    rows = stored.get("model.layers.0.self_attn.q_proj.weight")
+    rows = stored.get(f"{prefix_of(config)}0.self_attn.q_proj.weight")
     if head is not None and rows is not None and head > rows[0]:
         yield f"says head_dim {head}, q_proj has {rows[0]} rows"
-
-
-def _known(name: str) -> bool:
-    """Whether a decoder of some family that qtool knows has such a tensor."""
-    layer = _LAYER.fullmatch(name)
-    modules = PARTS if layer else ("model.embed_tokens", "model.norm", "lm_head")
-    rest = layer.group(2) if layer else name
-    return any(rest == module + suffix for module in modules for suffix in SUFFIXES)

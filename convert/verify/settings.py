@@ -9,20 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.convert.files.artifact import IMATRIX, Artifact, made_config
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import made_config
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
-from qtool.convert.formats.gguf.imatrix import read_imatrix
+from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import gguf_architecture
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary
+from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.tensors import FLOATS, Result
 
@@ -50,7 +51,7 @@ def check_keys(artifact: Artifact) -> Result:
 
     with tempfile.TemporaryDirectory(prefix="qtool-keys-") as folder:
         path = Path(folder) / "keys.gguf"
-        path.write_bytes(header_of(path, gguf_architecture(config), describe))
+        path.write_bytes(header_of(path, gguf_facts(config).architecture, describe))
         expected = read_header(path)
         wanted = {key: read_value(path, expected, key) for key in expected.keys}
     reasons = [*_differences(file, wanted, "" if tokenizer is not None else TOKENIZER)]

@@ -9,24 +9,19 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import EXTRAS, FOLD_SCALES, Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.formats.gguf.file import GgufFile
-from qtool.convert.verify.tensors import Result, adds_one
+from qtool.convert.models.feeds import Heads, Norm, Rows, whole
+from qtool.convert.models.shape import Decoder, decoder_of
+from qtool.convert.verify.tensors import Result
 
 AGAINST_SOURCE = "error against the source"
 FROBENIUS_TOLERANCE = 1e-3  # relative; float32 sums in another order move the sixth digit
 PLAIN_TOLERANCE = 0.02  # of what is not quantized, rounded to 16 bits once or twice
 BLOCKS_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
-# A norm -> the linear whose columns it is divided by, where a scale was folded.
-NORMS = {
-    "input_layernorm": "self_attn.q_proj",
-    "post_attention_layernorm": "mlp.gate_proj",
-    "pre_feedforward_layernorm": "mlp.gate_proj",
-}
-SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
-
 Scales = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -49,14 +44,17 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
     folder = artifact.path / EXTRAS
     folded = any(folder.glob(f"{FOLD_SCALES}*.safetensors"))
     scales = Checkpoint.open(folder) if folded else None
+    decoder = decoder_of(artifact.config)
+    held = {module: (name, matrix) for name, pairs in decoder.held().items() for module, matrix in pairs}
     reasons = [] if linears else ["no linear to compare"]
     for linear in linears:
-        info, quantized = source.tensors.get(f"{linear}.weight"), artifact.codes(linear).dequantize()
-        if info is None or info.shape != quantized.shape:
+        name, matrix = held.get(linear, (f"{linear}.weight", whole(linear)))
+        info, quantized = source.tensors.get(name), artifact.codes(linear).dequantize()
+        if info is None or len(info.shape) < 2 or matrix.shape(info.shape) != quantized.shape:
             found = "no such tensor" if info is None else f"{list(info.shape)}"
             reasons.append(f"{linear} is {list(quantized.shape)} here and {found} there: not its source")
             continue
-        weight = source.tensor(f"{linear}.weight").float()
+        weight = matrix.of(source.tensor(name)).float()
         error = relative_frobenius(weight, quantized, _scales_of(scales, linear))
         said = ledger.get(linear, {}).get("frobenius")
         if said is None:
@@ -64,7 +62,7 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
         elif not math.isfinite(error) or not abs(error - said) <= FROBENIUS_TOLERANCE * max(said, 1e-6):
             reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {said:.4g}")
     if not reasons:  # else it is another model's source
-        reasons = [*_fold_faults(scales, linears), *_plain_faults(artifact, source, scales)]
+        reasons = [*_fold_faults(scales, linears, decoder), *_plain_faults(artifact, source, scales, decoder)]
     return AGAINST_SOURCE, reasons, f"{len(linears)} linears as recorded"
 
 
@@ -82,36 +80,44 @@ def _scales_of(scales: Checkpoint | None, linear: str) -> Scales | None:
     return scales.tensor(f"{linear}.columns"), scales.tensor(f"{linear}.rows")
 
 
-def _fold_faults(scales: Checkpoint | None, linears: list[str]) -> Iterator[str]:
+def _fold_faults(scales: Checkpoint | None, linears: list[str], decoder: Decoder) -> Iterator[str]:
     """Scales that no tensor of the model absorbed would hide any change of its weights."""
+    there: dict[str, Scales] = {}
     for linear in linears:
         found = _scales_of(scales, linear)
-        if found is None:
-            continue
-        columns, rows = found
-        if not all(bool((scale.isfinite() & (scale > 0)).all()) for scale in found):
-            yield f"{linear}: its fold scales are not all above 0"
-        layer, _, name = linear.rpartition(".self_attn.") if ".self_attn." in linear else linear.rpartition(".mlp.")
-        part = f"{'self_attn' if '.self_attn.' in linear else 'mlp'}.{name}"
-        for group in SAME_INPUT:
-            first = _scales_of(scales, f"{layer}.{group[0]}")
-            if part in group and first is not None and not torch.equal(first[0], columns):
-                yield f"{linear}: its columns are scaled unlike those of {group[0]}, which has the same input"
-        producer = {"mlp.down_proj": "mlp.up_proj", "self_attn.o_proj": "self_attn.v_proj"}.get(part)
-        fed = _scales_of(scales, f"{layer}.{producer}") if producer else None
-        if fed is not None and not set(columns.tolist()) <= set(fed[1].tolist()):
-            yield f"{linear}: its columns are scaled otherwise than the rows of {producer}"
-        if part not in ("mlp.up_proj", "self_attn.v_proj") and not bool((rows == 1).all()):
+        if found is not None:
+            there[linear] = found
+            if not all(bool((scale.isfinite() & (scale > 0)).all()) for scale in found):
+                yield f"{linear}: its fold scales are not all above 0"
+    producers: set[str] = set()
+    for layer in range(decoder.shape.layers if there else 0):
+        at = decoder.at(layer)
+        for feed in decoder.feeds(layer):
+            first = there.get(at + feed.name)
+            if first is None:
+                continue
+            for matrix in feed.consumers[1:]:
+                other = there.get(at + matrix.module)
+                if other is not None and not torch.equal(other[0], first[0]):
+                    name = at + matrix.module
+                    yield f"{name}: its columns are scaled unlike those of {feed.name}, which has the same input"
+            match feed.producer:
+                case Rows(made) | Heads(made):
+                    producers.add(at + made.module)
+                    fed = there.get(at + made.module)
+                    if fed is not None and not set(first[0].tolist()) <= set(fed[1].tolist()):
+                        yield f"{at}{feed.name}: its columns are scaled otherwise than the rows of {made.module}"
+    for linear, (_, made_rows) in there.items():
+        if linear not in producers and not bool((made_rows == 1).all()):
             yield f"{linear}: its rows are scaled, and nothing takes that back"
 
 
-def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | None) -> Iterator[str]:
+def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | None, decoder: Decoder) -> Iterator[str]:
     """Embeddings, norms, biases and head, as they were but for a fold scale and their type."""
     blocks = isinstance(artifact.weights, GgufFile)
-    plus_one = 1.0 if adds_one(artifact.config) else 0.0
     linears = {f"{linear}.weight" for linear in artifact.linears()}
+    absorbed = {} if scales is None else _absorbed(scales, decoder)
     seen: set[str] = set()
-    four_norms = any(name.endswith("pre_feedforward_layernorm.weight") for name in source.tensors)
     for name, tensor in artifact.read():
         seen.add(name)
         if name in linears:
@@ -120,32 +126,40 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         if info is None or info.shape != tensor.shape:
             yield f"{name} is {list(tensor.shape)} here and {'missing' if info is None else list(info.shape)} there"
             continue
-        was, now = source.tensor(name).float(), tensor.float()
-        if name.endswith("norm.weight"):
-            was, now = was + plus_one, now + plus_one
-        scale = _absorbed(name, scales, four_norms)
-        if scale is not None:
-            now = now * scale
+        offset = decoder.family.norm_offset(name)
+        was, now = source.tensor(name).float() + offset, tensor.float() + offset
+        if name in absorbed:
+            now = now * absorbed[name]
         limit = BLOCKS_TOLERANCE if blocks and now.ndim >= 2 else PLAIN_TOLERANCE
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):
             yield f"{name} is not the source's (differs by {error:.2%})"
+    seen |= set(decoder.held())  # compared as matrices
     for name in source.tensors:
-        if name.startswith("model.layers.") and name not in seen:
+        if name.startswith(decoder.prefix) and name not in seen:
             yield f"{shown(name)} is in the source and not here"
 
 
-def _absorbed(name: str, scales: Checkpoint | None, four_norms: bool) -> torch.Tensor | None:
-    """What a norm or bias was divided by; None where it took no scale. ``four_norms``: of a layer that has one behind
-    its attention too."""
-    if scales is None:
-        return None
-    module, _, kind = name.rpartition(".")
-    if kind == "bias":
-        found = _scales_of(scales, module)
-        return None if found is None else found[1]
-    layer, _, norm = module.rpartition(".")
-    if norm == "post_attention_layernorm" and four_norms:
-        return None
-    found = _scales_of(scales, f"{layer}.{NORMS[norm]}") if norm in NORMS else None
-    return None if found is None else found[0]
+def _absorbed(scales: Checkpoint, decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Tensor that is not quantized -> what it has to be multiplied by to be the source's again: a norm by the scale of
+    what it feeds, a bias by that of its matrix's rows; what only takes a scale, by its inverse."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in range(decoder.shape.layers):
+        at = decoder.at(layer)
+        for matrix in decoder.matrices(layer):
+            own = _scales_of(scales, at + matrix.module)
+            if own is not None:
+                found[f"{at}{matrix.module}.bias"] = own[1]
+        for feed in decoder.feeds(layer):
+            own = _scales_of(scales, at + feed.name)
+            if own is None:
+                continue
+            columns = own[0]
+            found |= {at + name: 1 / columns for name in feed.also}
+            match feed.producer:
+                case Norm(name):
+                    tie = feed.producer.ties(columns.numel(), columns.device)
+                    if tie is not None:
+                        columns = columns.new_ones(feed.producer.repeated or 0).index_copy_(0, tie, columns)
+                    found |= {f"{at}{name}.weight": columns, f"{at}{name}.bias": columns}
+    return found

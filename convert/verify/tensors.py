@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.metadata import required_keys
-from qtool.convert.formats.gguf.names import ADDED_ONE, ROPE_FREQS, gguf_architecture
-from qtool.convert.formats.gguf.types import is_70b, tensor_types
-from qtool.convert.verify.implied import EMBEDDING
+from qtool.convert.formats.gguf.names import ROPE_FREQS
+from qtool.convert.formats.gguf.types import tensor_types
+from qtool.convert.models.table import find_family, gguf_facts
+from qtool.convert.models.tied import EMBEDDING
 
 Result = tuple[str, list[str], str]
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -111,16 +112,14 @@ def plain_faults(name: str, tensor: torch.Tensor, config: Mapping[str, Any]) -> 
         yield f"{name} is {tensor.dtype}, which is no model's weight"
     elif tensor.ndim >= 2:
         yield from hollow(name, tensor.float())
-    elif name.endswith("norm.weight") and not adds_one(config) and not bool(tensor.any()):
+    elif name.endswith("norm.weight") and not norm_offset(name, config) and not bool(tensor.any()):
         yield f"{name} is all zero"
 
 
-def adds_one(config: Mapping[str, Any]) -> bool:
-    """Whether the norms of this model apply 1 + weight."""
-    try:
-        return gguf_architecture(config) in ADDED_ONE
-    except (QtoolError, TypeError):
-        return False
+def norm_offset(name: str, config: Mapping[str, Any]) -> float:
+    """What the norm of a weight adds to it before it applies it; 0 where config.json is of no known family."""
+    family = find_family(config)
+    return family.norm_offset(name) if family else 0.0
 
 
 def check_gguf(artifact: Artifact) -> Result:
@@ -132,8 +131,8 @@ def check_gguf(artifact: Artifact) -> Result:
     wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {EMBEDDING}
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
-    made = artifact.manifest.output["type"]
-    for name, typed in tensor_types(shapes, made, config["num_hidden_layers"], is_70b(config)).items():
+    made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
+    for name, typed in tensor_types(shapes, made, shape.layers, facts.like_70b(shape)).items():
         found = file.layout[name][0]
         if name != ROPE_FREQS and found != typed.type:
             reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
@@ -145,8 +144,7 @@ def check_gguf(artifact: Artifact) -> Result:
             reasons += hollow(name, values)
         elif name.endswith("norm.weight") and not bool(values.any()):
             reasons.append(f"{name} is all zero")
-    architecture = file.metadata("general.architecture")
-    reasons += [f"the key {key} is missing" for key in required_keys(str(architecture)) if file.metadata(key) is None]
+    reasons += [f"the key {key} is missing" for key in required_keys(facts) if file.metadata(key) is None]
     reasons += _unlike_config(file, config)
     tokens = file.metadata("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
@@ -158,7 +156,7 @@ def check_gguf(artifact: Artifact) -> Result:
 
 def _unlike_config(file: GgufFile, config: Mapping[str, Any]) -> Iterator[str]:
     """llama.cpp reads the file's own keys, every other check config.json: they have to be of one model."""
-    architecture = gguf_architecture(config)
+    architecture = gguf_facts(config).architecture
     heads = config.get("num_attention_heads")
     said = {
         "general.architecture": architecture,

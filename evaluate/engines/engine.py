@@ -1,15 +1,26 @@
-"""What every engine is: requests in, texts out as they are done. One module an engine implements it."""
+"""What every engine does: a model is opened, and answers requests, is timed, or gives its logits."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.machine import machine_name
+
+if TYPE_CHECKING:  # torch takes a second to import, and every command reads the table of engines
+    from torch import Tensor
+
+    from qtool.convert.files.checkpoint import TensorStream
 
 Message = dict[str, str]
 Completion = tuple[int, str]  # index of the request, text
+CHUNK = 512  # positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -34,15 +45,37 @@ class Decoding:
     top_p: float = 1.0
 
 
-class Engine(Protocol):
-    """A loaded model. ``name``, ``version`` (its packages), ``dtype`` and ``device`` go into the scorecard."""
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of equal length, as token ids, all put at once; each is answered with exactly ``tokens`` tokens."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A timed batch. ``first``: seconds to the first token, for each request; ``steps``: mean seconds of each request's
+    further tokens; ``wall``: seconds until all were done; ``tokens``: generated in all; ``cached``: share of the
+    prompts that the engine took from its prefix cache, None where it does not say; ``memory``: peaks in bytes."""
+
+    first: tuple[float, ...]
+    steps: tuple[float, ...]
+    wall: float
+    tokens: int
+    cached: float | None
+    memory: dict[str, int | None]
+
+
+class OutOfMemory(Exception):
+    """The engine could not hold so much."""
+
+
+class Answering(Protocol):
+    """What answers requests. ``name``: the engine's; ``device``: ``cpu``, ``cuda`` or where else."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
     @property
     def device(self) -> str: ...
 
@@ -51,6 +84,64 @@ class Engine(Protocol):
     ) -> Iterator[Completion]:
         """Every request but those in ``done``, each once, in any order. The same requests give the same texts whichever
         of them are done already."""
+
+
+class Running(Answering, Protocol):
+    """A loaded model. ``version``: of the engine's packages; ``dtype``: of its activations."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def time(self, batch: Batch) -> Reading:
+        """Put ``batch`` once. Raises OutOfMemory."""
+
+    def logits(self, window: Tensor) -> Iterator[Tensor] | None:
+        """Logits ``[positions, vocabulary]`` of ``window`` int64 ``[length]``, in chunks of `CHUNK` positions, each
+        seeing all that precedes it; None where the engine gives none."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as engines find it: ``path`` its folder, ``gguf`` its file, ``stream`` its tensors dequantized, with
+    transformers' ``config`` and ``tokenizer``; or ``served``, its name at ``base_url`` (None: its only one)."""
+
+    name: str
+    path: Path | None = None
+    gguf: Path | None = None
+    stream: Callable[[], TensorStream] | None = None
+    config: Any = None
+    tokenizer: Any = None
+    trust_remote_code: bool = False
+    base_url: str = ""
+    served: str | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a model is opened for: ``slots`` requests at a time of ``context()`` tokens each (the longest prompt and its
+    answer; a function, because few engines must know). ``timed``: in its stored dtype and without a prefix cache.
+    ``device``: ``cpu`` or ``cuda[:N]``, for engines that can be told."""
+
+    device: str
+    slots: int
+    context: Callable[[], int]
+    timed: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of the table. ``open(model, use)``: a Running, let go when the block ends; it raises QtoolError where
+    the engine cannot run this model. ``version``: what a scorecard says before a model is loaded; ``used``: device and
+    dtype of a model, for engines that choose them for each (None: as ``facts`` say); ``machine``: what it computes on
+    where ``device`` was asked for."""
+
+    facts: EngineFacts
+    open: Callable[[Model, Use], AbstractContextManager[Running]]
+    version: Callable[[EngineFacts, Model], str] = lambda facts, model: package_versions(*facts.packages)
+    used: Callable[[Model], tuple[str, str]] | None = None
+    machine: Callable[[str], str] = machine_name
 
 
 def sample_seed(seed: int, problem: str, sample: int) -> int:

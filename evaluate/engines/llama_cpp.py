@@ -1,22 +1,116 @@
-"""The `llama.cpp` engine: a .gguf file served by llama.cpp itself, in this process, on the loopback interface."""
+"""The engine `llama.cpp`: a .gguf file served by llama.cpp itself, in this process, on the loopback interface.
+
+Memory follows from what its graphs keep alive (tests compare the figures with what it says that it allocates).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.header import read_header
-from qtool.evaluate.engines import openai as served
-from qtool.evaluate.engines.engine import package_versions
+from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.engines import server
+from qtool.evaluate.engines.engine import Engine, Model, Running, Use, package_versions
+from qtool.evaluate.engines.facts import (
+    BF16,
+    CUDA_CONTEXT,
+    F16,
+    CacheType,
+    Efficiency,
+    EngineFacts,
+    Load,
+    OffloadRule,
+    Overhead,
+    Serving,
+)
+from qtool.evaluate.engines.machine import machine_name
 
-INSTALL = "pip install 'qtool-llm[gguf]'"
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
+UBATCH = 512  # tokens of one graph (n_ubatch)
+PAD = 256  # cells are padded to this (src/llama-context.cpp, GGML_PAD(n_ctx, 256))
+MARGIN = 0.98  # of the card: it leaves no reserve of its own, the driver and the display need some
+
+
+def cells(context: int, window: int | None, chunk: int = 0) -> int:
+    """A sliding layer keeps its window and one batch, whatever the ``chunk`` (src/llama-kv-cache-iswa.cpp)."""
+    held = context if window is None else min(context, window + UBATCH)
+    return -(-held // PAD) * PAD
+
+
+def sliding_cells(geometry: Geometry, context: int) -> int:
+    """Tokens that the cache of a sliding layer has room for, 0 where none slides."""
+    windows = [window for window in geometry.windows if window is not None] if geometry.llama_cpp_windows else []
+    return cells(context, windows[0]) if windows and geometry.loops == 1 else 0
+
+
+def compute_buffer(
+    geometry: Geometry, cells: int, context: int, flash_attention: bool = True, ubatch: int = UBATCH, sliding: int = 0
+) -> int:
+    """Bytes of the compute buffer for graphs of ``ubatch`` tokens, float32. ``cells``: cache cells that one sequence's
+    attention spans; ``context``: n_ctx of all sequences, which no batch exceeds; ``sliding``: cells of the layers that
+    slide, which have a mask of their own.
+
+    With flash attention the feed-forward part is the widest (three intermediates, five hidden states) and the mask is
+    float16; without, keys and values are copied, scores of every head are whole, and the mask is float32. Fitted to
+    what llama.cpp allocates (tests/test_llama_cpp_memory.py).
+    """
+    g, tokens = geometry, min(ubatch, context)
+    forward = 3 * g.intermediate + 5 * g.hidden
+    if flash_attention:
+        return tokens * (4 * (forward + 10) + 2 * (cells + sliding))
+    attention = 6 * g.q_row + g.heads * cells
+    return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + sliding + 5)
+
+
+def overhead(load: Load) -> Overhead:
+    """Compute buffer, logits of one token a sequence, and the CUDA context where there is one."""
+    each = cells(load.context, None)
+    buffer = compute_buffer(
+        load.geometry, each, each * load.sequences, sliding=sliding_cells(load.geometry, load.context)
+    )
+    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
+
+
+def _command(serving: Serving) -> str:
+    file = str(serving.file) if serving.file else serving.default_file
+    parts = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
+    parts += ["-np", str(serving.sequences)]
+    parts += serving.offload.split() if serving.offload else ["-ngl", "99"]
+    parts += ["-fa", "on"]
+    if serving.cache_type != "f16":
+        parts += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
+    modelfile = Path(serving.place) / "Modelfile"
+    if serving.offload or (serving.file and not modelfile.is_file()):
+        return shlex.join(parts)
+    named = ["ollama", "create", Path(serving.place).resolve().name.lower(), "-f", str(modelfile)]
+    return f"{shlex.join(parts)}   ({shlex.join(named)})"
+
+
+FACTS = EngineFacts(
+    name="llama.cpp",
+    packages=("xllamacpp",),
+    install="pip install 'qtool-llm[gguf]'",
+    place="cpu",
+    gguf=True,
+    # blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
+    cache_types=(F16, BF16, CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)),
+    cells=cells,
+    slides=lambda geometry: geometry.llama_cpp_windows,
+    overhead=overhead,
+    memory_share=MARGIN,
+    embedding_on_card=False,  # it lies in host memory; a tied one is copied as head
+    offload=OffloadRule(flag=lambda units, layers: f"-ngl {layers - units + 1}", computed_there=True),
+    efficiency=Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
+    command=_command,
+)
 
 
 def installed() -> bool:
@@ -32,7 +126,11 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
     try:
         import xllamacpp
     except ImportError as error:
-        raise QtoolError(f"engine llama.cpp needs xllamacpp, which is not installed here. Run: {INSTALL}", 3) from error
+        raise QtoolError(
+            f"engine llama.cpp needs xllamacpp, which is not installed here. Run: {FACTS.install}", 3
+        ) from error
+    from qtool.convert.formats.gguf.header import read_header
+
     try:
         read_header(file)  # llama.cpp believes what a header claims
     except ValueError as error:
@@ -47,14 +145,14 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
     params.timeout_read = params.timeout_write = PATIENCE
 
     def start() -> Any:
-        server = xllamacpp.Server(params)
+        started = xllamacpp.Server(params)
         # It listens before its loop runs, and told to end in between it would wait for ever: the loop answers this.
-        served.ask(f"{server.listening_address}/slots")
-        return server
+        server.ask(f"{started.listening_address}/slots")
+        return started
 
     try:
         with ThreadPoolExecutor(max_workers=1) as starter:  # where no Ctrl-C can come in between
-            server = starter.submit(start).result()
+            running = starter.submit(start).result()
     except RuntimeError as error:
         params.chat_template = "chatml"  # of the file's own it renders a sample before it answers anything
         with suppress(RuntimeError):
@@ -65,16 +163,31 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
             ) from error
         raise QtoolError(f"{file}: llama.cpp cannot load it ({error}).", exit_code=3) from error
     try:
-        yield f"{server.listening_address}/v1"
+        yield f"{running.listening_address}/v1"
     finally:
-        del server
+        del running
 
 
 @contextmanager
-def open_engine(file: Path, tokenizer: Any, context: int, slots: int, dtype: str) -> Iterator[served.ServedEngine]:
-    """The engine for a .gguf file, fed with ``tokenizer``'s ids; ``context`` and ``slots`` as for `serve`."""
-    with serve(file, context, slots) as url:
-        yield served.ServedEngine(
-            url, file.stem, name="llama.cpp", version=package_versions("xllamacpp"), dtype=dtype, device="cpu",
-            tokenizer=tokenizer, options={"top_k": 0, "min_p": 0.0},  # its own defaults cut more than top_p does
+def _open(model: Model, use: Use) -> Iterator[Running]:
+    if model.gguf is None:
+        raise QtoolError(f"{model.name}: engine llama.cpp runs .gguf files only; use engine reference.")
+    with serve(model.gguf, use.context(), use.slots) as url:
+        yield server.ServedModel(
+            url, model.gguf.stem, name=FACTS.name, version=package_versions(*FACTS.packages), dtype=FACTS.dtype("cpu"),
+            device=FACTS.place, tokenizer=model.tokenizer, inside=True,
+            options={"top_k": 0, "min_p": 0.0},  # its own defaults cut more than top_p does
         )  # fmt: skip
+
+
+def _machine(device: str) -> str:
+    """The card that it computes on here; this machine's processor where it was built for that alone, or is missing."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return machine_name("cpu")
+    cards = [found for found in xllamacpp.get_device_info() if "GPU" in found["type"].name]
+    return str(cards[0]["description"]) if cards else machine_name("cpu")
+
+
+ENGINE = Engine(FACTS, _open, machine=_machine)

@@ -1,112 +1,27 @@
-"""The engine `openai`: any OpenAI-compatible server (vLLM, SGLang, llama-server, Ollama), streamed and in parallel.
+"""The engine `openai`: a model that an OpenAI-compatible server has (vLLM, SGLang, llama-server, Ollama).
 
 API: https://platform.openai.com/docs/api-reference (completions, chat, models), as those servers implement it.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import time
 import urllib.error
-import urllib.request
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from qtool import QtoolError
-from qtool.evaluate.engines.engine import Completion, Decoding, Request
+from qtool.evaluate.engines.engine import Engine, Model, Running, Use
+from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.server import KEY_VARIABLE, Broken, ServedModel, open_url
 
-TIMEOUT = 600.0  # seconds without a byte from the server
-RETRIES = 4  # after the first attempt; waits of 0.5, 1, 2, 4 s unless the server names one
-RETRY_WAIT = 0.5
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-# A token comes in one piece, its character sometimes in several; a server that sends more heeds no limit.
-MOST_PIECES, _MORE_PIECES = 4, 256
-_LONGEST_LINE = 2**24  # bytes of one event
-KEY_VARIABLE = "OPENAI_API_KEY"
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+FACTS = EngineFacts(name="openai", place="server", dtype=lambda device: "as served", served=True)
+NO_LIST = (404, 405, 501)  # what a server answers that keeps no list of its models
 
 
-class _Broken(Exception):
-    """The connection broke or the server is busy: worth another attempt. ``wait``: seconds the server asked for."""
-
-    def __init__(self, message: str, wait: float | None = None) -> None:
-        super().__init__(message)
-        self.wait = wait
-
-
-@dataclass(frozen=True)
-class ServedEngine:
-    """``model`` at ``base_url``, which ends before ``/completions`` as in OpenAI's own clients. ``api_key`` goes into
-    the Authorization header and nowhere else. ``tokenizer`` turns a prompt into token ids for servers that take them;
-    ``options`` are what this server must be told beside a temperature above 0."""
-
-    base_url: str
-    model: str
-    name: str = "openai"
-    version: str = ""
-    dtype: str = "as served"
-    device: str = "server"
-    api_key: str | None = field(default=None, repr=False)
-    tokenizer: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Completion]:
-        """``decoding.batch_size`` requests at a time. A request with messages goes to ``/chat/completions``. Raises
-        QtoolError (exit 3) saying what the server answered; what came before is the caller's."""
-        waiting = iter([index for index in range(len(requests)) if index not in done])
-        with ThreadPoolExecutor(max_workers=decoding.batch_size) as pool:
-            running: set[Future[Completion]] = set()
-            try:
-                while True:
-                    while len(running) < decoding.batch_size and (index := next(waiting, None)) is not None:
-                        running.add(pool.submit(self._one, index, requests[index], decoding))
-                    if not running:
-                        return
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        yield future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _one(self, index: int, request: Request, decoding: Decoding) -> Completion:
-        body: dict[str, Any] = {"model": self.model, "max_tokens": decoding.max_new_tokens, "stream": True}
-        body |= {"temperature": decoding.temperature}
-        if decoding.temperature > 0:
-            body |= {"top_p": decoding.top_p, "seed": request.seed} | self.options
-        if request.messages:
-            body["messages"], path = list(request.messages), "chat/completions"
-        else:
-            body["prompt"], path = request.prompt, "completions"
-            if self.tokenizer is not None:
-                body["prompt"] = self.tokenizer(request.prompt, add_special_tokens=False).input_ids
-        url = f"{self.base_url.rstrip('/')}/{path}"
-        for attempt in range(RETRIES + 1):
-            text = ""
-            try:
-                for number, piece in enumerate(_stream(url, body, self.api_key)):
-                    text += piece
-                    if number > MOST_PIECES * decoding.max_new_tokens + _MORE_PIECES:
-                        most = f"max_tokens, {decoding.max_new_tokens}"
-                        raise QtoolError(f"{url}: the server goes on beyond {most}; it seems not to know it.", 3)
-                    if request.finished(text):
-                        break
-                # halves of a character come as two pieces from servers that cut UTF-16
-                return index, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            except _Broken as error:
-                if attempt == RETRIES:
-                    raise QtoolError(f"{url}: {error}, {RETRIES + 1} times. Is the server running?", 3) from error
-                time.sleep(error.wait if error.wait is not None else RETRY_WAIT * 2**attempt)
-        raise AssertionError("unreachable")
-
-
-def connect(base_url: str, model: str | None) -> ServedEngine:
+def connect(base_url: str, model: str | None) -> ServedModel:
     """The engine for a server, after asking which models it has: the only one where ``model`` is None. The key is
     OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
     parts = urlsplit(base_url)
@@ -118,10 +33,10 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
         raise QtoolError(f"--base-url: a key does not belong into the address. Set {KEY_VARIABLE} instead.")
     key = os.environ.get(KEY_VARIABLE) or None
     try:
-        with _open(f"{base_url.rstrip('/')}/models", None, key) as answer:
+        with open_url(f"{base_url.rstrip('/')}/models", None, key) as answer:
             listed = [(str(row["id"]), str(row.get("owned_by") or "")) for row in json.load(answer).get("data") or []]
             software = answer.headers.get("Server") or ""
-    except _Broken as error:
+    except Broken as error:
         raise QtoolError(f"{base_url}/models: {error}. Is the server running?", exit_code=3) from error
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
@@ -132,103 +47,26 @@ def connect(base_url: str, model: str | None) -> ServedEngine:
         raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
     owner = next((owner for name, owner in listed if name == (model or names[0])), "")
     version = ", ".join(part for part in (owner, software) if part)
-    return ServedEngine(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
+    return ServedModel(base_url.rstrip("/"), model or names[0], version=version, api_key=key)
 
 
-def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
-    """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
-    # cache_prompt: consecutive prefixes of one window cost one token each
-    request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    found = ask(f"{base_url.rstrip('/')}/completions", request)
-    first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return {entry["id"]: entry["logprob"] for entry in first}
-
-
-def tokenize(base_url: str, text: str) -> list[int]:
-    """llama-server only: token ids of ``text``, special tokens recognized, none added."""
-    url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
-    ids: list[int] = ask(url, {"content": text, "add_special": False, "parse_special": True})["tokens"]
-    return ids
-
-
-def ask(url: str, request: dict[str, Any] | None = None) -> Any:
-    """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
+def only_model(base_url: str) -> str:
+    """The only model that a server has; any name will do for one that keeps no list. Raises QtoolError as `connect`."""
     try:
-        with _open(url, request, None) as answer:
-            return json.load(answer)
-    except (_Broken, OSError, http.client.HTTPException, ValueError) as error:
-        raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
+        return connect(base_url, None).model
+    except QtoolError as error:
+        if isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in NO_LIST:
+            return "default"
+        raise
 
 
-def _stream(url: str, request: dict[str, Any], api_key: str | None) -> Iterator[str]:
-    """Text pieces of a streamed completion (server-sent events). A stream that ends without its end mark is broken:
-    half an answer is no answer."""
-    ended = False
-    try:
-        with _open(url, request, api_key) as answer:
-            for line in iter(lambda: answer.readline(_LONGEST_LINE), b""):
-                data = line.decode().strip()
-                if not data.startswith("data:"):
-                    continue
-                data = data.removeprefix("data:").strip()
-                if data == "[DONE]":
-                    return
-                event = json.loads(data)
-                if "error" in event:
-                    raise QtoolError(f"{url}: {hide(str(event['error'])[:500], api_key)}", exit_code=3)
-                for choice in event.get("choices") or []:
-                    ended = ended or choice.get("finish_reason") is not None
-                    yield _text_of(choice)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _Broken(f"the answer broke off ({type(error).__name__})") from error
-    except (TypeError, AttributeError) as error:
-        raise _Broken("the answer holds something else than an OpenAI-compatible server's events") from error
-    if not ended:
-        raise _Broken("the answer broke off")
+@contextmanager
+def _open(model: Model, use: Use) -> Iterator[Running]:
+    if use.timed:  # asked of servers too that keep no list of models
+        key = os.environ.get(KEY_VARIABLE) or None
+        yield ServedModel(model.base_url, model.served or only_model(model.base_url), api_key=key)
+    else:
+        yield connect(model.base_url, model.served)
 
 
-def _text_of(choice: Any) -> str:
-    text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-    if not isinstance(text, str):
-        raise TypeError("text")
-    return text
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def opener(url: str) -> urllib.request.OpenerDirector:
-    """For requests to ``url`` with a key: no redirect is followed, and no proxy asked for a server of this machine."""
-    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
-    return urllib.request.build_opener(_NoRedirect, *direct)
-
-
-def _open(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    body = None if request is None else json.dumps(request).encode()
-    try:
-        return opener(url).open(urllib.request.Request(url, body, headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        said = hide(error.read(500).decode(errors="replace"), api_key)
-        if error.code in RETRIED:
-            raise _Broken(f"the server answered {error.code}: {said}", _seconds(error.headers)) from error
-        hint = f" Set {KEY_VARIABLE}." if error.code == 401 and not api_key else ""
-        raise QtoolError(f"{url}: the server answered {error.code}: {said}.{hint}", exit_code=3) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"no answer ({error})") from error
-
-
-def _seconds(headers: Any) -> float | None:
-    try:
-        return min(60.0, max(0.0, float(headers.get("Retry-After"))))
-    except (TypeError, ValueError):
-        return None
-
-
-def hide(text: str, api_key: str | None) -> str:
-    """``text`` without the key: some servers repeat the one they refuse."""
-    return text.replace(api_key, "***") if api_key else text
+ENGINE = Engine(FACTS, _open, version=lambda facts, model: connect(model.base_url, model.served).version)

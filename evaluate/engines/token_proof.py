@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.convert.formats.gguf.stops import KNOWN, MARKS, SOMETIMES
-from qtool.evaluate.engines import openai as served
 from qtool.evaluate.engines.llama_cpp import serve
+from qtool.evaluate.engines.server import tokenize
 
 CORPUS = (
     "def f(x, y=1):\n\treturn x**2 + y  # square\n\n\nclass A(B):\n    pass\n",
@@ -71,7 +71,7 @@ def prove_tokens(file: Path, tokenizer: Any, without: Collection[str] = (), prom
 
         def differs(text: str, token: str | None = None) -> Difference | None:
             expected = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            found = served.tokenize(url, text)
+            found = tokenize(url, text)
             if found == expected:
                 return None
             if token is not None and not added[token]:  # another token in the text may be the one with a habit

@@ -1,164 +1,148 @@
-"""The engine `vllm`: an artifact under vLLM's offline engine, in this process, on what that vLLM was built for.
+"""The engine `vllm`: what it takes, refuses and is started with; `vllm_model` is its loaded model.
 
-API: https://docs.vllm.ai/en/latest/api/vllm (LLM, SamplingParams, EngineArgs). Run with vLLM 0.32 on a CPU.
+Memory is vLLM's own accounting with the constants named here, which no test of ours has run.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
-import torch
-
 from qtool import QtoolError
-from qtool.convert.runtimes.vllm import INSTALL_PLUGIN
-from qtool.evaluate.engines.engine import Completion, Decoding, Request, package_versions
-from qtool.evaluate.sandbox import secrets
+from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.engines import machine
+from qtool.evaluate.engines.engine import Engine, Model, Running, Use
+from qtool.evaluate.engines.facts import (
+    BF16,
+    CUDA_CONTEXT,
+    F16,
+    GIB,
+    MIB,
+    CacheType,
+    Card,
+    Efficiency,
+    EngineFacts,
+    Load,
+    OffloadRule,
+    Overhead,
+    Serving,
+)
 
-INSTALL = "pip install vllm (in an environment of its own; it brings its own torch; for a CPU: docs/vllm.md)"
-PACKAGES = ("vllm", "torch", "transformers", "compressed-tensors", "vllm-bnb-plugin")
-CACHE = "VLLM_CPU_KVCACHE_SPACE"
-
-
-@dataclass(frozen=True)
-class VllmEngine:
-    """A loaded ``vllm.LLM``; vLLM batches for itself. ``dtype`` and ``device`` are those it really took."""
-
-    llm: Any
-    tokenizer: Any
-    dtype: str
-    device: str
-    name: str = "vllm"
-
-    @property
-    def version(self) -> str:
-        """The packages that compute."""
-        return package_versions(*PACKAGES)
-
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
-    ) -> Iterator[Completion]:
-        """Chunks of ``batch_size`` requests."""
-        from vllm import SamplingParams
-
-        left = [index for index in range(len(requests)) if index not in done]
-        for start in range(0, len(left), decoding.batch_size):
-            rows = left[start : start + decoding.batch_size]
-            prompts = [
-                {"prompt_token_ids": self.tokenizer(requests[row].prompt, add_special_tokens=False).input_ids}
-                for row in rows
-            ]
-            options = [
-                SamplingParams(
-                    temperature=decoding.temperature, top_p=decoding.top_p, max_tokens=decoding.max_new_tokens,
-                    seed=requests[row].seed if decoding.temperature > 0 else None, skip_special_tokens=True,
-                )
-                for row in rows
-            ]  # fmt: skip
-            answers = self.llm.generate(prompts, options, use_tqdm=False)
-            for row, answer in zip(rows, answers, strict=True):
-                yield row, answer.outputs[0].text
+BLOCK = 16  # tokens to a block of the cache (CacheConfig.block_size on CUDA)
+UTILIZATION = 0.92  # CacheConfig.gpu_memory_utilization
+GRAPHS = 512 * MIB  # captured CUDA graphs, which lie outside the profiled peak
+PARALLEL = 1024 * MIB  # NCCL and all-reduce buffers of a rank
+LARGE_CARD = 70 * GIB  # it batches more tokens above this, but for the A100
 
 
-def used(path: Path, trust_remote_code: bool = False) -> tuple[str, str]:
-    """Device and dtype in which vLLM will run the model, asked of vLLM without loading a weight. Raises QtoolError
-    (exit 3) where vLLM is not installed or refuses the model."""
-    stay_in_process()
-    try:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise _missing(error) from error
-    with _told(path):
-        config = EngineArgs(model=str(path), trust_remote_code=trust_remote_code).create_model_config()
-    return str(current_platform.device_type), str(config.dtype).removeprefix("torch.")
+def prefill_tokens(card: Card) -> int:
+    """Default max_num_batched_tokens of `vllm serve` (engine/arg_utils.py, get_batch_defaults)."""
+    return 8192 if card.memory >= LARGE_CARD and "A100" not in card.name else 2048
 
 
-def load(path: Path, tokenizer: Any, context: int, trust_remote_code: bool = False) -> VllmEngine:
-    """Load an artifact; ``context``: the longest prompt plus its answer, in tokens. Raises QtoolError (exit 3) where
-    vLLM is not installed or does not run, with vLLM's own reason."""
-    stay_in_process()
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise _missing(error) from error
-    eager = not torch.cuda.is_available()  # on a CPU compiling takes minutes and a C++ compiler
-    with _told(path), secrets.withheld():  # it starts processes
-        llm = LLM(
-            model=str(path), max_model_len=context, enforce_eager=eager, seed=0, trust_remote_code=trust_remote_code
-        )
-    dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    return VllmEngine(llm, tokenizer, dtype, device_of(llm))
+def cells(context: int, window: int | None, chunk: int) -> int:
+    """Blocks of a cache; a sliding layer's has its window and one chunk (v1/core/single_type_kv_cache_manager.py)."""
+    if window is None:
+        return -(-context // BLOCK) * BLOCK
+    held = min(context, window - 1 + chunk)
+    return min(-(-held // BLOCK) + 1, -(-context // BLOCK)) * BLOCK
 
 
-@contextmanager
-def open_engine(path: Path, tokenizer: Any, context: int, trust_remote_code: bool = False) -> Iterator[VllmEngine]:
-    """`load`, and what it holds let go when the block ends, so that the next model finds room."""
-    engine = load(path, tokenizer, context, trust_remote_code)
-    try:
-        yield engine
-    finally:
-        close(engine.llm)
-        del engine
-        gc.collect()
+def overhead(load: Load) -> Overhead:
+    """What profiling finds before vLLM gives the rest to the cache: a forward of the largest batch (fused gate and up,
+    their product, residual and hidden states), or sampling for the sequences (its max_num_seqs: logits in 16 and 32
+    bits, a sorted copy, int64 order, probabilities), whichever is larger; and the context, CUDA graphs, NCCL."""
+    g = load.geometry
+    forward = (3 * g.intermediate // load.cards + 3 * g.hidden) * g.width * prefill_tokens(load.card)
+    sampling = g.vocab * load.sequences * (g.width + 4 + 4 + 8 + 4)
+    parallel = PARALLEL if load.cards > 1 else 0
+    return Overhead(max(forward, sampling), CUDA_CONTEXT + GRAPHS + parallel)
 
 
-def close(llm: Any) -> None:
-    """Stop a ``vllm.LLM`` and the process group that it made."""
-    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    if core is not None:
-        core.shutdown()
-    with suppress(ImportError):
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-
-
-def device_of(llm: Any) -> str:
-    """`cpu`, `cuda` …: where a loaded model computes."""
-    config = getattr(llm.llm_engine, "vllm_config", None)
-    return str(config.device_config.device_type) if config is not None else "unknown"
-
-
-def stay_in_process() -> None:
-    """Before vLLM is imported: its engine runs in this process, so that its errors are told and its memory counted;
-    and it binds no threads to cores, because the programs that are judged would inherit that."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+def split_faults(geometry: Geometry, group: int, cards: int) -> list[str]:
+    """Why ``cards`` tensor-parallel ranks cannot share the model; ``group``: columns to a scale."""
+    faults = []
+    if geometry.heads % cards:
+        faults.append(f"{geometry.heads} heads do not divide by {cards}")
+    if geometry.kv_heads % cards and cards % geometry.kv_heads:
+        faults.append(f"{geometry.kv_heads} key/value heads neither divide by {cards} nor divide it")
+    if geometry.intermediate % cards:
+        faults.append(f"intermediate_size {geometry.intermediate} does not divide by {cards}")
+    elif group > 1:
+        for what, columns in (("down_proj", geometry.intermediate), ("o_proj", geometry.heads * geometry.head_dim)):
+            if columns % cards or columns // cards % group:
+                faults.append(f"{what}: {columns} columns / {cards} do not divide by the group size {group}")
+    return faults
 
 
-def cause(error: BaseException) -> str:
-    """vLLM's reason in one line, with what would do where qtool knows it."""
-    text = str(error).strip() or type(error).__name__
-    if found := re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.DOTALL):  # pydantic's wrapping
-        text = found.group(1)
-    text = " ".join(text.split()).removesuffix(".")
-    lowered = text.lower()
-    if "unknown quantization method: bitsandbytes" in lowered:
-        return f"{text.partition('. Must')[0]}. It needs a plugin: {INSTALL_PLUGIN}"
-    if CACHE.lower() in lowered or ("memory" in lowered and "cpu" in lowered):
-        return f"{text}. On a CPU set {CACHE} to the GiB of its cache: {CACHE}=1"
-    return text
+def _command(serving: Serving) -> str:
+    from qtool.convert.runtimes.vllm import dtype_flag
+
+    parts = ["vllm", "serve", serving.place, "--max-model-len", str(serving.context)]
+    parts += ["--max-num-seqs", str(serving.sequences)]
+    parts += ["--revision", serving.revision] if serving.revision else []
+    dtype = dtype_flag(serving.config)
+    parts += ["--dtype", dtype] if dtype else []
+    parts += ["--tensor-parallel-size", str(serving.cards)] if serving.cards > 1 else []
+    parts += ["--kv-cache-dtype", "fp8"] if serving.cache_type == "fp8" else []
+    return shlex.join([*parts, *serving.offload.split()])
+
+
+def _refusals(config: Mapping[str, Any]) -> list[str]:
+    from qtool.convert.runtimes.vllm import refusals
+
+    return refusals(config)
+
+
+def _plugin(config: Mapping[str, Any]) -> str:
+    from qtool.convert.runtimes.vllm import INSTALL_PLUGIN, plugin_of
+
+    plugin = plugin_of(config)
+    return f"vLLM loads it with {plugin} only ({INSTALL_PLUGIN}, in vLLM's environment)" if plugin else ""
+
+
+FACTS = EngineFacts(
+    name="vllm",
+    packages=("vllm", "torch", "transformers", "compressed-tensors", "vllm-bnb-plugin"),
+    install="pip install vllm (in an environment of its own; it brings its own torch; for a CPU: docs/vllm.md)",
+    place="as built",
+    cache_types=(BF16, F16, CacheType("fp8", Fraction(1))),
+    cells=cells,
+    prefill_tokens=prefill_tokens,
+    overhead=overhead,
+    memory_share=UTILIZATION,
+    offload=OffloadRule(flag=lambda units, layers: f"--cpu-offload-gb {units}", unit=GIB),
+    split_faults=split_faults,
+    efficiency=Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),  # it replays graphs
+    command=_command,
+    refuses_card=lambda card: f"vLLM does not run on {card.key}; take a GGUF format" if card.unified else "",
+    refuses_model=_refusals,
+    needs_beside=_plugin,
+    refuses_gguf=(
+        "vLLM finds no weights in a folder with a .gguf file; the file alone it takes with vllm-gguf-plugin, on an "
+        "accelerator"
+    ),
+)
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError, ImportError) as error:
-        raise QtoolError(f"{path}: vLLM cannot load it here: {cause(error)}.", exit_code=3) from error
+def _open(model: Model, use: Use) -> Iterator[Running]:
+    if model.path is None:
+        raise QtoolError(f"{model.name}: engine vllm runs model folders only.")
+    from qtool.evaluate.engines.vllm_model import closing, load
+
+    timed = use.slots if use.timed else None
+    with closing(load(FACTS, model.path, model.tokenizer, use.context(), model.trust_remote_code, timed)) as running:
+        yield running
 
 
-def _missing(error: ImportError) -> QtoolError:
-    return QtoolError(
-        f"engine vllm needs vLLM, which is not here ({error}). Run: {INSTALL}; "
-        "or serve the model elsewhere and use engine openai.",
-        exit_code=3,
-    )
+def _used(model: Model) -> tuple[str, str]:
+    from qtool.evaluate.engines.vllm_model import used
+
+    return used(FACTS, model.path, model.trust_remote_code) if model.path else (FACTS.place, FACTS.dtype(""))
+
+
+ENGINE = Engine(FACTS, _open, used=_used, machine=lambda device: machine.machine_name("auto"))

@@ -13,9 +13,9 @@ import warnings
 from typing import Any
 
 from qtool.evaluate.sandbox import habits
-from qtool.evaluate.sandbox.candidate import defined
 from qtool.evaluate.sandbox.checker import reason_of
 from qtool.evaluate.sandbox.frames import MAX_JOB, pack_json, read_frame, unpack_json, write_frame
+from qtool.evaluate.sandbox.program_side import defined
 
 _TESTS = ("TestCases", "check")
 # Written after the test was found to be Python and before the program is loaded: what comes later may be the program's.

@@ -8,7 +8,7 @@ import linecache
 import os
 import sys
 
-from qtool.evaluate.sandbox import candidate, checker
+from qtool.evaluate.sandbox import checker, program_side
 from qtool.evaluate.sandbox.frames import write_frame
 from qtool.evaluate.sandbox.in_process import judge
 from qtool.evaluate.sandbox.wire import Reader, pack
@@ -42,11 +42,11 @@ def run(in_process: bool = False) -> None:
     try:
         # The test's side reads answers that lie there already; what it asked is then answered by the program's side.
         for word in ("alive", "ready"):
-            write_frame(replies_out, candidate.line_word(word))
+            write_frame(replies_out, program_side.line_word(word))
         for _ in range(_CALLS):
             write_frame(replies_out, pack(("is", _ANSWER, {})))
         outcomes = [checker.judge(asked, checker.TestSide(calls_out, replies_in))]
-        side = candidate.ProgramSide(calls_in, replies_out)
+        side = program_side.ProgramSide(calls_in, replies_out)
         side.load({"run": "call", "program": _PROGRAM, "entry_point": "f"})
         for _ in range(_CALLS):
             reader = Reader(side)

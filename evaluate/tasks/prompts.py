@@ -15,18 +15,10 @@ from typing import Any, Literal
 from qtool import QtoolError
 from qtool.convert.text.bounded import SECONDS, Overrun, bounded
 from qtool.convert.text.windows import require_rows
-from qtool.evaluate.tasks.extract import (
-    completed,
-    cut,
-    program_from_chat,
-    program_from_completion,
-    stop_at_end_of_function,
-    without_examples,
-)
-from qtool.evaluate.tasks.extract_javascript import program_from_javascript_chat
-from qtool.evaluate.tasks.livecodebench import IMPORTS
+from qtool.evaluate.tasks.extract import stop_at_end_of_function
 from qtool.evaluate.tasks.problems import Problem
-from qtool.evaluate.tasks.reply import last_block, newlines, without_thoughts
+from qtool.evaluate.tasks.reply import newlines
+from qtool.evaluate.tasks.table import benchmark_of
 
 Style = Literal["completion", "chat"]
 CHAT = (
@@ -101,37 +93,13 @@ def finished(text: str, style: Style, problem: Problem | None = None) -> bool:
     """Whether nothing that follows can still belong to the answer to ``problem`` (None: to some Python function)."""
     if style == "chat":
         return False  # a block that corrects the last one may follow
-    if problem is not None and problem.format not in ("humaneval", "bigcodebench"):
-        return any(stop in text for stop in problem.stop)
     if problem is not None:
-        return completed(problem.prompt, text, problem.entry_point)
+        return benchmark_of(problem).finished(problem, text)
     text = newlines(text)
     return len(stop_at_end_of_function(text)) < len(text.rstrip("\n"))
 
 
 def program(problem: Problem, text: str, style: Style) -> str:
     """The program that is judged."""
-    made = _from_chat(problem, text) if style == "chat" else _from_completion(problem, text)
-    if problem.format == "livecodebench":
-        return IMPORTS + made
-    return f"{problem.setup}\n{made}" if problem.format == "bigcodebench" else made
-
-
-def _from_completion(problem: Problem, text: str) -> str:
-    if problem.format in ("humaneval", "bigcodebench"):
-        return program_from_completion(problem.prompt, text, problem.entry_point)
-    answer = cut(text, problem.stop)
-    if problem.format == "livecodebench":
-        # The prompt is prose: the answer is the program, fenced or not.
-        return (last_block(answer) or answer).strip() + "\n"
-    return problem.prompt + answer.rstrip("\n") + "\n"
-
-
-def _from_chat(problem: Problem, text: str) -> str:
-    if problem.format == "livecodebench":
-        return (last_block(text) or without_thoughts(text)).strip("\n") + "\n"
-    if problem.language == "javascript":
-        return program_from_javascript_chat(text, problem.prompt, problem.entry_point)
-    above = problem.setup if problem.format == "bigcodebench" else problem.prompt
-    made = program_from_chat(text, above, problem.entry_point)
-    return without_examples(made) if problem.instruction else made
+    benchmark = benchmark_of(problem)
+    return benchmark.from_reply(problem, text) if style == "chat" else benchmark.from_text(problem, text)

@@ -2,7 +2,8 @@
 
 import ast
 import io
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,30 @@ def texts_of(where: str, row: Row, key: str) -> list[str]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise QtoolError(f"{where}: key {key!r} is not a list of texts.")
+
+
+def third_party(sources: Iterable[str]) -> tuple[str, ...]:
+    """Top-level names of the modules that the Python sources import and the standard library lacks, sorted."""
+    found: set[str] = set()
+    for source in sources:
+        if "import" not in source:  # most have none; to parse a thousand takes seconds
+            continue
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the sandbox, or `problem`, says so
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+    return tuple(sorted(found - sys.stdlib_module_names - {"qtool"}))
+
+
+def humaneval_keys(row: Row) -> Row:
+    """HumanEval's keys. Others, were they named like a Problem's, would change how it is judged."""
+    wanted = ("task_id", "prompt", "entry_point", "canonical_solution", "test", "level")
+    return {key: row[key] for key in wanted if key in row}
 
 
 def _require_sizes(where: str, fields: Row) -> None:

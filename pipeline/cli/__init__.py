@@ -11,9 +11,9 @@ from qtool.cli import judge as cli_judge
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
+from qtool.cli.options import FAILED, device_option, runs_option
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-GATE_FAILED = 1
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
 
 @click.group(cls=Boundary, context_settings=CONTEXT)
@@ -34,20 +34,12 @@ def main() -> None:
     """
 
 
-def _device_option(command: click.decorators.FC) -> click.decorators.FC:
-    return click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
-    )(command)
-
-
-@main.command(context_settings=CONTEXT)
+@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
-@click.option(
-    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
-)
-@_device_option
+@runs_option
+@device_option
 def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
@@ -61,6 +53,7 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
       qtool run my-recipe.yaml --only awq --device cuda
     """
     from qtool.recipe.paths import locate
+    from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
@@ -69,15 +62,15 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
     if found != recipe:
         click.echo(f"recipe: {found} (copy it to change it)", err=True)
     if dry_run:
-        report.print_plan(prepare(found, device, only))
+        job_report.print_plan(prepare(found, device, only))
         return
     result = run_recipe(found, runs, device, only)
     report.print_run(result)
     if result.failed:
-        raise SystemExit(GATE_FAILED)
+        raise SystemExit(FAILED)
 
 
-@main.command(context_settings=CONTEXT)
+@main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--source", type=click.Path(path_type=Path), help="The source model's folder: also recompute each linear's error."
@@ -96,7 +89,7 @@ def verify(artifact: Path, source: Path | None) -> None:
     result = qtool.verify(artifact, source)
     report.print_verification(result)
     if not result.sound:
-        raise SystemExit(GATE_FAILED)
+        raise SystemExit(FAILED)
 
 
 main.add_command(cli_evaluate.evaluate)

@@ -18,15 +18,11 @@ from typing import Any
 
 import click
 
-from qtool import QtoolError
+from qtool import Interrupted, QtoolError
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 TRACEBACK = "QTOOL_TRACEBACK"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a stage that can say how to go on."""
 
 
 class Boundary(click.Group):

@@ -9,10 +9,8 @@ from typing import Any
 import click
 
 from qtool import QtoolError
-
-ENGINES = ["reference", "transformers", "llama.cpp", "vllm", "openai"]
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
+from qtool.cli.options import device_option, runs_option
+from qtool.evaluate.engines.table import ENGINES
 
 _DAY = click.DateTime(["%Y-%m-%d"])
 
@@ -29,7 +27,7 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 2048,8192.", param, ctx)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("model", required=False)
 @click.option("--source", type=click.Path(path_type=Path), help="The unquantized model: scored too, and compared with.")
 @click.option("--task", "tasks", multiple=True, help="A shipped task, a benchmark (docs/tasks.md), or a file of one.")
@@ -40,7 +38,7 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of --text.")
 @click.option("--window-length", default="512", show_default=True, type=_Lengths(), help="Tokens in one.")
 @click.option("--by-layer", is_flag=True, help="Also the KL of each layer alone (slow: a pass for every layer).")
-@click.option("--engine", type=click.Choice(ENGINES), default="reference", show_default=True)
+@click.option("--engine", type=click.Choice(list(ENGINES)), default="reference", show_default=True)
 @click.option("--base-url", metavar="URL", help="Engine openai: the server's address, which ends in /v1.")
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
@@ -52,8 +50,8 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option("--self-check", "check", is_flag=True, help="Only judge the harness: known answers, right and wrong.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
-@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path))
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@runs_option
+@device_option
 def evaluate(
     model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
     limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
@@ -75,11 +73,10 @@ def evaluate(
       qtool evaluate --self-check --task humaneval
     """
     import qtool
-    from qtool.evaluate.tasks.benchmarks import is_dated
     from qtool.report import terminal as report
     from qtool.run import check_harness, evaluate_served
     from qtool.runs.summary import summarise
-    from qtool.verbs import evaluate_section
+    from qtool.verbs import evaluate_section, task_sections
 
     if check:
         tasks = tasks or ("handwritten", "heldout")
@@ -87,13 +84,11 @@ def evaluate(
         raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
     fidelity = {"text": text, "samples": windows, "length": window_length, "by_layer": by_layer} if text else None
     asked |= {"engine": "reference" if check else engine, "base_url": None if check else base_url, "prompt": prompt}
-    window = {"after": after and after.date(), "before": before and before.date()}
-    dated = [task for task in tasks if is_dated(task)] or tasks
-    wanted = [{"task": task, "limit": limit} | (window if task in dated else {}) for task in tasks]
-    asked |= {"tasks": wanted, "text": fidelity}
+    days = (after and after.date(), before and before.date())
+    asked |= {"tasks": task_sections(tasks, limit, *days), "text": fidelity}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
-    if model is None and not check and base_url is None and engine != "openai":
+    if model is None and not check and base_url is None and not ENGINES[engine].facts.served:
         raise QtoolError("name a MODEL folder; only --engine openai and --self-check go without one.")
     if check or base_url is not None or model is None:
         section = evaluate_section(asked)

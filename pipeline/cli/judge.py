@@ -7,23 +7,13 @@ from pathlib import Path
 
 import click
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-FAILED = 1
-_runs = click.option(
-    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
-)
+from qtool.cli.options import FAILED, runs_option, write_text
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that the user named; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("a")
 @click.argument("b")
-@_runs
+@runs_option
 def compare(a: str, b: str, runs: Path) -> None:
     """Is B worse than A? Stored scores, paired problem by problem; scores of other engines or prompts are refused.
 
@@ -49,13 +39,13 @@ def compare(a: str, b: str, runs: Path) -> None:
         raise SystemExit(FAILED)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("run")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Also fail on what got worse than in this file.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Judge by the gates of this recipe instead.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the results as JUnit XML.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results as JSON.")
-@_runs
+@runs_option
 def check(
     run: str, baseline: Path | None, recipe: Path | None, junit: Path | None, json_file: Path | None, runs: Path
 ) -> None:
@@ -68,15 +58,19 @@ def check(
       qtool check latest
       qtool check latest --baseline baseline.json --junit qtool.xml
     """
-    from qtool.recipe.paths import locate
-    from qtool.recipe.sections import load_recipe
     from qtool.report import terminal as report
+    from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
-    from qtool.runs.check import as_json, as_junit, check_run
+    from qtool.runs.check import as_json, check_run
     from qtool.runs.record import find_run, load_run
 
     record = load_run(find_run(run, runs))
-    gates = load_recipe(locate(recipe)).gates if recipe else record.recipe.gates
+    gates = record.recipe.gates
+    if recipe:
+        from qtool.recipe.paths import locate
+        from qtool.recipe.sections import load_recipe  # with every method
+
+        gates = load_recipe(locate(recipe)).gates
     results = check_run(record, gates, load_baseline(baseline) if baseline else None)
     report.print_results(results)
     if junit:
@@ -87,7 +81,7 @@ def check(
         raise SystemExit(FAILED)
 
 
-@click.group(context_settings=CONTEXT)
+@click.group()
 def baseline() -> None:
     """Keep a run's scores in a small file, to compare later runs with.
 
@@ -97,10 +91,10 @@ def baseline() -> None:
     """
 
 
-@baseline.command(context_settings=CONTEXT)
+@baseline.command()
 @click.argument("run")
 @click.argument("file", type=click.Path(path_type=Path))
-@_runs
+@runs_option
 def save(run: str, file: Path, runs: Path) -> None:
     """Write which problems each model of RUN solved, and its KL window by window, to FILE.
 
@@ -116,10 +110,10 @@ def save(run: str, file: Path, runs: Path) -> None:
     click.echo(f"{file}: {', '.join(found.subjects)} of run {found.run}")
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("run")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; the run's own by default.")
-@_runs
+@runs_option
 def report(run: str, out: Path | None, runs: Path) -> None:
     """Write RUN as one HTML file that needs no network, as Markdown for a model card, and its figures as SVG.
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-FAILED = 1
+from qtool.cli.options import FAILED, device_option, runs_option
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("what", metavar="RUN|ARTIFACT")
 @click.option("--to", metavar="ORG[/NAME]", help="Where to; the name may hold {model}, {output} and {format}.")
 @click.option("--only", multiple=True, metavar="NAME", help="Publish only this output of the run (repeatable).")
@@ -20,9 +19,7 @@ FAILED = 1
 @click.option("--license", "licence", metavar="ID", help="The source's licence, where its own card does not say it.")
 @click.option("--allow-failed", is_flag=True, help="Also what no gate passed; the card then says so.")
 @click.option("--dry-run", is_flag=True, help="Print the files and the card; the network is not touched.")
-@click.option(
-    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
-)
+@runs_option
 def publish(
     what: str, to: str | None, only: tuple[str, ...], private: bool, revision: str | None, pr: bool,
     licence: str | None, allow_failed: bool, dry_run: bool, runs: Path,
@@ -61,16 +58,14 @@ def publish(
         click.echo(f"{sent.repo}: {len(planned.uploads)} files {state}: {sent.url}")
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--revision", metavar="REV", help="A branch or commit; main by default.")
 @click.option("--into", type=click.Path(path_type=Path), help="Folder to write to; ./NAME by default.")
 @click.option("--score", is_flag=True, help="Put the card's tasks to it here, and compare problem by problem.")
 @click.option("--source", metavar="MODEL", help="With --score: the source model, a folder or a Hub id, for the KL too.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="With --score: where.")
-@click.option(
-    "--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of run logs and scores."
-)
+@runs_option
 def pull(
     repo: str, revision: str | None, into: Path | None, score: bool, source: str | None, device: str, runs: Path
 ) -> None:
@@ -105,11 +100,11 @@ def pull(
         raise SystemExit(FAILED)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("artifact", metavar="DIR|ORG/NAME")
 @click.option("--source", metavar="MODEL", help="Where the source model is here: a folder or a Hub id.")
 @click.option("--text", metavar="FILE", help="Where the calibration text is here.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@device_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the source model brings along.")
 def reproduce(artifact: str, source: str | None, text: str | None, device: str, trust_remote_code: bool) -> None:
     """Build an artifact (a folder, or a repository of the Hub) again from its manifest and compare every tensor.

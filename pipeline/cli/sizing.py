@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from qtool import QtoolError
-from qtool.cli.judge import write_text
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+from qtool.cli.options import FAILED, write_text
+from qtool.evaluate.engines.table import planned
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -24,14 +23,14 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("model")
 @click.option("--gpu", help="Cards, comma-separated (default: this machine's, else RTX4090,H100).")
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many of each.")
 @click.option("--context", "contexts", default="", help="Tokens, comma-separated (default: 2k,8k,32k,64k,128k).")
 @click.option("--concurrency", default="", help="Sequences at once, comma-separated (default: 1,2,4,8).")
 @click.option("--kv-dtype", default="", help="Cache types, comma-separated: bf16,f16,fp8,q8_0,q4_0.")
-@click.option("--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: each format's own.")
+@click.option("--engine", type=click.Choice(list(planned())), help="Default: each format's own.")
 @click.option("--format", "formats", default="", help="Default: source,awq,gptq,nf4,Q4_K_M,Q8_0.")
 @click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own.")
 @click.option("--host-bandwidth", type=click.FloatRange(min=1), help="GB/s of host memory, for layers left there.")
@@ -57,7 +56,8 @@ def plan(
       qtool plan recipes/awq.yaml
     """
     import qtool
-    from qtool.sizing import memory_figure, plan_report
+    from qtool.report import memory_figure
+    from qtool.report import plan as plan_report
     from qtool.sizing.plan import as_json as to_json
 
     if model.endswith((".yaml", ".yml")):
@@ -79,18 +79,18 @@ def plan(
 
 
 def _kv_dtypes(text: str) -> tuple[str, ...]:
-    from qtool.sizing.kv_cache import KV_BYTES
-
+    known = dict.fromkeys(kind.name for engine in planned().values() for kind in engine.cache_types)
     names = tuple(filter(None, (name.strip().lower() for name in text.split(","))))
-    wrong = [name for name in names if name not in KV_BYTES]
+    wrong = [name for name in names if name not in known]
     if wrong:
-        raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(KV_BYTES)}.")
+        raise QtoolError(f"--kv-dtype {wrong[0]}: not a cache type. Known: {', '.join(known)}.")
     return names
 
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
-    from qtool.make.needs import needs_of, print_needs
+    from qtool.make.needs import needs_of
     from qtool.recipe.paths import locate
+    from qtool.report.job import print_needs
     from qtool.run import prepare
 
     needs = needs_of(prepare(locate(recipe), "auto"), runs)
@@ -100,14 +100,14 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
         print_needs(needs)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command()
 @click.argument("model")
 @click.option("--context", "contexts", default="2k", show_default=True, help="Prompt lengths, comma-separated.")
 @click.option("--batch", default="1,2,4,8", show_default=True, help="Requests at once, comma-separated.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens of each answer.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
 @click.option(
-    "--engine", type=click.Choice(["transformers", "vllm", "llama.cpp"]), help="Default: llama.cpp for .gguf, else "
+    "--engine", type=click.Choice(list(planned())), help="Default: llama.cpp for .gguf, else "
     "transformers; of a URL none is asked.",
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="For transformers.")
@@ -136,25 +136,21 @@ def measure(
       qtool measure ./My-Model --engine transformers --price 2.5
       qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
     """
-    import os
     import sys
     from contextlib import nullcontext, redirect_stdout
     from dataclasses import replace
 
     from qtool.convert.files.durable import require_writable
-    from qtool.measure import measurements
-    from qtool.measure import report as measure_report
-    from qtool.measure.run import Asked, engine_of, measure_model, model_key
+    from qtool.measure.run import Trial, engine_of, measure_model, model_key
+    from qtool.report import measured as measure_report
     from qtool.run import choose_device
-    from qtool.sizing.accelerators import choose, load_accelerators, own_card
+    from qtool.runs import measurements
+    from qtool.sizing.accelerators import one_card
 
     if not no_log:
         require_writable(runs, "--runs")
     url = model.startswith(("http://", "https://"))
-    known = load_accelerators()
-    own = gpu or ("" if url else own_card(known))
-    card = choose(known, own)[0] if own and "," not in own else None
-    asked = Asked(
+    trial = Trial(
         model=model,
         engine=engine or engine_of(model),
         contexts=numbers(contexts, "--context"),
@@ -162,15 +158,14 @@ def measure(
         tokens=tokens,
         repeats=repeats,
         device=str(choose_device(device)) if not url else device,
-        card=card,
+        card=one_card(gpu, here=not url),
         price=price,
         shape=shape,
         name=name,
-        api_key=os.environ.get("OPENAI_API_KEY") if url else None,
         trust_remote_code=trust_remote_code,
     )
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
-        found = measure_model(asked)
+        found = measure_model(trial)
     if not no_log:
         found = replace(found, key=model_key(model))
         measurements.log(runs, found)
@@ -179,4 +174,4 @@ def measure(
     else:
         measure_report.print_rows(found.rows)
     if any(row.status == "rejected" for row in found.rows):
-        raise SystemExit(1)
+        raise SystemExit(FAILED)

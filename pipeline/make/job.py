@@ -1,10 +1,10 @@
-"""A job: a recipe whose source was opened and checked, the plan of each output, and the key that names its bytes."""
+"""A job: a recipe whose source was opened and checked, its outputs as planned, and the keys that name their bytes."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,24 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.files.diagnosis import refuse_architecture, refuse_quantized, why_no_model
-from qtool.convert.files.reading import named, open_file, shown
+from qtool.convert.files.config_file import CONFIG, read_config
+from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
+from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
-from qtool.convert.files.watch import Watched, require_unchanged, watch
-from qtool.convert.formats.gguf.ggml import FLOATS, load_gguf
-from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
-from qtool.convert.formats.gguf.plan import plan_gguf
-from qtool.convert.formats.plan import OutputPlan, plan_output
-from qtool.convert.models.config_file import CONFIG, read_config
-from qtool.convert.models.config_keys import prove_gguf
+from qtool.convert.files.watch import require_unchanged
+from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.refusals import check_sizes, refuse_architecture
+from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
 from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
-from qtool.quantize.architectures import ARCHITECTURES, Architecture, architecture_of
+from qtool.make.output import Output, plan_output
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.ggml import load_library, quantizer_package
-from qtool.quantize.methods.nf4 import load_bitsandbytes
-from qtool.quantize.methods.sections import GgufMethod, Method, Nf4Method, needs_calibration, weights_per_scale
+from qtool.quantize.methods.method import Method
 from qtool.quantize.precision import fast_bfloat16
-from qtool.recipe.sections import Recipe, digest_of
+from qtool.recipe.checking import digest_of
+from qtool.recipe.sections import Recipe
 
 PARTS = ("model.", "lm_head.")  # of every model; what stands elsewhere is a value head, a draft head, a tower
 THREADS = "threads"  # among a manifest's versions
@@ -42,19 +38,17 @@ PACKAGES: tuple[str, ...] = ("qtool-llm", "torch", "transformers", "safetensors"
 
 @dataclass(frozen=True)
 class Job:
-    """A source model, opened and checked, with what every stage needs of it."""
+    """A source model, opened and checked, and the outputs to make of it."""
 
     recipe: Recipe
     source: ModelSource
     checkpoint: Checkpoint
     config: Any
-    architecture: Architecture
-    plans: Mapping[str, OutputPlan]
+    decoder: Decoder
+    outputs: tuple[Output, ...]
     device: torch.device
     notes: tuple[str, ...] = ()  # tensors of the source that go into no artifact
     behind: tuple[str, ...] = ()  # names of files that do not; not for artifacts, which may be published
-    matrices: Mapping[str, Watched] = field(default_factory=dict)
-    """Output -> the importance matrix that its recipe names."""
 
     @property
     def remarks(self) -> list[str]:
@@ -64,28 +58,23 @@ class Job:
         files = [f"files that stay behind, no part of the model: {names}{more}"] if self.behind else []
         return [*self.notes, *files]
 
+    def output(self, name: str) -> Output:
+        """The output of that name."""
+        return next(output for output in self.outputs if output.name == name)
+
     def require_unchanged(self) -> None:
         """Raises QtoolError naming a file that is no longer what the outputs' keys were made of."""
         self.source.require_unchanged()
-        require_unchanged(list(self.matrices.values()))
-
-    def folder(self, method: Method) -> Path:
-        """Where an output's artifact goes."""
-        return named(self.recipe.output_dir) / f"{self.source.name}-{method.name}"
-
-    def partial(self, method: Method) -> Path:
-        """Where it grows."""
-        folder = self.folder(method)
-        return folder.with_name(folder.name + PARTIAL)
+        require_unchanged([output.imatrix for output in self.outputs if output.imatrix])
 
 
-def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs: Sequence[Method]) -> Job:
+def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods: Sequence[Method]) -> Job:
     """Validate everything that can be validated without reading a weight. Raises QtoolError."""
     trusted = recipe.model.trust_remote_code
     checkpoint = open_source(source.path)
     check_sidecars(source.path, trusted)
     config = load_config(source.path, trusted)
-    architecture = architecture_of(config)
+    decoder = decoder_of(read_config(source.path))
     skeleton = build_skeleton(config, trusted)
     shapes, tied = expected_shapes(skeleton)
     check_head(checkpoint, bool(tied))
@@ -95,13 +84,16 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, outputs:
     said = f"left out, no part of {config.architectures[0]}: {', '.join(unknown[:3])} ({len(unknown)} tensors)"
     checkpoint = checkpoint.without(unknown)
     checkpoint.check_dtypes()
-    if any(isinstance(method, Nf4Method) for method in outputs):
-        load_bitsandbytes()  # said now, not after hours
-    plans = {method.name: _plan(method, checkpoint, architecture, device) for method in outputs}
-    if any(isinstance(method, GgufMethod) for method in outputs):
-        prove_gguf(skeleton, read_config(source.path))
-    return Job(recipe, source, checkpoint, config, architecture, plans, device, (said,) if unknown else (),
-               tuple(left_out(source.path, trusted)), _matrices(outputs))  # fmt: skip
+    for method in methods:
+        method.require(device)  # said now, not after hours
+    raw = read_config(source.path)
+    shape = ModelShape(checkpoint.tensors, decoder, raw)
+    made = named(recipe.output_dir)
+    outputs = tuple(plan_output(method, shape, made / f"{source.name}-{method.name}") for method in methods)
+    for container in {type(output.container): output.container for output in outputs}.values():
+        container.prove(skeleton, raw)
+    return Job(recipe, source, checkpoint, config, decoder, outputs, device, (said,) if unknown else (),
+               tuple(left_out(source.path, trusted)))  # fmt: skip
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -113,74 +105,40 @@ def open_source(folder: Path) -> Checkpoint:
     refuse_quantized(folder, raw, ())
     checkpoint = Checkpoint.open(folder)
     refuse_quantized(folder, raw, checkpoint.tensors)
-    refuse_architecture(folder, raw, ARCHITECTURES)
-    checkpoint.check_sizes(raw)
+    refuse_architecture(folder, raw)
+    check_sizes(checkpoint, raw)
     return checkpoint
-
-
-def _matrices(outputs: Sequence[Method]) -> dict[str, Watched]:
-    found = {}
-    for method in outputs:
-        if isinstance(method, GgufMethod) and isinstance(method.imatrix, str):
-            path = named(method.imatrix)
-            try:
-                open_file(path, SIZE_LIMIT).close()
-                found[method.name] = watch(path)
-            except (OSError, QtoolError) as error:
-                why = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").rstrip(".")
-                raise QtoolError(f"{path}: {why} (`imatrix:` of output {method.name!r}).") from error
-    return found
-
-
-def _plan(method: Method, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> OutputPlan:
-    if isinstance(method, GgufMethod):
-        load_gguf()  # said now, not after hours
-        if method.type not in FLOATS and device.type == "cpu":
-            load_library()
-        config = read_config(checkpoint.path)
-        return plan_gguf(checkpoint.tensors, architecture.prefix, architecture.linears, config, method.type)
-    return plan_output(
-        checkpoint.tensors,
-        architecture.prefix,
-        architecture.linears,
-        method.quantization_config(),
-        method.stored_dtype,
-        weights_per_scale(method),
-    )
 
 
 def versions(method: Method | None = None, device: torch.device | None = None) -> dict[str, str]:
     """Of the packages that decide the bytes (of ``method``'s output); made on ``device``, the threads that do."""
-    names = PACKAGES
-    if isinstance(method, Nf4Method):
-        names = (*names, "bitsandbytes")
-    elif isinstance(method, GgufMethod):
-        names = (*names, "gguf", *quantizer_package())
+    names = PACKAGES + (method.packages if method else ())
     threads = {THREADS: str(torch.get_num_threads())} if method and device and threads_matter(device, method) else {}
     return {"python": platform.python_version()} | {name: version(name) for name in names} | threads
 
 
-def artifact_key(job: Job, method: Method, calibration: CalibrationSet, threads: int | None = None) -> str:
+def artifact_key(job: Job, output: Output, calibration: CalibrationSet, threads: int | None = None) -> str:
     """Same key, same bytes: source commit, calibration tokens (where they matter), the output's section and the
     importance matrix that it names, device kind, versions, and the number of threads (None: as many as torch uses now)
     where sums of calibration were cut into as many parts."""
-    return keys_by_threads(job, method, calibration, [threads or torch.get_num_threads()])[0]
+    return keys_by_threads(job, output, calibration, [threads or torch.get_num_threads()])[0]
 
 
-def keys_by_threads(job: Job, method: Method, calibration: CalibrationSet, threads: Sequence[int]) -> list[str]:
+def keys_by_threads(job: Job, output: Output, calibration: CalibrationSet, threads: Sequence[int]) -> list[str]:
     """`artifact_key` for each of these numbers; one key alone where the number does not matter."""
+    method = output.method
     made_from: dict[str, Any] = {
         "source": job.source.commit,
-        "calibration": calibration.digest if needs_calibration(method) else None,
+        "calibration": calibration.digest if method.calibrated else None,
         "output": method.model_dump(mode="json"),
-        "container": method.quantization_config(),
+        "container": output.container.section,
         "device": device_kind(job.device),
         "versions": versions(method),
     }
     if job.recipe.model.trust_remote_code:
         made_from["code"] = True  # the model's own *.py files are carried along
-    if method.name in job.matrices:
-        made_from["imatrix"] = job.matrices[method.name].digest
+    if output.imatrix is not None:
+        made_from["imatrix"] = output.imatrix.digest
     if not threads_matter(job.device, method):
         return [digest_of(made_from)]
     return [digest_of(made_from | {THREADS: number}) for number in threads]
@@ -189,7 +147,7 @@ def keys_by_threads(job: Job, method: Method, calibration: CalibrationSet, threa
 def threads_matter(device: torch.device, method: Method) -> bool:
     """Whether the number of threads decides bytes: a processor's matrix products are summed in as many parts. Without
     calibration every row is rounded by itself; an accelerator sums in its own order."""
-    return device.type == "cpu" and needs_calibration(method)
+    return device.type == "cpu" and method.calibrated
 
 
 def device_kind(device: torch.device) -> str:

@@ -7,33 +7,28 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
 
-from qtool import QtoolError
-from qtool.cli.boundary import Interrupted
-from qtool.convert.files.artifact import Artifact, drop_journals
+from qtool import Interrupted, QtoolError
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import is_still, naming
+from qtool.convert.files.folder import drop_journals
+from qtool.convert.files.journal import journal_key
 from qtool.convert.files.manifest import MANIFEST, read_manifest
-from qtool.convert.files.reading import named
-from qtool.convert.files.writer import journal_key
-from qtool.convert.formats.gguf.imatrix import read_imatrix
-from qtool.convert.formats.gguf.plan import GgufPlan
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify.files import check_files
-from qtool.make.gguf_output import GgufOutput
 from qtool.make.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.make.needs import refuse_what_cannot_finish
+from qtool.make.output import Output
 from qtool.make.progress import progress_bar
-from qtool.make.writers import SafetensorsOutput
+from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.sections import GgufMethod, Method
-from qtool.quantize.walk import Walk
+from qtool.quantize.walk import LayerResult, Walk
 
-Writer = SafetensorsOutput | GgufOutput
 MOST_THREADS = 512  # that an artifact is looked for with
 
 
@@ -55,50 +50,50 @@ def finished(folder: Path, key: str) -> bool:
     return True
 
 
-def make_artifacts(
-    job: Job, methods: Sequence[Method], calibration: CalibrationSet, threads: int | None = None
-) -> dict[str, Artifact]:
+def make_artifacts(job: Job, calibration: CalibrationSet, threads: int | None = None) -> dict[str, Artifact]:
     """Every output as a sealed artifact; those finished before are reused, those begun are continued.
 
     ``threads``: of the processor, as the key has them. None: what unfinished work was begun with, else as many as torch
     uses; a finished artifact is then reused whatever number it was made with.
     """
     with ExitStack() as held:
-        pending = [method for method in methods if not _done(job, method, calibration, threads, held)]
-        number = threads or _begun_with(job, pending, calibration) or torch.get_num_threads()
-        keys = {method.name: artifact_key(job, method, calibration, number) for method in pending}
-        if made := [method.name for method in methods if method not in pending]:
+        unmade = [output for output in job.outputs if not _done(job, output, calibration, threads, held)]
+        number = threads or _begun_with(job, unmade, calibration) or torch.get_num_threads()
+        pending = [replace(output, key=artifact_key(job, output, calibration, number)) for output in unmade]
+        names = [output.name for output in unmade]
+        if made := [output.name for output in job.outputs if output.name not in names]:
             click.echo(f"finished before and unchanged, used again: {', '.join(made)}", err=True)
-        for method in pending:
-            _discard_other_work(job.partial(method), keys[method.name])
+        for output in pending:
+            _discard_other_work(output)
         refuse_what_cannot_finish(job, pending)
-        importance = _importance(job, pending)
-        writers: dict[str, Writer] = {}
-        for method in pending:
-            writers[method.name] = _writer(job, method, keys[method.name])
-            held.callback(writers[method.name].release)
+        for output in pending:
+            _ = output.importance  # read now: a matrix made for another model is named before any work
+        writers: dict[str, OutputWriter] = {}
+        for output in pending:
+            writers[output.name] = OutputWriter(job, output)
+            held.callback(writers[output.name].release)
         with _threads(number), _saying_where(writers, job.config.num_hidden_layers):
             if writers:
-                _walk(job, pending, writers, calibration, importance)
+                _walk(job, writers, calibration)
             _seal(writers, calibration)
-    return {method.name: Artifact.open(job.folder(method)) for method in methods}
+    return {output.name: Artifact.open(output.folder) for output in job.outputs}
 
 
-def _done(job: Job, method: Method, calibration: CalibrationSet, threads: int | None, held: ExitStack) -> bool:
+def _done(job: Job, output: Output, calibration: CalibrationSet, threads: int | None, held: ExitStack) -> bool:
     """Whether the output is finished; where it is not, its unfinished folder is ``held`` from here on."""
-    final, partial = job.folder(method), job.partial(method)
     numbers = [threads] if threads else [torch.get_num_threads(), *range(1, MOST_THREADS + 1)]
-    keys = keys_by_threads(job, method, calibration, numbers)
-    if final.exists():
-        return _reusable(final, partial, keys)
-    with naming(partial):
-        held.enter_context(_alone(partial))
+    keys = keys_by_threads(job, output, calibration, numbers)
+    if output.folder.exists():
+        return _reusable(output, keys)
+    with naming(output.partial):
+        held.enter_context(_alone(output.partial))
     # looked at again: whoever held it may have finished it in the meantime
-    return final.exists() and _reusable(final, partial, keys)
+    return output.folder.exists() and _reusable(output, keys)
 
 
-def _reusable(final: Path, partial: Path, keys: Sequence[str]) -> bool:
+def _reusable(output: Output, keys: Sequence[str]) -> bool:
     """As `finished`; what a kill left after the folder got its name is tidied away."""
+    final, partial = output.folder, output.partial
     key = read_manifest(final).key if (final / MANIFEST).exists() else ""
     if not finished(final, key if key in keys else keys[0]):
         return False
@@ -112,12 +107,12 @@ def _reusable(final: Path, partial: Path, keys: Sequence[str]) -> bool:
     return True
 
 
-def _begun_with(job: Job, methods: Sequence[Method], calibration: CalibrationSet) -> int | None:
+def _begun_with(job: Job, outputs: Sequence[Output], calibration: CalibrationSet) -> int | None:
     """The number of threads that unfinished work was begun with: going on with another would end in other bytes."""
-    for method in methods:
-        begun = {journal_key(path) for path in job.partial(method).rglob("*journal.jsonl")}
-        if begun and threads_matter(job.device, method):
-            keys = keys_by_threads(job, method, calibration, range(1, MOST_THREADS + 1))
+    for output in outputs:
+        begun = {journal_key(path) for path in output.partial.rglob("*journal.jsonl")}
+        if begun and threads_matter(job.device, output.method):
+            keys = keys_by_threads(job, output, calibration, range(1, MOST_THREADS + 1))
             if numbers := [number for number, key in enumerate(keys, 1) if key in begun]:
                 return numbers[0]
     return None
@@ -134,7 +129,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _saying_where(writers: Mapping[str, Writer], layers: int) -> Iterator[None]:
+def _saying_where(writers: Mapping[str, OutputWriter], layers: int) -> Iterator[None]:
     """Ctrl-C says where the next run goes on."""
     try:
         yield
@@ -144,7 +139,7 @@ def _saying_where(writers: Mapping[str, Writer], layers: int) -> Iterator[None]:
         raise Interrupted(f"Run the same command again: it continues {where}.") from error
 
 
-def _seal(writers: Mapping[str, Writer], calibration: CalibrationSet) -> None:
+def _seal(writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> None:
     """Every output that can be; then raises QtoolError for those that cannot."""
     faults: dict[str, QtoolError] = {}
     for name, writer in writers.items():
@@ -182,60 +177,29 @@ def _alone(partial: Path) -> Iterator[None]:
             partial.rmdir()
 
 
-def _discard_other_work(partial: Path, key: str) -> None:
+def _discard_other_work(output: Output) -> None:
     """What another recipe, source or version began under this name: files that this one does not write would be sealed
     with its own."""
-    if all(journal_key(path) != key for path in partial.rglob("*journal.jsonl")):
-        for path in partial.iterdir():
+    if all(journal_key(path) != output.key for path in output.partial.rglob("*journal.jsonl")):
+        for path in output.partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _writer(job: Job, method: Method, key: str) -> Writer:
-    if isinstance(method, GgufMethod):
-        return GgufOutput(job, method, key)
-    return SafetensorsOutput(job, method, key)
-
-
-def _importance(job: Job, methods: Sequence[Method]) -> dict[str, dict[str, Tensor]]:
-    """Output -> linear -> mean squares, for outputs whose recipe names an importance matrix's file."""
-    found = {}
-    for method in methods:
-        plan = job.plans[method.name]
-        if isinstance(method, GgufMethod) and isinstance(method.imatrix, str) and isinstance(plan, GgufPlan):
-            found[method.name] = _rows(plan, named(method.imatrix))
-    return found
-
-
-def _rows(plan: GgufPlan, path: Path) -> dict[str, Tensor]:
-    rows = read_imatrix(path)
-    named = {linear: plan.names[f"{linear.name}.weight"] for linear in plan.linears}
-    wrong = [name for linear, name in named.items() if name in rows and rows[name].numel() != linear.columns]
-    if wrong or not any(name in rows for name in named.values()):
-        why = f"{wrong[0]} has {rows[wrong[0]].numel()} values" if wrong else "it has none of this model's names"
-        raise QtoolError(f"{path}: made for another model: {why}.")
-    return {linear.name: rows[name] for linear, name in named.items() if name in rows}
-
-
-def _walk(
-    job: Job,
-    methods: Sequence[Method],
-    writers: Mapping[str, Writer],
-    calibration: CalibrationSet,
-    importance: Mapping[str, Mapping[str, Tensor]],
-) -> None:
+def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> None:
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     start = min(writer.layers_done for writer in writers.values())
-    types = {name: {linear.name: linear.type for linear in plan.linears} for name, plan in job.plans.items()}
-    walk = Walk(
-        model, job.checkpoint, calibration, methods, job.device, lambda name, index: writers[name].restore(index),
-        types, importance,
-    )  # fmt: skip
-    for writer in writers.values():
-        writer.write_outside_layers()
+    columns = [writer.column for writer in writers.values()]
+    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device)
+    for result in walk.outside():
+        _write(writers, result)
     with progress_bar() as bar:
         task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
         for result in walk.run(start) if start < len(walk.layers) else ():
             job.require_unchanged()  # before any layer is noted as done
-            for name, output in result.outputs.items():
-                writers[name].write_layer(result.index, output)
+            _write(writers, result)
             bar.advance(task)
+
+
+def _write(writers: Mapping[str, OutputWriter], result: LayerResult) -> None:
+    for name, codes in result.outputs.items():
+        writers[name].write(result, codes)

@@ -3,93 +3,66 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
+from qtool.evaluate.engines.engine import Batch, OutOfMemory, Reading
+from qtool.runs.measurements import Row
 from qtool.sizing.bounds import Range
-from qtool.sizing.fit import Cell
+from qtool.sizing.fit import Estimate
 
 TOLERANCE = 0.98  # of a bound: clocks are read to a few microseconds
-
-
-class OutOfMemory(Exception):
-    """The engine could not hold so much."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One repeat. ``first``: seconds to the first token, for each request; ``steps``: mean seconds of each request's
-    further tokens; ``wall``: seconds until all were done; ``tokens``: generated in all; ``cached``: share of the
-    prompts that the engine took from its prefix cache, None where it does not say; ``memory``: peaks in bytes."""
-
-    first: tuple[float, ...]
-    steps: tuple[float, ...]
-    wall: float
-    tokens: int
-    cached: float | None
-    memory: dict[str, int | None]
-
-
-class Engine(Protocol):
-    """What measures: one batch of ``sequences`` prompts of ``context`` tokens, each answered with ``tokens``."""
-
-    def run(self, context: int, sequences: int, tokens: int) -> Reading:
-        """Raises OutOfMemory."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians over repeats; percentiles over all requests of all repeats. ``status``: `ok`, `out of memory`, `not run`
-    or `rejected`, with ``why``. ``predicted``: bytes, None where the card is unknown; ``step_bound`` and
-    ``first_bound``: seconds."""
-
-    context: int
-    sequences: int
-    status: str
-    why: str = ""
-    first_seconds: dict[str, float] | None = None
-    step_seconds: float | None = None
-    tokens_per_second: float | None = None
-    requests_per_second: float | None = None
-    cost_per_million: float | None = None
-    cached: float | None = None
-    memory: dict[str, int | None] | None = None
-    predicted: int | None = None
-    step_bound: tuple[float, float | None] | None = None
-    first_bound: tuple[float, float | None] | None = None
+LEAST_ID = 10  # ids below are special tokens in most vocabularies
 
 
 def measure(
-    engine: Engine, contexts: Sequence[int], batches: Sequence[int], tokens: int, repeats: int,
-    predict: Callable[[int, int], Cell | None], price: float | None = None,
+    time: Callable[[Batch], Reading], contexts: Sequence[int], batches: Sequence[int], tokens: int, repeats: int,
+    predict: Callable[[int, int], Estimate | None], vocabulary: int, price: float | None = None,
 ) -> Iterator[Row]:  # fmt: skip
-    """A row for each cell as it is done. A context's further batches are not run once one ran out of memory.
+    """A row for each context and batch as it is done. A context's further batches are not run once one ran out of
+    memory. Prompts are random ids of ``vocabulary``, so that no prefix cache helps.
 
-    ``price``: of an hour of the machine, in any currency; ``predict(context, sequences)``: what `qtool plan` says.
+    ``time``: a running model's; ``price``: of an hour of the machine, in any currency; ``predict(context, sequences)``:
+    what `qtool plan` says.
     """
+    source = random.Random(0)
+
+    def put(context: int, sequences: int, tokens: int) -> Reading:
+        return time(Batch(tuple(random_prompt(source, context, vocabulary) for _ in range(sequences)), tokens))
+
     for context in contexts:
         stopped = False
         for sequences in sorted(batches):
-            cell = predict(context, sequences)
+            predicted = predict(context, sequences)
             if stopped:
-                yield Row(context, sequences, "not run", "a smaller batch ran out of memory", predicted=_total(cell))
+                why = "a smaller batch ran out of memory"
+                yield Row(context, sequences, "not run", why, predicted=_total(predicted))
                 continue
             try:
-                engine.run(context, sequences, min(tokens, 4))  # warm-up: kernels compiled, caches filled
-                readings = [engine.run(context, sequences, tokens) for _ in range(repeats)]
+                put(context, sequences, min(tokens, 4))  # warm-up: kernels compiled, caches filled
+                readings = [put(context, sequences, tokens) for _ in range(repeats)]
             except OutOfMemory as error:
                 stopped = True
-                yield Row(context, sequences, "out of memory", str(error), predicted=_total(cell))
+                yield Row(context, sequences, "out of memory", str(error), predicted=_total(predicted))
                 continue
-            yield judge(context, sequences, tokens, readings, cell, price)
+            yield judge(context, sequences, tokens, readings, predicted, price)
+
+
+def random_prompt(source: random.Random, length: int, vocabulary: int) -> tuple[int, ...]:
+    """Random token ids."""
+    return tuple(source.randrange(min(LEAST_ID, vocabulary - 1), vocabulary) for _ in range(length))
 
 
 def judge(
-    context: int, sequences: int, tokens: int, readings: Sequence[Reading], cell: Cell | None, price: float | None
+    context: int,
+    sequences: int,
+    tokens: int,
+    readings: Sequence[Reading],
+    predicted: Estimate | None,
+    price: float | None,
 ) -> Row:
-    """The readings of a cell as a row; one that beats its bound is rejected."""
+    """The readings of a context and batch as a row; one that beats its bound is rejected."""
     first = sorted(seconds for reading in readings for seconds in reading.first)
     steps = [seconds for reading in readings for seconds in reading.steps]
     step = statistics.median(steps) if steps else None
@@ -97,19 +70,19 @@ def judge(
     cached = [reading.cached for reading in readings if reading.cached is not None]
     hit = statistics.median(cached) if cached else None
     wrong = []
-    if cell is not None and step is not None and step < TOLERANCE * cell.step.best:
-        wrong.append(f"{1e3 * step:.3g} ms a token beats the bound of {1e3 * cell.step.best:.3g} ms")
+    if predicted is not None and step is not None and step < TOLERANCE * predicted.step.best:
+        wrong.append(f"{1e3 * step:.3g} ms a token beats the bound of {1e3 * predicted.step.best:.3g} ms")
     fresh = 1 - (hit or 0)  # what the prefix cache served was not computed
-    if cell is not None and cell.first_token is not None and first:
-        least = cell.first_token.best * fresh / sequences  # the first of several prompts may be served alone
+    if predicted is not None and predicted.first_token is not None and first:
+        least = predicted.first_token.best * fresh / sequences  # the first of several prompts may be served alone
         if first[0] < TOLERANCE * least:
             wrong.append(f"first token after {first[0]:.3g} s beats the bound of {least:.3g} s")
     return Row(
         context, sequences, "rejected" if wrong else "ok", "; ".join(wrong),
         {name: percentile(first, share) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))},
         step, rate, rate / tokens, price / 3600 / rate * 1e6 if price is not None else None, hit, _peak(readings),
-        _total(cell), _ends(cell.step) if cell else None,
-        _ends(cell.first_token) if cell and cell.first_token else None,
+        _total(predicted), _ends(predicted.step) if predicted else None,
+        _ends(predicted.first_token) if predicted and predicted.first_token else None,
     )  # fmt: skip
 
 
@@ -126,8 +99,8 @@ def _peak(readings: Sequence[Reading]) -> dict[str, int | None]:
     return found
 
 
-def _total(cell: Cell | None) -> int | None:
-    return None if cell is None else cell.total
+def _total(predicted: Estimate | None) -> int | None:
+    return None if predicted is None else predicted.total
 
 
 def _ends(found: Range) -> tuple[float, float | None]:

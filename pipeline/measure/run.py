@@ -8,9 +8,7 @@ import json
 import os
 import subprocess
 import sys
-import urllib.error
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,23 +18,25 @@ from rich.progress import Progress
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.source import resolve
-from qtool.evaluate.engines.engine import package_versions
-from qtool.evaluate.engines.openai import connect
+from qtool.evaluate.engines.engine import Engine, Model, Use, package_versions
+from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.table import ENGINES, planned, planned_engine
 from qtool.evaluate.sandbox.secrets import for_child
-from qtool.measure.engines import Server, Transformers, Vllm, llama_cpp_machine
-from qtool.measure.measure import Engine, Row, measure
-from qtool.measure.measurements import Measurement, from_json, less_device_memory, log, machine_name, measured_models
-from qtool.recipe.sections import MeasureSection
-from qtool.runs.engines import PACKAGES
-from qtool.runs.subjects import Subject
+from qtool.measure.measure import measure
+from qtool.measure.subjects import Subject
+from qtool.recipe.judging import MeasureSection
+from qtool.runs.measurements import Measurement, Row, from_json, less_device_memory, log, measured_models
 from qtool.sizing.accelerators import Accelerator
-from qtool.sizing.fit import Cell, Setting, cell_of
+from qtool.sizing.fit import Estimate, Setting, estimate_of
 from qtool.sizing.formats import artifact_weights, weights_of
 from qtool.sizing.headers import Headers, read_headers
 
+SERVER, SERVED_AS = "server", "vllm"  # the engine's name in the ledger, and the one it is predicted as
+UNKNOWN_VOCABULARY = 1000  # ids that every model has, for a server whose model is not told
+
 
 @dataclass(frozen=True)
-class Asked:
+class Trial:
     """``model``: a folder, a shipped name, or a server's URL, whose ``shape`` is then told by a folder or config.json
     (None: nothing is predicted). ``name``: what the server calls its model (None: it has only one)."""
 
@@ -51,31 +51,57 @@ class Asked:
     price: float | None
     shape: str | None = None
     name: str | None = None
-    api_key: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def served(self) -> bool:
+        """Whether the model is behind a URL."""
+        return self.model.startswith(("http://", "https://"))
 
-def measure_model(asked: Asked) -> Measurement:
+
+def measure_model(trial: Trial) -> Measurement:
     """Measure; nothing is logged, and the key is left open. Raises QtoolError."""
-    url = asked.model.startswith(("http://", "https://"))
-    if url and "@" in asked.model:
+    if trial.served and "@" in trial.model:
         raise QtoolError("a URL with a password in it would end in the log: put the server's key into OPENAI_API_KEY.")
-    known = asked.shape if url else asked.model
+    known = trial.shape if trial.served else trial.model
     headers = read_headers(known) if known else None
-    engine_name = "server" if url else asked.engine
     if headers is not None:
-        check_contexts("--context", asked.contexts, asked.tokens, headers.geometry.max_context, headers.name)
-    setting = _setting(headers, engine_name, asked.card) if headers else None
+        check_contexts("--context", trial.contexts, trial.tokens, headers.geometry.max_context, headers.name)
+    facts = planned_engine(SERVED_AS if trial.served else trial.engine)
+    setting = _setting(headers, facts, trial.card) if headers else None
 
-    def predict(context: int, sequences: int) -> Cell | None:
-        return None if setting is None else cell_of(setting, context + asked.tokens, sequences)
+    def predict(context: int, sequences: int) -> Estimate | None:
+        return None if setting is None else estimate_of(setting, context + trial.tokens, sequences)
 
-    with _engine(asked, headers, url) as engine:
-        rows = tuple(measure(engine, asked.contexts, asked.batches, asked.tokens, asked.repeats, predict, asked.price))
-    machine = asked.model if url else _machine(engine_name, asked.device)
-    return Measurement(
-        None, asked.model, engine_name, _version(engine_name), machine, asked.tokens, asked.repeats, _now(), rows
-    )
+    longest = max(trial.contexts) + trial.tokens
+    use = Use(trial.device, max(trial.batches), lambda: longest, timed=True)
+    engine, model = _opened(trial, headers)
+    vocabulary = headers.geometry.vocab if headers else UNKNOWN_VOCABULARY
+    with engine.open(model, use) as running:
+        rows = tuple(measure(
+            running.time, trial.contexts, trial.batches, trial.tokens, trial.repeats, predict, vocabulary, trial.price
+        ))  # fmt: skip
+    name = SERVER if trial.served else trial.engine
+    machine = trial.model if trial.served else engine.machine(trial.device)
+    version = package_versions(*engine.facts.packages)
+    return Measurement(None, trial.model, name, version, machine, trial.tokens, trial.repeats, _now(), rows)
+
+
+def _opened(trial: Trial, headers: Headers | None) -> tuple[Engine, Model]:
+    """The engine, and the model as it finds it. Raises QtoolError where it does not run such a file."""
+    if trial.served:
+        engine = next(engine for engine in ENGINES.values() if engine.facts.served)
+        return engine, Model(trial.model, base_url=trial.model, served=trial.name)
+    assert headers is not None
+    engine = ENGINES[trial.engine]
+    if headers.gguf is not None and not engine.facts.gguf:
+        raise QtoolError(f"{trial.model}: holds a .gguf file; measure it with --engine {engine_of(trial.model)}.")
+    if headers.gguf is None and engine.facts.gguf:
+        raise QtoolError(f"{trial.model}: holds no .gguf file; --engine {trial.engine} needs one.")
+    path = None if engine.facts.gguf else resolve(trial.model).path
+    return engine, Model(
+        headers.name, path=path, gguf=headers.gguf, trust_remote_code=trial.trust_remote_code
+    )  # fmt: skip
 
 
 def model_key(model: str) -> str | None:
@@ -87,7 +113,8 @@ def model_key(model: str) -> str | None:
 
 def engine_of(model: str) -> str:
     """The engine that runs a folder where none was asked for."""
-    return "llama.cpp" if any(Path(model).glob("*.gguf")) else "transformers"
+    gguf = any(Path(model).glob("*.gguf"))
+    return next(name for name, facts in planned().items() if facts.gguf == gguf)
 
 
 def measure_subjects(
@@ -101,8 +128,8 @@ def measure_subjects(
         engine = engine_of(str(subject.path))
         cells = [Row(context, batch, "not run") for context in section.contexts for batch in sorted(section.batches)]
         wanted = Measurement(
-            subject.key, subject.name, engine, _version(engine), _machine(engine, str(device)), section.tokens,
-            section.repeats, _now(), tuple(cells),
+            subject.key, subject.name, engine, package_versions(*ENGINES[engine].facts.packages),
+            ENGINES[engine].machine(str(device)), section.tokens, section.repeats, _now(), tuple(cells),
         )  # fmt: skip
         known = measured_models(runs, {subject.name: subject.key}).get(subject.name, [])
         if any(wanted.repeats_of(m) and not any(row.status == "rejected" for row in m.rows) for m in known):
@@ -146,15 +173,6 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     return (errors or lines or [f"its process ended with code {done.returncode}"])[-1]
 
 
-def _machine(engine: str, device: str) -> str:
-    found = llama_cpp_machine() if engine == "llama.cpp" else None
-    return found or machine_name({"llama.cpp": "cpu", "vllm": "auto"}.get(engine, device))
-
-
-def _version(engine: str) -> str:
-    return package_versions(*PACKAGES.get(engine, ()))
-
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -170,46 +188,8 @@ def check_contexts(key: str, contexts: Sequence[int], tokens: int, most: int | N
         )
 
 
-def _setting(headers: Headers, engine: str, card: Accelerator | None) -> Setting | None:
+def _setting(headers: Headers, engine: EngineFacts, card: Accelerator | None) -> Setting | None:
     if card is None:
         return None
     weights = artifact_weights(headers) if headers.quantized else weights_of(headers, "source")
-    named = "vllm" if engine == "server" else engine
-    kv_dtype = "f16" if named == "llama.cpp" else "bf16"
-    return Setting(headers.geometry, weights, named, card, 1, kv_dtype)
-
-
-def _only_model(url: str) -> str:
-    """As `qtool evaluate` takes it; a server that keeps no list of models takes any name. Raises QtoolError."""
-    try:
-        return connect(url, None).model
-    except QtoolError as error:
-        if isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (404, 405, 501):
-            return "default"
-        raise
-
-
-@contextmanager
-def _engine(asked: Asked, headers: Headers | None, url: bool) -> Iterator[Engine]:
-    longest, most = max(asked.contexts) + asked.tokens, max(asked.batches)
-    if url:
-        vocabulary = headers.geometry.vocab if headers else 1000
-        name = asked.name or _only_model(asked.model)
-        yield Server(asked.model, name, vocabulary, asked.api_key)
-        return
-    assert headers is not None
-    open_engine: dict[str, Callable[[], Engine]] = {
-        "transformers": lambda: Transformers(resolve(asked.model).path, asked.device, asked.trust_remote_code),
-        "vllm": lambda: Vllm(resolve(asked.model).path, longest, most, headers.geometry.vocab),
-    }
-    if asked.engine in open_engine:
-        if headers.gguf is not None:
-            raise QtoolError(f"{asked.model}: holds a .gguf file; measure it with --engine llama.cpp.")
-        yield open_engine[asked.engine]()
-        return
-    if headers.gguf is None:
-        raise QtoolError(f"{asked.model}: holds no .gguf file; --engine llama.cpp needs one.")
-    from qtool.evaluate.engines import llama_cpp
-
-    with llama_cpp.serve(headers.gguf, longest, most) as address:
-        yield Server(address, headers.gguf.stem, headers.geometry.vocab, inside=True)
+    return Setting(headers.geometry, weights, engine, card, 1, engine.cache_types[0].name)

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.convert.files.source import SHIPPED
-from qtool.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from qtool.recipe.sections import Recipe
 
 RECIPE_ENDS = (".yaml", ".yml")
 

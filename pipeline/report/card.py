@@ -12,8 +12,8 @@ import yaml
 
 from qtool.convert.files.licence import Licence
 from qtool.convert.files.manifest import Manifest
-from qtool.convert.verify.checks import Check
-from qtool.measure.report import measured_rows, measured_ways
+from qtool.convert.verify.verification import Check
+from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
 from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary

@@ -11,6 +11,9 @@ from rich.table import Table
 
 from qtool.report.tables import Row, columns
 
+console = Console()
+wide = console if console.is_terminal else Console(width=max(console.width, 120))  # a file has room for a grid
+
 
 def print_table(
     console: Console, rows: Sequence[Row], title: str = "", lead: int = 1, left: Sequence[str] = ()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qtool.measure.report import measured_faults, measured_rows, measured_ways
 from qtool.report import loading
 from qtool.report.markup import visible
+from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.page import figure, page, table
 from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.problems import task_section

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qtool.convert.verify.checks import Check
+from qtool.convert.verify.verification import Check
 
 
 @dataclass(frozen=True)

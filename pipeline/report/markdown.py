@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from qtool.measure.report import measured_faults, measured_rows, measured_ways
 from qtool.report import loading
+from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.pictures import Picture, cost_lines, verdict_of
-from qtool.report.tables import Measured, footnote, markdown_cell, markdown_table, score_rows, task_label
+from qtool.report.tables import Measured, footnote, markdown_cell, markdown_table, score_rows
+from qtool.runs.evidence import task_label
 from qtool.runs.record import RunRecord
 
 

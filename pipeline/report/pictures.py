@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qtool.measure.measurements import one_machine
 from qtool.report import figures
 from qtool.report.figures import Point
-from qtool.report.tables import moved, task_label
-from qtool.runs.evidence import p_text, size_text
+from qtool.report.tables import moved
+from qtool.runs.evidence import p_text, size_text, task_label
+from qtool.runs.measurements import one_machine
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import Summary
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
 from qtool.report.markup import spelt, visible
-from qtool.report.tables import count_of, task_label
+from qtool.report.tables import count_of
+from qtool.runs.evidence import task_label
 
 LONGEST = 12_000  # characters of an answer that are shown
 MANY_LINES = 1000

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from qtool.evaluate.statistics import Interval
-from qtool.measure.measurements import Measurement, one_machine
-from qtool.runs.evidence import points, size_text
+from qtool.runs.evidence import points, size_text, task_label
+from qtool.runs.measurements import Measurement, one_machine
 from qtool.runs.summary import Summary, TaskSummary, TextSummary
 
 GIB = 2**30
@@ -95,11 +94,6 @@ def caveats(summary: Summary) -> list[str]:
 def count_of(number: int, noun: str) -> str:
     """`1 problem`, `2 problems`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def task_label(task: str) -> str:
-    """A task's name; of a file, its name without the folder."""
-    return Path(task).name
 
 
 def rate_text(rate: float) -> str:

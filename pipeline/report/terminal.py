@@ -1,4 +1,4 @@
-"""What a person reads: plan, checks, score table and verdicts in the terminal, and the files of `qtool report`."""
+"""What a person reads: checks, score table and verdicts in the terminal, and the files of `qtool report`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qtool.convert.formats.gguf.plan import GgufPlan
-from qtool.convert.runtimes import vllm as vllm_rules
-from qtool.convert.verify.checks import Verification
-from qtool.measure.report import measured_faults
+from qtool.convert.verify.verification import Verification
 from qtool.report import loading
-from qtool.report.columns import print_table
+from qtool.report.columns import console, print_table
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
+from qtool.report.measured import measured_faults
 from qtool.report.pictures import pictures
 from qtool.report.tables import Row, footnote, score_rows
 
 if TYPE_CHECKING:
     from qtool.evaluate.selfcheck import SelfCheck
-    from qtool.make.job import Job
     from qtool.runs.compare import Change
     from qtool.runs.gates import GateResult
     from qtool.runs.record import RunRecord
     from qtool.runs.summary import Summary
 
-console = Console()
 MARKS = {
     "pass": "[green]pass[/]",
     "fail": "[red]FAIL[/]",
@@ -54,8 +49,8 @@ def print_run(run: RunRecord) -> None:
         for note in run.manifests[name].notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True)
     print_results(run.verdicts)
-    for name, artifact in run.artifacts.items():
-        console.print(f"{name}: {artifact.path}", highlight=False, soft_wrap=True)
+    for name, folder in run.folders.items():
+        console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
     console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
 
 
@@ -140,46 +135,3 @@ def _print_summary(name: str, result: Verification) -> None:
     loads = loading.what_loads_it(result.checks)
     said = escape(f"; by the rules it {loads}" if loads.startswith("loads") else f"; {loads}" if loads else "")
     console.print(f"{name}: {state}{said}", highlight=False, soft_wrap=True)
-
-
-def plan_notes(job: Job, name: str) -> list[str]:
-    """What is to be said of an output before it is made: fallback types, what vLLM refuses or needs."""
-    plan = job.plans[name]
-    if isinstance(plan, GgufPlan):
-        return plan.notes
-    (method,) = (output for output in job.recipe.outputs if output.name == name)
-    return vllm_rules.notes(method.quantization_config())
-
-
-def print_plan(job: Job) -> None:
-    """`--dry-run`: what each linear becomes, then totals, memory and disk."""
-    from qtool.make.needs import peak_of
-
-    for note in job.remarks:
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
-    for name, plan in job.plans.items():
-        table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
-        grouped = "type" if isinstance(plan, GgufPlan) else "group size"
-        for column in ("linear", "layers", "shape [out, in]", grouped, "bytes each"):
-            table.add_column(column, justify="left" if column == "linear" else "right")
-        kinds: dict[tuple[str, int, int, str, int], int] = {}
-        for linear in plan.linears:
-            kind = linear.name[len(job.architecture.prefix) :].split(".", 1)[1]
-            key = (kind, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
-            kinds[key] = kinds.get(key, 0) + 1
-        for (kind, out, across, group, nbytes), count in kinds.items():
-            table.add_row(kind, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
-        console.print(table)
-        for note in plan_notes(job, name):
-            console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
-        console.print(
-            f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
-            f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
-            highlight=False,
-        )
-    recipe = job.recipe
-    methods = [method for method in recipe.outputs if method.name in job.plans]
-    memory = peak_of(job, methods)
-    console.print(
-        f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
-    )

@@ -10,12 +10,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.files.folder import key_of
 from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
-from qtool.recipe.sections import EvaluateSection
+from qtool.recipe.judging import EvaluateSection
 from qtool.runs.record import LOCK, find_run, load_index, load_run, load_summary
-from qtool.runs.subjects import artifact_subject
 from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
 
 
@@ -113,7 +112,7 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
 def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
     """The newest scores of that very artifact, or of another tool's folder with those very files."""
-    key = artifact_subject(path.name, Artifact.open(path)).key
+    key = key_of(path)
     indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for index in indices:
         for name, found in load_index(index.parent).subjects.items():

@@ -1,10 +1,10 @@
-"""`qtool check`: a stored run judged again, its gates and, beside a baseline, what got worse; as JUnit XML and JSON."""
+"""`qtool check`: a stored run judged again, its gates and, beside a baseline, what got worse; as JSON for
+programs."""
 
 from __future__ import annotations
 
 import json
 import os
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.verify.files import check_files
-from qtool.recipe.sections import GateSection
-from qtool.report.markup import spelt
+from qtool.recipe.judging import GateSection
 from qtool.runs.baseline import Baseline, measured
 from qtool.runs.compare import Change, compare
 from qtool.runs.evidence import Result, p_text
@@ -105,27 +104,3 @@ def as_json(run: RunRecord, results: Sequence[GateResult]) -> dict[str, Any]:
             for r, data in zip(results, found, strict=True)
         ],
     }  # fmt: skip
-
-
-def as_junit(run: RunRecord, results: Sequence[GateResult]) -> str:
-    """JUnit XML as Jenkins, GitLab and GitHub's actions read it; undecided gates that only warn are `skipped`."""
-    failures = sum(result.failed for result in results)
-    skipped = sum(result.verdict == "undecided" and not result.failed for result in results)
-    counts = {"tests": str(len(results)), "failures": str(failures), "errors": "0"}
-    top = ET.Element("testsuites", counts | {"time": "0"})
-    stamp = run.finished.removesuffix("+00:00")
-    name = spelt(f"qtool check {run.lock.source.name}")
-    about = {"name": name, "timestamp": stamp, "time": "0", "hostname": "qtool"}
-    suite = ET.SubElement(top, "testsuite", about | counts | {"skipped": str(skipped)})
-    for result in results:
-        case = {"classname": spelt(f"qtool.{result.output}"), "name": spelt(result.gate), "time": "0"}
-        node = ET.SubElement(suite, "testcase", case)
-        if result.failed:
-            said = {"message": spelt(result.reason), "type": result.verdict}
-            ET.SubElement(node, "failure", said).text = spelt(result.reason)
-        elif result.verdict == "undecided":
-            ET.SubElement(node, "skipped", {"message": spelt(f"undecided: {result.reason}")})
-        else:
-            ET.SubElement(node, "system-out").text = spelt(result.reason)
-    ET.indent(top)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(top, encoding="unicode") + "\n"

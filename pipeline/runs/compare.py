@@ -10,10 +10,9 @@ from typing import Literal
 from qtool import QtoolError
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.statistics import Interval, bootstrap_mean, holm
-from qtool.report.tables import task_label
 from qtool.runs import evidence
 from qtool.runs.baseline import Baseline, Measured, TaskResult, TextResult
-from qtool.runs.evidence import Evidence
+from qtool.runs.evidence import Evidence, task_label
 from qtool.runs.summary import perplexity
 
 ALPHA = 0.05

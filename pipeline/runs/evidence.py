@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from qtool.evaluate.statistics import Interval
@@ -136,3 +137,8 @@ def points(loss: Interval) -> str:
 def size_text(nbytes: float) -> str:
     """MB or GB (1e6, 1e9 bytes)."""
     return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
+def task_label(task: str) -> str:
+    """A task's name; of a file, its name without the folder."""
+    return Path(task).name

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.recipe.sections import GateSection
+from qtool.recipe.judging import GateSection
 from qtool.runs.evidence import Evidence, Result, of_interval, of_loss, reason, result_of
 from qtool.runs.summary import Loss, ModelSummary, Summary
 

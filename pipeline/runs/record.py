@@ -13,16 +13,15 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
 from qtool.convert.files.durable import held, naming, sweep, write_whole
-from qtool.convert.files.manifest import MANIFEST, Manifest
+from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import read_bytes, read_text
-from qtool.convert.verify.checks import Check, Verification
+from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
-from qtool.measure.measurements import measured_models
-from qtool.recipe.sections import Recipe, load_recipe
+from qtool.recipe.judging import Judging, load_judging
 from qtool.runs import ledger
 from qtool.runs.gates import GateResult
+from qtool.runs.measurements import measured_models
 from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summary, summarise
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
@@ -72,7 +71,7 @@ class ScoreIndex(_File):
     contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
 
 
-class Outcome(_File):
+class Result(_File):
     """`result.json`, written last: its presence says that the run finished."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -85,16 +84,16 @@ class Outcome(_File):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a finished run knows. ``artifacts`` are those still on disk as the run left them; ``manifests`` are kept in
-    the run's own folder, so that sizes and error ledgers outlive the artifacts. ``summary``: every number that the run
-    comes to, with what the ledger beside that folder has of these very models, whoever measured it; ``scores``: the
-    answers behind it."""
+    """What a finished run knows. ``folders``: of those artifacts that are still where it left them; ``manifests`` are
+    kept in the run's own folder, so that sizes and error ledgers outlive the artifacts. ``summary``: every number that
+    the run comes to, with what the ledger beside that folder has of these very models, whoever measured it; ``scores``:
+    the answers behind it."""
 
     folder: Path
-    recipe: Recipe
+    recipe: Judging
     recipe_text: str
     lock: Lock
-    artifacts: dict[str, Artifact]
+    folders: dict[str, Path]
     manifests: dict[str, Manifest]
     checks: dict[str, Verification]
     scores: Scores
@@ -134,17 +133,16 @@ def write_questions(folder: Path, questions: dict[str, dict[str, str]]) -> None:
     _write(folder / QUESTIONS, questions)
 
 
-def write_lock(folder: Path, lock: Lock, artifacts: dict[str, Artifact]) -> None:
+def write_lock(folder: Path, lock: Lock) -> None:
     """The lock, and a copy of each artifact's manifest."""
     _write(folder / LOCK, lock.model_dump(mode="json"))
-    for name, artifact in artifacts.items():
-        write_whole(folder / MANIFESTS / f"{name}.json", read_bytes(artifact.path / MANIFEST))
+    for name, entry in lock.artifacts.items():
+        write_whole(folder / MANIFESTS / f"{name}.json", read_bytes(folder / entry.path / MANIFEST))
 
 
-def locked(artifact: Artifact, folder: Path) -> LockedArtifact:
-    """An artifact as the lock of the run in ``folder`` names it."""
-    key = artifact.manifest.key if artifact.manifest else ""
-    return LockedArtifact(path=os.path.relpath(artifact.path, folder), key=key)
+def locked(artifact: Path, folder: Path) -> LockedArtifact:
+    """A finished artifact as the lock of the run in ``folder`` names it."""
+    return LockedArtifact(path=os.path.relpath(artifact, folder), key=read_manifest(artifact).key)
 
 
 def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None:
@@ -158,7 +156,7 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
     _write(folder / INDEX, index.model_dump(mode="json"))
 
 
-def write_result(folder: Path, result: Outcome) -> None:
+def write_result(folder: Path, result: Result) -> None:
     """The end of a run: whole or absent."""
     _write(folder / RESULT, json.loads(result.model_dump_json()))
 
@@ -174,17 +172,17 @@ def load_run(folder: Path) -> RunRecord:
     if not (folder / RESULT).exists():
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
     lock = _read(Lock, folder / LOCK)
-    result = _read(Outcome, folder / RESULT)
-    artifacts = {name: _artifact(folder, entry) for name, entry in lock.artifacts.items()}
+    result = _read(Result, folder / RESULT)
+    folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: _short(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
-        recipe=load_recipe(folder / RECIPE),
+        recipe=load_judging(folder / RECIPE),
         recipe_text=read_text(folder / RECIPE),
         lock=lock,
-        artifacts={name: artifact for name, artifact in artifacts.items() if artifact is not None},
+        folders={name: there for name, there in folders.items() if there is not None},
         manifests=manifests,
         checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
         scores=scores,
@@ -259,13 +257,10 @@ def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"
     return found[0]
 
 
-def _artifact(folder: Path, entry: LockedArtifact) -> Artifact | None:
-    """The artifact, if it is still where it was and still the same."""
+def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
+    """The artifact's, if it is still where it was and still the same."""
     path = folder / entry.path
-    if not (path / MANIFEST).exists():
-        return None
-    artifact = Artifact.open(_short(path))
-    return artifact if artifact.manifest and artifact.manifest.key == entry.key else None
+    return _short(path) if (path / MANIFEST).exists() and read_manifest(path).key == entry.key else None
 
 
 def _short(path: Path) -> Path:

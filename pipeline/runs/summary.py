@@ -20,7 +20,7 @@ from qtool.convert.files.reading import read_bytes
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore, pass_at_k
 from qtool.evaluate.statistics import Difference, Interval, bootstrap_mean, holm, recovery
-from qtool.measure.measurements import Measurement
+from qtool.runs.measurements import Measurement
 
 SUMMARY = "summary.json"
 FORMAT = 1  # a change of what a statistic means raises it: stored ones are then computed anew

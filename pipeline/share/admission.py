@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import PARTIAL
+from qtool.convert.files.folder import PARTIAL
 from qtool.convert.files.licence import licence_fault
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
-from qtool.convert.verify.checks import Verification, verify
-from qtool.recipe.sections import PublishSection
+from qtool.convert.verify.checks import verify
+from qtool.convert.verify.verification import Verification
+from qtool.recipe.judging import PublishSection
 from qtool.runs.record import RESULT, RunRecord, find_run, load_run
 
 

@@ -13,11 +13,11 @@ from qtool import QtoolError
 from qtool.convert.files.licence import licence_of
 from qtool.convert.files.manifest import MANIFEST, Manifest
 from qtool.evaluate.scorecard import Scores
-from qtool.recipe.sections import PublishSection
+from qtool.recipe.judging import PublishSection
+from qtool.recipe.redaction import recipe_without_folders, without_folders
 from qtool.report.card import EVIDENCE, PLOT, Card, Published, card_text, eval_files
 from qtool.report.figures import size_against
 from qtool.report.pictures import kl_points, rate_points
-from qtool.report.redaction import recipe_without_folders, without_folders
 from qtool.runs import ledger
 from qtool.runs.baseline import Baseline, measured
 from qtool.runs.record import LOCK, RunRecord

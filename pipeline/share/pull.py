@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import named, shown
-from qtool.convert.verify.checks import Verification, verify
-from qtool.recipe.sections import EvaluateSection
+from qtool.convert.verify.verification import Verification
+from qtool.evaluate.engines.table import ENGINES
+from qtool.recipe.judging import EvaluateSection
 from qtool.report.card import EVIDENCE
-from qtool.run import evaluate_folders
 from qtool.runs.baseline import Baseline, load_baseline, resolve_side
 from qtool.runs.compare import Change, compare, pair_up
 from qtool.share import hub
@@ -69,6 +69,8 @@ def _is_here(name: str) -> str:
 
 
 def _examine(path: Path, evidence: Path, runs: Path, again: Again | None) -> Pulled:
+    from qtool.convert.verify.checks import verify  # with torch: only where something arrived
+
     manifest = read_manifest(path)
     verification = verify(path)
     checked, unchecked, faults, changes = _published_numbers(
@@ -102,6 +104,8 @@ def _published_numbers(
 
 def _score(path: Path, published: Baseline, again: Again, runs: Path) -> list[str]:
     """Ask the artifact here what it was asked before it was published; what cannot be asked, one sentence each."""
+    from qtool.run import evaluate_folders
+
     section, left_out = asked_again(published.asked, with_text=again.source is not None)
     if section is not None:
         source = Path(again.source) if again.source else None
@@ -114,7 +118,7 @@ def asked_again(asked: EvaluateSection | None, with_text: bool) -> tuple[Evaluat
     sandbox. None where nothing is left; what was left out, one sentence each."""
     if asked is None:
         return None, ["scores: the card does not say what was asked"]
-    if asked.engine == "openai":
+    if ENGINES[asked.engine].facts.served:
         return None, ["scores: were made through a server, which is not asked again"]
     left_out = [f"{task.task}: problems from a file, which the card does not bring" for task in asked.tasks
                 if task.file or not _is_name(task.task)]  # fmt: skip

@@ -12,12 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import Artifact
+from qtool.convert.artifact import Artifact
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.source import resolve
 from qtool.convert.formats.gguf.file import GgufFile
-from qtool.convert.text.windows import TextSource, load_tokenizer, token_windows
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
 from qtool.make.job import THREADS, device_kind, open_job
 from qtool.make.outputs import MOST_THREADS, make_artifacts
 from qtool.quantize.calibration import CalibrationSet
@@ -63,7 +65,7 @@ def reproduce(folder: Path, given: Given, work: Path) -> Reproduction:
     calibration = CalibrationSet(token_windows(recipe.calibration, tokenizer, rows), recipe.calibration.text)
     if manifest.calibration and calibration.digest != manifest.calibration["digest"]:
         raise QtoolError(f"{recipe.calibration.text}: not the calibration text that was used. Name it with --text.")
-    (made,) = make_artifacts(job, recipe.outputs, calibration, _threads(manifest)).values()
+    (made,) = make_artifacts(job, calibration, _threads(manifest)).values()
     before, after = _stored(original), _stored(made)
     names = list(dict.fromkeys([*before, *after]))
     differing = []

@@ -44,6 +44,7 @@ class Accelerator:
         return self.compute.replace(".", "").isdigit()
 
 
+DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # Linux, WSL, AMD: without one, torch need not be asked
 SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
 
 
@@ -77,6 +78,8 @@ def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
 
 def own_card(known: Mapping[str, Accelerator]) -> str:
     """The card in this machine, where qtool knows it; else one that many have and one that servers have."""
+    if not any(Path(driver).exists() for driver in DRIVERS):
+        return "RTX4090,H100"
     import torch
 
     if torch.cuda.is_available():
@@ -125,3 +128,11 @@ def _card(key: str, row: Any, where: str) -> Accelerator:
         key=key, name=str(row.get("name") or key), compute=str(row.get("compute") or "unknown"),
         sources={str(k): str(v) for k, v in sources.items()}, **numbers,
     )  # fmt: skip
+
+
+def one_card(gpu: str | None, here: bool) -> Accelerator | None:
+    """The card named, else this machine's where the work is done ``here``; None where qtool knows none, or several are
+    named. Raises QtoolError naming those known."""
+    known = load_accelerators()
+    name = gpu or (own_card(known) if here else "")
+    return choose(known, name)[0] if name and "," not in name else None

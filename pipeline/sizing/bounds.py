@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.engines.facts import EngineFacts
 from qtool.sizing.accelerators import Accelerator
-from qtool.sizing.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,8 @@ class Range:
         return Range(amount / self.best, amount / self.slow if self.slow else None)
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of the bus for weights and for the cache, of the dense rate in prefill; host seconds a layer of each pass
-    and a forward."""
-
-    weights: float
-    cache: float
-    compute: float
-    per_layer: float
-    per_forward: float
-
-
-# transformers launches each layer's kernels from Python and copies the growing cache at each step; vLLM replays graphs.
-SLOW = {
-    "transformers": Efficiency(0.45, 0.12, 0.30, 2.5e-3, 20e-3),
-    "vllm": Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),
-    "llama.cpp": Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
-}
-
-
 def decode_seconds(
-    geometry: Geometry, engine: str, card: Accelerator, layer_bytes: int, head_bytes: int, cache_bytes: int,
+    geometry: Geometry, engine: EngineFacts, card: Accelerator, layer_bytes: int, head_bytes: int, cache_bytes: int,
     sequences: int, cards: int = 1, elsewhere: float = 0.0,
 ) -> Range:  # fmt: skip
     """One step of all ``sequences``. ``layer_bytes``: what the layers' weights take, read once for each loop;
@@ -59,7 +40,7 @@ def decode_seconds(
     flops = 2 * sequences * (geometry.layer_linears * geometry.layers * geometry.loops + geometry.head_weights)
     if card.bf16 is not None:
         best = max(best, flops / _peak(card) / cards)
-    e = SLOW[engine]
+    e = engine.efficiency
     slow = weights / bus / e.weights + _cache_reads(geometry, cache_bytes) / bus / e.cache
     slow += geometry.layers * geometry.loops * e.per_layer + e.per_forward
     if card.bf16 is not None:
@@ -68,15 +49,15 @@ def decode_seconds(
 
 
 def prefill_seconds(
-    geometry: Geometry, engine: str, card: Accelerator, context: int, sequences: int, layer_bytes: int, cards: int = 1,
-    elsewhere: float = 0.0,
+    geometry: Geometry, engine: EngineFacts, card: Accelerator, context: int, sequences: int, layer_bytes: int,
+    cards: int = 1, elsewhere: float = 0.0,
 ) -> Range | None:  # fmt: skip
     """Until the first token of all ``sequences``; None where the card's rate is unknown."""
     if card.bf16 is None:
         return None
     flops = prefill_flops(geometry, context, sequences)
     best = max(flops / _peak(card) / cards, layer_bytes * geometry.loops / card.bandwidth / cards)
-    e = SLOW[engine]
+    e = engine.efficiency
     host = geometry.layers * geometry.loops * e.per_layer + e.per_forward
     return Range(best + elsewhere, flops / card.bf16 / e.compute / cards + best + host + 2 * elsewhere)
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.writer import Spec, file_sizes, nbytes
+from qtool.convert.files.shards import file_sizes
+from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.containers import CONTAINERS
-from qtool.convert.formats.gguf.ggml import load_gguf, row_bytes
-from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
-from qtool.convert.formats.plan import OutputPlan, plan_output
+from qtool.convert.formats.gguf.ggml import row_bytes
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.config_keys import check_config
-from qtool.quantize.architectures import ARCHITECTURES, Architecture
-from qtool.quantize.methods.sections import AwqMethod, GgufMethod, GptqMethod, Method, Nf4Method, weights_per_scale
-from qtool.sizing.geometry import KNOWN, LOOPED, tensor_shapes
+from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
+from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
+from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.table import METHODS
 from qtool.sizing.headers import Headers
 
 SOURCE = "source"
-GGUF_TYPES: tuple[str, ...] = get_args(GgufMethod.model_fields["type"].annotation)
+GROUPS = (32, 64, 128)
 DEFAULT_FORMATS = (SOURCE, "awq", "gptq", "nf4", "Q4_K_M", "Q8_0")
 EMBEDDING, HEAD = ("embed_tokens.weight", "token_embd.weight"), ("lm_head.weight", "output.weight")
 
@@ -58,26 +58,19 @@ def method_of(name: str) -> Method | None:
     """The recipe output that a format's name stands for (``awq-g64``: with that group size); None for the source's own
     dtype. Raises QtoolError naming all."""
     base, _, group = name.partition("-g")
-    size = int(group) if group.isdigit() else 128
-    if name in GGUF_TYPES:
-        return GgufMethod(method="gguf", name=name, type=name)  # type: ignore[arg-type]  # one of the literals
-    if size in (32, 64, 128):
-        if base == "awq":
-            return AwqMethod(method="awq", group_size=size)  # type: ignore[arg-type]  # one of the literals
-        if base in ("gptq", "gptq-8", "compressed-tensors"):
-            return GptqMethod.model_validate(
-                {
-                    "method": "gptq", "group_size": size, "bits": 8 if base == "gptq-8" else 4,
-                    "format": base if base == "compressed-tensors" else "gptq",
-                }
-            )  # fmt: skip
-    if name == "nf4":
-        return Nf4Method(method="nf4")
+    size = int(group) if group.isdigit() else GROUPS[-1]
+    for method, kind in METHODS.items():
+        if not kind.grouped and name in kind.short:
+            return kind.model_validate({"method": method, **kind.short[name]})
+        if kind.grouped and base in kind.short and size in GROUPS:
+            return kind.model_validate({"method": method, "group_size": size, **kind.short[base]})
     if name == SOURCE:
         return None
+    grouped = [short for kind in METHODS.values() if kind.grouped for short in kind.short]
+    others = [short for kind in METHODS.values() if not kind.grouped for short in kind.short]
     raise QtoolError(
-        f"--format {name}: not a format qtool writes. Known: {SOURCE}, awq, gptq, gptq-8, compressed-tensors (each "
-        f"with -g32, -g64 or -g128), nf4, {', '.join(GGUF_TYPES)}."
+        f"--format {name}: not a format qtool writes. Known: {SOURCE}, {', '.join(grouped)} (each with -g32, -g64 or "
+        f"-g128), {', '.join(others)}."
     )
 
 
@@ -93,22 +86,18 @@ def _weights_of(headers: Headers, name: str) -> Weights:
     method = method_of(name)
     if method is None:
         specs = {tensor: (info.dtype, info.shape) for tensor, info in headers.tensors.items()}
-        return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix="model.layers.")
-    architecture = _architecture(headers)
+        return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix_of(headers.config))
+    decoder = _decoder(headers)
     check_config(headers.config)
-    section = method.quantization_config()
-    if isinstance(method, GgufMethod):
-        load_gguf()
-        plan = plan_gguf(headers.tensors, architecture.prefix, architecture.linears, headers.config, method.type)
-        return _gguf_weights(name, plan)
-    made: OutputPlan = plan_output(
-        headers.tensors, architecture.prefix, architecture.linears, section, method.stored_dtype,
-        weights_per_scale(method),
-    )  # fmt: skip
-    found = _weights(name, str(section["quant_method"]), made.specs, made.parameters, architecture.prefix)
-    largest = 2 * max(linear.out * linear.columns for linear in made.linears)
-    group = 1 if isinstance(method, Nf4Method) else weights_per_scale(method)
-    return _replace(found, group=group, largest=largest if isinstance(method, Nf4Method) else 0)
+    container = method.container
+    shape = ModelShape(headers.tensors, decoder, headers.config)
+    plan = container.plan(shape)
+    sizes = {tensor: nbytes(spec) for tensor, spec in plan.specs.items()}
+    family = str(container.section["quant_method"])
+    found = _split(name, family, sizes, plan.parameters, decoder.prefix)
+    largest = 2 * max(linear.out * linear.columns for linear in plan.linears) if container.expands else 0
+    files, notes = container.file_bytes(plan), tuple(plan.notes)
+    return replace(found, group=container.group, largest=largest, files=files, notes=notes)
 
 
 def artifact_weights(headers: Headers) -> Weights:
@@ -117,7 +106,7 @@ def artifact_weights(headers: Headers) -> Weights:
         specs = {name: (info.dtype, info.shape) for name, info in headers.tensors.items()}
         section = headers.config["quantization_config"]
         method = str(section.get("quant_method", "unknown"))
-        found = _weights(method, method, specs, _source_parameters(headers), "model.layers.")
+        found = _weights(method, method, specs, _source_parameters(headers), prefix_of(headers.config))
         said = CONTAINERS[method].geometry(section) if method in CONTAINERS else section
         packed = [shape for dtype, shape in specs.values() if dtype == torch.uint8 and len(shape) == 2]
         largest = max((4 * _count(shape) for shape in packed), default=0)  # two weights to a byte, expanded to 16 bits
@@ -143,17 +132,13 @@ def dtype_name(specs: Iterable[Spec]) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
-def _architecture(headers: Headers) -> Architecture:
-    names = headers.config.get("architectures") or []
-    if LOOPED in names:  # its layers are Llama's; qtool plans them, but does not quantize looped models
-        return ARCHITECTURES["LlamaForCausalLM"]
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise QtoolError(
-        f"architecture {', '.join(names) or '(none named in config.json)'} is not known to qtool: only its own dtype "
-        f"can be planned. Known: {', '.join(ARCHITECTURES)}."
-    )
+def _decoder(headers: Headers) -> Decoder:
+    if find_family(headers.config) is None:
+        raise QtoolError(
+            f"architecture {names_of(headers.config)} is not known to qtool: only its own dtype can be planned. Known: "
+            f"{', '.join(quantized())}."
+        )
+    return decoder_of(headers.config)
 
 
 def _parameters(headers: Headers) -> int:
@@ -161,7 +146,7 @@ def _parameters(headers: Headers) -> int:
 
 
 def _source_parameters(headers: Headers) -> int:
-    if headers.geometry.architecture not in KNOWN:
+    if find_family(headers.config) is None:
         return _parameters(headers)
     return sum(_count(shape) for shape in tensor_shapes(headers.config).values())
 
@@ -169,11 +154,6 @@ def _source_parameters(headers: Headers) -> int:
 def _weights(name: str, family: str, specs: Mapping[str, Spec], parameters: int, prefix: str) -> Weights:
     sizes = {tensor: nbytes(spec) for tensor, spec in specs.items()}
     return _replace(_split(name, family, sizes, parameters, prefix), files=sum(file_sizes(specs).values()))
-
-
-def _gguf_weights(name: str, plan: GgufPlan) -> Weights:
-    sizes = {tensor: _size(plan.types[tensor].type, shape) for tensor, shape in plan.shapes.items()}
-    return _replace(_split(name, "gguf", sizes, plan.parameters, "blk."), notes=tuple(plan.notes))
 
 
 def _split(name: str, family: str, sizes: Mapping[str, int], parameters: int, prefix: str) -> Weights:

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.artifact import IMATRIX
-from qtool.convert.files.checkpoint import COMPUTED, DTYPES, INDEX, Checkpoint, TensorInfo
+from qtool.convert.files.checkpoint import COMPUTED, DTYPES, Checkpoint, TensorInfo
+from qtool.convert.files.config_file import CONFIG, check_config, read_config
 from qtool.convert.files.diagnosis import why_no_model
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
+from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
-from qtool.convert.models.config_file import CONFIG, check_config, read_config
+from qtool.convert.formats.gguf.imatrix import IMATRIX
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.refusals import check_sizes
+from qtool.convert.models.shape import read_geometry, tensor_shapes
+from qtool.convert.models.table import FAMILIES, find_family, names_of
 from qtool.convert.models.tied import check_folder
-from qtool.quantize.architectures import ARCHITECTURES
-from qtool.sizing.geometry import KNOWN, Geometry, read_geometry, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def _local(path: Path, name: str) -> Headers:
         geometry = read_geometry(config, where)
         checkpoint = Checkpoint.open(path)
         if "quantization_config" not in config:  # packed tensors have other shapes; verify knows them
-            checkpoint.check_sizes(config)
-            if geometry.architecture in ARCHITECTURES:
+            check_sizes(checkpoint, config)
+            if find_family(config) is not None:
                 checkpoint.check_shapes(tensor_shapes(config))
         check_folder(path)
         return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
@@ -105,7 +108,7 @@ def _from_config(config: Mapping[str, Any], name: str, where: str) -> Headers:
     geometry = read_geometry(config, where)
     dtype = getattr(torch, geometry.dtype)
     said = "no weights are here: every tensor's shape follows from config.json, its dtype is"
-    if geometry.architecture in KNOWN:
+    if find_family(config) is not None:
         shapes = tensor_shapes(config)
     else:
         shapes = _skeleton_shapes(config, where)
@@ -124,9 +127,8 @@ def _skeleton_shapes(config: Mapping[str, Any], where: str) -> dict[str, tuple[i
         shapes, tied = expected_shapes(build_skeleton(built))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QtoolError(
-            f"{where}: architecture {', '.join(config.get('architectures') or ['(none named)'])} is neither known to "
-            f"qtool ({', '.join(KNOWN)}) nor to transformers, and its weights are not here. Name the folder with its "
-            "weights, or its Hub id."
+            f"{where}: architecture {names_of(config)} is neither known to qtool ({', '.join(FAMILIES)}) nor to "
+            "transformers, and its weights are not here. Name the folder with its weights, or its Hub id."
         ) from error
     return {name: shape for name, shape in shapes.items() if name not in tied}
 

@@ -9,25 +9,27 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.models.config_keys import LIMIT
+from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.table import planned_engine
 from qtool.sizing.accelerators import Accelerator
 from qtool.sizing.bounds import Range
 from qtool.sizing.fit import (
     GIB,
     HOST_BANDWIDTH,
-    Cell,
+    Estimate,
     Offload,
     Setting,
-    cell_of,
+    estimate_of,
     fits,
     largest_context,
     most_sequences,
     offload_of,
-    parallel_faults,
+    split_faults,
 )
 from qtool.sizing.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weights, method_of, weights_of
 from qtool.sizing.headers import Headers
-from qtool.sizing.kv_cache import KV_OF, check_kv_dtype
-from qtool.sizing.serve_command import GGUF_IN_VLLM, command, notes, vllm_faults
+from qtool.sizing.kv_cache import check_kv_dtype
+from qtool.sizing.serve_command import command, notes, refusals
 
 CONTEXTS = (2048, 8192, 32768, 65536, 131072)
 SEQUENCES = (1, 2, 4, 8)
@@ -35,7 +37,7 @@ SMALLEST = "Q4_K_S"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """What the user wants to know; empty tuples mean the defaults."""
 
     cards: Sequence[Accelerator]
@@ -55,7 +57,7 @@ class Answer:
     ``least_changes``: what the smallest cell, each empty where it fits."""
 
     setting: Setting
-    cells: tuple[Cell, ...]
+    cells: tuple[Estimate, ...]
     faults: tuple[str, ...]
     context: int
     sequences: int
@@ -65,7 +67,7 @@ class Answer:
     command: str
 
     @property
-    def smallest(self) -> Cell:
+    def smallest(self) -> Estimate:
         return min(self.cells, key=lambda cell: (cell.context, cell.sequences))
 
     @property
@@ -84,7 +86,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(headers: Headers, asked: Asked) -> Plan:
+def make_plan(headers: Headers, asked: Question) -> Plan:
     """Raises QtoolError for a context that the model was not made for and for a choice that no format can follow."""
     geometry = headers.geometry
     said = [f"assumed: {text}" for text in headers.assumed]
@@ -96,14 +98,14 @@ def make_plan(headers: Headers, asked: Asked) -> Plan:
     answers, served, fault = [], False, ""
     for card in asked.cards:
         for found in weights:
-            engine = asked.engine or _engine(found)
+            engine = planned_engine(asked.engine) if asked.engine else _engine(found)
             if not _runs(engine, found):
                 said.append(f"{found.format}: {_unloadable(headers, engine)}")
                 continue
-            if engine == "vllm" and card.unified:
-                said.append(f"{found.format}: vLLM does not run on {card.key}; take a GGUF format")
+            if refused_card := engine.refuses_card(card):
+                said.append(f"{found.format}: {refused_card}")
                 continue
-            for kv_dtype in asked.kv_dtypes or (KV_OF[engine][0],):
+            for kv_dtype in asked.kv_dtypes or (engine.cache_types[0].name,):
                 try:
                     check_kv_dtype(geometry, engine, kv_dtype)
                 except QtoolError as error:
@@ -135,7 +137,7 @@ def _contexts(headers: Headers, asked: tuple[int, ...], notes: list[str]) -> tup
     return kept or (int(most or CONTEXTS[0]),)
 
 
-def _weights(headers: Headers, asked: Asked) -> tuple[list[Weights], list[str]]:
+def _weights(headers: Headers, asked: Question) -> tuple[list[Weights], list[str]]:
     if headers.quantized:
         if asked.formats:
             raise QtoolError(f"--format: {headers.name} is quantized already; plan its source for other formats.")
@@ -165,28 +167,29 @@ def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
         return []
 
 
-def _engine(weights: Weights) -> str:
-    return {"gguf": "llama.cpp", "bitsandbytes": "transformers"}.get(weights.family, "vllm")
+def _engine(weights: Weights) -> EngineFacts:
+    """The engine that a format is planned for where none was asked for."""
+    return planned_engine({"gguf": "llama.cpp", "bitsandbytes": "transformers"}.get(weights.family, "vllm"))
 
 
-def _runs(engine: str, weights: Weights) -> bool:
-    return (engine == "llama.cpp") == (weights.family == "gguf")
+def _runs(engine: EngineFacts, weights: Weights) -> bool:
+    return engine.gguf == (weights.family == "gguf")
 
 
-def _unloadable(headers: Headers, engine: str) -> str:
-    if engine == "vllm" and headers.gguf is not None:
-        return f"{GGUF_IN_VLLM}. llama.cpp runs it: {shlex.join(['llama-server', '-m', str(headers.gguf)])}"
-    return f"{engine} does not load it"
+def _unloadable(headers: Headers, engine: EngineFacts) -> str:
+    if engine.refuses_gguf and headers.gguf is not None:
+        typed = shlex.join(["llama-server", "-m", str(headers.gguf)])
+        return f"{engine.refuses_gguf}. llama.cpp runs it: {typed}"
+    return f"{engine.name} does not load it"
 
 
 def _answer(
     headers: Headers, setting: Setting, others: list[Weights], contexts: tuple[int, ...], sequences: tuple[int, ...],
-    asked: Asked,
+    asked: Question,
 ) -> Answer:  # fmt: skip
-    refused = vllm_faults(headers, setting)
-    split = parallel_faults(setting.geometry, setting.weights, setting.cards) if setting.at_once > 1 else []
-    faults = [*refused, *split]
-    cells = tuple(cell_of(setting, context, number) for context in contexts for number in sequences)
+    refused = refusals(headers, setting)
+    faults = [*refused, *split_faults(setting)]
+    cells = tuple(estimate_of(setting, context, number) for context in contexts for number in sequences)
     least, fewest = min(contexts), min(sequences)
     holds = not faults and fits(setting, least, fewest)
     longest = 0 if faults else largest_context(setting, fewest)
@@ -205,24 +208,22 @@ def _answer(
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
     """What would hold ``context``: another cache type, another format, more cards; the mildest first, at most four."""
     found = []
-    for kv_dtype in KV_OF[setting.engine]:
-        changed = replace(setting, kv_dtype=kv_dtype)
+    for kind in setting.facts.cache_types:
+        changed = replace(setting, kv_dtype=kind.name)
         if changed.kv_dtype != setting.kv_dtype and fits(changed, context, sequences):
-            found.append(f"--kv-dtype {kv_dtype}")
+            found.append(f"--kv-dtype {kind.name}")
             break
     for other in sorted(others, key=lambda w: -w.nbytes):
         if other.format == setting.weights.format:
             continue
         engine = _engine(other)
-        changed = replace(setting, weights=other, engine=engine, kv_dtype=KV_OF[engine][0])
-        broken = engine == "vllm" and parallel_faults(setting.geometry, other, setting.cards)
-        if not broken and fits(changed, context, sequences):
-            found.append(f"format {other.format} ({engine})")
+        changed = replace(setting, weights=other, facts=engine, kv_dtype=engine.cache_types[0].name)
+        if not split_faults(changed) and fits(changed, context, sequences):
+            found.append(f"format {other.format} ({engine.name})")
             break
     for cards in (2, 4, 8):
         changed = replace(setting, cards=cards)
-        broken = setting.engine == "vllm" and parallel_faults(setting.geometry, setting.weights, cards)
-        if cards > setting.cards and not broken and fits(changed, context, sequences):
+        if cards > setting.cards and not split_faults(changed) and fits(changed, context, sequences):
             found.append(f"{cards} x {setting.card.key}")
             break
     return found
@@ -258,7 +259,7 @@ def _offload_json(offload: Offload | None) -> dict[str, Any] | None:
     return {"bytes": offload.moved, "flag": offload.flag, "why": offload.why, "step_seconds": _range(offload.step)}
 
 
-def _cell_json(cell: Cell) -> dict[str, Any]:
+def _cell_json(cell: Estimate) -> dict[str, Any]:
     return {
         "context": cell.context, "sequences": cell.sequences, "fits": cell.fits, "weights": cell.weights,
         "cache": cell.cache, "activations": cell.overhead.activations, "fixed": cell.overhead.fixed,

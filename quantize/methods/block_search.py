@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qtool.quantize.methods.kquants import FLAT, HALF_MAX, TINY
+from qtool.quantize.methods.kquant_candidates import FLAT, HALF_MAX, TINY
 
 FLOAT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 TINIEST = tl.constexpr(TINY)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import FLOATS, INSTALL, GgmlBlocks, load_gguf, row_bytes
-from qtool.quantize.methods import kquants
+from qtool.quantize.methods import kquant_candidates, kquants
 
 PACKAGES = {"xllamacpp": "xllamacpp", "libggml": "libggml-python"}  # module -> distribution, the first found is used
 CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its cache's neighbourhood
@@ -62,7 +62,7 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
 
 def fits(weight: Tensor, type_name: str) -> bool:
     """Whether every value lies within what the type holds; the blocks' scales are float16."""
-    limit = torch.finfo(torch.bfloat16).max if type_name in ("BF16", "F32") else kquants.HALF_MAX
+    limit = torch.finfo(torch.bfloat16).max if type_name in ("BF16", "F32") else kquant_candidates.HALF_MAX
     return float(weight.abs().max()) <= limit
 
 

@@ -1,166 +1,63 @@
-"""GPTQ: round a column, let the columns after it absorb the error.
+"""GPTQ into the GPTQ container or compressed-tensors: codes that make up for each other's errors (../rounding.py).
 
-Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323,
-algorithm 1, with the grid of each group fitted when the group is reached. Rounding columns by descending diag(H)
-(act-order) is in the authors' own repository, IST-DASLab/gptq; here with static groups: every grid is fitted before.
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from qtool.quantize import grid as grids
-from qtool.quantize.grid import Grid, GridSpec
-from qtool.quantize.precision import subtract_product
-
-MAX_DAMP = 1e3
-BLOCK = 128  # columns whose errors are spread over the columns behind them in one product
+from qtool.convert.formats import autogptq, compressed_tensors
+from qtool.convert.formats.shards import Shards
+from qtool.quantize.grid import GridSpec
+from qtool.quantize.methods.method import Name
+from qtool.quantize.methods.on_grid import GridMethod
 
 
-@dataclass(frozen=True)
-class Factor:
-    """``upper``: U with ``UᵀU = (H + damp * mean(diag H) * I)^-1``, float32 ``[in, in]``; ``damp``: what it took.
+class GptqMethod(GridMethod):
+    """GPTQ into the GPTQ container (version 1 for symmetric grids, 2 for asymmetric ones) or into compressed-tensors.
 
-    order: int64 ``[in]``, the columns in the order in which they are rounded; rows and columns of H are taken in that
-    order. None: as they lie.
+    ``desc_act`` rounds columns by descending ``diag(G)``, on grids fitted before (static groups of neighbouring
+    columns), so that every kernel can run the result. The file says what is in it, ``desc_act: false`` and
+    ``static_groups: true`` (or ``actorder: static``): true stands for scattered columns, and vLLM refuses it.
     """
 
-    upper: Tensor
-    damp: float
-    order: Tensor | None = None
+    short: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gptq": {}, "gptq-8": {"bits": 8}, "compressed-tensors": {"format": "compressed-tensors"},
+    }  # fmt: skip
+    grouped: ClassVar[bool] = True
 
+    method: Literal["gptq"]
+    name: Name = "gptq"
+    format: Literal["gptq", "compressed-tensors"] = "gptq"
+    bits: Literal[4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: Literal[True] = True
+    scaling: Literal["none", "awq"] = "none"
 
-@dataclass(frozen=True)
-class Rounded:
-    """Codes (float integers ``[out, in]``) and their grid."""
+    @property
+    def rounding(self) -> Literal["gptq"]:
+        """What makes it GPTQ."""
+        return "gptq"
 
-    codes: Tensor
-    grid: Grid
+    @property
+    def spec(self) -> GridSpec:
+        """As the keys say."""
+        return GridSpec(self.bits, self.group_size, self.sym, self.stored_dtype)
 
+    @property
+    def act_order(self) -> bool:
+        """Whether columns are rounded by descending ``diag(G)``."""
+        return self.desc_act
 
-def activation_order(gram: Tensor) -> Tensor:
-    """Columns by descending ``diag(G)``: int64 ``[in]``."""
-    return gram.diagonal().argsort(descending=True, stable=True)
-
-
-def factorize(gram: Tensor, damp: float, order: Tensor | None = None) -> Factor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix; ``damp`` grows tenfold until it exists.
-
-    Reversing rows and columns turns the lower factor of H into the upper factor of H^-1 with one triangular inverse:
-    J H J = L Lᵀ  =>  U = J L^-1 J.
-    """
-    mean = gram.diagonal().mean()
-    if not bool(mean.isfinite()):
-        raise ArithmeticError("the Gram matrix holds NaN or Inf")
-    if not bool(mean > 0):  # inputs that are all zero: any rounding is as good
-        return Factor(torch.eye(gram.shape[0], device=gram.device), damp, order)
-    if order is not None:
-        gram = gram[order][:, order]
-    while True:
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not bool(failed):
-            break
-        damp = max(damp, 1e-4) * 10
-        if damp > MAX_DAMP:
-            raise ArithmeticError("the Gram matrix stays singular at any damping")
-    eye = torch.eye(gram.shape[0], device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    del lower, eye  # each as large as the Gram matrix
-    return Factor(inverse.flip(0, 1), damp, order)
-
-
-def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram: Tensor | None = None) -> Rounded:
-    """Round ``weight [out, in]`` (float32, overwritten) column by column with error compensation.
-
-    With ``clip`` each group's grid minimizes the error that the columns after it cannot absorb, else it is min/max.
-    Where ``factor`` has an order of its own, a group's columns lie apart in it: its grid is fitted before all
-    rounding, with ``clip`` to the least error that the group's block of ``gram`` (in the order of the weight) sees.
-    """
-    columns = weight.shape[1]
-    spec = spec.for_columns(columns)
-    if factor.order is not None:
-        blocks = grids.diagonal_blocks(gram, spec.group_size) if clip and gram is not None else None
-        grid = grids.fit_minmax(weight, spec) if blocks is None else grids.fit_clipped(weight, blocks, spec)
-        return _round_in_order(weight, factor, factor.order, grid, spec)
-    codes = torch.empty_like(weight)
-    scales, zeros = [], []
-    metrics = residual_metric(grids.diagonal_blocks(factor.upper, spec.group_size)) if clip else None
-    for number, start in enumerate(range(0, columns, spec.group_size)):
-        end = start + spec.group_size
-        group = weight[:, start:end]
-        if metrics is not None:
-            grid = grids.fit_clipped(group, metrics[number : number + 1], spec)
+    @property
+    def container(self) -> Shards:
+        """As `format` says."""
+        if self.format == "compressed-tensors":
+            section = compressed_tensors.quantization_config(self.bits, self.group_size, self.sym, self.desc_act)
         else:
-            grid = grids.fit_minmax(group, spec)
-        scales.append(grid.scale)
-        zeros.append(grid.zero)
-        _round_columns(weight, codes, factor.upper, (start, end), Grid(grid.scale.t(), grid.zero.t()), spec.levels)
-    return Rounded(codes, Grid(torch.cat(scales, 1), torch.cat(zeros, 1)))
-
-
-def _round_in_order(weight: Tensor, factor: Factor, order: Tensor, grid: Grid, spec: GridSpec) -> Rounded:
-    """Act-order with static groups: grids of neighbouring columns, rounded as ``order`` says."""
-    group = order // spec.group_size
-    codes = torch.empty_like(weight)
-    by_column = Grid(grid.scale.t()[group], grid.zero.t()[group])
-    _round_columns(weight[:, order], codes, factor.upper, (0, weight.shape[1]), by_column, spec.levels)
-    return Rounded(codes[:, order.argsort()], grid)
-
-
-def _round_columns(
-    weight: Tensor, codes: Tensor, upper: Tensor, span: tuple[int, int], grid: Grid, levels: int
-) -> None:
-    """Round the columns of ``span`` into ``codes`` and spread their errors over all columns behind. The grid is
-    transposed: ``[1, out]`` for all columns of the span, or ``[span, out]``, one for each."""
-    start, end = span
-    single = grid.scale.shape[0] == 1
-    for first in range(start, end, BLOCK):
-        last = min(first + BLOCK, end)
-        rows = slice(0, 1) if single else slice(first - start, last - start)
-        block_codes, errors = _round_block(
-            weight[:, first:last].t().contiguous(), upper[first:last, first:last],
-            Grid(grid.scale[rows], grid.zero[rows]), levels,
-        )  # fmt: skip
-        codes[:, first:last] = block_codes.t()
-        subtract_product(weight[:, last:], errors.t(), upper[first:last, last:])
-
-
-def residual_metric(upper: Tensor) -> Tensor:
-    """``M [..., g, g]`` such that ``e M eᵀ`` is what an error e of a group costs after the columns behind it did their
-    best: the Schur complement of H on the group, ``U_gg^-1 U_gg^-T``."""
-    eye = torch.eye(upper.shape[-1], device=upper.device).expand_as(upper)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse @ inverse.mT
-
-
-def _round_block(block: Tensor, upper: Tensor, grid: Grid, levels: int) -> tuple[Tensor, Tensor]:
-    """A block of columns, transposed ``[n, out]`` so that a column is contiguous; grid ``[1, out]`` or ``[n, out]``.
-    Returns codes and scaled errors ``[n, out]``."""
-    if block.is_cuda:
-        from qtool.quantize.methods.kernels import round_block
-
-        return round_block(block, upper, grid.scale, grid.zero, levels)
-    scales, zeros = grid.scale.contiguous().expand_as(block), grid.zero.contiguous().expand_as(block)
-    inverse_scales = (1.0 / grid.scale).contiguous().expand_as(block)
-    codes, errors = torch.empty_like(block), torch.empty_like(block)
-    diagonal = upper.diagonal().tolist()
-    for i, pivot in enumerate(diagonal):
-        column, zero = block[i], zeros[i]
-        code = torch.mul(column, inverse_scales[i], out=codes[i]).round_().add_(zero).clamp_(0, levels)
-        error = torch.sub(code, zero, out=errors[i]).mul_(scales[i]).sub_(column).mul_(-1.0 / pivot)
-        block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
-    return codes, errors
-
-
-def propagated_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> Tensor:
-    """``W + alpha * D (G + lambda I)^-1`` with ``drift`` D = W (C - G): what to aim at so that the quantized
-    prefix's inputs X̂ reproduce the source's outputs W X. G = X̂ᵀX̂, C = XᵀX̂; the factor holds the damped inverse
-    as UᵀU."""
-    upper = factor.upper if factor.order is None else factor.upper[:, factor.order.argsort()]
-    return torch.addmm(weight, drift @ upper.t(), upper, alpha=alpha)
+            section = autogptq.quantization_config(self.bits, self.group_size, self.sym, self.damp_percent)
+        return Shards(section, self.stored_dtype, self.group_size)

@@ -30,7 +30,7 @@ from qtool.quantize.methods.block_search import (
     sum_squares,
     to_half,
 )
-from qtool.quantize.methods.kquants import PLAIN, WEIGHED
+from qtool.quantize.methods.kquant_candidates import PLAIN, WEIGHED
 
 
 @triton.jit

@@ -9,36 +9,13 @@ Values lie as ``[elements of a block, blocks]``: a block is a column, sums run d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, row_bytes
+from qtool.quantize.methods.kquant_candidates import FLAT, HALF_MAX, PLAIN, TINY, WEIGHED, AffineSearch
 
-TINY = 1e-15  # a block whose largest value is below this is zero
-FLAT = 1e-37  # a range below this has no finite inverse
-HALF_MAX = 65504.0
 CHUNK_WEIGHTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class AffineSearch:
-    """Candidates for ``levels / (max - min)``: ``(first + step * i + levels) / (max - min)``, i = 0…last."""
-
-    levels: int
-    first: float
-    step: float
-    last: int
-
-    def numerators(self) -> list[float]:
-        """The candidates' numerators, rounded to float32 after every operation as C does."""
-        first, step = torch.tensor(self.first), torch.tensor(self.step)
-        return [float(first + step * i + self.levels) for i in range(self.last + 1)]
-
-
-WEIGHED = {"Q4_K": AffineSearch(15, -0.9, 0.05, 36), "Q5_K": AffineSearch(31, -0.9, 0.05, 36)}
-PLAIN = {"Q4_K": AffineSearch(15, -1.0, 0.1, 20), "Q5_K": AffineSearch(31, -0.5, 0.1, 15)}
 SYMMETRIC_LEVELS = {"Q6_K": 32, "Q5_0": 16}  # codes -levels … levels - 1
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
 

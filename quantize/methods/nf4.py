@@ -7,17 +7,59 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from qtool import QtoolError
+from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
-from qtool.quantize.architectures import Architecture
-from qtool.quantize.folding import LayerOutput
-from qtool.quantize.methods.sections import Nf4Method
+from qtool.convert.formats.shards import Shards
+from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, Method, Name, Needs
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
+
+
+class Nf4Method(Method):
+    """NF4 by bitsandbytes; needs no calibration. What is not quantized keeps the source's dtype."""
+
+    short: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nf4": {}}
+
+    method: Literal["nf4"]
+    name: Name = "nf4"
+    double_quant: bool = True
+    blocksize: Literal[64] = 64
+
+    @property
+    def needs(self) -> Needs:
+        """NF4's values are fixed."""
+        return Needs.NOTHING
+
+    @property
+    def container(self) -> Shards:
+        """bitsandbytes'."""
+        return Shards(bnb_nf4.quantization_config(self.double_quant, SKIPPED), None, self.blocksize)
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Its kernels choose the codes."""
+        return ("bitsandbytes",)
+
+    def require(self, device: torch.device) -> None:
+        """Raises QtoolError (exit 3)."""
+        load_bitsandbytes()
+
+    def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
+        """In the dtype of the checkpoint; one matrix at a time is on the device. Only ``|W - Ŵ| / |W|`` is recorded."""
+        output = LayerCodes(tensors=layer.others)
+        for matrix in layer.matrices:
+            weight = layer.source(matrix)
+            blocks = quantize_nf4(weight, self.blocksize, self.double_quant)
+            output.codes[matrix.module] = blocks
+            source = weight.float()
+            error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
+            output.records[matrix.module] = {"frobenius": float(f"{float(error):.6g}")}
+        return output
 
 
 def load_bitsandbytes() -> Any:
@@ -43,20 +85,3 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int, double_quant: bool) -> Nf
         nested = Nested(second.absmax, second.code, second.blocksize, float(state.offset))
     out, columns = weight.shape
     return Nf4Blocks(packed, state.absmax, state.code, (out, columns), blocksize, weight.dtype, nested)
-
-
-def quantize_layer(
-    method: Nf4Method, architecture: Architecture, weights: Mapping[str, torch.Tensor], device: torch.device
-) -> LayerOutput:
-    """``weights``: tensor name -> tensor in the dtype of the checkpoint; one linear at a time is on ``device``. No
-    statistics are needed, so only ``|W - Ŵ| / |W|`` is recorded."""
-    output = LayerOutput()
-    for linear in architecture.linears:
-        weight = weights[f"{linear}.weight"].to(device)
-        blocks = quantize_nf4(weight, method.blocksize, method.double_quant)
-        output.codes[linear] = blocks
-        source = weight.float()
-        error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
-        output.records[linear] = {"frobenius": float(f"{float(error):.6g}")}
-    output.tensors = {name: t for name, t in weights.items() if name.removesuffix(".weight") not in output.codes}
-    return output

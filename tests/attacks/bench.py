@@ -108,7 +108,7 @@ def write_header(path: Path, header: bytes | dict[str, Any], data: bytes) -> Non
 
 def sign(folder: Path) -> None:
     """Renew size and sha256 of every file in the manifest, as whoever made a file on purpose would."""
-    from qtool.convert.files.artifact import file_entries
+    from qtool.convert.files.folder import file_entries
 
     entries = {name: entry.model_dump() for name, entry in file_entries(folder).items()}
     edit_json(folder / "qtool.json", lambda data: data.update(files=entries))

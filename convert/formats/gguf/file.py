@@ -1,14 +1,12 @@
-"""A .gguf file, written in place and read back. Header, keys and tensor table are the `gguf` package's work.
+"""A .gguf file: where its tensors lie, and how it is read. Header, keys and tensor table are the `gguf` package's work.
 
-Every shape is known from the plan, so the header is written first and each tensor then at its own offset, in any
-order; a journal line follows each fsynced step, so that a killed run continues after the last one.
+Every shape is known from the plan, so the header is written first and each tensor then at its own offset.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +14,30 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorStream
-from qtool.convert.files.durable import naming, say
-from qtool.convert.files.writer import StepJournal, journal_key, resume_journal, start_journal
+from qtool.convert.files.durable import naming
+from qtool.convert.files.writer import Layout, Place, Spec
 from qtool.convert.formats.gguf.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.formats.gguf.header import Header, read_header, read_tensor, read_value
-from qtool.convert.formats.gguf.names import norm_offset, possible_names, row_order
+from qtool.convert.formats.gguf.names import possible_names, row_order
+from qtool.convert.models.shape import Decoder, decoder_of
 
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """GGUF name -> (ggml type, shape in torch order), in file order."""
 
 
-class GgufWriter:
-    """Writes the tensors of ``layout`` into ``path``; steps already in the journal are kept.
-
-    ``describe(writer)`` adds the keys to a `gguf.GGUFWriter`. ``key`` identifies the work: a file with another key's
-    journal, or another header, is started over.
-    """
-
-    def __init__(
-        self, path: Path, architecture: str, describe: Callable[[Any], None], layout: Layout, key: str
-    ) -> None:
-        self.path, self._layout = path, layout
-        self.steps: list[dict[str, Any]] = []
-        self.journal_path = path.with_name(path.name + ".journal.jsonl")
-        with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            header, self._offsets, self._size = _header(path, architecture, describe, layout)
-            if not self._resume(header, key):
-                self._start(header, key)
-            self._file = path.open("r+b")
-        self._journal = StepJournal(self.journal_path)
-
-    def write(self, name: str, data: torch.Tensor) -> None:
-        """Put one tensor's bytes (uint8, any shape) at its place. Raises ValueError when there are not as many as
-        planned."""
-        type_name, shape = self._layout[name]
-        planned = _nbytes(type_name, shape)
-        if data.dtype != torch.uint8 or data.numel() != planned:
-            raise ValueError(f"{name}: planned {planned} bytes, got {data.numel()} of {data.dtype}")
-        self._file.seek(self._offsets[name])
-        with naming(self.path):
-            self._file.write(data.contiguous().numpy().data)
-
-    def flush(self) -> None:
-        """Let readers of the same file see what was written."""
-        with naming(self.path):
-            self._file.flush()
-
-    def commit(self, step: dict[str, Any]) -> None:
-        """Make everything written so far durable, then note the step in the journal. Raises QtoolError (exit 3)."""
-        self.flush()
-        with naming(self.path):
-            os.fsync(self._file.fileno())
-        self._journal.add(step)
-        self.steps.append(step)
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-        self._journal.close()
-
-    def release(self) -> None:
-        """Close what is open, finished or not; what cannot be written any more was not noted as done."""
-        for file in (self._file, self._journal):
-            with suppress(OSError):
-                file.close()
-
-    def _resume(self, header: bytes, key: str) -> bool:
-        if not self.path.exists() or self.path.stat().st_size != self._size:
-            return False
-        steps = resume_journal(self.journal_path, key)
-        if steps is None:
-            return False
-        with self.path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return False
-        self.steps = steps
-        return True
-
-    def _start(self, header: bytes, key: str) -> None:
-        if self.journal_path.exists() and journal_key(self.journal_path) is None:
-            say(f"{self.journal_path}: damaged; its layers are made again.")
-        self.journal_path.unlink(missing_ok=True)  # killed here, no old step must speak of the new, empty file
-        try:
-            with self.path.open("wb") as file:
-                file.write(header)
-                os.posix_fallocate(file.fileno(), 0, self._size)  # a full disk shows now
-        except OSError as error:
-            raise QtoolError(
-                f"{self.path}: cannot reserve {self._size / 1e9:.2f} GB: {error.strerror}. Free some space, or set "
-                "`output_dir:` to another disk.",
-                exit_code=3,
-            ) from error
-        start_journal(self.journal_path, key)
+def gguf_layout(path: Path, architecture: str, describe: Callable[[Any], None], tensors: Tensors) -> Layout:
+    """Of the file at ``path`` with the tensors of ``tensors``, each a row of bytes. ``describe(writer)`` adds the keys
+    to a `gguf.GGUFWriter`."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header, offsets, size = _header(path, architecture, describe, tensors)
+    specs: dict[str, Spec] = {name: (torch.uint8, (_nbytes(*tensor),)) for name, tensor in tensors.items()}
+    places = {name: Place(path.name, offset, specs[name]) for name, offset in offsets.items()}
+    return Layout({path.name: header}, {path.name: size}, places, f"{path.name}.journal.jsonl")
 
 
 def _header(
-    path: Path, architecture: str, describe: Callable[[Any], None], layout: Layout
+    path: Path, architecture: str, describe: Callable[[Any], None], tensors: Tensors
 ) -> tuple[bytes, dict[str, int], int]:
     """(everything before the first tensor, padding included; tensor name -> offset in the file; size of the file)."""
     import numpy
@@ -120,7 +45,7 @@ def _header(
     gguf = load_gguf()
     writer = gguf.GGUFWriter(path, architecture)
     describe(writer)
-    for name, (type_name, shape) in layout.items():
+    for name, (type_name, shape) in tensors.items():
         size = _nbytes(type_name, shape)
         rows = shape[:-1]
         writer.add_tensor_info(
@@ -137,7 +62,7 @@ def _header(
     alignment = writer.data_alignment
     header += bytes(-len(header) % alignment)
     offsets, end = {}, len(header)
-    for name, (type_name, shape) in layout.items():
+    for name, (type_name, shape) in tensors.items():
         offsets[name] = end
         end += gguf.GGUFWriter.ggml_pad(_nbytes(type_name, shape), alignment)
     return header, offsets, end
@@ -151,7 +76,7 @@ def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
 
 
 def header_of(path: Path, architecture: str, describe: Callable[[Any], None]) -> bytes:
-    """What a file without tensors would be, ``describe``d as `GgufWriter` does; ``path`` is only a name."""
+    """What a file without tensors would be, ``describe``d as in `gguf_layout`; ``path`` is only a name."""
     return _header(path, architecture, describe, {})[0]
 
 
@@ -173,6 +98,11 @@ class GgufFile:
             return cls(path, read_header(path), config)
         except (ValueError, OSError) as error:
             raise QtoolError(f"{path}: not a whole GGUF file ({error}).") from error
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model by its config.json. Raises QtoolError where that is none of a known family."""
+        return decoder_of(self.config)
 
     @property
     def keys(self) -> list[str]:
@@ -202,7 +132,7 @@ class GgufFile:
         if name is None:
             raise QtoolError(f"{self.path}: no tensor for {linear}.")
         blocks = self.blocks(name)
-        order = row_order(name, blocks.shape[0], self.config)
+        order = row_order(name, blocks.shape[0], self.decoder)
         if order is None:
             return blocks
         data = torch.empty_like(blocks.data)
@@ -211,14 +141,19 @@ class GgufFile:
 
     def read(self) -> TensorStream:
         """Every tensor of the model under its Hugging Face name, dequantized to float32."""
-        for hf, name in self.hf_names().items():
-            values = self.blocks(name).dequantize()
-            if offset := norm_offset(name, self.config):
-                values = values - offset
-            order = row_order(name, self.layout[name][1][0], self.config)
-            values = values.view(self.layout[name][1])
-            if order is not None:
-                restored = torch.empty_like(values)
-                restored[order] = values
-                values = restored
-            yield hf, values
+        for hf in self.hf_names():
+            yield hf, self.tensor(hf)
+
+    def tensor(self, hf: str) -> torch.Tensor:
+        """One tensor under its Hugging Face name, dequantized to float32."""
+        name = self.hf_names()[hf]
+        values = self.blocks(name).dequantize()
+        if offset := self.decoder.family.norm_offset(hf):
+            values = values - offset
+        order = row_order(name, self.layout[name][1][0], self.decoder)
+        values = values.view(self.layout[name][1])
+        if order is None:
+            return values
+        restored = torch.empty_like(values)
+        restored[order] = values
+        return restored

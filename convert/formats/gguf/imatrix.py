@@ -19,6 +19,7 @@ from qtool.convert.formats.gguf.header import read_header, read_tensor
 SIZE_LIMIT = 4096 * MB  # a model of 10**6 matrices of 1,000 columns; the largest real ones have a tenth
 METADATA_LIMIT, ITEMS_LIMIT = 64 * MB, 100_000  # a tensor's place takes 100 bytes; the only list names text files
 MAX_ENTRIES = 1 << 20  # of a .dat file: more is no importance matrix
+IMATRIX = "imatrix.gguf"  # beside the file that it weighed
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 

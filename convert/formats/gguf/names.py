@@ -10,40 +10,13 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import load_gguf
-from qtool.convert.models.model_config import completed, is_tied
+from qtool.convert.models.model_config import is_tied
+from qtool.convert.models.shape import Decoder, decoder_of
+from qtool.convert.models.table import gguf_facts
+from qtool.convert.models.tied import HEAD
 
-# config.json's architecture -> general.architecture
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "IQuestCoderForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-}
-PERMUTED = ("llama",)
-ADDED_ONE = ("gemma", "gemma2", "gemma3")  # their norms apply 1 + weight, and llama.cpp's files hold the sum
 SUFFIXES = (".weight", ".bias")
-PARTS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-    "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm",
-)  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
-
-
-def gguf_architecture(config: Mapping[str, Any]) -> str:
-    """`general.architecture` of a config.json. Raises QtoolError naming the architecture and those known."""
-    names = config.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise QtoolError(
-        f"architecture {', '.join(names) or '(none named in config.json)'} cannot be written as GGUF yet. Known: "
-        f"{', '.join(ARCHITECTURES)}."
-    )
 
 
 def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -52,11 +25,12 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
     tied = is_tied(config)
     found = {}
     for name in tensors:
-        if tied and name == "lm_head.weight":
+        if tied and name == HEAD:
             continue
         mapped = table.get_name(name, try_suffixes=SUFFIXES)
         if mapped is None:
-            raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {gguf_architecture(config)}.")
+            architecture = gguf_facts(config).architecture
+            raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {architecture}.")
         found[name] = mapped
     return found
 
@@ -64,34 +38,29 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
 def possible_names(config: Mapping[str, Any]) -> dict[str, str]:
     """HF name -> GGUF name of every tensor that a model of this config may have."""
     table = _name_map(config)
-    modules = ["model.embed_tokens", "model.norm", "lm_head"]
-    modules += [f"model.layers.{index}.{part}" for index in range(int(config["num_hidden_layers"])) for part in PARTS]
-    names = [module + suffix for module in modules for suffix in SUFFIXES]
+    names = [module + suffix for module in modules(decoder_of(config)) for suffix in SUFFIXES]
     mapped = {name: table.get_name(name, try_suffixes=SUFFIXES) for name in names}
     return {name: found for name, found in mapped.items() if found is not None}
 
 
+def modules(decoder: Decoder) -> list[str]:
+    """Every module of a model that has a tensor, the head too where it is tied."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in (*decoder.tensors(), HEAD)))
+
+
 def _name_map(config: Mapping[str, Any]) -> Any:
     gguf = load_gguf()
-    architecture = getattr(gguf.MODEL_ARCH, gguf_architecture(config).upper())
+    architecture = getattr(gguf.MODEL_ARCH, gguf_facts(config).architecture.upper())
     return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
 
 
-def row_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor | None:
+def row_order(name: str, rows: int, decoder: Decoder) -> torch.Tensor | None:
     """For a GGUF tensor whose rows are reordered: source row of each stored row, int64 ``[rows]``; None for others.
 
     HF rotates halves of a head, llama.cpp's arch llama neighbouring pairs: head rows (2, dim / 2) become (dim / 2, 2).
     """
-    if gguf_architecture(config) not in PERMUTED:
-        return None
-    heads = int(config["num_attention_heads"])
-    if ".attn_k." in name:
-        heads = int(completed(config)["num_key_value_heads"])
-    elif ".attn_q." not in name:
+    facts, shape = decoder.family.gguf, decoder.shape
+    heads = shape.heads if ".attn_q." in name else shape.kv_heads if ".attn_k." in name else None
+    if facts is None or not facts.permuted or heads is None:
         return None
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
-
-
-def norm_offset(name: str, config: Mapping[str, Any]) -> float:
-    """What llama.cpp's file has on top of a GGUF tensor's weight in the checkpoint."""
-    return 1.0 if name.endswith("norm.weight") and gguf_architecture(config) in ADDED_ONE else 0.0

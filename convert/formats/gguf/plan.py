@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.writer import Spec
-from qtool.convert.formats.gguf.ggml import BLOCKS, row_bytes
+from qtool.convert.formats.gguf.ggml import BLOCKS, FLOATS, load_gguf, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names
-from qtool.convert.formats.gguf.types import PLAIN, Typed, is_70b, tensor_types
-from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, OutputPlan, is_linear, walk_order
+from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
+from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.table import gguf_facts
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class GgufPlan(OutputPlan):
     forced another. ``shapes``: GGUF name -> shape (torch order), in file order. ``limits``: what the file is right only
     up to, a line each."""
 
-    names: dict[str, str]
-    types: dict[str, Typed]
-    shapes: dict[str, tuple[int, ...]]
+    names: dict[str, str] = field(default_factory=dict)
+    types: dict[str, Typed] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
 
     @property
@@ -46,34 +45,39 @@ class GgufPlan(OutputPlan):
         ]
 
 
-def plan_gguf(
-    tensors: Mapping[str, TensorInfo], prefix: str, linears: Sequence[str], config: Mapping[str, Any], file_type: str
-) -> GgufPlan:
-    """``config``: config.json. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
+def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
+    """Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
     config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
+    load_gguf()  # said first, whatever the model is
+    tensors, config = shape.tensors, shape.config
     limits = tuple(check_gguf(config))
     model_keys(config)
-    names = gguf_names(walk_order(tensors, prefix), config)
+    decoder = shape.decoder
+    names = gguf_names(walk_order(tensors, decoder), config)
     shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
     factors = rope_factors(config)
     if factors is not None:
         shapes[ROPE_FREQS] = tuple(factors.shape)
-    layers = int(config["num_hidden_layers"])
-    types = tensor_types(shapes, file_type, layers, is_70b(config))
+    types = tensor_types(shapes, file_type, decoder.shape.layers, gguf_facts(config).like_70b(decoder.shape))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
     _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
-    plans = []
+    plans, outside, held = list[LinearPlan](), list[LinearPlan](), decoder.held()
     for hf, name in names.items():
-        if is_linear(hf, prefix, linears):
-            out, columns = shapes[name]
-            block = BLOCKS[types[name].type][0]
-            plans.append(LinearPlan(hf.removesuffix(".weight"), out, columns, block, sizes[name], types[name].type))
-    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in names.items()}
+        kind, columns = types[name].type, shapes[name][-1]
+        for module, matrix in held.get(hf, ()):
+            out, columns = matrix.shape(shapes[name])
+            plans.append(LinearPlan(module, out, columns, BLOCKS[kind][0], out * row_bytes(kind, columns), kind))
+        if hf not in held and kind not in FLOATS:
+            module = hf.removesuffix(".weight")
+            outside.append(LinearPlan(module, shapes[name][0], columns, BLOCKS[kind][0], sizes[name], kind))
+    stored = names | {name: name for name in shapes if name == ROPE_FREQS}
+    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in stored.items()}
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
-    return GgufPlan(specs, plans, parameters, sum(sizes.values()), names, types, shapes, limits)
+    total = sum(sizes.values())
+    return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits)
 
 
 def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Typed], file_type: str) -> None:

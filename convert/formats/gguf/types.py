@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qtool.convert.formats.gguf.ggml import BLOCKS
-from qtool.convert.formats.gguf.names import gguf_architecture
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
     "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
@@ -36,10 +34,10 @@ class Typed:
 
 
 def tensor_types(
-    shapes: Mapping[str, tuple[int, ...]], file_type: str, layers: int, is_70b: bool = False
+    shapes: Mapping[str, tuple[int, ...]], file_type: str, layers: int, like_70b: bool = False
 ) -> dict[str, Typed]:
-    """GGUF tensor name -> type. ``shapes``: torch order, in file order. ``is_70b``: of what it takes for a "70B",
-    llama.cpp keeps attn_v at 5 bits or more.
+    """GGUF tensor name -> type. ``shapes``: torch order, in file order. ``like_70b``: of what it takes for a
+    "70B", llama.cpp keeps attn_v at 5 bits or more.
     """
     tied = "output.weight" not in shapes
     found = {}
@@ -47,21 +45,12 @@ def tensor_types(
         if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
             found[name] = Typed("F32", "F32")
             continue
-        wanted = _rule(name, file_type, layers, tied, is_70b)
+        wanted = _rule(name, file_type, layers, tied, like_70b)
         found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
     return found
 
 
-def is_70b(config: Mapping[str, Any]) -> bool:
-    """Whether llama.cpp takes a config.json's model for its "70B" (load_arch_hparams of src/models/llama.cpp and
-    qwen2.cpp): 80 layers, and in architecture llama heads that share key/value heads."""
-    heads = config["num_attention_heads"]
-    shared = heads != (config.get("num_key_value_heads") or heads)
-    architecture = gguf_architecture(config)
-    return config["num_hidden_layers"] == 80 and (architecture == "qwen2" or (architecture == "llama" and shared))
-
-
-def _rule(name: str, file_type: str, layers: int, tied: bool, is_70b: bool) -> str:
+def _rule(name: str, file_type: str, layers: int, tied: bool, like_70b: bool) -> str:
     base = BASE.get(file_type, file_type)
     if base in ("F16", "BF16", "Q8_0"):
         return base
@@ -72,7 +61,7 @@ def _rule(name: str, file_type: str, layers: int, tied: bool, is_70b: bool) -> s
         return base
     number = int(layer.group(1))
     if name.endswith("attn_v.weight"):
-        return _attention_value(number, file_type, base, layers, is_70b)
+        return _attention_value(number, file_type, base, layers, like_70b)
     if name.endswith("ffn_down.weight"):
         if file_type in ("Q4_K_M", "Q5_K_M"):
             return "Q6_K" if use_more_bits(number, layers) else base
@@ -81,13 +70,13 @@ def _rule(name: str, file_type: str, layers: int, tied: bool, is_70b: bool) -> s
     return base
 
 
-def _attention_value(number: int, file_type: str, base: str, layers: int, is_70b: bool) -> str:
+def _attention_value(number: int, file_type: str, base: str, layers: int, like_70b: bool) -> str:
     wanted = base
     if file_type in ("Q4_K_M", "Q5_K_M") and use_more_bits(number, layers):
         wanted = "Q6_K"
     elif file_type == "Q4_K_S" and number < 4:
         wanted = "Q5_K"
-    return "Q5_K" if is_70b and wanted == "Q4_K" else wanted
+    return "Q5_K" if like_70b and wanted == "Q4_K" else wanted
 
 
 def use_more_bits(number: int, layers: int) -> bool:

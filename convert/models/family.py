@@ -1,0 +1,148 @@
+"""What a family of models is: one object that says all that qtool has to know of it, in a module of its own.
+
+`table.FAMILIES` lists them. Nothing outside convert/models looks at a model's name: it asks the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qtool.convert.models.feeds import Feed, Shape, Visit
+from qtool.convert.models.geometry import Geometry
+
+Value = int | float | str
+Settings = Mapping[str, Any]
+"""A config.json, completed with the family's defaults."""
+Ropes = Mapping[str, Mapping[str, Value]]
+"""Kind of layers -> llama.cpp's rotary keys (`rope.rope_keys`)."""
+LAYERS = "model.layers."  # how names of tensors in layers begin, as nearly everywhere
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, in `layer_types` and in rotary settings
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which layers attend to `sliding_window` tokens alone, by the code of transformers' class.
+
+    none: no layer, whatever config.json says. all: every layer, whatever `layer_types` says. some: those that
+    `layer_types` names; without it all but one in ``period`` or, without a period, those from `max_window_layers` on.
+    switched: only where `use_sliding_window` is true. period_key: the key that overrides ``period``.
+    """
+
+    which: Literal["none", "all", "some"]
+    switched: bool = False
+    period: int | None = None
+    period_key: str = ""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Of the MLP. ``key`` of config.json names it; ``names`` are those by which transformers computes ``function``."""
+
+    key: str
+    names: tuple[str, ...]
+    function: Literal["silu", "gelu_tanh"]
+
+
+SILU = Activation("hidden_act", ("silu", "swish"), "silu")
+TANH_GELU = Activation("hidden_activation", ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+
+
+def _as_read(_: Settings, shape: Geometry) -> Geometry:
+    return shape
+
+
+def _no_keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
+    return {}
+
+
+def _never(_: Geometry) -> bool:
+    return False
+
+
+def _takes_all(_: Settings, __: Ropes) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """How llama.cpp wants a family: what its loader, its graphs and its quantizer have in their code.
+
+    architecture: `general.architecture`.
+    permuted: its rotation takes neighbouring pairs, so rows of q and k are stored in that order.
+    windows: its sliding layers slide.
+    biases: it loads biases of attention.
+    factors: it loads llama-3's rotary factors.
+    keys: its own keys, from the completed config.json, the shape, and the rotary keys of each kind of layer. Raises
+        QtoolError for what no key can say.
+    required: those of them without which it loads a file wrongly.
+    refuse: raises QtoolError for what it would compute otherwise, from the config.json and the rotary keys.
+    says: keys of config.json that only this family has, and that are written, checked or built in.
+    like_70b: whether it takes a shape for its "70B", whose attn_v gets more bits.
+    """
+
+    architecture: str
+    permuted: bool = False
+    windows: bool = False
+    biases: bool = False
+    factors: bool = False
+    keys: Callable[[Settings, Geometry, Ropes], dict[str, Value]] = _no_keys
+    required: tuple[str, ...] = ()
+    refuse: Callable[[Settings, Ropes], None] = _takes_all
+    says: frozenset[str] = frozenset()
+    like_70b: Callable[[Geometry], bool] = _never
+
+
+def one_pass(shape: Geometry) -> tuple[Visit, ...]:
+    """Every layer once, in order."""
+    return tuple(Visit(layer) for layer in range(shape.layers))
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that qtool knows of a family of models.
+
+    name: its class, as `architectures` of config.json has it.
+    tensors: name -> shape of every tensor of a checkpoint, a tied head left out.
+    feeds: of one layer, in forward order; they may differ from layer to layer.
+    activation: of the MLP.
+    windows: which layers slide.
+    defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
+    shape: what keys of the family's own change in the geometry.
+    visits: the order in which a token passes through the layers.
+    rope_kinds: the kinds of layers that have rotary settings of their own.
+    prefix: how the names of the layers' tensors begin.
+    plus_one: how the names of norm weights end whose norms apply 1 + weight.
+    uncast: how the names of tensors end that keep the dtype in which they are stored.
+    whole_scores: as in `Geometry`.
+    float16: whether vLLM runs it in float16.
+    gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
+    planned_only: why no output quantizes it yet; empty where all do.
+    """
+
+    name: str
+    tensors: Callable[[Geometry], dict[str, Shape]]
+    feeds: Callable[[Geometry, int], tuple[Feed, ...]]
+    activation: Activation
+    windows: Windows
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    shape: Callable[[Settings, Geometry], Geometry] = _as_read
+    visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
+    rope_kinds: tuple[str, ...] = (FULL,)
+    prefix: str = LAYERS
+    plus_one: tuple[str, ...] = ()
+    uncast: tuple[str, ...] = ()
+    whole_scores: bool = False
+    float16: bool = True
+    gguf: GgufFacts | None = None
+    no_gguf: str = "cannot be written as GGUF yet"
+    planned_only: str = ""
+
+    def norm_offset(self, name: str) -> float:
+        """What the norm of a weight adds to it before it applies it."""
+        return 1.0 if name.endswith(self.plus_one) else 0.0
+
+    def casts(self, name: str) -> bool:
+        """Whether a tensor is stored in an artifact's dtype, and computed with in the run's."""
+        return not name.endswith(self.uncast)

@@ -1,0 +1,73 @@
+"""The one table of families. A new family is a module beside this one and a row here (docs/adding-a-family.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.models.family import LAYERS, Family, GgufFacts
+from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
+from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
+from qtool.convert.models.loop import IQUEST_LOOP_CODER
+from qtool.convert.models.qwen2 import QWEN2
+from qtool.convert.models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER)
+}
+
+
+def find_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json: the first known of those that `architectures` names; None where none is known."""
+    return next((FAMILIES[name] for name in _names(config) if name in FAMILIES), None)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The same. Raises QtoolError saying which are known and how one is added."""
+    found = find_family(config)
+    if found is None:
+        raise QtoolError(
+            f"architecture {names_of(config)} is not known to qtool. Known: {', '.join(quantized())}. What is missing: "
+            "a module in convert/models and its row in FAMILIES of convert/models/table.py (docs/adding-a-family.md)."
+        )
+    return found
+
+
+def gguf_facts(config: Mapping[str, Any]) -> GgufFacts:
+    """How llama.cpp wants the model of a config.json. Raises QtoolError naming its architecture and those that can be
+    written."""
+    family = find_family(config)
+    if family is not None and family.gguf is not None:
+        return family.gguf
+    known = [name for name, other in FAMILIES.items() if other.gguf is not None]
+    why = family.no_gguf if family else "cannot be written as GGUF yet"
+    raise QtoolError(f"architecture {names_of(config)} {why}. Known: {', '.join(known)}.")
+
+
+def prefix_of(config: Mapping[str, Any]) -> str:
+    """How the names of its layers' tensors begin; of an architecture that is not known, as most do."""
+    family = find_family(config)
+    return family.prefix if family else LAYERS
+
+
+def architecture_name(config: Mapping[str, Any]) -> str:
+    """The name by which a config.json's family is known; else the first one it has; empty where none is named."""
+    found = find_family(config)
+    return found.name if found else next(iter(_names(config)), "")
+
+
+def names_of(config: Mapping[str, Any]) -> str:
+    """The names, to show."""
+    return ", ".join(_names(config)) or "(none named in config.json)"
+
+
+def quantized() -> list[str]:
+    """Architectures that outputs can be made of."""
+    return [name for name, family in FAMILIES.items() if not family.planned_only]
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []

@@ -1,0 +1,154 @@
+"""What an engine is, as data and pure functions: what a scorecard says of it, what `qtool plan` sizes with.
+
+An engine's own module fills one `EngineFacts`; nothing outside asks for an engine by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+from qtool.convert.models.geometry import Geometry
+
+MIB, GIB = 2**20, 2**30
+CUDA_CONTEXT = 500 * MIB  # driver context, loaded kernels: 0.4 to 0.6 GiB on Ampere and later
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """One type of a key/value cache: ``width`` bytes to a number, ``block`` numbers of a head that share a scale."""
+
+    name: str
+    width: Fraction
+    block: int = 1
+
+
+BF16, F16 = CacheType("bf16", Fraction(2)), CacheType("f16", Fraction(2))
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the bus for weights and for the cache, of the dense rate in prefill; host seconds a layer of each pass
+    and a forward."""
+
+    weights: float
+    cache: float
+    compute: float
+    per_layer: float
+    per_forward: float
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Bytes on one card beside weights and cache. ``activations``: grows with the tokens of one forward; ``fixed``:
+    does not."""
+
+    activations: int
+    fixed: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.fixed
+
+
+class Card(Protocol):
+    """What engines ask of a card (`qtool.sizing.accelerators.Accelerator` has it)."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def compute(self) -> str: ...
+    @property
+    def cuda(self) -> bool: ...
+    @property
+    def unified(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model on its cards: ``sequences`` at once of ``context`` tokens each. ``expanded``: bytes of
+    the largest matrix that is expanded to 16 bits before it is multiplied (NF4)."""
+
+    geometry: Geometry
+    card: Card
+    cards: int
+    context: int
+    sequences: int
+    expanded: int = 0
+
+
+@dataclass(frozen=True)
+class OffloadRule:
+    """What can lie outside the cards. ``computed_there``: whole layers, their cache too, at the speed of host memory;
+    else weights cross the host link at each step. ``unit``: bytes that move together (None: a layer).
+    ``flag(units moved, layers of the model)``: what to type."""
+
+    flag: Callable[[int, int], str]
+    computed_there: bool = False
+    unit: int | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a command that serves is made of. ``place``: folder or Hub id; ``revision``: the Hub's, of a model that is
+    there already; ``file``: the .gguf file, where there is one; ``config``: config.json of what is served;
+    ``cache_type``: its name; ``offload``: the rule's flag, empty where all fits."""
+
+    place: str
+    revision: str | None
+    file: Path | None
+    default_file: str
+    config: Mapping[str, Any]
+    context: int
+    sequences: int
+    cards: int
+    cache_type: str
+    offload: str
+
+
+def whole_context(context: int, window: int | None, chunk: int) -> int:
+    """A cache without blocks: the context, or the window that a layer slides."""
+    return context if window is None else min(context, window)
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """One engine. Without ``cache_types`` nothing is planned for it or measured in it."""
+
+    name: str
+    packages: tuple[str, ...] = ()  # whose versions a scorecard names
+    install: str = ""
+    place: str = ""  # where it computes, for the scorecard; empty: on the device that was asked for
+    dtype: Callable[[str], str] = lambda device: "as stored"  # device's kind -> what the scorecard says
+    logits: bool = False  # gives the logits of all positions, which perplexity and KL need
+    served: bool = False  # answers at a base URL
+    gguf: bool = False  # runs .gguf files and nothing else
+    # Memory: the cache as it lies there, what is taken beside weights and cache, what lies elsewhere.
+    cache_types: tuple[CacheType, ...] = ()  # the first is its own choice
+    cells: Callable[[int, int | None, int], int] = whole_context  # (context, window, chunk) -> tokens of one cache
+    slides: Callable[[Geometry], bool] = lambda geometry: True  # whether sliding layers cache their window alone
+    prefill_tokens: Callable[[Card], int] = lambda card: 0  # of one step, which sliding layers hold too
+    overhead: Callable[[Load], Overhead] = lambda load: Overhead(0, 0)
+    memory_share: float = 1.0  # of a card's memory that it takes
+    embedding_on_card: bool = True
+    offload: OffloadRule | None = None
+    # (geometry, columns to a scale, cards) -> why cards cannot share each layer; None: they take turns with theirs
+    split_faults: Callable[[Geometry, int, int], list[str]] | None = None
+    efficiency: Efficiency = Efficiency(1.0, 1.0, 1.0, 0.0, 0.0)
+    # What it loads, and how it is started.
+    command: Callable[[Serving], str] = lambda serving: ""
+    refuses_card: Callable[[Card], str] = lambda card: ""
+    refuses_model: Callable[[Mapping[str, Any]], list[str]] = lambda config: []  # config.json -> why not
+    needs_beside: Callable[[Mapping[str, Any]], str] = lambda config: ""  # config.json -> what to install beside it
+    refuses_gguf: str = ""  # why it loads no folder with a .gguf file, where there is more to say
+
+    def cache_type(self, name: str) -> CacheType | None:
+        """None for a type that it does not have."""
+        return next((known for known in self.cache_types if known.name == name), None)

@@ -1,0 +1,25 @@
+"""The engines that qtool knows. To add one: its module, and its row here."""
+
+from __future__ import annotations
+
+from qtool import QtoolError
+from qtool.evaluate.engines import llama_cpp, openai, reference, transformers, vllm
+from qtool.evaluate.engines.engine import Engine
+from qtool.evaluate.engines.facts import EngineFacts
+
+ENGINES: dict[str, Engine] = {
+    module.FACTS.name: module.ENGINE for module in (reference, transformers, llama_cpp, vllm, openai)
+}
+
+
+def planned() -> dict[str, EngineFacts]:
+    """Those whose memory and speed can be told, and measured."""
+    return {name: engine.facts for name, engine in ENGINES.items() if engine.facts.cache_types}
+
+
+def planned_engine(name: str) -> EngineFacts:
+    """Raises QtoolError naming those that are."""
+    known = planned()
+    if name not in known:
+        raise QtoolError(f"engine {name}: memory and speed are told of {', '.join(known)}.")
+    return known[name]

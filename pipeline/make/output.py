@@ -1,0 +1,84 @@
+"""One output of a job: how it is made, what it will be, under which key, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from qtool import QtoolError
+from qtool.convert.files.folder import PARTIAL
+from qtool.convert.files.reading import named, open_file
+from qtool.convert.files.shards import file_sizes
+from qtool.convert.files.watch import Watched, watch
+from qtool.convert.formats.format import Format
+from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
+from qtool.convert.formats.plan import ModelShape, OutputPlan
+from qtool.quantize.methods.method import Method
+
+TOKENIZER_AND_CONFIG = 32 * 2**20  # sidecars carried along, the manifest
+
+
+@dataclass(frozen=True)
+class Output:
+    """``folder``: where the artifact goes; ``imatrix``: the importance matrix that its recipe names; ``key``: of its
+    bytes, empty before the calibration set is known."""
+
+    method: Method
+    plan: OutputPlan
+    folder: Path
+    imatrix: Watched | None = None
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        """As the recipe and its reader say."""
+        return self.method.name
+
+    @property
+    def container(self) -> Format:
+        """How it is stored."""
+        return self.method.container
+
+    @property
+    def partial(self) -> Path:
+        """Where the artifact grows."""
+        return self.folder.with_name(self.folder.name + PARTIAL)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said before it is made: fallback types, what a runtime refuses or needs."""
+        return [*self.plan.notes, *self.container.notes()]
+
+    @cached_property
+    def importance(self) -> dict[str, torch.Tensor] | None:
+        """Matrix -> mean square of its input channels, as the file says that the recipe names. Raises QtoolError where
+        it was made for another model."""
+        return None if self.imatrix is None else self.container.importance(self.imatrix.path, self.plan)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What its folder takes: the weights, what the method keeps beside them, what the format adds, sidecars."""
+        kept = sum(file_sizes(self.method.kept_specs(self.plan.linears)).values()) if self.method.kept_as else 0
+        weights = self.container.file_bytes(self.plan) or self.plan.nbytes
+        return weights + kept + self.container.beside_bytes(kept) + TOKENIZER_AND_CONFIG
+
+
+def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
+    """Raises QtoolError where the model cannot be made into it, or the importance matrix that it names cannot be
+    read."""
+    return Output(method, method.container.plan(shape), folder, _imatrix(method))
+
+
+def _imatrix(method: Method) -> Watched | None:
+    if method.importance_file is None:
+        return None
+    path = named(method.importance_file)
+    try:
+        open_file(path, SIZE_LIMIT).close()
+        return watch(path)
+    except (OSError, QtoolError) as error:
+        why = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").rstrip(".")
+        raise QtoolError(f"{path}: {why} (`imatrix:` of output {method.name!r}).") from error

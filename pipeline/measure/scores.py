@@ -1,0 +1,302 @@
+"""Evaluate the source and every artifact on the same problems and text; nothing is computed whose key exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import Progress
+
+from qtool import QtoolError
+from qtool.convert.files.durable import held, load, save, set_aside, sweep
+from qtool.convert.models.table import prefix_of
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.text.windows import token_windows
+from qtool.evaluate import fidelity
+from qtool.evaluate.answers import Asking, answer_task
+from qtool.evaluate.engines.engine import Decoding, Running, package_versions
+from qtool.evaluate.engines.torch_model import load_model
+from qtool.evaluate.journal import Journal
+from qtool.evaluate.sandbox.execute import detect_sandbox
+from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
+from qtool.evaluate.selfcheck import SelfCheck, check_task
+from qtool.evaluate.tasks import prompts
+from qtool.evaluate.tasks.loading import load_task, subset
+from qtool.evaluate.tasks.problems import Task
+from qtool.evaluate.tasks.solvable import solvable
+from qtool.make.job import PACKAGES
+from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
+from qtool.measure.subjects import Subject
+from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection, TaskSection
+
+Score = TypeVar("Score", TaskScore, FidelityScore)
+
+
+@dataclass
+class Evaluation:
+    """Shared by all subjects of a run: the model's config and tokenizer (None for a served model), tasks, windows and
+    settings."""
+
+    section: EvaluateSection
+    model: Path | None
+    config: Any
+    device: torch.device
+    runs: Path
+    run: Path
+    trust_remote_code: bool = False
+    used: dict[str, Settings] = field(default_factory=dict)  # subject's key -> how it is asked
+
+    def __post_init__(self) -> None:
+        self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
+        self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
+        self.tasks = {t.task: _load(t, self.section) for t in self.section.tasks}
+        self.prompts = {label: self._prompts(task) for label, task in self.tasks.items()}
+        self.windows = self._windows()
+        self.settings = settings_of(self.section, self.device, self.style)
+        decoding = Decoding(
+            self.section.max_new_tokens, self.section.batch_size, self.section.temperature, self.section.top_p
+        )
+        self.asking = Asking(
+            self.style, decoding, self.section.samples, self.section.seed, self.section.timeout, self.section.sandbox
+        )
+        if self.tasks:  # say so before any work if hostile code cannot be contained here
+            self.sandbox = detect_sandbox() if self.section.sandbox == "auto" else "none"
+
+    def _windows(self) -> dict[int, torch.Tensor]:
+        text = self.section.text
+        if text is None:
+            return {}
+        limit = getattr(self.config, "max_position_embeddings", None)
+        too_long = [length for length in text.lengths if limit is not None and length > limit]
+        if too_long:
+            raise QtoolError(
+                f"text: windows of {too_long[0]} tokens are longer than the model's context, {limit} "
+                "(max_position_embeddings in config.json)."
+            )
+        rows = getattr(self.config, "vocab_size", None)
+        return {length: token_windows(text.source(length), self.tokenizer, rows) for length in text.lengths}
+
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Task -> problem -> its prompt, for readers of the answers."""
+        return {label: {p.task_id: p.prompt for p in task.problems} for label, task in self.tasks.items()}
+
+    def self_check(self, bar: Progress) -> dict[str, SelfCheck]:
+        """Known answers to every task, judged; found again where task, sandbox and versions are the same."""
+        found = {}
+        for label, task in self.tasks.items():
+            versions = package_versions(*PACKAGES)
+            key = digest_of([task.digest, self.style, self.sandbox, self.section.timeout, versions])
+            path = self.runs / "selfchecks" / f"{key[:16]}.json"
+            with held(path.with_suffix(".lock"), f"{path}: another qtool is making this self-check; waiting."):
+                sweep(path.parent)
+                known = load(SelfCheck, path, partial(SelfCheck.fault, digest=task.digest))
+                found[label] = known or self._check(task, path, bar)
+        return found
+
+    def _check(self, task: Task, path: Path, bar: Progress) -> SelfCheck:
+        row = bar.add_task(f"self-check: {task.name}", total=1)
+        result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
+        bar.advance(row)
+        if not result.faults:  # one that failed is made again: its cause may be gone
+            save(path, result)
+        return result
+
+    def score(self, subjects: list[Subject], bar: Progress) -> Scores:
+        """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
+        QtoolError (exit 3) where the harness fails its self-check."""
+        for folder in (self.run / "scores", self.runs / "references"):
+            sweep(folder)
+        scores = Scores()
+        wanted = {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
+        for number, subject in enumerate(subjects):
+            source = subjects[0]
+            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
+            texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
+            lengths = [length for length in self.windows if length not in texts]
+            if number == 0:  # artifacts that are still to come need its distribution
+                lost = {length for length in wanted if self._reference(source, length) is None}
+                lengths = [length for length in self.windows if length in lengths or length in lost]
+            if pending:
+                for check in self.self_check(bar).values():
+                    check.require()
+            measured: dict[int, fidelity.Divergence] = {}
+            if pending or lengths:
+                with ExitStack() as stack:
+                    running = stack.enter_context(self._engine(subject, pending))
+                    for length in lengths:
+                        measured[length] = self._diverge(running, subject, source, length, bar)
+                    for label in pending:
+                        scores.tasks.setdefault(subject.name, {})[label] = self._task(running, subject, label, bar)
+                    del running
+            for length, found in measured.items():
+                layers = self._by_layer(subject, source, length, bar) if number else []
+                texts[length] = self._save_fidelity(subject, source, length, found, layers)
+            for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
+                scores.add_fidelity(texts[length])
+        return scores
+
+    def _prompts(self, task: Task) -> list[str]:
+        """What the model is asked, word for word; nothing where a server applies its own template."""
+        if self.tokenizer is None:
+            return []
+        return prompts.render_all(task.problems, self.style, self.tokenizer, getattr(self.config, "vocab_size", None))
+
+    def _engine(self, subject: Subject, pending: dict[str, Task]) -> Any:
+        asked = [prompt for label in pending for prompt in self.prompts[label]]
+        return open_engine(
+            self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked
+        )
+
+    def _settings_for(self, subject: Subject) -> Settings:
+        """Asked once for each model: vLLM is imported for it."""
+        if subject.key not in self.used:
+            self.used[subject.key] = settings_for(self.settings, subject, self.trust_remote_code)
+        return self.used[subject.key]
+
+    def _task_key(self, subject: Subject, label: str) -> str:
+        served = [self.section.base_url, served_name(self.section, subject)] if self.section.base_url else []
+        asked = [self.section.samples, self.section.timeout, self.sandbox, digest_of(self.prompts[label])]
+        harness = package_versions("qtool-llm")
+        settings = self._settings_for(subject).model_dump()
+        return digest_of([subject.key, *served, self.tasks[label].digest, settings, *asked, harness])
+
+    def _fidelity_key(self, subject: Subject, source: Subject, length: int) -> str:
+        windows = digest_of(self.windows[length].tolist())
+        engine = self.settings.model_dump(include={"engine", "version", "dtype", "device"})
+        harness = package_versions("qtool-llm")
+        return digest_of([subject.key, source.key, windows, engine, self._layered(length), harness])
+
+    def _layered(self, length: int) -> bool:
+        return bool(self.section.text and self.section.text.by_layer and length == self.section.text.lengths[0])
+
+    def _load(self, kind: type[Score], name: str, key: str, fault: Callable[[Score], str]) -> Score | None:
+        """A score of that name and key from this run or any earlier one; damaged ones are set aside."""
+        places = dict.fromkeys([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")])
+        for path in places:
+            if (score := load(kind, path, lambda s: fault(s) if s.key == key else "it is of another key")) is not None:
+                return score
+        return None
+
+    def _keep(self, name: str, score: Score, subject: Subject) -> Score:
+        """An earlier score as this run's; what a kill left of its journal is tidied away."""
+        score = score.model_copy(update={"subject": subject.name})
+        save(self.run / "scores" / name, score)
+        Journal(self.run / "scores" / f"{name.removesuffix('.json')}.jsonl").close()
+        return score
+
+    def _load_task(self, scores: Scores, subject: Subject, label: str) -> bool:
+        task, key = self.tasks[label], self._task_key(subject, label)
+        name = f"{_file_name(task)}-{key[:16]}.json"
+        score = self._load(TaskScore, name, key, lambda score: score.fault([p.task_id for p in task.problems]))
+        if score is not None:
+            scores.tasks.setdefault(subject.name, {})[label] = self._keep(name, score, subject)
+        return score is not None
+
+    def _fidelity(self, subject: Subject, source: Subject, length: int) -> tuple[str, FidelityScore | None]:
+        key = self._fidelity_key(subject, source, length)
+        name = f"fidelity-{key[:16]}.json"
+        return name, self._load(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
+
+    def _load_fidelity(self, subject: Subject, source: Subject, length: int) -> FidelityScore | None:
+        name, score = self._fidelity(subject, source, length)
+        return self._keep(name, score, subject) if score is not None else None
+
+    def _lengths_missing(self, subject: Subject, source: Subject) -> list[int]:
+        return [length for length in self.windows if self._fidelity(subject, source, length)[1] is None]
+
+    def _reference_path(self, source: Subject, length: int) -> Path:
+        return self.runs / "references" / self._fidelity_key(source, source, length)[:16]
+
+    def _reference(self, source: Subject, length: int) -> fidelity.Reference | None:
+        """The source's distributions; None where there are none, or where they are damaged: they are set aside."""
+        path = self._reference_path(source, length)
+        if not os.path.lexists(path):
+            return None
+        found = fidelity.Reference(path)
+        fault = found.fault(self.windows[length]) if path.is_dir() else "not a folder"
+        if fault:
+            set_aside(path, fault)
+        return None if fault else found
+
+    def _diverge(
+        self, running: Running, subject: Subject, source: Subject, length: int, bar: Progress
+    ) -> fidelity.Divergence:
+        """Compare with the source's distribution, which is made here when the subject is the source."""
+        windows, path = self.windows[length], self._reference_path(source, length)
+        step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
+        if subject is source and self._reference(source, length) is None:
+            making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
+            fidelity.make_reference(running.logits, windows, path, making)
+        return fidelity.diverge(running.logits, windows, fidelity.Reference(path), step)
+
+    def _row(self, bar: Progress, text: str, total: int) -> Callable[[], None]:
+        row = bar.add_task(text, total=total)
+        return lambda: bar.advance(row)
+
+    def _by_layer(self, subject: Subject, source: Subject, length: int, bar: Progress) -> list[float]:
+        """With the source's weights in memory, after the subject's are gone: one model at a time."""
+        if not self._layered(length) or source.stream is None or subject.stream is None:
+            return []
+        prefix = prefix_of(self.config.to_dict())
+        model = load_model(source.stream(), self.config, self.device, self.trust_remote_code)
+        step = self._row(bar, f"{subject.name}: layer by layer", self.config.num_hidden_layers)
+        reference = fidelity.Reference(self._reference_path(source, length))
+        return fidelity.diverge_by_layer(model, prefix, subject.stream(), self.windows[length], reference, step)
+
+    def _save_fidelity(
+        self, subject: Subject, source: Subject, length: int, found: fidelity.Divergence, by_layer: list[float]
+    ) -> FidelityScore:
+        key, windows = self._fidelity_key(subject, source, length), self.windows[length]
+        score = FidelityScore(
+            key=key, subject=subject.name, digest=digest_of(windows.tolist()), settings=self.settings,
+            tokens=windows.numel(), context=length, kl_by_layer=by_layer, **vars(found),
+        )  # fmt: skip
+        save(self.run / "scores" / f"fidelity-{key[:16]}.json", score)
+        return score
+
+    def _task(self, running: Running, subject: Subject, label: str, bar: Progress) -> TaskScore:
+        started = time.monotonic()
+        task, key = self.tasks[label], self._task_key(subject, label)
+        name = f"{_file_name(task)}-{key[:16]}"
+        journal = Journal.open(self.run / "scores" / f"{name}.jsonl")
+        total = len(task.problems) * self.section.samples
+        answering = bar.add_task(f"{subject.name}: answering {task.name}", total=total, completed=len(journal.texts))
+        judging = bar.add_task(f"{subject.name}: running {task.name}", total=total, completed=len(journal.judged))
+
+        def progress(answered: int, judged: int) -> None:
+            bar.update(answering, completed=answered)
+            bar.update(judging, completed=judged)
+
+        found = answer_task(running, task, self.asking, self.tokenizer, journal, progress)
+        several = self.section.samples > 1
+        score = TaskScore(
+            key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self._settings_for(subject),
+            sandbox=self.sandbox, source=task.source, left_out=task.left_out,
+            in_process=sum(problem.run == "in_process" for problem in task.problems),
+            seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
+            outcomes={problem: answers[0] for problem, answers in found.items()},
+            more={problem: answers[1:] for problem, answers in found.items()} if several else {},
+        )  # fmt: skip
+        save(self.run / "scores" / f"{name}.json", score)
+        journal.close()
+        return score
+
+
+def _load(asked: TaskSection, section: EvaluateSection) -> Task:
+    task = load_task(
+        asked.task, file=asked.file, revision=asked.revision, after=asked.after, before=asked.before
+    )  # fmt: skip
+    return solvable(subset(task, asked.limit), section.timeout, section.sandbox)
+
+
+def _file_name(task: Task) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", task.name).strip("_")

@@ -1,0 +1,175 @@
+"""What a method is: a section of a recipe that turns a decoder layer into codes, and says what it must know for it.
+
+A method is one module: its keys (they keep their public names), its function, its needs; table.py names them all.
+tests/test_additions.py adds one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from qtool.convert.files.writer import Spec
+from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.format import Format
+from qtool.convert.formats.plan import LinearPlan
+from qtool.convert.models.feeds import Feed, Matrix
+from qtool.quantize.statistics import InputStatistics
+
+SKIPPED = ["lm_head"]  # never quantized
+# a folder's name ends at 255 bytes, and the model's stands in front of it
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Needs(Enum):
+    """What a method must know of each linear's inputs on the calibration text."""
+
+    NOTHING = "nothing"
+    CHANNELS = "channels"  # the mean square of each channel of the source's inputs
+    GRAM = "gram"  # the Gram matrix of the source's inputs
+    OWN_STREAM = "own stream"  # that of the inputs which its own quantized prefix produces, and their drift
+
+    @property
+    def gram(self) -> bool:
+        """Whether Gram matrices are collected for it."""
+        return self in (Needs.GRAM, Needs.OWN_STREAM)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer of the source; or one matrix outside of them, whose ``index`` is None. Names are below
+    its prefix.
+
+    feeds: its inputs and what they feed; matrices: what is to be quantized; plans: a matrix's module -> its plan;
+    tensors: name -> tensor in the checkpoint's dtype, in host memory; weights: the same on ``device`` in the walk's
+    dtype (only where Gram matrices are collected).
+    """
+
+    index: int | None
+    feeds: tuple[Feed, ...]
+    matrices: tuple[Matrix, ...]
+    plans: Mapping[str, LinearPlan]
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    device: torch.device
+
+    def source(self, matrix: Matrix) -> Tensor:
+        """``[out, in]`` in the checkpoint's dtype, on the device."""
+        return matrix.of(self.tensors[matrix.tensor]).to(self.device)
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """The tensors that are not to be quantized, in the checkpoint's dtype."""
+        return unquantized(self.matrices, self.tensors)
+
+
+def unquantized(matrices: Sequence[Matrix], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a layer's tensors that hold none of its matrices."""
+    held = {matrix.tensor for matrix in matrices}
+    return {name: tensor for name, tensor in tensors.items() if name not in held}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method asked for. statistics: a feed's name -> those of its input, used up to spare memory where
+    ``owned``; importance: module -> mean square of its input channels ``[in]``."""
+
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    owned: bool = False
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LayerCodes:
+    """What one output keeps of one layer; names are relative to the layer.
+
+    codes: matrix -> codes. tensors: every other tensor. records: matrix -> errors. kept: what the method writes beside
+    the weights, name -> tensor as `Method.kept_specs` says.
+    """
+
+    codes: dict[str, Codes] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    records: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def dequantized(self, dtype: torch.dtype, stored: torch.dtype, casts: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The layer's state dict as a reader of the artifact gets it. ``casts``: whether a tensor is stored in
+        ``stored`` and computed with in ``dtype``."""
+        state = {name: t.to(stored).to(dtype) if casts(name) else t for name, t in self.tensors.items()}
+        return state | {f"{matrix}.weight": codes.dequantize(dtype) for matrix, codes in self.codes.items()}
+
+
+class Method(BaseModel, ABC):
+    """A section of a recipe's `outputs:`. Every child has the keys ``method`` and ``name``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    short: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names that `qtool plan --format` takes -> the keys that they stand for."""
+    grouped: ClassVar[bool] = False
+    """Whether such a name may end with a group size (`awq-g64`)."""
+
+    if TYPE_CHECKING:  # keys of every child, which keep their place among its own
+        name: str
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the walk must collect for it."""
+
+    @property
+    @abstractmethod
+    def container(self) -> Format:
+        """How the codes are stored; a key of recipes is called `format`."""
+
+    @abstractmethod
+    def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
+        """Codes of a layer. Raises QtoolError where the type of a matrix cannot hold it."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the output depends on the calibration set."""
+        return self.needs is not Needs.NOTHING
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """Of scales and of everything that is not quantized; None: each tensor keeps its own, or the format's."""
+        return None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions whose versions decide the bytes, beside those of every output."""
+        return ()
+
+    @property
+    def kept_as(self) -> str | None:
+        """What the file is called in which it keeps tensors beside the weights; None where it keeps none."""
+        return None
+
+    def kept_specs(self, matrices: Sequence[LinearPlan]) -> dict[str, Spec]:
+        """Of those tensors."""
+        return {}
+
+    @property
+    def importance_file(self) -> str | None:
+        """An importance matrix that the recipe names."""
+        return None
+
+    def require(self, device: torch.device) -> None:
+        """Raises QtoolError (exit 3) where a package is missing that `quantize` takes: before the work, not after
+        hours."""
+
+    def workspace(self, out: int, columns: int) -> int:
+        """Float32 numbers beside the weights while an input group of ``out`` rows in all is worked on."""
+        return 0
+
+    def remarks(self, ledger: Mapping[str, Mapping[str, float]]) -> list[str]:
+        """What its records say that a user should hear."""
+        return []

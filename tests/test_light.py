@@ -1,0 +1,86 @@
+"""Commands that read what is stored start without torch and transformers, whose imports take longer than the work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from qtool.runs.record import RunRecord
+
+CHILD = """
+import importlib.abc, json, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise RuntimeError(f"{name} is imported")
+        return None
+
+sys.meta_path.insert(0, Blocked())
+from qtool.cli import main
+for words, code in json.loads(sys.argv[1]):
+    try:
+        main(words, prog_name="qtool")
+    except SystemExit as end:
+        print(words, end.code)
+        assert end.code == code, (words, end.code)
+"""
+
+
+def light(*commands: tuple[Sequence[object], int]) -> subprocess.CompletedProcess[str]:
+    """Commands, each with the exit code that it must have, in a process in which torch and transformers cannot be
+    imported."""
+    words = json.dumps([([str(word) for word in command], code) for command, code in commands])
+    done = subprocess.run([sys.executable, "-P", "-c", CHILD, words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(finished: RunRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run, whose artifacts lie beside it."""
+    folder = tmp_path_factory.mktemp("light")
+    shutil.copytree(finished.folder.parent, folder / "runs")
+    for path in finished.folders.values():
+        shutil.copytree(path, folder / "artifacts" / path.name)
+    return folder / "runs"
+
+
+def test_the_block_works() -> None:
+    with pytest.raises(AssertionError, match="torch is imported"):
+        light((["reproduce", "artifacts"], 0))
+
+
+def test_help() -> None:
+    commands = "run,plan,verify,evaluate,compare,check,baseline,baseline save,report,measure,publish,pull,reproduce"
+    done = light((["--help"], 0), *(([*command.split(), "--help"], 0) for command in commands.split(",")))
+    assert done.stdout.count("Usage: qtool") == 14
+
+
+def test_what_reads_a_run(runs: Path, tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    artifact = next((runs.parent / "artifacts").glob("*awq*"))
+    commands: list[list[object]] = [
+        ["check", "latest"],
+        ["baseline", "save", "latest", baseline],
+        ["check", "latest", "--baseline", baseline, "--junit", tmp_path / "a.xml", "--json", tmp_path / "a.json"],
+        ["report", "latest", "--out", tmp_path / "out"],
+        ["compare", "latest:nf4", "latest:awq"],
+        ["compare", baseline, "latest"],
+        ["compare", artifact, "latest:awq"],
+    ]
+    done = light(*(([*words, "--runs", runs], 0) for words in commands))
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "pass  awq: verified" in done.stdout
+
+
+def test_what_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    done = light((["pull", "no name"], 2), (["check", "latest", "--runs", tmp_path], 2))
+    assert "no name of a repository" in done.stderr
+    assert "no finished run" in done.stderr
