@@ -27,7 +27,8 @@ RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the
 FINALISTS = 2  # of these, the best by plain rounding are worked out
 PASSES = 2  # over a group's scale and codes, each time it is visited
 SWEEPS = 3
-KERNEL_GROUP = 128  # the accelerator's kernel holds a group in registers
+TINY = 1e-30  # in place of a scale that was stored as zero
+BLOCK = 128  # columns visited at once where a group is a whole row
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Levels:
     sym: bool = False
     signed: bool = True
     table: tuple[float, ...] | None = None
+
+    @property
+    def rule(self) -> int:
+        """How a scale is made of a range, as the kernel numbers it."""
+        if self.table is not None:
+            return 3
+        return 2 if not self.sym else 0 if self.signed else 1
 
     @classmethod
     def of_grid(cls, spec: GridSpec, signed: bool = True) -> Levels:
@@ -85,7 +93,7 @@ def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
         stop = start + size
         aim = weight[:, start:stop].contiguous()
         group = choose(Problem(aim, torch.zeros_like(aim), aim, metrics[number]), levels, RATIOS)
-        _put(chosen, number, group)
+        _put(chosen, number, slice(start, stop), group)
         if stop < weight.shape[1]:
             upper = factor.upper[start:stop]
             error = aim - group.levels * group.scale
@@ -99,23 +107,29 @@ def descend(
 ) -> Chosen:
     """Come back to each group ``sweeps`` times, all others held; never a higher loss than before. ``gram [in, in]``:
     symmetric and positive definite. ``scales`` False: scales stay, codes move."""
-    size = levels.group_size
+    size = _block(levels.group_size)
+    scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
     inverses = torch.linalg.inv(blocks)
     chosen = Chosen(chosen.levels.clone(), chosen.scale.clone(), chosen.zero.clone())
     error = chosen.weights().sub_(target)
     for sweep in range(sweeps):
         for number, start in enumerate(range(0, target.shape[1], size)):
-            columns = slice(start, start + size)
+            columns, group = slice(start, start + size), start // levels.group_size
             with tensor_float32():
                 slope = error @ gram[:, columns]
-            before = Group(chosen.levels[:, columns].contiguous(), *_column(chosen, number))
+            before = Group(chosen.levels[:, columns].contiguous(), *_column(chosen, group))
             here = before.levels * before.scale
             problem = Problem(here, slope, here - slope @ inverses[number], blocks[number])
-            group = choose(problem, levels, RATIOS if scales and sweep == 0 else (), before, scales)
-            _put(chosen, number, group)
-            torch.sub(group.levels * group.scale, target[:, columns], out=error[:, columns])
+            after = choose(problem, levels, RATIOS if scales and sweep == 0 else (), before, scales)
+            _put(chosen, group, columns, after)
+            torch.sub(after.levels * after.scale, target[:, columns], out=error[:, columns])
     return chosen
+
+
+def _block(group_size: int) -> int:
+    """The columns of a visit: a group's, or the most below BLOCK that a larger group divides by."""
+    return group_size if group_size <= BLOCK else max(n for n in range(1, BLOCK + 1) if group_size % n == 0)
 
 
 @dataclass(frozen=True)
@@ -143,10 +157,16 @@ def choose(
 ) -> Group:
     """The best found, row by row: ``current`` and the finalists among ``ratios`` of the covering scale, each improved
     by PASSES over scale (if ``scales``) and codes."""
-    if problem.aim.is_cuda and levels.group_size <= KERNEL_GROUP:
-        from qtool.quantize.descent_kernels import choose as on_accelerator
+    if problem.aim.is_cuda:
+        from qtool.quantize import descent_kernels
 
-        return Group(*on_accelerator(problem, levels, ratios, current, scales, FINALISTS, PASSES))
+        if descent_kernels.fits(problem.aim.shape[1]):
+            parts = (problem.here, problem.slope, problem.aim, problem.metric)
+            begun = None if current is None else (current.levels, current.scale, current.zero)
+            return Group(*descent_kernels.choose(
+                parts, ratios, begun, levels.table or (), levels.top, levels.rule, levels.dtype, scales, FINALISTS,
+                PASSES,
+            ))  # fmt: skip
     here, slope, aim = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
     p = _Columns(here, slope, aim, problem.metric)
     starts = [] if current is None else [(current.levels.t().contiguous(), current.scale.t(), current.zero.t())]
@@ -204,7 +224,7 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def nearest(weights: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Tensor:
     """The level nearest to each of ``weights``, for a scale and zero that broadcast to them."""
-    ratio = weights / scale
+    ratio = weights / torch.where(scale == 0, TINY, scale)
     if levels.table is None:
         return torch.minimum(torch.maximum(ratio.round_(), -zero), levels.top - zero)
     table = torch.tensor(levels.table, device=weights.device)
@@ -259,8 +279,7 @@ def _column(chosen: Chosen, number: int) -> tuple[Tensor, Tensor]:
     return chosen.scale[:, number : number + 1].contiguous(), chosen.zero[:, number : number + 1].contiguous()
 
 
-def _put(chosen: Chosen, number: int, group: Group) -> None:
-    size = group.levels.shape[1]
-    chosen.levels[:, number * size : (number + 1) * size] = group.levels
+def _put(chosen: Chosen, number: int, columns: slice, group: Group) -> None:
+    chosen.levels[:, columns] = group.levels
     chosen.scale[:, number : number + 1] = group.scale
     chosen.zero[:, number : number + 1] = group.zero

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 # Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from qtool.quantize.descent import Group, Levels, Problem
 
 SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
@@ -42,7 +38,7 @@ def _store(scale, kind: tl.constexpr):
 @triton.jit
 def _level(weight, scale, zero, table, middles, top: tl.constexpr, rule: tl.constexpr):
     """quantize.descent.nearest."""
-    ratio = tl.div_rn(weight, scale + tl.zeros_like(weight))
+    ratio = tl.div_rn(weight, tl.where(scale == 0, 1e-30, scale) + tl.zeros_like(weight))
     if rule == 3:
         number = tl.zeros_like(ratio).to(tl.int32)
         for step in tl.static_range(15):
@@ -178,24 +174,30 @@ def _choose_kernel(
 
 
 def choose(
-    problem: Problem, levels: Levels, ratios: Sequence[float], current: Group | None, scales: bool, finalists: int,
-    passes: int,
+    problem: Sequence[Tensor], ratios: Sequence[float], current: Sequence[Tensor] | None, table: Sequence[float],
+    top: int, rule: int, dtype: torch.dtype, scales: bool, finalists: int, passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Levels ``[out, g]``, scale and zero ``[out, 1]``: as quantize.descent.choose."""
-    out, columns = problem.aim.shape
-    if columns < 16 or columns & (columns - 1) or len(ratios) > SLOTS:
+    """Levels ``[out, g]``, scale and zero ``[out, 1]``: as quantize.descent.choose. ``problem``: here, slope, aim
+    ``[out, g]`` and metric ``[g, g]``; ``current``: levels, scale, zero; ``rule``: SIGNED … TABLE; ``dtype``: of scales
+    as they are stored."""
+    *sides, metric = problem
+    out, columns = sides[0].shape
+    if not fits(columns) or len(ratios) > SLOTS:
         raise ValueError(f"groups of {columns} columns, {len(ratios)} candidates")
-    rule = TABLE if levels.table is not None else RANGE if not levels.sym else SIGNED if levels.signed else MIRRORED
-    kind = STORED[levels.dtype]
-    level, scale, zero = problem.aim.new_empty(columns, out), *problem.aim.new_empty(2, out, 1)
-    table = problem.aim.new_tensor(levels.table or (0.0, 0.0))
-    given = (scale, zero) if current is None else (current.scale.contiguous(), current.zero.contiguous())
-    middles = (table[1:] + table[:-1]) / 2
-    inputs = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
+    level, scale, zero = metric.new_empty(columns, out), *metric.new_empty(2, out, 1)
+    places = metric.new_tensor(list(table) or [0.0, 0.0])
+    middles = (places[1:] + places[:-1]) / 2
+    begun = (level, scale, zero) if current is None else (current[0].t(), current[1], current[2])
     _choose_kernel[(triton.cdiv(out, ROWS),)](
-        *inputs, problem.metric.contiguous(), level if current is None else current.levels.t().contiguous(), *given,
-        torch.empty_like(level), level, scale, zero, problem.aim.new_tensor(list(ratios) or [1.0]), table, middles,
+        *(side.t().contiguous() for side in sides), metric.contiguous(), *(tensor.contiguous() for tensor in begun),
+        torch.empty_like(level), level, scale, zero, metric.new_tensor(list(ratios) or [1.0]), places, middles,
         out, len(ratios), min(finalists, len(ratios)), passes,
-        columns, min(columns, PART), levels.top, rule, kind, current is not None, scales, SLOTS, ROWS, num_warps=WARPS,
+        columns, min(columns, PART), top, rule, STORED[dtype], current is not None, scales, SLOTS, ROWS,
+        num_warps=WARPS,
     )  # fmt: skip
     return level.t(), scale, zero
+
+
+def fits(columns: int) -> bool:
+    """Whether the kernel takes groups of so many columns."""
+    return 16 <= columns <= 128 and columns & (columns - 1) == 0

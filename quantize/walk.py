@@ -156,7 +156,8 @@ class Walk:
             del statistics
             if alone and not last:
                 stored, casts = method.stored_dtype or self.dtype, self.decoder.family.casts
-                self._fill(index, result.dequantized(self.dtype, stored, casts))
+                state = result.dequantized(self.dtype, stored, casts)
+                self._fill(index, {name: tensor.to(self.device) for name, tensor in state.items()})
                 advance(module, streams[method.name], calls)
         module.to("meta")
         squares: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ CONTAINER = '''
 import torch
 from qtool.convert.formats.codes import UniformCodes
 
-MARK, SUFFIXES, POSITIVE = "weight_int8", ("weight_int8", "weight_step"), ("weight_step",)
+MARK, SUFFIXES, POSITIVE, NONZERO = "weight_int8", ("weight_int8", "weight_step"), ("weight_step",), ()
 BY_ROW, EXPANDS, COPIES, KEYS = True, False, (), frozenset({"quant_method"})
 
 def skipped(section): return []

@@ -19,6 +19,7 @@ from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibble
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 POSITIVE: tuple[str, ...] = ("scales",)
+NONZERO: tuple[str, ...] = ()
 BY_ROW = True
 EXPANDS = False
 COPIES: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ class Container(Protocol):
     SUFFIXES: tuple[str, ...]
     """All suffixes that may replace ``weight``."""
     POSITIVE: tuple[str, ...]
+    NONZERO: tuple[str, ...]
     """Suffixes of tensors whose numbers are all above zero."""
     BY_ROW: bool
     """Whether a scale belongs to columns of one row, so that the group size must divide them."""

@@ -1,27 +1,41 @@
-"""NF4 through bitsandbytes' own kernels, one tensor at a time.
+"""NF4 in bitsandbytes' blocks: by its own kernels, or with scales and codes that make up for each other's errors.
 
-Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. A block's scale need not be its
+largest magnitude, and a code need not be the nearest: ../descent.py chooses both for the inputs that will come, in the
+same bytes that bitsandbytes reads.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
 from qtool.convert.formats.shards import Shards
+from qtool.quantize import descent
+from qtool.quantize.descent import Chosen, Levels
 from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, Method, Name, Needs
+from qtool.quantize.methods.number import Number
+from qtool.quantize.precision import tensor_float32
+from qtool.quantize.rounding import factorize, propagated_target
+from qtool.quantize.scaling import output_error
+from qtool.quantize.statistics import InputStatistics
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
 
 
 class Nf4Method(Method):
-    """NF4 by bitsandbytes; needs no calibration. What is not quantized keeps the source's dtype."""
+    """NF4 for bitsandbytes. What is not quantized keeps the source's dtype.
+
+    ``rounding: absmax`` leaves all to bitsandbytes and needs no calibration; ``descent`` chooses on Gram matrices.
+    """
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nf4": {}}
 
@@ -29,11 +43,21 @@ class Nf4Method(Method):
     name: Name = "nf4"
     double_quant: bool = True
     blocksize: Literal[64] = 64
+    rounding: Literal["descent", "absmax"] = "descent"
+    damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    propagate_error: bool = True
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25
 
     @property
     def needs(self) -> Needs:
-        """NF4's values are fixed."""
-        return Needs.NOTHING
+        """Largest magnitudes ask no text."""
+        if self.rounding == "absmax":
+            return Needs.NOTHING
+        return Needs.OWN_STREAM if self.propagate_error else Needs.GRAM
+
+    def workspace(self, out: int, columns: int) -> int:
+        """As other methods that compensate."""
+        return 3 * columns**2 + 6 * out * columns if self.needs.gram else 0
 
     @property
     def container(self) -> Shards:
@@ -50,16 +74,90 @@ class Nf4Method(Method):
         load_bitsandbytes()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
-        """In the dtype of the checkpoint; one matrix at a time is on the device. Only ``|W - Ŵ| / |W|`` is recorded."""
+        """In the dtype of the checkpoint. Records ``|W - Ŵ| / |W|`` and, where Gram matrices are known, the relative
+        output errors of bitsandbytes' own codes and of these."""
         output = LayerCodes(tensors=layer.others)
-        for matrix in layer.matrices:
+        for feed in layer.feeds if self.needs.gram else ():
+            stats = inputs.statistics[feed.name]
+            sources = [layer.source(matrix) for matrix in feed.consumers]
+            chosen = self._choose(sources, stats)
+            for matrix, source, blocks in zip(feed.consumers, sources, chosen, strict=True):
+                output.codes[matrix.module] = blocks
+                output.records[matrix.module] = self._record(source, blocks, stats.gram)
+        for matrix in () if self.needs.gram else layer.matrices:
             weight = layer.source(matrix)
             blocks = quantize_nf4(weight, self.blocksize, self.double_quant)
             output.codes[matrix.module] = blocks
-            source = weight.float()
-            error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
-            output.records[matrix.module] = {"frobenius": float(f"{float(error):.6g}")}
+            output.records[matrix.module] = {"frobenius": _figure(_distance(weight.float(), blocks))}
         return output
+
+    def _choose(self, sources: Sequence[Tensor], stats: InputStatistics) -> list[Nf4Blocks]:
+        """Of the matrices of one feed. Rows that end inside a block share it with the next: bitsandbytes' own codes."""
+        columns = sources[0].shape[1]
+        if columns % self.blocksize:
+            return [quantize_nf4(source, self.blocksize, self.double_quant) for source in sources]
+        target = torch.cat([source.float() for source in sources])
+        factor = factorize(stats.gram, self.damp_percent)
+        goal = target
+        if stats.drift is not None:
+            with tensor_float32():
+                goal = propagated_target(target, stats.output_drift(target), factor, self.propagate_strength)
+        levels = Levels(15, self.blocksize, torch.float32, table=bnb_nf4.NF4)
+        diagonal = stats.gram.diagonal().clone()
+        begun = descent.begin(goal, factor, levels)
+        stats.gram.diagonal().add_(factor.damp * diagonal.mean())
+        sizes = [source.shape[0] for source in sources]
+        if self.double_quant:  # scales are rounded once they are good, then codes make up for that
+            begun = descent.descend(goal, begun, stats.gram, levels, sweeps=2)
+            nested = [_nested(scale) for scale in begun.scale.split(sizes)]
+            scales = torch.cat([scale for scale, _, _ in nested])
+            begun = Chosen(begun.levels, scales, begun.zero)
+            chosen = descent.descend(goal, begun, stats.gram, levels, scales=False)
+            maxima: list[tuple[Tensor, Nested | None]] = [(absmax, second) for _, absmax, second in nested]
+        else:
+            chosen = descent.descend(goal, begun, stats.gram, levels)
+            maxima = [(scale.flatten(), None) for scale in chosen.scale.split(sizes)]
+        stats.gram.diagonal().copy_(diagonal)
+        parts = zip(sources, chosen.levels.split(sizes), maxima, strict=True)
+        return [_blocks(source, levels, *absmax, self.blocksize) for source, levels, absmax in parts]
+
+    def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
+        wide = source.float()
+        plain = quantize_nf4(source, self.blocksize, self.double_quant).dequantize().sub_(wide)
+        energy = output_error(wide, gram).clamp_min(1e-30)
+        errors = [plain, blocks.dequantize().sub_(wide)]
+        rtn, own = ((output_error(error, gram).clamp_min(0) / energy).sqrt() for error in errors)
+        return {"rtn_error": _figure(rtn), "error": _figure(own), "frobenius": _figure(_distance(wide, blocks))}
+
+
+def _distance(source: Tensor, blocks: Nf4Blocks) -> Tensor:
+    """``|W - Ŵ| / |W|``."""
+    distance: Tensor = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
+    return distance
+
+
+def _figure(value: Tensor) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def _nested(scale: Tensor) -> tuple[Tensor, Tensor, Nested]:
+    """Scales ``[out, blocks of a row]`` in eight bits, as bitsandbytes' quantize_4bit stores largest magnitudes:
+    (what a reader makes of them, uint8 ``[blocks]``, the rest)."""
+    functional = load_bitsandbytes()
+    offset = scale.mean()
+    absmax, state = functional.quantize_blockwise(scale.flatten() - offset, blocksize=bnb_nf4.NESTED_BLOCK)
+    nested = Nested(state.absmax, state.code, state.blocksize, float(offset))
+    read = Nf4Blocks(absmax, absmax, state.code, (1, 1), 1, torch.float32, nested).block_maxima()
+    return read.view_as(scale), absmax, nested
+
+
+def _blocks(source: Tensor, levels: Tensor, absmax: Tensor, nested: Nested | None, blocksize: int) -> Nf4Blocks:
+    """``levels [out, in]``: values of the table."""
+    table = levels.new_tensor(bnb_nf4.NF4)
+    codes = torch.bucketize(levels.flatten(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    packed = (codes[0::2] << 4 | codes[1::2]).unsqueeze(1)
+    out, columns = source.shape
+    return Nf4Blocks(packed, absmax, table, (out, columns), blocksize, source.dtype, nested)
 
 
 def load_bitsandbytes() -> Any:

@@ -16,8 +16,9 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Rows
+from qtool.quantize import descent, rounding, scaling
 from qtool.quantize import grid as grids
-from qtool.quantize import rounding, scaling
+from qtool.quantize.descent import Chosen, Levels
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, unquantized
 from qtool.quantize.methods.number import Number
@@ -32,6 +33,8 @@ class OnGrid(Protocol):
 
     clip: bool
     damp_percent: float
+    descent: bool
+    signed: bool
     propagate_error: bool
     propagate_strength: float
 
@@ -52,6 +55,7 @@ class GridMethod(Method):
     """What AWQ and GPTQ outputs have in common."""
 
     clip: bool = True
+    descent: bool = True
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
@@ -82,7 +86,8 @@ class GridMethod(Method):
 
     def workspace(self: OnGrid, out: int, columns: int) -> int:
         """Three matrices like the Gram matrix to factorize it, and copies of the weights."""
-        compensated = 3 * columns**2 + 4 * out * columns if self.rounding == "gptq" else 0
+        copies = 6 if self.descent else 4
+        compensated = 3 * columns**2 + copies * out * columns if self.rounding == "gptq" else 0
         return max(compensated, (6 if self.scaling == "awq" else 4) * out * columns)
 
     def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
@@ -217,7 +222,10 @@ def _round_feed(
         if drift is not None:
             with tensor_float32():
                 goal = rounding.propagated_target(target, drift, factor, method.propagate_strength)
-        rounded = rounding.gptq(goal, factor, spec, method.clip, gram)
+        if method.descent:
+            rounded = _descend(method, goal, factor, gram, spec)
+        else:
+            rounded = rounding.gptq(goal, factor, spec, method.clip, gram)
         damp = factor.damp
         del factor, goal, drift
     else:
@@ -238,6 +246,22 @@ def _round_feed(
         with tensor_float32() if method.rounding == "rtn" else nullcontext():
             loss = scaling.output_error(error, gram)
         output.records[module] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
+
+
+def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor, spec: GridSpec) -> rounding.Rounded:
+    """Scales and codes by descent, from one pass in the columns' order; with act-order, and where a row is one group,
+    from GPTQ's codes. ``gram``: damped as the factor is, and put back."""
+    levels = Levels.of_grid(spec, method.signed)
+    if factor.order is None and spec.group_size <= descent.BLOCK:
+        begun = descent.begin(goal, factor, levels)
+    else:
+        plain = rounding.gptq(goal.clone(), factor, spec, method.clip, gram)
+        begun = Chosen(grids.minus_zeros(plain.codes, plain.grid), plain.grid.scale, plain.grid.zero)
+    diagonal = gram.diagonal().clone()
+    gram.diagonal().add_(factor.damp * diagonal.mean())
+    chosen = descent.descend(goal, begun, gram, levels)
+    gram.diagonal().copy_(diagonal)
+    return rounding.Rounded(chosen.codes(), chosen.grid)
 
 
 def _record(
