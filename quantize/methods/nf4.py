@@ -19,9 +19,10 @@ from qtool import QtoolError
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
 from qtool.convert.formats.shards import Shards
+from qtool.convert.models.feeds import Feed
 from qtool.quantize import descent
 from qtool.quantize.descent import Chosen, Levels
-from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, Method, Name, Needs
+from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.rounding import factorize, propagated_target
@@ -74,56 +75,85 @@ class Nf4Method(Method):
         load_bitsandbytes()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
-        """In the dtype of the checkpoint. Records ``|W - Ŵ| / |W|`` and, where Gram matrices are known, the relative
-        output errors of bitsandbytes' own codes and of these."""
+        """In the dtype of the checkpoint; one matrix at a time is on the device. By largest magnitudes, only
+        ``|W - Ŵ| / |W|`` is recorded."""
+        if self.needs.gram:
+            work = Nf4Work(self, layer)
+            for feed in layer.feeds:
+                work.round(feed, inputs.statistics[feed.name])
+            return work.finish()
         output = LayerCodes(tensors=layer.others)
-        for feed in layer.feeds if self.needs.gram else ():
-            stats = inputs.statistics[feed.name]
-            sources = [layer.source(matrix) for matrix in feed.consumers]
-            chosen = self._choose(sources, stats)
-            for matrix, source, blocks in zip(feed.consumers, sources, chosen, strict=True):
-                output.codes[matrix.module] = blocks
-                output.records[matrix.module] = self._record(source, blocks, stats.gram)
-        for matrix in () if self.needs.gram else layer.matrices:
+        for matrix in layer.matrices:
             weight = layer.source(matrix)
             blocks = quantize_nf4(weight, self.blocksize, self.double_quant)
             output.codes[matrix.module] = blocks
             output.records[matrix.module] = {"frobenius": _figure(_distance(weight.float(), blocks))}
         return output
 
+    def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
+        """Nothing is folded."""
+        return Nf4Work(self, layer)
+
+
+class Nf4Work(LayerWork):
+    """Records ``|W - Ŵ| / |W|`` and the relative output errors of bitsandbytes' own codes and of these."""
+
+    def __init__(self, method: Nf4Method, layer: Layer) -> None:
+        self._method, self._layer, self._done = method, layer, LayerCodes(tensors=layer.others)
+
+    def target(self, feed: Feed) -> Tensor:
+        """As `LayerWork.target`."""
+        return torch.cat([self._layer.source(matrix).float() for matrix in feed.consumers])
+
+    def left(self) -> dict[str, Tensor]:
+        """As `LayerWork.left`."""
+        layer, codes = self._layer, self._done.codes
+        return {one.module: layer.source(one) for one in layer.matrices if one.module not in codes}
+
+    def finish(self) -> LayerCodes:
+        """As `LayerWork.finish`."""
+        return self._done
+
+    def round(self, feed: Feed, stats: InputStatistics) -> None:
+        """As `LayerWork.round`."""
+        sources = [self._layer.source(matrix) for matrix in feed.consumers]
+        for matrix, source, blocks in zip(feed.consumers, sources, self._choose(sources, stats), strict=True):
+            self._done.codes[matrix.module] = blocks
+            self._done.records[matrix.module] = self._record(source, blocks, stats.gram)
+
     def _choose(self, sources: Sequence[Tensor], stats: InputStatistics) -> list[Nf4Blocks]:
         """Of the matrices of one feed. Rows that end inside a block share it with the next: bitsandbytes' own codes."""
-        columns = sources[0].shape[1]
-        if columns % self.blocksize:
-            return [quantize_nf4(source, self.blocksize, self.double_quant) for source in sources]
+        method = self._method
+        if sources[0].shape[1] % method.blocksize:
+            return [quantize_nf4(source, method.blocksize, method.double_quant) for source in sources]
         target = torch.cat([source.float() for source in sources])
-        factor = factorize(stats.gram, self.damp_percent)
+        factor = factorize(stats.gram, method.damp_percent)
         goal = target
         if stats.drift is not None:
             with tensor_float32():
-                goal = propagated_target(target, stats.output_drift(target), factor, self.propagate_strength)
-        levels = Levels(15, self.blocksize, torch.float32, table=bnb_nf4.NF4)
-        diagonal = stats.gram.diagonal().clone()
+                goal = propagated_target(target, stats.output_drift(target), factor, method.propagate_strength)
+        levels = Levels(15, method.blocksize, torch.float32, table=bnb_nf4.NF4)
         begun = descent.begin(goal, factor, levels)
+        diagonal = stats.gram.diagonal().clone()
         stats.gram.diagonal().add_(factor.damp * diagonal.mean())
         sizes = [source.shape[0] for source in sources]
-        if self.double_quant:  # scales are rounded once they are good, then codes make up for that
+        maxima: list[tuple[Tensor, Nested | None]]
+        if method.double_quant:  # scales are rounded once they are good, then codes make up for that
             begun = descent.descend(goal, begun, stats.gram, levels, sweeps=2)
             nested = [_nested(scale) for scale in begun.scale.split(sizes)]
-            scales = torch.cat([scale for scale, _, _ in nested])
-            begun = Chosen(begun.levels, scales, begun.zero)
+            begun = Chosen(begun.levels, torch.cat([scale for scale, _, _ in nested]), begun.zero)
             chosen = descent.descend(goal, begun, stats.gram, levels, scales=False)
-            maxima: list[tuple[Tensor, Nested | None]] = [(absmax, second) for _, absmax, second in nested]
+            maxima = [(absmax, second) for _, absmax, second in nested]
         else:
             chosen = descent.descend(goal, begun, stats.gram, levels)
             maxima = [(scale.flatten(), None) for scale in chosen.scale.split(sizes)]
         stats.gram.diagonal().copy_(diagonal)
         parts = zip(sources, chosen.levels.split(sizes), maxima, strict=True)
-        return [_blocks(source, levels, *absmax, self.blocksize) for source, levels, absmax in parts]
+        return [_blocks(source, own, absmax, second, method.blocksize) for source, own, (absmax, second) in parts]
 
     def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
-        wide = source.float()
-        plain = quantize_nf4(source, self.blocksize, self.double_quant).dequantize().sub_(wide)
+        wide, method = source.float(), self._method
+        plain = quantize_nf4(source, method.blocksize, method.double_quant).dequantize().sub_(wide)
         energy = output_error(wide, gram).clamp_min(1e-30)
         errors = [plain, blocks.dequantize().sub_(wide)]
         rtn, own = ((output_error(error, gram).clamp_min(0) / energy).sqrt() for error in errors)
