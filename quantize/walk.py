@@ -22,9 +22,9 @@ from qtool.convert.formats.plan import OutputPlan, walk_order
 from qtool.convert.models.feeds import Feed, whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, adder, advance, captured, of_own_stream, run_layer
+from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, advance, captured, feed_through, run_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
@@ -144,24 +144,77 @@ class Walk:
         index, feeds = layer.index, layer.feeds
         assert index is not None
         module = self._fill(index, layer.weights)
-        shared, own = self._collect(module, feeds, hidden, streams, calls, last)
+        shared = self._collect(module, feeds, hidden, calls, last)
+        works = {}
+        for output in self.on_grams:
+            if output.own_stream:
+                works[output.method.name] = output.method.begin(self._planned(layer, output), Inputs(shared))
+        squares = self._squares(index, feeds, shared) if self.weighing else {}
         results = {}
-        for number, output in enumerate(self.on_grams):
-            method, alone = output.method, output.own_stream
-            owned = alone or all(other.own_stream for other in self.on_grams[number + 1 :])
-            statistics = own.pop(method.name, shared)
-            self._check_range(index, method, statistics, hidden)
-            result = method.quantize(self._planned(layer, output), Inputs(statistics, owned))
-            results[method.name] = result
-            del statistics
-            if alone and not last:
-                stored, casts = method.stored_dtype or self.dtype, self.decoder.family.casts
-                state = result.dequantized(self.dtype, stored, casts)
-                self._fill(index, {name: tensor.to(self.device) for name, tensor in state.items()})
-                advance(module, streams[method.name], calls)
+        sharing = [output for output in self.on_grams if not output.own_stream]
+        for number, output in enumerate(sharing):
+            self._check_inputs(index, output.method, shared)
+            owned = number == len(sharing) - 1
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
+        del shared
+        if works:
+            results |= self._round_streams(layer, module, works, hidden, streams, calls)
+        for output in self.on_grams:
+            self._check_outputs(index, output.method, hidden)
+            if output.own_stream and not last:
+                self._fill(index, self._state(output, results[output.method.name]))
+                advance(module, streams[output.method.name], calls)
         module.to("meta")
+        return results, squares
+
+    def _round_streams(
+        self, layer: Layer, module: nn.Module, works: Mapping[str, LayerWork], hidden: Hidden,
+        streams: dict[str, Hidden], calls: Calls,
+    ) -> dict[str, LayerCodes]:  # fmt: skip
+        """One feed after the other, for every output with a stream of its own: its inputs as the layer makes them by
+        then, beside the source's; then its codes. ``hidden`` moves on to the layer's outputs."""
+        index, before = layer.index or 0, list[str]()
+        outputs = {name: next(one for one in self.outputs if one.method.name == name) for name in works}
+        for feed in layer.feeds:
+            final = feed is layer.feeds[-1]
+            states = {name: self._state(outputs[name], work) for name, work in works.items()}
+            own = {name: self._own_statistics(feed, work) for name, work in works.items()}
+            for number, batch in enumerate(hidden):
+                self._fill(index, layer.weights)
+                source = feed_through(module, feed, before, batch, calls, to_end=final)
+                for name, work in works.items():
+                    self._fill(index, states[name])
+                    fed = feed_through(module, feed, before, streams[name][number], calls)
+                    behind = None if source.hidden is None or fed.hidden is None else source.hidden - fed.hidden
+                    own[name].add(fed.inputs, source.inputs, work.divisor(feed), behind)
+                if source.output is not None:
+                    hidden[number] = source.output
+            for name, work in works.items():
+                stats = own.pop(name)
+                stats.finish()
+                self._check_inputs(index, outputs[name].method, {feed.name: stats})
+                work.round(feed, stats)
+            before += [feed.name] if feed.adds else []
+        return {name: work.finish() for name, work in works.items()}
+
+    def _state(self, output: Column, made: LayerCodes | LayerWork) -> dict[str, Tensor]:
+        """A layer as an output's reader gets it, on the device."""
+        stored, casts = output.method.stored_dtype or self.dtype, self.decoder.family.casts
+        if isinstance(made, LayerWork):
+            state = made.state(self.dtype, stored, casts)
+        else:
+            state = made.dequantized(self.dtype, stored, casts)
+        return {name: tensor.to(self.device) for name, tensor in state.items()}
+
+    def _own_statistics(self, feed: Feed, work: LayerWork) -> InputStatistics:
+        """Empty; the drift goes through the weights where that makes it smaller, or where hidden states join it."""
+        target = work.target(feed)
+        through = feed.adds or target.shape[0] < target.shape[1]
+        return InputStatistics(through=target.to(self.dtype) if through else None)
+
+    def _squares(self, index: int, feeds: Sequence[Feed], shared: Mapping[str, InputStatistics]) -> dict[str, Tensor]:
         squares: dict[str, Tensor] = {}
-        for feed in feeds if self.weighing else ():
+        for feed in feeds:
             row = shared[feed.name].mean_square
             if not bool(row.isfinite().all()):
                 raise QtoolError(
@@ -169,7 +222,7 @@ class Walk:
                     "the source model is broken."
                 )
             squares |= dict.fromkeys((matrix.module for matrix in feed.consumers), row)
-        return results, squares
+        return squares
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""
@@ -186,43 +239,36 @@ class Walk:
         return {name.removeprefix(at): row for name, row in given.items() if name.startswith(at)}
 
     def _collect(
-        self,
-        layer: nn.Module,
-        feeds: Sequence[Feed],
-        hidden: Hidden,
-        streams: dict[str, Hidden],
-        calls: Calls,
-        last: bool,
-    ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
-        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
-        after the last layer only the float16 range of outputs that take Gram matrices is asked of."""
-        done = last and not self.on_grams
-        wants_source = not all(output.own_stream for output in self.on_grams)
-        shared = {feed.name: InputStatistics(channels_only=not wants_source) for feed in feeds}
-        own = {name: {feed.name: of_own_stream(layer, feed) for feed in feeds} for name in streams}
+        self, layer: nn.Module, feeds: Sequence[Feed], hidden: Hidden, calls: Calls, last: bool
+    ) -> dict[str, InputStatistics]:
+        """Statistics of the source's stream, as far as any output asks for them. ``hidden`` moves on to the layer's
+        outputs, unless streams of outputs are still to be held against it; after the last layer only the float16 range
+        of outputs that take Gram matrices asks for it."""
+        streams = any(output.own_stream for output in self.on_grams)
+        grams = any(not output.own_stream or output.method.asks_source for output in self.on_grams)
+        shared = {feed.name: InputStatistics(channels_only=not grams) for feed in feeds}
+        if streams and not grams and not self.weighing:
+            return shared
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
+            done = streams or (last and not self.on_grams)
             with suppress(Enough), captured(layer, feeds, inputs.__setitem__, enough=done):
                 hidden[number] = run_layer(layer, states, calls)
-            if wants_source or self.weighing:
-                for name, x in inputs.items():
-                    shared[name].add(x)
-            for stream, batches in streams.items():
-                # every input is known before the last linears have run: their products are spared
-                with suppress(Enough), captured(layer, feeds, adder(own[stream], inputs), enough=True):
-                    run_layer(layer, batches[number], calls)
-        for statistics in (shared, *own.values()):
-            for stats in statistics.values():
-                if stats.tokens:
-                    stats.finish()
-        return shared, own
+            for name, x in inputs.items():
+                shared[name].add(x)
+        for stats in shared.values():
+            stats.finish()
+        return shared
 
-    def _check_range(
-        self, index: int, method: Method, statistics: Mapping[str, InputStatistics], hidden: Hidden
-    ) -> None:
-        prefix = f"{self.decoder.prefix}{index}"
+    def _check_inputs(self, index: int, method: Method, statistics: Mapping[str, InputStatistics]) -> None:
         peaks = {f"the input of {name}": stats.absmax.max() for name, stats in statistics.items()}
-        peaks["its output"] = torch.stack([states.abs().amax() for states in hidden]).amax()
+        self._check_range(index, method, peaks)
+
+    def _check_outputs(self, index: int, method: Method, hidden: Hidden) -> None:
+        self._check_range(index, method, {"its output": torch.stack([states.abs().amax() for states in hidden]).amax()})
+
+    def _check_range(self, index: int, method: Method, peaks: Mapping[str, Tensor]) -> None:
+        prefix = f"{self.decoder.prefix}{index}"
         values = torch.stack([peak.float() for peak in peaks.values()]).tolist()
         for (what, _), value in zip(peaks.items(), values, strict=True):
             if not value < float("inf"):
