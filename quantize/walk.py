@@ -22,14 +22,13 @@ from qtool.convert.formats.plan import OutputPlan, walk_order
 from qtool.convert.models.feeds import Feed, whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, advance, captured, feed_through, run_layer
+from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, advance, captured, run_layer
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
+from qtool.quantize.soundness import refuse_range, refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
-
-FLOAT16_MAX = 65504.0
+from qtool.quantize.streams import Passage, Stream
 
 
 @dataclass(frozen=True)
@@ -145,72 +144,31 @@ class Walk:
         assert index is not None
         module = self._fill(index, layer.weights)
         shared = self._collect(module, feeds, hidden, calls, last)
-        works = {}
+        own, results = [], {}
         for output in self.on_grams:
             if output.own_stream:
-                works[output.method.name] = output.method.begin(self._planned(layer, output), Inputs(shared))
+                work = output.method.begin(self._planned(layer, output), Inputs(shared))
+                own.append(Stream(output.method, streams[output.method.name], work))
         squares = self._squares(index, feeds, shared) if self.weighing else {}
-        results = {}
         sharing = [output for output in self.on_grams if not output.own_stream]
         for number, output in enumerate(sharing):
-            self._check_inputs(index, output.method, shared)
+            peaks = {f"the input of {name}": stats.absmax.max() for name, stats in shared.items()}
+            refuse_range(self._named(index), output.method, peaks)
             owned = number == len(sharing) - 1
             results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
         del shared
-        if works:
-            results |= self._round_streams(layer, module, works, hidden, streams, calls)
+        passage = Passage(self._named(index), layer, module, hidden, calls, self.dtype, self.decoder.family)
+        if own:
+            passage.round(own)
         for output in self.on_grams:
-            self._check_outputs(index, output.method, hidden)
-            if output.own_stream and not last:
-                self._fill(index, self._state(output, results[output.method.name]))
-                advance(module, streams[output.method.name], calls)
+            largest = torch.stack([states.abs().amax() for states in hidden]).amax()
+            refuse_range(self._named(index), output.method, {"its output": largest})
+        for stream in own:
+            results[stream.method.name] = stream.work.finish()
+            if not last:
+                passage.advance(stream)
         module.to("meta")
         return results, squares
-
-    def _round_streams(
-        self, layer: Layer, module: nn.Module, works: Mapping[str, LayerWork], hidden: Hidden,
-        streams: dict[str, Hidden], calls: Calls,
-    ) -> dict[str, LayerCodes]:  # fmt: skip
-        """One feed after the other, for every output with a stream of its own: its inputs as the layer makes them by
-        then, beside the source's; then its codes. ``hidden`` moves on to the layer's outputs."""
-        index, before = layer.index or 0, list[str]()
-        outputs = {name: next(one for one in self.outputs if one.method.name == name) for name in works}
-        for feed in layer.feeds:
-            final = feed is layer.feeds[-1]
-            states = {name: self._state(outputs[name], work) for name, work in works.items()}
-            own = {name: self._own_statistics(feed, work) for name, work in works.items()}
-            for number, batch in enumerate(hidden):
-                self._fill(index, layer.weights)
-                source = feed_through(module, feed, before, batch, calls, to_end=final)
-                for name, work in works.items():
-                    self._fill(index, states[name])
-                    fed = feed_through(module, feed, before, streams[name][number], calls)
-                    behind = None if source.hidden is None or fed.hidden is None else source.hidden - fed.hidden
-                    own[name].add(fed.inputs, source.inputs, work.divisor(feed), behind)
-                if source.output is not None:
-                    hidden[number] = source.output
-            for name, work in works.items():
-                stats = own.pop(name)
-                stats.finish()
-                self._check_inputs(index, outputs[name].method, {feed.name: stats})
-                work.round(feed, stats)
-            before += [feed.name] if feed.adds else []
-        return {name: work.finish() for name, work in works.items()}
-
-    def _state(self, output: Column, made: LayerCodes | LayerWork) -> dict[str, Tensor]:
-        """A layer as an output's reader gets it, on the device."""
-        stored, casts = output.method.stored_dtype or self.dtype, self.decoder.family.casts
-        if isinstance(made, LayerWork):
-            state = made.state(self.dtype, stored, casts)
-        else:
-            state = made.dequantized(self.dtype, stored, casts)
-        return {name: tensor.to(self.device) for name, tensor in state.items()}
-
-    def _own_statistics(self, feed: Feed, work: LayerWork) -> InputStatistics:
-        """Empty; the drift goes through the weights where that makes it smaller, or where hidden states join it."""
-        target = work.target(feed)
-        through = feed.adds or target.shape[0] < target.shape[1]
-        return InputStatistics(through=target.to(self.dtype) if through else None)
 
     def _squares(self, index: int, feeds: Sequence[Feed], shared: Mapping[str, InputStatistics]) -> dict[str, Tensor]:
         squares: dict[str, Tensor] = {}
@@ -218,7 +176,7 @@ class Walk:
             row = shared[feed.name].mean_square
             if not bool(row.isfinite().all()):
                 raise QtoolError(
-                    f"{self.decoder.prefix}{index}: the input of {feed.name} is NaN or Inf on the calibration text; "
+                    f"{self._named(index)}: the input of {feed.name} is NaN or Inf on the calibration text; "
                     "the source model is broken."
                 )
             squares |= dict.fromkeys((matrix.module for matrix in feed.consumers), row)
@@ -260,24 +218,9 @@ class Walk:
             stats.finish()
         return shared
 
-    def _check_inputs(self, index: int, method: Method, statistics: Mapping[str, InputStatistics]) -> None:
-        peaks = {f"the input of {name}": stats.absmax.max() for name, stats in statistics.items()}
-        self._check_range(index, method, peaks)
-
-    def _check_outputs(self, index: int, method: Method, hidden: Hidden) -> None:
-        self._check_range(index, method, {"its output": torch.stack([states.abs().amax() for states in hidden]).amax()})
-
-    def _check_range(self, index: int, method: Method, peaks: Mapping[str, Tensor]) -> None:
-        prefix = f"{self.decoder.prefix}{index}"
-        values = torch.stack([peak.float() for peak in peaks.values()]).tolist()
-        for (what, _), value in zip(peaks.items(), values, strict=True):
-            if not value < float("inf"):
-                raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
-            if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
-                raise QtoolError(
-                    f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
-                    f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
-                )
+    def _named(self, index: int) -> str:
+        """A layer in messages."""
+        return f"{self.decoder.prefix}{index}"
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors in host memory, page-locked where they go on to an accelerator."""

@@ -57,7 +57,7 @@ class GridMethod(Method):
     descent: bool = True
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35  # .5 harms deep models: docs/benchmarks.md
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
@@ -196,12 +196,12 @@ class GridWork(LayerWork):
         match feed.producer:
             case Norm(name, plus_one):
                 weight, bias = f"{name}.weight", f"{name}.bias"
-                own = _untied(scale, tie, folded[weight].shape[0])
-                folded[weight], own = _fold_norm(folded[weight], own, spec.dtype, 1.0 if plus_one else 0.0)
+                own = scaling.untied(scale, tie, folded[weight].shape[0])
+                folded[weight], own = scaling.fold_norm(folded[weight], own, spec.dtype, 1.0 if plus_one else 0.0)
                 scale = own if tie is None else own[tie]
             case Rows(matrix) | Heads(matrix):
                 bias = f"{matrix.module}.bias"
-                own = _untied(scale, tie, self.rows[matrix.module].shape[0])
+                own = scaling.untied(scale, tie, self.rows[matrix.module].shape[0])
                 self.rows[matrix.module] = own
             case Nothing():
                 return
@@ -232,22 +232,6 @@ class GridWork(LayerWork):
                 loss = scaling.output_error(error, stats.gram)
             record = _record(source, error, loss, stats.gram, scale, spec)
             self._records[matrix.module] = record | {"damp": damp}
-
-
-def _untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:
-    """One value for each channel of the producer, ``[channels]``, of one for each column that it feeds."""
-    return scale if tie is None else scale.new_empty(channels).index_copy_(0, tie, scale)
-
-
-def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
-    """(weight of a norm that applies offset + weight, divided by ``scale`` and as ``dtype`` stores it; what it was
-    divided by indeed). A channel whose quotient would be stored as 0 keeps its weight: near -1 a weight has few digits.
-    """
-    norm = weight + offset
-    stored = (norm / scale - offset).to(dtype).float()
-    stored = torch.where(stored + offset == 0, weight.to(dtype).float(), stored)
-    left = stored + offset
-    return stored, torch.where(left == 0, scale, norm / left)
 
 
 def _rounded(method: OnGrid, target: Tensor, stats: InputStatistics, spec: GridSpec) -> tuple[rounding.Rounded, float]:
