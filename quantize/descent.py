@@ -127,6 +127,12 @@ def descend(
     return chosen
 
 
+def workspace(out: int, columns: int) -> int:
+    """Float32 numbers that `descend` takes at most, with what it is given: two targets, levels before and after, the
+    error; a block's columns in and out of the kernel."""
+    return 5 * out * columns + 12 * out * BLOCK
+
+
 def _block(group_size: int) -> int:
     """The columns of a visit: a group's, or the most below BLOCK that a larger group divides by."""
     return group_size if group_size <= BLOCK else max(n for n in range(1, BLOCK + 1) if group_size % n == 0)

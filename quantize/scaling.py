@@ -20,6 +20,7 @@ from qtool.quantize.precision import bfloat16_products, float32_product, tensor_
 POINTS = 20
 PREVIEW_ROWS = 4  # every fourth row ranks the candidates
 FINALISTS = 4  # the best few are then judged on all rows
+SEARCHED = 5  # copies of the weights at most while scales are searched: theirs, stacked, errors, two of products
 LOSS_COLUMNS = 4096  # of a Gram matrix at a time, so that temporaries stay small
 
 

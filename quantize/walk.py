@@ -132,8 +132,9 @@ class Walk:
                     if not output.method.needs.gram:
                         inputs = Inputs(importance=self._importance(index, output, squares))
                         results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
-                yield LayerResult(index, self.decoder.at(index), results)
-                del layer, weights, tensors, results
+                ordered = {output.method.name: results[output.method.name] for output in self.outputs}
+                yield LayerResult(index, self.decoder.at(index), ordered)
+                del layer, weights, tensors, results, ordered
 
     def _visit(
         self, layer: Layer, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool

@@ -57,8 +57,11 @@ class Nf4Method(Method):
         return Needs.OWN_STREAM if self.propagate_error else Needs.GRAM
 
     def workspace(self, out: int, columns: int) -> int:
-        """As other methods that compensate."""
-        return 3 * columns**2 + 6 * out * columns if self.needs.gram else 0
+        """As other methods that compensate, and the source's own weights."""
+        if not self.needs.gram:
+            return 0
+        weights = out * columns
+        return weights // 2 + max(3 * columns**2 + weights, columns**2 + descent.workspace(out, columns))
 
     @property
     def container(self) -> Shards:

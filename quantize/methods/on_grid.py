@@ -84,10 +84,14 @@ class GridMethod(Method):
         return specs
 
     def workspace(self: OnGrid, out: int, columns: int) -> int:
-        """Three matrices like the Gram matrix to factorize it, and copies of the weights."""
-        copies = 6 if self.descent else 4
-        compensated = 3 * columns**2 + copies * out * columns if self.rounding == "gptq" else 0
-        return max(compensated, (6 if self.scaling == "awq" else 4) * out * columns)
+        """Of the search for scales; beside the weights, three matrices like the Gram matrix to factorize it, or one and
+        what the rounding holds."""
+        weights = out * columns
+        searched = scaling.SEARCHED * weights
+        if self.rounding != "gptq":
+            return searched
+        rounding = descent.workspace(out, columns) if self.descent else 4 * weights
+        return max(searched if self.scaling == "awq" else 0, 3 * columns**2 + weights, columns**2 + rounding)
 
     @property
     def asks_source(self: OnGrid) -> bool:
