@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.convert.models.feeds import Feed
-from qtool.quantize.statistics import InputStatistics
 
 Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
 Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
@@ -64,16 +64,41 @@ class Recorder(nn.Module):
         return hidden_states
 
 
-def of_own_stream(layer: nn.Module, feed: Feed) -> InputStatistics:
-    """Empty statistics whose drift goes through the matrices where that makes it smaller."""
-    weights: list[Tensor] = [matrix.of(layer.get_parameter(matrix.tensor)) for matrix in feed.consumers]
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return InputStatistics(through=torch.cat(weights) if rows < columns else None)
+@dataclass(frozen=True)
+class Fed:
+    """One batch on its way through a layer: the input of a feed; the hidden states that its consumer's output is added
+    to, where it is; the layer's output, where the forward went on to its end."""
+
+    inputs: Tensor
+    hidden: Tensor | None
+    output: Tensor | None
 
 
-def adder(into: Mapping[str, InputStatistics], source: Mapping[str, Tensor]) -> Callable[[str, Tensor], None]:
-    """For `captured`: counts an input beside the source's own for the same tokens."""
-    return lambda name, x: into[name].add(x, source[name])
+def feed_through(
+    layer: nn.Module, feed: Feed, before: Sequence[str], states: Tensor, calls: Calls, to_end: bool = False
+) -> Fed:
+    """A batch as far as the input of ``feed``, or ``to_end``. ``before``: modules whose outputs were added to the
+    hidden states on the way."""
+    added, seen = [states], []
+
+    def take(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        if not to_end:
+            raise Enough
+
+    handles = [layer.get_submodule(feed.name).register_forward_pre_hook(take)]
+    if feed.adds:
+        for name in before:
+            hook = layer.get_submodule(name).register_forward_hook(lambda _m, _i, output: added.append(output))
+            handles.append(hook)
+    output = None
+    try:
+        with suppress(Enough):
+            output = run_layer(layer, states, calls)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Fed(seen[0], sum(added[1:], added[0]) if feed.adds else None, output)
 
 
 def run_layer(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:

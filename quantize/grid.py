@@ -84,6 +84,12 @@ def dequantize(codes: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     return torch.flatten((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1), 1)
 
 
+def minus_zeros(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes ``[out, in]`` counted from their groups' zeros."""
+    grouped = codes.unflatten(1, (grid.zero.shape[1], -1))
+    return torch.flatten(grouped - grid.zero.unsqueeze(-1), 1)
+
+
 def round_to_nearest(weight: Tensor, spec: GridSpec) -> Tensor:
     """Quantize and dequantize on the min/max grid, float32 ``[out, in]``."""
     grid = fit_minmax(weight, spec)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.methods.method import Method, Needs
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.scaling import SEARCHED
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -21,32 +23,81 @@ def peak_bytes(
     scores: int = 0,
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
-    Bytes on the computing device: hidden states of every stream, one layer, its Gram matrices and drifts, the largest
-    workspace, the codes. Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md)."""
+    Bytes on the computing device: hidden states of every stream, one layer, the codes of the layer before, and the
+    largest of what is alive while statistics are collected or codes chosen. Within 5 % of what an accelerator's
+    allocator reports (docs/benchmarks.md)."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer, parameters = _largest_layer(decoder, shapes)
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
     calibrated = [method for method in methods if method.calibrated]
     if not calibrated:
         return max(parameters * (width + 4), embedding)
-    on_grams = [method for method in calibrated if method.needs.gram]
-    own = sum(method.needs is Needs.OWN_STREAM for method in on_grams)
-    sharing = len(on_grams) - own
-    group_shapes = []
+    fed = []
     for feed in decoder.feeds(layer):
-        fed = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in feed.consumers]
-        group_shapes.append((sum(out for out, _ in fed), fed[0][1]))
-    hidden = group_shapes[0][1]
-    widest = max(columns for _, columns in group_shapes)
-    grams = sum(columns**2 for _, columns in group_shapes) * ((sharing > 0) + own)
-    drifts = sum(min(out, columns) * columns for out, columns in group_shapes) * own
-    copied = widest**2 if sharing > 1 else 0
-    workspace = max((method.workspace(*shape) for method in on_grams for shape in group_shapes), default=0)
-    activations = 4 * width * min(tokens, BATCH_TOKENS[device]) * widest + scores
-    states = width * tokens * hidden * (1 + own)
-    work = max(4 * (copied + workspace) if on_grams else 0, activations)
-    walking = parameters * (width + len(on_grams)) + 4 * (grams + drifts) + work
-    return states + max(walking, embedding)
+        sizes = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in feed.consumers]
+        fed.append(_Fed(sum(out for out, _ in sizes), sizes[0][1], feed.adds))
+    own = [method for method in calibrated if method.needs is Needs.OWN_STREAM]
+    sharing = [method for method in calibrated if method.needs is Needs.GRAM]
+    hidden = fed[0].columns
+    batch = width * min(tokens, BATCH_TOKENS[device])
+    phases = [_of_source(fed, own, sharing, parameters, batch) + scores]
+    if own:
+        phases.append(_of_streams(fed, own, len(sharing), parameters, width, batch, scores))
+    states = width * tokens * hidden * (1 + len(own))
+    codes = parameters * (len(own) + len(sharing))  # of the layer before: a byte a weight
+    return states + max(parameters * width + codes + max(phases), embedding)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """``out``: rows of all consumers; ``adds``: as `Feed.adds`."""
+
+    out: int
+    columns: int
+    adds: bool
+
+    def statistics(self, width: int) -> int:
+        """Bytes of its Gram matrix and drift in a stream, and of the weights that the drift goes through."""
+        through = self.adds or self.out < self.columns
+        drift = (4 + width) * self.out * self.columns if through else 4 * self.columns**2
+        return 4 * self.columns**2 + drift
+
+
+def _of_source(
+    fed: Sequence[_Fed], own: Sequence[Method], sharing: Sequence[Method], parameters: int, batch: int
+) -> int:
+    """Bytes while the source's statistics are collected, or outputs that share them search scales and choose codes.
+    ``batch``: bytes of one forward's tokens in one channel."""
+    widest, hidden = max(one.columns for one in fed), fed[0].columns
+    asked = bool(sharing) or any(method.asks_source for method in own)
+    grams = 4 * sum(one.columns**2 for one in fed) if asked else 0
+    # three of the widest in its MLP and one of the batch before; three inputs and what they are added to
+    forward = batch * (4 * widest + 4 * hidden)
+    most, done = 0, 0
+    for one in fed:
+        searching = max((method.workspace(one.out, one.columns) for method in sharing), default=0)
+        copied = one.columns**2 if len(sharing) > 1 else 0  # scaled for one output, kept for the next
+        most = max(most, done + 4 * (searching + copied))
+        most = max([most] + [4 * SEARCHED * one.out * one.columns for method in own if method.asks_source])
+        done += one.out * one.columns
+    return grams + max(forward, most + parameters * max(0, len(sharing) - 1))
+
+
+def _of_streams(
+    fed: Sequence[_Fed], own: Sequence[Method], sharing: int, parameters: int, width: int, batch: int, scores: int
+) -> int:
+    """Bytes while one feed's statistics are collected in every stream, or its codes chosen in one."""
+    widest, hidden = max(one.columns for one in fed), fed[0].columns
+    # three of the widest in its MLP, two inputs of the batch before; or two inputs and their difference in float32,
+    # twice; in either case the hidden states on both sides
+    forward = max(batch * (5 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + 8 * widest // width))
+    most, done = 0, 0
+    for one in fed:
+        collecting = len(own) * parameters * width + forward  # a copy of the layer for each
+        choosing = 4 * max(method.workspace(one.out, one.columns) for method in own)
+        most = max(most, len(own) * (done + one.statistics(width)) + max(collecting, choosing))
+        done += one.out * one.columns
+    return sharing * parameters + most
 
 
 def _largest_layer(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

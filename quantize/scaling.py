@@ -20,6 +20,7 @@ from qtool.quantize.precision import bfloat16_products, float32_product, tensor_
 POINTS = 20
 PREVIEW_ROWS = 4  # every fourth row ranks the candidates
 FINALISTS = 4  # the best few are then judged on all rows
+SEARCHED = 5  # copies of the weights at most while scales are searched: theirs, stacked, errors, two of products
 LOSS_COLUMNS = 4096  # of a Gram matrix at a time, so that temporaries stay small
 
 
@@ -134,3 +135,19 @@ def scale_gram(gram: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
     inverse = 1.0 / scale
     scaled = gram.mul_(inverse) if in_place else gram * inverse
     return scaled.mul_(inverse.unsqueeze(1))
+
+
+def untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:
+    """One value for each channel of the producer, ``[channels]``, of one for each column that it feeds."""
+    return scale if tie is None else scale.new_empty(channels).index_copy_(0, tie, scale)
+
+
+def fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
+    """(weight of a norm that applies offset + weight, divided by ``scale`` and as ``dtype`` stores it; what it was
+    divided by indeed). A channel whose quotient would be stored as 0 keeps its weight: near -1 a weight has few digits.
+    """
+    norm = weight + offset
+    stored = (norm / scale - offset).to(dtype).float()
+    stored = torch.where(stored + offset == 0, weight.to(dtype).float(), stored)
+    left = stored + offset
+    return stored, torch.where(left == 0, scale, norm / left)

@@ -1,4 +1,4 @@
-"""Whether a layer's source weights can be those of a model that works."""
+"""Whether a layer's source weights and activations can be those of a model that works."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from qtool import QtoolError
+from qtool.quantize.methods.method import Method
+
+FLOAT16_MAX = 65504.0
 
 
 def refuse_unsound(weights: Mapping[str, Tensor], where: str, norm_offset: Callable[[str], float]) -> None:
@@ -30,3 +33,17 @@ def refuse_unsound_values(name: str, tensor: Tensor) -> None:
     """Raises QtoolError for a tensor outside the layers that holds NaN or Inf: codes would not tell."""
     if not bool(tensor.isfinite().all()):
         raise QtoolError(f"{name}: holds NaN or Inf.")
+
+
+def refuse_range(layer: str, method: Method, peaks: Mapping[str, Tensor]) -> None:
+    """``peaks``: what in ``layer`` -> its largest magnitude on the calibration text. Raises QtoolError for NaN or Inf,
+    and for more than the dtype of an output holds."""
+    values = torch.stack([peak.float() for peak in peaks.values()]).tolist()  # one wait for the device
+    for what, value in zip(peaks, values, strict=True):
+        if not value < float("inf"):
+            raise QtoolError(f"{layer}: {what} is NaN or Inf on the calibration text; the source model is broken.")
+        if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
+            raise QtoolError(
+                f"{layer}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
+                f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
+            )

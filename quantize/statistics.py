@@ -33,8 +33,12 @@ class InputStatistics:
     channels_only: bool = False
     through: Tensor | None = None
 
-    def add(self, inputs: Tensor, source: Tensor | None = None) -> None:
-        """Count a batch ``[..., in]``; ``source``: the source's inputs for the same tokens."""
+    def add(
+        self, inputs: Tensor, source: Tensor | None = None, divisor: Tensor | None = None, behind: Tensor | None = None
+    ) -> None:
+        """Count a batch ``[..., in]``. ``source``: the source's inputs for the same tokens, to be divided by
+        ``divisor [in]``; ``behind`` ``[..., out]``: what the source's hidden states have more, where the outputs are
+        added to them (only with ``through``)."""
         x = inputs.flatten(0, -2)
         columns = x.shape[1]
         if not self.tokens:
@@ -58,8 +62,10 @@ class InputStatistics:
             wide = x if x.is_cuda else x.float()
             _accumulate_gram(self.gram, wide)
             if self.drift is not None and source is not None:
-                gap = source.flatten(0, -2) - x
-                gap = gap if self.through is None else gap @ self.through.t()
+                gap = _gap(source.flatten(0, -2), x, divisor)
+                if self.through is not None:
+                    gap = gap @ self.through.t().to(gap.dtype)
+                gap = gap if behind is None else gap + behind.flatten(0, -2)
                 _accumulate(self.drift, gap if x.is_cuda else gap.float(), wide)
 
     def finish(self) -> None:
@@ -82,6 +88,10 @@ class InputStatistics:
         what W makes of them. ``weight``: the W of ``through`` where that was given."""
         assert self.drift is not None
         return self.drift if self.through is not None else weight @ self.drift
+
+
+def _gap(source: Tensor, inputs: Tensor, divisor: Tensor | None) -> Tensor:
+    return source - inputs if divisor is None else (source / divisor - inputs).to(inputs.dtype)
 
 
 def _accumulate_gram(total: Tensor, x: Tensor) -> None:

@@ -22,14 +22,13 @@ from qtool.convert.formats.plan import OutputPlan, walk_order
 from qtool.convert.models.feeds import Feed, whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, adder, advance, captured, of_own_stream, run_layer
+from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, advance, captured, run_layer
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.soundness import refuse_unsound, refuse_unsound_values
+from qtool.quantize.soundness import refuse_range, refuse_unsound, refuse_unsound_values
 from qtool.quantize.statistics import InputStatistics
-
-FLOAT16_MAX = 65504.0
+from qtool.quantize.streams import Passage, Stream
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,9 @@ class Walk:
                     if not output.method.needs.gram:
                         inputs = Inputs(importance=self._importance(index, output, squares))
                         results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
-                yield LayerResult(index, self.decoder.at(index), results)
-                del layer, weights, tensors, results
+                ordered = {output.method.name: results[output.method.name] for output in self.outputs}
+                yield LayerResult(index, self.decoder.at(index), ordered)
+                del layer, weights, tensors, results, ordered
 
     def _visit(
         self, layer: Layer, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
@@ -144,31 +144,44 @@ class Walk:
         index, feeds = layer.index, layer.feeds
         assert index is not None
         module = self._fill(index, layer.weights)
-        shared, own = self._collect(module, feeds, hidden, streams, calls, last)
-        results = {}
-        for number, output in enumerate(self.on_grams):
-            method, alone = output.method, output.own_stream
-            owned = alone or all(other.own_stream for other in self.on_grams[number + 1 :])
-            statistics = own.pop(method.name, shared)
-            self._check_range(index, method, statistics, hidden)
-            result = method.quantize(self._planned(layer, output), Inputs(statistics, owned))
-            results[method.name] = result
-            del statistics
-            if alone and not last:
-                stored, casts = method.stored_dtype or self.dtype, self.decoder.family.casts
-                self._fill(index, result.dequantized(self.dtype, stored, casts))
-                advance(module, streams[method.name], calls)
+        shared = self._collect(module, feeds, hidden, calls, last)
+        own, results = [], {}
+        for output in self.on_grams:
+            if output.own_stream:
+                work = output.method.begin(self._planned(layer, output), Inputs(shared))
+                own.append(Stream(output.method, streams[output.method.name], work))
+        squares = self._squares(index, feeds, shared) if self.weighing else {}
+        sharing = [output for output in self.on_grams if not output.own_stream]
+        for number, output in enumerate(sharing):
+            peaks = {f"the input of {name}": stats.absmax.max() for name, stats in shared.items()}
+            refuse_range(self._named(index), output.method, peaks)
+            owned = number == len(sharing) - 1
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
+        del shared
+        passage = Passage(self._named(index), layer, module, hidden, calls, self.dtype, self.decoder.family)
+        if own:
+            passage.round(own)
+        for output in self.on_grams:
+            largest = torch.stack([states.abs().amax() for states in hidden]).amax()
+            refuse_range(self._named(index), output.method, {"its output": largest})
+        for stream in own:
+            results[stream.method.name] = stream.work.finish()
+            if not last:
+                passage.advance(stream)
         module.to("meta")
+        return results, squares
+
+    def _squares(self, index: int, feeds: Sequence[Feed], shared: Mapping[str, InputStatistics]) -> dict[str, Tensor]:
         squares: dict[str, Tensor] = {}
-        for feed in feeds if self.weighing else ():
+        for feed in feeds:
             row = shared[feed.name].mean_square
             if not bool(row.isfinite().all()):
                 raise QtoolError(
-                    f"{self.decoder.prefix}{index}: the input of {feed.name} is NaN or Inf on the calibration text; "
+                    f"{self._named(index)}: the input of {feed.name} is NaN or Inf on the calibration text; "
                     "the source model is broken."
                 )
             squares |= dict.fromkeys((matrix.module for matrix in feed.consumers), row)
-        return results, squares
+        return squares
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""
@@ -185,52 +198,30 @@ class Walk:
         return {name.removeprefix(at): row for name, row in given.items() if name.startswith(at)}
 
     def _collect(
-        self,
-        layer: nn.Module,
-        feeds: Sequence[Feed],
-        hidden: Hidden,
-        streams: dict[str, Hidden],
-        calls: Calls,
-        last: bool,
-    ) -> tuple[dict[str, InputStatistics], dict[str, dict[str, InputStatistics]]]:
-        """Statistics of the source stream and of each own stream; ``hidden`` moves on to the layer's outputs, which
-        after the last layer only the float16 range of outputs that take Gram matrices is asked of."""
-        done = last and not self.on_grams
-        wants_source = not all(output.own_stream for output in self.on_grams)
-        shared = {feed.name: InputStatistics(channels_only=not wants_source) for feed in feeds}
-        own = {name: {feed.name: of_own_stream(layer, feed) for feed in feeds} for name in streams}
+        self, layer: nn.Module, feeds: Sequence[Feed], hidden: Hidden, calls: Calls, last: bool
+    ) -> dict[str, InputStatistics]:
+        """Statistics of the source's stream, as far as any output asks for them. ``hidden`` moves on to the layer's
+        outputs, unless streams of outputs are still to be held against it; after the last layer only the float16 range
+        of outputs that take Gram matrices asks for it."""
+        streams = any(output.own_stream for output in self.on_grams)
+        grams = any(not output.own_stream or output.method.asks_source for output in self.on_grams)
+        shared = {feed.name: InputStatistics(channels_only=not grams) for feed in feeds}
+        if streams and not grams and not self.weighing:
+            return shared
         for number, states in enumerate(hidden):
             inputs: dict[str, Tensor] = {}
+            done = streams or (last and not self.on_grams)
             with suppress(Enough), captured(layer, feeds, inputs.__setitem__, enough=done):
                 hidden[number] = run_layer(layer, states, calls)
-            if wants_source or self.weighing:
-                for name, x in inputs.items():
-                    shared[name].add(x)
-            for stream, batches in streams.items():
-                # every input is known before the last linears have run: their products are spared
-                with suppress(Enough), captured(layer, feeds, adder(own[stream], inputs), enough=True):
-                    run_layer(layer, batches[number], calls)
-        for statistics in (shared, *own.values()):
-            for stats in statistics.values():
-                if stats.tokens:
-                    stats.finish()
-        return shared, own
+            for name, x in inputs.items():
+                shared[name].add(x)
+        for stats in shared.values():
+            stats.finish()
+        return shared
 
-    def _check_range(
-        self, index: int, method: Method, statistics: Mapping[str, InputStatistics], hidden: Hidden
-    ) -> None:
-        prefix = f"{self.decoder.prefix}{index}"
-        peaks = {f"the input of {name}": stats.absmax.max() for name, stats in statistics.items()}
-        peaks["its output"] = torch.stack([states.abs().amax() for states in hidden]).amax()
-        values = torch.stack([peak.float() for peak in peaks.values()]).tolist()
-        for (what, _), value in zip(peaks.items(), values, strict=True):
-            if not value < float("inf"):
-                raise QtoolError(f"{prefix}: {what} is NaN or Inf on the calibration text; the source model is broken.")
-            if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
-                raise QtoolError(
-                    f"{prefix}: {what} reaches {value:.0f}, more than float16 holds (65504); served in float16 this "
-                    f"model would print '!!!'. Set `dtype: bfloat16` for output {method.name!r}."
-                )
+    def _named(self, index: int) -> str:
+        """A layer in messages."""
+        return f"{self.decoder.prefix}{index}"
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors in host memory, page-locked where they go on to an accelerator."""

@@ -20,6 +20,7 @@ from qtool.convert.runtimes.rule import Runtime, RuntimeRule, nothing_observed a
 SAFETENSORS = True
 RUNS_IN = (Runtime("transformers", "transformers", "int8-kernels", "pip install int8-kernels"),)
 MARK, SUFFIXES, POSITIVE = "weight_int8", ("weight_int8", "weight_step"), ("weight_step",)
+NONZERO: tuple[str, ...] = ()
 BY_ROW, EXPANDS, COPIES, KEYS = True, False, (), frozenset({"quant_method"})
 
 def skipped(section): return []

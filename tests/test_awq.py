@@ -10,7 +10,7 @@ from qtool.convert.models.shape import decoder_of
 from qtool.quantize import grid, scaling
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods.awq import AwqMethod
-from qtool.quantize.methods.on_grid import _fold_norm, quantize_layer
+from qtool.quantize.methods.on_grid import quantize_layer
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.statistics import InputStatistics
 
@@ -186,7 +186,7 @@ def test_a_norm_that_adds_one_loses_no_channel(dtype: torch.dtype) -> None:
     """1 + weight near 0 cannot be divided in two bytes: the weight, as stored, times what is left is the source's."""
     weight = torch.tensor([3.0, -0.5, -0.99609375, -1.0078125, -1.0, -2.5])  # all of them numbers of either dtype
     scale = torch.tensor([7.3, 0.3, 50.0, 50.0, 5.0, 1.7])
-    stored, left = _fold_norm(weight, scale, dtype, 1.0)
+    stored, left = scaling.fold_norm(weight, scale, dtype, 1.0)
     assert torch.equal(stored, stored.to(dtype).float())
     assert torch.equal((1 + stored == 0), (1 + weight == 0))
     assert torch.allclose((1 + stored) * left, 1 + weight, rtol=1e-6)

@@ -25,7 +25,7 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.quantize.methods.awq import AwqMethod
-from qtool.quantize.methods.on_grid import Folded, _scale, quantize_layer
+from qtool.quantize.methods.on_grid import GridWork, quantize_layer
 from qtool.quantize.statistics import InputStatistics
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
@@ -131,11 +131,14 @@ def test_heads_that_share_a_norm_share_its_scales() -> None:
     stats = InputStatistics()
     stats.add(made)
     stats.finish()
-    output = Folded(rows={"out": torch.ones(64)}, columns={"out": torch.ones(128)})
-    folded = dict(weights)
-    _scale(AwqMethod(method="awq", group_size=32, dtype="bfloat16"), feed, weights, stats, folded, output)
-    assert not torch.equal(output.columns["out"], torch.ones(128))
-    torch.testing.assert_close(x * folded["norm.weight"].repeat(4) * output.columns["out"], made, rtol=1e-4, atol=1e-4)
+    method = AwqMethod(method="awq", group_size=32, dtype="bfloat16")
+    work = GridWork(method, [feed], weights, {feed.name: stats})
+    scale = work.divisor(feed)
+    assert scale is not None
+    assert not torch.equal(scale, torch.ones(128))
+    torch.testing.assert_close(work.target(feed), weights["out.weight"] * scale)
+    folded = work.finish().tensors["norm.weight"]
+    torch.testing.assert_close(x * folded.repeat(4) * scale, made, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -18,12 +18,15 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.source import resolve
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nf4Blocks
+from qtool.convert.models.feeds import Feed, Nothing, whole
 from qtool.convert.skeleton import load_config
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.nf4 import quantize_nf4
+from qtool.quantize.methods.method import Inputs, Layer
+from qtool.quantize.methods.nf4 import Nf4Method, quantize_nf4
+from qtool.quantize.statistics import InputStatistics
 from qtool.recipe.sections import load_recipe
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
@@ -65,12 +68,80 @@ def artifact(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("nf4")
     path = folder / "recipe.yaml"
     double = str(request.param).lower()
-    path.write_text(
-        f"model: {tiny}\noutputs: [{{method: nf4, double_quant: {double}}}]\noutput_dir: {folder}/artifacts\n"
-    )
+    output = f"{{method: nf4, rounding: absmax, double_quant: {double}}}"
+    path.write_text(f"model: {tiny}\noutputs: [{output}]\noutput_dir: {folder}/artifacts\n")
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     return make_artifacts(job, CalibrationSet(TOKENS, "test"))["nf4"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["double", "single"])
+def pair(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, ...]:
+    """(by descent in a stream of its own, by largest magnitudes, by descent on the source's inputs)."""
+    folder = tmp_path_factory.mktemp("nf4-pair")
+    outputs = [
+        {"method": "nf4", "name": "own", "double_quant": request.param},
+        {"method": "nf4", "name": "absmax", "rounding": "absmax", "double_quant": request.param},
+        {"method": "nf4", "name": "source", "propagate_error": False, "double_quant": request.param},
+    ]
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"model": str(tiny), "outputs": outputs, "output_dir": str(folder / "artifacts")}))
+    recipe = load_recipe(path)
+    job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
+    tokens = torch.randint(0, 320, (8, 48), generator=torch.Generator().manual_seed(0))
+    made = make_artifacts(job, CalibrationSet(tokens, "test"))
+    return made["own"], made["absmax"], made["source"]
+
+
+def test_descent_is_laid_out_as_largest_magnitudes_are(pair: tuple[Artifact, ...]) -> None:
+    ours, theirs = (artifact.checkpoint.tensors for artifact in pair[:2])
+    assert {name: (info.dtype, info.shape) for name, info in ours.items()} == {
+        name: (info.dtype, info.shape) for name, info in theirs.items()
+    }
+    configs = [json.loads((artifact.path / "config.json").read_text()) for artifact in pair]
+    assert configs[0] == configs[1]
+
+
+def test_bitsandbytes_reads_what_descent_wrote(pair: tuple[Artifact, ...]) -> None:
+    """Its own dequantization of the stored tensors: the very values that qtool reads."""
+    artifact = pair[0]
+    for linear in artifact.linears():
+        codes = artifact.codes(linear)
+        assert isinstance(codes, Nf4Blocks)
+        at = f"{linear}.weight"
+        stored = {name: artifact.checkpoint.tensor(name) for name in artifact.checkpoint.tensors if name.startswith(at)}
+        packed = stored.pop(at)
+        state = functional.QuantState.from_dict(stored, device=torch.device("cpu"))
+        read = functional.dequantize_4bit(packed, state)
+        assert torch.equal(read, codes.dequantize(read.dtype)), linear
+
+
+def test_descent_loses_less_than_largest_magnitudes(pair: tuple[Artifact, ...]) -> None:
+    """For every matrix, on the source's inputs; while the weights themselves move further away. In a stream of its own
+    the target is another: there the first matrices say it, whose inputs are the source's."""
+    own, absmax, source = (artifact.manifest for artifact in pair)
+    assert own is not None
+    assert absmax is not None
+    assert source is not None
+    ledger, plain = source.ledger, absmax.ledger
+    for linear in ("q_proj", "k_proj", "v_proj"):
+        record = own.ledger[f"model.layers.0.self_attn.{linear}"]
+        assert record == ledger[f"model.layers.0.self_attn.{linear}"]
+    assert set(ledger) == set(pair[0].linears())
+    for linear, record in ledger.items():
+        assert record["error"] < record["rtn_error"], linear
+    assert all(record["frobenius"] > plain[linear]["frobenius"] for linear, record in ledger.items())
+
+
+def test_rows_that_end_inside_a_block_are_bitsandbytes_own() -> None:
+    method, matrix = Nf4Method(method="nf4"), whole("up")
+    weight, x = torch.randn(33, 50), torch.randn(200, 50)
+    stats = InputStatistics()
+    stats.add(x)
+    stats.finish()
+    layer = Layer(0, (Feed(Nothing(), (matrix,)),), (matrix,), {}, {"up.weight": weight}, {}, torch.device("cpu"))
+    codes = method.quantize(layer, Inputs({"up": stats})).codes["up"]
+    assert codes.equals(quantize_nf4(weight, 64, True))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -109,9 +109,9 @@ def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
         assert (artifact.path / "model.safetensors").stat().st_size == 8 + header + plan.nbytes
 
 
-def test_nf4_does_not_depend_on_the_calibration(write_recipe: Callable[..., Path]) -> None:
+def test_largest_magnitudes_do_not_depend_on_the_calibration(write_recipe: Callable[..., Path]) -> None:
     """Other tokens, same key: the artifact is reused."""
-    job = job_of(write_recipe(outputs=[{"method": "nf4"}]))
+    job = job_of(write_recipe(outputs=[{"method": "nf4", "rounding": "absmax"}]))
     first = make_artifacts(job, CALIBRATION)["nf4"]
     stamp = (first.path / "model.safetensors").stat().st_mtime_ns
     other = CalibrationSet(CALIBRATION.tokens + 1, "other")
@@ -377,7 +377,7 @@ def test_whatever_number_of_threads_what_was_begun_is_ended_with_it(
     """The number is in the key; a finished artifact is not made again for it, and begun work goes on with its own."""
     before = torch.get_num_threads()
     job = job_of(write_recipe())
-    nf4 = job_of(write_recipe(outputs=[{"method": "nf4"}]))
+    nf4 = job_of(write_recipe(outputs=[{"method": "nf4", "rounding": "absmax"}]))
     keys = [artifact_key(job, job.outputs[0], CALIBRATION, number) for number in (1, 2)]
     assert keys[0] != keys[1]
     same = [artifact_key(nf4, nf4.outputs[0], CALIBRATION, number) for number in (1, 2)]

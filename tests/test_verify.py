@@ -197,7 +197,9 @@ FORMAT_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("ct", lambda p: edit_weights(p, num_bits=8), "config.json says bits 8"),
     ("ct", lambda p: edit_weights(p, strategy="group", group_size=32), "config.json says group_size 32"),
     ("ct", lambda p: change_tensor(p, f"{Q}.weight_shape", lambda t: t.flip(0)), f"{Q}.weight_packed has shape"),
-    ("ct", lambda p: change_tensor(p, f"{Q}.weight_scale", lambda t: -t), f"{Q}.weight_scale holds zeros or negative"),
+    ("ct", lambda p: change_tensor(p, f"{Q}.weight_scale", lambda t: t * 0), f"{Q}.weight_scale holds zeros"),
+    ("gptq", lambda p: change_tensor(p, f"{Q}.scales", lambda t: t * 0), f"{Q}.scales holds zeros"),
+    ("awq", lambda p: change_tensor(p, f"{Q}.scales", lambda t: -t), f"{Q}.scales holds zeros or negative"),
     ("nf4", lambda p: edit_config(p, load_in_4bit=False), "load_in_4bit is False"),
     ("nf4", lambda p: edit_config(p, bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type is 'fp4'"),
     ("nf4", lambda p: edit_config(p, bnb_4bit_quant_storage="bfloat16"), "bnb_4bit_quant_storage is 'bfloat16'"),
@@ -208,6 +210,19 @@ FORMAT_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("nf4", scramble_state, "is not the JSON of a bitsandbytes QuantState"),
     ("nf4", lambda p: change_tensor(p, f"{Q}.weight", lambda t: t[:-1]), f"{Q}.weight has shape [16383, 1]"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("gptq", "scales"), ("ct", "weight_scale")])
+def test_scales_of_symmetric_grids_may_be_negative(
+    name: str, suffix: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """As made, both signs occur; turned round, the file is as sound."""
+    scales = Artifact.open(artifacts[name]).checkpoint.tensor(f"{Q}.{suffix}")
+    assert bool((scales < 0).any())
+    assert bool((scales > 0).any())
+    folder = Path(shutil.copytree(artifacts[name], tmp_path / "copy"))
+    change_tensor(folder, f"{Q}.{suffix}", lambda t: -t)
+    assert f"{Q}.{suffix}" not in failures(verify(folder))
 
 
 @pytest.mark.parametrize(

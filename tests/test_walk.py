@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config
 from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.feeds import Feed
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config
@@ -23,7 +25,7 @@ from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
 from qtool.quantize.methods.method import LayerCodes, Method
 from qtool.quantize.methods.nf4 import Nf4Method
-from qtool.quantize.methods.on_grid import OnGrid
+from qtool.quantize.methods.on_grid import GridWork, OnGrid
 from qtool.quantize.statistics import InputStatistics
 from qtool.quantize.walk import Column, Walk
 
@@ -125,32 +127,112 @@ def test_processors_with_bfloat16_walk_in_it(
         assert float((seen[index][group].gram - expected).norm() / expected.norm()) < 0.02
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What the work on a feed is given."""
+
+    feed: Feed
+    stats: InputStatistics
+    divisor: torch.Tensor
+
+
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Rounding]:
+    """Those of every feed of every layer, in order (copied: they are used up)."""
+    calls: list[Rounding] = []
+    original = GridWork.round
+
+    def spy(work: GridWork, feed: Feed, stats: InputStatistics) -> None:
+        copy = InputStatistics(stats.tokens, stats.gram.clone(), stats.drift)
+        divisor = work.divisor(feed)
+        calls.append(Rounding(feed, copy, torch.ones(stats.gram.shape[0]) if divisor is None else divisor))
+        original(work, feed, stats)
+
+    monkeypatch.setattr(GridWork, "round", spy)
+    return calls
+
+
+def half_rounded(made: LayerCodes, source: Any, left: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A layer as stored, but with the folded weights, not rounded, of the modules ``left``."""
+    state = made.dequantized(torch.float32, torch.float16, lambda _: True)
+    for module in left:
+        weight = source.get_submodule(module).weight.detach() * made.kept[f"{module}.columns"]
+        state[f"{module}.weight"] = weight / made.kept[f"{module}.rows"].unsqueeze(1)
+    return state
+
+
+def hidden_before(model: Any, index: int, feed: Feed) -> torch.Tensor:
+    """The hidden states that the output of ``feed`` is added to, ``[tokens, hidden]``."""
+    found: list[torch.Tensor] = []
+    layer = model.model.layers[index]
+    at = layer if feed.name == "self_attn.o_proj" else layer.post_attention_layernorm
+    handle = at.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(input_ids=TOKENS)
+    handle.remove()
+    return found[0]
+
+
 @pytest.mark.usefixtures("float32")
-def test_own_stream_sees_the_quantized_prefix(tiny: Path, seen: list[Mapping[str, InputStatistics]]) -> None:
-    """Layer 1's statistics come from inputs that layer 0, as stored, produces; drift tells them from the source's."""
+def test_own_stream_sees_what_is_rounded_by_then(
+    tiny: Path, roundings: list[Rounding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each feed's statistics are of the inputs that the layers before, and the feeds before it in the layer, produce as
+    stored; the drift is from the source's inputs by the folded scale, and where the output is added to the hidden
+    states, from the source's hidden states too. Against whole models with those weights."""
+    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
     results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
-    source_model, model = whole_model(tiny), whole_model(tiny)
+    source_model = whole_model(tiny)
     source = inputs_of(source_model)
-    state = results[0].outputs["awq"].dequantized(torch.float32, torch.float16, lambda _: True)
-    model.model.layers[0].load_state_dict(state)
-    quantized = inputs_of(model)
-    for name in INPUTS:
-        x, other = source[1, name], quantized[1, name]
-        stats = seen[1][name]
-        assert torch.allclose(stats.gram, other.t() @ other, rtol=1e-3, atol=1e-3 * float(stats.gram.abs().max()))
-        drift = (x - other).t() @ other
-        if name == "mlp.down_proj":  # fewer outputs than inputs: drift goes through the source's weight
-            drift = source_model.model.layers[1].mlp.down_proj.weight.detach() @ drift
-        assert stats.drift is not None
-        assert torch.allclose(stats.drift, drift, rtol=1e-2, atol=1e-2 * float(drift.abs().max()))
-        assert not torch.allclose(stats.gram, x.t() @ x, rtol=1e-3)
-    assert not any(stats.drift.any() for stats in seen[0].values() if stats.drift is not None)  # layer 0: no prefix yet
+    feeds = [call.feed for call in roundings[:4]]
+    assert [call.feed.name for call in roundings] == [*INPUTS, *INPUTS]
+    scaled = 0
+    for number, call in enumerate(roundings):
+        index, feed = number // 4, call.feed
+        model = whole_model(tiny)
+        for before in range(index + 1):
+            left = [m.module for one in feeds[number % 4 :] for m in one.consumers] if before == index else []
+            made = results[before].outputs["awq"]
+            layer = model.model.layers[before]
+            layer.load_state_dict(half_rounded(made, source_model.model.layers[before], left))
+        x = inputs_of(model)[index, feed.name]
+        gram = x.t() @ x
+        assert torch.allclose(call.stats.gram, gram, rtol=1e-3, atol=1e-3 * float(gram.abs().max()))
+        gap = source[index, feed.name] / call.divisor - x
+        scaled += bool((call.divisor != 1).any())
+        if feed.adds:
+            weights = [model.model.layers[index].get_submodule(m.module).weight.detach() for m in feed.consumers]
+            gap = gap @ torch.cat(weights).t()
+            gap = gap + hidden_before(source_model, index, feed) - hidden_before(model, index, feed)
+        drift = gap.t() @ x
+        assert call.stats.drift is not None
+        assert torch.allclose(call.stats.drift, drift, rtol=1e-2, atol=1e-2 * float(drift.abs().max()) + 1e-2)
+        assert number == 0 or float(drift.abs().max()) > 0
+        plain = source[index, feed.name] / call.divisor
+        assert number == 0 or not torch.allclose(call.stats.gram, plain.t() @ plain, rtol=1e-3)
+    assert scaled > 4  # or nothing was tested of the scales
+
+
+def test_hidden_states_that_fell_behind_join_the_target() -> None:
+    """``behind`` is what the output should make up for beside its own inputs' drift."""
+    weight, x, source, behind = torch.randn(8, 16), torch.randn(50, 16), torch.randn(50, 16), torch.randn(50, 8)
+    stats = InputStatistics(through=weight)
+    for part in (slice(0, 30), slice(30, 50)):
+        stats.add(x[part], source[part], None, behind[part])
+    expected = ((source - x) @ weight.t() + behind).t() @ x
+    torch.testing.assert_close(stats.output_drift(weight), expected, rtol=1e-4, atol=1e-3)
+    # least squares on it gives back weights that turn x into the source's sums
+    aimed = weight + torch.linalg.solve(x.t() @ x, stats.output_drift(weight).t()).t()
+    goal = torch.linalg.lstsq(x, source @ weight.t() + behind).solution.t()
+    torch.testing.assert_close(aimed, goal, rtol=1e-3, atol=1e-3)
 
 
 def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
     """Several outputs in one walk: each the same, bit for bit, as alone."""
     methods: list[Method] = [
         Nf4Method(method="nf4"),
+        Nf4Method(method="nf4", name="m", rounding="absmax"),
+        Nf4Method(method="nf4", name="s", propagate_error=False),
         GptqMethod(method="gptq", name="g", group_size=32),
         AwqMethod(method="awq", name="a", group_size=32),
         AwqMethod(method="awq", name="b", group_size=64, propagate_error=False),
@@ -164,9 +246,9 @@ def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
                 assert result.outputs[method.name].codes[linear].equals(codes), (method.name, linear)
 
 
-def test_nf4_alone_runs_no_forward(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_magnitudes_run_no_forward(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Walk, "_record_inputs", lambda _: pytest.fail("a forward was run"))
-    results = list(walk_of(tiny, [Nf4Method(method="nf4")]).run())
+    results = list(walk_of(tiny, [Nf4Method(method="nf4", rounding="absmax")]).run())
     assert [list(result.outputs) for result in results] == [["nf4"], ["nf4"]]
 
 

@@ -32,6 +32,7 @@ SAFETENSORS: Literal[True] = True
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 POSITIVE: tuple[str, ...] = ("scales",)
+NONZERO: tuple[str, ...] = ()
 BY_ROW = True
 EXPANDS = False
 COPIES: tuple[str, ...] = ()

@@ -23,7 +23,8 @@ from qtool.convert.runtimes.rule import HEAD, QLINEAR, TRANSFORMERS, Observed, R
 SAFETENSORS: Literal[True] = True
 MARK = "qweight"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
-POSITIVE: tuple[str, ...] = ("scales",)
+POSITIVE: tuple[str, ...] = ()
+NONZERO: tuple[str, ...] = ("scales",)  # symmetric grids may run backwards
 BY_ROW = True
 EXPANDS = False
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ looks for it

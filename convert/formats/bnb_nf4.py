@@ -33,6 +33,7 @@ SUFFIXES: tuple[str, ...] = (
     MARK,
 )
 POSITIVE: tuple[str, ...] = ()
+NONZERO: tuple[str, ...] = ()
 BY_ROW = False
 EXPANDS = True
 COPIES: tuple[str, ...] = ()

@@ -23,7 +23,8 @@ from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, not
 SAFETENSORS: Literal[True] = True
 MARK = "weight_packed"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-POSITIVE: tuple[str, ...] = ("weight_scale",)
+POSITIVE: tuple[str, ...] = ()
+NONZERO: tuple[str, ...] = ("weight_scale",)  # symmetric grids may run backwards
 BY_ROW = True
 EXPANDS = False
 COPIES: tuple[str, ...] = ()

@@ -53,6 +53,8 @@ class Container(Stored, Protocol):
     """All suffixes that may replace ``weight``."""
     POSITIVE: tuple[str, ...]
     """Suffixes of tensors whose numbers are all above zero."""
+    NONZERO: tuple[str, ...]
+    """Suffixes of tensors whose numbers have either sign, and none of which is zero."""
     BY_ROW: bool
     """Whether a scale belongs to columns of one row, so that the group size must divide them."""
     EXPANDS: bool

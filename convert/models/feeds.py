@@ -119,6 +119,7 @@ class Feed:
     also: tuple[str, ...] = ()
     routed: bool = False
     split: bool = False
+    adds: bool = False
 
     @property
     def name(self) -> str:

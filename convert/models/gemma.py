@@ -93,7 +93,7 @@ GEMMA = Family(
 GEMMA2 = Family(
     "Gemma2ForCausalLM",
     decoder_tensors(_FOUR_NORMS),
-    gated_decoder("pre_feedforward_layernorm", plus_one=True),
+    gated_decoder("pre_feedforward_layernorm", plus_one=True, adds=False),
     TANH_GELU,
     Windows("some", period=2),
     _DEFAULTS2 | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
@@ -105,7 +105,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     "Gemma3ForCausalLM",
     decoder_tensors(_FOUR_NORMS, head_norms=True),
-    gated_decoder("pre_feedforward_layernorm", plus_one=True),
+    gated_decoder("pre_feedforward_layernorm", plus_one=True, adds=False),
     TANH_GELU,
     Windows("some", period=6, period_key="sliding_window_pattern"),
     _DEFAULTS2 | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4},

@@ -13,18 +13,18 @@ GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
 
 def gated_decoder(
-    before_mlp: str = "post_attention_layernorm", plus_one: bool = False
+    before_mlp: str = "post_attention_layernorm", plus_one: bool = False, adds: bool = True
 ) -> Callable[[Geometry, int], tuple[Feed, ...]]:
     """Feeds of attention and a gated MLP, each behind a norm, in every layer; the MLP's norm is ``before_mlp``. Norms
-    behind o_proj or down_proj, and those of q and k, absorb nothing."""
+    behind o_proj or down_proj (then ``adds`` is False), and those of q and k, absorb nothing."""
 
     def feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
         heads = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
         return (
             Feed(Norm("input_layernorm", plus_one), (whole(Q), whole(K), whole(V))),
-            Feed(heads, (whole(O),), split=True),
+            Feed(heads, (whole(O),), split=True, adds=adds),
             Feed(Norm(before_mlp, plus_one), (whole(GATE), whole(UP))),
-            Feed(Rows(whole(UP)), (whole(DOWN),), split=True),
+            Feed(Rows(whole(UP)), (whole(DOWN),), split=True, adds=adds),
         )
 
     return feeds

@@ -22,8 +22,8 @@ TABLE_TOLERANCE = PLAIN_TOLERANCE
 
 
 def check_tensors(artifact: Artifact) -> Result:
-    """Every linear of the manifest unpacks to its shape with finite, positive scales and is no matrix of zeros; every
-    other tensor is finite and of a type that models are stored in."""
+    """Every linear of the manifest unpacks to its shape with scales that are finite and not zero, and is no matrix of
+    zeros; every other tensor is finite and of a type that models are stored in."""
     assert artifact.manifest is not None
     packed, tensors = artifact.packed, artifact.checkpoint.tensors
     try:
@@ -66,6 +66,10 @@ def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[
         name = f"{linear}.{suffix}"
         if name in tensors and not bool((artifact.checkpoint.tensor(name) > 0).all()):
             reasons.append(f"{name} holds zeros or negative numbers")
+    for suffix in packed.container.NONZERO:
+        name = f"{linear}.{suffix}"
+        if name in tensors and not bool(artifact.checkpoint.tensor(name).all()):
+            reasons.append(f"{name} holds zeros")
     if reasons:
         return reasons
     try:

@@ -35,6 +35,11 @@ class AwqMethod(GridMethod):
         return GridSpec(self.bits, self.group_size, sym=False, dtype=self.stored_dtype)
 
     @property
+    def signed(self) -> bool:
+        """Zero points give each side of a range what it needs."""
+        return False
+
+    @property
     def act_order(self) -> bool:
         """The container has no g_idx, and needs none."""
         return False

@@ -21,6 +21,8 @@ class GptqMethod(GridMethod):
     ``desc_act`` rounds columns by descending ``diag(G)``, on grids fitted before (static groups of neighbouring
     columns), so that every kernel can run the result. The file says what is in it, ``desc_act: false`` and
     ``static_groups: true`` (or ``actorder: static``): true stands for scattered columns, and vLLM refuses it.
+    ``signed`` lets scales of symmetric grids be negative, so that the longer side of a group's range is the one with
+    eight steps, not seven; only with ``descent``.
     """
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -34,6 +36,7 @@ class GptqMethod(GridMethod):
     bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
     sym: bool = True
+    signed: bool = True
     desc_act: bool = False
     static_groups: Literal[True] = True
     scaling: Literal["none", "awq"] = "none"

@@ -106,6 +106,37 @@ class LayerCodes:
         return state | {f"{matrix}.weight": codes.dequantize(dtype) for matrix, codes in self.codes.items()}
 
 
+class LayerWork(ABC):
+    """A layer whose feeds get their codes one after the other, each on the inputs that the feeds before it, as they are
+    by then, produce."""
+
+    @abstractmethod
+    def target(self, feed: Feed) -> Tensor:
+        """The weights of its consumers below each other, float32 ``[out, in]``, with every scale that is folded."""
+
+    def divisor(self, feed: Feed) -> Tensor | None:
+        """What its input is divided by, against the source's, ``[in]``; None: by nothing."""
+        return None
+
+    @abstractmethod
+    def round(self, feed: Feed, stats: InputStatistics) -> None:
+        """Choose the codes of its consumers. ``stats``: of the input as this layer's state produces it; used up."""
+
+    @abstractmethod
+    def finish(self) -> LayerCodes:
+        """What has codes by now, and all other tensors."""
+
+    def state(self, dtype: torch.dtype, stored: torch.dtype, casts: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The layer as it is now, as `LayerCodes.dequantized`: what has no codes yet is the source's."""
+        done = self.finish()
+        left = {f"{module}.weight": weight.to(dtype) for module, weight in self.left().items()}
+        return left | done.dequantized(dtype, stored, casts)
+
+    @abstractmethod
+    def left(self) -> dict[str, Tensor]:
+        """Module -> target of each matrix without codes."""
+
+
 class Method(BaseModel, ABC):
     """A section of a recipe's `outputs:`. Every child has the keys ``method`` and ``name``."""
 
@@ -132,6 +163,16 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
         """Codes of a layer. Raises QtoolError where the type of a matrix cannot hold it."""
+
+    def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
+        """A layer in the output's own stream, where that is what it needs. ``inputs``: the source's statistics, where
+        `asks_source`."""
+        raise NotImplementedError
+
+    @property
+    def asks_source(self) -> bool:
+        """Whether `begin` takes the Gram matrices of the source's inputs."""
+        return False
 
     @property
     def calibrated(self) -> bool:

@@ -1,27 +1,42 @@
-"""NF4 through bitsandbytes' own kernels, one tensor at a time.
+"""NF4 in bitsandbytes' blocks: by its own kernels, or with scales and codes that make up for each other's errors.
 
-Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314. A block's scale need not be its
+largest magnitude, and a code need not be the nearest: ../descent.py chooses both for the inputs that will come, in the
+same bytes that bitsandbytes reads.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
 from qtool.convert.formats.shards import Shards
-from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, Method, Name, Needs
+from qtool.convert.models.feeds import Feed
+from qtool.quantize import descent
+from qtool.quantize.descent import Chosen, Levels
+from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs
+from qtool.quantize.methods.number import Number
+from qtool.quantize.precision import tensor_float32
+from qtool.quantize.rounding import factorize, propagated_target
+from qtool.quantize.scaling import output_error
+from qtool.quantize.statistics import InputStatistics
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
 
 
 class Nf4Method(Method):
-    """NF4 by bitsandbytes; needs no calibration. What is not quantized keeps the source's dtype."""
+    """NF4 for bitsandbytes. What is not quantized keeps the source's dtype.
+
+    ``rounding: absmax`` leaves all to bitsandbytes and needs no calibration; ``descent`` chooses on Gram matrices.
+    """
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nf4": {}}
 
@@ -29,11 +44,24 @@ class Nf4Method(Method):
     name: Name = "nf4"
     double_quant: bool = True
     blocksize: Literal[64] = 64
+    rounding: Literal["descent", "absmax"] = "descent"
+    damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    propagate_error: bool = True
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35
 
     @property
     def needs(self) -> Needs:
-        """NF4's values are fixed."""
-        return Needs.NOTHING
+        """Largest magnitudes ask no text."""
+        if self.rounding == "absmax":
+            return Needs.NOTHING
+        return Needs.OWN_STREAM if self.propagate_error else Needs.GRAM
+
+    def workspace(self, out: int, columns: int) -> int:
+        """As other methods that compensate, and the source's own weights."""
+        if not self.needs.gram:
+            return 0
+        weights = out * columns
+        return weights // 2 + max(3 * columns**2 + weights, columns**2 + descent.workspace(out, columns))
 
     @property
     def container(self) -> Shards:
@@ -50,16 +78,119 @@ class Nf4Method(Method):
         load_bitsandbytes()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
-        """In the dtype of the checkpoint; one matrix at a time is on the device. Only ``|W - Ŵ| / |W|`` is recorded."""
+        """In the dtype of the checkpoint; one matrix at a time is on the device. By largest magnitudes, only
+        ``|W - Ŵ| / |W|`` is recorded."""
+        if self.needs.gram:
+            work = Nf4Work(self, layer)
+            for feed in layer.feeds:
+                work.round(feed, inputs.statistics[feed.name])
+            return work.finish()
         output = LayerCodes(tensors=layer.others)
         for matrix in layer.matrices:
             weight = layer.source(matrix)
             blocks = quantize_nf4(weight, self.blocksize, self.double_quant)
             output.codes[matrix.module] = blocks
-            source = weight.float()
-            error = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
-            output.records[matrix.module] = {"frobenius": float(f"{float(error):.6g}")}
+            output.records[matrix.module] = {"frobenius": _figure(_distance(weight.float(), blocks))}
         return output
+
+    def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
+        """Nothing is folded."""
+        return Nf4Work(self, layer)
+
+
+class Nf4Work(LayerWork):
+    """Records ``|W - Ŵ| / |W|`` and the relative output errors of bitsandbytes' own codes and of these."""
+
+    def __init__(self, method: Nf4Method, layer: Layer) -> None:
+        self._method, self._layer, self._done = method, layer, LayerCodes(tensors=layer.others)
+
+    def target(self, feed: Feed) -> Tensor:
+        """As `LayerWork.target`."""
+        return torch.cat([self._layer.source(matrix).float() for matrix in feed.consumers])
+
+    def left(self) -> dict[str, Tensor]:
+        """As `LayerWork.left`."""
+        layer, codes = self._layer, self._done.codes
+        return {one.module: layer.source(one) for one in layer.matrices if one.module not in codes}
+
+    def finish(self) -> LayerCodes:
+        """As `LayerWork.finish`."""
+        return self._done
+
+    def round(self, feed: Feed, stats: InputStatistics) -> None:
+        """As `LayerWork.round`."""
+        sources = [self._layer.source(matrix) for matrix in feed.consumers]
+        for matrix, source, blocks in zip(feed.consumers, sources, self._choose(sources, stats), strict=True):
+            self._done.codes[matrix.module] = blocks
+            self._done.records[matrix.module] = self._record(source, blocks, stats.gram)
+
+    def _choose(self, sources: Sequence[Tensor], stats: InputStatistics) -> list[Nf4Blocks]:
+        """Of the matrices of one feed. Rows that end inside a block share it with the next: bitsandbytes' own codes."""
+        method = self._method
+        if sources[0].shape[1] % method.blocksize:
+            return [quantize_nf4(source, method.blocksize, method.double_quant) for source in sources]
+        target = torch.cat([source.float() for source in sources])
+        factor = factorize(stats.gram, method.damp_percent)
+        goal = target
+        if stats.drift is not None:
+            with tensor_float32():
+                goal = propagated_target(target, stats.output_drift(target), factor, method.propagate_strength)
+        levels = Levels(15, method.blocksize, torch.float32, table=bnb_nf4.NF4)
+        begun = descent.begin(goal, factor, levels)
+        diagonal = stats.gram.diagonal().clone()
+        stats.gram.diagonal().add_(factor.damp * diagonal.mean())
+        sizes = [source.shape[0] for source in sources]
+        maxima: list[tuple[Tensor, Nested | None]]
+        if method.double_quant:  # scales are rounded once they are good, then codes make up for that
+            begun = descent.descend(goal, begun, stats.gram, levels, sweeps=2)
+            nested = [_nested(scale) for scale in begun.scale.split(sizes)]
+            begun = Chosen(begun.levels, torch.cat([scale for scale, _, _ in nested]), begun.zero)
+            chosen = descent.descend(goal, begun, stats.gram, levels, scales=False)
+            maxima = [(absmax, second) for _, absmax, second in nested]
+        else:
+            chosen = descent.descend(goal, begun, stats.gram, levels)
+            maxima = [(scale.flatten(), None) for scale in chosen.scale.split(sizes)]
+        stats.gram.diagonal().copy_(diagonal)
+        parts = zip(sources, chosen.levels.split(sizes), maxima, strict=True)
+        return [_blocks(source, own, absmax, second, method.blocksize) for source, own, (absmax, second) in parts]
+
+    def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
+        wide, method = source.float(), self._method
+        plain = quantize_nf4(source, method.blocksize, method.double_quant).dequantize().sub_(wide)
+        energy = output_error(wide, gram).clamp_min(1e-30)
+        errors = [plain, blocks.dequantize().sub_(wide)]
+        rtn, own = ((output_error(error, gram).clamp_min(0) / energy).sqrt() for error in errors)
+        return {"rtn_error": _figure(rtn), "error": _figure(own), "frobenius": _figure(_distance(wide, blocks))}
+
+
+def _distance(source: Tensor, blocks: Nf4Blocks) -> Tensor:
+    """``|W - Ŵ| / |W|``."""
+    distance: Tensor = blocks.dequantize().sub_(source).norm() / source.norm().clamp_min(1e-30)
+    return distance
+
+
+def _figure(value: Tensor) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def _nested(scale: Tensor) -> tuple[Tensor, Tensor, Nested]:
+    """Scales ``[out, blocks of a row]`` in eight bits, as bitsandbytes' quantize_4bit stores largest magnitudes:
+    (what a reader makes of them, uint8 ``[blocks]``, the rest)."""
+    functional = load_bitsandbytes()
+    offset = scale.mean()
+    absmax, state = functional.quantize_blockwise(scale.flatten() - offset, blocksize=bnb_nf4.NESTED_BLOCK)
+    nested = Nested(state.absmax, state.code, state.blocksize, float(offset))
+    read = Nf4Blocks(absmax, absmax, state.code, (1, 1), 1, torch.float32, nested).block_maxima()
+    return read.view_as(scale), absmax, nested
+
+
+def _blocks(source: Tensor, levels: Tensor, absmax: Tensor, nested: Nested | None, blocksize: int) -> Nf4Blocks:
+    """``levels [out, in]``: values of the table."""
+    table = levels.new_tensor(bnb_nf4.NF4)
+    codes = torch.bucketize(levels.flatten(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    packed = (codes[0::2] << 4 | codes[1::2]).unsqueeze(1)
+    out, columns = source.shape
+    return Nf4Blocks(packed, absmax, table, (out, columns), blocksize, source.dtype, nested)
 
 
 def load_bitsandbytes() -> Any:

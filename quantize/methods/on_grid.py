@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -15,11 +14,12 @@ from qtool.convert.files.folder import FOLD_SCALES
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.plan import LinearPlan
-from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Rows
+from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows
+from qtool.quantize import descent, rounding, scaling
 from qtool.quantize import grid as grids
-from qtool.quantize import rounding, scaling
+from qtool.quantize.descent import Chosen, Levels
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, unquantized
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, unquantized
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.statistics import InputStatistics
@@ -32,6 +32,8 @@ class OnGrid(Protocol):
 
     clip: bool
     damp_percent: float
+    descent: bool
+    signed: bool
     propagate_error: bool
     propagate_strength: float
 
@@ -52,9 +54,10 @@ class GridMethod(Method):
     """What AWQ and GPTQ outputs have in common."""
 
     clip: bool = True
+    descent: bool = True
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.25  # .5 harms deep models: docs/benchmarks.md
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35  # .5 harms deep models: docs/benchmarks.md
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
@@ -81,24 +84,27 @@ class GridMethod(Method):
         return specs
 
     def workspace(self: OnGrid, out: int, columns: int) -> int:
-        """Three matrices like the Gram matrix to factorize it, and copies of the weights."""
-        compensated = 3 * columns**2 + 4 * out * columns if self.rounding == "gptq" else 0
-        return max(compensated, (6 if self.scaling == "awq" else 4) * out * columns)
+        """Of the search for scales; beside the weights, three matrices like the Gram matrix to factorize it, or one and
+        what the rounding holds."""
+        weights = out * columns
+        searched = scaling.SEARCHED * weights
+        if self.rounding != "gptq":
+            return searched
+        rounding = descent.workspace(out, columns) if self.descent else 4 * weights
+        return max(searched if self.scaling == "awq" else 0, 3 * columns**2 + weights, columns**2 + rounding)
+
+    @property
+    def asks_source(self: OnGrid) -> bool:
+        """Scales are searched on the source's own inputs, the same for every output."""
+        return self.scaling == "awq"
+
+    def begin(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerWork:
+        """Search and fold the scales of all feeds."""
+        return GridWork(self, layer.feeds, layer.weights, inputs.statistics)
 
     def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
         """As `quantize_layer`."""
         return quantize_layer(self, layer.feeds, layer.weights, inputs.statistics, inputs.owned)
-
-
-@dataclass
-class Folded:
-    """What is known of a layer while it is worked on. columns, rows: module -> what its columns were multiplied by
-    ``[in]`` and its rows divided by ``[out]`` (ones where nothing is folded)."""
-
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    codes: dict[str, Codes] = field(default_factory=dict)
-    records: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def quantize_layer(
@@ -108,136 +114,164 @@ def quantize_layer(
     statistics: Mapping[str, InputStatistics],
     owned: bool = False,
 ) -> LayerCodes:
-    """``weights``: tensor name -> tensor of any float dtype (left unchanged); ``statistics``: a feed's name -> its
-    input's, used up to spare memory where ``owned``, left unchanged otherwise."""
-    folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
-    output = Folded()
-    matrices = [matrix for feed in feeds for matrix in feed.consumers]
-    for matrix in matrices:
-        weight = matrix.of(weights[matrix.tensor])
-        output.rows[matrix.module], output.columns[matrix.module] = (
-            torch.ones(size, device=weight.device) for size in weight.shape
-        )
-    for feed in feeds if method.scaling == "awq" else ():
-        if feed.producer != Nothing():
-            _scale(method, feed, weights, statistics[feed.name], folded, output)
+    """A layer on one set of statistics, collected before any of it is rounded. ``weights``: tensor name -> tensor of
+    any float dtype (left unchanged); ``statistics``: a feed's name -> its input's, used up to spare memory where
+    ``owned``, left unchanged otherwise."""
+    work = GridWork(method, feeds, weights, statistics)
     for feed in feeds:
-        _round_feed(method, feed, weights, statistics[feed.name], output, owned)
-    kept = {f"{module}.columns": scale for module, scale in output.columns.items()}
-    kept |= {f"{module}.rows": scale for module, scale in output.rows.items()}
-    return LayerCodes(output.codes, unquantized(matrices, folded), output.records, kept)
+        work.round(feed, work.folded_statistics(feed, statistics[feed.name], owned))
+    return work.finish()
 
 
-def _scale(
-    method: OnGrid,
-    feed: Feed,
-    weights: Mapping[str, Tensor],
-    stats: InputStatistics,
-    folded: dict[str, Tensor],
-    output: Folded,
-) -> None:
-    """Search a feed's scale and fold it: divide the producer by it; the columns that it feeds get what the producer, as
-    stored, leaves over.
+class GridWork(LayerWork):
+    """``weights``: tensor name -> tensor of any float dtype, left unchanged; ``statistics``: a feed's name -> the
+    source's, of which scales are searched.
 
-    Norms, biases and the tensors that only take the scale are folded here; rows and columns of matrices are noted and
-    applied when they are rounded.
+    columns, rows: module -> what its columns are multiplied by ``[in]`` and its rows divided by ``[out]``, ones where
+    nothing is folded.
     """
-    originals = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
-    columns = originals[0].shape[1]
-    tie = feed.producer.ties(columns, stats.gram.device)
-    search = scaling.search_scale(originals, stats.gram, stats.mean_abs, method.spec.for_columns(columns), tie)
-    if search.scale is None:
-        return
-    scale = search.scale
-    match feed.producer:
-        case Norm(name, plus_one):
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            own = _untied(scale, tie, folded[weight].shape[0])
-            folded[weight], own = _fold_norm(folded[weight], own, method.spec.dtype, 1.0 if plus_one else 0.0)
-            scale = own if tie is None else own[tie]
-        case Rows(matrix) | Heads(matrix):
-            bias = f"{matrix.module}.bias"
-            own = _untied(scale, tie, output.rows[matrix.module].shape[0])
-            output.rows[matrix.module] = own
-        case Nothing():
+
+    def __init__(
+        self,
+        method: OnGrid,
+        feeds: Sequence[Feed],
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        self._method, self._weights = method, weights
+        self._folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
+        self._matrices = [matrix for feed in feeds for matrix in feed.consumers]
+        self._codes: dict[str, Codes] = {}
+        self._records: dict[str, dict[str, float]] = {}
+        self._scaled: set[str] = set()
+        self.columns: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        for matrix in self._matrices:
+            weight = matrix.of(weights[matrix.tensor])
+            self.rows[matrix.module], self.columns[matrix.module] = (
+                torch.ones(size, device=weight.device) for size in weight.shape
+            )
+        for feed in feeds if method.scaling == "awq" else ():
+            if feed.producer != Nothing():
+                self._scale(feed, statistics[feed.name])
+
+    def target(self, feed: Feed) -> Tensor:
+        """As `LayerWork.target`."""
+        return torch.cat([self._aim(matrix) for matrix in feed.consumers])
+
+    def divisor(self, feed: Feed) -> Tensor | None:
+        """As `LayerWork.divisor`."""
+        return self.columns[feed.name] if feed.name in self._scaled else None
+
+    def left(self) -> dict[str, Tensor]:
+        """As `LayerWork.left`."""
+        return {one.module: self._aim(one) for one in self._matrices if one.module not in self._codes}
+
+    def finish(self) -> LayerCodes:
+        """As `LayerWork.finish`."""
+        kept = {f"{module}.columns": scale for module, scale in self.columns.items()}
+        kept |= {f"{module}.rows": scale for module, scale in self.rows.items()}
+        return LayerCodes(dict(self._codes), unquantized(self._matrices, self._folded), dict(self._records), kept)
+
+    def folded_statistics(self, feed: Feed, stats: InputStatistics, owned: bool) -> InputStatistics:
+        """The source's statistics as they are of inputs divided by the feed's scale."""
+        scale = self.columns[feed.name]
+        gram = scaling.scale_gram(stats.gram, scale, in_place=owned)
+        return InputStatistics(stats.tokens, gram, abs_sum=stats.abs_sum / scale, absmax=stats.absmax / scale)
+
+    def _aim(self, matrix: Matrix) -> Tensor:
+        weight = matrix.of(self._weights[matrix.tensor]).float() * self.columns[matrix.module]
+        return weight.div_(self.rows[matrix.module].unsqueeze(1))
+
+    def _scale(self, feed: Feed, stats: InputStatistics) -> None:
+        """Search a feed's scale and fold it: divide the producer by it; the columns that it feeds get what the
+        producer, as stored, leaves over.
+
+        Norms, biases and the tensors that only take the scale are folded here; rows and columns of matrices are noted
+        and applied when they are rounded.
+        """
+        originals = [matrix.of(self._weights[matrix.tensor]).float() for matrix in feed.consumers]
+        columns, spec = originals[0].shape[1], self._method.spec
+        tie = feed.producer.ties(columns, stats.gram.device)
+        search = scaling.search_scale(originals, stats.gram, stats.mean_abs, spec.for_columns(columns), tie)
+        if search.scale is None:
             return
-    if bias in folded:
-        folded[bias] = folded[bias] / own
-    for name in feed.also:
-        folded[name] = folded[name].float() * scale
-    for matrix in feed.consumers:
-        output.columns[matrix.module] = scale
+        scale, folded = search.scale, self._folded
+        match feed.producer:
+            case Norm(name, plus_one):
+                weight, bias = f"{name}.weight", f"{name}.bias"
+                own = scaling.untied(scale, tie, folded[weight].shape[0])
+                folded[weight], own = scaling.fold_norm(folded[weight], own, spec.dtype, 1.0 if plus_one else 0.0)
+                scale = own if tie is None else own[tie]
+            case Rows(matrix) | Heads(matrix):
+                bias = f"{matrix.module}.bias"
+                own = scaling.untied(scale, tie, self.rows[matrix.module].shape[0])
+                self.rows[matrix.module] = own
+            case Nothing():
+                return
+        if bias in folded:
+            folded[bias] = folded[bias] / own
+        for name in feed.also:
+            folded[name] = folded[name].float() * scale
+        for matrix in feed.consumers:
+            self.columns[matrix.module] = scale
+        self._scaled.add(feed.name)
+
+    def round(self, feed: Feed, stats: InputStatistics) -> None:
+        """Choose codes for the consumers of one feed together (they share the Gram matrix) and record for each the
+        relative output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
+        method, target, scale = self._method, self.target(feed), self.columns[feed.name]
+        spec = method.spec.for_columns(scale.shape[0])
+        rounded, damp = _rounded(method, target, stats, spec)
+        sizes = [self.rows[matrix.module].shape[0] for matrix in feed.consumers]
+        parts = zip(
+            feed.consumers, target.split(sizes), rounded.codes.split(sizes),
+            rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
+        )  # fmt: skip
+        for matrix, wanted, codes, scales, zeros in parts:
+            grid, source = grids.Grid(scales, zeros), matrix.of(self._weights[matrix.tensor]).float()
+            self._codes[matrix.module] = grids.to_codes(codes, grid, spec)
+            error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(self.rows[matrix.module].unsqueeze(1))
+            with tensor_float32() if method.rounding == "rtn" else nullcontext():
+                loss = scaling.output_error(error, stats.gram)
+            record = _record(source, error, loss, stats.gram, scale, spec)
+            self._records[matrix.module] = record | {"damp": damp}
 
 
-def _untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:
-    """One value for each channel of the producer, ``[channels]``, of one for each column that it feeds."""
-    return scale if tie is None else scale.new_empty(channels).index_copy_(0, tie, scale)
+def _rounded(method: OnGrid, target: Tensor, stats: InputStatistics, spec: GridSpec) -> tuple[rounding.Rounded, float]:
+    """(codes of ``target [out, in]``, the damping that they took). ``stats``: used up."""
+    gram = stats.gram
+    if method.rounding == "rtn":
+        blocks = grids.diagonal_blocks(gram, spec.group_size) if method.clip else None
+        fitted = grids.fit_minmax(target, spec) if blocks is None else grids.fit_clipped(target, blocks, spec)
+        return rounding.Rounded(grids.quantize(target, fitted, spec), fitted), 0.0
+    order = rounding.activation_order(gram) if method.act_order else None
+    factor = rounding.factorize(gram, method.damp_percent, order)
+    goal = target.clone()
+    if stats.drift is not None:
+        with tensor_float32():
+            drift, stats.drift = stats.output_drift(target), None  # large, and not needed again
+            goal = rounding.propagated_target(target, drift, factor, method.propagate_strength)
+        del drift
+    if method.descent:
+        return _descend(method, goal, factor, gram, spec), factor.damp
+    return rounding.gptq(goal, factor, spec, method.clip, gram), factor.damp
 
 
-def _fold_norm(weight: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> tuple[Tensor, Tensor]:
-    """(weight of a norm that applies offset + weight, divided by ``scale`` and as ``dtype`` stores it; what it was
-    divided by indeed). A channel whose quotient would be stored as 0 keeps its weight: near -1 a weight has few digits.
-    """
-    norm = weight + offset
-    stored = (norm / scale - offset).to(dtype).float()
-    stored = torch.where(stored + offset == 0, weight.to(dtype).float(), stored)
-    left = stored + offset
-    return stored, torch.where(left == 0, scale, norm / left)
-
-
-def _round_feed(
-    method: OnGrid,
-    feed: Feed,
-    weights: Mapping[str, Tensor],
-    stats: InputStatistics,
-    output: Folded,
-    owned: bool,
-) -> None:
-    """Choose codes for the consumers of one feed together (they share the Gram matrix) and record for each the relative
-    output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
-    modules = [matrix.module for matrix in feed.consumers]
-    scale = output.columns[modules[0]]
-    spec = method.spec.for_columns(scale.shape[0])
-    sources = [matrix.of(weights[matrix.tensor]).float() for matrix in feed.consumers]
-    sizes = [source.shape[0] for source in sources]
-    rows = torch.cat([output.rows[module] for module in modules]).unsqueeze(1)
-    target = torch.cat(sources).mul_(scale).div_(rows)
-    gram = scaling.scale_gram(stats.gram, scale, in_place=owned)
-    damp = 0.0
-    if method.rounding == "gptq":
-        drift = None
-        if stats.drift is not None:
-            with tensor_float32():
-                drift = stats.output_drift(torch.cat(sources)) / rows / scale
-            if owned:
-                stats.drift = None  # can be as large as the Gram matrix, and is not needed again
-        order = rounding.activation_order(gram) if method.act_order else None
-        factor = rounding.factorize(gram, method.damp_percent, order)
-        goal = target.clone()
-        if drift is not None:
-            with tensor_float32():
-                goal = rounding.propagated_target(target, drift, factor, method.propagate_strength)
-        rounded = rounding.gptq(goal, factor, spec, method.clip, gram)
-        damp = factor.damp
-        del factor, goal, drift
+def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor, spec: GridSpec) -> rounding.Rounded:
+    """Scales and codes by descent, from one pass in the columns' order; with act-order, and where a row is one group,
+    from GPTQ's codes. ``gram``: damped as the factor is, and put back."""
+    levels = Levels.of_grid(spec, method.signed)
+    if factor.order is None and spec.group_size <= descent.BLOCK:
+        begun = descent.begin(goal, factor, levels)
     else:
-        fitted = (
-            grids.fit_clipped(target, grids.diagonal_blocks(gram, spec.group_size), spec)
-            if method.clip
-            else grids.fit_minmax(target, spec)
-        )
-        rounded = rounding.Rounded(grids.quantize(target, fitted, spec), fitted)
-    parts = zip(
-        modules, sources, target.split(sizes), rounded.codes.split(sizes),
-        rounded.grid.scale.split(sizes), rounded.grid.zero.split(sizes), strict=True,
-    )  # fmt: skip
-    for module, source, wanted, codes, scales, zeros in parts:
-        grid = grids.Grid(scales, zeros)
-        output.codes[module] = grids.to_codes(codes, grid, spec)
-        error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(output.rows[module].unsqueeze(1))
-        with tensor_float32() if method.rounding == "rtn" else nullcontext():
-            loss = scaling.output_error(error, gram)
-        output.records[module] = _record(source, error, loss, gram, scale, spec) | {"damp": damp}
+        plain = rounding.gptq(goal.clone(), factor, spec, method.clip, gram)
+        begun = Chosen(grids.minus_zeros(plain.codes, plain.grid), plain.grid.scale, plain.grid.zero)
+    diagonal = gram.diagonal().clone()
+    gram.diagonal().add_(factor.damp * diagonal.mean())
+    chosen = descent.descend(goal, begun, gram, levels)
+    gram.diagonal().copy_(diagonal)
+    return rounding.Rounded(chosen.codes(), chosen.grid)
 
 
 def _record(
