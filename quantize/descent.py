@@ -224,19 +224,23 @@ def _finalists(problem: Problem, levels: Levels, ratios: Sequence[float]) -> tup
     if kernels is not None:
         table = levels.table or ()
         losses, scale, zero = kernels.rank(
-            problem.linear, problem.aim, problem.metric, ratios, table, levels.top, levels.rule, levels.dtype
+            problem.aim, problem.metric, ratios, table, levels.top, levels.rule, levels.dtype
         )
     else:
         grids = [covering(problem.aim, levels, ratio) for ratio in ratios]
-        weights = (nearest(problem.aim, *grid, levels).mul_(grid[0]) for grid in grids)
-        losses = torch.stack([_loss(problem, weight) for weight in weights])
+        errors = (nearest(problem.aim, *grid, levels).mul_(grid[0]).sub_(problem.aim) for grid in grids)
+        losses = torch.stack([_loss(problem.metric, error) for error in errors])
         scale, zero = (torch.cat([grid[part] for grid in grids]) for part in (0, 1))
-    order = losses.argsort(dim=0, stable=True)[:FINALISTS]
+    leaders = []
+    for _ in range(min(FINALISTS, len(ratios))):
+        leaders.append(losses.argmin(0, keepdim=True))
+        losses.scatter_(0, leaders[-1], torch.inf)
+    order = torch.cat(leaders)
     return scale.gather(0, order), zero.gather(0, order)
 
 
-def _loss(problem: Problem, weights: Tensor) -> Tensor:
-    return torch.addmm(2 * problem.linear, problem.metric, weights).mul_(weights).sum(0)
+def _loss(metric: Tensor, error: Tensor) -> Tensor:
+    return (metric @ error).mul_(error).sum(0)
 
 
 def _improve(
@@ -247,10 +251,11 @@ def _improve(
     kernels = _kernels(problem)
     if kernels is not None:
         table = levels.table or ()
-        return kernels.improve(
+        found: tuple[Tensor, Tensor, Tensor] = kernels.improve(
             problem.linear, problem.aim, problem.metric, begun, scale, zero, table, levels.top, levels.rule,
             levels.dtype, scales, PASSES,
         )  # fmt: skip
+        return found
     starts, metric = scale.shape[0], problem.metric
     codes = [] if begun is None else [begun]
     for number in range(len(codes), starts):
@@ -268,8 +273,10 @@ def _improve(
             new = _level(code[column] - gradient[column] * (over * inverse), zeros[0], levels)
             gradient[column + 1 :].addr_(metric[column + 1 :, column], (new - code[column]) * flat[0])
             code[column] = new
-    weights = code * flat
-    loss = _loss(Problem(linear, None, metric), weights) if starts > 1 else flat
+    loss = flat
+    if starts > 1:
+        assert problem.aim is not None
+        loss = _loss(metric, code * flat - problem.aim.repeat(1, starts))
     by_start = code.unflatten(1, (starts, -1)).transpose(0, 1)
     return by_start, flat.view(starts, -1), loss.view(starts, -1)
 

@@ -15,7 +15,7 @@ SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 ROWS, PART = 32, 16  # of a program, one thread a row; columns that are taken in turn before others hear of them
-RANK_ROWS, RANK_WARPS = 16, 4
+RANK_ROWS, RANK_PART, RANK_WARPS = 64, 32, 4
 CELLS = 64  # of the range of a table: each has one middle between two levels at most
 
 
@@ -70,30 +70,42 @@ def _product(metric, tile, first, row, out, inside, columns: tl.constexpr, part:
     for start in range(0, columns, part):
         block = tl.load(metric + (first + within)[:, None] * columns + (start + within)[None, :])
         at = (start + within).to(tl.int64)[:, None] * out + row[None, :]
-        total += tl.dot(block, tl.load(tile + at, mask=inside, other=0.0), input_precision="tf32x3")
+        total = tl.dot(block, tl.load(tile + at, mask=inside, other=0.0), total, input_precision="tf32")
     return total
 
 
 @triton.jit
+def _error(aim, start, row, out, inside, s, z, cells, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr,
+           count: tl.constexpr):  # fmt: skip
+    """What plain rounding of a part of the aim leaves, ``[part, rows]``."""
+    at = (start + tl.arange(0, part)).to(tl.int64)[:, None] * out + row[None, :]
+    goal = tl.load(aim + at, mask=inside, other=0.0)
+    ratio = tl.div_rn(goal, tl.where(s == 0, 1e-30, s)[None, :] + tl.zeros_like(goal))
+    return _level(ratio, z[None, :], cells, top, rule, count) * s[None, :] - goal
+
+
+@triton.jit
 def _rank_kernel(
-    linear, aim, metric, ratios, cells, losses, scales, zeros, out,
-    columns: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
+    aim, metric, ratios, cells, losses, scales, zeros, out,
+    columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
     count: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     # One program is one candidate of `rows` rows: what plain rounding to it loses.
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    number, column = tl.program_id(1), tl.arange(0, columns)
+    number, column, within = tl.program_id(1), tl.arange(0, columns), tl.arange(0, part)
     inside = (row < out)[None, :]
-    place = column.to(tl.int64)[:, None] * out + row[None, :]
-    goal = tl.load(aim + place, mask=inside, other=0.0)
-    low, high = tl.min(goal, axis=0), tl.max(goal, axis=0)
-    s, z = _covering(low, high, tl.load(ratios + number), top, rule, kind)
-    ratio = tl.div_rn(goal, tl.where(s == 0, 1e-30, s)[None, :] + tl.zeros_like(goal))
-    weight = _level(ratio, z[None, :], cells, top, rule, count) * s[None, :]
-    square = tl.load(metric + column[:, None] * columns + column[None, :])
-    slope = tl.dot(square, weight, input_precision="tf32x3") + 2 * tl.load(linear + place, mask=inside, other=0.0)
+    goal = tl.load(aim + column.to(tl.int64)[:, None] * out + row[None, :], mask=inside, other=0.0)
+    s, z = _covering(tl.min(goal, axis=0), tl.max(goal, axis=0), tl.load(ratios + number), top, rule, kind)
+    loss = tl.zeros_like(s)
+    for first in range(0, columns, part):
+        slope = tl.zeros([part, rows], tl.float32)
+        for start in range(0, columns, part):
+            block = tl.load(metric + (first + within)[:, None] * columns + (start + within)[None, :])
+            error = _error(aim, start, row, out, inside, s, z, cells, part, top, rule, count)
+            slope = tl.dot(block, error, slope, input_precision="tf32")
+        loss += tl.sum(slope * _error(aim, first, row, out, inside, s, z, cells, part, top, rule, count), axis=0)
     at = number * out + row
-    tl.store(losses + at, tl.sum(slope * weight, axis=0), mask=row < out)
+    tl.store(losses + at, loss, mask=row < out)
     tl.store(scales + at, s, mask=row < out)
     tl.store(zeros + at, z, mask=row < out)
 
@@ -103,22 +115,29 @@ def _round_part(
     level, moved, product, linear, metric, inverse, first, row, out, s, z, cells,
     columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, count: tl.constexpr,
 ):  # fmt: skip
-    """Each column of a part in turn gets its best level, all others held. One thread has one row: what the columns
-    before it moved stays in its registers."""
+    """Each column of a part in turn gets its best level, all others held. One thread has one row; all is loaded before
+    the first step and stored after the last, because each step waits for the one before it."""
     inside = row < out
     over = 1.0 / tl.where(s == 0, 1e-30, s)
-    steps = ()
+    olds = ()
+    pulls = ()
     for number in tl.static_range(part):
         at = (first + number).to(tl.int64) * out + row
-        old = tl.load(level + at, mask=inside, other=0.0)
+        olds += (tl.load(level + at, mask=inside, other=0.0),)  # type: ignore[assignment]  # a tuple of any length
         pull = tl.load(linear + at, mask=inside, other=0.0) + tl.load(product + at, mask=inside, other=0.0) * s
+        pulls += (pull,)  # type: ignore[assignment]
+    news = ()
+    for number in tl.static_range(part):
         line = metric + (first + number) * columns + first
+        pull = pulls[number]
         for before in tl.static_range(number):
-            pull += tl.load(line + before) * steps[before]
-        new = _level(old - pull * (tl.load(inverse + first + number) * over), z, cells, top, rule, count)
-        tl.store(level + at, new, mask=inside)
-        tl.store(moved + at, new - old, mask=inside)
-        steps += ((new - old) * s,)
+            pull += tl.load(line + before) * ((news[before] - olds[before]) * s)
+        wished = olds[number] - pull * (tl.load(inverse + first + number) * over)
+        news += (_level(wished, z, cells, top, rule, count),)  # type: ignore[assignment]
+    for number in tl.static_range(part):
+        at = (first + number).to(tl.int64) * out + row
+        tl.store(level + at, news[number], mask=inside)
+        tl.store(moved + at, news[number] - olds[number], mask=inside)
 
 
 @triton.jit
@@ -169,7 +188,8 @@ def _improve_kernel(
                 for done in range(0, first, part):
                     block = tl.load(metric + (first + within)[:, None] * columns + (done + within)[None, :])
                     place = (done + within).to(tl.int64)[:, None] * out + row[None, :]
-                    turned += tl.dot(block, tl.load(moved + place, mask=inside, other=0.0), input_precision="tf32x3")
+                    change = tl.load(moved + place, mask=inside, other=0.0)
+                    turned = tl.dot(block, change, turned, input_precision="tf32")
                 tl.store(product + at, turned, mask=inside)
                 tl.debug_barrier()
             _round_part(
@@ -177,27 +197,31 @@ def _improve_kernel(
                 columns, part, top, rule, count,
             )  # fmt: skip
             tl.debug_barrier()
-    if judge:
+    if judge:  # what is lost beside the aim: no large numbers that cancel
+        for first in range(0, columns, part):
+            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+            error = tl.load(level + at, mask=inside, other=0.0) * s[None, :]
+            tl.store(moved + at, error - tl.load(aim + at, mask=inside, other=0.0), mask=inside)
+        tl.debug_barrier()
         loss = tl.zeros_like(s)
         for first in range(0, columns, part):
             at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
-            turned = _product(metric, level, first, row, out, inside, columns, part) * s[None, :]
-            turned += 2 * tl.load(linear + at, mask=inside, other=0.0)
-            loss += tl.sum(turned * tl.load(level + at, mask=inside, other=0.0), axis=0)
-        tl.store(losses + start * out + row, loss * s, mask=row < out)
+            slope = _product(metric, moved, first, row, out, inside, columns, part)
+            loss += tl.sum(slope * tl.load(moved + at, mask=inside, other=0.0), axis=0)
+        tl.store(losses + start * out + row, loss, mask=row < out)
     tl.store(scales_out + start * out + row, s, mask=row < out)
 
 
 def rank(
-    linear: Tensor, aim: Tensor, metric: Tensor, ratios: Sequence[float], table: Sequence[float], top: int, rule: int,
+    aim: Tensor, metric: Tensor, ratios: Sequence[float], table: Sequence[float], top: int, rule: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses, scales, zeros) of candidates, each ``[candidates, out]``. ``linear``, ``aim`` ``[g, out]``."""
-    columns, out = linear.shape
-    losses, scales, zeros = linear.new_empty(3, len(ratios), out)
+    """(losses beside the aim, scales, zeros) of candidates, each ``[candidates, out]``. ``aim [g, out]``."""
+    columns, out = aim.shape
+    losses, scales, zeros = aim.new_empty(3, len(ratios), out)
     _rank_kernel[(triton.cdiv(out, RANK_ROWS), len(ratios))](
-        linear, aim, metric, metric.new_tensor(list(ratios)), _cells(metric, table), losses, scales, zeros, out,
-        columns, top, rule, STORED[dtype], CELLS, RANK_ROWS, num_warps=RANK_WARPS,
+        aim, metric, metric.new_tensor(list(ratios)), _cells(metric, table), losses, scales, zeros, out,
+        columns, min(columns, RANK_PART), top, rule, STORED[dtype], CELLS, RANK_ROWS, num_warps=RANK_WARPS,
     )  # fmt: skip
     return losses, scales, zeros
 

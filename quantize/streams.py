@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qtool.convert.models.family import Family
 from qtool.convert.models.feeds import Feed
-from qtool.quantize.capture import Calls, Hidden, advance, feed_through
+from qtool.quantize.capture import Calls, Hidden, Part, Parted, parts_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method
 from qtool.quantize.soundness import refuse_range
 from qtool.quantize.statistics import InputStatistics
@@ -44,44 +44,56 @@ class Passage:
     calls: Calls
     dtype: torch.dtype
     family: Family
-    _before: list[str] = field(init=False, default_factory=list)  # modules that the hidden states got something of
+    parts: tuple[Part, ...] = field(init=False)
+    _parted: Parted = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts, self._parted = parts_of(self.layer.feeds), Parted(self.module, self.calls)
 
     def round(self, streams: Sequence[Stream]) -> None:
-        """Every feed gets its codes in every stream. ``hidden`` moves on to the layer's outputs. Raises QtoolError for
-        activations that are no numbers, or that the dtype of an output cannot hold."""
-        for feed in self.layer.feeds:
-            collected, peak = self._collect(feed, streams)
-            for stream in streams:
-                stats = collected.pop(0)
-                for largest in (peak, stats.absmax.max()):
-                    refuse_range(self.name, stream.method, {f"the input of {feed.name}": largest})
-                stream.work.round(feed, stats)
-                del stats  # large: gone before the next stream's turn
-            self._before += [feed.name] if feed.adds else []
+        """Every feed gets its codes in every stream. ``hidden`` moves on to the layer's outputs, the streams as far as
+        the last part's beginning. Raises QtoolError for activations that are no numbers, or that the dtype of an output
+        cannot hold."""
+        for part in self.parts:
+            for feed in part.feeds:
+                collected, peak = self._collect(part, feed, streams)
+                for stream in streams:
+                    stats = collected.pop(0)
+                    for largest in (peak, stats.absmax.max()):
+                        refuse_range(self.name, stream.method, {f"the input of {feed.name}": largest})
+                    stream.work.round(feed, stats)
+                    del stats  # large: gone before the next stream's turn
+            for stream in streams if part is not self.parts[-1] else ():
+                self._move(stream, part)
 
     def advance(self, stream: Stream) -> None:
         """A stream whose layer is rounded moves on to its outputs."""
-        self._fill(self._state(stream))
-        advance(self.module, stream.batches, self.calls)
+        self._move(stream, self.parts[-1])
 
-    def _collect(self, feed: Feed, streams: Sequence[Stream]) -> tuple[list[InputStatistics], Tensor]:
+    def _move(self, stream: Stream, part: Part) -> None:
+        """A stream at the beginning of ``part`` moves on to its end."""
+        self._fill(self._state(stream))
+        for number, batch in enumerate(stream.batches):
+            _, stream.batches[number] = self._parted.run(part, batch)
+
+    def _collect(self, part: Part, feed: Feed, streams: Sequence[Stream]) -> tuple[list[InputStatistics], Tensor]:
         """(statistics of a feed's input in each stream, beside the source's; the source's largest magnitude). The
-        batches and the copies of the layer are let go."""
+        batches and the copies of the layer are let go. The source moves on with the part's last feed."""
         states = [self._state(stream) for stream in streams]
         collected = [self._empty(feed, stream.work) for stream in streams]
-        peaks, last = [], feed is self.layer.feeds[-1]
+        peaks, last = [], feed is part.feeds[-1]
         for number, batch in enumerate(self.hidden):
             self._fill(self.layer.weights)
-            source = feed_through(self.module, feed, self._before, batch, self.calls, to_end=last)
-            low, high = source.inputs.aminmax()
+            source, ended = self._parted.run(part, batch, feed, to_end=last)
+            low, high = source.aminmax()
             peaks.append(torch.maximum(high, -low))
-            if source.output is not None:
-                self.hidden[number] = source.output
             for stream, state, stats in zip(streams, states, collected, strict=True):
                 self._fill(state)
-                fed = feed_through(self.module, feed, self._before, stream.batches[number], self.calls)
-                behind = None if source.hidden is None or fed.hidden is None else source.hidden - fed.hidden
-                stats.add(fed.inputs, source.inputs, stream.work.divisor(feed), behind)
+                own = stream.batches[number]
+                inputs, _ = self._parted.run(part, own, feed, to_end=False)
+                stats.add(inputs, source, stream.work.divisor(feed), batch - own if feed.adds else None)
+            if last:
+                self.hidden[number] = ended
         self._fill(self.layer.weights)
         for stats in collected:
             stats.finish()

@@ -168,7 +168,8 @@ def test_kernel_finds_what_the_plain_code_finds(kind: str, size: int) -> None:
             found = descent.choose(_on(given, device), levels, ratios, current and _on(current, device), scales)
             weights = found.weights().cpu().double()
             losses.append((weights * (given.metric.double() @ weights + 2 * given.linear.double())).sum(0))
-            assert found.levels.shape == (size, 77) and found.scale.shape == found.zero.shape == (1, 77)
+            assert found.levels.shape == (size, 77)
+            assert found.scale.shape == found.zero.shape == (1, 77)
             if current is not None and not scales:
                 assert torch.equal(found.scale.cpu(), current.scale)
         goal = aim if given is problem else other
