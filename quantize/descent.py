@@ -13,7 +13,6 @@ GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,7 +25,6 @@ from qtool.quantize.rounding import Factor, invert_upper
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
 FINALISTS = 2  # of these, the best by plain rounding are worked out
-PASSES = 2  # over a group's scale and codes, each time it is visited
 SWEEPS = 3
 TINY = 1e-30  # in place of a scale that was stored as zero
 BLOCK = 128  # columns visited at once where a group is a whole row
@@ -94,7 +92,7 @@ def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
         stop, inverse = start + size, inverses[number]
         aim = weight[start:stop]
         metric = inverse @ inverse.t()
-        group = choose(Problem((metric @ aim).neg_(), aim, metric), levels, RATIOS)
+        group = choose(aim, metric, levels)
         chosen.put(number, slice(start, stop), group)
         if stop < weight.shape[0]:
             spread = inverse.t() @ group.weights().neg_().add_(aim)
@@ -110,19 +108,16 @@ def descend(
     size = _block(levels.group_size)
     scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
-    inverses = torch.linalg.inv(blocks) if scales else blocks
     found, wanted = _Columns.of(chosen), target.t().contiguous()
     error = chosen.weights().t().contiguous().sub_(wanted)
-    for sweep in range(sweeps):
+    for _ in range(sweeps):
         for number, start in enumerate(range(0, wanted.shape[0], size)):
             columns, group = slice(start, start + size), start // levels.group_size
-            before = found.group(group, columns)
+            before, block = found.group(group, columns), blocks[number].contiguous()
             with tensor_float32():
                 linear = gram[columns] @ error
-            linear.addmm_(blocks[number], before.weights(), alpha=-1)
-            aim = (inverses[number] @ linear).neg_() if scales and sweep == 0 else None
-            ratios = () if aim is None else RATIOS
-            after = choose(Problem(linear, aim, blocks[number]), levels, ratios, before, scales)
+            linear.addmm_(block, before.weights(), alpha=-1)
+            after = improve(linear, block, levels, before, scales)
             found.put(group, columns, after)
             torch.sub(after.weights(), wanted[columns], out=error[columns])
     return found.rows()
@@ -130,23 +125,13 @@ def descend(
 
 def workspace(out: int, columns: int) -> int:
     """Float32 numbers that `descend` takes at most, with what it is given: two targets, levels before and after, the
-    error; a block's columns in and out of the kernels, with FINALISTS beside the levels that are there."""
-    return 5 * out * columns + (4 + 4 * (FINALISTS + 1)) * out * BLOCK
+    error; a block's columns in and out of the kernels, once for each of the FINALISTS."""
+    return 5 * out * columns + (4 + 4 * FINALISTS) * out * BLOCK
 
 
 def _block(group_size: int) -> int:
     """The columns of a visit: a group's, or the most below BLOCK that a larger group divides by."""
     return group_size if group_size <= BLOCK else max(n for n in range(1, BLOCK + 1) if group_size % n == 0)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The loss of a group's weights w, a column of them in a row ``[g, out]``: ``w (metric w + 2 linear)`` and a
-    constant. ``metric [g, g]``; ``aim``: its minimum, from which candidates are made (None: there are none)."""
-
-    linear: Tensor
-    aim: Tensor | None
-    metric: Tensor
 
 
 @dataclass(frozen=True)
@@ -162,21 +147,34 @@ class Group:
         return self.levels * self.scale
 
 
-def choose(
-    problem: Problem, levels: Levels, ratios: Sequence[float], current: Group | None = None, scales: bool = True
-) -> Group:
-    """The best found, row by row: ``current`` and the finalists among ``ratios`` of the covering scale, each improved
-    by PASSES over scale (if ``scales``) and codes."""
-    scale, zero = _finalists(problem, levels, ratios)
-    if current is not None:
-        scale, zero = torch.cat([current.scale, scale]), torch.cat([current.zero, zero])
-    code, scale, losses = _improve(problem, levels, None if current is None else current.levels, scale, zero, scales)
-    if len(code) == 1:
-        return Group(code[0], scale, zero)
+def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
+    """Scales, zeros and levels that lose least of ``e metric eᵀ`` for e = weights - aim ``[g, out]``: of RATIOS of the
+    covering scale, the finalists by plain rounding, improved, row by row."""
+    linear = (metric @ aim).neg_()
+    kernels, own = _kernels(aim), (levels.table or (), levels.top, levels.rule, levels.dtype)
+    if kernels is not None:
+        ranks, scale, zero = kernels.rank(aim, metric, RATIOS, *own)
+        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
+    else:
+        scale, zero = _finalists(aim, metric, levels)
+        starts = [Group(nearest(aim, *grid, levels), *grid) for grid in zip(scale.split(1), zero.split(1), strict=True)]
+        improved = [_improve(linear, metric, levels, start, True) for start in starts]
+        code, scale = torch.stack([one.levels for one in improved]), torch.cat([one.scale for one in improved])
+        losses = torch.stack([_loss(metric, one.weights().sub_(aim)) for one in improved])
     best = losses.argmin(0, keepdim=True)
-    return Group(
-        code.gather(0, best.unsqueeze(1).expand(1, *code.shape[1:]))[0], scale.gather(0, best), zero.gather(0, best)
-    )
+    chosen = code.gather(0, best.unsqueeze(1).expand(1, *aim.shape))[0]
+    return Group(chosen, scale.gather(0, best), zero.gather(0, best))
+
+
+def improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool = True) -> Group:
+    """A better scale (if ``scales``), then each column in turn its best level, of a group whose weights w
+    ``[g, out]``, a column of them in a row, lose ``wᵀ (metric w + 2 linear)``."""
+    kernels = _kernels(linear)
+    if kernels is None:
+        return _improve(linear, metric, levels, current, scales)
+    own = (levels.table or (), levels.top, levels.rule, levels.dtype)
+    code, scale, _, _ = kernels.improve(linear, metric, current.levels, current.scale, current.zero, None, *own, scales)
+    return Group(code[0], scale, current.zero)
 
 
 def covering(aim: Tensor, levels: Levels, ratio: float) -> tuple[Tensor, Tensor]:
@@ -215,24 +213,14 @@ def _level(ratio: Tensor, zero: Tensor, levels: Levels) -> Tensor:
     return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
 
 
-def _finalists(problem: Problem, levels: Levels, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """Scales and zeros ``[finalists, out]`` of those that lose least by plain rounding."""
-    if problem.aim is None or not ratios:
-        nothing = problem.linear.new_empty(0, problem.linear.shape[1])
-        return nothing, nothing
-    kernels = _kernels(problem)
-    if kernels is not None:
-        table = levels.table or ()
-        losses, scale, zero = kernels.rank(
-            problem.aim, problem.metric, ratios, table, levels.top, levels.rule, levels.dtype
-        )
-    else:
-        grids = [covering(problem.aim, levels, ratio) for ratio in ratios]
-        errors = (nearest(problem.aim, *grid, levels).mul_(grid[0]).sub_(problem.aim) for grid in grids)
-        losses = torch.stack([_loss(problem.metric, error) for error in errors])
-        scale, zero = (torch.cat([grid[part] for grid in grids]) for part in (0, 1))
+    grids = [covering(aim, levels, ratio) for ratio in RATIOS]
+    errors = (nearest(aim, *grid, levels).mul_(grid[0]).sub_(aim) for grid in grids)
+    losses = torch.stack([_loss(metric, error) for error in errors])
+    scale, zero = (torch.cat([grid[part] for grid in grids]) for part in (0, 1))
     leaders = []
-    for _ in range(min(FINALISTS, len(ratios))):
+    for _ in range(FINALISTS):
         leaders.append(losses.argmin(0, keepdim=True))
         losses.scatter_(0, leaders[-1], torch.inf)
     order = torch.cat(leaders)
@@ -243,51 +231,27 @@ def _loss(metric: Tensor, error: Tensor) -> Tensor:
     return (metric @ error).mul_(error).sum(0)
 
 
-def _improve(
-    problem: Problem, levels: Levels, begun: Tensor | None, scale: Tensor, zero: Tensor, scales: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(levels ``[starts, g, out]``, scales ``[starts, out]``, losses ``[starts, out]``) after PASSES over every start:
-    ``begun``, if any, and what is nearest to the aim on each of the grids left. No losses where there is one start."""
-    kernels = _kernels(problem)
-    if kernels is not None:
-        table = levels.table or ()
-        found: tuple[Tensor, Tensor, Tensor] = kernels.improve(
-            problem.linear, problem.aim, problem.metric, begun, scale, zero, table, levels.top, levels.rule,
-            levels.dtype, scales, PASSES,
-        )  # fmt: skip
-        return found
-    starts, metric = scale.shape[0], problem.metric
-    codes = [] if begun is None else [begun]
-    for number in range(len(codes), starts):
-        assert problem.aim is not None
-        codes.append(nearest(problem.aim, scale[number], zero[number], levels))
-    code, linear = torch.cat(codes, 1), problem.linear.repeat(1, starts)  # a start beside the other
-    flat, zeros = scale.reshape(1, -1), zero.reshape(1, -1)
-    own = (1 / metric.diagonal()).tolist()
-    for _ in range(PASSES):
-        product = metric @ code
-        if scales:
-            flat = _best_scale(code, flat, linear, product, levels.dtype)
-        gradient, over = torch.addcmul(linear, product, flat), 1 / torch.where(flat == 0, TINY, flat)[0]
-        for column, inverse in enumerate(own):
-            new = _level(code[column] - gradient[column] * (over * inverse), zeros[0], levels)
-            gradient[column + 1 :].addr_(metric[column + 1 :, column], (new - code[column]) * flat[0])
-            code[column] = new
-    loss = flat
-    if starts > 1:
-        assert problem.aim is not None
-        loss = _loss(metric, code * flat - problem.aim.repeat(1, starts))
-    by_start = code.unflatten(1, (starts, -1)).transpose(0, 1)
-    return by_start, flat.view(starts, -1), loss.view(starts, -1)
+def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool) -> Group:
+    """`improve`, in plain PyTorch."""
+    code, scale, zero = current.levels.clone(), current.scale, current.zero[0]
+    product = metric @ code
+    if scales:
+        scale = _best_scale(code, scale, linear, product, levels.dtype)
+    gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)[0]
+    for column, own in enumerate((1 / metric.diagonal()).tolist()):
+        new = _level(code[column] - gradient[column] * (over * own), zero, levels)
+        gradient[column + 1 :].addr_(metric[column + 1 :, column], (new - code[column]) * scale[0])
+        code[column] = new
+    return Group(code, scale, current.zero)
 
 
-def _kernels(problem: Problem) -> ModuleType | None:
-    """Their Triton twins, where these run."""
-    if not problem.linear.is_cuda:
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton twins, where they run for groups of so many columns ``[g, out]``."""
+    if not tensor.is_cuda:
         return None
     from qtool.quantize import descent_kernels
 
-    return descent_kernels if descent_kernels.fits(problem.metric.shape[0]) else None
+    return descent_kernels if descent_kernels.fits(tensor.shape[0]) else None
 
 
 def _best_scale(code: Tensor, scale: Tensor, linear: Tensor, product: Tensor, dtype: torch.dtype) -> Tensor:

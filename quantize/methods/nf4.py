@@ -142,10 +142,10 @@ class Nf4Work(LayerWork):
         sizes = [source.shape[0] for source in sources]
         maxima: list[tuple[Tensor, Nested | None]]
         if method.double_quant:  # scales are rounded once they are good, then codes make up for that
-            begun = descent.descend(goal, begun, stats.gram, levels, sweeps=2)
+            begun = descent.descend(goal, begun, stats.gram, levels, sweeps=1)
             nested = [_nested(scale) for scale in begun.scale.split(sizes)]
             begun = Chosen(begun.levels, torch.cat([scale for scale, _, _ in nested]), begun.zero)
-            chosen = descent.descend(goal, begun, stats.gram, levels, scales=False)
+            chosen = descent.descend(goal, begun, stats.gram, levels, sweeps=2, scales=False)
             maxima = [(absmax, second) for _, absmax, second in nested]
         else:
             chosen = descent.descend(goal, begun, stats.gram, levels)
@@ -157,9 +157,10 @@ class Nf4Work(LayerWork):
     def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
         wide, method = source.float(), self._method
         plain = quantize_nf4(source, method.blocksize, method.double_quant).dequantize().sub_(wide)
-        energy = output_error(wide, gram).clamp_min(1e-30)
-        errors = [plain, blocks.dequantize().sub_(wide)]
-        rtn, own = ((output_error(error, gram).clamp_min(0) / energy).sqrt() for error in errors)
+        with tensor_float32():
+            energy, rounded = output_error(wide, gram).clamp_min(1e-30), output_error(plain, gram)
+        compensated = output_error(blocks.dequantize().sub_(wide), gram)  # its terms cancel: in float32
+        rtn, own = ((loss.clamp_min(0) / energy).sqrt() for loss in (rounded, compensated))
         return {"rtn_error": _figure(rtn), "error": _figure(own), "frobenius": _figure(_distance(wide, blocks))}
 
 
