@@ -157,26 +157,23 @@ def _round_part(
 
 
 @triton.jit
-def _best_scale(level, linear, product, metric, s, row, out, columns: tl.constexpr, part: tl.constexpr,
-                top: tl.constexpr, kind: tl.constexpr, fit: tl.constexpr):  # fmt: skip
-    """quantize.descent.best_scale if ``fit``; ``product`` gets ``metric @ level``."""
+def _best_scale(level, linear, product, metric, s, fit, row, out, columns: tl.constexpr, part: tl.constexpr,
+                top: tl.constexpr, kind: tl.constexpr):  # fmt: skip
+    """quantize.descent._best_scale where ``fit`` is 1; ``product`` gets ``metric @ level``."""
     inside, within = (row < out)[None, :], tl.arange(0, part)
     lift, curve = tl.zeros_like(s), tl.zeros_like(s)
     for first in range(0, columns, part):
         at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
         turned = _product(metric, level, first, row, out, inside, columns, part, top)
         tl.store(product + at, turned, mask=inside)
-        if fit:
-            own = tl.load(level + at, mask=inside, other=0.0)
-            lift += tl.sum(own * tl.load(linear + at, mask=inside, other=0.0), axis=0)
-            curve += tl.sum(own * turned, axis=0)
-    if fit:
-        lift += s * curve
-        wished = s - lift / tl.maximum(curve, 1e-30)
-        step = _store(wished, kind) - s
-        helps = (2 * step * lift + step * step * curve < 0) & (wished * s > 0) & (curve > 0)
-        s += tl.where(helps, step, 0.0)
-    return s
+        own = tl.load(level + at, mask=inside, other=0.0)
+        lift += tl.sum(own * tl.load(linear + at, mask=inside, other=0.0), axis=0)
+        curve += tl.sum(own * turned, axis=0)
+    lift += s * curve
+    wished = s - lift / tl.maximum(curve, 1e-30)
+    step = _store(wished, kind) - s
+    helps = (2 * step * lift + step * step * curve < 0) & (wished * s > 0) & (curve > 0) & (fit != 0)
+    return s + tl.where(helps, step, 0.0)
 
 
 @triton.jit
@@ -194,9 +191,9 @@ def _leader(ranks, row, out, count, least, place):
 @triton.jit
 def _improve_kernel(
     linear, aim, metric, inverse, ranks, scales_in, zeros_in, level, product, moved, scales_out, zeros_out, losses,
-    out, count,
+    out, count, fit,
     columns: tl.constexpr, part: tl.constexpr, table: tl.constexpr, top: tl.constexpr, rule: tl.constexpr,
-    kind: tl.constexpr, current: tl.constexpr, fit: tl.constexpr, rows: tl.constexpr,
+    kind: tl.constexpr, current: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     # One program is one start of `rows` rows. Columns are taken in parts, so that what changes from step to step fits
     # into registers; what lies in `level`, `product` and `moved` this program alone touches.
@@ -219,7 +216,7 @@ def _improve_kernel(
             goal = tl.load(aim + at, mask=inside, other=0.0)
             tl.store(level + at, _nearest(goal, s, z, table, top, rule), mask=inside)
         tl.debug_barrier()
-    s = _best_scale(level, linear, product, metric, s, row, out, columns, part, top, kind, fit)
+    s = _best_scale(level, linear, product, metric, s, fit, row, out, columns, part, top, kind)
     tl.debug_barrier()
     for first in range(0, columns, part):
         if first > 0:
@@ -280,8 +277,8 @@ def improve(
     found, shifts, losses = scales.new_empty(3, starts, out)
     _improve_kernel[(triton.cdiv(out, ROWS), starts)](
         linear, begun, metric, 1 / metric.diagonal(), scales if ranks is None else ranks, scales, zeros,
-        level, product, moved, found, shifts, losses, out, 0 if ranks is None else len(ranks),
-        columns, min(columns, PART), table, top, rule, STORED[dtype], ranks is None, fit, ROWS, num_warps=1,
+        level, product, moved, found, shifts, losses, out, 0 if ranks is None else len(ranks), int(fit),
+        columns, min(columns, PART), table, top, rule, STORED[dtype], ranks is None, ROWS, num_warps=1,
     )  # fmt: skip
     return level, found, shifts, losses
 
