@@ -88,9 +88,10 @@ def _of_streams(
 ) -> int:
     """Bytes while one feed's statistics are collected in every stream, or its codes chosen in one."""
     widest, hidden = max(one.columns for one in fed), fed[0].columns
-    # three of the widest in its MLP, two inputs of the batch before; or two inputs and their difference in float32,
-    # twice; in either case the hidden states on both sides
-    forward = max(batch * (5 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + 8 * widest // width))
+    # three of the widest in its MLP, an input of the batch before; or two inputs and their difference, in float32 and
+    # twice where one of them is divided by a scale; in either case the hidden states on both sides
+    gap = 8 * widest // width if any(method.asks_source for method in own) else widest
+    forward = max(batch * (4 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + gap))
     most, done = 0, 0
     for one in fed:
         collecting = len(own) * parameters * width + forward  # a copy of the layer for each
