@@ -30,6 +30,7 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # A token comes in one piece, its character sometimes in several; a server that sends more heeds no limit.
 MOST_PIECES, _MORE_PIECES = 4, 256
 _LONGEST_LINE = 2**24  # bytes of one event
+_LARGEST = 2**28  # bytes of one answer
 KEY_VARIABLE = "OPENAI_API_KEY"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -127,6 +128,12 @@ class ServedModel:
         )  # fmt: skip
 
     def _timed(self, ids: list[int], tokens: int) -> _Times:
+        times, made, cached = self.stamps(ids, tokens)
+        return _Times(times[0], times[-1], made, cached)
+
+    def stamps(self, ids: list[int], tokens: int) -> tuple[list[float], int, int | None]:
+        """Seconds from the request to each piece of its answer, tokens made, and tokens of the prompt that came from a
+        cache (None: not said). Raises OutOfMemory, QtoolError (exit 3)."""
         url = f"{self.base_url.rstrip('/')}/completions"
         body = {
             "model": self.model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True,
@@ -156,7 +163,7 @@ class ServedModel:
             raise QtoolError(f"{url}: answered without a token.", exit_code=3)
         details = usage.get("prompt_tokens_details") or {}
         made = int(usage.get("completion_tokens") or len(times))
-        return _Times(times[0], times[-1], made, details.get("cached_tokens"))
+        return times, made, details.get("cached_tokens")
 
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
@@ -196,12 +203,20 @@ def tokenize(base_url: str, text: str) -> list[int]:
     return ids
 
 
-def ask(url: str, request: dict[str, Any] | None = None) -> Any:
+def ask(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> Any:
     """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
-        with open_url(url, request, None) as answer:
-            return json.load(answer)
-    except (Broken, OSError, http.client.HTTPException, ValueError) as error:
+        return json.loads(read(url, request, timeout))
+    except (ValueError, RecursionError) as error:
+        raise QtoolError(f"{url}: answers something else than JSON ({str(error)[:200]}).", exit_code=3) from error
+
+
+def read(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> str:
+    """The text that a server without a key answers. Raises QtoolError (exit 3) for none."""
+    try:
+        with open_url(url, request, None, timeout) as answer:
+            return str(answer.read(_LARGEST).decode("utf-8", "replace"))
+    except (Broken, OSError, http.client.HTTPException) as error:
         raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
 
 
@@ -252,10 +267,10 @@ def opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *direct)
 
 
-def open_url(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
+def open_url(url: str, request: dict[str, Any] | None, api_key: str | None, timeout: float = TIMEOUT) -> Any:
     """The server's answer to GET, or to POST of ``request``, as a file. Raises Broken, and QtoolError (exit 3)."""
     try:
-        return opener(url).open(_request(url, request, api_key), timeout=TIMEOUT)
+        return opener(url).open(_request(url, request, api_key), timeout=timeout)
     except urllib.error.HTTPError as error:
         said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:
