@@ -100,10 +100,10 @@ def _look(
     found.append(quantities.cache(planned, server, probe, numbers))
     found += quantities.speed(planned, served, numbers)
     found.append(quantities.shared(planned, server, probe, numbers))
-    found.append(quantities.chunked(planned, served, numbers))
+    found.append(quantities.chunked(planned, server, probe, numbers))
     found.append(quantities.preempted(server, probe, numbers))
     found.append(quantities.memory(planned, quantities.held(planned, server, taken), numbers))
-    lines = list(server.lines)
+    lines = server.log()
     return _Seen(probe.version(server.url, lines), probe.kernels(lines), told, found, numbers)
 
 
@@ -112,13 +112,14 @@ def _agreement(
 ) -> Finding:
     reference = parity.Reference(artifact, trust_remote_code)
     found = parity.compare(rows, seen.told, reference.logprobs(rows))
-    limit, least, why = (parity.EIGHT_BIT_LIMIT if probe.eight_bit else parity.LIMIT), parity.LEAST_TOP1, ""
-    if dtype == "bfloat16":
-        floor = reference.floor(rows)
+    limit, least, why = parity.LIMIT, parity.LEAST_TOP1, ""
+    if dtype == "bfloat16" or probe.rounded:
+        floor = reference.floor(rows, probe.rounded)
         limit = max(limit, parity.FLOOR_FACTOR * floor.kl)
         least = min(least, 1 - parity.FLOOR_FACTOR * (1 - floor.top1))
         seen.numbers.update(kl_floor=floor.kl, top1_floor=floor.top1)
-        why = f"; bfloat16 alone costs this model {floor.kl:.2g} (top-1 {floor.top1:.2%})"
+        what = "8-bit activations alone cost" if probe.rounded else "bfloat16 alone costs"
+        why = f"; {what} this model {floor.kl:.2g} (top-1 {floor.top1:.2%})"
     if not math.isfinite(found.kl):
         return Finding(what="log-probabilities", outcome="fail", detail="the server's are no probabilities")
     seen.numbers.update(kl=found.kl, kl_limit=limit, top1=found.top1, kl_worst=found.worst, tokens=found.tokens)
