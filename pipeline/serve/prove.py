@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from qtool.evaluate.engines.table import PROBES
 from qtool.serve import findings as look
 from qtool.serve import parity, process, quantities
 from qtool.serve.process import Server, free_port
-from qtool.serve.programs import require_program, with_program
+from qtool.serve.programs import require_program
 from qtool.serve.running import running, smoke
 from qtool.sizing.serving import PlannedServer
 
@@ -59,8 +58,8 @@ def prove(
     """Start the planned server on a free port and look at everything. A finding that fails is a result; QtoolError
     (exit 3) is raised where the server cannot be started, dies, or answers what no server answers."""
     probe = probe_of(planned)
-    program = require_program(planned.facts, python)
-    command = shlex.join(with_program(planned.launch.words, program))
+    require_program(planned.facts, python)
+    command = _command(planned)
     planned = replace(planned, serving=replace(planned.serving, port=free_port(planned.serving.host)))
     tokenizer = load_tokenizer(artifact.path, trust_remote_code)
     rows = parity.prompt_ids(tokenizer, planned.serving.context - 1)
@@ -129,6 +128,14 @@ def _agreement(
     )
     good = found.kl <= limit and found.top1 >= least
     return Finding(what="log-probabilities", outcome="pass" if good else "fail", detail=detail)
+
+
+def _command(planned: PlannedServer) -> str:
+    """As it is typed beside the artifact's folder: where that lay here is nobody's business."""
+    s = planned.serving
+    name = Path(s.place).resolve().name
+    file = None if s.file is None else Path(name, s.file.name)
+    return replace(planned, serving=replace(s, place=name, file=file)).launch.text
 
 
 def end_tokens(artifact: Artifact) -> list[int]:
