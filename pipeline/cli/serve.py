@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.decorators import FC
 
-from qtool import QtoolError
 from qtool.cli.options import FAILED
-from qtool.cli.sizing import numbers
+from qtool.cli.sizing import one_number
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def serve(
     planned = _plan(artifact, engine, card, gpus, context, users, chunk, kv_dtype, dtype, host, port)
     line, found = _typed(planned, python)
     _say(_what(planned))
-    for tokens in numbers(shared_prefix, "--shared-prefix"):
+    if tokens := one_number(shared_prefix, "--shared-prefix"):
         _say(_shared(planned, tokens))
     if planned.facts.untried:
         _say(f"not run: {planned.facts.untried}")
@@ -134,11 +133,14 @@ def _plan(
 ) -> PlannedServer:  # fmt: skip
     from qtool.serve.here import server_here
 
-    tokens = numbers(context, "--context")
-    if len(tokens) > 1:
-        raise QtoolError(f"--context {context}: a server has one.")
     asked: dict[str, Any] = {"engine": engine, "cards": gpus, "users": users, "kv_dtype": kv_dtype.lower()}
-    asked |= {"context": tokens[0] if tokens else 0, "dtype": dtype or "", "chunk": chunk, "host": host, "port": port}
+    asked |= {
+        "context": one_number(context, "--context"),
+        "dtype": dtype or "",
+        "chunk": chunk,
+        "host": host,
+        "port": port,
+    }
     return server_here(model, card, **asked)
 
 
