@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-FAULT = os.environ.get("QTOOL_FAKE", "")
-BLOCK, COUNT = 128, {"requests": 0, "hits": 0, "steps": 0}
+FAULTS = set(os.environ.get("QTOOL_FAKE", "").split(","))
+BLOCK, COUNT = 128, {"requests": 0, "hits": 0}
 SEEN: set[tuple[int, ...]] = set()
 LOCK = threading.Lock()
 
@@ -26,7 +25,8 @@ class Model:
         self.place = Path(words[1])
         self.flags = {words[i]: words[i + 1] for i in range(2, len(words) - 1) if words[i].startswith("--")}
         self.longest = int(self.flags["--max-model-len"])
-        self.chunk = int(self.flags["--max-num-batched-tokens"])
+        chunk = int(self.flags["--max-num-batched-tokens"]) * (2 if "larger chunks" in FAULTS else 1)
+        print(f"INFO Chunked prefill is enabled with max_num_batched_tokens={chunk}.", flush=True)
         config = json.loads((self.place / "config.json").read_text())
         row = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2
         self.blocks = int(self.flags["--kv-cache-memory-bytes"]) // (row * BLOCK)
@@ -46,7 +46,7 @@ class Model:
     def prompt_logprobs(self, ids: list[int], count: int) -> list[dict[str, Any] | None]:
         self.load()
         (rows,) = self.reference.logprobs([ids])
-        if FAULT == "noisy":
+        if "noisy" in FAULTS:
             rows = (rows * 1.3).log_softmax(-1)
         values, tokens = rows.topk(count)
         found: list[dict[str, Any] | None] = [None]
@@ -61,11 +61,8 @@ class Model:
             held = 0
             for end in range(BLOCK, len(ids), BLOCK):
                 held = end if tuple(ids[:end]) in SEEN else held
-            if FAULT != "no sharing":
+            if "no sharing" not in FAULTS:
                 COUNT["hits"] += held
-            COUNT["steps"] += math.ceil((len(ids) - held) / self.chunk) + tokens - 1
-            if FAULT == "more steps":
-                COUNT["steps"] += 5
             SEEN.update(tuple(ids[:end]) for end in range(BLOCK, len(ids) + 1, BLOCK))
 
 
@@ -84,27 +81,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self.reply(b"", 503 if FAULT == "silent" else 200)
+            self.reply(b"", 503 if "silent" in FAULTS else 200)
         elif self.path == "/version":
             self.reply({"version": "9.9"})
         else:
-            blocks = self.model.blocks - (FAULT == "fewer blocks")
+            blocks = self.model.blocks - ("fewer blocks" in FAULTS)
             self.reply(
                 f'vllm:cache_config_info{{block_size="{BLOCK}",num_gpu_blocks="{blocks}"}} 1.0\n'
                 f'vllm:prefix_cache_hits_total{{engine="0"}} {COUNT["hits"]}.0\n'
-                f"vllm:iteration_tokens_total_count {COUNT['steps']}\n"
-                f"vllm:num_preemptions_total {7 if FAULT == 'preempting' else 0}\n".encode()
+                f"vllm:num_preemptions_total {7 if 'preempting' in FAULTS else 0}\n".encode()
             )
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         COUNT["requests"] += 1
-        if FAULT == "dies later" and COUNT["requests"] > 3:
+        if "dies later" in FAULTS and COUNT["requests"] > 3:
             print("RuntimeError: Worker died with hf_abcdefghijk", flush=True)
             os._exit(9)
-        if FAULT == "garbage":
+        if "garbage" in FAULTS:
             return self.reply(b"<html>not found</html>")
-        if FAULT == "other shape":
+        if "other shape" in FAULTS:
             return self.reply({"choices": []})
         if self.path == "/tokenize":
             return self.reply({"tokens": self.rendered(asked)})
@@ -117,20 +113,21 @@ class Handler(BaseHTTPRequestHandler):
             for call in turn.get("tool_calls", []):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         text = self.model.tokenizer.apply_chat_template(
-            talk, tools=asked.get("tools") if FAULT != "tools lost" else None, tokenize=False,
+            talk, tools=asked.get("tools") if "tools lost" not in FAULTS else None, tokenize=False,
             add_generation_prompt=asked["add_generation_prompt"],
         )  # fmt: skip
         ids: list[int] = self.model.tokenizer(text, add_special_tokens=False).input_ids
-        return ids[1:] if FAULT == "template" else ids
+        return ids[1:] if "template" in FAULTS else ids
 
     def complete(self, asked: dict[str, Any]) -> None:
         ids, tokens = asked["prompt"], asked["max_tokens"]
         ids = list(ids.encode()) if isinstance(ids, str) else ids
-        longest = self.model.longest * (4 if FAULT == "takes all" else 1) // (2 if FAULT == "short" else 1)
+        longest = self.model.longest * (4 if "takes all" in FAULTS else 1)
+        longest //= 2 if "short" in FAULTS and "prompt_logprobs" not in asked else 1
         if len(ids) + tokens > longest:
             return self.reply({"error": {"message": f"longer than {longest} tokens"}}, 400)
         self.model.take_up(ids, tokens)
-        ends = bool(asked.get("logit_bias")) and FAULT != "endless"
+        ends = bool(asked.get("logit_bias")) and "endless" not in FAULTS
         if asked.get("stream"):
             self.send_response(200)
             self.end_headers()
@@ -149,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     """As `vllm serve FOLDER …`."""
     print(f"Using FakeLinearKernel; the environment holds {os.environ.get('HF_TOKEN', 'no token')}", flush=True)
-    if FAULT == "dies":
+    if "dies" in FAULTS:
         print(f"ValueError: no room for the cache; key {'hf_' + 'planted8315xyz'}", flush=True)
         sys.exit(5)
     Handler.model = Model(sys.argv[1:])
@@ -157,7 +154,7 @@ def main() -> None:
         process = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
         Path(child).write_text(str(process.pid))
     server = ThreadingHTTPServer((Handler.model.flags["--host"], int(Handler.model.flags["--port"])), Handler)
-    if FAULT == "never listens":
+    if "never listens" in FAULTS:
         time.sleep(600)
     server.serve_forever()
 

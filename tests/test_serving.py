@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,9 +55,9 @@ MACHINE = Accelerator("cpu", "a processor", 8 * 2**30, 1e12, 1e13, None, "cpu", 
 def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An AWQ artifact with a chat template that knows tools."""
     folder = tmp_path_factory.mktemp("served")
-    path = next(iter(converted(tiny, [{"method": "awq", "group_size": 32}], folder).values()))
-    (path / "chat_template.jinja").write_text(TEMPLATE)
-    return path
+    model = shutil.copytree(tiny, folder / "tiny")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return Path(converted(model, [{"method": "awq", "group_size": 32}], folder)["awq"])
 
 
 @pytest.fixture
@@ -83,6 +84,14 @@ def running() -> list[str]:
         if str(FAKE) in words:
             lines.append(" ".join(words))
     return lines
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there and not merely not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def call(*arguments: object) -> Result:
@@ -246,8 +255,7 @@ def test_faults_at_the_start(
         assert "  | ValueError: no room for the cache; key ***" in result.output
         assert "the environment holds no token" in result.output
     else:  # its child, which ignores SIGTERM, is gone as well
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / "child").read_text()), 0)
+        assert not alive(int((tmp_path / "child").read_text()))
 
 
 def served(artifact: Path, tmp_path: Path, **environment: str) -> tuple[subprocess.Popen[str], int]:
@@ -275,8 +283,7 @@ def test_ctrl_c_ends_the_whole_group(artifact: Path, tmp_path: Path) -> None:
     _, said = front.communicate(timeout=60)
     assert front.returncode == 130
     assert "The server and all its processes have ended." in said
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(child.read_text()), 0)
+    assert not alive(int(child.read_text()))
 
 
 @pytest.mark.usefixtures("fake")
@@ -296,7 +303,7 @@ def test_an_engine_that_dies_in_the_middle(artifact: Path, tmp_path: Path) -> No
 
 def test_secrets_of_logs_are_hidden() -> None:
     told = hidden("key sk-abcdefgh1234 and swordfish, s3 x", {"MY_TOKEN": "swordfish", "A_KEY": "s3", "HOME": "key"})
-    assert told == "key*** and ***, s3 x"
+    assert told == "key *** and ***, s3 x"
 
 
 # --- the proof ---
@@ -306,11 +313,18 @@ def planned(artifact: Path, **wish: int) -> PlannedServer:
     return plan_server(read_headers(str(artifact)), Wish(MACHINE, **wish))  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 64 take seconds; these are as telling here."""
+    few = prompts()[60:]
+    monkeypatch.setattr("qtool.serve.parity.prompts", lambda: few)
+
+
 def findings(result: Result) -> dict[str, dict[str, str]]:
     return {finding["what"]: finding for finding in json.loads(result.stdout)["findings"]}
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_proof(artifact: Path) -> None:
     result = call("prove", artifact, "--engine", "vllm", "--card", "cpu", "--chunk", 64, "--users", 2, "--json")
     assert result.exit_code == 0, result.output
@@ -328,7 +342,7 @@ def test_a_proof(artifact: Path) -> None:
     assert proof.numbers["top1"] == 1.0
     assert (proof.numbers["cache_blocks"], proof.numbers["cache_blocks_planned"]) == (5, 5)
     assert (proof.numbers["shared_tokens"], proof.numbers["shared_tokens_planned"]) == (128, 128)
-    assert (proof.numbers["long_prompt_steps"], proof.numbers["long_prompt_steps_planned"]) == (4, 4)
+    assert proof.numbers["long_prompt_steps_planned"] == 4
     assert (proof.version, proof.kernels, proof.dtype) == ("vllm 9.9", ["FakeLinearKernel"], "float16")
     assert proof.command.startswith(f"vllm serve {artifact.name} --max-model-len 256")
     assert str(artifact.parent) not in result.stdout
@@ -337,35 +351,42 @@ def test_a_proof(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "wrong", "said"),
+    "planted",
     [
-        ("noisy", ["log-probabilities"], "mean KL 0.0"),
-        ("template", ["chat template", "tool calls", "tool results"], "differs from transformers at token 0"),
-        ("tools lost", ["tool calls", "tool results"], "differs from transformers at token"),
-        ("endless", ["stop tokens"], "does not end at token 0 (finish_reason 'length'"),
-        ("short", ["longest prompt"], "255 tokens: http"),
-        ("takes all", ["too long a prompt"], "556 tokens are taken where 256 were planned"),
-        ("fewer blocks", ["cache"], "8 blocks of 128 tokens, 9 of 128 planned"),
-        ("no sharing", ["shared prefix"], "of 128 shared tokens 0 came from the cache, 128 planned"),
-        ("more steps", ["chunked prefill"], "takes 6 steps of up to 2,048, 1 planned"),
-        ("preempting", ["preemptions"], "7"),
+        {
+            "noisy": ("log-probabilities", "mean KL 0.0"),
+            "template": ("chat template", "differs from transformers at token 0"),
+            "endless": ("stop tokens", "does not end at token 0 (finish_reason 'length'"),
+            "short": ("longest prompt", "255 tokens: http"),
+            "fewer blocks": ("cache", "8 blocks of 128 tokens, 9 of 128 planned"),
+            "no sharing": ("shared prefix", "of 128 shared tokens 0 came from the cache, 128 planned"),
+            "larger chunks": ("chunked prefill", "1 steps of up to 2,048 by the plan; the server says 4,096"),
+            "preempting": ("preemptions", "7"),
+        },
+        {
+            "tools lost": ("tool calls", "differs from transformers at token"),
+            "takes all": ("too long a prompt", "556 tokens are taken where 256 were planned"),
+        },
     ],
 )
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "few_prompts")
 def test_faults_that_a_proof_finds(
-    artifact: Path, fault: str, wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, planted: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QTOOL_FAKE", fault)
+    monkeypatch.setenv("QTOOL_FAKE", ",".join(planted))
     before = (artifact / "qtool.json").read_bytes()
     result = call("prove", artifact, "--engine", "vllm", "--card", "cpu", "--no-log", "--json")
     assert result.exit_code == 1, result.output
     found = findings(result)
-    assert [name for name, finding in found.items() if finding["outcome"] == "fail"] == wrong
-    assert said in found[wrong[0]]["detail"]
+    more = {"template": {"tool calls", "tool results"}, "tools lost": {"tool results"}}
+    wrong = {what for what, _ in planted.values()}.union(*(more.get(name, set()) for name in planted))
+    assert {name for name, finding in found.items() if finding["outcome"] == "fail"} == wrong
+    for what, said in planted.values():
+        assert said in found[what]["detail"]
     assert (artifact / "qtool.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_server_that_dies_under_proof(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_FAKE", "dies later")
     result = call("prove", artifact, "--engine", "vllm", "--card", "cpu", "--no-log")
@@ -485,7 +506,7 @@ def test_reports_show_it() -> None:
     assert proof_line(proof()).startswith("proved in vllm 0.32.0 (float16 with CPUWNA16LinearKernel) on a processor")
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_recipe_has_its_outputs_proved(write_recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.serve.here.own_card", lambda known: "RTX4090,H100")
     recipe = write_recipe(serve={"prove": ["vllm"], "users": 2}, gates=[{"served": "vllm"}])  # type: ignore[operator]
