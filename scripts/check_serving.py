@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Every kind of output in real servers, as `qtool prove` proves it, and three things that must go wrong.
 
-The demo model (or --model) is converted into AWQ, GPTQ, compressed-tensors, NF4 and Q4_K_M; each is started in vLLM (the
-environment of --python or QTOOL_VLLM_PYTHON; docs/vllm.md says how to make one) or llama.cpp, and held against
-the reference, the tokenizer and the plan. An artifact with two linears exchanged must fail its log-probabilities; a
+The demo model (or --model) is converted into AWQ, GPTQ, compressed-tensors, NF4 and Q4_K_M; each is started in vLLM
+(the environment of --python or QTOOL_VLLM_PYTHON; docs/vllm.md says how to make one) or llama.cpp, and held against the
+reference, the tokenizer and the plan. An artifact with two linears exchanged must fail its log-probabilities; a
 cache of one block less than the longest context needs must not start; and when a server is ended, no process of it may
 be left. What is not installed is skipped, and said.
 
