@@ -128,12 +128,6 @@ class ServedModel:
         )  # fmt: skip
 
     def _timed(self, ids: list[int], tokens: int) -> _Times:
-        times, made, cached = self.stamps(ids, tokens)
-        return _Times(times[0], times[-1], made, cached)
-
-    def stamps(self, ids: list[int], tokens: int) -> tuple[list[float], int, int | None]:
-        """Seconds from the request to each piece of its answer, tokens made, and tokens of the prompt that came from a
-        cache (None: not said). Raises OutOfMemory, QtoolError (exit 3)."""
         url = f"{self.base_url.rstrip('/')}/completions"
         body = {
             "model": self.model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True,
@@ -163,7 +157,7 @@ class ServedModel:
             raise QtoolError(f"{url}: answered without a token.", exit_code=3)
         details = usage.get("prompt_tokens_details") or {}
         made = int(usage.get("completion_tokens") or len(times))
-        return times, made, details.get("cached_tokens")
+        return _Times(times[0], times[-1], made, details.get("cached_tokens"))
 
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
