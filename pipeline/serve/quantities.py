@@ -136,8 +136,9 @@ def shared(planned: PlannedServer, server: Server, probe: Probe, numbers: Number
     if plan.seconds is not None:
         numbers["shared_saved_seconds_least"] = plan.seconds.best
         expected = f", {1e3 * plan.seconds.best:.2g} at least by the plan"
+    size = found * planned.token_bytes / MIB
     detail = (
-        f"of {tokens} shared tokens {found:.0f} ({found / block:.0f} blocks, {found * planned.token_bytes / MIB:.2f} MiB) "
+        f"of {tokens} shared tokens {found:.0f} ({found / block:.0f} blocks, {size:.2f} MiB) "
         f"came from the cache, {plan.held} planned; a first token came "
         f"{1e3 * saved:.3g} ms sooner{expected}; by it {plan.users} users save {plan.blocks:,} blocks, "
         f"{plan.nbytes / MIB:.2f} MiB"
