@@ -252,10 +252,11 @@ def opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *direct)
 
 
-def open_url(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
-    """The server's answer to GET, or to POST of ``request``, as a file. Raises Broken, and QtoolError (exit 3)."""
+def open_url(url: str, request: dict[str, Any] | None, api_key: str | None, timeout: float = TIMEOUT) -> Any:
+    """The server's answer to GET, or to POST of ``request``, as a file. ``timeout``: seconds without a byte. Raises
+    Broken, and QtoolError (exit 3)."""
     try:
-        return opener(url).open(_request(url, request, api_key), timeout=TIMEOUT)
+        return opener(url).open(_request(url, request, api_key), timeout=timeout)
     except urllib.error.HTTPError as error:
         said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:

@@ -1,0 +1,96 @@
+"""`qtool watch`: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qtool.cli.options import FAILED, card_options
+
+if TYPE_CHECKING:
+    from qtool.evaluate.engines.scrape import Page
+    from qtool.report.observed import Reading
+    from qtool.sizing.deployment import Deployment
+
+
+@click.command()
+@click.argument("url")
+@click.option("--artifact", help="What it serves (a folder or config.json): the plan and its bounds stand beside.")
+@card_options
+@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds to a reading.")
+@click.option("--once", is_flag=True, help="Two readings and the table, then stop; exit 1 where the cache binds.")
+@click.option("--for", "length", type=click.FloatRange(min=0.1), help="Stop after so many seconds.")
+def watch(
+    url: str, artifact: str | None, gpu: str | None, gpus: int, context: int | None, users: int | None,
+    cards: Path | None, every: float, once: bool, length: float | None,
+) -> None:  # fmt: skip
+    """Read /metrics of the server at URL (vLLM, SGLang, llama-server) again and again; say which limit binds.
+
+    Cache use, preemptions, queue, latency percentiles, prefix hits and tokens/s, in the last moments and since the
+    server's start, beside what was planned. A full cache that makes the engine throw requests out (nothing fails, it
+    only gets slow) is called what it is. One table on a terminal, else a line now and then. Ctrl-C ends it.
+    OPENAI_API_KEY is sent to URL.
+
+    \b
+    Examples:
+      qtool watch http://127.0.0.1:8000
+      qtool watch http://127.0.0.1:8000 --artifact artifacts/My-Model-awq --gpu L40S --context 32k --users 8
+      qtool watch http://127.0.0.1:8080 --once          llama-server, started with --metrics
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from qtool.evaluate.engines.scrape import metrics_url, scrape
+    from qtool.evaluate.engines.server import KEY_VARIABLE
+    from qtool.report import observed
+    from qtool.sizing.deployment import card_named, deployment
+
+    address, key = metrics_url(url), os.environ.get(KEY_VARIABLE) or None
+    first = scrape(address, key)
+    engine = _engine(first, address)
+    plan = None
+    if artifact is not None:
+        plan = deployment(artifact, card_named(gpu, cards), gpus, context, users, engine=engine)
+    console = Console()
+    before, ends = first, time.monotonic() + (length if length is not None else float("inf"))
+    with Live(console=console, auto_refresh=False, transient=once) as live:
+        while True:
+            time.sleep(every)
+            now = scrape(address, key)
+            reading = _reading(url, before, now, plan)
+            if once:
+                break
+            if console.is_terminal:
+                live.update(observed.table(reading), refresh=True)
+            else:
+                click.echo(observed.line(reading))
+            if time.monotonic() >= ends:
+                return
+            before = now
+    console.print(observed.table(reading), soft_wrap=True, highlight=False)
+    if reading.verdict.limit == "cache":
+        raise SystemExit(FAILED)
+
+
+def _engine(page: Page, address: str) -> str | None:
+    """The engine that the page is of, where something is planned for it; else the format's own is taken."""
+    from qtool.evaluate.engines.scrape import engine_of
+    from qtool.evaluate.engines.table import planned
+
+    name = engine_of(page, address)[0].name
+    return name if name in planned() else None
+
+
+def _reading(url: str, before: Page, now: Page, plan: Deployment | None) -> Reading:
+    from qtool.evaluate.engines.scrape import engine_of
+    from qtool.observe.limit import binding
+    from qtool.observe.window import observe
+    from qtool.report.observed import Reading
+
+    facts, metrics = engine_of(now, url)
+    lately, ever = observe(before, now, metrics), observe(None, now, metrics)
+    return Reading(url, facts.name, metrics, lately, ever, now.missing(metrics), plan, binding(lately, plan))
