@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from qtool.evaluate.engines.facts import (
     Download,
     Efficiency,
     EngineFacts,
+    Launch,
     Load,
     Metrics,
     OffloadRule,
@@ -36,9 +37,11 @@ from qtool.evaluate.engines.facts import (
 from qtool.evaluate.engines.machine import machine_name
 
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
+BATCH = 2048  # tokens that are taken up at once (n_batch)
 UBATCH = 512  # tokens of one graph (n_ubatch)
 BUILD = 11549  # whose server was run here (the last part of xllamacpp 2026.10.11549)
 PAD = 256  # cells are padded to this (src/llama-context.cpp, GGML_PAD(n_ctx, 256))
+PROCESSOR_SHARE = 0.9  # of the memory that is free
 MARGIN = 0.98  # of the card: it leaves no reserve of its own, the driver and the display need some
 
 
@@ -82,19 +85,17 @@ def overhead(load: Load) -> Overhead:
     return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
 
 
-def _command(serving: Serving) -> str:
+def _launch(serving: Serving) -> Launch:
     file = str(serving.file) if serving.file else serving.default_file
-    parts = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
-    parts += ["-np", str(serving.sequences)]
-    parts += serving.offload.split() if serving.offload else ["-ngl", "99"]
-    parts += ["-fa", "on"]
+    words = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
+    words += ["-np", str(serving.sequences)]
+    words += serving.offload.split() if serving.offload else ["-ngl", "99"]
+    words += ["-fa", "on", "-b", str(BATCH), "-ub", str(UBATCH)]
     if serving.cache_type != "f16":
-        parts += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
-    modelfile = Path(serving.place) / "Modelfile"
-    if serving.offload or (serving.file and not modelfile.is_file()):
-        return shlex.join(parts)
-    named = ["ollama", "create", Path(serving.place).resolve().name.lower(), "-f", str(modelfile)]
-    return f"{shlex.join(parts)}   ({shlex.join(named)})"
+        words += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
+    words += [] if serving.prefix_cache else ["--no-cache-prompt"]
+    words += ["--alias", serving.name] if serving.name else []
+    return Launch((*words, "--metrics", "--host", serving.host, "--port", str(serving.port)))
 
 
 def _load(download: Download) -> list[tuple[str, str]]:
@@ -137,9 +138,12 @@ FACTS = EngineFacts(
     image=f"ghcr.io/ggml-org/llama.cpp:server-cuda-b{BUILD}",
     command_in_image=("llama-server",),
     bundle=("preset", "modelfile", "compose", "alerts", "dashboard", "load"),
-    command=_command,
+    launch=_launch,
+    module="qtool.evaluate.engines.llama_server",
+    shares=False,  # each slot has cells of its own; the next request to a slot reuses what begins alike
     load=_load,
 )
+FACTS = replace(FACTS, processor=replace(FACTS, embedding_on_card=True, offload=None, memory_share=PROCESSOR_SHARE))
 
 
 def installed() -> bool:

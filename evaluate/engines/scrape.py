@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from qtool import QtoolError
 from qtool.evaluate.engines.facts import EngineFacts, Metrics
 from qtool.evaluate.engines.server import KEY_VARIABLE, Broken, open_url
-from qtool.evaluate.engines.table import ENGINES, ON_CARDS
+from qtool.evaluate.engines.table import SERVERS
 
 LARGEST, PATIENCE, LONGEST = 8 * 2**20, 10.0, 20.0  # bytes of a page; seconds without a byte; seconds of a page
 _SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(\S+)(?:\s+-?\d+)?\s*')
@@ -114,8 +114,7 @@ def parse(lines: Iterable[str], taken: float = 0.0) -> Page:
 
 def known_metrics() -> list[tuple[EngineFacts, Metrics]]:
     """Every engine that has such a page."""
-    facts = {facts.name: facts for facts in (*(engine.facts for engine in ENGINES.values()), *ON_CARDS)}
-    return [(each, each.metrics) for each in facts.values() if each.metrics is not None]
+    return [(facts, facts.metrics) for facts in SERVERS.values() if facts.metrics is not None]
 
 
 def engine_of(page: Page, url: str) -> tuple[EngineFacts, Metrics]:

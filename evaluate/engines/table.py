@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qtool import QtoolError
-from qtool.evaluate.engines import llama_cpp, openai, reference, sglang, transformers, vllm
+from qtool.evaluate.engines import llama_cpp, ollama, openai, reference, sglang, transformers, vllm
 from qtool.evaluate.engines.engine import Engine
 from qtool.evaluate.engines.facts import EngineFacts
 
@@ -13,6 +13,11 @@ ENGINES: dict[str, Engine] = {
 
 # Those that cards tell how to start, in their order there; qtool does not run them all.
 ON_CARDS: tuple[EngineFacts, ...] = (transformers.FACTS, vllm.FACTS, sglang.FACTS, llama_cpp.FACTS)
+
+# Those that serve at a URL, as `qtool serve` starts them.
+SERVERS: dict[str, EngineFacts] = {
+    facts.name: facts for facts in (vllm.FACTS, llama_cpp.FACTS, sglang.FACTS, ollama.FACTS)
+}
 
 
 def planned() -> dict[str, EngineFacts]:

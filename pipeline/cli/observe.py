@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import FAILED, card_options
+from qtool.cli.options import FAILED, card_options, wish_of
 
 if TYPE_CHECKING:
     from qtool.evaluate.engines.scrape import Page
     from qtool.report.observed import Reading
-    from qtool.sizing.deployment import Deployment
+    from qtool.sizing.serving import PlannedServer
 
 
 @click.command()
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 @click.option("--once", is_flag=True, help="Two readings and the table, then stop; exit 1 where the cache binds.")
 @click.option("--for", "length", type=click.FloatRange(min=0.1), help="Stop after so many seconds.")
 def watch(
-    url: str, artifact: str | None, gpu: str | None, gpus: int, context: int | None, users: int | None,
-    cards: Path | None, every: float, once: bool, length: float | None,
+    url: str, artifact: str | None, every: float, once: bool, length: float | None, **asked: Any
 ) -> None:  # fmt: skip
     """Read /metrics of the server at URL (vLLM, SGLang, llama-server) again and again; say which limit binds.
 
@@ -44,17 +42,16 @@ def watch(
     from rich.console import Console
     from rich.live import Live
 
-    from qtool.evaluate.engines.scrape import metrics_url, scrape
+    from qtool.evaluate.engines.scrape import engine_of, metrics_url, scrape
     from qtool.evaluate.engines.server import KEY_VARIABLE
     from qtool.report import observed
-    from qtool.sizing.deployment import card_named, deployment
+    from qtool.sizing.headers import read_headers
+    from qtool.sizing.serving import plan_server
 
     address, key = metrics_url(url), os.environ.get(KEY_VARIABLE) or None
     first = scrape(address, key)
-    engine = _engine(first, address)
-    plan = None
-    if artifact is not None:
-        plan = deployment(artifact, card_named(gpu, cards), gpus, context, users, engine=engine)
+    engine = engine_of(first, address)[0].name
+    plan = None if artifact is None else plan_server(read_headers(artifact), wish_of(engine, **asked))
     console = Console()
     before, ends = first, time.monotonic() + (length if length is not None else float("inf"))
     with Live(console=console, auto_refresh=False, transient=once) as live:
@@ -76,16 +73,7 @@ def watch(
         raise SystemExit(FAILED)
 
 
-def _engine(page: Page, address: str) -> str | None:
-    """The engine that the page is of, where something is planned for it; else the format's own is taken."""
-    from qtool.evaluate.engines.scrape import engine_of
-    from qtool.evaluate.engines.table import planned
-
-    name = engine_of(page, address)[0].name
-    return name if name in planned() else None
-
-
-def _reading(url: str, before: Page, now: Page, plan: Deployment | None) -> Reading:
+def _reading(url: str, before: Page, now: Page, plan: PlannedServer | None) -> Reading:
     from qtool.evaluate.engines.scrape import engine_of
     from qtool.observe.limit import binding
     from qtool.observe.window import observe

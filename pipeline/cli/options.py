@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.decorators import FC
+
+from qtool import QtoolError
+
+if TYPE_CHECKING:
+    from qtool.sizing.serving import Wish
 
 FAILED = 1  # the exit code where a gate or a check failed
 RUNS = "Folder of run logs and scores."
@@ -39,17 +44,33 @@ class Tokens(click.ParamType[int]):
 
 
 def card_options(command: FC) -> FC:
-    """What is served on which cards: `--gpu`, `--gpus`, `--context`, `--users`, `--cards`."""
+    """What is served on which cards: `--gpu`, `--gpus`, `--context`, `--users`, `--kv-dtype`, `--cards`."""
     options = [
-        click.option("--gpu", "--card", help="The card (default: this machine's, where qtool knows it)."),
+        click.option("--gpu", "--card", "gpu", help="The card (default: this machine's, where qtool knows it)."),
         click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many of them."),
-        click.option("--context", type=Tokens(), help="Of each sequence (default: the longest that --users can have)."),
-        click.option("--users", type=click.IntRange(min=1), help="Sequences at once (default: 8)."),
+        click.option("--context", type=Tokens(), help="Of each user (default: the longest that fits)."),
+        click.option("--users", type=click.IntRange(min=1), help="At once (default: 4)."),
+        click.option("--kv-dtype", default="", help="Of the cache (default: the engine's own)."),
         click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def wish_of(
+    engine: str | None, gpu: str | None, gpus: int, context: int | None, users: int | None, kv_dtype: str,
+    cards: Path | None,
+) -> Wish:  # fmt: skip
+    """What `card_options` asked for. Raises QtoolError where it names no card, or several."""
+    from qtool.sizing.accelerators import choose, load_accelerators, own_card
+    from qtool.sizing.serving import USERS, Wish
+
+    known = load_accelerators(cards)
+    found = choose(known, gpu or own_card(known))
+    if len(found) != 1:
+        raise QtoolError(f"--gpu: name one card, such as {found[0].key}; this machine has none that qtool knows.")
+    return Wish(found[0], engine, gpus, context or 0, users or USERS, kv_dtype)
 
 
 def write_text(path: Path, text: str) -> None:

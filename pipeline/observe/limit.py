@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qtool.observe.window import Observation
-from qtool.sizing.deployment import Deployment
 from qtool.sizing.fit import estimate_of
+from qtool.sizing.serving import PlannedServer
 
 FULL = 0.9  # of the cache: above this, blocks run out between two readings
 PEAK = 1.05  # of a card's rate, as in qtool.sizing.bounds
@@ -39,14 +39,16 @@ class Verdict:
     pseudo_oom: bool = False
 
 
-def shares(seen: Observation, plan: Deployment) -> Shares | None:
+def shares(seen: Observation, plan: PlannedServer) -> Shares | None:
     """None where the window says no rate."""
     if seen.generated_rate is None or not seen.running:
         return None
     sequences = max(1, round(seen.running))
-    cell = estimate_of(plan.setting, plan.context, sequences)
+    cell = estimate_of(plan.setting, plan.serving.context, sequences)
     slow_bus = replace(plan.setting, card=replace(plan.setting.card, bf16=None))
-    by = "bandwidth" if estimate_of(slow_bus, plan.context, sequences).step.best >= cell.step.best else "compute"
+    by = (
+        "bandwidth" if estimate_of(slow_bus, plan.serving.context, sequences).step.best >= cell.step.best else "compute"
+    )
     weights_only = estimate_of(plan.setting, 1, sequences).step.best  # sequences may be shorter than planned
     prefill = None
     if seen.prompt_rate is not None and plan.setting.card.bf16 is not None:
@@ -56,7 +58,7 @@ def shares(seen: Observation, plan: Deployment) -> Shares | None:
     return Shares(seen.generated_rate / sequences * weights_only, by, prefill)
 
 
-def binding(seen: Observation, plan: Deployment | None) -> Verdict:
+def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:
     """From what is certain to what is likely: preemptions, a full cache, a queue, then the bounds."""
     full = seen.cache is not None and seen.cache >= FULL
     cache = "" if seen.cache is None else f"the cache is {seen.cache:.0%} full"

@@ -15,8 +15,8 @@ from qtool.observe.limit import Verdict
 from qtool.observe.window import Observation, Quantiles
 from qtool.report.tables import rate_text
 from qtool.sizing.bounds import Range
-from qtool.sizing.deployment import Deployment
 from qtool.sizing.fit import estimate_of
+from qtool.sizing.serving import PlannedServer
 
 UNKNOWN, NONE = "not said", "-"
 COLOURS = {"cache": "red", "queue": "yellow", "bandwidth": "cyan", "compute": "cyan"}
@@ -32,7 +32,7 @@ class Reading:
     lately: Observation
     ever: Observation
     missing: Mapping[str, Sequence[str]]
-    plan: Deployment | None
+    plan: PlannedServer | None
     verdict: Verdict
 
 
@@ -97,7 +97,7 @@ def notes(reading: Reading) -> list[str]:
         said.append("the server was started again since the last reading.")
     if (plan := reading.plan) is not None:
         said.append(
-            f"planned: {plan.headers.name} on {plan.where}, {plan.context:,} tokens x {plan.users}; from the bound "
+            f"planned: {plan.headers.name} on {plan.setting.cards} x {plan.setting.card.key}, {plan.serving.context:,} tokens x {plan.serving.sequences}; from the bound "
             "that no machine beats to the slowest expected."
         )
     return said
@@ -107,13 +107,15 @@ def _bounds(reading: Reading) -> dict[str, str]:
     plan, running = reading.plan, reading.lately.running
     if plan is None:
         return dict.fromkeys(("cache", "running", "rate", "first", "step"), "")
-    cell = estimate_of(plan.setting, plan.context, max(1, round(running or plan.users)))
+    cell = estimate_of(plan.setting, plan.serving.context, max(1, round(running or plan.serving.sequences)))
     of = f"{cell.sequences} at once"
     return {
-        "cache": f"{plan.estimate.cache / 2**30:.2f} GiB hold {plan.users} of {plan.context:,}",
-        "running": f"at most {plan.users}",
+        "cache": f"{plan.estimate.cache / 2**30:.2f} GiB hold {plan.serving.sequences} of {plan.serving.context:,}",
+        "running": f"at most {plan.serving.sequences}",
         "rate": f"{_range_of_rate(cell.step.per_second(cell.sequences))} ({of})",
-        "first": "" if cell.first_token is None else f"{_range(cell.first_token)} ({plan.context:,} tokens, {of})",
+        "first": ""
+        if cell.first_token is None
+        else f"{_range(cell.first_token)} ({plan.serving.context:,} tokens, {of})",
         "step": f"{_range(cell.step)} ({of})",
     }
 

@@ -104,6 +104,7 @@ def make_plan(headers: Headers, question: Question) -> Plan:
     for card in question.cards:
         for weights in formats:
             engine = planned_engine(question.engine) if question.engine else _engine(weights)
+            engine = engine.on(card)
             if not _runs(engine, weights):
                 said.append(f"{weights.format}: {_unloadable(headers, engine)}")
                 continue
