@@ -45,17 +45,15 @@ def shares(seen: Observation, plan: PlannedServer) -> Shares | None:
         return None
     sequences = max(1, round(seen.running))
     cell = estimate_of(plan.setting, plan.serving.context, sequences)
-    slow_bus = replace(plan.setting, card=replace(plan.setting.card, bf16=None))
-    by = (
-        "bandwidth" if estimate_of(slow_bus, plan.serving.context, sequences).step.best >= cell.step.best else "compute"
-    )
+    no_compute = replace(plan.setting, card=replace(plan.setting.card, bf16=None))
+    by_bus = estimate_of(no_compute, plan.serving.context, sequences).step.best >= cell.step.best
     weights_only = estimate_of(plan.setting, 1, sequences).step.best  # sequences may be shorter than planned
     prefill = None
     if seen.prompt_rate is not None and plan.setting.card.bf16 is not None:
         g, fresh = plan.setting.geometry, seen.prompt_rate * (1 - (seen.hits or 0.0))
         linears = 2 * g.layer_linears * g.layers * g.loops  # without attention, which grows with lengths unknown here
         prefill = fresh * linears / (PEAK * plan.setting.card.bf16 * plan.setting.at_once)
-    return Shares(seen.generated_rate / sequences * weights_only, by, prefill)
+    return Shares(seen.generated_rate / sequences * weights_only, "bandwidth" if by_bus else "compute", prefill)
 
 
 def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:

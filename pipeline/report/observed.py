@@ -96,9 +96,10 @@ def notes(reading: Reading) -> list[str]:
     if reading.lately.restarted:
         said.append("the server was started again since the last reading.")
     if (plan := reading.plan) is not None:
+        s = plan.serving
         said.append(
-            f"planned: {plan.headers.name} on {plan.setting.cards} x {plan.setting.card.key}, {plan.serving.context:,} tokens x {plan.serving.sequences}; from the bound "
-            "that no machine beats to the slowest expected."
+            f"planned: {plan.headers.name} on {s.cards} x {plan.setting.card.key}, {s.context:,} tokens x "
+            f"{s.sequences}; from the bound that no machine beats to the slowest expected."
         )
     return said
 
@@ -107,15 +108,14 @@ def _bounds(reading: Reading) -> dict[str, str]:
     plan, running = reading.plan, reading.lately.running
     if plan is None:
         return dict.fromkeys(("cache", "running", "rate", "first", "step"), "")
-    cell = estimate_of(plan.setting, plan.serving.context, max(1, round(running or plan.serving.sequences)))
+    context, users = plan.serving.context, plan.serving.sequences
+    cell = estimate_of(plan.setting, context, max(1, round(running or users)))
     of = f"{cell.sequences} at once"
     return {
-        "cache": f"{plan.estimate.cache / 2**30:.2f} GiB hold {plan.serving.sequences} of {plan.serving.context:,}",
-        "running": f"at most {plan.serving.sequences}",
+        "cache": f"{plan.estimate.cache / 2**30:.2f} GiB hold {users} of {context:,}",
+        "running": f"at most {users}",
         "rate": f"{_range_of_rate(cell.step.per_second(cell.sequences))} ({of})",
-        "first": ""
-        if cell.first_token is None
-        else f"{_range(cell.first_token)} ({plan.serving.context:,} tokens, {of})",
+        "first": "" if cell.first_token is None else f"{_range(cell.first_token)} ({context:,} tokens, {of})",
         "step": f"{_range(cell.step)} ({of})",
     }
 

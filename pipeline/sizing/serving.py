@@ -138,9 +138,10 @@ def _too_large(headers: Headers, setting: Setting, wish: Wish, context: int, lon
         way = f"one alone can have {alone:,} tokens: --users 1 --context {alone}"
     else:
         way = "`qtool plan` says which format or card holds it"
-    where = f"{setting.cards} x {setting.card.key}"
+    needed = f"{found.total / GIB:.2f} GiB ({found.weights / GIB:.2f} weights, {found.cache / GIB:.2f} cache, "
+    needed += f"{found.overhead.total / GIB:.2f} beside them) of {found.limit / GIB:.2f}"
     return QtoolError(
-        f"{headers.place}: too large for {where}: {wish.users} users of {context:,} tokens need {found.total / GIB:.2f} GiB ({found.weights / GIB:.2f} weights, "
-        f"{found.cache / GIB:.2f} cache, {found.overhead.total / GIB:.2f} beside them) of {found.limit / GIB:.2f}; {way}.",
+        f"{headers.place}: too large for {setting.cards} x {setting.card.key}: {wish.users} users of {context:,} "
+        f"tokens need {needed}; {way}.",
         exit_code=3,
     )
