@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtool.sizing.bounds import Range, prefill_seconds
+from qtool.sizing.bounds import Range, peak, prefill_flops, prefill_seconds
 from qtool.sizing.fit import Setting
 from qtool.sizing.serving import block_bytes
 
@@ -42,7 +42,7 @@ def shared_prefix(setting: Setting, tokens: int, users: int) -> Shared:
     each = tokens // setting.facts.block
     blocks = each * max(0, users - 1) if setting.facts.shares else 0
     held = each * setting.facts.block
-    return Shared(tokens, users, held, blocks, blocks * block_bytes(setting), _prefill(setting, held) if held else None)
+    return Shared(tokens, users, held, blocks, blocks * block_bytes(setting), _arithmetic(setting, held))
 
 
 def chunked_prefill(setting: Setting, tokens: int) -> Chunked:
@@ -56,6 +56,15 @@ def chunked_prefill(setting: Setting, tokens: int) -> Chunked:
         slow = None if whole.slow is None or before.slow is None else max(0.0, whole.slow - before.best)
         last = Range(max(0.0, whole.best - before.best), slow)
     return Chunked(tokens, chunk, steps, last, whole)
+
+
+def _arithmetic(setting: Setting, tokens: int) -> Range | None:
+    """Of a prompt, without what every forward costs: that is paid all the same."""
+    card = setting.card
+    if card.bf16 is None:
+        return None
+    flops = prefill_flops(setting.geometry, tokens, 1) / setting.at_once
+    return Range(flops / peak(card), flops / card.bf16 / setting.facts.efficiency.compute)
 
 
 def _prefill(setting: Setting, tokens: int) -> Range | None:
