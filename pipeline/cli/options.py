@@ -30,6 +30,17 @@ def device_option(command: FC) -> FC:
     )(command)
 
 
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """``2k,8k,131072`` -> (2048, 8192, 131072). Raises QtoolError naming what is no number."""
+    found = []
+    for part in filter(None, (piece.strip().lower() for piece in text.split(","))):
+        digits, scale = (part[:-1], 1024) if part.endswith("k") else (part, 1)
+        if not digits.isdigit() or int(digits) == 0:
+            raise QtoolError(f"{option} {part}: a whole number above 0 is needed, or one with k for 1024: 2k,8k,128k.")
+        found.append(int(digits) * scale)
+    return tuple(found)
+
+
 class Tokens(click.ParamType[int]):
     """A whole number above 0, `8192`, or one with k for 1024, `8k`."""
 
