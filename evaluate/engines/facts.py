@@ -254,6 +254,7 @@ class EngineFacts:
     metrics: Metrics | None = None  # None: it has no such page
     image: str = ""  # the container that runs it, pinned
     command_in_image: tuple[str, ...] = ()  # leading words of ``command`` that the image says itself
+    bench: tuple[str, ...] = ()  # its own program that loads a server
     bundle: tuple[str, ...] = ()  # files beside an artifact that suit it (qtool.bundle.table)
     refuses_gguf: str = ""  # why it loads no folder with a .gguf file, where there is more to say
 

@@ -166,6 +166,7 @@ FACTS = EngineFacts(
     metrics=METRICS,
     image="vllm/vllm-openai:v0.32.0",
     command_in_image=("vllm", "serve"),
+    bench=("vllm", "bench", "serve"),
     bundle=("recipe", "production-stack", "llm-d", "kserve", "compose", "alerts", "dashboard", "load"),
     launch=_launch,
     module="vllm.entrypoints.cli.main",

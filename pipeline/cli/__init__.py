@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from qtool.cli import bundle as cli_bundle
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
@@ -101,6 +102,7 @@ main.add_command(cli_judge.report)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)
+main.add_command(cli_bundle.bundle)
 main.add_command(cli_hub.publish)
 main.add_command(cli_hub.pull)
 main.add_command(cli_hub.reproduce)

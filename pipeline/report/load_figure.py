@@ -37,6 +37,9 @@ def under_load(load: Load) -> str:
             (("p50", "p50"), ("p95", "p95"), ("all", "answered"), ("good", "kept the objective"))
         )
     )
+    judged = slo.first is not None or slo.step is not None
+    if judged:
+        legend += f'<text class="soft" x="{LEFT + 600}" y="{height - 10}">dashed: objective</text>'
     title = f"{load.model} under load: {load.prompt:,} tokens a prompt, {load.shared:,} shared, {load.tokens} answered"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="lf" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '

@@ -1,0 +1,103 @@
+"""`qtool bundle`: write the files that suit an artifact's engine, and say what each is and that it was not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import wrap
+
+from qtool import QtoolError
+from qtool.bundle.table import FILES, NOT_RUN, File
+from qtool.bundle.target import Target
+from qtool.convert.artifact import Artifact
+from qtool.sizing.headers import read_headers
+from qtool.sizing.serving import Wish, plan_server
+
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """``files``: name -> text; ``left_out``: sentences on those that are not among them."""
+
+    target: Target
+    files: dict[str, str]
+    left_out: tuple[str, ...]
+
+
+def make_bundle(path: Path, wish: Wish, repository: str | None) -> Bundle:
+    """Raises QtoolError where the artifact is none, does not fit, or its engine has no such files."""
+    artifact = Artifact.open(path)
+    if wish.card.processor:
+        raise QtoolError("--gpu: a bundle is for cards; name one (`qtool serve` starts a server on a processor).")
+    if repository is not None and (repository.count("/") != 1 or not all(repository.split("/"))):
+        raise QtoolError(f"--repo {repository}: a Hub id is ORG/NAME.")
+    server = plan_server(read_headers(str(path)), wish)
+    if lacks := server.facts.needs_beside(artifact.config):
+        raise QtoolError(f"{path}: {server.facts.image} does not run it: {lacks}. `qtool serve` does, where that is.")
+    manifest = artifact.manifest
+    size = manifest.file_bytes if manifest else sum(f.stat().st_size for f in path.iterdir() if f.is_file())
+    target = Target(artifact, server, repository, size, manifest.key if manifest else "")
+    files, left_out = {}, []
+    for kind in server.facts.bundle:
+        file = FILES[kind]
+        if file.published and repository is None:
+            left_out.append(f"{file.name}: names the artifact on the Hub; give --repo ORG/NAME")
+            continue
+        try:
+            files[file.name] = written(target, file)
+        except QtoolError as error:
+            left_out.append(f"{file.name}: {error.message}")
+    if not files:
+        raise QtoolError(f"{path}: {server.facts.name} has no files of its own kind. {' '.join(left_out)}".rstrip())
+    files[README] = _readme(target, files, left_out)
+    return Bundle(target, files, tuple(left_out))
+
+
+def written(target: Target, file: File) -> str:
+    """Header and text."""
+    note = header(target, file)
+    wrapped = [part for line in note for part in wrap(line, 112, break_long_words=False, break_on_hyphens=False)]
+    lines = "".join(f"{file.comment}{line}\n" for line in wrapped) if file.comment else ""
+    return f"{file.first}{lines}{file.text(target, ' '.join(note))}"
+
+
+def header(target: Target, file: File) -> list[str]:
+    """Where it comes from, how to use it, that nobody ran it."""
+    key = f" (key {target.key[:12]})" if target.key else ""
+    return [
+        f"Written by qtool {version('qtool-llm')} from {target.name}{key} and its plan for {target.planned}.",
+        f"Use: {file.use}.",
+        f"{NOT_RUN} {_checked(file)}",
+    ]
+
+
+def _checked(file: File) -> str:
+    if not file.checked:
+        return "Nothing checked a file of this kind."
+    return f"A file of this kind was checked with {file.checked} (docs/observing.md of qtool)."
+
+
+def write_bundle(bundle: Bundle, out: Path) -> list[Path]:
+    """Files of these names are replaced, others left alone. Raises QtoolError for a folder that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written_to = []
+        for name, text in bundle.files.items():
+            (out / name).write_text(text, encoding="utf-8")
+            written_to.append(out / name)
+    except OSError as error:
+        raise QtoolError(f"{out}: cannot be written ({error.strerror}).", exit_code=3) from error
+    return written_to
+
+
+def _readme(target: Target, files: dict[str, str], left_out: list[str]) -> str:
+    known = {file.name: file for file in FILES.values()}
+    rows = [f"| `{name}` | {known[name].use} | {known[name].checked or 'nothing'} |" for name in files]
+    missing = ["", "Left out:", *(f"- {text}" for text in left_out)] if left_out else []
+    return "\n".join([
+        f"# {target.name}, served", "", f"Planned: {target.planned}. {NOT_RUN}", "",
+        "| file | use | its kind was checked with |", "|---|---|---|", *rows, "",
+        f"Watch it: `qtool watch http://HOST:8000 --artifact .. --gpu {target.server.setting.card.key}`", *missing, "",
+    ])  # fmt: skip

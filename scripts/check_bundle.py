@@ -1,0 +1,323 @@
+#!/usr/bin/env python3
+"""The files of `qtool bundle` against what reads them: real schemas, promtool, docker compose, vllm-project/recipes' build.
+
+The demo model is quantized here (or taken from --work), a bundle of each kind of engine is written, and every file is
+put to its reader. A schema that allows any key would take a misspelt one: keys that it does not name fail, too. A fault
+is planted in each file, and must be refused, or the check proves nothing.
+
+The schemas belong to their projects and are not in this repository: --schemas is a folder with the files of SOURCES,
+each as `git show COMMIT:PATH` gives it (other bytes are refused), and --recipes a checkout of vllm-project/recipes with
+`npm install js-yaml`. What is not given is named as not checked.
+
+Exit codes: 0 all is taken and every planted fault refused, 1 something is not, 2 wrong input.
+
+Examples:
+  python scripts/check_bundle.py --schemas schemas --recipes recipes --write docs/observing.md
+  python scripts/check_bundle.py --work /tmp/bundles --schemas schemas
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from vllm_table import write_into
+
+import qtool
+from qtool import QtoolError
+from qtool.bundle.bundle import Bundle, make_bundle, write_bundle
+from qtool.sizing.accelerators import choose, load_accelerators
+from qtool.sizing.serving import Wish
+
+REPOSITORY = "my-org/Demo-AWQ"
+CALIBRATION = {"text": "qtool-code", "samples": 8, "length": 64}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A schema as its project has it."""
+
+    repository: str
+    path: str
+    commit: str
+    date: str
+    sha256: str
+
+    def read(self, folder: Path, name: str) -> Any:
+        """Raises QtoolError for other bytes."""
+        data = (folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise QtoolError(f"{folder / name}: not {self.path} of {self.repository} at {self.commit}.")
+        return yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+SOURCES = {
+    "production-stack.json": Source(
+        "vllm-project/production-stack", "helm/values.schema.json", "a6c01db05f65", "2026-08-05",
+        "c6f98c9146c09e4ef01609afb9a1667da1694de3ca4d84247c942d875622a86a",
+    ),
+    "llm-d.json": Source(
+        "llm-d-incubation/llm-d-modelservice", "charts/llm-d-modelservice/values.schema.json", "3051935eb5a4",
+        "2026-04-22", "cf1c751fdc6fc294b65f69c1f1b07fba8cd593a2049e3981ff39b75d56221623",
+    ),
+    "kserve.yaml": Source(
+        "kserve/kserve", "config/crd/full/llmisvc/serving.kserve.io_llminferenceservices.yaml", "aaac4e294dae",
+        "2026-08-21", "fbd625c2a2ac7b79e17c9763b7a0c4acf3cd3eaa99ebf0fab06db008785b35f3",
+    ),
+    "compose.json": Source(
+        "compose-spec/compose-spec", "schema/compose-spec.json", "170098ba07d9", "2026-06-23",
+        "1f91e091f16b2dd50ab8860e02bb391d22df553d91c145eacedb1b6eff9c3f0e",
+    ),
+}  # fmt: skip
+RECIPES = Source("vllm-project/recipes", "scripts/build-recipes-api.mjs", "8959cf64189c", "2026-08-21", "")
+# What is planted into a file, to be refused: where, and what.
+FAULTS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "production-stack.yaml": (("servingEngineSpec", "modelSpec", 0, "vllmConfig", "maxModelLen"), "long"),
+    "llm-d.yaml": (("decode", "parallelism", "tensor"), "two"),
+    "kserve.yaml": (("spec", "model", "uri"), 7),
+    "compose.yaml": (("services", "engine", "restarts"), "always"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file and reader. ``said``: empty where all is well; ``planted``: whether the planted fault was refused."""
+
+    engine: str
+    file: str
+    reader: str
+    said: str
+    planted: bool | None = None
+
+    @property
+    def good(self) -> bool:
+        return not self.said and self.planted is not False
+
+
+def bundles(work: Path) -> list[tuple[str, Bundle, Path]]:
+    """(engine, bundle, its folder): AWQ for vLLM, GGUF for llama.cpp."""
+    made = qtool.convert("qtool-demo", ["awq", "gguf"], CALIBRATION, folder=work)
+    known, found = load_accelerators(), []
+    for output, card, repository in (("awq", "L40S", REPOSITORY), ("gguf", "RTX4090", None)):
+        bundle = make_bundle(made[output].path, Wish(choose(known, card)[0], users=8), repository)
+        folder = made[output].path / "serve"
+        write_bundle(bundle, folder)
+        checks = [
+            check for check in qtool.verify(made[output].path).checks if check.status == "fail" and check.required
+        ]
+        if checks:
+            raise QtoolError(f"{folder}: with it the artifact fails verify: {checks[0].detail}")
+        found.append((bundle.target.server.facts.name, bundle, folder))
+    return found
+
+
+def of_schemas(engine: str, folder: Path, schemas: Path) -> Iterator[Result]:
+    """Each YAML file whose schema is there."""
+    for name, (place, wrong) in FAULTS.items():
+        key = next(source for source in SOURCES if source.split(".")[0] == name.split(".")[0])
+        if not (folder / name).is_file():
+            continue
+        schema = _schema(SOURCES[key].read(schemas, key))
+        data = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+        planted = copy.deepcopy(data)
+        inner = planted
+        for step in place[:-1]:
+            inner = inner[step]
+        inner[place[-1]] = wrong
+        said = [*faults(data, schema), *(f"no key {key}" for key in unknown(data, schema))]
+        yield Result(engine, name, f"{SOURCES[key].repository} {SOURCES[key].path}, {SOURCES[key].commit} "
+                     f"({SOURCES[key].date})", "; ".join(said), bool(faults(planted, schema)))  # fmt: skip
+
+
+def _schema(found: Any) -> Any:
+    """Of a CRD, the version that is stored."""
+    if "spec" not in found:
+        return found
+    return next(v for v in found["spec"]["versions"] if v["storage"])["schema"]["openAPIV3Schema"]
+
+
+def faults(data: Any, schema: Any) -> list[str]:
+    """What the schema says against it."""
+    from jsonschema.validators import validator_for
+
+    kind = validator_for(schema)
+    return [f"{error.json_path}: {error.message[:120]}" for error in kind(schema).iter_errors(data)]
+
+
+def unknown(data: Any, schema: Any, at: str = "") -> Iterator[str]:
+    """Keys that the schema does not name, where it names any and says nothing of others."""
+    if isinstance(data, list):
+        for item in data:
+            yield from unknown(item, schema.get("items") or {}, at)
+    if not isinstance(data, dict):
+        return
+    known = schema.get("properties")
+    open_ended = schema.get("additionalProperties") or schema.get("patternProperties")
+    for key, value in data.items():
+        if known and not open_ended and key not in known:
+            yield f"{at}.{key}"
+        elif known and key in known:
+            yield from unknown(value, known[key], f"{at}.{key}")
+
+
+def ran(words: list[str], cwd: Path | None = None) -> str:
+    """Empty where it ended well, else what it said last."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return "" if done.returncode == 0 else f"exit {done.returncode}: {lines[-1][:160] if lines else ''}"
+
+
+def of_programs(engine: str, folder: Path, work: Path) -> Iterator[Result]:
+    """promtool, docker compose, sh: those that are here."""
+    alerts = folder / "alerts.yaml"
+    if promtool := shutil.which("promtool"):
+        broken = work / "broken.yaml"
+        broken.write_text(alerts.read_text(encoding="utf-8").replace("sum(", "summ(", 1), encoding="utf-8")
+        name = _version([promtool, "--version"])
+        yield Result(engine, "alerts.yaml", f"{name}, check rules", ran([promtool, "check", "rules", str(alerts)]),
+                     bool(ran([promtool, "check", "rules", str(broken)])))  # fmt: skip
+        yield from _fired(engine, alerts, promtool, work)
+        queries = work / "queries.yaml"
+        queries.write_text(yaml.safe_dump(_as_rules(folder / "dashboard.json")), encoding="utf-8")
+        yield Result(engine, "dashboard.json", f"{name}, its queries as rules",
+                     ran([promtool, "check", "rules", str(queries)]))  # fmt: skip
+    if compose := shutil.which("docker-compose"):
+        broken = work / "compose.yaml"
+        text = (folder / "compose.yaml").read_text(encoding="utf-8")
+        broken.write_text(text.replace("restart:", "restarts:"), encoding="utf-8")
+        yield Result(engine, "compose.yaml", f"{_version([compose, '--version'])}, config",
+                     ran([compose, "-f", str(folder / "compose.yaml"), "config", "-q"]),
+                     bool(ran([compose, "-f", str(broken), "config", "-q"])))  # fmt: skip
+    yield Result(engine, "load.sh", "sh -n", ran(["sh", "-n", str(folder / "load.sh")]))
+
+
+def _version(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return " ".join((done.stdout or done.stderr).split("\n")[0].replace(",", "").split()[:3])
+
+
+def _as_rules(dashboard: Path) -> dict[str, Any]:
+    panels = json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    rules = [{"record": f"query_{number}", "expr": expr} for number, expr in enumerate(expressions)]
+    return {"groups": [{"name": "queries", "rules": rules}]}
+
+
+def _fired(engine: str, alerts: Path, promtool: str, work: Path) -> Iterator[Result]:
+    """`promtool test rules`: series of a server in trouble, and which alerts they must set off."""
+    rules = yaml.safe_load(alerts.read_text(encoding="utf-8"))["groups"][0]["rules"]
+    text = " ".join(rule["expr"] for rule in rules)
+    waiting = next(name for name in ("vllm:num_requests_waiting", "llamacpp:requests_deferred") if name in text)
+    series = [{"series": waiting, "values": "3x20"}]
+    wanted = ["Queue", "ServerGone"]
+    if "preemptions" in text:
+        series += [{"series": "vllm:num_preemptions_total", "values": "0+2x20"},
+                   {"series": "vllm:kv_cache_usage_perc", "values": "0.99x20"}]  # fmt: skip
+        wanted += ["CacheThrashing", "CacheFull"]
+    known = {rule["alert"]: rule for rule in rules}
+    tests = [
+        {"alertname": name, "eval_time": "15m", "exp_alerts": [
+            {"exp_labels": known[name]["labels"], "exp_annotations": known[name]["annotations"]}
+        ]}
+        for name in wanted
+    ]  # fmt: skip
+    quiet = [{"alertname": name, "eval_time": "15m", "exp_alerts": []} for name in known if name not in wanted]
+    series = [{**one, "values": one["values"].replace("x20", "x30")} for one in series]
+    test = {"rule_files": [str(alerts.resolve())], "evaluation_interval": "1m",
+            "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [*tests, *quiet]}]}  # fmt: skip
+    file = work / "fired.yaml"
+    file.write_text(yaml.safe_dump(test), encoding="utf-8")
+    yield Result(engine, "alerts.yaml", f"promtool test rules: {', '.join(wanted)} fire, no other",
+                 ran([promtool, "test", "rules", str(file)]))  # fmt: skip
+
+
+def of_recipes(bundle: Bundle, checkout: Path) -> Result:
+    """Their own build reads it, and the command that it makes of it has every planned flag."""
+    text = bundle.files["recipe.yaml"]
+    place = checkout / "models" / f"{REPOSITORY}.yaml"
+    place.parent.mkdir(parents=True, exist_ok=True)
+
+    def built(recipe: str) -> str:
+        place.write_text(recipe, encoding="utf-8")
+        try:
+            return ran(["node", "scripts/build-recipes-api.mjs"], checkout)
+        finally:
+            place.unlink()
+
+    planted = bool(built(text + "features:\n  x:\n    modes: {}\n"))
+    said = built(text)
+    rendered = json.loads((checkout / "public" / f"{REPOSITORY}.json").read_text(encoding="utf-8"))
+    command = json.dumps(rendered)
+    flags = [flag for flag in yaml.safe_load(text)["model"]["base_args"] if flag.startswith("--")]
+    lost = [flag for flag in flags if flag not in command]
+    said = said or (f"its command lacks {', '.join(lost)}" if lost else "")
+    return Result("vllm", "recipe.yaml", f"{RECIPES.repository} {RECIPES.path}, {RECIPES.commit} ({RECIPES.date})",
+                  said, planted)  # fmt: skip
+
+
+def table(results: list[Result], not_checked: list[str]) -> str:
+    """Markdown."""
+    lines = ["| engine | file | read by | said | a planted fault |", "|---|---|---|---|---|"]
+    planted = {None: "", True: "refused", False: "NOT SEEN"}
+    lines += [f"| {r.engine} | {r.file} | {r.reader} | {r.said or 'taken'} | {planted[r.planted]} |" for r in results]
+    return "\n".join([*lines, *(["", *(f"Not checked: {text}." for text in not_checked)] if not_checked else [])])
+
+
+def check(args: argparse.Namespace, work: Path) -> int:
+    """Write, read, say."""
+    results: list[Result] = []
+    not_checked = ["llama-server.ini and Modelfile were read by no program; no container was started and no chart "
+                   "installed"]  # fmt: skip
+    for engine, bundle, folder in bundles(work):
+        if args.schemas and importlib.util.find_spec("jsonschema"):
+            results += of_schemas(engine, folder, args.schemas)
+        results += of_programs(engine, folder, work)
+        if args.recipes and "recipe.yaml" in bundle.files:
+            results.append(of_recipes(bundle, args.recipes))
+    lacking: list[tuple[str, Callable[[], bool]]] = [
+        ("schemas (--schemas, jsonschema)", lambda: any("schema" in r.reader for r in results)),
+        ("alert rules and queries (promtool)", lambda: any("promtool" in r.reader for r in results)),
+        ("docker-compose config", lambda: any("compose version" in r.reader for r in results)),
+        ("recipe.yaml (--recipes)", lambda: any(r.file == "recipe.yaml" for r in results)),
+    ]
+    not_checked += [name for name, done in lacking if not done()]
+    text = table(results, not_checked)
+    print(text)
+    if args.write:
+        write_into(args.write, "bundle", text)
+    return 0 if all(result.good for result in results) else 1
+
+
+def main() -> None:
+    """Parse the command line and exit with the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemas", type=Path, metavar="DIR", help="the files of SOURCES")
+    parser.add_argument("--recipes", type=Path, metavar="DIR", help="a checkout of vllm-project/recipes with js-yaml")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep artifacts here; those that are there are taken")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between its marks")
+    args = parser.parse_args()
+    try:
+        if args.work:
+            args.work.mkdir(parents=True, exist_ok=True)
+            raise SystemExit(check(args, args.work.resolve()))
+        with tempfile.TemporaryDirectory() as work:
+            raise SystemExit(check(args, Path(work)))
+    except QtoolError as error:
+        print(error.message, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()
