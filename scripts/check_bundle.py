@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The files of `qtool bundle` against what reads them: real schemas, promtool, docker compose, vllm-project/recipes' build.
+"""The files of `qtool bundle` before what reads them: schemas, promtool, docker compose, vllm-project/recipes' build.
 
 The demo model is quantized here (or taken from --work), a bundle of each kind of engine is written, and every file is
 put to its reader. A schema that allows any key would take a misspelt one: keys that it does not name fail, too. A fault
@@ -150,10 +150,11 @@ def _schema(found: Any) -> Any:
 
 def faults(data: Any, schema: Any) -> list[str]:
     """What the schema says against it."""
-    from jsonschema.validators import validator_for
+    from jsonschema import Draft202012Validator
 
-    kind = validator_for(schema)
-    return [f"{error.json_path}: {error.message[:120]}" for error in kind(schema).iter_errors(data)]
+    plain = {key: value for key, value in schema.items() if key != "$schema"}  # one of them names a draft of its own
+    found = Draft202012Validator(plain).iter_errors(data)
+    return [f"{error.json_path}: {error.message[:120]}" for error in found]
 
 
 def unknown(data: Any, schema: Any, at: str = "") -> Iterator[str]:
@@ -194,11 +195,12 @@ def of_programs(engine: str, folder: Path, work: Path) -> Iterator[Result]:
         yield Result(engine, "dashboard.json", f"{name}, its queries as rules",
                      ran([promtool, "check", "rules", str(queries)]))  # fmt: skip
     if compose := shutil.which("docker-compose"):
-        broken = work / "compose.yaml"
+        plain, broken = work / "compose.yaml", work / "broken-compose.yaml"
         text = (folder / "compose.yaml").read_text(encoding="utf-8")
-        broken.write_text(text.replace("restart:", "restarts:"), encoding="utf-8")
-        yield Result(engine, "compose.yaml", f"{_version([compose, '--version'])}, config",
-                     ran([compose, "-f", str(folder / "compose.yaml"), "config", "-q"]),
+        plain.write_text(text.replace("\nname:", "\n# name:"), encoding="utf-8")  # version 1 does not know it yet
+        broken.write_text(plain.read_text(encoding="utf-8").replace("restart:", "restarts:"), encoding="utf-8")
+        yield Result(engine, "compose.yaml", f"{_version([compose, '--version'])}, config, without `name`",
+                     ran([compose, "-f", str(plain), "config", "-q"]),
                      bool(ran([compose, "-f", str(broken), "config", "-q"])))  # fmt: skip
     yield Result(engine, "load.sh", "sh -n", ran(["sh", "-n", str(folder / "load.sh")]))
 

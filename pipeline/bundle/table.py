@@ -17,8 +17,8 @@ NOT_RUN = "Not run: configuration only."
 class File:
     """``text(target, note)``: what follows the header; ``note``: the header's sentences, for a file that has no
     comments. ``use``: how it is taken up; ``checked``: by what a file of its kind (never this one) was looked at where
-    qtool is made, empty for nothing; ``published``: it names the artifact on the Hub. ``comment``: what begins a line of the header, empty
-    where there is none."""
+    qtool is made, empty for nothing; ``published``: it names the artifact on the Hub. ``comment``: what begins a line
+    of the header, empty where there is none; ``first``: a line before it."""
 
     name: str
     use: str
@@ -73,7 +73,8 @@ FILES: dict[str, File] = {
         "Modelfile", "ollama create NAME -f Modelfile", "", lambda target, note: local.modelfile(target)
     ),
     "alerts": File(
-        "alerts.yaml", "rule_files of Prometheus", "promtool check rules and promtool test rules", _yaml(monitoring.alerts)
+        "alerts.yaml", "rule_files of Prometheus", "promtool, its check rules and its test rules",
+        _yaml(monitoring.alerts),
     ),
     "dashboard": File(
         "dashboard.json", "Grafana: Dashboards, New, Import", "Prometheus, which answered its queries",
