@@ -234,6 +234,7 @@ class EngineFacts:
     prefill_tokens: Callable[[Card], int] = lambda card: 0  # of one step, which sliding layers hold too
     overhead: Callable[[Load], Overhead] = lambda load: Overhead(0, 0)
     memory_share: float = 1.0  # of a card's memory that it takes
+    takes_all: bool = False  # a server takes its share whole: what is left is cache
     embedding_on_card: bool = True
     offload: OffloadRule | None = None
     # (geometry, columns to a scale, cards) -> why cards cannot share each layer; None: they take turns with theirs
@@ -242,7 +243,11 @@ class EngineFacts:
     # What it loads, and how it is started.
     command: Callable[[Serving], str] = lambda serving: ""  # of what is no server
     launch: Callable[[Serving], Launch] | None = None  # of a server
-    module: str = ""  # that `python -m` starts the server with, where no program of its name is there
+    served_dtype: Callable[[Serving], str] = lambda serving: serving.served_dtype  # of a server's activations
+    program: str = ""  # the server's, as it is found on PATH
+    module: str = ""  # what `python -m` starts it with, where no program of its name is there
+    package: str = ""  # that this module is of
+    health: str = "/health"  # where it says 200 once it can answer
     block: int = 1  # tokens to a block of the cache, the unit in which prompts share it
     shares: bool = True  # whether prompts that begin alike hold that beginning once
     spare_blocks: int = 0  # of the cache, which it keeps for itself

@@ -23,6 +23,7 @@ from qtool.evaluate.engines.facts import (
     BF16,
     CUDA_CONTEXT,
     F16,
+    MIB,
     CacheType,
     Download,
     Efficiency,
@@ -41,6 +42,7 @@ BATCH = 2048  # tokens that are taken up at once (n_batch)
 UBATCH = 512  # tokens of one graph (n_ubatch)
 BUILD = 11549  # whose server was run here (the last part of xllamacpp 2026.10.11549)
 PAD = 256  # cells are padded to this (src/llama-context.cpp, GGML_PAD(n_ctx, 256))
+PROGRAM = 256 * MIB  # the server itself, on a processor
 PROCESSOR_SHARE = 0.9  # of the memory that is free
 MARGIN = 0.98  # of the card: it leaves no reserve of its own, the driver and the display need some
 
@@ -82,7 +84,8 @@ def overhead(load: Load) -> Overhead:
     buffer = compute_buffer(
         load.geometry, each, each * load.sequences, sliding=sliding_cells(load.geometry, load.context)
     )
-    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
+    program = 0 if load.card.cuda or not load.card.processor else PROGRAM
+    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else program)
 
 
 def _launch(serving: Serving) -> Launch:
@@ -139,7 +142,10 @@ FACTS = EngineFacts(
     command_in_image=("llama-server",),
     bundle=("preset", "modelfile", "compose", "alerts", "dashboard", "load"),
     launch=_launch,
+    served_dtype=lambda serving: "as stored",
+    program="llama-server",
     module="qtool.evaluate.engines.llama_server",
+    package="xllamacpp",
     shares=False,  # each slot has cells of its own; the next request to a slot reuses what begins alike
     load=_load,
 )

@@ -31,7 +31,8 @@ def facts_of(base: EngineFacts) -> EngineFacts:
     kept = tuple(kind for kind in base.cache_types if kind.name in ("f16", "q8_0", "q4_0"))
     return replace(
         base, name="ollama", packages=(), install="https://ollama.com/download", cache_types=kept, offload=None,
-        launch=_launch, module="", load=lambda download: [], processor=None,
+        launch=_launch, module="", package="", program="ollama", health="/api/version", load=lambda download: [],
+        processor=None,
         metrics=None, image="", command_in_image=(), bundle=(),
         untried="Ollama's variables are those that it documents; qtool has not run it",
     )  # fmt: skip

@@ -30,6 +30,7 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # A token comes in one piece, its character sometimes in several; a server that sends more heeds no limit.
 MOST_PIECES, _MORE_PIECES = 4, 256
 _LONGEST_LINE = 2**24  # bytes of one event
+_LARGEST = 2**28  # bytes of one answer
 KEY_VARIABLE = "OPENAI_API_KEY"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -127,8 +128,16 @@ class ServedModel:
         )  # fmt: skip
 
     def timed(self, ids: Sequence[int], tokens: int, reuse: bool = False, timeout: float = TIMED_TIMEOUT) -> Times:
-        """One request for exactly ``tokens`` tokens, streamed. ``reuse``: a server that can be told whether to look
-        into its prefix cache may; ``timeout``: seconds without a byte. Raises OutOfMemory, QtoolError (exit 3)."""
+        """One request, as `stamps` has it."""
+        times, made, cached = self.stamps(ids, tokens, reuse, timeout)
+        return Times(times[0], times[-1], made, cached)
+
+    def stamps(
+        self, ids: Sequence[int], tokens: int, reuse: bool = False, timeout: float = TIMED_TIMEOUT
+    ) -> tuple[list[float], int, int | None]:
+        """Seconds from a streamed request for exactly ``tokens`` tokens to each piece of its answer, tokens made, and
+        tokens of the prompt that came from a cache (None: not said). ``reuse``: a server that can be told whether to
+        look into its cache may; ``timeout``: seconds without a byte. Raises OutOfMemory, QtoolError (exit 3)."""
         url = f"{self.base_url.rstrip('/')}/completions"
         body = {
             "model": self.model, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "stream": True,
@@ -164,7 +173,7 @@ class ServedModel:
             raise QtoolError(f"{url}: answered what no OpenAI-compatible server does ({said}).", 3) from error
         if not times or not ended:
             raise QtoolError(f"{url}: " + ("the answer broke off." if times else "answered without a token."), 3)
-        return Times(times[0], times[-1], made, cached)
+        return times, made, cached
 
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
@@ -204,12 +213,20 @@ def tokenize(base_url: str, text: str) -> list[int]:
     return ids
 
 
-def ask(url: str, request: dict[str, Any] | None = None) -> Any:
+def ask(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> Any:
     """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
-        with open_url(url, request, None) as answer:
-            return json.load(answer)
-    except (Broken, OSError, http.client.HTTPException, ValueError) as error:
+        return json.loads(read(url, request, timeout))
+    except (ValueError, RecursionError) as error:
+        raise QtoolError(f"{url}: answers something else than JSON ({str(error)[:200]}).", exit_code=3) from error
+
+
+def read(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> str:
+    """The text that a server without a key answers. Raises QtoolError (exit 3) for none."""
+    try:
+        with open_url(url, request, None, timeout) as answer:
+            return str(answer.read(_LARGEST).decode("utf-8", "replace"))
+    except (Broken, OSError, http.client.HTTPException) as error:
         raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
 
 
@@ -261,8 +278,7 @@ def opener(url: str) -> urllib.request.OpenerDirector:
 
 
 def open_url(url: str, request: dict[str, Any] | None, api_key: str | None, timeout: float = TIMEOUT) -> Any:
-    """The server's answer to GET, or to POST of ``request``, as a file. ``timeout``: seconds without a byte. Raises
-    Broken, and QtoolError (exit 3)."""
+    """The server's answer to GET, or to POST of ``request``, as a file. Raises Broken, and QtoolError (exit 3)."""
     try:
         return opener(url).open(_request(url, request, api_key), timeout=timeout)
     except urllib.error.HTTPError as error:

@@ -96,13 +96,17 @@ def processor_overhead(load: Load) -> Overhead:
     return replace(overhead(load), fixed=PROCESSES)
 
 
-def _launch(serving: Serving) -> Launch:
+def _dtype(serving: Serving) -> str:
     from qtool.convert.runtimes.vllm import dtype_flag
 
+    return serving.dtype or dtype_flag(serving.config) or serving.served_dtype
+
+
+def _launch(serving: Serving) -> Launch:
     words = ["vllm", "serve", serving.place, "--max-model-len", str(serving.context)]
     words += ["--max-num-seqs", str(serving.sequences)]
     words += ["--revision", serving.revision] if serving.revision else []
-    dtype = serving.dtype or dtype_flag(serving.config) or serving.served_dtype
+    dtype = _dtype(serving)
     words += ["--dtype", dtype] if dtype else []
     words += ["--tensor-parallel-size", str(serving.cards)] if serving.cards > 1 else []
     words += ["--kv-cache-dtype", "fp8"] if serving.cache_type == "fp8" else []
@@ -160,6 +164,7 @@ FACTS = EngineFacts(
     prefill_tokens=prefill_tokens,
     overhead=overhead,
     memory_share=UTILIZATION,
+    takes_all=True,
     offload=OffloadRule(flag=lambda units, layers: f"--cpu-offload-gb {units}", unit=GIB),
     split_faults=split_faults,
     efficiency=Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),  # it replays graphs
@@ -169,7 +174,10 @@ FACTS = EngineFacts(
     bench=("vllm", "bench", "serve"),
     bundle=("recipe", "production-stack", "llm-d", "kserve", "compose", "alerts", "dashboard", "load"),
     launch=_launch,
+    served_dtype=_dtype,
+    program="vllm",
     module="vllm.entrypoints.cli.main",
+    package="vllm",
     block=BLOCK,
     spare_blocks=1,
     load=lambda download: [(f"vllm serve {download.place}", "bash")],
@@ -189,6 +197,7 @@ FACTS = replace(
         block=PROCESSOR_BLOCK,
         overhead=processor_overhead,
         memory_share=PROCESSOR_SHARE,
+        takes_all=False,
         offload=None,
         efficiency=Efficiency(0.05, 0.05, 0.02, 1e-3, 50e-3),
     ),
