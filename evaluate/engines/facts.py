@@ -203,7 +203,7 @@ class Metrics:
     def names(self) -> dict[str, tuple[str, ...]]:
         """What it says -> the names that must be on its page; a histogram's are those of its buckets and its count."""
         single = ("cache", "running", "waiting", "preempted", "prompt", "generated", "hits")
-        found = {what: (name,) for what in single if (name := getattr(self, what))}
+        found: dict[str, tuple[str, ...]] = {what: (name,) for what in single if (name := getattr(self, what))}
         histograms = {"first": self.first, "step": self.step}
         found |= {what: (f"{name}_bucket", f"{name}_count") for what, name in histograms.items() if name}
         found |= {"asked": self.asked} if self.asked else {}

@@ -117,20 +117,15 @@ class ServedModel:
             machine.reset_resident_peak()
         started = time.perf_counter()
         with ThreadPoolExecutor(len(batch.prompts)) as pool:
-            answers = list(pool.map(lambda ids: self.timed(ids, batch.tokens), batch.prompts))
+            answers = list(pool.map(lambda ids: self.stamps(ids, batch.tokens), batch.prompts))
         wall = time.perf_counter() - started
-        steps = tuple((a.last - a.first) / (a.tokens - 1) for a in answers if a.tokens > 1)
-        cached = [answer.cached for answer in answers if answer.cached is not None]
+        steps = tuple((times[-1] - times[0]) / (made - 1) for times, made, _ in answers if made > 1)
+        cached = [tokens for _, _, tokens in answers if tokens is not None]
         return Reading(
-            tuple(answer.first for answer in answers), steps, wall, sum(answer.tokens for answer in answers),
+            tuple(times[0] for times, _, _ in answers), steps, wall, sum(made for _, made, _ in answers),
             sum(cached) / (len(batch.prompts[0]) * len(cached)) if cached else None,
             {"resident": machine.resident_peak() if self.inside else None},
         )  # fmt: skip
-
-    def timed(self, ids: Sequence[int], tokens: int, reuse: bool = False, timeout: float = TIMED_TIMEOUT) -> Times:
-        """One request, as `stamps` has it."""
-        times, made, cached = self.stamps(ids, tokens, reuse, timeout)
-        return Times(times[0], times[-1], made, cached)
 
     def stamps(
         self, ids: Sequence[int], tokens: int, reuse: bool = False, timeout: float = TIMED_TIMEOUT
@@ -178,16 +173,6 @@ class ServedModel:
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
         return None
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds to the first and the last piece, tokens made, prompt tokens served from a cache (None: not said)."""
-
-    first: float
-    last: float
-    tokens: int
-    cached: int | None
 
 
 def _refusal(url: str, said: str) -> Exception:

@@ -10,8 +10,7 @@ import click
 from click.decorators import FC
 
 from qtool import QtoolError
-from qtool.cli.options import FAILED
-from qtool.cli.sizing import numbers
+from qtool.cli.options import FAILED, numbers
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
 if TYPE_CHECKING:

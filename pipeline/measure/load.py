@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from qtool import QtoolError
 from qtool.evaluate.engines.engine import OutOfMemory
-from qtool.evaluate.engines.server import Times
 from qtool.measure.measure import random_prompt
 
 Prompt = tuple[int, ...]
-Send = Callable[[Prompt], Times]  # raises QtoolError, OutOfMemory
+Stamps = tuple[list[float], int, int | None]  # seconds to each piece, tokens made, tokens from a cache
+Send = Callable[[Prompt], Stamps]  # raises QtoolError, OutOfMemory
 MOST_THREADS = 512  # requests under way at once
 
 
@@ -118,10 +118,9 @@ def open_loop(send: Send, prompts: Sequence[Prompt], planned: Sequence[float]) -
 def _ask(send: Send, prompt: Prompt, planned: float, started: float) -> Answered:
     sent = time.perf_counter() - started
     try:
-        times = send(prompt)
+        times, made, cached = send(prompt)
     except (QtoolError, OutOfMemory) as error:
         said = error.message if isinstance(error, QtoolError) else f"out of memory: {error}"
         return Answered(planned, sent, time.perf_counter() - started, fault=" ".join(said.split())[:200])
-    return Answered(
-        planned, sent, time.perf_counter() - started, sent + times.first, sent + times.last, times.tokens, times.cached
-    )
+    ended = time.perf_counter() - started
+    return Answered(planned, sent, ended, sent + times[0], sent + times[-1], made, cached)

@@ -59,11 +59,11 @@ def put_under_load(ask: Ask, done: Callable[[Level], None] = lambda level: None)
     key = os.environ.get(KEY_VARIABLE) or None
     model = ServedModel(ask.url, ask.name or only_model(ask.url), api_key=key)
     prompts = Prompts(ask.prompt, ask.shared, headers.geometry.vocab if headers else UNKNOWN_VOCABULARY, ask.seed)
-    model.timed(prompts.take(1, -1)[0], 2, ask.shared > 0, PATIENCE)  # warm: a server that cannot answer says so here
+    model.stamps(prompts.take(1, -1)[0], 2, ask.shared > 0, PATIENCE)  # warm: a server that cannot answer says so here
     page = _page(ask.url, key)
     facts, metrics = engine_of(page, ask.url) if page else (SERVERS[SERVED_AS], None)
     setting = _setting(headers, facts, ask.card) if headers and ask.card else None
-    send = partial(model.timed, tokens=ask.tokens, reuse=ask.shared > 0, timeout=PATIENCE)
+    send = partial(model.stamps, tokens=ask.tokens, reuse=ask.shared > 0, timeout=PATIENCE)
     levels = []
     loads: list[tuple[int | None, float | None]] = [*((n, None) for n in ask.users), *((None, r) for r in ask.rates)]
     for number, (users, rate) in enumerate(loads):
