@@ -38,8 +38,7 @@ from vllm_table import write_into
 import qtool
 from qtool import QtoolError
 from qtool.bundle.bundle import Bundle, make_bundle, write_bundle
-from qtool.sizing.accelerators import choose, load_accelerators
-from qtool.sizing.serving import Wish
+from qtool.serve.here import server_here
 
 REPOSITORY = "my-org/Demo-AWQ"
 CALIBRATION = {"text": "qtool-code", "samples": 8, "length": 64}
@@ -109,9 +108,9 @@ class Result:
 def bundles(work: Path) -> list[tuple[str, Bundle, Path]]:
     """(engine, bundle, its folder): AWQ for vLLM, GGUF for llama.cpp."""
     made = qtool.convert("qtool-demo", ["awq", "gguf"], CALIBRATION, folder=work)
-    known, found = load_accelerators(), []
+    found = []
     for output, card, repository in (("awq", "L40S", REPOSITORY), ("gguf", "RTX4090", None)):
-        bundle = make_bundle(made[output].path, Wish(choose(known, card)[0], users=8), repository)
+        bundle = make_bundle(made[output].path, server_here(str(made[output].path), card, users=8), repository)
         folder = made[output].path / "serve"
         write_bundle(bundle, folder)
         checks = [

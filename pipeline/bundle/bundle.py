@@ -11,10 +11,10 @@ from qtool import QtoolError
 from qtool.bundle.table import FILES, NOT_RUN, File
 from qtool.bundle.target import Target
 from qtool.convert.artifact import Artifact
-from qtool.sizing.headers import read_headers
-from qtool.sizing.serving import Wish, plan_server
+from qtool.sizing.serving import PlannedServer
 
 README = "README.md"
+SIGNATURE, LOOKED_AT = "Written by qtool ", 400  # of a file that this module wrote, in its first characters
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,12 @@ class Bundle:
     left_out: tuple[str, ...]
 
 
-def make_bundle(path: Path, wish: Wish, repository: str | None) -> Bundle:
-    """Raises QtoolError where the artifact is none, does not fit, or its engine has no such files."""
+def make_bundle(path: Path, server: PlannedServer, repository: str | None) -> Bundle:
+    """``server``: the artifact in ``path`` as planned. Raises QtoolError where it is none, or where its engine has no
+    such files."""
     artifact = Artifact.open(path)
-    if wish.card.processor:
-        raise QtoolError("--gpu: a bundle is for cards; name one (`qtool serve` starts a server on a processor).")
     if repository is not None and (repository.count("/") != 1 or not all(repository.split("/"))):
         raise QtoolError(f"--repo {repository}: a Hub id is ORG/NAME.")
-    server = plan_server(read_headers(str(path)), wish)
     if lacks := server.facts.needs_beside(artifact.config):
         raise QtoolError(f"{path}: {server.facts.image} does not run it: {lacks}. `qtool serve` does, where that is.")
     manifest = artifact.manifest
@@ -44,6 +42,9 @@ def make_bundle(path: Path, wish: Wish, repository: str | None) -> Bundle:
         file = FILES[kind]
         if file.published and repository is None:
             left_out.append(f"{file.name}: names the artifact on the Hub; give --repo ORG/NAME")
+            continue
+        if file.nvidia and not server.setting.card.cuda:
+            left_out.append(f"{file.name}: is for NVIDIA's cards, as {server.facts.image} is; name one with --card")
             continue
         try:
             files[file.name] = written(target, file)
@@ -67,7 +68,7 @@ def header(target: Target, file: File) -> list[str]:
     """Where it comes from, how to use it, that nobody ran it."""
     key = f" (key {target.key[:12]})" if target.key else ""
     return [
-        f"Written by qtool {version('qtool-llm')} from {target.name}{key} and its plan for {target.planned}.",
+        f"{SIGNATURE}{version('qtool-llm')} from {target.name}{key} and its plan for {target.planned}.",
         f"Use: {file.use}.",
         f"{NOT_RUN} {_checked(file)}",
     ]
@@ -80,9 +81,13 @@ def _checked(file: File) -> str:
 
 
 def write_bundle(bundle: Bundle, out: Path) -> list[Path]:
-    """Files of these names are replaced, others left alone. Raises QtoolError for a folder that cannot be written."""
+    """Files of these names are replaced; of an earlier bundle's, those that this one leaves out go: their plan was
+    another. Raises QtoolError for a folder that cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for stale in (out / file.name for file in FILES.values() if file.name not in bundle.files):
+            if stale.is_file() and SIGNATURE in stale.read_text(encoding="utf-8", errors="replace")[:LOOKED_AT]:
+                stale.unlink()
         written_to = []
         for name, text in bundle.files.items():
             (out / name).write_text(text, encoding="utf-8")
@@ -99,5 +104,5 @@ def _readme(target: Target, files: dict[str, str], left_out: list[str]) -> str:
     return "\n".join([
         f"# {target.name}, served", "", f"Planned: {target.planned}. {NOT_RUN}", "",
         "| file | use | its kind was checked with |", "|---|---|---|", *rows, "",
-        f"Watch it: `qtool watch http://HOST:8000 --artifact .. --gpu {target.server.setting.card.key}`", *missing, "",
+        f"Watch it: `qtool watch http://HOST:8000 --artifact .. --card {target.server.setting.card.key}`", *missing, "",
     ])  # fmt: skip

@@ -18,7 +18,8 @@ class File:
     """``text(target, note)``: what follows the header; ``note``: the header's sentences, for a file that has no
     comments. ``use``: how it is taken up; ``checked``: by what a file of its kind (never this one) was looked at where
     qtool is made, empty for nothing; ``published``: it names the artifact on the Hub. ``comment``: what begins a line
-    of the header, empty where there is none; ``first``: a line before it."""
+    of the header, empty where there is none; ``first``: a line before it. ``nvidia``: it names the engine's image and
+    asks for NVIDIA's cards."""
 
     name: str
     use: str
@@ -27,6 +28,7 @@ class File:
     published: bool = False
     comment: str = "# "
     first: str = ""
+    nvidia: bool = False
 
 
 class _Plain(yaml.SafeDumper):
@@ -46,23 +48,25 @@ def _yaml(make: Callable[[Target], object]) -> Callable[[Target, str], str]:
 FILES: dict[str, File] = {
     "recipe": File(
         "recipe.yaml", "a pull request to vllm-project/recipes, as models/ORG/REPO.yaml",
-        "its own build, scripts/build-recipes-api.mjs", _yaml(recipe.vllm_recipe), published=True,
+        "its own build, scripts/build-recipes-api.mjs", _yaml(recipe.vllm_recipe), published=True, nvidia=True,
     ),
     "production-stack": File(
         "production-stack.yaml", "helm install NAME vllm/vllm-stack -f production-stack.yaml",
-        "helm/values.schema.json of vllm-project/production-stack", _yaml(kubernetes.production_stack), published=True,
+        "helm/values.schema.json of vllm-project/production-stack", _yaml(kubernetes.production_stack),
+        published=True, nvidia=True,
     ),
     "llm-d": File(
         "llm-d.yaml", "helm install NAME llm-d-modelservice/llm-d-modelservice -f llm-d.yaml",
-        "values.schema.json of llm-d-incubation/llm-d-modelservice", _yaml(kubernetes.llm_d), published=True,
+        "values.schema.json of llm-d-incubation/llm-d-modelservice", _yaml(kubernetes.llm_d),
+        published=True, nvidia=True,
     ),
     "kserve": File(
         "kserve.yaml", "kubectl apply -f kserve.yaml", "the LLMInferenceService CRD of kserve/kserve",
-        _yaml(kubernetes.kserve), published=True,
+        _yaml(kubernetes.kserve), published=True, nvidia=True,
     ),
     "compose": File(
         "compose.yaml", "docker compose -f compose.yaml up", "compose-spec.json of compose-spec/compose-spec",
-        _yaml(local.compose),
+        _yaml(local.compose), nvidia=True,
     ),
     "preset": File(
         "llama-server.ini", "llama-server --models-preset llama-server.ini",

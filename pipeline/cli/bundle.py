@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qtool.cli.options import card_options, wish_of
+from qtool.cli.options import card_options, planned_server
 from qtool.evaluate.engines.table import SERVERS
 
 BUNDLED = [name for name, facts in SERVERS.items() if facts.bundle]
@@ -29,13 +29,13 @@ def bundle(artifact: Path, engine: str | None, repo: str | None, out: Path | Non
 
     \b
     Examples:
-      qtool bundle artifacts/My-Model-awq --gpu L40S --context 32k --users 8
-      qtool bundle artifacts/My-Model-awq --gpu H100 --gpus 2 --repo my-org/My-Model-AWQ
-      qtool bundle artifacts/My-Model-gguf --gpu RTX4090 --out deploy
+      qtool bundle artifacts/My-Model-awq --card L40S --context 32k --users 8
+      qtool bundle artifacts/My-Model-awq --card H100 --gpus 2 --repo my-org/My-Model-AWQ
+      qtool bundle artifacts/My-Model-gguf --card RTX4090 --out deploy
     """
     from qtool.bundle.bundle import make_bundle, write_bundle
 
-    made = make_bundle(artifact, wish_of(engine, **asked), repo)
+    made = make_bundle(artifact, planned_server(str(artifact), engine, **asked), repo)
     folder = out or artifact / "serve"
     click.echo(f"planned: {made.target.planned}")
     for path in write_bundle(made, folder):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import FAILED, card_options, wish_of
+from qtool.cli.options import FAILED, card_options, planned_server
 
 if TYPE_CHECKING:
     from qtool.evaluate.engines.scrape import Page
@@ -36,7 +36,7 @@ def watch(
     \b
     Examples:
       qtool watch http://127.0.0.1:8000
-      qtool watch http://127.0.0.1:8000 --artifact artifacts/My-Model-awq --gpu L40S --context 32k --users 8
+      qtool watch http://127.0.0.1:8000 --artifact artifacts/My-Model-awq --card L40S --context 32k --users 8
       qtool watch http://127.0.0.1:8080 --once          llama-server, started with --metrics
     """
     from rich.console import Console
@@ -45,13 +45,11 @@ def watch(
     from qtool.evaluate.engines.scrape import engine_of, metrics_url, scrape
     from qtool.evaluate.engines.server import KEY_VARIABLE
     from qtool.report import observed
-    from qtool.sizing.headers import read_headers
-    from qtool.sizing.serving import plan_server
 
     address, key = metrics_url(url), os.environ.get(KEY_VARIABLE) or None
     first = scrape(address, key)
     engine = engine_of(first, address)[0].name
-    plan = None if artifact is None else plan_server(read_headers(artifact), wish_of(engine, **asked))
+    plan = None if artifact is None else planned_server(artifact, engine, **asked)
     console = Console()
     before, ends = first, time.monotonic() + (length if length is not None else float("inf"))
     with Live(console=console, auto_refresh=False, transient=once) as live:

@@ -11,7 +11,7 @@ from click.decorators import FC
 from qtool import QtoolError
 
 if TYPE_CHECKING:
-    from qtool.sizing.serving import Wish
+    from qtool.sizing.serving import PlannedServer
 
 FAILED = 1  # the exit code where a gate or a check failed
 RUNS = "Folder of run logs and scores."
@@ -55,33 +55,26 @@ class Tokens(click.ParamType[int]):
 
 
 def card_options(command: FC) -> FC:
-    """What is served on which cards: `--gpu`, `--gpus`, `--context`, `--users`, `--kv-dtype`, `--cards`."""
+    """What is served on which cards: `--card`, `--gpus`, `--context`, `--users`, `--kv-dtype`."""
     options = [
-        click.option("--gpu", "--card", "gpu", help="The card (default: this machine's, where qtool knows it)."),
-        click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many of them."),
-        click.option("--context", type=Tokens(), help="Of each user (default: the longest that fits)."),
-        click.option("--users", type=click.IntRange(min=1), help="At once (default: 4)."),
-        click.option("--kv-dtype", default="", help="Of the cache (default: the engine's own)."),
-        click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own."),
+        click.option("--card", help="The card, or `cpu` (default: this machine's card, else its processor)."),
+        click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many share it."),
+        click.option("--context", type=Tokens(), help="Tokens of each user: 8k (default: the longest that fits)."),
+        click.option("--users", default=4, show_default=True, type=click.IntRange(min=1), help="At once."),
+        click.option("--kv-dtype", default="", help="The cache's type (default: the engine's own)."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def wish_of(
-    engine: str | None, gpu: str | None, gpus: int, context: int | None, users: int | None, kv_dtype: str,
-    cards: Path | None,
-) -> Wish:  # fmt: skip
-    """What `card_options` asked for. Raises QtoolError where it names no card, or several."""
-    from qtool.sizing.accelerators import choose, load_accelerators, own_card
-    from qtool.sizing.serving import USERS, Wish
+def planned_server(
+    model: str, engine: str | None, card: str | None, gpus: int, context: int | None, users: int, kv_dtype: str
+) -> PlannedServer:
+    """What `card_options` asked for. Raises QtoolError where it does not fit or the engine does not serve it."""
+    from qtool.serve.here import server_here
 
-    known = load_accelerators(cards)
-    found = choose(known, gpu or own_card(known))
-    if len(found) != 1:
-        raise QtoolError(f"--gpu: name one card, such as {found[0].key}; this machine has none that qtool knows.")
-    return Wish(found[0], engine, gpus, context or 0, users or USERS, kv_dtype)
+    return server_here(model, card, engine=engine, cards=gpus, context=context or 0, users=users, kv_dtype=kv_dtype)
 
 
 def write_text(path: Path, text: str) -> None:

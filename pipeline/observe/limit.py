@@ -74,7 +74,7 @@ def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:
     if not seen.running:
         return Verdict("idle", "no request runs")
     if plan is None:
-        return Verdict("unknown", "no cache or queue binds; --artifact and --gpu tell bandwidth from compute")
+        return Verdict("unknown", "no cache or queue binds; --artifact and --card tell bandwidth from compute")
     found = shares(seen, plan)
     if found is None:
         return Verdict("unknown", "the engine does not say how many tokens it makes")
