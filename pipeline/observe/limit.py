@@ -75,6 +75,8 @@ def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:
         return Verdict("idle", "no request runs")
     if plan is None:
         return Verdict("unknown", "no cache or queue binds; --artifact and --card tell bandwidth from compute")
+    if plan.setting.card.processor:
+        return Verdict("unknown", "no cache or queue binds; a processor's rates cannot be told beside a server at work")
     found = shares(seen, plan)
     if found is None:
         return Verdict("unknown", "the engine does not say how many tokens it makes")

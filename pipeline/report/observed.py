@@ -97,10 +97,9 @@ def notes(reading: Reading) -> list[str]:
         said.append("the server was started again since the last reading.")
     if (plan := reading.plan) is not None:
         s = plan.serving
-        said.append(
-            f"planned: {plan.headers.name} on {s.cards} x {plan.setting.card.key}, {s.context:,} tokens x "
-            f"{s.sequences}; from the bound that no machine beats to the slowest expected."
-        )
+        speeds = "; from the bound that no machine beats to the slowest expected" * (not plan.setting.card.processor)
+        card = f"{s.cards} x {plan.setting.card.key}"
+        said.append(f"planned: {plan.headers.name} on {card}, {s.context:,} tokens x {s.sequences}{speeds}.")
     return said
 
 
@@ -111,9 +110,13 @@ def _bounds(reading: Reading) -> dict[str, str]:
     context, users = plan.serving.context, plan.serving.sequences
     cell = estimate_of(plan.setting, context, max(1, round(running or users)))
     of = f"{cell.sequences} at once"
-    return {
+    held = {
         "cache": f"{plan.estimate.cache / 2**30:.2f} GiB hold {users} of {context:,}",
         "running": f"at most {users}",
+    }
+    if plan.setting.card.processor:  # its rates were measured just now, beside the server's own work: no bounds
+        return held | dict.fromkeys(("rate", "first", "step"), "")
+    return held | {
         "rate": f"{_range_of_rate(cell.step.per_second(cell.sequences))} ({of})",
         "first": "" if cell.first_token is None else f"{_range(cell.first_token)} ({context:,} tokens, {of})",
         "step": f"{_range(cell.step)} ({of})",
