@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""`qtool watch`, `qtool measure` under load and the bundle's queries against real servers: vLLM on a CPU and llama-server.
+"""`qtool watch`, `qtool measure` under load and the bundle's queries before real servers: vLLM on a CPU, llama-server.
 
 The demo model is quantized (or taken from --work) and served as planned. Then:
 - every metric name that an engine's facts state must be on its live page, and under load its value must move;
 - a load of 1, 4 and 16 users and one of random arrivals, with a shared prefix and without, against vLLM started with
   prefix cache and chunked prefill on and off: hits must come exactly where the cache is on and a prefix is shared;
-- with a cache of a few blocks, 16 users must bring preemptions, and `qtool watch --once` must call it pseudo-OOM, exit 1;
+- with a cache of a few blocks, 16 users must bring preemptions, and `qtool watch --once` must call it pseudo-OOM;
 - a real Prometheus (where one is installed) scrapes vLLM with the bundle's alert rules loaded and must answer every
   query of the bundle's dashboard; the bundle's load script, `vllm bench serve` in it, must run to its end.
 
@@ -19,65 +19,36 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import yaml
+from observed_findings import PROMPT, RATES, REQUESTS, SHARED, SLO, TOKENS, USERS, Findings, document, shown
+from observed_monitoring import ENVIRONMENT, monitored
 from vllm_table import write_into
 
 import qtool
 from qtool import QtoolError
-from qtool.bundle.bundle import make_bundle, write_bundle
-from qtool.evaluate.engines.machine import machine_name
 from qtool.evaluate.engines.scrape import engine_of, metrics_url, scrape
 from qtool.measure.under_load import Ask, put_under_load
 from qtool.observe.limit import binding
 from qtool.observe.window import observe
 from qtool.report import load_figure
-from qtool.report.loaded import row_of
-from qtool.runs.loads import Load, Slo
+from qtool.runs.loads import Load
 from qtool.serve import process
 from qtool.serve.here import server_here
 from qtool.serve.programs import require_program, with_program
 from qtool.sizing.serving import PlannedServer
 
 CALIBRATION = {"text": "qtool-code", "samples": 8, "length": 64}
-USERS, RATES = (1, 4, 16), (8.0,)
-PROMPT, SHARED, TOKENS, REQUESTS = 384, 256, 32, 48
-SLO = Slo(0.5, 0.05)
 FEW_BLOCKS = 12  # of 128 tokens: room for three whole contexts of the demo model, and 16 users come
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-KEPT = ("load", "requests", "failed", "first p50 ms", "first p95 ms", "step p50 ms", "step p95 ms", "planned step", "tok/s",
-        "prefix hits", "preempted", "good/s", "p95 kept")  # fmt: skip
-
-
-@dataclass
-class Findings:
-    """``faults``: what was not as said; ``loads``: (server, prefix, load); ``said``: sentences for the document."""
-
-    faults: list[str] = field(default_factory=list)
-    loads: list[tuple[str, Load]] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-
-    def expect(self, holds: bool, what: str) -> None:
-        """Print, and keep what does not hold."""
-        print(f"{'ok  ' if holds else 'NOT '} {what}", flush=True)
-        if not holds:
-            self.faults.append(what)
 
 
 @contextmanager
@@ -171,8 +142,8 @@ def watched(findings: Findings, url: str, planned: PlannedServer) -> None:
     """The command itself."""
     words = ["watch", url, "--once", "--artifact", planned.headers.place, "--card", "cpu", "--users", "16"]
     done = command(words)
-    findings.expect(done.returncode == 0 and "limit: idle" in done.stdout, f"qtool watch --once on an idle server: exit "
-                    f"{done.returncode}")  # fmt: skip
+    right = done.returncode == 0 and "limit: idle" in done.stdout
+    findings.expect(right, f"qtool watch --once on an idle server: exit {done.returncode}")
     print(done.stdout)
 
 
@@ -204,75 +175,6 @@ def pseudo_oom(findings: Findings, planned: PlannedServer, args: argparse.Namesp
         findings.said.append(f"`qtool watch --once` beside that load:\n\n```\n{shown(out, url)}\n```")
 
 
-def shown(text: str, url: str) -> str:
-    """A command's output without this run's address."""
-    return "\n".join(line.rstrip() for line in text.replace(url, "http://127.0.0.1:8000").strip().splitlines())
-
-
-def monitored(findings: Findings, planned: PlannedServer, url: str, work: Path) -> None:
-    """The bundle's alert rules in a real Prometheus, the dashboard's queries put to it while the load script runs."""
-    card = server_here(planned.headers.place, "L40S", users=4)
-    folder = work / "bundle"
-    write_bundle(make_bundle(Path(planned.headers.place), card, None), folder)
-    program = shutil.which("prometheus")
-    if program is None:
-        findings.said.append("Not run: the dashboard's queries (no prometheus here).")
-        return
-    port = process.free_port()
-    told = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(folder / "alerts.yaml")],
-        "scrape_configs": [{"job_name": "engine", "static_configs": [{"targets": [url.removeprefix("http://")]}]}],
-    }
-    (work / "prometheus.yml").write_text(yaml.safe_dump(told), encoding="utf-8")
-    words = (program, f"--config.file={work / 'prometheus.yml'}", f"--storage.tsdb.path={work / 'tsdb'}",
-             f"--web.listen-address=127.0.0.1:{port}")  # fmt: skip
-    here = f"http://127.0.0.1:{port}"
-    with process.start("prometheus", words, {}, here, "/-/ready", 60.0):
-        script(findings, folder, planned, url)
-        time.sleep(3.0)
-        panels = json.loads((folder / "dashboard.json").read_text(encoding="utf-8"))["panels"]
-        queries = [target["expr"] for panel in panels for target in panel["targets"]]
-        empty = [query for query in queries if not answered(here, query)]
-        findings.expect(
-            not empty, f"prometheus answers {len(queries)} of the dashboard's queries; empty: {empty or 'none'}"
-        )
-        rules = ask_json(f"{here}/api/v1/rules")["data"]["groups"][0]["rules"]
-        sick = [rule["name"] for rule in rules if rule["health"] != "ok"]
-        findings.expect(not sick, f"prometheus evaluates {len(rules)} alert rules; unhealthy: {sick or 'none'}")
-        version = ask_json(f"{here}/api/v1/status/buildinfo")["data"]["version"]
-        findings.said.append(f"Prometheus {version} answered all {len(queries)} queries of the dashboard and evaluated "
-                             f"{len(rules)} alert rules, scraping this server.")  # fmt: skip
-
-
-def answered(here: str, query: str) -> bool:
-    """With a number."""
-    found = ask_json(f"{here}/api/v1/query?{urllib.parse.urlencode({'query': query})}")["data"]["result"]
-    return bool(found) and all(row["value"][1] != "NaN" for row in found)
-
-
-def ask_json(url: str) -> Any:
-    """The answer of a server of this machine."""
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
-        return json.load(answer)
-
-
-def script(findings: Findings, folder: Path, planned: PlannedServer, url: str) -> None:
-    """The bundle's load.sh, with fewer requests."""
-    text = (folder / "load.sh").read_text(encoding="utf-8")
-    text = re.sub(r"--requests \d+", "--requests 16", re.sub(r"--num-prompts \d+", "--num-prompts 16", text))
-    text = text.replace('"$(dirname "$0")/.."', planned.headers.place)
-    text = text.replace("--ttft", "--no-log --ttft")
-    file = folder / "short.sh"
-    file.write_text(text, encoding="utf-8")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["sh", str(file)], env=os.environ | ENVIRONMENT | {"URL": url, "PATH": path},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    benched = "Request goodput" in done.stdout
-    findings.expect(done.returncode == 0 and benched, f"the bundle's load script: exit {done.returncode}, vllm bench serve "
-                    f"{'ran' if benched else 'did not run: ' + (done.stdout + done.stderr)[-400:]}")  # fmt: skip
-
-
 def llama(findings: Findings, planned: PlannedServer, args: argparse.Namespace) -> None:
     """llama-server (of the package xllamacpp): its page, and a load."""
     with started(planned, None, {}, ()) as url:
@@ -282,30 +184,11 @@ def llama(findings: Findings, planned: PlannedServer, args: argparse.Namespace) 
             findings.loads.append(("llama-server", load))
             failed = sum(level.failed for level in load.levels)
             findings.expect(failed == 0, f"llama-server, {shared} shared: {failed} requests failed")
+            found = [level.hits or 0.0 for level in load.levels]
+            right = all(share > 0.3 for share in found) if shared else all(share < 0.02 for share in found)
+            said = ", ".join(f"{share:.0%}" for share in found)
+            findings.expect(right, f"llama-server, {shared} shared: prefix hits {said}")
         moved(findings, url)
-
-
-def document(findings: Findings, planned: PlannedServer, versions: str) -> str:
-    """Markdown."""
-    lines = [f"{versions}; {machine_name('cpu')}, {os.cpu_count()} cores, other work beside it: compare rows, not machines. "
-             f"Demo model, {PROMPT} tokens a prompt, {TOKENS} answered, {REQUESTS} requests a level; objective: first token "
-             f"within {1e3 * (SLO.first or 0):g} ms, each further within {1e3 * (SLO.step or 0):g} ms.", ""]  # fmt: skip
-    for shared in (SHARED, 0):
-        lines += [
-            f"**{shared or 'No'} tokens shared**",
-            "",
-            f"| server | {' | '.join(KEPT)} |",
-            f"|---|{'---|' * len(KEPT)}",
-        ]
-        for label, load in findings.loads:
-            if load.shared == shared:
-                for number, level in enumerate(load.levels):
-                    row = row_of(level)
-                    lines.append(f"| {label if number == 0 else ''} | {' | '.join(row.get(key, '') for key in KEPT)} |")
-        lines.append("")
-    for said in findings.said:
-        lines += [said, ""]
-    return "\n".join(lines).rstrip()
 
 
 def check(args: argparse.Namespace, work: Path) -> int:
@@ -321,10 +204,10 @@ def check(args: argparse.Namespace, work: Path) -> int:
         args.svg.write_text(load_figure.under_load(findings.loads[0][1]), encoding="utf-8")
     done = subprocess.run([args.python or "python3", "-c", "from importlib.metadata import version as v; "
                            "print('vLLM', v('vllm'))"], capture_output=True, text=True, check=False)  # fmt: skip
-    text = document(findings, vllm, f"{done.stdout.strip()}, xllamacpp {version('xllamacpp')}")
+    text = document(findings, f"{done.stdout.strip()}, xllamacpp {version('xllamacpp')}")
     print(text)
     if args.write:
-        write_into(args.write, "observed", text)
+        write_into(args.write, "servers", text, "check_observed")
     for fault in findings.faults:
         print(f"NOT: {fault}", file=sys.stderr)
     return 1 if findings.faults else 0

@@ -61,8 +61,8 @@ def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:
     full = seen.cache is not None and seen.cache >= FULL
     cache = "" if seen.cache is None else f"the cache is {seen.cache:.0%} full"
     if seen.preempted:
-        now = "" if seen.cache is None else f" ({seen.cache:.0%} at this moment)"
-        why = f"pseudo-OOM: the cache ran full{now}; {seen.preempted:.0f} preemptions, computed again from the start"
+        still = f" ({seen.cache:.0%} now)" if full else ""
+        why = f"pseudo-OOM: the cache ran full{still}; {seen.preempted:.0f} preemptions, computed again from the start"
         return Verdict("cache", why, "fewer sequences at once, a shorter --max-model-len, a narrower cache type, or "
                        "more memory for the cache", True)  # fmt: skip
     if seen.waiting and full:
