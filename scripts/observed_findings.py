@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from qtool.evaluate.engines.machine import machine_name
@@ -42,7 +41,7 @@ def document(findings: Findings, versions: str) -> str:
     """Markdown."""
     first, step = 1e3 * (SLO.first or 0), 1e3 * (SLO.step or 0)
     lines = [
-        f"{versions}; {machine_name('cpu')}, {os.cpu_count()} cores, other work beside it: compare rows, not machines. "
+        f"{versions}; {machine_name('cpu')}, other work beside it: compare rows, not machines. "
         f"Demo model, {PROMPT} tokens a prompt, {TOKENS} answered, {REQUESTS} requests a level; objective: first token "
         f"within {first:g} ms, each further within {step:g} ms. Chunked prefill on: 128 tokens a step; off: 2,048.",
         "",

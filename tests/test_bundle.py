@@ -41,7 +41,8 @@ REPO = "my-org/Tiny-AWQ"
 
 @pytest.fixture(scope="module")
 def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return converted(tiny, OUTPUTS, tmp_path_factory.mktemp("bundle"))
+    made: dict[str, Path] = converted(tiny, OUTPUTS, tmp_path_factory.mktemp("bundle"))
+    return made
 
 
 def bundle_of(folder: Path, card: str = "L40S", repository: str | None = REPO, **asked: Any) -> Bundle:
