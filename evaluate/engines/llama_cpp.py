@@ -93,7 +93,7 @@ def _launch(serving: Serving) -> Launch:
     words = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
     words += ["-np", str(serving.sequences)]
     words += serving.offload.split() if serving.offload else ["-ngl", "99"]
-    words += ["-fa", "on", "-b", str(BATCH), "-ub", str(UBATCH)]
+    words += ["-fa", "on", "-b", str(serving.prefill), "-ub", str(min(UBATCH, serving.prefill))]
     if serving.cache_type != "f16":
         words += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
     words += [] if serving.prefix_cache else ["--no-cache-prompt"]
@@ -132,6 +132,7 @@ FACTS = EngineFacts(
     cache_types=(F16, BF16, CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)),
     cells=cells,
     slides=lambda geometry: geometry.llama_cpp_windows,
+    prefill_tokens=lambda card: BATCH,
     overhead=overhead,
     memory_share=MARGIN,
     embedding_on_card=False,  # it lies in host memory; a tied one is copied as head

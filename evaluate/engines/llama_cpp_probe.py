@@ -48,4 +48,8 @@ def kernels(lines: Sequence[str]) -> list[str]:
     return [part.removesuffix(" = 1") for part in parts if part.endswith("= 1") or part.startswith("CUDA")]
 
 
-PROBE = Probe(forced, rendered, cache, version, kernels, cached="llamacpp:prompt_tokens_cached_total", eight_bit=True)
+PROBE = Probe(
+    forced, rendered, cache, version, kernels, cached="llamacpp:prompt_tokens_cached_total",
+    steps="llamacpp:n_decode_total",
+    rounded=256,  # Q8_K, which rows of K-quants are multiplied with on a processor (ggml-cpu/quants.c)
+)  # fmt: skip

@@ -62,6 +62,7 @@ def kernels(lines: Sequence[str]) -> list[str]:
 
 
 PROBE = Probe(
-    forced, rendered, cache, version, kernels, cached="vllm:prefix_cache_hits_total",
+    forced, rendered, cache, version, kernels,
+    cached="vllm:prefix_cache_hits_total", steps="vllm:iteration_tokens_total_count",
     preempted="vllm:num_preemptions_total",
 )  # fmt: skip

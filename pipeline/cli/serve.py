@@ -26,6 +26,7 @@ def _planned_options(command: FC) -> FC:
         click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many share it."),
         click.option("--context", default="", help="Tokens of each user: 8k (default: the longest that fits)."),
         click.option("--users", default=4, show_default=True, type=click.IntRange(min=1), help="At once."),
+        click.option("--chunk", default=0, type=click.IntRange(min=0), help="Tokens of a prompt in one step."),
         click.option("--kv-dtype", default="", help="The cache's type: bf16, f16, fp8, q8_0, q4_0."),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Default: as the files say."),
         click.option("--python", help="Of an environment that has the engine (default: PATH, then qtool's own)."),
@@ -45,7 +46,7 @@ def _planned_options(command: FC) -> FC:
 @click.option("--dry-run", is_flag=True, help="Print the command alone and stop.")
 @click.option("--quiet", is_flag=True, help="Keep the engine's own log to yourself.")
 def serve(
-    artifact: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, kv_dtype: str,
+    artifact: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, chunk: int, kv_dtype: str,
     dtype: str | None, python: str | None, patience: float, host: str, port: int, shared_prefix: str, dry_run: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
@@ -63,7 +64,7 @@ def serve(
     """
     from qtool.serve.running import running, smoke, stay
 
-    planned = _plan(artifact, engine, card, gpus, context, users, kv_dtype, dtype, host, port)
+    planned = _plan(artifact, engine, card, gpus, context, users, chunk, kv_dtype, dtype, host, port)
     line, found = _typed(planned, python)
     _say(_what(planned))
     for tokens in numbers(shared_prefix, "--shared-prefix"):
@@ -91,7 +92,7 @@ def serve(
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along.")
 @click.option("--json", "as_json", is_flag=True, help="Print the proof as JSON.")
 def prove(
-    artifact: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, kv_dtype: str,
+    artifact: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, chunk: int, kv_dtype: str,
     dtype: str | None, python: str | None, patience: float, no_log: bool, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Start ARTIFACT in a real server and hold it against the reference, the tokenizer and the plan.
@@ -111,7 +112,7 @@ def prove(
     from qtool.serve.prove import prove as prove_artifact
 
     opened = artifact_of(artifact)
-    planned = _plan(artifact, engine, card, gpus, context, users, kv_dtype, dtype)
+    planned = _plan(artifact, engine, card, gpus, context, users, chunk, kv_dtype, dtype)
     _say(_what(planned))
     proof = prove_artifact(opened, planned, python, patience, _say, trust_remote_code)
     if not no_log:
@@ -127,7 +128,7 @@ def prove(
 
 
 def _plan(
-    model: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, kv_dtype: str,
+    model: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, chunk: int, kv_dtype: str,
     dtype: str | None, host: str = "127.0.0.1", port: int = PORT,
 ) -> PlannedServer:  # fmt: skip
     from qtool.serve.here import server_here
@@ -136,7 +137,7 @@ def _plan(
     if len(tokens) > 1:
         raise QtoolError(f"--context {context}: a server has one.")
     asked: dict[str, Any] = {"engine": engine, "cards": gpus, "users": users, "kv_dtype": kv_dtype.lower()}
-    asked |= {"context": tokens[0] if tokens else 0, "dtype": dtype or "", "host": host, "port": port}
+    asked |= {"context": tokens[0] if tokens else 0, "dtype": dtype or "", "chunk": chunk, "host": host, "port": port}
     return server_here(model, card, **asked)
 
 

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from qtool.convert.files.proof import Proof
 from qtool.report.columns import wide
 
+PROVED = (
+    "Started as planned, and asked for log-probabilities on 64 fixed pieces of code. KL is that of the reference (the "
+    "file's codes, dequantized, float32) to the server, in nats a token."
+)
 MARKS = {"pass": "pass", "fail": "FAIL", "not asked": "not asked"}
 
 
@@ -50,6 +54,14 @@ def proof_rows(proofs: Mapping[str, Sequence[Proof]]) -> list[dict[str, str]]:
                 row["shared prefix"] = f"{n['shared_tokens']:.0f} tokens, {1e3 * n['shared_saved_seconds']:.3g} ms"
             rows.append(row)
     return rows
+
+
+def finding_rows(proofs: Mapping[str, Sequence[Proof]]) -> list[dict[str, str]]:
+    """A row for each thing that was looked at."""
+    return [
+        {"model": name, "server": proof.version, "what": f.what, "outcome": MARKS[f.outcome], "detail": f.detail}
+        for name, found in proofs.items() for proof in found for f in proof.findings
+    ]  # fmt: skip
 
 
 def proof_ways(proofs: Mapping[str, Sequence[Proof]]) -> list[str]:

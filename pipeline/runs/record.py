@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdap
 from qtool import QtoolError
 from qtool.convert.files.durable import held, naming, sweep, write_whole
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
+from qtool.convert.files.proof import Proof
 from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
@@ -104,7 +105,14 @@ class RunRecord:
 
     @property
     def failed(self) -> bool:
-        return any(not v.sound for v in self.checks.values()) or any(v.failed for v in self.verdicts)
+        unsound = any(not found.sound for found in self.checks.values())
+        return unsound or any(v.failed for v in self.verdicts) or any(not proof.passed for proof in self.asked_proofs)
+
+    @property
+    def asked_proofs(self) -> list[Proof]:
+        """Those that the recipe asks for."""
+        engines = self.recipe.serve.prove if self.recipe.serve else ()
+        return [proof for found in self.summary.proofs.values() for proof in found if proof.engine in engines]
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
@@ -176,6 +184,7 @@ def load_run(folder: Path) -> RunRecord:
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
+    manifests |= {name: _proved(manifests[name], there) for name, there in folders.items() if there}
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
@@ -199,7 +208,8 @@ def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scor
     sizes |= {name: Size(m.tensor_bytes, m.bits_per_weight, m.file_bytes) for name, m in manifests.items()}
     summary = stored_summary(folder, evidence_of(scores, sizes)) or summarise(scores, sizes)
     keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
-    return summary.with_measured(measured_models(folder.resolve().parent, keys))
+    proofs = {name: manifest.proofs for name, manifest in manifests.items()}
+    return summary.with_measured(measured_models(folder.resolve().parent, keys)).with_proofs(proofs)
 
 
 def load_summary(folder: Path) -> Summary:
@@ -268,6 +278,11 @@ def _manifest(path: Path) -> Manifest:
     if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
         raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
     return found
+
+
+def _proved(manifest: Manifest, folder: Path) -> Manifest:
+    """With the proofs that it has by now."""
+    return manifest.model_copy(update={"proofs": read_manifest(folder).proofs})
 
 
 def _score_file(folder: Path, key: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from qtool.sizing.headers import read_headers
 from qtool.sizing.serving import PlannedServer, Wish, plan_server
 
 MARGIN = 2.0  # what a bound that must hold takes on top of rates measured beside other work
-LEAST, MOST = 2**20, 2**28  # bytes that are read to measure: as many as the model has, whose caches it then meets
-SIDE, TRIES = 512, 5
+LEAST, MOST = 2**20, 2**24  # bytes that are read to measure: as many as the model has, whose caches it then meets
+SIDE, TRIES = 256, 40
 
 
 def server_here(model: str, card: str | None, **asked: Any) -> PlannedServer:
@@ -46,31 +47,37 @@ def card_here(name: str | None, working: int) -> Accelerator:
 
 
 def processor(working: int) -> Accelerator:
-    """This machine's processor as a card. Its rates are the best of some tries, doubled: bounds follow from them."""
+    """This machine's processor as a card. Its rates are those of one thread in the best of many tries, each shorter
+    than what a busy system lets run in one piece, times the cores, doubled: bounds follow from them, and must hold."""
     import torch
 
     memory = host_memory()
     if memory is None:
         raise QtoolError("this system does not say how much memory is free: name a card with --card.", exit_code=3)
-    read = torch.ones(min(max(working, LEAST), MOST) // 4)
-    bandwidth = read.nbytes / _best(lambda: read.sum())
-    flops = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        square = torch.ones(SIDE, SIDE, dtype=dtype)
-        flops = max(flops, 2 * SIDE**3 / _best(lambda square=square: square @ square))  # type: ignore[misc]
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    torch.set_num_threads(1)
+    try:
+        read = torch.ones(min(max(working, LEAST), MOST) // 4)
+        bandwidth = read.nbytes / _best(read.sum)
+        flops = 0.0
+        for dtype in (torch.float32, torch.bfloat16):
+            square = torch.ones(SIDE, SIDE, dtype=dtype)
+            flops = max(flops, 2 * SIDE**3 / _best(square.mm, square))
+    finally:
+        torch.set_num_threads(threads)
     return Accelerator(
-        PROCESSOR, "this machine's processor", memory, MARGIN * bandwidth, MARGIN * flops, None, PROCESSOR, None,
-        dict.fromkeys(("memory", "bandwidth", "bf16"), "measured here"),
+        PROCESSOR, "this machine's processor", memory, MARGIN * cores * bandwidth, MARGIN * cores * flops, None,
+        PROCESSOR, None, dict.fromkeys(("memory", "bandwidth", "bf16"), "measured here"),
     )  # fmt: skip
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of some tries."""
-    work()
+def _best(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of the quickest of many tries."""
+    work(*arguments)
     times = []
     for _ in range(TRIES):
         started = time.perf_counter()
-        work()
+        work(*arguments)
         times.append(time.perf_counter() - started)
     return min(times)
 

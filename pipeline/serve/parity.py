@@ -24,8 +24,7 @@ from qtool.evaluate.engines.torch_model import load_model, logits_of
 
 COUNT = 20  # likeliest tokens that a server names; more it refuses (vLLM's max_logprobs)
 LIMIT = 1e-3  # nats a token, where 16-bit floats round
-EIGHT_BIT_LIMIT = 1e-2  # where activations are rounded to 8 bits: a kernel's own choice, and no fault of the file
-FLOOR_FACTOR = 2.0  # of what bfloat16 alone costs this model
+FLOOR_FACTOR = 2.0  # of what the engine's arithmetic alone costs this model
 LEAST_TOP1 = 0.98
 TINY = 1e-9  # a probability that no float of a server's answer tells from 0
 
@@ -93,10 +92,25 @@ class Reference:
         """Of each row, float32 ``[length, vocabulary]``."""
         return _logprobs(self._model, rows)
 
-    def floor(self, rows: Sequence[Sequence[int]]) -> Parity:
-        """What bfloat16 alone costs: the same model in it, against itself."""
-        rounded = _logprobs(copy.deepcopy(self._model).to(torch.bfloat16), rows)
-        return compare(rows, map(_best, rounded), self.logprobs(rows))
+    def floor(self, rows: Sequence[Sequence[int]], block: int) -> Parity:
+        """What an engine's arithmetic alone costs: the same model in it, against itself. ``block``: inputs of linears
+        rounded to 8 bits in blocks of so many; 0: bfloat16."""
+        other = copy.deepcopy(self._model)
+        if block:
+            for module in other.modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(lambda _, inputs: (eight_bits(inputs[0], block), *inputs[1:]))
+        else:
+            other.to(torch.bfloat16)
+        return compare(rows, map(_best, _logprobs(other, rows)), self.logprobs(rows))
+
+
+def eight_bits(x: Tensor, block: int) -> Tensor:
+    """``x`` ``[..., columns]`` as blocks of signed 8-bit numbers with a scale hold it; a last block may be short."""
+    padded = nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    scale = padded.abs().amax(-1, keepdim=True).clamp_min(TINY) / 127
+    rounded: Tensor = ((padded / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
+    return rounded
 
 
 def _logprobs(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:

@@ -24,20 +24,25 @@ from qtool.evaluate.sandbox.secrets import for_child, hidden
 PATIENCE = 900.0  # seconds in which a server must be able to answer: weights are read, kernels compiled
 GRACE = 15.0  # seconds that it has to end when it is asked to
 POLL = 0.25
-KEPT, LAST = 4000, 12  # lines of its log, and those that are shown where it ended by itself
+FIRST, LAST = 2000, 12  # lines of its log that are kept, and those that are shown where it ended by itself
 LONGEST = 4096  # bytes of a line
 
 
 @dataclass
 class Server:
-    """A started server. ``name``: the engine's; ``url``: where it answers, without /v1; ``lines``: of its log, secrets
-    removed."""
+    """A started server. ``name``: the engine's; ``url``: where it answers, without /v1; ``first`` and ``lines``: the
+    beginning and the end of its log, secrets removed."""
 
     name: str
     url: str
     process: subprocess.Popen[bytes]
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT))
+    first: list[str] = field(default_factory=list)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST))
     started: float = field(default_factory=time.monotonic)
+
+    def log(self) -> list[str]:
+        """What it said of itself when it started."""
+        return list(self.first)
 
     def require_running(self) -> None:
         """Raises QtoolError (exit 3) with its last lines where it has ended."""
@@ -48,7 +53,7 @@ class Server:
     def fault(self, what: str) -> QtoolError:
         """One line on what is wrong, and the last of what the server said."""
         time.sleep(POLL)  # its last words may still be on their way
-        said = [line for line in list(self.lines) if line.strip()][-LAST:]
+        said = [line for line in list(self.lines) if line.strip()]
         shown = "\n".join(f"  | {line[:300]}" for line in said)
         return QtoolError(f"{self.name}: the server {what}." + (f" It said last:\n{shown}" if shown else ""), 3)
 
@@ -137,6 +142,8 @@ def _listen(server: Server, echo: Callable[[str], None] | None) -> None:
     for raw in iter(lambda: server.process.stdout.readline(LONGEST), b""):  # type: ignore[union-attr]
         text = hidden(raw.decode("utf-8", "replace").rstrip(), environment)
         line = "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        if len(server.first) < FIRST:
+            server.first.append(line)
         server.lines.append(line)
         if echo is not None:
             echo(line)

@@ -45,7 +45,7 @@ def require_program(facts: EngineFacts, python: str | None = None) -> tuple[str,
     found = find_program(facts, python)
     if found is None:
         way = f" If it is elsewhere, name its Python: --python, or {variable(facts)}." if facts.module else ""
-        raise QtoolError(f"engine {facts.name} is not installed here. Run: {facts.install}{way}", exit_code=3)
+        raise QtoolError(f"engine {facts.name} is not installed here. Run: {facts.install}.{way}", exit_code=3)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from qtool.evaluate.engines.table import PROBES
 from qtool.serve import findings as look
 from qtool.serve import parity, process, quantities
 from qtool.serve.process import Server, free_port
-from qtool.serve.programs import require_program, with_program
+from qtool.serve.programs import require_program
 from qtool.serve.running import running, smoke
 from qtool.sizing.serving import PlannedServer
 
@@ -59,8 +58,8 @@ def prove(
     """Start the planned server on a free port and look at everything. A finding that fails is a result; QtoolError
     (exit 3) is raised where the server cannot be started, dies, or answers what no server answers."""
     probe = probe_of(planned)
-    program = require_program(planned.facts, python)
-    command = shlex.join(with_program(planned.launch.words, program))
+    require_program(planned.facts, python)
+    command = _command(planned)
     planned = replace(planned, serving=replace(planned.serving, port=free_port(planned.serving.host)))
     tokenizer = load_tokenizer(artifact.path, trust_remote_code)
     rows = parity.prompt_ids(tokenizer, planned.serving.context - 1)
@@ -100,10 +99,10 @@ def _look(
     found.append(quantities.cache(planned, server, probe, numbers))
     found += quantities.speed(planned, served, numbers)
     found.append(quantities.shared(planned, server, probe, numbers))
-    found.append(quantities.chunked(planned, served, numbers))
+    found.append(quantities.chunked(planned, server, probe, numbers))
     found.append(quantities.preempted(server, probe, numbers))
     found.append(quantities.memory(planned, quantities.held(planned, server, taken), numbers))
-    lines = list(server.lines)
+    lines = server.log()
     return _Seen(probe.version(server.url, lines), probe.kernels(lines), told, found, numbers)
 
 
@@ -112,13 +111,14 @@ def _agreement(
 ) -> Finding:
     reference = parity.Reference(artifact, trust_remote_code)
     found = parity.compare(rows, seen.told, reference.logprobs(rows))
-    limit, least, why = (parity.EIGHT_BIT_LIMIT if probe.eight_bit else parity.LIMIT), parity.LEAST_TOP1, ""
-    if dtype == "bfloat16":
-        floor = reference.floor(rows)
+    limit, least, why = parity.LIMIT, parity.LEAST_TOP1, ""
+    if dtype == "bfloat16" or probe.rounded:
+        floor = reference.floor(rows, probe.rounded)
         limit = max(limit, parity.FLOOR_FACTOR * floor.kl)
         least = min(least, 1 - parity.FLOOR_FACTOR * (1 - floor.top1))
         seen.numbers.update(kl_floor=floor.kl, top1_floor=floor.top1)
-        why = f"; bfloat16 alone costs this model {floor.kl:.2g} (top-1 {floor.top1:.2%})"
+        what = "8-bit activations alone cost" if probe.rounded else "bfloat16 alone costs"
+        why = f"; {what} this model {floor.kl:.2g} (top-1 {floor.top1:.2%})"
     if not math.isfinite(found.kl):
         return Finding(what="log-probabilities", outcome="fail", detail="the server's are no probabilities")
     seen.numbers.update(kl=found.kl, kl_limit=limit, top1=found.top1, kl_worst=found.worst, tokens=found.tokens)
@@ -128,6 +128,14 @@ def _agreement(
     )
     good = found.kl <= limit and found.top1 >= least
     return Finding(what="log-probabilities", outcome="pass" if good else "fail", detail=detail)
+
+
+def _command(planned: PlannedServer) -> str:
+    """As it is typed beside the artifact's folder: where that lay here is nobody's business."""
+    s = planned.serving
+    name = Path(s.place).resolve().name
+    file = None if s.file is None else Path(name, s.file.name)
+    return replace(planned, serving=replace(s, place=name, file=file)).launch.text
 
 
 def end_tokens(artifact: Artifact) -> list[int]:

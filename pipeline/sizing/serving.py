@@ -25,7 +25,8 @@ DTYPES = ("float16", "bfloat16")
 class Wish:
     """What a server is to be. ``engine``: None for the first that runs the format; ``context``: tokens of each user, 0
     for the longest that fits; ``kv_dtype``: empty for the engine's own choice; ``dtype``: of the activations, empty for
-    what the files say; ``cards``: that share the model."""
+    what the files say; ``chunk``: tokens of one step of a prompt, 0 for the engine's own choice; ``cards``: that share
+    the model."""
 
     card: Accelerator
     engine: str | None = None
@@ -34,6 +35,7 @@ class Wish:
     users: int = USERS
     kv_dtype: str = ""
     dtype: str = ""
+    chunk: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
 
@@ -93,9 +95,8 @@ def plan_server(headers: Headers, wish: Wish) -> PlannedServer:
     if wrong := [*refusals(headers, setting), *split_faults(setting)]:
         raise QtoolError(f"{headers.place}: {facts.name} does not serve it: {'; '.join(wrong)}.")
     context = _context(headers, setting, wish)
-    serving = replace(
-        serving_of(headers, setting, context, wish.users), dtype=wish.dtype, host=wish.host, port=wish.port
-    )
+    serving = serving_of(headers, setting, context, wish.users)
+    serving = replace(serving, dtype=wish.dtype, prefill=wish.chunk or serving.prefill, host=wish.host, port=wish.port)
     return PlannedServer(headers, setting, estimate_of(setting, context, wish.users), serving)
 
 

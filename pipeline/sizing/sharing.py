@@ -45,9 +45,8 @@ def shared_prefix(setting: Setting, tokens: int, users: int) -> Shared:
     return Shared(tokens, users, held, blocks, blocks * block_bytes(setting), _arithmetic(setting, held))
 
 
-def chunked_prefill(setting: Setting, tokens: int) -> Chunked:
-    """A prompt of ``tokens`` beside others that are answered."""
-    chunk = setting.facts.prefill_tokens(setting.card) or tokens
+def chunked_prefill(setting: Setting, tokens: int, chunk: int) -> Chunked:
+    """A prompt of ``tokens``, taken up ``chunk`` at a time beside others that are answered."""
     whole = _prefill(setting, tokens)
     steps = -(-tokens // chunk)
     # the last chunk attends to all before it: its share of the prompt's arithmetic is the largest
