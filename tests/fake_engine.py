@@ -28,6 +28,7 @@ class FakeEngine(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.pages: list[str | bytes] = [VLLM]
         self.page_fault = ""
+        self.refusal = b"this model takes no such thing"
         self.faults: list[str] = []
         self.step, self.stall = 0.0, 0.5
         self.slots = threading.Semaphore(64)
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, asked: dict[str, Any], fault: str) -> None:
         if fault == "refused":
-            return self.reply(400, b"this model takes no such thing")
+            return self.reply(400, self.server.refusal)
         if fault == "stall":
             time.sleep(self.server.stall)
         self.send_response(200)

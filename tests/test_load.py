@@ -117,6 +117,36 @@ def test_a_failure_is_an_answer(error: Exception) -> None:
     assert one.first_seconds is None
 
 
+def test_what_a_server_says_is_shown_as_it_is(server: FakeEngine, tmp_path: Path) -> None:
+    """No markup of ours, no control characters."""
+    server.refusal = b"[/red] \x1b[2J [bold]no\r\nsuch thing"
+    server.faults = ["", "refused"]
+    code, text = measure(server, tmp_path, "--concurrency", "1")
+    assert code == 1
+    assert "[/red] ?[2J [bold]no such thing" in text
+
+
+@pytest.mark.parametrize("loop", ["closed", "open"])
+def test_ctrl_c_asks_nothing_new(loop: str) -> None:
+    """What is under way ends; of a thousand prompts a few were put."""
+    put: list[Prompt] = []
+
+    def send(prompt: Prompt) -> Stamps:
+        put.append(prompt)
+        if len(put) == 5:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+        return [0.01], 1, None
+
+    prompts = [(i,) for i in range(1000)]
+    with pytest.raises(KeyboardInterrupt):
+        _ = closed_loop(send, prompts, 2) if loop == "closed" else open_loop(send, prompts, [0.0] * 1000)
+    time.sleep(0.1)
+    after = len(put)
+    time.sleep(0.1)
+    assert len(put) == after <= (40 if loop == "closed" else 1000)
+
+
 def test_failures_lie_at_the_slow_end_of_the_percentiles() -> None:
     """9 of 10 answered: the median is known, the 95th percentile is a request that failed."""
     level = level_of([*(answered(0.1, 0.01) for _ in range(9)), failed()], 4, None, Slo(1.0, 1.0), 8)

@@ -64,6 +64,15 @@ def test_since_the_start_has_no_rate_but_all_quantiles() -> None:
     assert seen.hits == pytest.approx(now.values[metrics.hits] / now.values[metrics.asked[0]])
 
 
+def test_two_engines_behind_one_address() -> None:
+    """Requests add up; a share of the cache does not: the fullest one decides."""
+    second = VLLM.replace('engine="0"', 'engine="1"')
+    first = with_values(VLLM, kv_cache_usage_perc=0.4, num_requests_running=3)
+    both = page(first + with_values(second, kv_cache_usage_perc=0.7, num_requests_running=2), 1.0)
+    seen = observe(None, both, engine_of(both, "")[1])
+    assert (seen.cache, seen.running) == (0.7, 5.0)
+
+
 def test_a_restart_is_no_negative_rate() -> None:
     before = page(VLLM, 0.0)
     metrics = engine_of(before, "")[1]
@@ -178,6 +187,14 @@ def test_a_metric_that_an_older_engine_lacks_is_one_clear_line(server: FakeEngin
         "/metrics lacks vllm:kv_cache_usage_perc, vllm:inter_token_latency_seconds_bucket, "
         "vllm:inter_token_latency_seconds_count; vLLM 0.32 has them. They count as not said."
     ]
+
+
+def test_names_that_come_late_are_said_so(server: FakeEngine) -> None:
+    """SGLang lists a metric once it was used."""
+    server.pages = ["sglang:num_running_reqs 0\nsglang:num_queue_reqs 0\nsglang:token_usage 0.0\n"]
+    code, text = watch(server, "--once")
+    assert code == 0
+    assert "SGLang 0.5 has them, once they were used" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("fault", ["torn", "missing"])

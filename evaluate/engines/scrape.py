@@ -27,10 +27,12 @@ _LE = re.compile(r'[{,]\s*le="([^"]*)"')
 @dataclass(frozen=True)
 class Page:
     """A page as it was at ``time`` (seconds of a monotonic clock). ``values``: name -> the sum over all labels (several
-    engines behind one address are one); ``buckets``: histogram -> upper bound -> how many were not above it."""
+    engines behind one address are one); ``most``: the largest of them, for shares; ``buckets``: histogram -> upper
+    bound -> how many were not above it."""
 
     time: float
     values: Mapping[str, float]
+    most: Mapping[str, float]
     buckets: Mapping[str, Mapping[float, float]]
 
     def missing(self, metrics: Metrics) -> dict[str, list[str]]:
@@ -91,6 +93,7 @@ def _body(answer: Any, until: float) -> bytes:
 def parse(lines: Iterable[str], taken: float = 0.0) -> Page:
     """Raises ValueError naming the line that is no sample."""
     values: dict[str, float] = {}
+    most: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -107,9 +110,10 @@ def parse(lines: Iterable[str], taken: float = 0.0) -> Page:
             of[upper] = of.get(upper, 0.0) + value
         else:
             values[name] = values.get(name, 0.0) + value
+            most[name] = max(most.get(name, value), value)
     if not values and not buckets:
         raise ValueError("it holds no sample")
-    return Page(taken, values, buckets)
+    return Page(taken, values, most, buckets)
 
 
 def known_metrics() -> list[tuple[EngineFacts, Metrics]]:

@@ -35,6 +35,7 @@ FACTS = EngineFacts(
         prefix="sglang:",
         since="SGLang 0.5",
         switch="--enable-metrics",
+        late=True,
         cache="sglang:token_usage",
         running="sglang:num_running_reqs",
         waiting="sglang:num_queue_reqs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,20 +53,22 @@ def watch(
     plan = None if artifact is None else planned_server(artifact, engine, **asked)
     console = Console()
     before, ends = first, time.monotonic() + (length if length is not None else float("inf"))
-    with Live(console=console, auto_refresh=False, transient=once) as live:
-        while True:
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=once) as live:
+        while not once:
             time.sleep(every)
             now = scrape(address, key)
             reading = _reading(url, before, now, plan)
-            if once:
-                break
             if console.is_terminal:
                 live.update(observed.table(reading), refresh=True)
             else:
                 click.echo(observed.line(reading))
             if time.monotonic() >= ends:
-                return
+                break
             before = now
+    if not once:
+        return
+    time.sleep(every)
+    reading = _reading(url, first, scrape(address, key), plan)
     console.print(observed.table(reading), soft_wrap=True, highlight=False)
     if reading.verdict.limit == "cache":
         raise SystemExit(FAILED)

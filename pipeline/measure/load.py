@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qtool import QtoolError
@@ -94,9 +95,14 @@ def closed_loop(send: Send, prompts: Sequence[Prompt], users: int) -> list[Answe
             with lock:
                 answered.append(found)
 
-    with ThreadPoolExecutor(users) as pool:
-        for future in [pool.submit(user) for _ in range(users)]:
-            future.result()
+    with _pool(users) as pool:
+        try:
+            for future in [pool.submit(user) for _ in range(users)]:
+                future.result()
+        except BaseException:
+            with lock:
+                waiting = iter(())  # Ctrl-C: what is under way ends, nothing new is asked
+            raise
     return answered
 
 
@@ -107,12 +113,24 @@ def open_loop(send: Send, prompts: Sequence[Prompt], planned: Sequence[float]) -
     def one(prompt: Prompt, at: float) -> Answered:
         return _ask(send, prompt, at, started)
 
-    with ThreadPoolExecutor(min(MOST_THREADS, len(prompts))) as pool:
+    with _pool(min(MOST_THREADS, len(prompts))) as pool:
         futures = []
         for prompt, at in zip(prompts, planned, strict=True):
             time.sleep(max(0.0, at - (time.perf_counter() - started)))
             futures.append(pool.submit(one, prompt, at))
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Ended with the block; where that is left by an exception, what has not begun is dropped."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _ask(send: Send, prompt: Prompt, planned: float, started: float) -> Answered:
@@ -121,6 +139,11 @@ def _ask(send: Send, prompt: Prompt, planned: float, started: float) -> Answered
         times, made, cached = send(prompt)
     except (QtoolError, OutOfMemory) as error:
         said = error.message if isinstance(error, QtoolError) else f"out of memory: {error}"
-        return Answered(planned, sent, time.perf_counter() - started, fault=" ".join(said.split())[:200])
+        return Answered(planned, sent, time.perf_counter() - started, fault=_printable(said))
     ended = time.perf_counter() - started
     return Answered(planned, sent, ended, sent + times[0], sent + times[-1], made, cached)
+
+
+def _printable(said: str) -> str:
+    """A server's words as one short line that hides nothing."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(said.split()))[:200]

@@ -14,11 +14,11 @@ Quantiles = dict[str, float]
 
 @dataclass(frozen=True)
 class Observation:
-    """``seconds``: the window's length, None for the time since the server's start. ``cache`` (0 to 1), ``running`` and
-    ``waiting`` are of its end; ``preempted`` counts in it; rates are tokens a second (None since the start: the page
-    does not say when that was); ``hits``: share of the prompts' tokens found in the prefix cache; ``first`` and
-    ``step``: seconds to the first token and between tokens; ``step_mean``: where there is no histogram. None: the
-    engine does not say it, or nothing of the kind happened."""
+    """``seconds``: the window's length, None for the time since the server's start. ``cache`` (0 to 1, of the fullest
+    engine), ``running`` and ``waiting`` are of its end; ``preempted`` counts in it; rates are tokens a second (None
+    since the start: the page does not say when that was); ``hits``: share of the prompts' tokens found in the prefix
+    cache; ``first`` and ``step``: seconds to the first token and between tokens; ``step_mean``: where there is no
+    histogram. None: the engine does not say it, or nothing of the kind happened."""
 
     seconds: float | None
     cache: float | None
@@ -65,7 +65,7 @@ def observe(before: Page | None, now: Page, metrics: Metrics) -> Observation:
 
     return Observation(
         seconds=seconds,
-        cache=now.values.get(metrics.cache),
+        cache=now.most.get(metrics.cache),
         running=now.values.get(metrics.running),
         waiting=now.values.get(metrics.waiting),
         preempted=grown(metrics.preempted),

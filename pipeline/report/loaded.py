@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qtool.report.columns import print_table, wide
+from qtool.report.markup import spelt
 from qtool.report.tables import rate_text
 from qtool.runs.loads import Level, Load, Slo
 
@@ -12,11 +13,11 @@ from qtool.runs.loads import Level, Load, Slo
 def print_load(load: Load) -> None:
     """Table, verdict, faults."""
     shared = f", the first {load.shared:,} of them shared" if load.shared else ", nothing shared"
-    wide.print(f"{load.model} at {load.url} ({load.engine}): {load.prompt:,} tokens a prompt{shared}; "
-               f"{load.tokens} answered", highlight=False, soft_wrap=True)  # fmt: skip
+    wide.print(f"{spelt(load.model)} at {load.url} ({load.engine}): {load.prompt:,} tokens a prompt{shared}; "
+               f"{load.tokens} answered", highlight=False, soft_wrap=True, markup=False)  # fmt: skip
     print_table(wide, [row_of(level) for level in load.levels])
     for text in sentences(load):
-        wide.print(text, highlight=False, soft_wrap=True)
+        wide.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def row_of(level: Level) -> dict[str, str]:

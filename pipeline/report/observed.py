@@ -59,7 +59,7 @@ def rows(reading: Reading) -> list[tuple[str, str, str, str]]:
 def table(reading: Reading) -> RenderableType:
     """What is drawn again and again."""
     window = "now" if reading.lately.seconds is None else f"last {reading.lately.seconds:.1f} s"
-    found = Table(title=f"{reading.url} ({reading.engine})", box=None, pad_edge=False, title_justify="left")
+    found = Table(title=Text(f"{reading.url} ({reading.engine})"), box=None, pad_edge=False, title_justify="left")
     for header in ("", window, "since start", "planned"):
         found.add_column(header, justify="left" if header in ("", "planned") else "right")
     for row in rows(reading):
@@ -88,7 +88,8 @@ def notes(reading: Reading) -> list[str]:
     said = []
     if reading.missing:
         names = ", ".join(name for names in reading.missing.values() for name in names)
-        said.append(f"this server's /metrics lacks {names}; {reading.metrics.since} has them. They count as not said.")
+        why = f"{reading.metrics.since} has them" + (", once they were used" if reading.metrics.late else "")
+        said.append(f"this server's /metrics lacks {names}; {why}. They count as not said.")
     silent = [word for word, name in (("cache use", reading.metrics.cache), ("preemptions", reading.metrics.preempted),
                                       ("time to first token", reading.metrics.first)) if not name]  # fmt: skip
     if silent:
