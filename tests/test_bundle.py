@@ -219,14 +219,16 @@ def test_the_load_is_the_planned_one(awq: Bundle, gguf: Bundle) -> None:
 
 def test_llama_servers_preset(gguf: Bundle) -> None:
     preset = configparser.ConfigParser()
-    preset.read_string(gguf.files["llama-server.ini"])
+    head, mark, rest = gguf.files["llama-server.ini"].partition("version = 1\n")  # before any section
+    assert mark
+    preset.read_string(head + rest)
     (section,) = preset.sections()
     found = dict(preset[section])
     assert section == gguf.target.name
     assert Path(found.pop("model")).is_file()
     assert found == {
         "ctx-size": "512", "parallel": "8", "n-gpu-layers": "99", "flash-attn": "on", "batch-size": "2048",
-        "ubatch-size": "512",
+        "ubatch-size": "512", "metrics": "true",
     }  # fmt: skip
 
 

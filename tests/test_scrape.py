@@ -96,6 +96,7 @@ def test_quantile_lies_in_the_bucket_of_the_true_one() -> None:
     [
         ("http://h:8000", "http://h:8000/metrics"), ("http://h:8000/v1/", "http://h:8000/metrics"),
         ("https://h/metrics", "https://h/metrics"),
+        ("http://h:8080/metrics?model=a%2Fb", "http://h:8080/metrics?model=a%2Fb"),
     ],
 )  # fmt: skip
 def test_the_pages_address(url: str, page: str) -> None:

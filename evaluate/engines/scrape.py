@@ -49,8 +49,9 @@ def metrics_url(url: str) -> str:
         raise QtoolError(f"{url!r}: give the server's address, http://host:8000.")
     if parts.username or parts.password:
         raise QtoolError(f"a key does not belong into the address. Set {KEY_VARIABLE} instead.")
-    root = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
-    return f"{root}/metrics"
+    place, mark, query = url.partition("?")  # llama-server's router asks for ?model=NAME
+    root = place.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
+    return f"{root}/metrics{mark}{query}"
 
 
 def scrape(url: str, api_key: str | None = None) -> Page:

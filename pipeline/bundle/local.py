@@ -39,7 +39,7 @@ def preset(target: Target) -> str:
     without their dashes."""
     folder = target.artifact.path.resolve()
     words = target.words(str(folder))[1:]
-    lines, own = [f"[{target.name}]"], {"--host", "--port", "--metrics", "--alias"}  # the router's, or the section's
+    lines, own = ["version = 1", f"[{target.name}]"], {"--host", "--port", "--alias"}  # the router's, or the section's
     for index, word in enumerate(words):
         if not word.startswith("-") or word[1:2].isdigit() or word in own:
             continue
