@@ -100,7 +100,8 @@ def test_llama_cpp_has_means_where_it_has_no_histograms() -> None:
 @pytest.mark.parametrize(
     ("changes", "limit", "said"),
     [
-        ({}, "idle", "no request"),
+        ({}, "idle", "no request runs, none ran"),
+        ({"generated_rate": 9.0}, "unknown", "--artifact and --card"),  # between two requests at this very moment
         ({"running": 4, "preempted": 3, "cache": 0.4}, "cache", "pseudo-OOM: the cache ran full; 3 preemptions"),
         ({"running": 4, "waiting": 2, "cache": 0.97}, "cache", "2 wait and the cache is 97% full"),
         ({"running": 4, "waiting": 2, "cache": 0.3}, "queue", "2 wait for a slot while 4 run"),

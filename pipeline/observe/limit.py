@@ -41,9 +41,9 @@ class Verdict:
 
 def shares(seen: Observation, plan: PlannedServer) -> Shares | None:
     """None where the window says no rate."""
-    if seen.generated_rate is None or not seen.running:
+    if seen.generated_rate is None:
         return None
-    sequences = max(1, round(seen.running))
+    sequences = max(1, round(seen.running or 0))
     cell = estimate_of(plan.setting, plan.serving.context, sequences)
     no_compute = replace(plan.setting, card=replace(plan.setting.card, bf16=None))
     by_bus = estimate_of(no_compute, plan.serving.context, sequences).step.best >= cell.step.best
@@ -71,8 +71,8 @@ def binding(seen: Observation, plan: PlannedServer | None) -> Verdict:
         beside = f", though {cache}" if cache else ""
         why = f"{seen.waiting:.0f} wait for a slot while {seen.running or 0:.0f} run{beside}"
         return Verdict("queue", why, "more sequences at once (`qtool plan` says how many fit), or more servers")
-    if not seen.running:
-        return Verdict("idle", "no request runs")
+    if not seen.running and not seen.generated_rate:
+        return Verdict("idle", "no request runs, none ran")
     if plan is None:
         return Verdict("unknown", "no cache or queue binds; --artifact and --card tell bandwidth from compute")
     if plan.setting.card.processor:
