@@ -48,6 +48,7 @@ from qtool.serve.programs import require_program, with_program
 from qtool.sizing.serving import PlannedServer
 
 CALIBRATION = {"text": "qtool-code", "samples": 8, "length": 64}
+WARM = 2  # tokens that a load asks for before it begins
 FEW_BLOCKS = 12  # of 128 tokens: room for three whole contexts of the demo model, and 16 users come
 
 
@@ -78,14 +79,19 @@ def names(findings: Findings, url: str) -> None:
     findings.expect(not missing, f"{facts.name}: {stated} stated names are on its page; missing: {missing or 'none'}")
 
 
-def loaded(planned: PlannedServer, url: str, shared: int, quick: bool) -> Load:
-    """The load, put on."""
+def loaded(findings: Findings, planned: PlannedServer, url: str, shared: int, quick: bool) -> Load:
+    """The load, put on; the server must have counted every token that was answered, and no other."""
     users, rates = (USERS[-1:], ()) if quick else (USERS, RATES)
-    ask = Ask(f"{url}/v1", planned.serving.name, PROMPT, shared, TOKENS, REQUESTS, users, rates, SLO,
-              shape=planned.headers.place, card=planned.setting.card)  # fmt: skip
-    return put_under_load(
+    ask = Ask(f"{url}/v1", planned.serving.name, PROMPT, shared, TOKENS, REQUESTS, users, rates, SLO)
+    before = scrape(metrics_url(url))
+    load = put_under_load(
         ask, lambda level: print(f"     {level.name}: {level.tokens_per_second:.0f} tok/s", flush=True)
     )
+    name = engine_of(before, url)[1].generated
+    counted = scrape(metrics_url(url)).values[name] - before.values[name]
+    answered = TOKENS * sum(level.requests - level.failed for level in load.levels) + WARM
+    findings.expect(counted == answered, f"{name}: {counted:.0f} counted, {answered} answered")
+    return load
 
 
 def both_ways(findings: Findings, planned: PlannedServer, args: argparse.Namespace, work: Path) -> None:
@@ -100,7 +106,7 @@ def both_ways(findings: Findings, planned: PlannedServer, args: argparse.Namespa
             with started(one, args.python, changes, ()) as url:
                 names(findings, url)
                 for shared in (SHARED, 0):
-                    load = loaded(one, url, shared, args.quick)
+                    load = loaded(findings, one, url, shared, args.quick)
                     findings.loads.append((label, load))
                     judge(findings, label, load, cache and shared > 0)
                 if cache and chunked:
@@ -110,12 +116,10 @@ def both_ways(findings: Findings, planned: PlannedServer, args: argparse.Namespa
 
 
 def judge(findings: Findings, label: str, load: Load, hits: bool) -> None:
-    """Nothing fails, nothing beats a bound, hits come where they must and nowhere else."""
+    """Nothing fails, hits come where they must and nowhere else."""
     what = f"{label}, {load.shared} shared"
     failed = sum(level.failed for level in load.levels)
     findings.expect(failed == 0, f"{what}: {failed} requests failed")
-    wrong = [level.wrong for level in load.levels if level.wrong]
-    findings.expect(not wrong, f"{what}: no figure beats its bound{': ' + wrong[0] if wrong else ''}")
     found = [level.hits or 0.0 for level in load.levels]
     least = 0.9 * SHARED / PROMPT  # the first prompt finds nothing
     right = all(least <= share <= 1 for share in found) if hits else all(share < 0.02 for share in found)
@@ -161,7 +165,7 @@ def pseudo_oom(findings: Findings, planned: PlannedServer, args: argparse.Namesp
         watching = subprocess.Popen([sys.executable, "-P", "-m", "qtool", "watch", url, "--once", "--every", "12"],
                                     stdout=subprocess.PIPE, text=True)  # fmt: skip
         time.sleep(4.0)  # it imports and takes its first reading
-        load = loaded(planned, url, 0, quick=True)
+        load = loaded(findings, planned, url, 0, quick=True)
         out, _ = watching.communicate(timeout=60)
         findings.loads.append((f"vllm, a cache of {FEW_BLOCKS} blocks", load))
         seen = observe(before, scrape(key), engine_of(before, url)[1])
@@ -180,7 +184,7 @@ def llama(findings: Findings, planned: PlannedServer, args: argparse.Namespace) 
     with started(planned, None, {}, ()) as url:
         names(findings, url)
         for shared in (SHARED, 0):
-            load = loaded(planned, url, shared, args.quick)
+            load = loaded(findings, planned, url, shared, args.quick)
             findings.loads.append(("llama-server", load))
             failed = sum(level.failed for level in load.levels)
             findings.expect(failed == 0, f"llama-server, {shared} shared: {failed} requests failed")

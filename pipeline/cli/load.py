@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.decorators import FC
 
 from qtool import QtoolError
 from qtool.cli.options import FAILED, numbers, write_text
+
+if TYPE_CHECKING:
+    from qtool.sizing.accelerators import Accelerator
 
 
 def load_options(command: FC) -> FC:
@@ -33,21 +36,19 @@ def load_options(command: FC) -> FC:
 
 
 def measure_load(
-    url: str, contexts: tuple[int, ...], tokens: int, name: str | None, shape: str | None, gpu: str | None,
+    url: str, contexts: tuple[int, ...], tokens: int, name: str | None, shape: str | None, card: Accelerator | None,
     runs: Path | None, as_json: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """``runs``: where to log (None: nowhere); ``asked``: of `load_options`."""
     from qtool.measure.under_load import Ask, put_under_load
     from qtool.report import load_figure, loaded
     from qtool.runs import loads
-    from qtool.serve.here import server_here
 
     if len(contexts) != 1:
         raise QtoolError("--context: under load all prompts have one length; name one.")
     prompt = contexts[0]
     shared = (asked["prefix_tokens"] or prompt // 2) if asked["prefix"] == "shared" else 0
     slo = loads.Slo(*(None if asked[key] is None else asked[key] / 1e3 for key in ("ttft", "tpot")))
-    card = server_here(shape, gpu).setting.card if shape and gpu else None
     ask = Ask(url, name, prompt, shared, tokens, asked["requests"], numbers(asked["users"], "--concurrency"),
               _rates(asked["rates"]), slo, asked["seed"], shape, card)  # fmt: skip
     load = put_under_load(ask, lambda level: click.echo(f"{level.name}: {level.requests} requests done", err=True))

@@ -148,7 +148,7 @@ def measure(
     if not no_log:
         require_writable(runs, "--runs")
     if load["users"] or load["rates"]:
-        measure_load(model, numbers(contexts, "--context"), tokens, name, shape, gpu,
+        measure_load(model, numbers(contexts, "--context"), tokens, name, shape, one_card(gpu, here=False),
                      None if no_log else runs, as_json, **load)  # fmt: skip
         return
     url = model.startswith(("http://", "https://"))

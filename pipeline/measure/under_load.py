@@ -125,7 +125,8 @@ def _seen(before: Page | None, after: Page | None, metrics: Metrics) -> Observat
 
 
 def _setting(headers: Headers, facts: EngineFacts, card: Accelerator) -> Setting | None:
-    if not facts.cache_types:
+    """None for a processor, whose rates are measured: they are no bound where other work goes on beside."""
+    if card.processor:
         return None
     weights = artifact_weights(headers) if headers.quantized else weights_of(headers, SOURCE)
     return Setting(headers.geometry, weights, facts.on(card), card, 1, facts.cache_types[0].name)
