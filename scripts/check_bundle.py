@@ -38,9 +38,10 @@ from vllm_table import write_into
 import qtool
 from qtool import QtoolError
 from qtool.bundle.bundle import Bundle, make_bundle, write_bundle
+from qtool.evaluate.engines.table import SERVERS
 from qtool.serve.here import server_here
 
-REPOSITORY = "my-org/Demo-AWQ"
+REPOSITORY, NAME = "my-org/Demo-AWQ", "qtool-demo-awq"
 CALIBRATION = {"text": "qtool-code", "samples": 8, "length": 64}
 
 
@@ -149,31 +150,33 @@ def _as_rules(dashboard: Path) -> dict[str, Any]:
 
 
 def _fired(engine: str, alerts: Path, promtool: str, work: Path) -> Iterator[Result]:
-    """`promtool test rules`: series of a server in trouble, and which alerts they must set off."""
-    rules = yaml.safe_load(alerts.read_text(encoding="utf-8"))["groups"][0]["rules"]
-    text = " ".join(rule["expr"] for rule in rules)
-    waiting = next(name for name in ("vllm:num_requests_waiting", "llamacpp:requests_deferred") if name in text)
-    series = [{"series": waiting, "values": "3x20"}]
+    """`promtool test rules`: series of a server in trouble, and which alerts they must set off; another model's trouble
+    must set off none, where lines say whose they are."""
+    rules = {rule["alert"]: rule for rule in yaml.safe_load(alerts.read_text(encoding="utf-8"))["groups"][0]["rules"]}
+    metrics = SERVERS[engine].metrics
+    assert metrics is not None
+    mine, other = (f'{{{metrics.label}="{name}"}}' if metrics.label else "" for name in (NAME, "another"))
     wanted = ["Queue", "ServerGone"]
-    if "preemptions" in text:
-        series += [{"series": "vllm:num_preemptions_total", "values": "0+2x20"},
-                   {"series": "vllm:kv_cache_usage_perc", "values": "0.99x20"}]  # fmt: skip
+    trouble = [(metrics.waiting, "3x30")]
+    if metrics.preempted:
+        trouble += [(metrics.preempted, "0+2x30"), (metrics.cache, "0.99x30")]
         wanted += ["CacheThrashing", "CacheFull"]
-    known = {rule["alert"]: rule for rule in rules}
-    tests = [
-        {"alertname": name, "eval_time": "15m", "exp_alerts": [
-            {"exp_labels": known[name]["labels"], "exp_annotations": known[name]["annotations"]}
-        ]}
-        for name in wanted
-    ]  # fmt: skip
-    quiet = [{"alertname": name, "eval_time": "15m", "exp_alerts": []} for name in known if name not in wanted]
-    series = [{**one, "values": one["values"].replace("x20", "x30")} for one in series]
-    test = {"rule_files": [str(alerts.resolve())], "evaluation_interval": "1m",
-            "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [*tests, *quiet]}]}  # fmt: skip
+    cases = [(mine, wanted)] + ([(other, ["ServerGone"])] if metrics.label else [])
+    tests = []
+    for whose, fire in cases:
+        series = [{"series": name + whose, "values": values} for name, values in trouble]
+        expected = [{"alertname": name, "eval_time": "15m", "exp_alerts": [_alert(rules[name])] * (name in fire)}
+                    for name in rules]  # fmt: skip
+        tests.append({"interval": "1m", "input_series": series, "alert_rule_test": expected})
     file = work / "fired.yaml"
-    file.write_text(yaml.safe_dump(test), encoding="utf-8")
-    yield Result(engine, "alerts.yaml", f"promtool test rules: {', '.join(wanted)} fire, no other",
-                 ran([promtool, "test", "rules", str(file)]))  # fmt: skip
+    told = {"rule_files": [str(alerts.resolve())], "evaluation_interval": "1m", "tests": tests}
+    file.write_text(yaml.safe_dump(told), encoding="utf-8")
+    said = f"promtool test rules: {', '.join(wanted)} fire, no other" + ("; another model's do not" if other else "")
+    yield Result(engine, "alerts.yaml", said, ran([promtool, "test", "rules", str(file)]))
+
+
+def _alert(rule: dict[str, Any]) -> dict[str, Any]:
+    return {"exp_labels": rule["labels"], "exp_annotations": rule["annotations"]}
 
 
 def of_recipes(bundle: Bundle, checkout: Path) -> Result:

@@ -22,7 +22,7 @@ from small_models import converted
 import qtool
 from qtool import QtoolError
 from qtool.bundle.bundle import Bundle, make_bundle
-from qtool.bundle.queries import queries
+from qtool.bundle.queries import Asked, queries
 from qtool.bundle.table import FILES, NOT_RUN
 from qtool.bundle.target import as_flags, as_words
 from qtool.cli import main
@@ -189,7 +189,18 @@ def test_alerts_and_dashboard_use_the_engines_own_names_and_no_other(awq: Bundle
 
 def test_every_engine_with_a_page_has_queries() -> None:
     for _, metrics in known_metrics():
-        assert {"requests", "tokens", "step"} <= set(queries(metrics))
+        assert {"requests", "tokens", "step"} <= set(queries(Asked(metrics, ("m",))))
+
+
+def test_other_models_of_the_same_prometheus_are_left_out(awq: Bundle) -> None:
+    """The plan's limits are this model's; vLLM's lines say whose they are."""
+    metrics = awq.target.server.facts.metrics
+    assert metrics is not None
+    asked = Asked(metrics, ('Qwen2.5 "x"', "my-org/b+c"))
+    assert asked.of("vllm:a") == r'vllm:a{model_name=~"Qwen2\\.5 \"x\"|my-org/b\\+c"}'
+    text = awq.files["alerts.yaml"] + awq.files["dashboard.json"].replace(r"\"", '"')
+    named = re.findall(r"vllm:\w+(\{[^}]*\})?", text)
+    assert set(named) - {""} == {f'{{model_name=~"{awq.target.name}|{REPO}"}}'}
 
 
 def test_limits_are_the_plans(awq: Bundle) -> None:

@@ -178,8 +178,8 @@ class Metrics:
     """The names under which an engine's /metrics says what happens in it; empty where it does not say it.
 
     ``prefix``: all its names begin so. ``since``: the version whose page was seen, or whose source was read;
-    ``switch``: what must be typed so that it answers at all; ``late``: a name comes to the page when it is first used.
-    Gauges: ``cache`` (share of the cache in use, 0 to 1),
+    ``switch``: what must be typed so that it answers at all; ``late``: a name comes to the page when it is first used;
+    ``label``: says which model a line is of. Gauges: ``cache`` (share of the cache in use, 0 to 1),
     ``running`` and ``waiting`` (requests). Counters: ``preempted`` (requests thrown out of a full cache, to be
     computed again), ``prompt`` and ``generated`` (tokens), ``hits`` (prompt tokens found in the prefix cache) of the
     sum of ``asked``. Histograms of seconds: ``first`` (to the first token) and ``step`` (between tokens); without the
@@ -190,6 +190,7 @@ class Metrics:
     since: str
     switch: str = ""
     late: bool = False
+    label: str = ""
     cache: str = ""
     running: str = ""
     waiting: str = ""

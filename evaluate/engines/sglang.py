@@ -36,6 +36,7 @@ FACTS = EngineFacts(
         since="SGLang 0.5",
         switch="--enable-metrics",
         late=True,
+        label="model_name",
         cache="sglang:token_usage",
         running="sglang:num_running_reqs",
         waiting="sglang:num_queue_reqs",

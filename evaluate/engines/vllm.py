@@ -142,6 +142,7 @@ def _plugin(config: Mapping[str, Any]) -> str:
 METRICS = Metrics(
     prefix="vllm:",
     since="vLLM 0.32",
+    label="model_name",
     cache="vllm:kv_cache_usage_perc",
     running="vllm:num_requests_running",
     waiting="vllm:num_requests_waiting",

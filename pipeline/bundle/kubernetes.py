@@ -73,10 +73,9 @@ def llm_d(target: Target) -> dict[str, Any]:
                 "image": target.server.facts.image,
                 "modelCommand": "vllmServe",  # it says --port, --tensor-parallel-size and --served-model-name
                 "args": as_words(target.flags(), OWN),
-                "ports": [{"containerPort": 8000, "name": "metrics", "protocol": "TCP"}],
+                "ports": [{"containerPort": 8000, "protocol": "TCP"}],
                 "mountModelVolume": True,
             }],
-            "monitoring": {"podmonitor": {"enabled": True, "portName": "metrics", "path": "/metrics"}},
         },
         "prefill": {"create": False},
     }  # fmt: skip

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qtool.bundle.queries import Query, quantile, queries
+from qtool.bundle.queries import Asked, Query, queries
 from qtool.bundle.target import Target
-from qtool.evaluate.engines.facts import Metrics
 from qtool.observe.limit import FULL
 
 GRAFANA_SCHEMA = 39  # of the dashboard's JSON model, Grafana 10 and later
@@ -20,10 +19,15 @@ COLUMNS, HEIGHT = 2, 8
 
 def alerts(target: Target) -> dict[str, Any]:
     """Rules that fire where the server leaves its plan."""
+    asked = _asked(target)
+    rules = [_gone(asked), *_cache(target, asked), _queue(target, asked), *_slow(target, asked)]
+    return {"groups": [{"name": f"qtool-{target.label}", "rules": rules}]}
+
+
+def _asked(target: Target) -> Asked:
     metrics = target.server.facts.metrics
     assert metrics is not None
-    rules = [_gone(metrics), *_cache(target, metrics), _queue(target, metrics), *_slow(target, metrics)]
-    return {"groups": [{"name": f"qtool-{target.label}", "rules": rules}]}
+    return Asked(metrics, tuple(filter(None, (target.name, target.repository))))  # charts serve it as its Hub id
 
 
 def _rule(name: str, expr: str, wait: str, severity: str, summary: str, description: str) -> dict[str, Any]:
@@ -33,45 +37,47 @@ def _rule(name: str, expr: str, wait: str, severity: str, summary: str, descript
     }  # fmt: skip
 
 
-def _gone(metrics: Metrics) -> dict[str, Any]:
-    return _rule("ServerGone", f"absent({metrics.running})", "2m", "critical", "No server of this model is scraped",
-                 f"No {metrics.running} for two minutes.")  # fmt: skip
+def _gone(asked: Asked) -> dict[str, Any]:
+    running = asked.metrics.running
+    return _rule("ServerGone", f"absent({asked.of(running)})", "2m", "critical", "No server of this model is scraped",
+                 f"No {running} for two minutes.")  # fmt: skip
 
 
-def _cache(target: Target, m: Metrics) -> list[dict[str, Any]]:
-    s = target.server.serving
+def _cache(target: Target, asked: Asked) -> list[dict[str, Any]]:
+    m, s = asked.metrics, target.server.serving
     found = []
     if m.preempted:
         text = f"planned: {s.sequences} users of {s.context:,} tokens fit without a preemption. Requests lose their " \
                "cache and are computed again: nothing fails, all gets slower."  # fmt: skip
-        found.append(_rule("CacheThrashing", f"sum(increase({m.preempted}[5m])) > 0", "0m", "critical",
+        found.append(_rule("CacheThrashing", f"{asked.grown(m.preempted)} > 0", "0m", "critical",
                            "Pseudo-OOM: requests are thrown out of a full cache", text))  # fmt: skip
     if m.cache:
-        expr = f"max({m.cache}) > {FULL} and sum({m.waiting}) > 0"
+        expr = f"{asked.largest(m.cache)} > {FULL} and {asked.total(m.waiting)} > 0"
         found.append(_rule("CacheFull", expr, "5m", "warning", "The cache is full and requests wait for it",
                            f"Above {FULL:.0%} for five minutes."))  # fmt: skip
     return found
 
 
-def _queue(target: Target, m: Metrics) -> dict[str, Any]:
-    return _rule("Queue", f"sum({m.waiting}) > 0", "5m", "warning", "Requests wait for a slot",
+def _queue(target: Target, asked: Asked) -> dict[str, Any]:
+    return _rule("Queue", f"{asked.total(asked.metrics.waiting)} > 0", "5m", "warning", "Requests wait for a slot",
                  f"planned: {target.server.serving.sequences} at once; more than that have come for five "
                  "minutes.")  # fmt: skip
 
 
-def _slow(target: Target, m: Metrics) -> list[dict[str, Any]]:
+def _slow(target: Target, asked: Asked) -> list[dict[str, Any]]:
+    m = asked.metrics
     cell, s = target.server.estimate, target.server.serving
     found = []
     if m.first and cell.first_token is not None and cell.first_token.slow is not None:
         slow = cell.first_token.slow
         found.append(_rule(
-            "SlowFirstToken", f"{quantile(m.first, 0.95)} > {slow:.3g}", "5m", "warning",
+            "SlowFirstToken", f"{asked.quantile(m.first, 0.95)} > {slow:.3g}", "5m", "warning",
             "First tokens come later than planned",
             f"p95 above {slow:.3g} s, the slowest expected with {s.sequences} prompts of {s.context:,} tokens at once.",
         ))  # fmt: skip
     slow_step = cell.step.slow
     if slow_step is not None and (m.step or m.step_mean):
-        measured = quantile(m.step, 0.95) if m.step else queries(m)["step"].lines["mean"]
+        measured = asked.quantile(m.step, 0.95) if m.step else queries(asked)["step"].lines["mean"]
         what = "p95" if m.step else "the mean"
         found.append(_rule(
             "SlowTokens", f"{measured} > {slow_step:.3g}", "5m", "warning", "Tokens come slower than planned",
@@ -82,10 +88,10 @@ def _slow(target: Target, m: Metrics) -> list[dict[str, Any]]:
 
 def dashboard(target: Target, note: str) -> str:
     """One panel for each thing that the engine says, the plan's limits drawn into it."""
-    metrics = target.server.facts.metrics
-    assert metrics is not None
     limits = _limits(target)
-    panels = [_panel(number, query, limits.get(name)) for number, (name, query) in enumerate(queries(metrics).items())]
+    panels = [
+        _panel(number, query, limits.get(name)) for number, (name, query) in enumerate(queries(_asked(target)).items())
+    ]
     return json.dumps({
         "title": f"{target.name} ({target.server.facts.name})",
         "uid": f"qtool-{target.label}"[:40],

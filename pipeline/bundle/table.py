@@ -47,7 +47,8 @@ def _yaml(make: Callable[[Target], object]) -> Callable[[Target, str], str]:
 
 FILES: dict[str, File] = {
     "recipe": File(
-        "recipe.yaml", "a pull request to vllm-project/recipes, as models/ORG/REPO.yaml",
+        "recipe.yaml",
+        "a pull request to vllm-project/recipes, as models/ORG/REPO.yaml, date_added and date_updated being its day",
         "its own build, scripts/build-recipes-api.mjs", _yaml(recipe.vllm_recipe), published=True, nvidia=True,
     ),
     "production-stack": File(
@@ -70,7 +71,7 @@ FILES: dict[str, File] = {
     ),
     "preset": File(
         "llama-server.ini", "llama-server --models-preset llama-server.ini",
-        "the table of flags in llama-server's documentation",
+        "llama-server's documentation, by reading it",
         lambda target, note: local.preset(target), comment="; ",
     ),
     "modelfile": File(
