@@ -75,8 +75,9 @@ def bundles(work: Path) -> list[tuple[str, Bundle, Path]]:
     made = qtool.convert("qtool-demo", ["awq", "gguf"], CALIBRATION, folder=work)
     found = []
     for output, card, repository in (("awq", "L40S", REPOSITORY), ("gguf", "RTX4090", None)):
-        bundle = make_bundle(made[output].path, server_here(str(made[output].path), card, users=8), repository)
         folder = made[output].path / "serve"
+        server = server_here(str(made[output].path), card, users=8)
+        bundle = make_bundle(made[output].path, server, repository, folder)
         write_bundle(bundle, folder)
         checks = [
             check for check in qtool.verify(made[output].path).checks if check.status == "fail" and check.required

@@ -29,7 +29,7 @@ def monitored(findings: Findings, planned: PlannedServer, url: str, work: Path) 
     """The bundle's alert rules in a real Prometheus, the dashboard's queries put to it while the load script runs."""
     card = server_here(planned.headers.place, "L40S", users=4)
     folder = work / "bundle"
-    write_bundle(make_bundle(Path(planned.headers.place), card, None), folder)
+    write_bundle(make_bundle(Path(planned.headers.place), card, None, folder), folder)
     program = shutil.which("prometheus")
     if program is None:
         findings.said.append("Not run: the dashboard's queries (no prometheus here).")
@@ -77,7 +77,6 @@ def script(findings: Findings, folder: Path, planned: PlannedServer, url: str) -
     """The bundle's load.sh, with fewer requests."""
     text = (folder / "load.sh").read_text(encoding="utf-8")
     text = re.sub(r"--requests \d+", "--requests 16", re.sub(r"--num-prompts \d+", "--num-prompts 16", text))
-    text = text.replace('"$(dirname "$0")/.."', planned.headers.place)
     text = text.replace("--ttft", "--no-log --ttft")
     file = folder / "short.sh"
     file.write_text(text, encoding="utf-8")

@@ -46,7 +46,8 @@ def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def bundle_of(folder: Path, card: str = "L40S", repository: str | None = REPO, **asked: Any) -> Bundle:
-    return make_bundle(folder, server_here(str(folder), card, **({"users": 8, "context": 64} | asked)), repository)
+    server = server_here(str(folder), card, **({"users": 8, "context": 64} | asked))
+    return make_bundle(folder, server, repository, folder / "serve")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,51 @@ def test_the_modelfile_is_the_artifacts_own_from_where_it_lies(gguf: Bundle) -> 
     assert lines[0] == f"FROM ../{gguf.target.artifact.gguf.name}"
     assert lines[-1] == "PARAMETER num_ctx 64"
     assert [line for line in own if not line.startswith(("FROM ", "# "))] == lines[1:-1]
+
+
+def test_files_elsewhere_find_the_artifact(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    folder = artifacts["gguf"]
+    words = ["bundle", str(folder), "--card", "RTX4090", "--context", "64", "--out", str(tmp_path / "a b/deploy")]
+    found = CliRunner().invoke(main, words)
+    assert found.exit_code == 0, found.output
+    out = tmp_path / "a b/deploy"
+    (volume,) = yaml.safe_load((out / "compose.yaml").read_text())["services"]["engine"]["volumes"]
+    assert (out / volume["source"]).resolve() == folder.resolve()
+    (line,) = [line for line in (out / "Modelfile").read_text().splitlines() if line.startswith("FROM ")]
+    assert (out / line.removeprefix("FROM ")).is_file()
+
+
+@pytest.mark.parametrize("planted", ["link", "dangling", "file", "folder", "linked folder"])
+def test_nothing_of_anybody_elses_is_overwritten(artifacts: dict[str, Path], tmp_path: Path, planted: str) -> None:
+    """An artifact from the Hub may bring links along."""
+    folder = Path(shutil.copytree(artifacts["awq"], tmp_path / "theirs"))
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    if planted == "linked folder":
+        (tmp_path / "elsewhere").mkdir()
+        (folder / "serve").symlink_to(tmp_path / "elsewhere")
+    else:
+        (folder / "serve").mkdir()
+        place = folder / "serve/README.md"
+        if planted == "folder":
+            place.mkdir()
+        elif planted == "file":
+            place.write_text("# My notes")
+        else:
+            place.symlink_to(precious if planted == "link" else tmp_path / "nowhere")
+    found = CliRunner().invoke(main, ["bundle", str(folder), "--card", "L40S", "--context", "64"])
+    assert found.exit_code == 2, found.output
+    assert len(found.output.strip().splitlines()[-1]) < 400
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+    assert planted != "file" or (folder / "serve/README.md").read_text() == "# My notes"
+    assert planted != "linked folder" or not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_name_that_hides_something_goes_into_no_file(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifacts["awq"], tmp_path / "a\nrm -rf x"))
+    with pytest.raises(QtoolError, match="rename it"):
+        make_bundle(folder, server_here(str(folder), "L40S", users=8, context=64), None, tmp_path / "out")
 
 
 def test_the_same_plan_gives_the_same_bytes(artifacts: dict[str, Path], awq: Bundle) -> None:

@@ -21,7 +21,7 @@ def compose(target: Target) -> dict[str, Any]:
     service: dict[str, Any] = {
         "image": target.server.facts.image,
         "command": [word.replace("$", "$$") for word in target.arguments()],
-        "volumes": [{"type": "bind", "source": "..", "target": MOUNTED, "read_only": True}],
+        "volumes": [{"type": "bind", "source": target.up, "target": MOUNTED, "read_only": True}],
         "ports": [f"127.0.0.1:{PORT}:{PORT}"],
         "ipc": "host",  # tensor parallel ranks and worker processes share memory
         "deploy": {"resources": {"reservations": {"devices": [card]}}},
@@ -63,7 +63,9 @@ def modelfile(target: Target) -> str:
     own = target.artifact.path / MODELFILE
     rest = read_text(own, CONFIG_LIMIT).splitlines() if own.is_file() else []
     rest = [line for line in rest if not line.startswith(("FROM ", "PARAMETER num_ctx"))]
-    return "\n".join([f"FROM ../{gguf.name}", *rest, f"PARAMETER num_ctx {target.server.serving.context}"]) + "\n"
+    return (
+        "\n".join([f"FROM {target.up}/{gguf.name}", *rest, f"PARAMETER num_ctx {target.server.serving.context}"]) + "\n"
+    )
 
 
 def load(target: Target) -> str:
@@ -80,11 +82,14 @@ def load(target: Target) -> str:
     lines = ["set -eu", f"URL=${{URL:-http://127.0.0.1:{PORT}}}", " ".join(own)]
     bench = target.server.facts.bench
     if bench:
-        words = [shlex.join(bench), "--base-url", '"$URL"', "--model", shlex.quote(target.name), "--tokenizer",
-                 '"$(dirname "$0")/.."', "--dataset-name", "random", "--random-input-len", str(prompt),
-                 "--random-output-len", str(answer), "--num-prompts", str(max(64, 4 * s.sequences)),
-                 "--max-concurrency", str(s.sequences), "--ignore-eos", "--percentile-metrics", "ttft,tpot,itl",
-                 "--metric-percentiles", "50,95,99"]  # fmt: skip
+        lengths = ["--random-input-len", str(prompt), "--random-output-len", str(answer)]
+        number = ["--num-prompts", str(max(64, 4 * s.sequences)), "--max-concurrency", str(s.sequences)]
+        shown = ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,95,99"]
+        words = [
+            shlex.join(bench), "--base-url", '"$URL"', "--model", shlex.quote(target.name), "--tokenizer",
+            f'"$(dirname "$0")"/{shlex.quote(target.up)}', "--dataset-name", "random", *lengths, *number,
+            "--ignore-eos", *shown,
+        ]  # fmt: skip
         told = [f"{name}:{goal}" for name, goal in zip(("ttft", "tpot"), goals, strict=True) if goal]
         lines.append(" ".join([*words, *(["--goodput", *told] if told else [])]))
     return "\n".join(lines) + "\n"

@@ -17,11 +17,12 @@ PORT = 8000
 
 @dataclass(frozen=True)
 class Target:
-    """``repository``: its Hub id, None where nobody said one; ``bytes``: of its files; ``key``: the manifest's, empty
-    without one."""
+    """``up``: the artifact's folder as seen from the files'; ``repository``: its Hub id, None where nobody said one;
+    ``bytes``: of its files; ``key``: the manifest's, empty without one."""
 
     artifact: Artifact
     server: PlannedServer
+    up: str
     repository: str | None
     bytes: int
     key: str

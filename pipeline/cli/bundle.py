@@ -35,8 +35,8 @@ def bundle(artifact: Path, engine: str | None, repo: str | None, out: Path | Non
     """
     from qtool.bundle.bundle import make_bundle, write_bundle
 
-    made = make_bundle(artifact, planned_server(str(artifact), engine, **asked), repo)
     folder = out or artifact / "serve"
+    made = make_bundle(artifact, planned_server(str(artifact), engine, **asked), repo, folder)
     click.echo(f"planned: {made.target.planned}")
     for path in write_bundle(made, folder):
         click.echo(f"  {path}")
