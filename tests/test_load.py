@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
-from fake_engine import VLLM, FakeEngine, fake_engine, with_values
+from engine_server import VLLM, FakeEngine, fake_engine, with_values
 
 from qtool import QtoolError
 from qtool.cli import main

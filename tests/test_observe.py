@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fake_engine import LLAMA, VLLM, FakeEngine, fake_engine, with_values
+from engine_server import LLAMA, VLLM, FakeEngine, fake_engine, with_values
 
 from qtool.cli import main
 from qtool.evaluate.engines.scrape import Page, engine_of, parse

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import LLAMA, VLLM, FakeEngine, fake_engine
+from engine_server import LLAMA, VLLM, FakeEngine, fake_engine
 
 from qtool import QtoolError
 from qtool.evaluate.engines import scrape as scraping

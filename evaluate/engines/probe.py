@@ -39,7 +39,8 @@ class Conversation:
 class Probe:
     """``forced(url, model, ids, count)``: after each token of ``ids`` but the last, the ``count`` likeliest tokens that
     follow; ``rendered``: a conversation as the server puts it to the model, as text or as ids; ``kernels``: what
-    computes, from the lines of its log; ``cached`` (tokens), ``steps``, ``preempted``: its counters in /metrics."""
+    computes, from the lines of its log; ``cached`` (tokens), ``steps``, ``preempted``: its counters in /metrics, empty
+    where it has none; ``chunk``: tokens of a step of a prompt, from the lines of its log (None: not said)."""
 
     forced: Callable[[str, str, Sequence[int], int], list[Best]]
     rendered: Callable[[str, str, Conversation], str | list[int]]
@@ -47,8 +48,9 @@ class Probe:
     version: Callable[[str, Sequence[str]], str]
     kernels: Callable[[Sequence[str]], list[str]]
     cached: str
-    steps: str
+    steps: str = ""
     preempted: str = ""
+    chunk: Callable[[Sequence[str]], int | None] = lambda lines: None
     rounded: int = 0  # activations are rounded to 8 bits, in blocks of so many, before they are multiplied
 
 

@@ -10,6 +10,7 @@ from qtool.evaluate.engines.server import ask, read
 
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _KERNEL = re.compile(r"\bUsing (\w+(?:Kernel|LinearMethod|Scheme)\w*)")
+_CHUNK = re.compile(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)")
 _METHOD = re.compile(r"quantization=([\w-]+)")
 _ATTENTION = re.compile(r"Using (?:AttentionBackendEnum\.)?(\w*ATTN\w*)")
 
@@ -61,8 +62,13 @@ def kernels(lines: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def chunk(lines: Sequence[str]) -> int | None:
+    """Steps that make no token are in none of its counters; the scheduler says their size."""
+    return next((int(found[1]) for line in lines if (found := _CHUNK.search(line))), None)
+
+
 PROBE = Probe(
     forced, rendered, cache, version, kernels,
-    cached="vllm:prefix_cache_hits_total", steps="vllm:iteration_tokens_total_count",
-    preempted="vllm:num_preemptions_total",
+    cached="vllm:prefix_cache_hits_total",
+    preempted="vllm:num_preemptions_total", chunk=chunk,
 )  # fmt: skip

@@ -23,6 +23,7 @@ _VALUE = re.compile(
     r"[A-Za-z0-9_-]{8}|-----BEGIN|(^|\s)(Bearer|Basic) \S|eyJ[\w-]{8,}\.eyJ"
 )
 SHORTEST = 6  # characters: what is shorter stands in every text
+_SHOWN = re.compile(f"(?:{_VALUE.pattern})[A-Za-z0-9_.~+/=-]*")  # to its end, which the beginning does not show
 # What torch, CUDA, the Hub's cache, the engines and a shell need.
 _NEEDED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|TERM|TMPDIR|TEMP|TMP|PWD|HOSTNAME|COLUMNS|NO_COLOR|VIRTUAL_ENV|CC|CXX"
@@ -57,7 +58,7 @@ def hidden(text: str, environment: Mapping[str, str]) -> str:
     for name, value in environment.items():
         if len(value) >= SHORTEST and _is_secret(name, value):
             text = text.replace(value, "***")
-    return _VALUE.sub("***", text)
+    return _SHOWN.sub(lambda found: ("" if found[0][0].isalnum() else found[0][0]) + "***", text)
 
 
 @contextmanager

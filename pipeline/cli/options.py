@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.decorators import FC
@@ -41,17 +41,12 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-class Tokens(click.ParamType[int]):
-    """A whole number above 0, `8192`, or one with k for 1024, `8k`."""
-
-    name = "TOKENS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        text = str(value).strip().lower()
-        digits, scale = (text[:-1], 1024) if text.endswith("k") else (text, 1)
-        if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
-            self.fail(f"{value!r} is no whole number above 0, nor one with k for 1024 (8k).", param, ctx)
-        return int(digits) * scale
+def one_number(text: str, option: str) -> int:
+    """As `numbers`, of one at most; 0 for none."""
+    found = numbers(text, option)
+    if len(found) > 1:
+        raise QtoolError(f"{option} {text}: name one number.")
+    return found[0] if found else 0
 
 
 def card_options(command: FC) -> FC:
@@ -59,7 +54,7 @@ def card_options(command: FC) -> FC:
     options = [
         click.option("--card", help="The card, or `cpu` (default: this machine's card, else its processor)."),
         click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many share it."),
-        click.option("--context", type=Tokens(), help="Tokens of each user: 8k (default: the longest that fits)."),
+        click.option("--context", default="", help="Tokens of each user: 8k (default: the longest that fits)."),
         click.option("--users", default=4, show_default=True, type=click.IntRange(min=1), help="At once."),
         click.option("--kv-dtype", default="", help="The cache's type (default: the engine's own)."),
     ]
@@ -69,12 +64,13 @@ def card_options(command: FC) -> FC:
 
 
 def planned_server(
-    model: str, engine: str | None, card: str | None, gpus: int, context: int | None, users: int, kv_dtype: str
+    model: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, kv_dtype: str
 ) -> PlannedServer:
     """What `card_options` asked for. Raises QtoolError where it does not fit or the engine does not serve it."""
     from qtool.serve.here import server_here
 
-    return server_here(model, card, engine=engine, cards=gpus, context=context or 0, users=users, kv_dtype=kv_dtype)
+    tokens = one_number(context, "--context")
+    return server_here(model, card, engine=engine, cards=gpus, context=tokens, users=users, kv_dtype=kv_dtype.lower())
 
 
 def write_text(path: Path, text: str) -> None:

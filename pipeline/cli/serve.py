@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.decorators import FC
 
-from qtool import QtoolError
-from qtool.cli.options import FAILED, numbers
+from qtool.cli.options import FAILED, one_number
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def serve(
     planned = _plan(artifact, engine, card, gpus, context, users, chunk, kv_dtype, dtype, host, port)
     line, found = _typed(planned, python)
     _say(_what(planned))
-    for tokens in numbers(shared_prefix, "--shared-prefix"):
+    if tokens := one_number(shared_prefix, "--shared-prefix"):
         _say(_shared(planned, tokens))
     if planned.facts.untried:
         _say(f"not run: {planned.facts.untried}")
@@ -133,11 +132,14 @@ def _plan(
 ) -> PlannedServer:  # fmt: skip
     from qtool.serve.here import server_here
 
-    tokens = numbers(context, "--context")
-    if len(tokens) > 1:
-        raise QtoolError(f"--context {context}: a server has one.")
     asked: dict[str, Any] = {"engine": engine, "cards": gpus, "users": users, "kv_dtype": kv_dtype.lower()}
-    asked |= {"context": tokens[0] if tokens else 0, "dtype": dtype or "", "chunk": chunk, "host": host, "port": port}
+    asked |= {
+        "context": one_number(context, "--context"),
+        "dtype": dtype or "",
+        "chunk": chunk,
+        "host": host,
+        "port": port,
+    }
     return server_here(model, card, **asked)
 
 

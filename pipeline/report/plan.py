@@ -73,7 +73,8 @@ def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
             f"[green]fits[/]  {head}: {each} of up to {answer.context:,} tokens{known}, or up to "
             f"{answer.sequences:,} of {least:,}"
         )
-        return [text, f"      {answer.command}", *_advice(plan, answer)]
+        saved = [f"      {shared_line(answer.shared)}"] if answer.shared else []
+        return [text, f"      {answer.command}", *saved, *_advice(plan, answer)]
     cell = answer.smallest
     short = f"needs {gib(cell.total)} GiB of {gib(cell.limit)} at {cell.context:,} tokens x {cell.sequences}"
     lines = [f"[red]does not fit[/]  {head}: {short}"]

@@ -59,7 +59,7 @@ class Server:
 
     def resident(self) -> int | None:
         """Bytes that its processes hold of memory, shared pages counted once (Linux)."""
-        sizes = [size for pid in _group(self.process.pid) if (size := _proportional(pid)) is not None]
+        sizes = [size for pid in group_of(self.process.pid) if (size := _proportional(pid)) is not None]
         return sum(sizes) if sizes else None
 
 
@@ -89,7 +89,9 @@ def start(
         yield server
     finally:
         end(process)
-        listener.join(POLL)
+        listener.join(GRACE)
+        if process.stdout is not None and not listener.is_alive():
+            process.stdout.close()
 
 
 def require_free(host: str, port: int) -> None:
@@ -117,7 +119,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     _signal(process.pid, signal.SIGTERM)
     until = time.monotonic() + GRACE
     try:
-        while time.monotonic() < until and (process.poll() is None or _group(process.pid)):
+        while time.monotonic() < until and (process.poll() is None or group_of(process.pid)):
             time.sleep(0.05)
     finally:  # a second Ctrl-C comes here, too
         _signal(process.pid, signal.SIGKILL)
@@ -162,7 +164,7 @@ def _signal(group: int, signum: int) -> None:
         os.killpg(group, signum)
 
 
-def _group(group: int) -> list[int]:
+def group_of(group: int) -> list[int]:
     """Processes of a group that have not ended (Linux; elsewhere none is known)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -115,7 +115,7 @@ def _agreement(
     if dtype == "bfloat16" or probe.rounded:
         floor = reference.floor(rows, probe.rounded)
         limit = max(limit, parity.FLOOR_FACTOR * floor.kl)
-        least = min(least, 1 - parity.FLOOR_FACTOR * (1 - floor.top1))
+        least = min(least, 1 - parity.FLIPS_FACTOR * (1 - floor.top1))
         seen.numbers.update(kl_floor=floor.kl, top1_floor=floor.top1)
         what = "8-bit activations alone cost" if probe.rounded else "bfloat16 alone costs"
         why = f"; {what} this model {floor.kl:.2g} (top-1 {floor.top1:.2%})"

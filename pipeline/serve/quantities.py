@@ -156,10 +156,16 @@ def chunked(planned: PlannedServer, server: Server, probe: Probe, numbers: Numbe
 
     before = metrics(server.url).get(probe.steps, 0.0)
     taken = ask(tokens, 1)
-    steps = metrics(server.url).get(probe.steps, 0.0) - before
-    numbers |= {"long_prompt_tokens": tokens, "long_prompt_seconds": taken}
-    numbers |= {"long_prompt_steps": steps, "long_prompt_steps_planned": plan.steps}
-    detail = f"a prompt of {tokens:,} tokens takes {steps:.0f} steps of up to {plan.chunk:,}, {plan.steps} planned"
+    numbers |= {"long_prompt_tokens": tokens, "long_prompt_seconds": taken, "long_prompt_steps_planned": plan.steps}
+    detail = f"a prompt of {tokens:,} tokens takes {plan.steps} steps of up to {plan.chunk:,} by the plan"
+    good = True
+    if probe.steps:
+        steps = numbers["long_prompt_steps"] = metrics(server.url).get(probe.steps, 0.0) - before
+        good = plan.steps <= steps <= plan.steps + 1  # a server may run a step more, of which nothing is asked
+        detail += f", {steps:.0f} in the server"
+    if (chunk := probe.chunk(server.log())) is not None:
+        good = good and chunk == plan.chunk
+        detail += f"; the server says {chunk:,}"
     if s.sequences > 1:
         alone = statistics.median(ask(8, made) for _ in range(TRIES))
         with ThreadPoolExecutor(1) as other:
@@ -172,7 +178,6 @@ def chunked(planned: PlannedServer, server: Server, probe: Probe, numbers: Numbe
         detail += (
             f"; by the plan others wait {1e3 * plan.pause.best:.2g} ms at least instead of {1e3 * plan.whole.best:.2g}"
         )
-    good = plan.steps <= steps <= plan.steps + 1  # a server may run a step more, of which nothing is asked
     return Finding(what="chunked prefill", outcome="pass" if good else "fail", detail=detail)
 
 
