@@ -10,7 +10,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.load import load_options, measure_load
-from qtool.cli.options import FAILED, numbers, write_text
+from qtool.cli.options import FAILED, numbers, one_number, write_text
 from qtool.evaluate.engines.table import planned
 
 

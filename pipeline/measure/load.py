@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -97,7 +97,8 @@ def closed_loop(send: Send, prompts: Sequence[Prompt], users: int) -> list[Answe
 
     with _pool(users) as pool:
         try:
-            for future in [pool.submit(user) for _ in range(users)]:
+            done, _ = wait([pool.submit(user) for _ in range(users)], return_when=FIRST_EXCEPTION)
+            for future in done:
                 future.result()
         except BaseException:
             with lock:
