@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         ids, tokens = asked["prompt"], asked["max_tokens"]
         ids = list(ids.encode()) if isinstance(ids, str) else ids
         longest = self.model.longest * (4 if "takes all" in FAULTS else 1)
-        longest //= 2 if "short" in FAULTS and "prompt_logprobs" not in asked else 1
+        longest -= "short" in FAULTS and "prompt_logprobs" not in asked
         if len(ids) + tokens > longest:
             return self.reply({"error": {"message": f"longer than {longest} tokens"}}, 400)
         self.model.take_up(ids, tokens)

@@ -518,6 +518,7 @@ def test_a_recipe_has_its_outputs_proved(write_recipe: object, tmp_path: Path, m
     report = next((tmp_path / "runs").glob("*/report.md")).read_text()
     assert "## In real servers" in report
     assert "| awq | vllm 9.9 | float16 | pass |" in report
+    assert '<section id="served">' in next((tmp_path / "runs").glob("*/report.html")).read_text()
     monkeypatch.setenv("QTOOL_FAKE", "dies")  # what was proved so is not started again
     assert call("run", recipe, "--runs", tmp_path / "runs").exit_code == 0
     monkeypatch.setenv("QTOOL_FAKE", "fewer blocks")

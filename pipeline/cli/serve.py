@@ -43,7 +43,7 @@ def _planned_options(command: FC) -> FC:
 @click.option("--port", default=PORT, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--shared-prefix", default="", help="Tokens that all prompts begin with: say what sharing them saves.")
 @click.option("--dry-run", is_flag=True, help="Print the command alone and stop.")
-@click.option("--quiet", is_flag=True, help="Keep the engine's own log to yourself.")
+@click.option("--quiet", is_flag=True, help="Do not show the engine's own log.")
 def serve(
     artifact: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, chunk: int, kv_dtype: str,
     dtype: str | None, python: str | None, patience: float, host: str, port: int, shared_prefix: str, dry_run: bool,

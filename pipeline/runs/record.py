@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdap
 from qtool import QtoolError
 from qtool.convert.files.durable import held, naming, sweep, write_whole
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
-from qtool.convert.files.proof import Proof
 from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
@@ -105,14 +104,10 @@ class RunRecord:
 
     @property
     def failed(self) -> bool:
-        unsound = any(not found.sound for found in self.checks.values())
-        return unsound or any(v.failed for v in self.verdicts) or any(not proof.passed for proof in self.asked_proofs)
-
-    @property
-    def asked_proofs(self) -> list[Proof]:
-        """Those that the recipe asks for."""
         engines = self.recipe.serve.prove if self.recipe.serve else ()
-        return [proof for found in self.summary.proofs.values() for proof in found if proof.engine in engines]
+        proofs = [proof for found in self.summary.proofs.values() for proof in found if proof.engine in engines]
+        unsound = any(not found.sound for found in self.checks.values())
+        return unsound or any(v.failed for v in self.verdicts) or not all(proof.passed for proof in proofs)
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
@@ -184,7 +179,9 @@ def load_run(folder: Path) -> RunRecord:
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
-    manifests |= {name: _proved(manifests[name], there) for name, there in folders.items() if there}
+    for name, there in folders.items():
+        if there is not None:  # with the proofs that it has by now
+            manifests[name] = manifests[name].model_copy(update={"proofs": read_manifest(there).proofs})
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
@@ -278,11 +275,6 @@ def _manifest(path: Path) -> Manifest:
     if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
         raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
     return found
-
-
-def _proved(manifest: Manifest, folder: Path) -> Manifest:
-    """With the proofs that it has by now."""
-    return manifest.model_copy(update={"proofs": read_manifest(folder).proofs})
 
 
 def _score_file(folder: Path, key: str) -> Path:

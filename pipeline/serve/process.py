@@ -23,7 +23,7 @@ from qtool.evaluate.sandbox.secrets import for_child, hidden
 
 PATIENCE = 900.0  # seconds in which a server must be able to answer: weights are read, kernels compiled
 GRACE = 15.0  # seconds that it has to end when it is asked to
-POLL = 0.25
+POLL, DYING = 0.25, 1.0
 FIRST, LAST = 2000, 12  # lines of its log that are kept, and those that are shown where it ended by itself
 LONGEST = 4096  # bytes of a line
 
@@ -49,6 +49,16 @@ class Server:
         code = self.process.poll()
         if code is not None:
             raise self.fault(f"ended by itself {_ended(code)} after {time.monotonic() - self.started:.0f} s")
+
+    def explained(self, error: QtoolError, what: str) -> QtoolError:
+        """Why a request failed: the server has ended, or it did ``what`` with the request, as ``error`` says."""
+        with suppress(subprocess.TimeoutExpired):  # a connection breaks a moment before its process has ended
+            self.process.wait(DYING)
+        try:
+            self.require_running()
+        except QtoolError as ended:
+            return ended
+        return self.fault(f"{what}: {error.message.rstrip('.')}")
 
     def fault(self, what: str) -> QtoolError:
         """One line on what is wrong, and the last of what the server said."""

@@ -69,8 +69,7 @@ def prove(
         try:
             seen = _look(artifact, planned, server, probe, tokenizer, rows, taken, say)
         except QtoolError as error:
-            server.require_running()  # its end explains why it did not answer
-            raise server.fault(f"does not answer: {error.message}") from error
+            raise server.explained(error, "does not answer") from error
     say("reference: the same tokens")
     s, dtype = planned.serving, planned.facts.served_dtype(planned.serving)
     agreed = _agreement(artifact, probe, dtype, rows, seen, trust_remote_code)

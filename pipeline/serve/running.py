@@ -58,8 +58,7 @@ def smoke(planned: PlannedServer, server: Server) -> tuple[str, float]:
             if not isinstance(text, str) or not 0 < made <= SMOKE_TOKENS:
                 raise ValueError(f"{made} tokens made of {SMOKE_TOKENS} asked for")
     except QtoolError as error:
-        server.require_running()
-        raise server.fault(f"does not complete a prompt: {error.message}") from error
+        raise server.explained(error, "does not complete a prompt") from error
     return text, time.monotonic() - started
 
 
