@@ -12,7 +12,7 @@ USERS, RATES = (1, 4, 16), (8.0,)
 PROMPT, SHARED, TOKENS, REQUESTS = 384, 256, 32, 48
 SLO = Slo(0.5, 0.05)
 KEPT = (
-    "load", "requests", "failed", "first p50 ms", "first p95 ms", "step p50 ms", "step p95 ms", "tok/s",
+    "load", "requests", "failed", "first p50 ms", "first p95 ms", "step p50 ms", "step p95 ms", "whole p95 ms", "tok/s",
     "prefix hits", "preempted", "good/s", "p95 kept",
 )  # fmt: skip
 

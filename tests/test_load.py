@@ -152,6 +152,7 @@ def test_failures_lie_at_the_slow_end_of_the_percentiles() -> None:
     level = level_of([*(answered(0.1, 0.01) for _ in range(9)), failed()], 4, None, Slo(1.0, 1.0), 8)
     assert level.first == {"p50": pytest.approx(0.1), "p95": None, "p99": None}
     assert level.step["p95"] is None
+    assert level.whole == {"p50": pytest.approx(0.2), "p95": None, "p99": None}
     assert (level.requests, level.failed, level.faults) == (10, 1, {"broken": 1})
     assert level.keeps is False
     assert level.good * level.wall == pytest.approx(9)

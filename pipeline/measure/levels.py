@@ -25,6 +25,7 @@ def level_of(
     wall = max(one.ended for one in answered)
     first = [math.inf if one.first_seconds is None else one.first_seconds for one in answered]
     steps = [math.inf if one.fault else one.step_seconds for one in answered]
+    whole = [math.inf if one.fault else one.ended - one.planned for one in answered]
     known_steps = [step for step in steps if step is not None]
     good = sum(_kept(one, slo) for one in answered)
     made = sum(one.tokens for one in answered if not one.fault)
@@ -32,7 +33,7 @@ def level_of(
     of_first, of_step = _quantiles(first), _quantiles(known_steps)
     return Level(
         users=users, rate=rate, requests=len(answered), failed=len(failed), faults=_faults(failed), wall=wall,
-        first=of_first, step=of_step, tokens_per_second=made / wall,
+        first=of_first, step=of_step, whole=_quantiles(whole), tokens_per_second=made / wall,
         requests_per_second=(len(answered) - len(failed)) / wall, good=good / wall,
         keeps=None if slo == Slo() else _within(of_first, slo.first) and _within(of_step, slo.step),
         in_flight=sum(one.ended - one.planned for one in answered) / wall,

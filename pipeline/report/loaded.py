@@ -25,6 +25,7 @@ def row_of(level: Level) -> dict[str, str]:
     row = {"load": level.name, "requests": str(level.requests), "failed": str(level.failed or "")}
     row |= {f"first {name} ms": _ms(level.first, name) for name in ("p50", "p95")}
     row |= {f"step {name} ms": _ms(level.step, name) for name in ("p50", "p95")}
+    row["whole p95 ms"] = _ms(level.whole, "p95")
     if level.step_bound is not None:
         best, slow = level.step_bound
         row["planned step"] = f"{1e3 * best:.3g} - {'?' if slow is None else f'{1e3 * slow:.3g}'}"
