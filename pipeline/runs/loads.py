@@ -24,12 +24,12 @@ class Slo:
 @dataclass(frozen=True)
 class Level:
     """One load. ``users``: of a closed loop; ``rate``: requests a second of an open one. ``faults``: what was said ->
-    how often; ``failed`` is their sum. ``first``, ``step`` and ``whole`` (the answer's end): seconds at p50, p95, p99, None
-    where a request that failed lies there: failed ones are infinitely slow. ``good``: requests a second that kept the objective; ``keeps``:
-    whether the p95 did, None without one. ``in_flight``: requests under way on average; ``late``: seconds from a
-    request's planned arrival to its sending, at p95. ``hits``, ``preempted``: of the server's own metrics, None where
-    it has none. ``step_bound``, ``first_bound``: seconds, (best, slow) of the plan at this many requests. ``wrong``:
-    why the figures cannot be right."""
+    how often; ``failed`` is their sum. ``first``, ``step`` and ``whole`` (the answer's end): seconds at p50, p95, p99,
+    None where a request that failed lies there: failed ones are infinitely slow. ``good``: requests a second that kept
+    the objective; ``keeps``: whether the p95 did, None without one. ``in_flight``: requests under way on average;
+    ``late``: seconds from a request's planned arrival to its sending, at p95. ``hits``, ``preempted``: of the server's
+    own metrics, None where it has none. ``step_bound``, ``first_bound``: seconds, (best, slow) of the plan at this many
+    requests. ``wrong``: why the figures cannot be right."""
 
     users: int | None
     rate: float | None
