@@ -87,7 +87,7 @@ def proofs_of(name: str, folder: Path, args: argparse.Namespace) -> list[Result]
     results = []
     for dtype in dtypes:
         planned = plan(folder, engine, dtype, args)
-        proof = prove(Artifact.open(folder), planned, args.python, say=say)
+        proof = prove(Artifact.open(folder), planned, args.python if engine == "vllm" else None, say=say)
         fault = "; ".join(f"{finding.what}: {finding.detail}" for finding in proof.failures)
         results.append(Result(name, proof, "", fault))
     return results

@@ -394,6 +394,22 @@ def test_a_server_that_dies_under_proof(artifact: Path, monkeypatch: pytest.Monk
     assert "vllm: the server ended by itself (code 9)" in one_line(result)
 
 
+def test_llama_cpp_itself_is_proved(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.delenv("QTOOL_LLAMA_CPP_PYTHON", raising=False)
+    few = prompts()[60:61]
+    monkeypatch.setattr("qtool.serve.parity.prompts", lambda: few)
+    folder = converted(tiny, [{"method": "gguf", "type": "Q8_0", "imatrix": False}], tmp_path)["gguf"]
+    result = call("prove", folder, "--card", "cpu", "--chunk", 64, "--users", 2, "--json")
+    assert result.exit_code == 0, result.output
+    proof = Proof.model_validate(json.loads(result.stdout))
+    assert proof.numbers["kl"] < proof.numbers["kl_limit"]
+    assert (proof.numbers["cache_tokens"], proof.numbers["cache_tokens_planned"]) == (512, 512)
+    assert (proof.numbers["shared_tokens"], proof.numbers["shared_tokens_planned"]) == (128, 128)
+    assert (proof.numbers["long_prompt_steps"], proof.numbers["long_prompt_steps_planned"]) == (4, 4)
+    assert proof.command.startswith(f"llama-server -m {folder.name}/")
+
+
 # --- what the numbers mean ---
 
 

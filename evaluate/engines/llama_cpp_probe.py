@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtool.evaluate.engines.probe import SECONDS, Best, Cache, Conversation, Probe, expected
-from qtool.evaluate.engines.server import ask, top_logprobs
+from qtool.evaluate.engines.server import ask, tokenize, top_logprobs
 
 
 def forced(url: str, model: str, ids: Sequence[int], count: int) -> list[Best]:
     """It gives no log-probabilities of a prompt: one request for each token, of which the prefix is cached."""
     with expected(f"{url}/v1/completions"):
-        return [top_logprobs(f"{url}/v1", list(ids[:end]), count) for end in range(1, len(ids))]
+        (letter, *_) = tokenize(f"{url}/v1", "a")
+        return [top_logprobs(f"{url}/v1", list(ids[:end]), count, letter) for end in range(1, len(ids))]
 
 
 def rendered(url: str, model: str, conversation: Conversation) -> str:

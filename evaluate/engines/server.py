@@ -182,12 +182,14 @@ def _refusal(url: str, said: str) -> Exception:
     return QtoolError(f"{url}: {said}", exit_code=3)
 
 
-def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
-    """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
+def top_logprobs(base_url: str, ids: list[int], count: int, answer: int | None = None) -> dict[int, float]:
+    """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``. ``answer``: the
+    token that it is made to take: of one that ends the answer, or is half a letter, it tells nothing."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    answer = ask(f"{base_url.rstrip('/')}/completions", request)
-    first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    biased = {} if answer is None else {"logit_bias": [[answer, 1e4]]}  # log-probabilities are those before it
+    said = ask(f"{base_url.rstrip('/')}/completions", request | biased)
+    first = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
 
