@@ -1,4 +1,4 @@
-"""Mixtures of experts: their tensors and names against transformers' own conversion, their scales against its forward."""
+"""Mixtures of experts: tensors and names against transformers' own conversion, scales against its forward."""
 
 from __future__ import annotations
 

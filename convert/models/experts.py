@@ -14,12 +14,14 @@ transformers (integrations/moe.py) holds them fused in memory, whatever the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtool import QtoolError
 from qtool.convert.models.feeds import Feed, Matrix, Norm, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_tensors
@@ -73,6 +75,42 @@ class Mixture:
             return Matrix(module, DOWN_STACK, expert, expert=expert)
         first = 0 if part == "gate" else shape.expert_width
         return Matrix(module, GATE_UP, expert, first=first, count=shape.expert_width, expert=expert)
+
+
+def with_experts(
+    shape: Geometry, settings: Mapping[str, Any], count: str, width: int, sparse: Sequence[bool], shared_width: int = 0
+) -> Geometry:
+    """A geometry with mixtures in the ``sparse`` layers. ``count``: the key that says how many experts there are.
+    Raises QtoolError for numbers that no mixture can have."""
+    experts, active = (_whole(settings, key) for key in (count, "num_experts_per_tok"))
+    if active > experts:
+        raise QtoolError(f"config.json: num_experts_per_tok is {active}, and there are {experts} experts ({count}).")
+    return replace(
+        shape, experts=experts, active=active, expert_width=width, shared_width=shared_width, sparse=tuple(sparse)
+    )
+
+
+def _whole(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise QtoolError(f"config.json: {key} is {value!r}; a positive whole number is needed.")
+    return value
+
+
+def expert_keys(shape: Geometry) -> dict[str, int]:
+    """llama.cpp's keys of how many experts there are, and how many work on a token."""
+    return {"expert_count": shape.experts, "expert_used_count": shape.active}
+
+
+def check_normalized(settings: Mapping[str, Any], architecture: str, always: bool) -> None:
+    """Raises QtoolError where llama.cpp, whose code for ``architecture`` normalises the weights of a token's experts
+    ``always`` or never, would compute otherwise than `norm_topk_prob` says."""
+    if bool(settings.get("norm_topk_prob")) != always:
+        does = "always" if always else "never"
+        raise QtoolError(
+            f"config.json: norm_topk_prob is {bool(settings.get('norm_topk_prob'))}; llama.cpp's {architecture} {does} "
+            "normalises the weights of a token's experts, and no key says otherwise."
+        )
 
 
 def mixed_decoder(mixture: Mixture) -> Callable[[Geometry, int], tuple[Feed, ...]]:
