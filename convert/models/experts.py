@@ -14,7 +14,8 @@ transformers (integrations/moe.py) holds them fused in memory, whatever the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from qtool.convert.models.feeds import Feed, Matrix, Norm, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_tensors
 
+PARTS = ("gate", "up", "down")
 BLOCK = "mlp"  # what transformers calls the mixture in memory
 GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
 
@@ -97,7 +99,7 @@ def _whole(settings: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def expert_keys(shape: Geometry) -> dict[str, int]:
+def expert_keys(shape: Geometry) -> dict[str, int | float | str]:
     """llama.cpp's keys of how many experts there are, and how many work on a token."""
     return {"expert_count": shape.experts, "expert_used_count": shape.active}
 
@@ -172,7 +174,7 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
 def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's tensors as files hold them (fused or each alone), as transformers' layer holds them. Names are below
     the layer; a layer without experts is returned as it is. Raises KeyError naming an expert that is missing."""
-    alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in ("gate", "up", "down")}
+    alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in PARTS}
     taken = {name for names in alone.values() for name in names}
     found = {_renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
     if not any(name in tensors for name in taken):
@@ -196,6 +198,44 @@ def in_files(mixture: Mixture, experts: int, state: Mapping[str, Tensor]) -> dic
         for part, held in (("gate", gate), ("up", up), ("down", down[expert])):
             found[f"{mixture.module(expert, part)}.weight"] = held
     return found
+
+
+def assembled(
+    mixture: Mixture, prefix: str, shapes: Mapping[str, Shape], stream: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A stream of a model's tensors as files hold them, as transformers holds them. An expert is copied into its place
+    as it comes, so that no layer is there twice. ``prefix``: of all layers; ``shapes``: of the tensors in memory.
+    Raises QtoolError naming an expert that never came, or is unlike the others."""
+    parts = {getattr(mixture, part): part for part in PARTS}
+    layer, block, names = re.escape(prefix), re.escape(mixture.block), "|".join(map(re.escape, parts))
+    expert_of = re.compile(rf"({layer}\d+\.){block}\.experts\.(\d+)\.({names})\.weight")
+    inside = re.compile(rf"({layer}\d+\.)(.*)")
+    stacks: dict[str, Tensor] = {}
+    missing: dict[str, set[str]] = {}
+    for name, tensor in stream:
+        found = expert_of.fullmatch(name)
+        if found is None:
+            other = inside.fullmatch(name)
+            yield (other[1] + _renamed(other[2], mixture.block, BLOCK) if other else name), tensor
+            continue
+        at, expert, part = found[1], int(found[2]), parts[found[3]]
+        stack = at + (DOWN_STACK if part == "down" else GATE_UP)
+        if stack not in stacks:
+            count, rows, columns = shapes.get(stack, (0, 0, 0))
+            stacks[stack] = tensor.new_empty(count, rows, columns)
+            beside = ("down",) if part == "down" else ("gate", "up")
+            missing[stack] = {f"{at}{mixture.module(e, one)}.weight" for e in range(count) for one in beside}
+        held = stacks[stack][expert] if name in missing[stack] else None
+        place = held if held is None or part == "down" else held.chunk(2)[part == "up"]
+        if place is None or place.shape != tensor.shape:
+            raise QtoolError(f"{name} is {list(tensor.shape)}, and config.json has no place for it among its experts.")
+        place.copy_(tensor)
+        missing[stack].discard(name)
+        if not missing[stack]:
+            yield stack, stacks.pop(stack)
+    for stack in stacks:
+        lost = sorted(missing[stack])
+        raise QtoolError(f"the model lacks {lost[0]} ({len(lost)} tensors of experts missing).")
 
 
 def _renamed(name: str, old: str, new: str) -> str:
