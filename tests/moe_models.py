@@ -13,9 +13,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1,
         "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
+        "tie_word_embeddings": False,
     },
     "Olmoe": {
         "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
-        "norm_topk_prob": False,
+        "norm_topk_prob": False, "tie_word_embeddings": False,
     },
 }  # fmt: skip

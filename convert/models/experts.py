@@ -29,6 +29,7 @@ from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_te
 
 PARTS = ("gate", "up", "down")
 BLOCK = "mlp"  # what transformers calls the mixture in memory
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
 
 
@@ -115,6 +116,25 @@ def check_normalized(settings: Mapping[str, Any], architecture: str, always: boo
         )
 
 
+def check_all_sparse(sparse: Sequence[bool], architecture: str) -> None:
+    """Raises QtoolError where a layer has no experts and llama.cpp's ``architecture`` has them in every layer."""
+    if not all(sparse):
+        dense = [layer for layer, mixed in enumerate(sparse) if not mixed]
+        raise QtoolError(
+            f"config.json: layer {dense[0]} and {len(dense) - 1} more have no experts; llama.cpp's {architecture} has "
+            "them in every layer."
+        )
+
+
+def check_own_head(settings: Mapping[str, Any], architecture: str) -> None:
+    """Raises QtoolError for a tied head, of which llama.cpp's ``architecture`` knows nothing."""
+    if settings.get("tie_word_embeddings"):
+        raise QtoolError(
+            f"config.json: tie_word_embeddings is true; llama.cpp's {architecture} takes a head of its own alone. Save "
+            "the head as a tensor and set it to false."
+        )
+
+
 def mixed_decoder(mixture: Mixture) -> Callable[[Geometry, int], tuple[Feed, ...]]:
     """Feeds of attention and, by layer, of a mixture or of a gated MLP."""
 
@@ -169,6 +189,17 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
         return found | ({mixture.shared_gate: (1, hidden)} if mixture.shared_gate else {})
 
     return tensors
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a tensor or a matrix is a part of, by its name; None for all others."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def stacked(name: str) -> str:
+    """The name that all experts have together of a tensor or a matrix of one of them; of others their own."""
+    return _EXPERT.sub(".experts.", name)
 
 
 def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

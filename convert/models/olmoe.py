@@ -8,6 +8,7 @@ from qtool import QtoolError
 from qtool.convert.models.experts import (
     Mixture,
     check_normalized,
+    check_own_head,
     expert_keys,
     mixed_decoder,
     mixture_tensors,
@@ -31,6 +32,7 @@ def _shape(settings: Settings, shape: Geometry) -> Geometry:
 
 def _refuse(settings: Settings, rope: Ropes) -> None:
     check_normalized(settings, "olmoe", always=False)
+    check_own_head(settings, "olmoe")
     if settings["num_key_value_heads"] != settings["num_attention_heads"]:
         raise QtoolError("config.json: heads share keys and values; llama.cpp's olmoe has one of each for every head.")
 

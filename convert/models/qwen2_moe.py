@@ -7,7 +7,9 @@ from dataclasses import replace
 from qtool import QtoolError
 from qtool.convert.models.experts import (
     Mixture,
+    check_all_sparse,
     check_normalized,
+    check_own_head,
     expert_keys,
     mixed_decoder,
     mixture_tensors,
@@ -56,8 +58,8 @@ def _keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
 
 def _refuse(settings: Settings, rope: Ropes) -> None:
     check_normalized(settings, "qwen2moe", always=False)
-    if not all(sparse_layers(settings, int(settings["num_hidden_layers"]))):
-        raise QtoolError("config.json: some layers have no experts; llama.cpp's qwen2moe has them in every layer.")
+    check_own_head(settings, "qwen2moe")
+    check_all_sparse(sparse_layers(settings, int(settings["num_hidden_layers"])), "qwen2moe")
 
 
 QWEN2_MOE = Family(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from qtool.convert.models.experts import (
     Mixture,
+    check_all_sparse,
     check_normalized,
     expert_keys,
     mixed_decoder,
     mixture_tensors,
     with_experts,
 )
-from qtool.convert.models.family import SILU, Family, GgufFacts, Settings, Windows
+from qtool.convert.models.family import SILU, Family, GgufFacts, Ropes, Settings, Windows
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import decoder_tensors
 
@@ -33,6 +34,11 @@ def _shape(settings: Settings, shape: Geometry) -> Geometry:
     return with_experts(shape, settings, "num_experts", int(settings["moe_intermediate_size"]), sparse)
 
 
+def _refuse(settings: Settings, rope: Ropes) -> None:
+    check_normalized(settings, "qwen3moe", always=True)
+    check_all_sparse(sparse_layers(settings, int(settings["num_hidden_layers"])), "qwen3moe")
+
+
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
     decoder_tensors(head_norms=True, mlp=mixture_tensors(_MIXTURE)),
@@ -47,7 +53,7 @@ QWEN3_MOE = Family(
         "qwen3moe",
         keys=lambda settings, shape, rope: expert_keys(shape) | {"expert_feed_forward_length": shape.expert_width},
         required=("expert_count", "expert_used_count", "expert_feed_forward_length"),
-        refuse=lambda settings, rope: check_normalized(settings, "qwen3moe", always=True),
+        refuse=_refuse,
         says=frozenset((
             "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
             "decoder_sparse_step", "mlp_only_layers",
