@@ -24,7 +24,9 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Check
 from qtool.evaluate.engines.torch_model import load_model
+from qtool.evaluate.engines.transformers import load_native
 from qtool.quantize.grid import GridSpec
+from qtool.report.card import Published, loading
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
 
@@ -162,3 +164,20 @@ def test_experts_of_unlike_shapes_and_missing_ones_are_named(model_maker: Callab
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(QtoolError, match=r"model\.layers\.0\.mlp\.(gate|experts\.6)"):
         rounded(other, OUTPUTS[:1], tmp_path)
+
+
+def test_transformers_own_loader_is_not_asked_for_what_it_gets_wrong(made: tuple[Path, dict[str, Path]]) -> None:
+    """It would answer with random experts, and say nothing: neither the engine nor a card offers it."""
+    _, paths = made
+    for name in ("awq-g32", "gptq-g32"):
+        with pytest.raises(QtoolError, match="engine transformers: it holds all experts of a layer in one tensor"):
+            load_native(paths[name], CPU)
+    with pytest.raises(QtoolError, match="delivers no zero points to experts"):
+        load_native(paths["asym"], CPU)
+    for name, offered in (("awq-g32", False), ("compressed-tensors-g32", True), ("asym", False)):
+        manifest = Artifact.open(paths[name]).manifest
+        assert manifest is not None
+        checks = tuple(verify(paths[name]).checks)
+        ways = "\n".join(loading(Published(name, name, "", manifest, checks, ()), "org/model"))
+        assert ("from_pretrained" in ways) is offered, name
+        assert "vllm serve" in ways
