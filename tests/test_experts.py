@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ def test_a_model_is_loaded_from_files_of_any_order(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    _, mixture = _decoder(folder)
+    decoder, mixture = _decoder(folder)
     tensors = list(Checkpoint.open(folder).read())
     config, cpu = load_config(folder), torch.device("cpu")
     state = load_model(iter(reversed(tensors)), config, cpu).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    lost = f"model.layers.0.{mixture.module(2, 'up')}.weight"
+    first = decoder.shape.sparse.index(True)
+    lost = f"model.layers.{first}.{mixture.module(2, 'up')}.weight"
     with pytest.raises(QtoolError, match=rf"lacks {re.escape(lost)} \(1 tensors of experts missing\)"):
         load_model(((name, tensor) for name, tensor in tensors if name != lost), config, cpu)
     with pytest.raises(QtoolError, match=rf"{re.escape(lost)} is \[63, 128\]"):
@@ -155,8 +157,8 @@ def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
     decoder, mixture = _decoder(folder)
     if mixture.block != "mlp":
         pytest.skip("fused files have the names of memory")
-    fused, shape = Mixture(fused=True), decoder.shape
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), 0)
+    fused, shape = replace(mixture, fused=True), decoder.shape
+    files = _layer(decoder, dict(Checkpoint.open(folder).read()), shape.sparse.index(True))
     held = in_memory(mixture, shape.experts, files)
     assert in_files(fused, shape.experts, held).keys() == held.keys()
     for feed in mixture_feeds(fused, shape):
@@ -168,7 +170,7 @@ def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
 
 def test_a_missing_expert_is_named(folder: Path) -> None:
     decoder, mixture = _decoder(folder)
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), 0)
+    files = _layer(decoder, dict(Checkpoint.open(folder).read()), decoder.shape.sparse.index(True))
     name = f"{mixture.module(3, 'up')}.weight"
     del files[name]
     with pytest.raises(KeyError, match=name.replace(".", r"\.")):

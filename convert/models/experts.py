@@ -239,8 +239,10 @@ def assembled(
             continue
         at, expert, part = found[1], int(found[2]), parts[found[3]]
         stack = at + (DOWN_STACK if part == "down" else GATE_UP)
+        if stack not in shapes:
+            continue  # of a layer that the model does not have
         if stack not in stacks:
-            count, rows, columns = shapes.get(stack, (0, 0, 0))
+            count, rows, columns = shapes[stack]
             stacks[stack] = tensor.new_empty(count, rows, columns)
             beside = ("down",) if part == "down" else ("gate", "up")
             missing[stack] = {f"{at}{mixture.module(e, one)}.weight" for e in range(count) for one in beside}
