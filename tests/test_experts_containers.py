@@ -181,3 +181,27 @@ def test_transformers_own_loader_is_not_asked_for_what_it_gets_wrong(made: tuple
         ways = "\n".join(loading(Published(name, name, "", manifest, checks, ()), "org/model"))
         assert ("from_pretrained" in ways) is offered, name
         assert "vllm serve" in ways
+
+
+def test_layers_that_guess_further_tokens_are_left_out(model_maker: Callable[..., Path], tmp_path: Path) -> None:
+    """GLM's checkpoints hold one beyond the last: neither planned nor written, and verify does not miss it. The score
+    bias and the router keep their dtypes."""
+    model = model_maker(tmp_path / "model", "Glm4Moe", **MIXTURES["Glm4Moe"])
+    planned = weights_of(read_headers(str(model)), "awq-g32").nbytes
+    tensors = dict(Checkpoint.open(model).read())
+    drafts = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in tensors.items() if ".layers.2." in name}
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors | drafts | {"model.layers.3.eh_proj.weight": torch.randn(128, 256)}, model / "model.safetensors")
+    assert weights_of(read_headers(str(model)), "awq-g32").nbytes == planned
+    (path,) = rounded(model, [{"method": "awq", "group_size": 32}], tmp_path).values()
+    artifact = Artifact.open(path)
+    assert not [name for name in artifact.checkpoint.tensors if ".layers.3." in name]
+    result = verify(path, model)
+    assert result.sound, [check for check in result.checks if check.status == "fail" and check.required]
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(artifact.checkpoint.tensor(bias), tensors[bias])
+    assert artifact.checkpoint.tensors[bias].dtype == torch.float32
+    assert artifact.checkpoint.tensors["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+    assert any("left out, no part of Glm4MoeForCausalLM: model.layers.3." in note for note in artifact.notes)
+    assert load_model(Checkpoint.open(model).read(), load_config(model), CPU) is not None

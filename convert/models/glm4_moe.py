@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qtool import QtoolError
-from qtool.convert.models.experts import Mixture, expert_keys, mixed_decoder, mixture_tensors, with_experts
+from qtool.convert.models.experts import (
+    Mixture,
+    expert_keys,
+    mixed_decoder,
+    mixture_tensors,
+    whole_number,
+    with_experts,
+)
 from qtool.convert.models.family import SILU, Family, GgufFacts, Ropes, Settings, Value, Windows
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
@@ -27,9 +34,9 @@ _DEFAULTS = {
 
 
 def _shape(settings: Settings, shape: Geometry) -> Geometry:
-    dense, width = int(settings["first_k_dense_replace"]), int(settings["moe_intermediate_size"])
+    dense, width = whole_number(settings, "first_k_dense_replace", 0), whole_number(settings, "moe_intermediate_size")
     sparse = tuple(layer >= dense for layer in range(shape.layers))
-    shared = width * int(settings["n_shared_experts"] or 0)
+    shared = width * whole_number(settings, "n_shared_experts", 0)
     mixed = with_experts(shape, settings, "n_routed_experts", width, sparse, shared)
     return replace(mixed, head_norms=bool(settings["use_qk_norm"]))
 
@@ -42,7 +49,7 @@ def _tensors(shape: Geometry) -> dict[str, Shape]:
 def _keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Value]:
     return expert_keys(shape) | {
         "expert_feed_forward_length": shape.expert_width,
-        "expert_shared_count": int(settings["n_shared_experts"] or 0),
+        "expert_shared_count": int(settings["n_shared_experts"]),
         "expert_weights_scale": float(settings["routed_scaling_factor"]),
         "expert_weights_norm": bool(settings["norm_topk_prob"]),
         "expert_gating_func": SIGMOID,
