@@ -226,7 +226,8 @@ class Walk:
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
         prefix = self.decoder.at(index)
-        tensors = {name: self.checkpoint.tensor(prefix + name) for name in self.layers[index].state_dict()}
+        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
         return (
             {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
         )

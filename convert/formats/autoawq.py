@@ -7,7 +7,7 @@ both packed along OUT in AWQ order; ``w = (q - z) * s``; zeros stored as they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,8 @@ from qtool.convert.runtimes.rule import (
     Runtime,
     RuntimeRule,
     Subject,
+    experts_rule,
+    fused_experts,
     heads,
     nothing_observed,
     shards,
@@ -43,6 +45,12 @@ WRITTEN = ("quant_method", "bits", "group_size", "zero_point", "version")
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """Names, or parts of them, of modules that stay unquantized."""
     return names_in(section.get("modules_to_not_convert"), "modules_to_not_convert")
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """Full names: vLLM looks for a name anywhere in a module's, and `mlp.gate` is part of a dense layer's
+    `mlp.gate_up_proj`."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *plain]}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,12 +163,13 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
 observed = nothing_observed
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
-    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel"),
+    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel", refuses_experts=fused_experts),
     sglang.RUNTIME,
 )
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (AwqConfig)", _keys, required=True),
     HEAD,
+    experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     *vllm.rules(
         "auto_awq.py",

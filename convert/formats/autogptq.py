@@ -9,7 +9,7 @@ stores zero - 1, version 2 zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,18 @@ from qtool import QtoolError
 from qtool.convert.formats import packing
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, ordered_groups
 from qtool.convert.runtimes import sglang, vllm
-from qtool.convert.runtimes.rule import HEAD, QLINEAR, TRANSFORMERS, Observed, Runtime, RuntimeRule, Subject, shards
+from qtool.convert.runtimes.rule import (
+    HEAD,
+    QLINEAR,
+    TRANSFORMERS,
+    Observed,
+    Runtime,
+    RuntimeRule,
+    Subject,
+    experts_rule,
+    fused_experts,
+    shards,
+)  # fmt: skip
 
 SAFETENSORS: Literal[True] = True
 MARK = "qweight"
@@ -46,6 +57,11 @@ ONES = {4: 0x11111111, 8: 0x01010101}
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """None: GPTQ's section names no modules."""
     return []
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """The same: readers see from the tensors' names what is quantized, and never quantize routers."""
+    return dict(section)
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +280,9 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
 
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
-    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel optimum"),
+    Runtime(
+        "transformers", "transformers", "gptqmodel", "pip install gptqmodel optimum", refuses_experts=fused_experts
+    ),
     sglang.RUNTIME,
 )
 RULES: tuple[RuntimeRule, ...] = (
@@ -273,6 +291,7 @@ RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _groups, required=True),
     RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _side, required=True),
     HEAD,
+    experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
     *vllm.rules("auto_gptq.py", _vllm),

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qtool.convert.models.experts import Mixture
 from qtool.convert.models.feeds import Feed, Shape, Visit
 from qtool.convert.models.geometry import Geometry
 
-Value = int | float | str
+Value = int | float | str  # a bool is an int
 Settings = Mapping[str, Any]
 """A config.json, completed with the family's defaults."""
 Ropes = Mapping[str, Mapping[str, Value]]
@@ -109,12 +110,16 @@ class Family:
     activation: of the MLP.
     windows: which layers slide.
     defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
+    aliases: other names that transformers reads and writes for a key -> the key.
     shape: what keys of the family's own change in the geometry.
+    mixture: what its mixtures of experts are called in its files; None for a family without.
     visits: the order in which a token passes through the layers.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
     uncast: how the names of tensors end that keep the dtype in which they are stored.
+    partial_rotary: its code rotates the part of every head that `partial_rotary_factor` says.
+    drafts: its checkpoints hold layers beyond the last, which guess further tokens and which artifacts leave out.
     whole_scores: as in `Geometry`.
     float16: whether vLLM runs it in float16.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
@@ -127,12 +132,16 @@ class Family:
     activation: Activation
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
+    mixture: Mixture | None = None
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    drafts: bool = False
     whole_scores: bool = False
     float16: bool = True
     gguf: GgufFacts | None = None

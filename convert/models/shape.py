@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qtool import QtoolError
+from qtool.convert.models.experts import in_files, in_memory
 from qtool.convert.models.family import Family
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, Shape, Visit
 from qtool.convert.models.geometry import WIDTHS, Geometry
@@ -37,6 +40,11 @@ class Decoder:
         number = name[len(self.prefix) :].split(".", 1)[0] if name.startswith(self.prefix) else ""
         return int(number) if number.isdecimal() else None
 
+    def is_draft(self, name: str) -> bool:
+        """Whether a tensor lies in a layer beyond the last, which guesses further tokens (`Family.drafts`)."""
+        layer = self.layer_of(name)
+        return self.family.drafts and layer is not None and layer >= self.shape.layers
+
     def feeds(self, layer: int) -> tuple[Feed, ...]:
         """In forward order, names below `at`. Raises QtoolError for a family that names one producer twice."""
         feeds = self.family.feeds(self.shape, layer)
@@ -46,6 +54,12 @@ class Decoder:
     def matrices(self, layer: int) -> tuple[Matrix, ...]:
         """Those that are quantized, in forward order, names below `at`."""
         return tuple(matrix for feed in self.feeds(layer) for matrix in feed.consumers)
+
+    def beside_experts(self) -> tuple[str, ...]:
+        """Full modules that multiply the experts' inputs and are never quantized: routers, gates of shared experts."""
+        layers = range(self.shape.layers)
+        also = [self.at(layer) + name for layer in layers for feed in self.feeds(layer) for name in feed.also]
+        return tuple(name.removesuffix(".weight") for name in also) if self.shape.experts else ()
 
     def visits(self) -> tuple[Visit, ...]:
         """The order in which a token passes through the layers."""
@@ -69,6 +83,16 @@ class Decoder:
     def tensors(self) -> dict[str, Shape]:
         """Name -> shape of every tensor that a checkpoint holds, a tied head left out."""
         return self.family.tensors(self.shape)
+
+    def in_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One layer's tensors as files hold them (names below `at`), as transformers' layer holds them."""
+        mixture = self.family.mixture
+        return dict(tensors) if mixture is None else in_memory(mixture, self.shape.experts, tensors)
+
+    def in_files(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `in_memory`."""
+        mixture = self.family.mixture
+        return dict(state) if mixture is None else in_files(mixture, self.shape.experts, state)
 
 
 def _prove_one_scale(family: Family, feeds: tuple[Feed, ...]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qtool.convert.models.expert_names import expert_of
+
 TRANSFORMERS = "transformers/utils/quantization_config.py"  # the sources of several containers' rules
 QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -30,6 +32,11 @@ class Subject:
     geometry: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def experts(self) -> dict[str, tuple[int, int]]:
+        """The linears of routed experts."""
+        return {name: shape for name, shape in self.linears.items() if expert_of(name) is not None}
+
+    @property
     def quantization(self) -> dict[str, Any]:
         section: dict[str, Any] = self.config.get("quantization_config") or {}
         return section
@@ -44,7 +51,8 @@ class Runtime:
     """What one container needs in one runtime. ``engine``: its name in `qtool.evaluate.engines`; ``title``: the name
     that the loading rules have for what reads the file there; ``package``: what must be installed beside the engine,
     ``install``: how; ``refuses(quantization_config)`` yields why such a file is loaded on no platform; ``note``: what
-    whoever makes such a file should hear."""
+    whoever makes such a file should hear; ``refuses_experts(quantization_config)``: why it does not load experts from
+    such a file."""
 
     engine: str
     title: str
@@ -52,6 +60,7 @@ class Runtime:
     install: str = ""
     refuses: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
     note: str = ""
+    refuses_experts: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,31 @@ class RuntimeRule:
     def passed(self) -> str:
         """What a subject that breaks nothing is told."""
         return f"loads by the rules, as {self.proof}"
+
+
+def has_experts(subject: Subject) -> bool:
+    """Whether a rule on experts applies."""
+    return bool(subject.experts)
+
+
+def fused_experts(_: Mapping[str, Any]) -> Iterator[str]:
+    """Of transformers, which finds no tensor in such files for what it holds in one, and says nothing."""
+    yield (
+        "it holds all experts of a layer in one tensor and finds none in the file: it loads without an error, with "
+        "experts of random numbers. Use GPTQModel.load, vLLM, SGLang or qtool's reference engine"
+    )
+
+
+def experts_rule(
+    refuses: Callable[[Mapping[str, Any]], Iterator[str]], proof: Literal["run", "read"] = "read"
+) -> RuntimeRule:
+    """That transformers loads a file's experts."""
+
+    def broken(subject: Subject, _: int) -> Iterator[str]:
+        yield from refuses(subject.quantization)
+
+    source = "transformers/core_model_loading.py"
+    return RuntimeRule("experts", "transformers", "5.23", source, broken, proof=proof, applies=has_experts)
 
 
 def heads(subject: Subject, tp: int) -> Iterator[str]:

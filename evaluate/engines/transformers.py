@@ -41,14 +41,16 @@ def activations(geometry: Geometry, context: int, sequences: int) -> int:
     """Peak bytes that a whole prefill keeps alive beside weights and cache (SDPA attention, logits of last positions).
 
     The gated MLP holds four hidden states (embeddings, the layer's input, the residual, its norm) and three tensors of
-    the intermediate's width. The rotary step of attention holds three hidden states and four queries; the layer's own
-    keys and values are not in the cache yet. Both also hold cos, sin and the positions (int64) of one sequence.
-    Gemma 2's soft cap rules SDPA out. It holds the scores of all heads three times (before softmax, after it, and as
-    float32 between), two masks, three hidden states, queries, and keys and values repeated for every query head.
+    the intermediate's width; a mixture holds these for each of a token's experts, and the input and output of each. The
+    rotary step of attention holds three hidden states and four queries; the layer's own keys and values are not in the
+    cache yet. Both also hold cos, sin and the positions (int64) of one sequence. Gemma 2's soft cap rules SDPA out. It
+    holds the scores of all heads three times (before softmax, after it, and as float32 between), two masks, three
+    hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
     queries = g.q_row
-    widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    mlp = 3 * g.mlp_width + (4 + 2 * g.active) * g.hidden
+    widest = tokens * max(mlp, 3 * g.hidden + 4 * queries) * g.width
     if g.whole_scores:
         scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
         repeated = 2 * queries if g.heads > g.kv_heads else 0
@@ -111,6 +113,7 @@ def load_native(
     from transformers import AutoModelForCausalLM
 
     from qtool.convert.formats.table import runtime_of
+    from qtool.convert.models.shape import shape_of
     from qtool.evaluate.engines.torch_model import compute_dtype
 
     if any(path.glob("*.gguf")):
@@ -120,6 +123,8 @@ def load_native(
         raise QtoolError(f"{path}: config.json asks to run the model's own code; read it, then trust_remote_code.")
     section = config.get("quantization_config") or {}
     method, kernels = section.get("quant_method"), runtime_of(section, FACTS.name)
+    if kernels and shape_of(config, str(path)).experts and (reasons := list(kernels.refuses_experts(section))):
+        raise QtoolError(f"{path.name}: engine transformers: {reasons[0]}.")
     if kernels and kernels.package and find_spec(kernels.package.replace("-", "_")) is None:
         raise QtoolError(
             f"{path.name}: engine transformers needs {kernels.package} for {method}, which is not installed here. Run: "

@@ -18,6 +18,7 @@ from qtool.evaluate.engines.table import ON_CARDS
 from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.served import PROVED, proof_rows, proof_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
+from qtool.runs.coverage import coverage, place_of
 from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary
 
@@ -239,6 +240,8 @@ def _section(item: Published, repo: str, named: bool) -> list[str]:
         lines = ["| linear | relative output error, round to nearest | as published |", "|---|---|---|"]
         lines += [f"| `{code(name)}` | {r['rtn_error']:.4f} | {r['error']:.4f} |" for name, r in worst]
         parts += [f"## What was lost where{title}", "\n".join(lines)]
+    if reached := coverage(manifest.ledger):
+        parts += [f"## What the experts saw{title}", reached.sentence]
     parts += ["\n".join(f"- {escape(note)}" for note in manifest.notes)]
     return parts
 
@@ -250,6 +253,7 @@ def loading(item: Published, repo: str) -> list[str]:
     stored = format_of(item.manifest.output)
     if stored is None:
         return []
+    mixed, section = any(map(place_of, item.manifest.ledger)), stored.section_of(item.manifest.output)
     name = repo.split("/")[-1]
     folder = f"./{name}/{item.folder}/" if item.folder else f"./{name}/"
     place, fetch = folder.removesuffix("/") if item.folder else repo, f"hf download {repo} --local-dir ./{name}"
@@ -257,6 +261,8 @@ def loading(item: Published, repo: str) -> list[str]:
     for facts in ON_CARDS:
         runtime = next((runtime for runtime in stored.RUNS_IN if runtime.engine == facts.name), None)
         if runtime is None or (stored.RULES and not _holds(item.checks, runtime.title)):
+            continue
+        if mixed and any(runtime.refuses_experts(section)):
             continue
         packages = (runtime.package,) if runtime.package else ()
         download = Download(repo, place, fetch, folder, tuple(item.manifest.files), packages)

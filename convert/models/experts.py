@@ -1,0 +1,268 @@
+"""A mixture of experts: what a family calls its tensors, what feeds them, and how transformers holds them in memory.
+
+An MLP of E routed experts, each of gate, up and down; a router sends a token to k of them; beside them there may be a
+shared expert for every token, behind a gate or not. Checkpoints hold experts in one of two ways:
+
+    each alone                                       fused
+    mlp.experts.7.gate_proj.weight  [I, h]           mlp.experts.gate_up_proj  [E, 2I, h]   rows of gate, then of up
+    mlp.experts.7.up_proj.weight    [I, h]
+    mlp.experts.7.down_proj.weight  [h, I]           mlp.experts.down_proj     [E, h, I]
+
+transformers (integrations/moe.py) holds them fused in memory, whatever the files hold, and renames them as it loads
+(conversion_mapping.py). Artifacts always hold each expert alone, because all their readers want it so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool import QtoolError
+from qtool.convert.models.feeds import Feed, Matrix, Norm, Rows, Shape, whole
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_tensors
+
+MOST_EXPERTS = 8192  # 16 times as many as the largest mixture has; a number without end would never be listed
+PARTS = ("gate", "up", "down")
+BLOCK = "mlp"  # what transformers calls the mixture in memory
+GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a family calls the tensors of a mixture in its files; names are below a layer's prefix.
+
+    block: the mixture. gate, up, down: of an expert. fused: all experts lie in two tensors, named as in memory.
+    shared: the shared expert, empty where there is none; shared_gate: its gate, where it has one. score_bias: what is
+    added to the router's scores to choose experts, and never cast.
+    """
+
+    block: str = BLOCK
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: bool = False
+    shared: str = ""
+    shared_gate: str = ""
+    score_bias: str = ""
+
+    @property
+    def router(self) -> str:
+        """The router's weight ``[E, h]``."""
+        return f"{self.block}.gate.weight"
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Modules that multiply the experts' input and are never quantized."""
+        return tuple(name.removesuffix(".weight") for name in (self.router, self.shared_gate) if name)
+
+    def module(self, expert: int, part: str) -> str:
+        """The name of an expert's matrix in artifacts. ``part``: `gate`, `up` or `down`."""
+        return f"{self.block}.experts.{expert}.{getattr(self, part)}"
+
+    def stack(self, part: str) -> str:
+        """The name that all experts' matrices of a part have together."""
+        return f"{self.block}.experts.{getattr(self, part)}"
+
+    def matrix(self, shape: Geometry, expert: int, part: str) -> Matrix:
+        """An expert's matrix, wherever the files hold it."""
+        module = self.module(expert, part)
+        if not self.fused:
+            return replace(whole(module), expert=expert)
+        if part == "down":
+            return Matrix(module, DOWN_STACK, expert, expert=expert)
+        first = 0 if part == "gate" else shape.expert_width
+        return Matrix(module, GATE_UP, expert, first=first, count=shape.expert_width, expert=expert)
+
+
+def with_experts(
+    shape: Geometry, settings: Mapping[str, Any], count: str, width: int, sparse: Sequence[bool], shared_width: int = 0
+) -> Geometry:
+    """A geometry with mixtures in the ``sparse`` layers. ``count``: the key that says how many experts there are.
+    Raises QtoolError for numbers that no mixture can have."""
+    experts, active = (whole_number(settings, key) for key in (count, "num_experts_per_tok"))
+    if experts > MOST_EXPERTS:
+        raise QtoolError(f"config.json: {count} is {experts:,}; no model has more than {MOST_EXPERTS:,} in a layer.")
+    if active > experts:
+        raise QtoolError(f"config.json: num_experts_per_tok is {active}, and there are {experts} experts ({count}).")
+    return replace(
+        shape, experts=experts, active=active, expert_width=width, shared_width=shared_width, sparse=tuple(sparse)
+    )
+
+
+def whole_number(settings: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """A key's value. Raises QtoolError where it is no whole number from ``least`` on."""
+    value = settings.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "positive whole number" if least else "whole number from 0 on"
+        raise QtoolError(f"config.json: {key} is {value!r}; a {kind} is needed.")
+    return value
+
+
+def expert_keys(shape: Geometry) -> dict[str, int | float | str]:
+    """llama.cpp's keys of how many experts there are, and how many work on a token."""
+    return {"expert_count": shape.experts, "expert_used_count": shape.active}
+
+
+def check_normalized(settings: Mapping[str, Any], architecture: str, always: bool) -> None:
+    """Raises QtoolError where llama.cpp, whose code for ``architecture`` normalises the weights of a token's experts
+    ``always`` or never, would compute otherwise than `norm_topk_prob` says."""
+    if bool(settings.get("norm_topk_prob")) != always:
+        does = "always" if always else "never"
+        raise QtoolError(
+            f"config.json: norm_topk_prob is {bool(settings.get('norm_topk_prob'))}; llama.cpp's {architecture} {does} "
+            "normalises the weights of a token's experts, and no key says otherwise."
+        )
+
+
+def check_all_sparse(sparse: Sequence[bool], architecture: str) -> None:
+    """Raises QtoolError where a layer has no experts and llama.cpp's ``architecture`` has them in every layer."""
+    if not all(sparse):
+        dense = [layer for layer, mixed in enumerate(sparse) if not mixed]
+        raise QtoolError(
+            f"config.json: layer {dense[0]} and {len(dense) - 1} more have no experts; llama.cpp's {architecture} has "
+            "them in every layer."
+        )
+
+
+def check_own_head(settings: Mapping[str, Any], architecture: str) -> None:
+    """Raises QtoolError for a tied head, of which llama.cpp's ``architecture`` knows nothing."""
+    if settings.get("tie_word_embeddings"):
+        raise QtoolError(
+            f"config.json: tie_word_embeddings is true; llama.cpp's {architecture} takes a head of its own alone. Save "
+            "the head as a tensor and set it to false."
+        )
+
+
+def mixed_decoder(mixture: Mixture) -> Callable[[Geometry, int], tuple[Feed, ...]]:
+    """Feeds of attention and, by layer, of a mixture or of a gated MLP."""
+
+    def feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
+        if shape.is_sparse(layer):
+            return (*attention_feeds(shape), *mixture_feeds(mixture, shape))
+        return (
+            *attention_feeds(shape),
+            Feed(Norm("post_attention_layernorm"), (whole(GATE), whole(UP))),
+            Feed(Rows(whole(UP)), (whole(DOWN),), split=True, adds=True),
+        )
+
+    return feeds
+
+
+def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
+    """One input for the gate and up of every expert, the router and the shared expert's gate; and each expert's own
+    input of its down."""
+    experts = range(shape.experts)
+    read = [mixture.matrix(shape, expert, part) for expert in experts for part in ("gate", "up")]
+    downs = [
+        Feed(Rows(mixture.matrix(shape, expert, "up")), (mixture.matrix(shape, expert, "down"),), split=True)
+        for expert in experts
+    ]
+    if mixture.shared:
+        gate, up, down = (whole(f"{mixture.shared}.{part}_proj") for part in ("gate", "up", "down"))
+        read += [gate, up]
+        downs.append(Feed(Rows(up), (down,), split=True))
+    also = (mixture.router, *((mixture.shared_gate,) if mixture.shared_gate else ()))
+    return (Feed(Norm("post_attention_layernorm"), tuple(read), also=also), *downs)
+
+
+def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Shape]]:
+    """Name -> shape of the tensors of a layer's MLP, a mixture or not."""
+
+    def tensors(shape: Geometry, layer: int) -> dict[str, Shape]:
+        if not shape.is_sparse(layer):
+            return gated_tensors(shape, layer)
+        hidden, inner, shared = shape.hidden, shape.expert_width, shape.shared_width
+        found: dict[str, Shape] = {mixture.router: (shape.experts, hidden)}
+        if mixture.score_bias:
+            found[mixture.score_bias] = (shape.experts,)
+        if mixture.fused:
+            found |= {GATE_UP: (shape.experts, 2 * inner, hidden), DOWN_STACK: (shape.experts, hidden, inner)}
+        else:
+            sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+            for expert in range(shape.experts):
+                found |= {f"{mixture.module(expert, part)}.weight": size for part, size in sizes.items()}
+        if mixture.shared:
+            found |= {f"{mixture.shared}.{part}_proj.weight": (shared, hidden) for part in ("gate", "up")}
+            found[f"{mixture.shared}.down_proj.weight"] = (hidden, shared)
+        return found | ({mixture.shared_gate: (1, hidden)} if mixture.shared_gate else {})
+
+    return tensors
+
+
+def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as files hold them (fused or each alone), as transformers' layer holds them. Names are below
+    the layer; a layer without experts is returned as it is. Raises KeyError naming an expert that is missing."""
+    alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in PARTS}
+    taken = {name for names in alone.values() for name in names}
+    found = {_renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
+    if not any(name in tensors for name in taken):
+        return found
+    pairs = zip(alone["gate"], alone["up"], strict=True)
+    found[GATE_UP] = torch.stack([torch.cat([tensors[gate], tensors[up]]) for gate, up in pairs])
+    found[DOWN_STACK] = torch.stack([tensors[name] for name in alone["down"]])
+    return found
+
+
+def in_files(mixture: Mixture, experts: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `in_memory`, as files of this mixture hold them: views where experts lie alone."""
+    found = {_renamed(name, BLOCK, mixture.block): tensor for name, tensor in state.items()}
+    if mixture.fused or GATE_UP not in state:
+        return found
+    gate_up, down = state[GATE_UP], state[DOWN_STACK]
+    for name in (GATE_UP, DOWN_STACK):
+        del found[_renamed(name, BLOCK, mixture.block)]
+    for expert in range(experts):
+        gate, up = gate_up[expert].chunk(2)
+        for part, held in (("gate", gate), ("up", up), ("down", down[expert])):
+            found[f"{mixture.module(expert, part)}.weight"] = held
+    return found
+
+
+def assembled(
+    mixture: Mixture, prefix: str, shapes: Mapping[str, Shape], stream: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A stream of a model's tensors as files hold them, as transformers holds them. An expert is copied into its place
+    as it comes, so that no layer is there twice. ``prefix``: of all layers; ``shapes``: of the tensors in memory.
+    Raises QtoolError naming an expert that never came, or is unlike the others."""
+    parts = {getattr(mixture, part): part for part in PARTS}
+    layer, block, names = re.escape(prefix), re.escape(mixture.block), "|".join(map(re.escape, parts))
+    expert_of = re.compile(rf"({layer}\d+\.){block}\.experts\.(\d+)\.({names})\.weight")
+    inside = re.compile(rf"({layer}\d+\.)(.*)")
+    stacks: dict[str, Tensor] = {}
+    missing: dict[str, set[str]] = {}
+    for name, tensor in stream:
+        found = expert_of.fullmatch(name)
+        if found is None:
+            other = inside.fullmatch(name)
+            yield (other[1] + _renamed(other[2], mixture.block, BLOCK) if other else name), tensor
+            continue
+        at, expert, part = found[1], int(found[2]), parts[found[3]]
+        stack = at + (DOWN_STACK if part == "down" else GATE_UP)
+        if stack not in shapes:
+            continue  # of a layer that the model does not have
+        if stack not in stacks:
+            count, rows, columns = shapes[stack]
+            stacks[stack] = tensor.new_empty(count, rows, columns)
+            beside = ("down",) if part == "down" else ("gate", "up")
+            missing[stack] = {f"{at}{mixture.module(e, one)}.weight" for e in range(count) for one in beside}
+        held = stacks[stack][expert] if name in missing[stack] else None
+        place = held if held is None or part == "down" else held.chunk(2)[part == "up"]
+        if place is None or place.shape != tensor.shape:
+            raise QtoolError(f"{name} is {list(tensor.shape)}, and config.json has no place for it among its experts.")
+        place.copy_(tensor)
+        missing[stack].discard(name)
+        if not missing[stack]:
+            yield stack, stacks.pop(stack)
+    for stack in stacks:
+        lost = sorted(missing[stack])
+        raise QtoolError(f"the model lacks {lost[0]} ({len(lost)} tensors of experts missing).")
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(f"{old}.") else name

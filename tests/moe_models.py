@@ -1,0 +1,27 @@
+"""Small models with mixtures of experts: what changes of `small_models.make_model` for each architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": True,
+    },
+    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "Qwen2Moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
+    "Glm4Moe": {
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True,
+        "attention_bias": True, "norm_topk_prob": True,
+    },
+    "Olmoe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
+        "norm_topk_prob": False, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
