@@ -72,7 +72,7 @@ def _count(target: Target) -> str:
     """`8.2B`, as theirs."""
     g, manifest = target.server.headers.geometry, target.artifact.manifest
     embeddings = g.vocab * g.hidden * (1 if g.tied else 2)
-    number = manifest.parameters if manifest else g.layer_linears * g.layers + embeddings  # norms are left out
+    number = manifest.parameters if manifest else g.linears + g.idle + embeddings  # norms are left out
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= scale:
             return f"{number / scale:.3g}{unit}"

@@ -51,7 +51,7 @@ def shares(seen: Observation, plan: PlannedServer) -> Shares | None:
     prefill = None
     if seen.prompt_rate is not None and plan.setting.card.bf16 is not None:
         g, fresh = plan.setting.geometry, seen.prompt_rate * (1 - (seen.hits or 0.0))
-        linears = 2 * g.layer_linears * g.layers * g.loops  # without attention, which grows with lengths unknown here
+        linears = 2 * g.linears * g.loops  # without attention, which grows with lengths unknown here
         prefill = fresh * linears / (PEAK * plan.setting.card.bf16 * plan.setting.at_once)
     return Shares(seen.generated_rate / sequences * weights_only, "bandwidth" if by_bus else "compute", prefill)
 
