@@ -18,6 +18,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep all here; outputs that are there are taken")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables between its marks")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended
     try:
         if args.work:
             args.work.mkdir(parents=True, exist_ok=True)

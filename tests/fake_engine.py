@@ -145,9 +145,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """As `vllm serve FOLDER …`."""
-    print(f"Using FakeLinearKernel; the environment holds {os.environ.get('HF_TOKEN', 'no token')}", flush=True)
+    print("Using FakeLinearKernel", flush=True)
+    print(f"Error: the environment holds {os.environ.get('HF_TOKEN', 'no token')}", flush=True)
     if "dies" in FAULTS:
         print(f"ValueError: no room for the cache; key {'hf_' + 'planted8315xyz'}", flush=True)
+        print("\n".join(f"  frame {i}" for i in range(20)), flush=True)
         sys.exit(5)
     Handler.model = Model(sys.argv[1:])
     if child := os.environ.get("QTOOL_FAKE_CHILD"):

@@ -359,7 +359,10 @@ def test_a_proof(artifact: Path) -> None:
             "endless": ("stop tokens", "does not end at token 0 (finish_reason 'length'"),
             "short": ("longest prompt", "255 tokens: http"),
             "fewer blocks": ("cache", "8 blocks of 128 tokens, 9 of 128 planned"),
-            "no sharing": ("shared prefix", "of 128 shared tokens 0 came from the cache, 128 planned"),
+            "no sharing": (
+                "shared prefix",
+                "of 128 shared tokens 0 (0 blocks, 0.00 MiB) came from the cache, 128 planned",
+            ),
             "larger chunks": ("chunked prefill", "1 steps of up to 2,048 by the plan; the server says 4,096"),
             "preempting": ("preemptions", "7"),
         },

@@ -114,7 +114,7 @@ def stops(planned: PlannedServer, server: Server, ends: Sequence[int], ids: Sequ
 def longest_prompt(planned: PlannedServer, server: Server, numbers: Numbers) -> Iterator[Finding]:
     """A prompt that fills the planned context but for one token, and one that is too long."""
     context, what = planned.serving.context, "longest prompt"
-    source, vocabulary = random.Random(1), planned.headers.geometry.vocab
+    source, vocabulary = random.Random("longest"), planned.headers.geometry.vocab
     started = time.perf_counter()
     try:
         complete(server.url, planned.serving.name, random_prompt(source, context - 1, vocabulary))

@@ -6,6 +6,7 @@ Whatever happens here, nothing is left running: the group is asked to end, and k
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,9 @@ from qtool.evaluate.sandbox.secrets import for_child, hidden
 PATIENCE = 900.0  # seconds in which a server must be able to answer: weights are read, kernels compiled
 GRACE = 15.0  # seconds that it has to end when it is asked to
 POLL, DYING = 0.25, 1.0
-FIRST, LAST = 2000, 12  # lines of its log that are kept, and those that are shown where it ended by itself
+FIRST, KEPT = 2000, 400  # lines of its log that are kept, of its beginning and of its end
+LAST, CAUSES = 8, 4  # that are shown where it ended by itself: its last, and those before them that name an error
+_CAUSE = re.compile(r"\b\w+(Error|Exception): |\b[Ee]rror: ")
 LONGEST = 4096  # bytes of a line
 
 
@@ -37,7 +40,7 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     first: list[str] = field(default_factory=list)
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST))
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT))
     started: float = field(default_factory=time.monotonic)
 
     def log(self) -> list[str]:
@@ -63,7 +66,9 @@ class Server:
     def fault(self, what: str) -> QtoolError:
         """One line on what is wrong, and the last of what the server said."""
         time.sleep(POLL)  # its last words may still be on their way
-        said = [line for line in list(self.lines) if line.strip()]
+        told = [line for line in list(self.lines) if line.strip()]
+        causes = dict.fromkeys(line for line in told[:-LAST] if _CAUSE.search(line))
+        said = [*list(causes)[-CAUSES:], *told[-LAST:]]
         shown = "\n".join(f"  | {line[:300]}" for line in said)
         return QtoolError(f"{self.name}: the server {what}." + (f" It said last:\n{shown}" if shown else ""), 3)
 

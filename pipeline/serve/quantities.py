@@ -25,6 +25,7 @@ TRIES = 3  # of each time that is compared
 TOKENS, ANSWER = 32, 64  # of an answer that is timed alone, and beside a long prompt
 SPEED_PROMPT = 256  # tokens, at most
 CHANCE = 8  # tokens that random prompts may have in common
+MIB = 2**20
 Numbers = dict[str, float]
 
 
@@ -88,7 +89,7 @@ def speed(planned: PlannedServer, served: ServedModel, numbers: Numbers) -> Iter
 def _seconds(planned: PlannedServer, served: ServedModel, context: int, users: int, tokens: int) -> float:
     """Until all of ``users`` have ``tokens``, the median of some tries, each with prompts that no cache has seen. When
     the pieces of a stream arrive tells nothing where client and server share a processor."""
-    source = random.Random(tokens)
+    source = random.Random(f"speed {users} {tokens}")
     vocabulary = planned.headers.geometry.vocab
     walls = []
     for _ in range(TRIES):
@@ -112,7 +113,7 @@ def shared(planned: PlannedServer, server: Server, probe: Probe, numbers: Number
     if tokens + tail >= context:
         return Finding(what="shared prefix", outcome="not asked", detail=f"the context has {context} tokens only")
     plan = shared_prefix(planned.setting, tokens, planned.serving.sequences)
-    source, vocabulary = random.Random(2), planned.headers.geometry.vocab
+    source, vocabulary = random.Random("shared"), planned.headers.geometry.vocab
     first: list[float] = []
     later: list[float] = []
     hits: list[float] = []
@@ -127,6 +128,7 @@ def shared(planned: PlannedServer, server: Server, probe: Probe, numbers: Number
     found, wasted = statistics.median(hits[1::2]), statistics.median(hits[0::2])
     cold, warm = statistics.median(first), statistics.median(later)
     saved = cold - warm
+    numbers |= {"shared_blocks": found / block, "shared_blocks_planned": plan.held / block}
     numbers |= {"shared_tokens": found, "shared_tokens_planned": plan.held, "shared_saved_seconds": saved}
     numbers |= {"shared_blocks_saved_planned": plan.blocks, "shared_bytes_saved_planned": plan.nbytes}
     numbers |= {"first_token_cold_seconds": cold, "first_token_warm_seconds": warm}
@@ -134,10 +136,12 @@ def shared(planned: PlannedServer, server: Server, probe: Probe, numbers: Number
     if plan.seconds is not None:
         numbers["shared_saved_seconds_least"] = plan.seconds.best
         expected = f", {1e3 * plan.seconds.best:.2g} at least by the plan"
+    size = found * planned.token_bytes / MIB
     detail = (
-        f"of {tokens} shared tokens {found:.0f} came from the cache, {plan.held} planned; a first token came "
-        f"{1e3 * saved:.3g} ms sooner{expected}; {plan.users} users save {plan.blocks:,} blocks, "
-        f"{plan.nbytes / 2**20:.1f} MiB"
+        f"of {tokens} shared tokens {found:.0f} ({found / block:.0f} blocks, {size:.2f} MiB) "
+        f"came from the cache, {plan.held} planned; a first token came "
+        f"{1e3 * saved:.3g} ms sooner{expected}; by it {plan.users} users save {plan.blocks:,} blocks, "
+        f"{plan.nbytes / MIB:.2f} MiB"
     )
     good = 0 <= found - plan.held < CHANCE and wasted < CHANCE
     return Finding(what="shared prefix", outcome="pass" if good else "fail", detail=detail)
@@ -148,7 +152,7 @@ def chunked(planned: PlannedServer, server: Server, probe: Probe, numbers: Numbe
     s = planned.serving
     tokens, made = min(s.context - 2, 4 * s.prefill), min(ANSWER, s.context // 2)
     plan = chunked_prefill(planned.setting, tokens, s.prefill)
-    source, vocabulary = random.Random(3), planned.headers.geometry.vocab
+    source, vocabulary = random.Random("chunked"), planned.headers.geometry.vocab
 
     def ask(length: int, answer: int) -> float:
         started = time.perf_counter()
