@@ -170,6 +170,9 @@ class ServedModel:
             raise QtoolError(f"{url}: " + ("the answer broke off." if times else "answered without a token."), 3)
         return times, made, cached
 
+    def prepare(self, windows: Tensor) -> None:
+        """Nothing."""
+
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
         return None
