@@ -29,6 +29,8 @@ from qtool.quantize.precision import subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, residual_metric
 
 SWEEPS = 3
+ROUNDS = 1
+RANGED = 1
 VISIT = 256  # columns whose errors meet the others' in one product: a super-block, or eight blocks
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of the range of the weights wanted
 FINALISTS = 2
@@ -105,7 +107,7 @@ def quantize(target: Tensor, factor: Factor, gram: Tensor, type_name: str) -> Gg
     plain = quantize_ggml(target, type_name, gram.diagonal() / gram.diagonal().mean())
     if type_name not in KINDS:
         return plain
-    blocks = descend(target, begin(target, factor, type_name), gram).blocks(type_name)
+    blocks = descend(target, begin(target, factor, type_name), gram, SWEEPS).blocks(type_name)
     worse = _row_loss(blocks, target, gram) > _row_loss(plain, target, gram)
     return GgmlBlocks(torch.where(worse, plain.data, blocks.data), type_name, blocks.shape)
 
@@ -137,7 +139,8 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> Chosen:
             number = (visit.start + start) // kind.size
             aim = aims[:, here].contiguous()
             problem = Problem(aim, torch.zeros_like(aim), aim, metrics[number])
-            _visit(chosen, number, problem, visit.start // VISIT, True)
+            for rounds in range(ROUNDS):
+                _visit(chosen, number, problem, visit.start // VISIT, rounds == 0)
             error = aim - _weights(chosen, number)
             spread[:, here] = torch.linalg.solve_triangular(upper[here, here], error, upper=True, left=False)
             aims[:, here.stop :].addmm_(spread[:, here], upper[here, here.stop :], alpha=-1)
@@ -162,7 +165,7 @@ def descend(target: Tensor, chosen: Chosen, gram: Tensor, sweeps: int = SWEEPS) 
                 number = (visit.start + start) // kind.size
                 here, own = _weights(chosen, number), slope[:, inside].contiguous()
                 problem = Problem(here, own, here - own @ inverses[number], metric[inside, inside].contiguous())
-                _visit(chosen, number, problem, visit.start // VISIT, sweep == 0)
+                _visit(chosen, number, problem, visit.start // VISIT, sweep < RANGED)
                 slope.addmm_(_weights(chosen, number) - here, metric[inside])
             if kind.steps is not None:
                 _refit(chosen, visit, slope, metric)
@@ -212,31 +215,40 @@ def _count(value: Tensor, unit: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The scales and shifts that a sub-block may have: ``unit [out, 1]`` d and dmin, used where ``kind`` has steps."""
+    """The scales and shifts that a sub-block may have: multiples of ``d`` and ``dmin`` ``[out, 1]`` where ``kind`` has
+    steps, else float16."""
 
     kind: Kind
     d: Tensor
     dmin: Tensor
 
-    def scale(self, wished: Tensor, more: int = 0) -> Tensor:
-        """The nearest to ``wished``, and ``more`` steps on."""
+    def scale(self, wished: Tensor, more: Tensor | None = None) -> Tensor:
+        """The nearest to ``wished [.., out, 1]``, and ``more`` steps on."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        return (_count(wished, self.d) + more).clamp(*self.kind.steps) * self.d
+        count = _count(wished, self.d)
+        return (count if more is None else count + more).clamp_(*self.kind.steps) * self.d
 
     def shift(self, wished: Tensor) -> Tensor:
+        """The nearest to ``wished``."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        return _count(wished, self.dmin).clamp(*self.kind.steps) * self.dmin
+        return _count(wished, self.dmin).clamp_(*self.kind.steps) * self.dmin
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A start: ``codes [out, size]``, ``scale`` and ``shift [out, 1]``."""
+class _Pairs:
+    """Starts, one below the other: ``codes [n, out, size]``, ``scale`` and ``shift [n, out, 1]``."""
 
     codes: Tensor
     scale: Tensor
     shift: Tensor
+
+    def pick(self, rank: Tensor) -> _Pairs:
+        """By row; ``rank [m, out]``."""
+        place = rank.unsqueeze(-1)
+        codes = self.codes.gather(0, place.expand(-1, -1, self.codes.shape[2]))
+        return _Pairs(codes, self.scale.gather(0, place), self.shift.gather(0, place))
 
 
 def _visit(chosen: Chosen, number: int, problem: Problem, above: int, ranges: bool) -> None:
@@ -244,56 +256,48 @@ def _visit(chosen: Chosen, number: int, problem: Problem, above: int, ranges: bo
     kind, one, size = chosen.kind, slice(number, number + 1), chosen.kind.size
     columns = slice(number * size, (number + 1) * size)
     stored = _Stored(kind, chosen.d[:, above : above + 1], chosen.dmin[:, above : above + 1])
-    current = _Pair(chosen.codes[:, columns], chosen.scale[:, one], chosen.shift[:, one])
-    starts = [current, *_least_squares(problem, current, stored)]
+    current = _Pairs(chosen.codes[None, :, columns], chosen.scale[None, :, one], chosen.shift[None, :, one])
+    starts = [current, _least_squares(problem, current, stored)]
     if ranges:
-        starts += _ranges(problem, stored)
+        starts.append(_ranges(problem, stored))
     best = _best(problem, kind, starts)
-    chosen.codes[:, columns], chosen.scale[:, one], chosen.shift[:, one] = best.codes, best.scale, best.shift
+    chosen.codes[:, columns], chosen.scale[:, one], chosen.shift[:, one] = best.codes[0], best.scale[0], best.shift[0]
 
 
-def _least_squares(problem: Problem, current: _Pair, stored: _Stored) -> list[_Pair]:
+def _least_squares(problem: Problem, current: _Pairs, stored: _Stored) -> _Pairs:
     """The scale that is best for these codes, and its neighbours, each with the shift that is best beside it."""
-    codes = current.codes
-    gap = codes * current.scale - current.shift - problem.here
-    half = problem.slope + gap @ problem.metric  # half the gradient
+    codes, scale, shift = current.codes[0], current.scale[0], current.shift[0]
+    half = torch.addmm(problem.slope, codes * scale - shift - problem.here, problem.metric)  # of the gradient
     product = codes @ problem.metric
     curve, lean = (codes * product).sum(1, keepdim=True), (codes * half).sum(1, keepdim=True)
+    more = None if stored.kind.steps is None else torch.arange(-1.0, 2.0, device=codes.device)[:, None, None]
     if not stored.kind.affine:
-        wished = current.scale - lean / curve.clamp_min(TINY)
-        return [_Pair(codes, stored.scale(wished, more), current.shift) for more in _nudges(stored)]
+        scales = stored.scale((scale - lean / curve.clamp_min(TINY))[None], more)
+        return _Pairs(codes.expand(len(scales), -1, -1), scales, shift.expand_as(scales))
     ones = problem.metric.sum().clamp_min(TINY)
     cross, level = product.sum(1, keepdim=True), half.sum(1, keepdim=True)
     rest = curve - cross * cross / ones  # of the scale, once the shift follows
     step = torch.where(rest > 1e-6 * curve, (cross * level / ones - lean) / rest.clamp_min(TINY), 0.0)
-    pairs = []
-    for more in _nudges(stored):
-        scale = stored.scale(current.scale + step, more)
-        shift = current.shift + (level + (scale - current.scale) * cross) / ones
-        pairs.append(_Pair(codes, scale, stored.shift(shift)))
-    return pairs
+    scales = stored.scale((scale + step)[None], more)
+    shifts = stored.shift(shift + (level + (scales - scale) * cross) / ones)
+    return _Pairs(codes.expand(len(scales), -1, -1), scales, shifts)
 
 
-def _nudges(stored: _Stored) -> tuple[int, ...]:
-    return (0,) if stored.kind.steps is None else (-1, 0, 1)
-
-
-def _ranges(problem: Problem, stored: _Stored) -> list[_Pair]:
+def _ranges(problem: Problem, stored: _Stored) -> _Pairs:
     """FINALISTS among RATIOS of the range of ``problem.aim``, by plain rounding."""
     kind, aim = stored.kind, problem.aim
-    low, high = aim.amin(1, keepdim=True), aim.amax(1, keepdim=True)
-    pairs = []
-    for ratio in RATIOS:
-        if kind.affine:
-            scale = stored.scale((high.clamp_min(0) - low.clamp_max(0)) * ratio / kind.top)
-            shift = stored.shift(low.clamp_max(0) * -ratio)
-        else:
-            widest = torch.maximum(high, -low) * ratio / -kind.low
-            scale, shift = stored.scale(torch.where(-low > high, widest, -widest)), torch.zeros_like(low)
-        pairs.append(_Pair(_nearest(aim, scale, shift, kind), scale, shift))
-    losses = torch.cat([_loss(problem, pair) for pair in pairs], 1)
-    order = losses.argsort(1)[:, :FINALISTS]
-    return [_pick(pairs, rank) for rank in order.split(1, 1)]
+    low, high = aim.aminmax(dim=1, keepdim=True)
+    ratios = torch.tensor(RATIOS, device=aim.device)[:, None, None]
+    if kind.affine:
+        low = low.clamp_max(0)
+        scale = stored.scale((high.clamp_min(0) - low) * ratios / kind.top)
+        shift = stored.shift(low * -ratios)
+    else:
+        widest = torch.where(-low > high, -low, -high)  # the longer side has one level more
+        scale = stored.scale(widest * ratios / -kind.low)
+        shift = torch.zeros_like(scale)
+    pairs = _Pairs(_nearest(aim, scale, shift, kind), scale, shift)
+    return pairs.pick(_loss(problem, pairs).argsort(0)[:FINALISTS])
 
 
 def _nearest(weights: Tensor, scale: Tensor, shift: Tensor, kind: Kind) -> Tensor:
@@ -301,33 +305,22 @@ def _nearest(weights: Tensor, scale: Tensor, shift: Tensor, kind: Kind) -> Tenso
     return ratio.round_().clamp_(kind.low, kind.low + kind.top)
 
 
-def _loss(problem: Problem, pair: _Pair) -> Tensor:
-    """``[out, 1]``."""
-    gap = pair.codes * pair.scale - pair.shift - problem.here
-    return ((gap @ problem.metric + 2 * problem.slope) * gap).sum(1, keepdim=True)
+def _loss(problem: Problem, pairs: _Pairs) -> Tensor:
+    """``[n, out]``."""
+    gap = pairs.codes * pairs.scale - pairs.shift - problem.here
+    return ((gap @ problem.metric + 2 * problem.slope) * gap).sum(2)
 
 
-def _pick(pairs: list[_Pair], rank: Tensor) -> _Pair:
-    """By row; ``rank [out, 1]``."""
-    codes = torch.stack([pair.codes for pair in pairs])
-    picked = codes.gather(0, rank.t().unsqueeze(-1).expand(1, -1, codes.shape[2])).squeeze(0)
-    scales, shifts = (torch.cat(part, 1) for part in ([p.scale for p in pairs], [p.shift for p in pairs]))
-    return _Pair(picked, scales.gather(1, rank), shifts.gather(1, rank))
-
-
-def _best(problem: Problem, kind: Kind, starts: list[_Pair]) -> _Pair:
+def _best(problem: Problem, kind: Kind, starts: list[_Pairs]) -> _Pairs:
     """Every start with codes by coordinate descent, all in one call; the best by row."""
-    count, out = len(starts), problem.here.shape[0]
-    shift, scale = (torch.cat(part) for part in ([p.shift for p in starts], [p.scale for p in starts]))
-    zero = torch.full_like(scale, -kind.low)
-    here, slope, aim = (part.repeat(count, 1) for part in (problem.here, problem.slope, problem.aim))
-    shifted = Problem(here + shift, slope, aim + shift, problem.metric)
-    group = Group(torch.cat([pair.codes for pair in starts]), scale, zero)
-    codes = descent.choose(shifted, kind.levels, (), group, scales=False).levels
-    parts = zip(codes.split(out), scale.split(out), shift.split(out), strict=True)
-    found = [_Pair(*part) for part in parts]
-    losses = torch.cat([_loss(problem, pair) for pair in found], 1)
-    return _pick(found, losses.argmin(1, keepdim=True))
+    codes, scale, shift = (torch.cat(part) for part in zip(*((p.codes, p.scale, p.shift) for p in starts), strict=True))
+    here, zero = (problem.here + shift).flatten(0, 1), torch.full_like(scale, -kind.low).flatten(0, 1)
+    slope = problem.slope.expand_as(codes).flatten(0, 1)
+    group = Group(codes.flatten(0, 1), scale.flatten(0, 1), zero)
+    shifted = Problem(here, slope, here, problem.metric)  # nothing is made of the aim
+    codes = descent.choose(shifted, kind.levels, (), group, scales=False).levels.reshape(codes.shape)
+    found = _Pairs(codes, scale, shift)
+    return found.pick(_loss(problem, found).argmin(0, keepdim=True))
 
 
 def _refit(chosen: Chosen, visit: slice, slope: Tensor, metric: Tensor) -> None:
