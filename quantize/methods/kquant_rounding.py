@@ -18,87 +18,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
-from qtool.convert.formats.gguf.ggml_fields import Fields, pack
+from qtool.convert.formats.gguf.ggml import GgmlBlocks
 from qtool.quantize import descent
-from qtool.quantize.descent import Group, Levels, Problem
+from qtool.quantize.descent import Group, Problem
 from qtool.quantize.grid import diagonal_blocks
 from qtool.quantize.methods.ggml import quantize_ggml
+from qtool.quantize.methods.kquant_blocks import KINDS, Chosen, Kind, count_of, of_blocks
 from qtool.quantize.methods.kquant_candidates import HALF_MAX
 from qtool.quantize.precision import subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, residual_metric
 
 SWEEPS = 3
-ROUNDS = 1
-RANGED = 1
+ROUNDS = 2  # at a sub-block in the first pass: its second starts from the codes that the first found
 VISIT = 256  # columns whose errors meet the others' in one product: a super-block, or eight blocks
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of the range of the weights wanted
 FINALISTS = 2
 TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class Kind:
-    """``size``: columns of a sub-block; ``low``: the least code, ``top`` more the greatest; ``steps``: the least and
-    greatest multiple of d, None where a block has a float16 scale of its own; ``affine``: with a shift."""
-
-    size: int
-    low: int
-    top: int
-    steps: tuple[int, int] | None
-    affine: bool
-
-    @property
-    def levels(self) -> Levels:
-        """For `descent.choose`, of weights that the shift was added to."""
-        return Levels(self.top, self.size, torch.float32, sym=not self.affine)
-
-
-KINDS = {
-    "Q4_K": Kind(32, 0, 15, (0, 63), True), "Q5_K": Kind(32, 0, 31, (0, 63), True),
-    "Q6_K": Kind(16, -32, 63, (-128, 127), False), "Q5_1": Kind(32, 0, 31, None, True),
-    "Q5_0": Kind(32, -16, 31, None, False), "Q8_0": Kind(32, -128, 255, None, False),
-}  # fmt: skip
-
-
-@dataclass
-class Chosen:
-    """``codes [out, in]``; ``scale, shift [out, in / size]`` with ``weight = scale * code - shift``, as stored; of
-    super-blocks ``d, dmin [out, in / 256]``, which scale and shift are multiples of. All float32."""
-
-    kind: Kind
-    codes: Tensor
-    scale: Tensor
-    shift: Tensor
-    d: Tensor
-    dmin: Tensor
-
-    def weights(self) -> Tensor:
-        """What llama.cpp reads, ``[out, in]``."""
-        codes = self.codes.unflatten(1, (-1, self.kind.size))
-        return (codes * self.scale.unsqueeze(-1) - self.shift.unsqueeze(-1)).flatten(1)
-
-    def blocks(self, type_name: str) -> GgmlBlocks:
-        """As bytes."""
-        out, columns = self.codes.shape
-        elements = BLOCKS[type_name][0]
-        subs = elements // self.kind.size
-        codes, scale, shift = self.codes.reshape(-1, elements), self.scale.reshape(-1, subs), self.shift.reshape(-1, subs)
-        if self.kind.steps is None:
-            one = torch.ones_like(scale)
-            fields = Fields(scale[:, 0], shift[:, 0], one, one if self.kind.affine else 0 * one, codes)
-        else:
-            d, dmin = self.d.reshape(-1), self.dmin.reshape(-1)
-            fields = Fields(d, dmin, _count(scale, d[:, None]), _count(shift, dmin[:, None]), codes)
-        return GgmlBlocks(pack(fields, type_name).view(out, -1), type_name, (out, columns))
-
-
-def of_blocks(blocks: GgmlBlocks) -> Chosen:
-    """What ggml's own search, or an earlier one here, chose."""
-    kind, fields, out = KINDS[blocks.type], blocks.fields(), blocks.shape[0]
-    d, dmin = fields.d.view(out, -1), fields.dmin.view(out, -1)
-    scale, shift = fields.d[:, None] * fields.steps, fields.dmin[:, None] * fields.minima
-    return Chosen(kind, fields.codes.view(out, -1), scale.view(out, -1), shift.view(out, -1), d, dmin)
 
 
 def quantize(target: Tensor, factor: Factor, gram: Tensor, type_name: str) -> GgmlBlocks:
@@ -136,12 +71,13 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> Chosen:
         spread = torch.empty_like(aims)
         for start in range(0, aims.shape[1], kind.size):
             here = slice(start, start + kind.size)
-            number = (visit.start + start) // kind.size
+            columns = slice(visit.start + start, visit.start + here.stop)
+            number = columns.start // kind.size
             aim = aims[:, here].contiguous()
             problem = Problem(aim, torch.zeros_like(aim), aim, metrics[number])
-            for rounds in range(ROUNDS):
-                _visit(chosen, number, problem, visit.start // VISIT, rounds == 0)
-            error = aim - _weights(chosen, number)
+            for done in range(ROUNDS):
+                _visit(chosen, number, problem, ranges=done == 0)
+            error = aim - chosen.weights(columns)
             spread[:, here] = torch.linalg.solve_triangular(upper[here, here], error, upper=True, left=False)
             aims[:, here.stop :].addmm_(spread[:, here], upper[here, here.stop :], alpha=-1)
         subtract_product(weight[:, visit.stop :], spread, factor.upper[visit, visit.stop :])
@@ -152,36 +88,33 @@ def descend(target: Tensor, chosen: Chosen, gram: Tensor, sweeps: int = SWEEPS) 
     """Come back to each sub-block ``sweeps`` times, all others held; never a higher loss than before. ``gram [in,
     in]``: symmetric and positive definite."""
     kind = chosen.kind
-    chosen = Chosen(kind, *(part.clone() for part in _parts(chosen)))
+    parts = (chosen.codes, chosen.scale, chosen.shift, chosen.d, chosen.dmin)
+    chosen = Chosen(kind, *(part.clone() for part in parts))
     inverses = torch.linalg.inv(diagonal_blocks(gram, kind.size))
     error = chosen.weights().sub_(target)
-    for sweep in range(sweeps):
+    for _ in range(sweeps):
         for visit in _visits(target.shape[1]):
             metric = gram[visit, visit]
             with tensor_float32():
                 slope = error @ gram[:, visit]
             for start in range(0, metric.shape[0], kind.size):
                 inside = slice(start, start + kind.size)
-                number = (visit.start + start) // kind.size
-                here, own = _weights(chosen, number), slope[:, inside].contiguous()
+                columns, number = (
+                    slice(visit.start + start, visit.start + inside.stop),
+                    (visit.start + start) // kind.size,
+                )
+                here, own = chosen.weights(columns), slope[:, inside].contiguous()
                 problem = Problem(here, own, here - own @ inverses[number], metric[inside, inside].contiguous())
-                _visit(chosen, number, problem, visit.start // VISIT, sweep < RANGED)
-                slope.addmm_(_weights(chosen, number) - here, metric[inside])
+                _visit(chosen, number, problem)
+                slope.addmm_(chosen.weights(columns) - here, metric[inside])
             if kind.steps is not None:
                 _refit(chosen, visit, slope, metric)
-            block = slice(visit.start // kind.size, visit.stop // kind.size)
-            codes = chosen.codes[:, visit].unflatten(1, (-1, kind.size))
-            read = codes * chosen.scale[:, block].unsqueeze(-1) - chosen.shift[:, block].unsqueeze(-1)
-            torch.sub(read.flatten(1), target[:, visit], out=error[:, visit])
+            torch.sub(chosen.weights(visit), target[:, visit], out=error[:, visit])
     return chosen
 
 
 def _visits(columns: int) -> Iterator[slice]:
     return (slice(start, min(start + VISIT, columns)) for start in range(0, columns, VISIT))
-
-
-def _parts(chosen: Chosen) -> tuple[Tensor, ...]:
-    return chosen.codes, chosen.scale, chosen.shift, chosen.d, chosen.dmin
 
 
 def _empty(weight: Tensor, kind: Kind) -> Chosen:
@@ -202,17 +135,6 @@ def _start(chosen: Chosen, visit: slice, aim: Tensor, upper: Tensor, type_name: 
         chosen.d[:, number : number + 1], chosen.dmin[:, number : number + 1] = found.d, found.dmin
 
 
-def _weights(chosen: Chosen, number: int) -> Tensor:
-    """Of a sub-block ``[out, size]``."""
-    size, one = chosen.kind.size, slice(number, number + 1)
-    return chosen.codes[:, number * size : (number + 1) * size] * chosen.scale[:, one] - chosen.shift[:, one]
-
-
-def _count(value: Tensor, unit: Tensor) -> Tensor:
-    """How often ``unit`` makes up ``value``."""
-    return torch.where(unit == 0, 0.0, value / torch.where(unit == 0, 1.0, unit)).round()
-
-
 @dataclass(frozen=True)
 class _Stored:
     """The scales and shifts that a sub-block may have: multiples of ``d`` and ``dmin`` ``[out, 1]`` where ``kind`` has
@@ -226,14 +148,14 @@ class _Stored:
         """The nearest to ``wished [.., out, 1]``, and ``more`` steps on."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        count = _count(wished, self.d)
+        count = count_of(wished, self.d)
         return (count if more is None else count + more).clamp_(*self.kind.steps) * self.d
 
     def shift(self, wished: Tensor) -> Tensor:
         """The nearest to ``wished``."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        return _count(wished, self.dmin).clamp_(*self.kind.steps) * self.dmin
+        return count_of(wished, self.dmin).clamp_(*self.kind.steps) * self.dmin
 
 
 @dataclass(frozen=True)
@@ -251,10 +173,10 @@ class _Pairs:
         return _Pairs(codes, self.scale.gather(0, place), self.shift.gather(0, place))
 
 
-def _visit(chosen: Chosen, number: int, problem: Problem, above: int, ranges: bool) -> None:
+def _visit(chosen: Chosen, number: int, problem: Problem, ranges: bool = False) -> None:
     """Scale, shift and codes of sub-block ``number``; ``ranges``: those of the weights wanted are tried, too."""
     kind, one, size = chosen.kind, slice(number, number + 1), chosen.kind.size
-    columns = slice(number * size, (number + 1) * size)
+    columns, above = slice(number * size, (number + 1) * size), number * size // VISIT
     stored = _Stored(kind, chosen.d[:, above : above + 1], chosen.dmin[:, above : above + 1])
     current = _Pairs(chosen.codes[None, :, columns], chosen.scale[None, :, one], chosen.shift[None, :, one])
     starts = [current, _least_squares(problem, current, stored)]
@@ -328,7 +250,7 @@ def _refit(chosen: Chosen, visit: slice, slope: Tensor, metric: Tensor) -> None:
     kind, number = chosen.kind, visit.start // VISIT
     above, subs = slice(number, number + 1), slice(visit.start // kind.size, visit.stop // kind.size)
     d, dmin = chosen.d[:, above], chosen.dmin[:, above]
-    steps, minima = _count(chosen.scale[:, subs], d), _count(chosen.shift[:, subs], dmin)
+    steps, minima = count_of(chosen.scale[:, subs], d), count_of(chosen.shift[:, subs], dmin)
     of_d = (chosen.codes[:, visit].unflatten(1, (-1, kind.size)) * steps.unsqueeze(-1)).flatten(1)
     of_dmin = -minima.repeat_interleave(kind.size, 1)
     with tensor_float32():

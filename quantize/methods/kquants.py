@@ -253,7 +253,11 @@ def _half(value: Tensor) -> Tensor:
 
 
 def _packed(
-    type_name: str, d: Tensor, codes: Tensor, dmin: Tensor | None = None, steps: Tensor | None = None,
+    type_name: str,
+    d: Tensor,
+    codes: Tensor,
+    dmin: Tensor | None = None,
+    steps: Tensor | None = None,
     minima: Tensor | None = None,
 ) -> Tensor:
     """Fields with blocks as columns -> bytes ``[blocks, bytes of a block]``."""

@@ -22,7 +22,17 @@ from qtool.convert.formats.shards import Shards
 from qtool.convert.models.feeds import Feed
 from qtool.quantize import descent
 from qtool.quantize.descent import Chosen, Levels
-from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs, UnfoldedWork
+from qtool.quantize.methods.method import (
+    SKIPPED,
+    Inputs,
+    Layer,
+    LayerCodes,
+    LayerWork,
+    Method,
+    Name,
+    Needs,
+    UnfoldedWork,
+)
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.rounding import factorize, propagated_target

@@ -41,7 +41,7 @@ def dequantize(fields: Fields) -> Tensor:
     """float32 ``[blocks, elements]``: in the order of llama.cpp's products."""
     step, offset = fields.d[:, None] * fields.steps, fields.dmin[:, None] * fields.minima
     codes = fields.codes.unflatten(1, (fields.steps.shape[1], -1))
-    return (step[:, :, None] * codes - offset[:, :, None]).flatten(1)
+    return torch.flatten(step[:, :, None] * codes - offset[:, :, None], 1)
 
 
 def _half(data: Tensor) -> Tensor:
