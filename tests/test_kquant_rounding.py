@@ -37,7 +37,8 @@ def damped(gram: Tensor) -> Tensor:
 def loss(weights: Tensor, target: Tensor, gram: Tensor) -> Tensor:
     """By row, in float64."""
     error = (weights - target).double()
-    return ((error @ gram.double()) * error).sum(1)
+    found: Tensor = ((error @ gram.double()) * error).sum(1)
+    return found
 
 
 @pytest.mark.parametrize("type_name", KINDS)

@@ -1,4 +1,4 @@
-"""What a file stores of blocks, as rounding chooses it: scales and shifts from a set, codes, and the way to the bytes."""
+"""ggml's blocks as rounding chooses them: scales and shifts from a set, codes, and the way to the bytes."""
 
 from __future__ import annotations
 
@@ -60,11 +60,8 @@ class Chosen:
         out, columns = self.codes.shape
         elements = BLOCKS[type_name][0]
         subs = elements // self.kind.size
-        codes, scale, shift = (
-            self.codes.reshape(-1, elements),
-            self.scale.reshape(-1, subs),
-            self.shift.reshape(-1, subs),
-        )
+        codes = self.codes.reshape(-1, elements)
+        scale, shift = (part.reshape(-1, subs) for part in (self.scale, self.shift))
         if self.kind.steps is None:
             one = torch.ones_like(scale)
             fields = Fields(scale[:, 0], shift[:, 0], one, one if self.kind.affine else 0 * one, codes)
