@@ -34,7 +34,11 @@ from qtool.evaluate.engines.engine import Decoding, Model, Request, Running, Use
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
+from qtool.make.writer import OutputWriter
+from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.ggml import quantize_ggml
+from qtool.quantize.methods.method import LayerCodes
+from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
 
@@ -223,6 +227,39 @@ def test_llama_cpp_computes_with_the_weights_that_qtool_reads(
             row = expected[position]
             divergences.append(float((row.exp() * (row - found)).sum()))
     assert sum(divergences) / len(divergences) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma"])
+def test_a_stopped_run_goes_on_in_its_own_stream(
+    architecture: str, model_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stood in the file after the first layer leads to the very bytes of a run that nothing stopped: rows are put
+    back in order, norms are without the 1 that Gemma's have there."""
+    model = model_maker(tmp_path / "model", architecture, **({} if architecture == "Llama" else {"vocab_size": 384}))
+    text = f"model: {model}\noutputs: [{{method: gguf, type: Q5_K_M}}]\noutput_dir: "
+    files, writes = [], []
+    tokens = CalibrationSet(torch.randint(3, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
+    write = OutputWriter.write
+
+    def stopping(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
+        writes.append(result.index)
+        if result.index == 1:
+            raise KeyboardInterrupt
+        write(self, result, codes)
+
+    for name in ("whole", "stopped"):
+        (tmp_path / "recipe.yaml").write_text(f"{text}{tmp_path}/{name}\n")
+        loaded = load_recipe(tmp_path / "recipe.yaml")
+        job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
+        if name == "stopped":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(OutputWriter, "write", stopping)
+                make_artifacts(job, tokens)
+            assert writes[-2:] == [0, 1]
+        made = make_artifacts(job, tokens)["gguf"].gguf
+        assert made is not None
+        files.append(made.read_bytes())
+    assert files[0] == files[1]
 
 
 def test_descent_loses_less_than_ggmls_own_blocks(demo: tuple[Job, dict[str, Artifact]]) -> None:

@@ -176,3 +176,21 @@ def test_layers_that_do_not_fit_are_named() -> None:
     stats.finish()
     with pytest.raises(QtoolError, match=r"mlp\.down_proj: does not fit Q4_K, which ends at 65504; set"):
         GgufMethod(method="gguf").begin(layer, Inputs()).round(feed, stats)
+
+
+def test_descent_is_the_default_where_the_text_weighs_the_columns() -> None:
+    from pydantic import ValidationError
+
+    from qtool.quantize.methods.gguf import GgufMethod
+    from qtool.quantize.methods.method import Needs
+
+    def needs(**keys: Any) -> Needs:
+        return GgufMethod.model_validate({"method": "gguf", **keys}).needs
+
+    assert needs() is needs(type="Q6_K", rounding="descent") is Needs.OWN_STREAM
+    assert needs(propagate_error=False) is Needs.GRAM
+    assert needs(rounding="ggml") is Needs.CHANNELS
+    for keys in ({"imatrix": False}, {"imatrix": "file.gguf"}, {"type": "Q8_0"}, {"type": "BF16"}):
+        assert needs(**keys) is needs(**keys, rounding="ggml") is Needs.NOTHING
+        with pytest.raises(ValidationError, match="descent needs `imatrix: true` and a type other than Q8_0, F32"):
+            needs(**keys, rounding="descent")

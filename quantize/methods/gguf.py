@@ -1,4 +1,5 @@
-"""llama.cpp's block formats: each matrix in the type that the plan gives it, its columns weighed by importance."""
+"""llama.cpp's block formats: each matrix in the type that the plan gives it, by ggml's own search with its columns
+weighed by importance, or with blocks that make up for each other's errors."""
 
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ class GgufMethod(Method):
 
     ``imatrix``: weigh errors by the mean square of each input channel over the calibration text (true), by a file that
     llama.cpp's llama-imatrix made (its path), or by nothing but the weights (false).
+    ``rounding``: ``descent`` chooses blocks on Gram matrices of the text, ``ggml`` leaves them to ggml's own search.
+    By default descent where the text weighs the columns, else (``imatrix`` false or a file, Q8_0, floats) ggml.
     """
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -45,7 +48,7 @@ class GgufMethod(Method):
     name: Name = "gguf"
     type: FileType = "Q4_K_M"
     imatrix: bool | Annotated[str, Field(min_length=1)] = True
-    rounding: Literal["descent", "ggml"] = "descent"
+    rounding: Literal["descent", "ggml"] | None = None
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35
@@ -53,14 +56,18 @@ class GgufMethod(Method):
 
     @model_validator(mode="after")
     def _text_for_descent(self) -> GgufMethod:
-        if "rounding" in self.model_fields_set and self.rounding == "descent" and self.imatrix is not True:
-            raise ValueError("`rounding: descent` takes Gram matrices of the calibration text: leave `imatrix` true")
+        if self.rounding == "descent" and not self._weighed_by_text:
+            raise ValueError(f"descent needs `imatrix: true` and a type other than {', '.join(UNWEIGHED)}")
         return self
+
+    @property
+    def _weighed_by_text(self) -> bool:
+        return self.imatrix is True and self.type not in UNWEIGHED
 
     @property
     def needs(self) -> Needs:
         """Nothing of the text, where no block depends on it; else its importance matrix or Gram matrices."""
-        if self.imatrix is not True or self.type in UNWEIGHED:
+        if not self._weighed_by_text:
             return Needs.NOTHING
         if self.rounding == "ggml":
             return Needs.CHANNELS
