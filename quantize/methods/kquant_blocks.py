@@ -11,6 +11,8 @@ from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
 from qtool.convert.formats.gguf.ggml_fields import Fields, pack
 from qtool.quantize.descent import Levels
 
+CHUNK_WEIGHTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -56,19 +58,24 @@ class Chosen:
         return torch.flatten(codes * self.scale[:, groups, None] - self.shift[:, groups, None], 1)
 
     def blocks(self, type_name: str) -> GgmlBlocks:
-        """As bytes."""
+        """As bytes; packed some rows at a time, because packing takes several integers a weight."""
         out, columns = self.codes.shape
+        step = max(1, CHUNK_WEIGHTS // columns)
+        parts = [self._packed(type_name, slice(start, start + step)) for start in range(0, out, step)]
+        return GgmlBlocks(torch.cat(parts), type_name, (out, columns))
+
+    def _packed(self, type_name: str, rows: slice) -> Tensor:
         elements = BLOCKS[type_name][0]
         subs = elements // self.kind.size
-        codes = self.codes.reshape(-1, elements)
-        scale, shift = (part.reshape(-1, subs) for part in (self.scale, self.shift))
+        codes = self.codes[rows].reshape(-1, elements)
+        scale, shift = (part[rows].reshape(-1, subs) for part in (self.scale, self.shift))
         if self.kind.steps is None:
             one = torch.ones_like(scale)
             fields = Fields(scale[:, 0], shift[:, 0], one, one if self.kind.affine else 0 * one, codes)
         else:
-            d, dmin = self.d.reshape(-1), self.dmin.reshape(-1)
+            d, dmin = self.d[rows].reshape(-1), self.dmin[rows].reshape(-1)
             fields = Fields(d, dmin, count_of(scale, d[:, None]), count_of(shift, dmin[:, None]), codes)
-        return GgmlBlocks(pack(fields, type_name).view(out, -1), type_name, (out, columns))
+        return pack(fields, type_name).view(len(self.codes[rows]), -1)
 
 
 def of_blocks(blocks: GgmlBlocks) -> Chosen:

@@ -54,8 +54,9 @@ def _row_loss(blocks: GgmlBlocks, target: Tensor, gram: Tensor) -> Tensor:
 
 
 def workspace(out: int, columns: int) -> int:
-    """Float32 numbers that `quantize` takes at most."""
-    return 6 * out * columns + 16 * out * VISIT
+    """Float32 numbers that `quantize` takes at most: what is wanted, codes before and after, the error and a product;
+    a visit's columns, and the candidates of a sub-block."""
+    return 9 * out * columns // 2 + 4 * out * VISIT
 
 
 def begin(target: Tensor, factor: Factor, type_name: str) -> Chosen:
@@ -68,7 +69,7 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> Chosen:
     for visit in _visits(weight.shape[1]):
         upper, aims = factor.upper[visit, visit], weight[:, visit].clone()
         _start(chosen, visit, aims, upper, type_name)
-        spread = torch.empty_like(aims)
+        stored, spread = _stored_in(chosen, visit), torch.empty_like(aims)
         for start in range(0, aims.shape[1], kind.size):
             here = slice(start, start + kind.size)
             columns = slice(visit.start + start, visit.start + here.stop)
@@ -76,7 +77,7 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> Chosen:
             aim = aims[:, here].contiguous()
             problem = Problem(aim, torch.zeros_like(aim), aim, metrics[number])
             for done in range(ROUNDS):
-                _visit(chosen, number, problem, ranges=done == 0)
+                _visit(chosen, number, problem, stored, ranges=done == 0)
             error = aim - chosen.weights(columns)
             spread[:, here] = torch.linalg.solve_triangular(upper[here, here], error, upper=True, left=False)
             aims[:, here.stop :].addmm_(spread[:, here], upper[here, here.stop :], alpha=-1)
@@ -90,13 +91,13 @@ def descend(target: Tensor, chosen: Chosen, gram: Tensor, sweeps: int = SWEEPS) 
     kind = chosen.kind
     parts = (chosen.codes, chosen.scale, chosen.shift, chosen.d, chosen.dmin)
     chosen = Chosen(kind, *(part.clone() for part in parts))
-    inverses = torch.linalg.inv(diagonal_blocks(gram, kind.size))
     error = chosen.weights().sub_(target)
     for _ in range(sweeps):
         for visit in _visits(target.shape[1]):
             metric = gram[visit, visit]
             with tensor_float32():
                 slope = error @ gram[:, visit]
+            stored = _stored_in(chosen, visit)
             for start in range(0, metric.shape[0], kind.size):
                 inside = slice(start, start + kind.size)
                 columns, number = (
@@ -104,8 +105,7 @@ def descend(target: Tensor, chosen: Chosen, gram: Tensor, sweeps: int = SWEEPS) 
                     (visit.start + start) // kind.size,
                 )
                 here, own = chosen.weights(columns), slope[:, inside].contiguous()
-                problem = Problem(here, own, here - own @ inverses[number], metric[inside, inside].contiguous())
-                _visit(chosen, number, problem)
+                _visit(chosen, number, Problem(here, own, here, metric[inside, inside].contiguous()), stored)
                 slope.addmm_(chosen.weights(columns) - here, metric[inside])
             if kind.steps is not None:
                 _refit(chosen, visit, slope, metric)
@@ -137,25 +137,35 @@ def _start(chosen: Chosen, visit: slice, aim: Tensor, upper: Tensor, type_name: 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The scales and shifts that a sub-block may have: multiples of ``d`` and ``dmin`` ``[out, 1]`` where ``kind`` has
-    steps, else float16."""
+    """The scales and shifts that a sub-block may have: where ``kind`` has steps multiples of ``d`` and ``dmin``
+    ``[out, 1]``, whose inverses lie beside them, else float16. ``nudges [n, 1, 1]``: how far from the best."""
 
     kind: Kind
     d: Tensor
     dmin: Tensor
+    over_d: Tensor
+    over_dmin: Tensor
+    nudges: Tensor
 
-    def scale(self, wished: Tensor, more: Tensor | None = None) -> Tensor:
-        """The nearest to ``wished [.., out, 1]``, and ``more`` steps on."""
+    def scale(self, wished: Tensor, nudged: bool = False) -> Tensor:
+        """The nearest to ``wished [.., out, 1]``; its neighbours, too, where ``nudged``."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        count = count_of(wished, self.d)
-        return (count if more is None else count + more).clamp_(*self.kind.steps) * self.d
+        count = (wished * self.over_d).round_()
+        return (count + self.nudges if nudged else count).clamp_(*self.kind.steps) * self.d
 
     def shift(self, wished: Tensor) -> Tensor:
         """The nearest to ``wished``."""
         if self.kind.steps is None:
             return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        return count_of(wished, self.dmin).clamp_(*self.kind.steps) * self.dmin
+        return (wished * self.over_dmin).round_().clamp_(*self.kind.steps) * self.dmin
+
+
+def _stored_in(chosen: Chosen, visit: slice) -> _Stored:
+    above = slice(visit.start // VISIT, visit.start // VISIT + 1)
+    d, dmin = chosen.d[:, above], chosen.dmin[:, above]
+    over_d, over_dmin = (torch.where(unit == 0, 0.0, 1 / unit) for unit in (d, dmin))
+    return _Stored(chosen.kind, d, dmin, over_d, over_dmin, torch.arange(-1.0, 2.0, device=d.device)[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -173,11 +183,10 @@ class _Pairs:
         return _Pairs(codes, self.scale.gather(0, place), self.shift.gather(0, place))
 
 
-def _visit(chosen: Chosen, number: int, problem: Problem, ranges: bool = False) -> None:
-    """Scale, shift and codes of sub-block ``number``; ``ranges``: those of the weights wanted are tried, too."""
+def _visit(chosen: Chosen, number: int, problem: Problem, stored: _Stored, ranges: bool = False) -> None:
+    """Scale, shift and codes of sub-block ``number``; ``ranges``: those of ``problem.aim`` are tried, too."""
     kind, one, size = chosen.kind, slice(number, number + 1), chosen.kind.size
-    columns, above = slice(number * size, (number + 1) * size), number * size // VISIT
-    stored = _Stored(kind, chosen.d[:, above : above + 1], chosen.dmin[:, above : above + 1])
+    columns = slice(number * size, (number + 1) * size)
     current = _Pairs(chosen.codes[None, :, columns], chosen.scale[None, :, one], chosen.shift[None, :, one])
     starts = [current, _least_squares(problem, current, stored)]
     if ranges:
@@ -192,15 +201,14 @@ def _least_squares(problem: Problem, current: _Pairs, stored: _Stored) -> _Pairs
     half = torch.addmm(problem.slope, codes * scale - shift - problem.here, problem.metric)  # of the gradient
     product = codes @ problem.metric
     curve, lean = (codes * product).sum(1, keepdim=True), (codes * half).sum(1, keepdim=True)
-    more = None if stored.kind.steps is None else torch.arange(-1.0, 2.0, device=codes.device)[:, None, None]
     if not stored.kind.affine:
-        scales = stored.scale((scale - lean / curve.clamp_min(TINY))[None], more)
+        scales = stored.scale((scale - lean / curve.clamp_min(TINY))[None], nudged=True)
         return _Pairs(codes.expand(len(scales), -1, -1), scales, shift.expand_as(scales))
     ones = problem.metric.sum().clamp_min(TINY)
     cross, level = product.sum(1, keepdim=True), half.sum(1, keepdim=True)
     rest = curve - cross * cross / ones  # of the scale, once the shift follows
     step = torch.where(rest > 1e-6 * curve, (cross * level / ones - lean) / rest.clamp_min(TINY), 0.0)
-    scales = stored.scale((scale + step)[None], more)
+    scales = stored.scale((scale + step)[None], nudged=True)
     shifts = stored.shift(shift + (level + (scales - scale) * cross) / ones)
     return _Pairs(codes.expand(len(scales), -1, -1), scales, shifts)
 
