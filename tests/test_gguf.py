@@ -204,9 +204,7 @@ def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, 
 
 
 @pytest.mark.parametrize("name", ["q4", "q5", "ggml"])
-def test_llama_cpp_computes_with_the_weights_that_qtool_reads(
-    name: str, demo: tuple[Job, dict[str, Artifact]]
-) -> None:
+def test_llama_cpp_computes_with_the_weights_that_qtool_reads(name: str, demo: tuple[Job, dict[str, Artifact]]) -> None:
     """It rounds the inputs of a block to eight bits, so the distributions differ a little; with blocks by descent no
     more than with ggml's own."""
     job, artifacts = demo
