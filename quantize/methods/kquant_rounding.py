@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import GgmlBlocks
 from qtool.quantize import descent
-from qtool.quantize.descent import Group, Problem
+from qtool.quantize.descent import Group
 from qtool.quantize.grid import diagonal_blocks
 from qtool.quantize.methods.ggml import quantize_ggml
 from qtool.quantize.methods.kquant_blocks import KINDS, Chosen, Kind, count_of, of_blocks
@@ -136,6 +136,17 @@ def _start(chosen: Chosen, visit: slice, aim: Tensor, upper: Tensor, type_name: 
 
 
 @dataclass(frozen=True)
+class Problem:
+    """The loss of a sub-block's weights w ``[out, g]``: with e = w - here, ``e (2 slope + e metric)ᵀ``, so 0 at
+    ``here``. ``aim``: weights near its minimum, from which candidates are made; ``metric [g, g]``."""
+
+    here: Tensor
+    slope: Tensor
+    aim: Tensor
+    metric: Tensor
+
+
+@dataclass(frozen=True)
 class _Stored:
     """The scales and shifts that a sub-block may have: where ``kind`` has steps multiples of ``d`` and ``dmin``
     ``[out, 1]``, whose inverses lie beside them, else float16. ``nudges [n, 1, 1]``: how far from the best."""
@@ -244,11 +255,11 @@ def _loss(problem: Problem, pairs: _Pairs) -> Tensor:
 def _best(problem: Problem, kind: Kind, starts: list[_Pairs]) -> _Pairs:
     """Every start with codes by coordinate descent, all in one call; the best by row."""
     codes, scale, shift = (torch.cat(part) for part in zip(*((p.codes, p.scale, p.shift) for p in starts), strict=True))
-    here, zero = (problem.here + shift).flatten(0, 1), torch.full_like(scale, -kind.low).flatten(0, 1)
-    slope = problem.slope.expand_as(codes).flatten(0, 1)
-    group = Group(codes.flatten(0, 1), scale.flatten(0, 1), zero)
-    shifted = Problem(here, slope, here, problem.metric)  # nothing is made of the aim
-    codes = descent.choose(shifted, kind.levels, (), group, scales=False).levels.reshape(codes.shape)
+    columns, zero = codes.flatten(0, 1).t().contiguous(), torch.full_like(scale, -kind.low).view(1, -1)
+    linear = (problem.slope - (problem.here + shift) @ problem.metric).flatten(0, 1).t().contiguous()
+    group = Group(columns, scale.reshape(1, -1), zero)
+    better = descent.improve(linear, problem.metric, kind.levels, group, scales=False).levels
+    codes = better.t().reshape(codes.shape)
     found = _Pairs(codes, scale, shift)
     return found.pick(_loss(problem, found).argmin(0, keepdim=True))
 
