@@ -34,7 +34,8 @@ from qtool.quantize.streams import Passage, Stream
 @dataclass(frozen=True)
 class Column:
     """An output as the walk sees it. importance: matrix -> mean square of its input channels, where a file says so;
-    restore: prefix of a finished layer -> its state dict as the artifact holds it, when a run resumes."""
+    restore: prefix of a finished layer -> its state dict as the artifact holds it, as far as it is not the
+    source's, when a run resumes."""
 
     method: Method
     plan: OutputPlan
@@ -257,7 +258,8 @@ class Walk:
             (output,) = (output for output in self.outputs if output.method.name == name)
             assert output.restore is not None
             restored = output.restore(self.decoder.at(index))
-            self._fill(index, {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()})
+            read = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
+            self._fill(index, weights | read)
             advance(layer, states, calls)
         layer.to("meta")
 

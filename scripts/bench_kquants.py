@@ -1,11 +1,13 @@
 """Seconds that a whole 8B model's linears take into Q4_K_M on one accelerator, with importance rows; blocks checked.
 
     python scripts/bench_kquants.py [--layers 32] [--plain] [--profile]
+    python scripts/bench_kquants.py --descent
 
 Llama-3.1-8B geometry (hidden 4096, intermediate 14336, key/value width 1024), random bf16 weights made layer by layer
 and resident when the clock (CUDA events) runs. Types as llama.cpp gives them: Q6_K for half the layers' attn_v and
-ffn_down, Q4_K elsewhere. Sampled rows are compared with the plain PyTorch twin on the CPU. Runs from a checkout without
-an installation: nothing but torch, Triton and click is needed.
+ffn_down, Q4_K elsewhere. Sampled rows are compared with the plain PyTorch twin on the CPU. With --descent one layer of
+the first kind goes into its types by descent on Gram matrices: seconds, loss beside ggml's, and memory beside what
+`workspace` says. Runs from a checkout without an installation: nothing but torch, Triton and click is needed.
 """
 
 from __future__ import annotations
@@ -87,17 +89,51 @@ def check(quantize: Callable[..., Any], weight: torch.Tensor, kind: str, row: to
     return int((kernel != plain).sum())
 
 
+def descend_layer() -> None:
+    """Print a JSON line for each type of each feed, the second call of each type's shapes timed."""
+    from qtool.quantize.methods.kquant_rounding import quantize, workspace
+    from qtool.quantize.methods.kquants import quantize as search
+    from qtool.quantize.rounding import factorize
+
+    weights, total = make_layer(0), 0.0
+    feeds = (("q_proj", "k_proj"), ("v_proj",), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    for names in feeds:
+        target, kind = torch.cat([weights[name].float() for name in names]), type_of(names[0], 0)
+        out, columns = target.shape
+        inputs = torch.randn(3 * columns, columns, device="cuda") @ torch.randn(columns, columns, device="cuda").tril()
+        gram = inputs.t() @ inputs
+        del inputs
+        gram.diagonal().add_(0.1 * gram.diagonal().mean())
+        factor = factorize(gram, 1e-6)
+        quantize(target[:64], factor, gram, kind)  # compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        took = seconds(lambda: quantize(target, factor, gram, kind))  # noqa: B023  # called at once
+        peak = torch.cuda.max_memory_allocated() - before
+        total += took
+        blocks = (quantize(target, factor, gram, kind), search(target, kind, gram.diagonal()))
+        errors = [block.dequantize().sub_(target) for block in blocks]
+        ours, theirs = (float(((error @ gram) * error).sum()) for error in errors)
+        line = {"feed": names, "type": kind, "s": round(took, 3), "loss / ggml's": round(ours / theirs, 3)}
+        print(json.dumps(line | {"MiB": peak >> 20, "workspace MiB": 4 * workspace(out, columns) >> 20}), flush=True)
+    print(json.dumps({"a layer by descent, s": round(total, 3)}), flush=True)
+
+
 def main() -> None:
     """Print one JSON line for the model, one for each other type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--plain", action="store_true", help="without importance rows")
+    parser.add_argument("--descent", action="store_true", help="one layer by descent")
     parser.add_argument("--profile", action="store_true", help="time by kernel for one layer")
     options = parser.parse_args()
     find_package()
     from qtool.quantize.methods.kquants import quantize
 
     print(torch.__version__, torch.cuda.get_device_name(), flush=True)
+    if options.descent:
+        descend_layer()
+        return
     widths = {columns for _, columns in SHAPES.values()}
     importance = {n: None if options.plain else torch.rand(n, device="cuda").pow(4) + 1e-3 for n in widths}
     kinds = ("Q4_K", "Q6_K", *EXTRA)

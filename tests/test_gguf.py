@@ -34,7 +34,11 @@ from qtool.evaluate.engines.engine import Decoding, Model, Request, Running, Use
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
+from qtool.make.writer import OutputWriter
+from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.ggml import quantize_ggml
+from qtool.quantize.methods.method import LayerCodes
+from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import load_recipe
 from qtool.run import _calibrate
 
@@ -108,6 +112,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, dict[str, Artif
     path.write_text(
         "model: qtool-demo\ncalibration: {text: qtool-code, samples: 8, length: 128}\noutputs:\n"
         "  - {method: gguf, name: q4}\n  - {method: gguf, name: plain, imatrix: false}\n"
+        "  - {method: gguf, name: ggml, rounding: ggml}\n  - {method: gguf, name: q5, type: Q5_K_M}\n"
         f"  - {{method: gguf, name: q8, type: Q8_0}}\noutput_dir: {folder}/artifacts\n"
     )
     return convert(path)
@@ -170,10 +175,10 @@ def test_llama_cpp_samples_by_temperature_and_top_p_alone(demo: tuple[Job, dict[
 def test_blocks_are_the_c_codes_with_the_importance_of_the_pass(demo: tuple[Job, dict[str, Artifact]]) -> None:
     """The stored blocks equal a fresh quantization weighed by the published imatrix.gguf, row order included."""
     job, artifacts = demo
-    rows = read_imatrix(artifacts["q4"].path / "imatrix.gguf")
+    rows = read_imatrix(artifacts["ggml"].path / "imatrix.gguf")
     linear = "model.layers.1.self_attn.q_proj"
     weight = job.checkpoint.tensor(f"{linear}.weight")
-    stored = artifacts["q4"].codes(linear)
+    stored = artifacts["ggml"].codes(linear)
     assert stored.equals(quantize_ggml(weight, "Q4_K", rows["blk.1.attn_q.weight"]))
     assert artifacts["plain"].codes(linear).equals(quantize_ggml(weight, "Q4_K"))
     assert not stored.equals(artifacts["plain"].codes(linear))
@@ -181,7 +186,7 @@ def test_blocks_are_the_c_codes_with_the_importance_of_the_pass(demo: tuple[Job,
 
 def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, Artifact]]) -> None:
     job, artifacts = demo
-    rows = read_imatrix(artifacts["q4"].path / "imatrix.gguf")
+    rows = read_imatrix(artifacts["ggml"].path / "imatrix.gguf")
     model = load_model(job.checkpoint.read(), job.config, torch.device("cpu"))
     seen: list[torch.Tensor] = []
     handle = model.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(
@@ -198,15 +203,95 @@ def test_importance_is_the_mean_square_of_the_inputs(demo: tuple[Job, dict[str, 
     torch.testing.assert_close(rows["blk.1.ffn_down.weight"], expected, rtol=precision, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["q4", "q5", "ggml"])
+def test_llama_cpp_computes_with_the_weights_that_qtool_reads(name: str, demo: tuple[Job, dict[str, Artifact]]) -> None:
+    """It rounds the inputs of a block to eight bits, so the distributions differ a little; with blocks by descent no
+    more than with ggml's own."""
+    job, artifacts = demo
+    artifact = artifacts[name]
+    assert artifact.gguf is not None
+    ids = token_windows(job.recipe.calibration, load_tokenizer(job.source.path, False))[0, :48].tolist()
+    reference = load_model(artifact.read(), job.config, torch.device("cpu"))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    tokenizer = load_tokenizer(artifact.path, False)
+    whole = [n for n, row in enumerate(expected) if "\ufffd" not in tokenizer.decode([int(row.argmax())])]
+    divergences = []
+    with llama_cpp.serve(artifact.gguf, 64) as url:
+        for position in whole[::6]:
+            found = torch.full((expected.shape[1],), -torch.inf)
+            for token, value in served.top_logprobs(url, ids[: position + 1], expected.shape[1]).items():
+                found[token] = value
+            row = expected[position]
+            divergences.append(float((row.exp() * (row - found)).sum()))
+    assert sum(divergences) / len(divergences) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma"])
+def test_a_stopped_run_goes_on_in_its_own_stream(
+    architecture: str, model_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stood in the file after the first layer leads to the very bytes of a run that nothing stopped: rows are put
+    back in order, norms are without the 1 that Gemma's have there."""
+    model = model_maker(tmp_path / "model", architecture, **({} if architecture == "Llama" else {"vocab_size": 384}))
+    text = f"model: {model}\noutputs: [{{method: gguf, type: Q5_K_M}}]\noutput_dir: "
+    files, writes = [], []
+    tokens = CalibrationSet(torch.randint(3, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
+    write = OutputWriter.write
+
+    def stopping(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
+        writes.append(result.index)
+        if result.index == 1:
+            raise KeyboardInterrupt
+        write(self, result, codes)
+
+    for name in ("whole", "stopped"):
+        (tmp_path / "recipe.yaml").write_text(f"{text}{tmp_path}/{name}\n")
+        loaded = load_recipe(tmp_path / "recipe.yaml")
+        job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                patch.setattr(OutputWriter, "write", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    make_artifacts(job, tokens)
+            assert writes[-2:] == [0, 1]
+        made = make_artifacts(job, tokens)["gguf"].gguf
+        assert made is not None
+        files.append(made.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_descent_loses_less_than_ggmls_own_blocks(demo: tuple[Job, dict[str, Artifact]]) -> None:
+    """For every matrix of the first feed, whose inputs are the source's, and most others; in files of one size, with
+    types mixed in a layer; while the weights themselves move further away."""
+    _, artifacts = demo
+    q4, ggml = artifacts["q4"], artifacts["ggml"]
+    assert q4.gguf is not None
+    assert ggml.gguf is not None
+    assert q4.gguf.stat().st_size == ggml.gguf.stat().st_size
+    assert q4.manifest is not None
+    assert ggml.manifest is not None
+    ledger, plain = q4.manifest.ledger, ggml.manifest.ledger
+    assert set(ledger) == set(q4.linears())
+    for linear, record in ledger.items():
+        assert record["frobenius"] > plain[linear]["frobenius"], linear
+        if "layers.0.self_attn" in linear and "o_proj" not in linear:
+            assert record["error"] < 0.85 * record["rtn_error"], linear
+    assert {q4.codes(linear).type for linear in q4.linears()} == {"Q4_K", "Q6_K"}  # type: ignore[union-attr]  # blocks
+    outside = "model.embed_tokens"
+    files = [GgufFile.open(one.gguf, one.config) for one in (q4, ggml) if one.gguf is not None]
+    assert torch.equal(*(file.codes(outside).data for file in files))
+
+
 def test_an_imatrix_file_is_used_and_a_wrong_one_refused(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
     _, artifacts = demo
-    file = artifacts["q4"].path / "imatrix.gguf"
+    file = artifacts["ggml"].path / "imatrix.gguf"
     recipe = tmp_path / "recipe.yaml"
     text = f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: {file}}}]\noutput_dir: {tmp_path}/artifacts\n"
     recipe.write_text(text)
     _, made = convert(recipe)
     linear = "model.layers.0.mlp.up_proj"
-    assert made["gguf"].codes(linear).equals(artifacts["q4"].codes(linear))
+    assert made["gguf"].codes(linear).equals(artifacts["ggml"].codes(linear))
     other = tmp_path / "other.gguf"
     write_imatrix(other, {"blk.0.attn_q.weight": torch.ones(7)}, 1, 8, "x")
     recipe.write_text(text.replace(str(file), str(other)).replace("/artifacts", "/more"))
@@ -387,9 +472,10 @@ def test_ollama_reads_its_stops_as_the_model_writes_them() -> None:
 
 
 def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> None:
-    manifest = demo[1]["q4"].manifest
-    assert isinstance(manifest, Manifest)
-    assert {"frobenius", "weighted_error"} <= set(manifest.ledger["model.layers.0.mlp.up_proj"])
+    for name, errors in (("ggml", {"frobenius", "weighted_error"}), ("q4", {"frobenius", "rtn_error", "error"})):
+        manifest = demo[1][name].manifest
+        assert isinstance(manifest, Manifest)
+        assert set(manifest.ledger["model.layers.0.mlp.up_proj"]) == errors
     assert "gguf" in manifest.versions
 
 

@@ -160,13 +160,37 @@ def test_odd_numbers_of_blocks() -> None:
 
 def test_layers_that_do_not_fit_are_named() -> None:
     from qtool.convert.formats.plan import LinearPlan
-    from qtool.convert.models.feeds import whole
+    from qtool.convert.models.feeds import Feed, Nothing, whole
     from qtool.quantize.methods.gguf import GgufMethod
     from qtool.quantize.methods.method import Inputs, Layer
+    from qtool.quantize.statistics import InputStatistics
 
     matrices = (whole("self_attn.q_proj"), whole("mlp.down_proj"))
     tensors = {one.tensor: torch.full((2, 256), 7e4) for one in matrices}
     plans = {one.module: LinearPlan(one.module, 2, 256, 32, 288, "Q4_K") for one in matrices}
     layer = Layer(0, (), matrices, plans, tensors, {}, torch.device("cpu"))
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):
-        GgufMethod(method="gguf").quantize(layer, Inputs())
+        GgufMethod(method="gguf", rounding="ggml").quantize(layer, Inputs())
+    stats, feed = InputStatistics(), Feed(Nothing(), matrices[1:])
+    stats.add(torch.randn(300, 256))
+    stats.finish()
+    with pytest.raises(QtoolError, match=r"mlp\.down_proj: does not fit Q4_K, which ends at 65504; set"):
+        GgufMethod(method="gguf").begin(layer, Inputs()).round(feed, stats)
+
+
+def test_descent_is_the_default_where_the_text_weighs_the_columns() -> None:
+    from pydantic import ValidationError
+
+    from qtool.quantize.methods.gguf import GgufMethod
+    from qtool.quantize.methods.method import Needs
+
+    def needs(**keys: Any) -> Needs:
+        return GgufMethod.model_validate({"method": "gguf", **keys}).needs
+
+    assert needs() is needs(type="Q6_K", rounding="descent") is Needs.OWN_STREAM
+    assert needs(propagate_error=False) is Needs.GRAM
+    assert needs(rounding="ggml") is Needs.CHANNELS
+    for keys in ({"imatrix": False}, {"imatrix": "file.gguf"}, {"type": "Q8_0"}, {"type": "BF16"}):
+        assert needs(**keys) is needs(**keys, rounding="ggml") is Needs.NOTHING
+        with pytest.raises(ValidationError, match="descent needs `imatrix: true` and a type other than Q8_0, F32"):
+            needs(**keys, rounding="descent")

@@ -72,7 +72,8 @@ class TensorFile(Protocol):
         """Read a quantized matrix back, after `flush`."""
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All that was written below ``prefix``, as a reader of the artifact gets it; names without the prefix."""
+        """What was written below ``prefix`` and is not the source's own, as a reader of the artifact gets it; names
+        without the prefix."""
 
     def flush(self) -> None:
         """Let readers of the same files see what was written."""

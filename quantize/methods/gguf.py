@@ -1,4 +1,5 @@
-"""llama.cpp's block formats: each matrix in the type that the plan gives it, its columns weighed by importance."""
+"""llama.cpp's block formats: each matrix in the type that the plan gives it, by ggml's own search with its columns
+weighed by importance, or with blocks that make up for each other's errors."""
 
 from __future__ import annotations
 
@@ -6,16 +7,23 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.format import Gguf
-from qtool.convert.formats.gguf.ggml import FLOATS, load_gguf
+from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks, load_gguf
 from qtool.convert.formats.plan import LinearPlan
+from qtool.convert.models.feeds import Feed, Matrix
+from qtool.quantize.methods import kquant_rounding
 from qtool.quantize.methods.ggml import fits, load_library, quantize_ggml, quantizer_package
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Name, Needs
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs, UnfoldedWork
+from qtool.quantize.methods.number import Number
+from qtool.quantize.precision import tensor_float32
+from qtool.quantize.rounding import factorize, propagated_target
+from qtool.quantize.scaling import output_error
+from qtool.quantize.statistics import InputStatistics
 
 IMPORTANCE = "importance"
 TINY = 1e-12  # its square times a weight's is still a normal float32
@@ -28,6 +36,8 @@ class GgufMethod(Method):
 
     ``imatrix``: weigh errors by the mean square of each input channel over the calibration text (true), by a file that
     llama.cpp's llama-imatrix made (its path), or by nothing but the weights (false).
+    ``rounding``: ``descent`` chooses blocks on Gram matrices of the text, ``ggml`` leaves them to ggml's own search.
+    By default descent where the text weighs the columns, else (``imatrix`` false or a file, Q8_0, floats) ggml.
     """
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -38,12 +48,37 @@ class GgufMethod(Method):
     name: Name = "gguf"
     type: FileType = "Q4_K_M"
     imatrix: bool | Annotated[str, Field(min_length=1)] = True
+    rounding: Literal["descent", "ggml"] | None = None
+    damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    propagate_error: bool = True
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35
     pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
+
+    @model_validator(mode="after")
+    def _text_for_descent(self) -> GgufMethod:
+        if self.rounding == "descent" and not self._weighed_by_text:
+            raise ValueError(f"descent needs `imatrix: true` and a type other than {', '.join(UNWEIGHED)}")
+        return self
+
+    @property
+    def _weighed_by_text(self) -> bool:
+        return self.imatrix is True and self.type not in UNWEIGHED
 
     @property
     def needs(self) -> Needs:
-        """The text's importance matrix, where the blocks of this type depend on one."""
-        return Needs.CHANNELS if self.imatrix is True and self.type not in UNWEIGHED else Needs.NOTHING
+        """Nothing of the text, where no block depends on it; else its importance matrix or Gram matrices."""
+        if not self._weighed_by_text:
+            return Needs.NOTHING
+        if self.rounding == "ggml":
+            return Needs.CHANNELS
+        return Needs.OWN_STREAM if self.propagate_error else Needs.GRAM
+
+    def workspace(self, out: int, columns: int) -> int:
+        """As other methods that compensate."""
+        if not self.needs.gram:
+            return 0
+        weights = out * columns
+        return weights // 2 + max(3 * columns**2 + weights, columns**2 + kquant_rounding.workspace(out, columns))
 
     @property
     def container(self) -> Gguf:
@@ -58,7 +93,7 @@ class GgufMethod(Method):
     @property
     def kept_as(self) -> str | None:
         """The rows that the blocks were weighed by, where qtool measured them."""
-        return IMPORTANCE if self.needs is Needs.CHANNELS else None
+        return IMPORTANCE if self.calibrated else None
 
     def kept_specs(self, matrices: Sequence[LinearPlan]) -> dict[str, Spec]:
         """Mean squares of each matrix's input channels."""
@@ -78,13 +113,16 @@ class GgufMethod(Method):
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
         """Records ``|W - Ŵ| / |W|`` and, where importance is known, the same with every column weighed by it: the
         relative output error on inputs whose channels are uncorrelated. Nothing is recorded outside the layers."""
+        if self.needs.gram and layer.index is not None:
+            work = GgufWork(self, layer)
+            for feed in layer.feeds:
+                work.round(feed, inputs.statistics[feed.name])
+            return work.finish()
         output = LayerCodes(tensors=layer.others)
         for matrix in layer.matrices:
-            module, weight = matrix.module, layer.source(matrix)
-            given, kind = inputs.importance.get(module), layer.plans[module].type
+            module, weight, kind = fitting(layer, matrix)
+            given = inputs.importance.get(module)
             row = None if given is None else live(given.to(layer.device))
-            if not fits(weight, kind):
-                raise QtoolError(f"{module}: does not fit {kind}, which ends at 65504; set `type: BF16`.")
             blocks = quantize_ggml(weight, kind, row)
             output.codes[module] = blocks
             if given is not None and self.kept_as:
@@ -99,12 +137,65 @@ class GgufMethod(Method):
                 output.records[module]["weighted_error"] = _ratio(error * row, power * row)
         return output
 
+    def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
+        """Nothing is folded."""
+        return GgufWork(self, layer)
+
     def remarks(self, ledger: Mapping[str, Mapping[str, float]]) -> list[str]:
         """What a named importance matrix does not hold."""
         without = [linear for linear, record in ledger.items() if "weighted_error" not in record]
         if self.importance_file is None or not without:
             return []
         return [f"{len(without)} of {len(ledger)} linears have no row in the importance matrix: {without[0]} first"]
+
+
+class GgufWork(UnfoldedWork):
+    """Records ``|W - Ŵ| / |W|`` and the relative output errors of ggml's own blocks and of these."""
+
+    def __init__(self, method: GgufMethod, layer: Layer) -> None:
+        super().__init__(layer)
+        self._method = method
+
+    def round(self, feed: Feed, stats: InputStatistics) -> None:
+        """As `LayerWork.round`."""
+        sources = [fitting(self.layer, matrix) for matrix in feed.consumers]
+        row = live(stats.mean_square)
+        for (module, source, kind), blocks in zip(sources, self._choose(feed, sources, stats), strict=True):
+            self.done.codes[module] = blocks
+            self.done.kept[module] = stats.mean_square.cpu()
+            plain = quantize_ggml(source, kind, row)
+            self.done.records[module] = _record(source.float(), plain, blocks, stats.gram)
+
+    def _choose(
+        self, feed: Feed, sources: Sequence[tuple[str, Tensor, str]], stats: InputStatistics
+    ) -> list[GgmlBlocks]:
+        """Of the matrices of one feed, those of one type together."""
+        sizes, kinds = [source.shape[0] for _, source, _ in sources], [kind for _, _, kind in sources]
+        goal, gram = self.target(feed), stats.gram
+        factor = factorize(gram, self._method.damp_percent)
+        if stats.drift is not None:
+            with tensor_float32():
+                goal = propagated_target(goal, stats.output_drift(goal), factor, self._method.propagate_strength)
+        goals, found = goal.split(sizes), dict[int, GgmlBlocks]()
+        diagonal = gram.diagonal().clone()
+        gram.diagonal().add_(factor.damp * diagonal.mean())
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, one in enumerate(kinds) if one == kind]
+            wanted = torch.cat([goals[place] for place in places])
+            data = kquant_rounding.quantize(wanted, factor, gram, kind).data.split([sizes[place] for place in places])
+            shapes = [(sizes[place], wanted.shape[1]) for place in places]
+            found |= {n: GgmlBlocks(part, kind, shape) for n, part, shape in zip(places, data, shapes, strict=True)}
+        gram.diagonal().copy_(diagonal)
+        return [found[place] for place in range(len(sources))]
+
+
+def fitting(layer: Layer, matrix: Matrix) -> tuple[str, Tensor, str]:
+    """(module, its weights, their type). Raises QtoolError where the type cannot hold them."""
+    module, weight = matrix.module, layer.source(matrix)
+    kind = layer.plans[module].type
+    if not fits(weight, kind):
+        raise QtoolError(f"{module}: does not fit {kind}, which ends at 65504; set `type: BF16`.")
+    return module, weight, kind
 
 
 def live(row: Tensor) -> Tensor:
@@ -125,3 +216,12 @@ def live(row: Tensor) -> Tensor:
 
 def _ratio(error: Tensor, power: Tensor) -> float:
     return float(f"{float((error.sum() / power.sum().clamp_min(1e-30)).sqrt()):.6g}")
+
+
+def _record(source: Tensor, plain: GgmlBlocks, blocks: GgmlBlocks, gram: Tensor) -> dict[str, float]:
+    error = blocks.dequantize().sub_(source)
+    energy = output_error(source, gram).clamp_min(1e-30)
+    losses = [output_error(plain.dequantize().sub_(source), gram), output_error(error, gram)]
+    figures = [*((loss.clamp_min(0) / energy).sqrt() for loss in losses), error.norm() / source.norm().clamp_min(1e-30)]
+    rtn, own, frobenius = (float(f"{float(figure):.6g}") for figure in figures)
+    return {"rtn_error": rtn, "error": own, "frobenius": frobenius}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, row_bytes
+from qtool.convert.formats.gguf.ggml_fields import Fields, pack
 from qtool.quantize.methods.kquant_candidates import FLAT, HALF_MAX, PLAIN, TINY, WEIGHED, AffineSearch
 
 CHUNK_WEIGHTS = 1 << 22
@@ -73,17 +74,8 @@ def _affine_super_blocks(x: Tensor, qw: Tensor | None, type_name: str) -> Tensor
     d, dmin = _half(d), _half(dmin)
     step, offset = (d.float() * ls)[:, None], (dmin.float() * lm)[:, None]
     rounded = ((sub + offset) / step).round().clamp(0, search.levels)
-    codes = torch.where(step == 0, codes.view(32, 8, -1).transpose(0, 1), rounded).to(torch.int32)
-    ls, lm = ls.to(torch.int32), lm.to(torch.int32)
-    packed = torch.cat((
-        ls[:4] | ls[4:] >> 4 << 6, lm[:4] | lm[4:] >> 4 << 6, ls[4:] & 15 | (lm[4:] & 15) << 4
-    ))  # fmt: skip
-    low = ((codes[0::2] & 15) | (codes[1::2] & 15) << 4).reshape(128, -1)
-    parts = [_bytes(d), _bytes(dmin), packed, low]
-    if type_name == "Q5_K":
-        bits = torch.arange(8, device=x.device)[:, None, None]
-        parts.insert(3, (codes >> 4 << bits).sum(0))
-    return torch.cat([part.to(torch.uint8) for part in parts]).t().contiguous()
+    codes = torch.where(step == 0, codes.view(32, 8, -1).transpose(0, 1), rounded)
+    return _packed(type_name, d, codes, dmin, ls, lm)
 
 
 def _symmetric_super_blocks(x: Tensor, qw: Tensor | None) -> Tensor:
@@ -101,11 +93,7 @@ def _symmetric_super_blocks(x: Tensor, qw: Tensor | None) -> Tensor:
     step = (d.float() * bytes_)[:, None]
     rounded = (sub / step).round().clamp(-32, 31) + 32
     codes = torch.where(step == 0, codes.view(16, 16, -1).transpose(0, 1), rounded)
-    q = torch.where(nothing, 0.0, codes).to(torch.int32).reshape(2, 4, 32, -1)  # [half, quarter, element, super-block]
-    low = torch.stack(((q[:, 0] & 15) | (q[:, 2] & 15) << 4, (q[:, 1] & 15) | (q[:, 3] & 15) << 4), dim=1)
-    high = q[:, 0] >> 4 | q[:, 1] >> 4 << 2 | q[:, 2] >> 4 << 4 | q[:, 3] >> 4 << 6
-    parts = [low.reshape(128, -1), high.reshape(64, -1), bytes_.to(torch.int32) & 255, _bytes(d)]
-    return torch.cat([part.to(torch.uint8) for part in parts]).t().contiguous()
+    return _packed("Q6_K", d, torch.where(nothing, 0.0, codes) - 32, steps=bytes_)
 
 
 def _eight_bits(x: Tensor) -> Tensor:
@@ -116,7 +104,7 @@ def _eight_bits(x: Tensor) -> Tensor:
     scaled = x * inverse
     whole = scaled.abs().floor()
     codes = torch.where(scaled.abs() - whole >= 0.5, whole + 1, whole).clamp(max=127).copysign(scaled)
-    return torch.cat((_bytes(_half(d)), codes.to(torch.int32) & 255)).to(torch.uint8).t().contiguous()
+    return _packed("Q8_0", _half(d), codes)
 
 
 def _five_bits(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -127,7 +115,7 @@ def _five_bits(x: Tensor, weights: Tensor | None) -> Tensor:
         codes = (x * inverse + 16.5).floor().clamp(0, 31)
     else:
         d, codes = fit_symmetric(x, weights, 16)
-    return torch.cat((_bytes(_half(d)), *_five_bit_parts(codes))).to(torch.uint8).t().contiguous()
+    return _packed("Q5_0", _half(d), codes - 16)
 
 
 def _five_bits_affine(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -140,15 +128,7 @@ def _five_bits_affine(x: Tensor, weights: Tensor | None) -> Tensor:
     else:
         d, minimum, codes = fit_affine(x, weights, WEIGHED["Q5_K"])
         low = 0.0 - minimum
-    parts = (_bytes(_half(d)), _bytes(_half(low)), *_five_bit_parts(codes))
-    return torch.cat(parts).to(torch.uint8).t().contiguous()
-
-
-def _five_bit_parts(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """codes ``[32, blocks]`` -> four bytes of fifth bits, sixteen of nibbles (element j beside j + 16)."""
-    q = codes.to(torch.int32)
-    bits = torch.arange(8, device=q.device)[None, :, None]
-    return ((q >> 4).view(4, 8, -1) << bits).sum(1), (q[:16] & 15) | (q[16:] & 15) << 4
+    return _packed("Q5_1", _half(d), codes, -_half(low))
 
 
 def fit_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,6 +252,17 @@ def _half(value: Tensor) -> Tensor:
     return value.nan_to_num(0.0).clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
 
 
-def _bytes(value: Tensor) -> Tensor:
-    """float16 ``[blocks]`` -> its two bytes ``[2, blocks]``."""
-    return value.contiguous().view(torch.uint8).view(-1, 2).t()
+def _packed(
+    type_name: str,
+    d: Tensor,
+    codes: Tensor,
+    dmin: Tensor | None = None,
+    steps: Tensor | None = None,
+    minima: Tensor | None = None,
+) -> Tensor:
+    """Fields with blocks as columns -> bytes ``[blocks, bytes of a block]``."""
+    one = torch.ones_like(d, dtype=torch.float32)[None]
+    rows = [part.float().reshape(-1, d.shape[0]).t() for part in (
+        one if steps is None else steps, one if minima is None else minima, codes
+    )]  # fmt: skip
+    return pack(Fields(d.float(), torch.zeros_like(d).float() if dmin is None else dmin.float(), *rows), type_name)

@@ -137,6 +137,26 @@ class LayerWork(ABC):
         """Module -> target of each matrix without codes."""
 
 
+class UnfoldedWork(LayerWork):
+    """A layer whose weights and other tensors stay as they are; ``done``: what has codes by now."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.done = layer, LayerCodes(tensors=layer.others)
+
+    def target(self, feed: Feed) -> Tensor:
+        """As `LayerWork.target`."""
+        return torch.cat([self.layer.source(matrix).float() for matrix in feed.consumers])
+
+    def left(self) -> dict[str, Tensor]:
+        """As `LayerWork.left`."""
+        layer, codes = self.layer, self.done.codes
+        return {one.module: layer.source(one) for one in layer.matrices if one.module not in codes}
+
+    def finish(self) -> LayerCodes:
+        """As `LayerWork.finish`."""
+        return self.done
+
+
 class Method(BaseModel, ABC):
     """A section of a recipe's `outputs:`. Every child has the keys ``method`` and ``name``."""
 

@@ -22,7 +22,17 @@ from qtool.convert.formats.shards import Shards
 from qtool.convert.models.feeds import Feed
 from qtool.quantize import descent
 from qtool.quantize.descent import Chosen, Levels
-from qtool.quantize.methods.method import SKIPPED, Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs
+from qtool.quantize.methods.method import (
+    SKIPPED,
+    Inputs,
+    Layer,
+    LayerCodes,
+    LayerWork,
+    Method,
+    Name,
+    Needs,
+    UnfoldedWork,
+)
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.rounding import factorize, propagated_target
@@ -98,31 +108,19 @@ class Nf4Method(Method):
         return Nf4Work(self, layer)
 
 
-class Nf4Work(LayerWork):
+class Nf4Work(UnfoldedWork):
     """Records ``|W - Ŵ| / |W|`` and the relative output errors of bitsandbytes' own codes and of these."""
 
     def __init__(self, method: Nf4Method, layer: Layer) -> None:
-        self._method, self._layer, self._done = method, layer, LayerCodes(tensors=layer.others)
-
-    def target(self, feed: Feed) -> Tensor:
-        """As `LayerWork.target`."""
-        return torch.cat([self._layer.source(matrix).float() for matrix in feed.consumers])
-
-    def left(self) -> dict[str, Tensor]:
-        """As `LayerWork.left`."""
-        layer, codes = self._layer, self._done.codes
-        return {one.module: layer.source(one) for one in layer.matrices if one.module not in codes}
-
-    def finish(self) -> LayerCodes:
-        """As `LayerWork.finish`."""
-        return self._done
+        super().__init__(layer)
+        self._method = method
 
     def round(self, feed: Feed, stats: InputStatistics) -> None:
         """As `LayerWork.round`."""
-        sources = [self._layer.source(matrix) for matrix in feed.consumers]
+        sources = [self.layer.source(matrix) for matrix in feed.consumers]
         for matrix, source, blocks in zip(feed.consumers, sources, self._choose(sources, stats), strict=True):
-            self._done.codes[matrix.module] = blocks
-            self._done.records[matrix.module] = self._record(source, blocks, stats.gram)
+            self.done.codes[matrix.module] = blocks
+            self.done.records[matrix.module] = self._record(source, blocks, stats.gram)
 
     def _choose(self, sources: Sequence[Tensor], stats: InputStatistics) -> list[Nf4Blocks]:
         """Of the matrices of one feed. Rows that end inside a block share it with the next: bitsandbytes' own codes."""

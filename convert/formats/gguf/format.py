@@ -170,8 +170,10 @@ class GgufTensors:
         return self._written.codes(matrix)
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Names without ``prefix``; dequantized, float32."""
-        names = [name for name in self._written.hf_names() if name.startswith(prefix)]
+        """Names without ``prefix``; dequantized, float32. Without norms that the file holds with 1 added: taking it
+        off again would not give the source's."""
+        offset = self._written.decoder.family.norm_offset
+        names = [name for name in self._written.hf_names() if name.startswith(prefix) and not offset(name)]
         return {name.removeprefix(prefix): self._written.tensor(name) for name in names}
 
     def finish(self, proof: str, kept: Checkpoint | None, text: CalibrationText) -> list[str]:

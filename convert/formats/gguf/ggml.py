@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.ggml_decode import DECODERS
+from qtool.convert.formats.gguf import ggml_fields
 
 INSTALL = "pip install 'qtool-llm[gguf]'"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,12 +51,15 @@ class GgmlBlocks:
         """Weight ``[out, in]`` as llama.cpp reads it, on the device of ``data``."""
         if self.type in FLOATS:
             return self.data.contiguous().view(FLOATS[self.type]).to(dtype, copy=True)
-        decode = DECODERS.get(self.type)
-        if decode is not None:
-            return decode(self.data.reshape(-1, BLOCKS[self.type][1])).view(self.shape).to(dtype)
+        if self.type in ggml_fields.TYPES:
+            return ggml_fields.dequantize(self.fields()).view(self.shape).to(dtype)
         gguf = load_gguf()  # types that qtool reads and never writes
         values = gguf.quants.dequantize(self.data.cpu().numpy(), gguf.GGMLQuantizationType[self.type])
         return torch.from_numpy(values).view(self.shape).to(self.data.device, dtype)
+
+    def fields(self) -> ggml_fields.Fields:
+        """The numbers in the blocks, row by row; of the types that qtool writes."""
+        return ggml_fields.unpack(self.data.reshape(-1, BLOCKS[self.type][1]), self.type)
 
     def cpu(self) -> GgmlBlocks:
         """The same blocks in host memory."""
