@@ -25,8 +25,8 @@ from qtool.evaluate.engines.torch_model import load_model, logits_of
 COUNT = 20  # likeliest tokens that a server names; more it refuses (vLLM's max_logprobs)
 LIMIT = 1e-3  # nats a token, where 16-bit floats round
 # Of what the engine's arithmetic alone costs this model; KL goes with the square of an error, flips with the error.
-# Seen on the demo model: 1.0 (llama.cpp), 4.4 (vLLM's kernel for a processor, in bfloat16); docs/vllm.md has what wrong
-# weights look like.
+# Seen on the demo model: 1.0 (llama.cpp), 4.4 (vLLM's kernel for a processor, in bfloat16); two linears
+# exchanged give thousands.
 FLOOR_FACTOR = 6.0
 FLIPS_FACTOR = FLOOR_FACTOR**0.5
 LEAST_TOP1 = 0.98
