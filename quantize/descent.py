@@ -9,6 +9,8 @@ held, the loss of one group is a quadratic in its weights alone, so a step that 
 `begin` goes through the groups once, left to right, as GPTQ does: the columns behind take up what a group loses, and
 the group is chosen under what they cannot take up. `descend` then comes back to every group with all others known.
 GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.17542; here with the scales.
+
+All functions take one problem or a stack of E, with a leading axis on every tensor: experts, each with its own metric.
 """
 
 from __future__ import annotations
@@ -70,13 +72,13 @@ class Chosen:
 
     def weights(self) -> Tensor:
         """What a reader gets, float32 ``[out, in]``."""
-        groups = self.levels.unflatten(1, (self.scale.shape[1], -1))
-        return torch.flatten(groups * self.scale.unsqueeze(-1), 1)
+        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
+        return torch.flatten(groups * self.scale.unsqueeze(-1), -2)
 
     def codes(self) -> Tensor:
         """The integers of a uniform grid, 0 .. top."""
-        groups = self.levels.unflatten(1, (self.scale.shape[1], -1))
-        return torch.flatten(groups + self.zero.unsqueeze(-1), 1)
+        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
+        return torch.flatten(groups + self.zero.unsqueeze(-1), -2)
 
     @property
     def grid(self) -> Grid:
@@ -89,16 +91,16 @@ def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     weight, size = target.clone(), levels.group_size
     metrics = residual_metric(diagonal_blocks(factor.upper, size))
     chosen = Chosen(torch.empty_like(weight), *torch.empty(2, *_groups(weight, size), device=weight.device))
-    for number, start in enumerate(range(0, weight.shape[1], size)):
+    for number, start in enumerate(range(0, weight.shape[-1], size)):
         stop = start + size
-        aim = weight[:, start:stop].contiguous()
+        aim = weight[..., start:stop].contiguous()
         group = choose(Problem(aim, torch.zeros_like(aim), aim, metrics[number]), levels, RATIOS)
         _put(chosen, number, slice(start, stop), group)
-        if stop < weight.shape[1]:
-            upper = factor.upper[start:stop]
+        if stop < weight.shape[-1]:
+            upper = factor.upper[..., start:stop, :]
             error = aim - group.levels * group.scale
-            spread = torch.linalg.solve_triangular(upper[:, start:stop], error, upper=True, left=False)
-            subtract_product(weight[:, stop:], spread, upper[:, stop:])
+            spread = torch.linalg.solve_triangular(upper[..., start:stop], error, upper=True, left=False)
+            subtract_product(weight[..., stop:], spread, upper[..., stop:])
     return chosen
 
 
@@ -114,16 +116,16 @@ def descend(
     chosen = Chosen(chosen.levels.clone(), chosen.scale.clone(), chosen.zero.clone())
     error = chosen.weights().sub_(target)
     for sweep in range(sweeps):
-        for number, start in enumerate(range(0, target.shape[1], size)):
+        for number, start in enumerate(range(0, target.shape[-1], size)):
             columns, group = slice(start, start + size), start // levels.group_size
             with tensor_float32():
-                slope = error @ gram[:, columns]
-            before = Group(chosen.levels[:, columns].contiguous(), *_column(chosen, group))
+                slope = error @ gram[..., columns]
+            before = Group(chosen.levels[..., columns].contiguous(), *_column(chosen, group))
             here = before.levels * before.scale
             problem = Problem(here, slope, here - slope @ inverses[number], blocks[number])
             after = choose(problem, levels, RATIOS if scales and sweep == 0 else (), before, scales)
             _put(chosen, group, columns, after)
-            torch.sub(after.levels * after.scale, target[:, columns], out=error[:, columns])
+            torch.sub(after.levels * after.scale, target[..., columns], out=error[..., columns])
     return chosen
 
 
@@ -166,13 +168,15 @@ def choose(
     if problem.aim.is_cuda:
         from qtool.quantize import descent_kernels
 
-        if descent_kernels.fits(problem.aim.shape[1]):
+        if descent_kernels.fits(problem.aim.shape[-1]):
             parts = (problem.here, problem.slope, problem.aim, problem.metric)
             begun = None if current is None else (current.levels, current.scale, current.zero)
             return Group(*descent_kernels.choose(
                 parts, ratios, begun, levels.table or (), levels.top, levels.rule, levels.dtype, scales, FINALISTS,
                 PASSES,
             ))  # fmt: skip
+    if problem.aim.ndim == 3:
+        return _choose_stack(problem, levels, ratios, current, scales)
     here, slope, aim = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
     p = _Columns(here, slope, aim, problem.metric)
     starts = [] if current is None else [(current.levels.t().contiguous(), current.scale.t(), current.zero.t())]
@@ -187,6 +191,20 @@ def choose(
             best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]  # four tensors, as before
     assert best is not None
     return Group(best[0].t(), best[1].t(), best[2].t())
+
+
+def _choose_stack(
+    problem: Problem, levels: Levels, ratios: Sequence[float], current: Group | None, scales: bool
+) -> Group:
+    """`choose` of one problem after the other."""
+    parts = (problem.here, problem.slope, problem.aim, problem.metric)
+    starts: list[Group | None] = [None] * len(problem.aim)
+    if current is not None:
+        starts = [Group(*start) for start in zip(current.levels, current.scale, current.zero, strict=True)]
+    groups = [
+        choose(Problem(*one), levels, ratios, start, scales) for *one, start in zip(*parts, starts, strict=True)
+    ]
+    return Group(*(torch.stack([getattr(group, name) for group in groups]) for name in ("levels", "scale", "zero")))
 
 
 @dataclass(frozen=True)
@@ -277,15 +295,15 @@ def _best_scale(code: Tensor, scale: Tensor, gradient: Tensor, metric: Tensor, d
     return scale + step
 
 
-def _groups(weight: Tensor, size: int) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1] // size
+def _groups(weight: Tensor, size: int) -> tuple[int, ...]:
+    return *weight.shape[:-1], weight.shape[-1] // size
 
 
 def _column(chosen: Chosen, number: int) -> tuple[Tensor, Tensor]:
-    return chosen.scale[:, number : number + 1].contiguous(), chosen.zero[:, number : number + 1].contiguous()
+    return chosen.scale[..., number : number + 1].contiguous(), chosen.zero[..., number : number + 1].contiguous()
 
 
 def _put(chosen: Chosen, number: int, columns: slice, group: Group) -> None:
-    chosen.levels[:, columns] = group.levels
-    chosen.scale[:, number : number + 1] = group.scale
-    chosen.zero[:, number : number + 1] = group.zero
+    chosen.levels[..., columns] = group.levels
+    chosen.scale[..., number : number + 1] = group.scale
+    chosen.zero[..., number : number + 1] = group.zero

@@ -84,16 +84,20 @@ def _loss(left, slope, error, metric, scale, here, first, row, out, inside, colu
 @triton.jit
 def _choose_kernel(
     here, slope, aim, metric, level_in, scale_in, zero_in, work, level_out, scale_out, zero_out, ratios, table, middles,
-    out, count, finalists, passes,
+    out, own, count, finalists, passes,
     columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
     current: tl.constexpr, scales: tl.constexpr, slots: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     # One warp does `rows` rows. Columns are taken in parts: what changes from step to step then fits into registers,
     # and what a step sums over lies in few lanes. The levels in work lie in `work`, which this program alone touches.
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    # Of `own` rows each problem has, the second axis of programs says which: its metric lies that far behind.
+    local = tl.program_id(0) * rows + tl.arange(0, rows)
+    row = tl.program_id(1) * own + local
+    alive = local < own
+    metric += tl.program_id(1) * columns * columns
     column, within = tl.arange(0, columns), tl.arange(0, part)
     slot = tl.arange(0, slots)[:, None]
-    inside = (row < out)[None, :]
+    inside = alive[None, :]
     place = column.to(tl.int64)[:, None] * out + row[None, :]
     goal = tl.load(aim + place, mask=inside, other=0.0)
     low, high = tl.min(goal, axis=0), tl.max(goal, axis=0)
@@ -112,8 +116,8 @@ def _choose_kernel(
     best = tl.zeros_like(low) + float("inf")
     for start in range(-1 if current else 0, finalists):
         if start < 0:
-            s = tl.load(scale_in + row, mask=row < out, other=1.0)
-            z = tl.load(zero_in + row, mask=row < out, other=0.0)
+            s = tl.load(scale_in + row, mask=alive, other=1.0)
+            z = tl.load(zero_in + row, mask=alive, other=0.0)
             tl.store(work + place, tl.load(level_in + place, mask=inside, other=0.0), mask=inside)
         else:
             leader = tl.argmin(losses, axis=0)
@@ -167,8 +171,8 @@ def _choose_kernel(
             loss += _loss(level, slope, error, metric, s, here, first, row, out, inside, columns, part)
         better = loss < best
         best = tl.where(better, loss, best)
-        tl.store(scale_out + row, s, mask=(row < out) & better)
-        tl.store(zero_out + row, z, mask=(row < out) & better)
+        tl.store(scale_out + row, s, mask=alive & better)
+        tl.store(zero_out + row, z, mask=alive & better)
         tl.store(level_out + place, tl.load(work + place, mask=inside, other=0.0), mask=inside & better[None, :])
         tl.debug_barrier()
 
@@ -179,23 +183,29 @@ def choose(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Levels ``[out, g]``, scale and zero ``[out, 1]``: as quantize.descent.choose. ``problem``: here, slope, aim
     ``[out, g]`` and metric ``[g, g]``; ``current``: levels, scale, zero; ``rule``: SIGNED … TABLE; ``dtype``: of scales
-    as they are stored."""
+    as they are stored. Or a stack ``[E, …]`` of all, in one launch."""
+    if problem[0].ndim == 2:
+        stack = None if current is None else [part.unsqueeze(0) for part in current]
+        one = [part.unsqueeze(0) for part in problem]
+        level, scale, zero = choose(one, ratios, stack, table, top, rule, dtype, scales, finalists, passes)
+        return level[0], scale[0], zero[0]
     *sides, metric = problem
-    out, columns = sides[0].shape
+    problems, own, columns = sides[0].shape
+    out = problems * own
     if not fits(columns) or len(ratios) > SLOTS:
         raise ValueError(f"groups of {columns} columns, {len(ratios)} candidates")
     level, scale, zero = metric.new_empty(columns, out), *metric.new_empty(2, out, 1)
     places = metric.new_tensor(list(table) or [0.0, 0.0])
     middles = (places[1:] + places[:-1]) / 2
-    begun = (level, scale, zero) if current is None else (current[0].t(), current[1], current[2])
-    _choose_kernel[(triton.cdiv(out, ROWS),)](
-        *(side.t().contiguous() for side in sides), metric.contiguous(), *(tensor.contiguous() for tensor in begun),
+    begun = (level, scale, zero) if current is None else (current[0].flatten(0, 1).t(), current[1], current[2])
+    _choose_kernel[(triton.cdiv(own, ROWS), problems)](
+        *(side.flatten(0, 1).t().contiguous() for side in sides), metric.contiguous(), *(tensor.contiguous() for tensor in begun),
         torch.empty_like(level), level, scale, zero, metric.new_tensor(list(ratios) or [1.0]), places, middles,
-        out, len(ratios), min(finalists, len(ratios)), passes,
+        out, own, len(ratios), min(finalists, len(ratios)), passes,
         columns, min(columns, PART), top, rule, STORED[dtype], current is not None, scales, SLOTS, ROWS,
         num_warps=WARPS,
     )  # fmt: skip
-    return level.t(), scale, zero
+    return level.t().unflatten(0, (problems, own)), scale.view(problems, own, 1), zero.view(problems, own, 1)
 
 
 def fits(columns: int) -> bool:
