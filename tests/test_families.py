@@ -64,8 +64,10 @@ def test_feeds_are_of_tensors_that_are_there(name: str) -> None:
                     rows = made.shape(tensors[at + made.tensor])[0]
                     tie = feed.producer.ties(columns, CPU)
                     assert rows == (columns if tie is None else int(tie.max()) + 1)
-    two_d = {name for name, shape in tensors.items() if len(shape) == 2 and name.startswith(decoder.prefix)}
-    assert set(decoder.held()) == two_d
+    matrices = {name for name, shape in tensors.items() if len(shape) >= 2 and name.startswith(decoder.prefix)}
+    also = {decoder.at(layer) + name for layer in range(3) for feed in decoder.feeds(layer) for name in feed.also}
+    assert set(decoder.held()) | also == matrices
+    assert not set(decoder.held()) & also
 
 
 def test_a_looped_model_visits_its_layers_twice() -> None:

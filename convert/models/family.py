@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qtool.convert.models.experts import Mixture
 from qtool.convert.models.feeds import Feed, Shape, Visit
 from qtool.convert.models.geometry import Geometry
 
@@ -109,7 +110,9 @@ class Family:
     activation: of the MLP.
     windows: which layers slide.
     defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
+    aliases: other names that transformers reads and writes for a key -> the key.
     shape: what keys of the family's own change in the geometry.
+    mixture: what its mixtures of experts are called in its files; None for a family without.
     visits: the order in which a token passes through the layers.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
@@ -127,7 +130,9 @@ class Family:
     activation: Activation
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
+    mixture: Mixture | None = None
     visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS

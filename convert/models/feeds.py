@@ -21,7 +21,9 @@ class Matrix:
     module: its name in artifacts, where it is ``{module}.weight`` or packed. tensor: the checkpoint's tensor that holds
     it. index: its place along the first axis of a tensor of experts. transposed: the tensor holds ``[in, out]``.
     first, step, count: its rows among the tensor's (of gate and up in one tensor a half each, or every second row); all
-    rows where count is None.
+    rows where count is None. expert: the number of the routed expert that it is a part of, in a tensor of its own or
+    not; it multiplies the tokens alone that the router sends there. None: it multiplies every token, as attention does
+    and a shared expert.
     """
 
     module: str
@@ -31,6 +33,7 @@ class Matrix:
     first: int = 0
     step: int = 1
     count: int | None = None
+    expert: int | None = None
 
     def of(self, stored: Tensor) -> Tensor:
         """The matrix as a view of its tensor: what is written into it is written into the tensor."""
@@ -109,17 +112,23 @@ class Feed:
     ``consumers`` and ``also`` multiplied by s, compute what they did.
 
     consumers: matrices to be quantized, which share the statistics of their input. also: tensors that take the scale
-    and stay as they are otherwise: a router, the gate of a shared expert. routed: each consumer sees the tokens alone
-    that are sent to it. split: engines that spread a layer over cards split the consumers' columns, for the input lies
-    split already. A producer has one feed in a layer, because it has one scale: `Decoder.feeds` refuses a second.
+    and stay as they are otherwise: a router, the gate of a shared expert. split: engines that spread a layer over cards
+    split the consumers' columns, for the input lies split already. adds: the consumer's output is added to the hidden
+    states as it is (a routed expert's is weighted first). A producer has one feed in a layer, because it has one scale:
+    `Decoder.feeds` refuses a second.
     """
 
     producer: Producer
     consumers: tuple[Matrix, ...]
     also: tuple[str, ...] = ()
-    routed: bool = False
     split: bool = False
     adds: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether some consumers see the tokens alone that are sent to them: those whose `Matrix.expert` is a number.
+        Beside them may stand others that see every token, as a shared expert does."""
+        return any(matrix.expert is not None for matrix in self.consumers)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,10 @@ class Geometry:
     mlp_matrices: gate, up and down.
     whole_scores: transformers computes attention without SDPA, every head's scores at once.
     llama_cpp_windows: llama.cpp's sliding layers keep their window alone.
+    clipped_values: attention clips its values, so that no scale passes them.
+    experts: routed experts of a layer's mixture, 0 where there is none; ``active`` of them work on a token;
+    ``expert_width``: channels between up and down of one; ``shared_width``: of the experts through which every token
+    passes, together; ``sparse``: for each layer whether its MLP is such a mixture; others are ``intermediate`` wide.
     loops: how often a token passes through all layers; passes after the first attend to the first one's cache and to
         their own last ``loop_window`` tokens.
     assumed: what config.json did not say, and what was taken instead.
@@ -37,6 +41,12 @@ class Geometry:
     mlp_matrices: int = 3
     whole_scores: bool = False
     llama_cpp_windows: bool = False
+    clipped_values: bool = False
+    experts: int = 0
+    active: int = 0
+    expert_width: int = 0
+    shared_width: int = 0
+    sparse: tuple[bool, ...] = ()
     loops: int = 1
     loop_window: int = 0
     assumed: tuple[str, ...] = ()
@@ -56,11 +66,30 @@ class Geometry:
         """Numbers in one token's keys of one layer; its values are as many."""
         return self.kv_heads * self.head_dim
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return bool(self.sparse) and self.sparse[layer]
+
     @property
-    def layer_linears(self) -> int:
-        """Weights of one layer's linears."""
+    def sparse_layers(self) -> int:
+        """Layers whose MLP is a mixture of experts."""
+        return sum(self.sparse)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert's linears."""
+        return self.mlp_matrices * self.hidden * self.expert_width
+
+    @property
+    def linears(self) -> int:
+        """Weights of all layers' linears that one token passes through in one pass: of the routed experts those that
+        work on it."""
         attention = self.hidden * (2 * self.q_row + 2 * self.kv_row)
-        return attention + self.mlp_matrices * self.hidden * self.intermediate
+        router = self.experts * self.hidden
+        dense = self.mlp_matrices * self.hidden * self.intermediate
+        shared = self.mlp_matrices * self.hidden * self.shared_width
+        mixed = router + self.active * self.expert_weights + shared
+        return self.layers * attention + (self.layers - self.sparse_layers) * dense + self.sparse_layers * mixed
 
     @property
     def head_weights(self) -> int:

@@ -17,8 +17,19 @@ SCALED_ROPES = ("llama3", "yarn", "longrope")  # those that know the length befo
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the defaults of its architecture's class for the keys it does not have."""
-    full = {**_defaults(config), **config}
+    """config.json with the defaults of its architecture's class for the keys it does not have. Raises QtoolError where
+    a key and another name for it (`Family.aliases`) say different things."""
+    family = find_family(config)
+    said = dict(config)
+    for alias, key in family.aliases.items() if family else ():
+        if said.get(alias) is None:
+            continue
+        if said.get(key) not in (None, said[alias]):
+            raise QtoolError(
+                f"config.json: {key} is {said[key]!r} and {alias} is {said[alias]!r}; both name one thing."
+            )
+        said[key] = said[alias]
+    full = {**_defaults(config), **said}
     if full.get("num_key_value_heads") is None:
         full["num_key_value_heads"] = full.get("num_attention_heads")
     return full
@@ -44,10 +55,11 @@ def layer_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, .
     window = full.get("sliding_window")
     if rule.which == "none" or not isinstance(window, int):
         return (None,) * layers
+    off = full.get("use_sliding_window", False if rule.switched else None) is False
+    if off and (rule.switched or rule.which != "all"):
+        return (None,) * layers
     if rule.which == "all":
         return (window,) * layers
-    if full.get("use_sliding_window", False if rule.switched else None) is False:
-        return (None,) * layers
     kinds = full.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == layers:
         return tuple(window if "sliding" in str(kind) else None for kind in kinds)

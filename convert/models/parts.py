@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from qtool.convert.models.feeds import Feed, Heads, Norm, Rows, Shape, whole
+from qtool.convert.models.feeds import Feed, Heads, Norm, Nothing, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 
 TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -19,10 +19,8 @@ def gated_decoder(
     behind o_proj or down_proj (then ``adds`` is False), and those of q and k, absorb nothing."""
 
     def feeds(shape: Geometry, layer: int) -> tuple[Feed, ...]:
-        heads = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
         return (
-            Feed(Norm("input_layernorm", plus_one), (whole(Q), whole(K), whole(V))),
-            Feed(heads, (whole(O),), split=True, adds=adds),
+            *attention_feeds(shape, plus_one, adds),
             Feed(Norm(before_mlp, plus_one), (whole(GATE), whole(UP))),
             Feed(Rows(whole(UP)), (whole(DOWN),), split=True, adds=adds),
         )
@@ -30,17 +28,30 @@ def gated_decoder(
     return feeds
 
 
+def attention_feeds(shape: Geometry, plus_one: bool = False, adds: bool = True) -> tuple[Feed, Feed]:
+    """Of q, k and v behind a norm, and of o behind the values."""
+    heads = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
+    return (
+        Feed(Norm("input_layernorm", plus_one), (whole(Q), whole(K), whole(V))),
+        Feed(Nothing() if shape.clipped_values else heads, (whole(O),), split=True, adds=adds),
+    )
+
+
 def decoder_tensors(
-    norms: Sequence[str] = TWO_NORMS, head_norms: bool = False, qkv_bias: bool = False
+    norms: Sequence[str] = TWO_NORMS,
+    head_norms: bool = False,
+    qkv_bias: bool = False,
+    mlp: Callable[[Geometry, int], dict[str, Shape]] | None = None,
 ) -> Callable[[Geometry], dict[str, Shape]]:
     """Tensors of an embedding, such layers, a final norm and a head. ``norms``: of a layer's hidden states.
     ``head_norms``: q and k have one each, over a head. ``qkv_bias``: q, k and v have biases and o has none, whatever
-    `attention_bias` says."""
+    `attention_bias` says. ``mlp``: of a layer's MLP, where that is not one of gate, up and down in every layer."""
 
     def tensors(shape: Geometry) -> dict[str, Shape]:
         found: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
         for index in range(shape.layers):
-            layer = _linears(shape, qkv_bias) | {f"{norm}.weight": (shape.hidden,) for norm in norms}
+            layer = _attention(shape, qkv_bias) | (mlp or gated_tensors)(shape, index)
+            layer |= {f"{norm}.weight": (shape.hidden,) for norm in norms}
             if head_norms:
                 layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in ("q_norm", "k_norm")}
             found |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
@@ -50,13 +61,18 @@ def decoder_tensors(
     return tensors
 
 
-def _linears(shape: Geometry, qkv_bias: bool) -> dict[str, Shape]:
-    q, kv, hidden, inner = shape.q_row, shape.kv_row, shape.hidden, shape.intermediate
-    sizes = {
-        Q: (q, hidden), K: (kv, hidden), V: (kv, hidden), O: (hidden, q),
-        GATE: (inner, hidden), UP: (inner, hidden), DOWN: (hidden, inner),
-    }  # fmt: skip
-    biased = {Q, K, V} if qkv_bias else {Q, K, V, O} if shape.attention_bias else set()
-    biased |= {GATE, UP, DOWN} if shape.mlp_bias else set()
+def gated_tensors(shape: Geometry, layer: int) -> dict[str, Shape]:
+    """Of an MLP of gate, up and down."""
+    inner, hidden = shape.intermediate, shape.hidden
+    return _with_biases({GATE: (inner, hidden), UP: (inner, hidden), DOWN: (hidden, inner)}, shape.mlp_bias)
+
+
+def _attention(shape: Geometry, qkv_bias: bool) -> dict[str, Shape]:
+    q, kv, hidden = shape.q_row, shape.kv_row, shape.hidden
+    read = _with_biases({Q: (q, hidden), K: (kv, hidden), V: (kv, hidden)}, qkv_bias or shape.attention_bias)
+    return read | _with_biases({O: (hidden, q)}, shape.attention_bias and not qkv_bias)
+
+
+def _with_biases(sizes: Mapping[str, tuple[int, int]], biased: bool) -> dict[str, Shape]:
     weights: dict[str, Shape] = {f"{name}.weight": size for name, size in sizes.items()}
-    return weights | {f"{name}.bias": (size[0],) for name, size in sizes.items() if name in biased}
+    return weights | {f"{name}.bias": (size[0],) for name, size in sizes.items() if biased}

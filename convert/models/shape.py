@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qtool import QtoolError
+from qtool.convert.models.experts import in_files, in_memory
 from qtool.convert.models.family import Family
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, Shape, Visit
 from qtool.convert.models.geometry import WIDTHS, Geometry
@@ -69,6 +72,16 @@ class Decoder:
     def tensors(self) -> dict[str, Shape]:
         """Name -> shape of every tensor that a checkpoint holds, a tied head left out."""
         return self.family.tensors(self.shape)
+
+    def in_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One layer's tensors as files hold them (names below `at`), as transformers' layer holds them."""
+        mixture = self.family.mixture
+        return dict(tensors) if mixture is None else in_memory(mixture, self.shape.experts, tensors)
+
+    def in_files(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `in_memory`."""
+        mixture = self.family.mixture
+        return dict(state) if mixture is None else in_files(mixture, self.shape.experts, state)
 
 
 def _prove_one_scale(family: Family, feeds: tuple[Feed, ...]) -> None:

@@ -37,7 +37,7 @@ def decode_seconds(
     weights = layer_bytes * geometry.loops + head_bytes
     bus = card.bandwidth * cards
     best = (weights + _cache_reads(geometry, cache_bytes)) / bus
-    flops = 2 * sequences * (geometry.layer_linears * geometry.layers * geometry.loops + geometry.head_weights)
+    flops = 2 * sequences * (geometry.linears * geometry.loops + geometry.head_weights)
     if card.bf16 is not None:
         best = max(best, flops / _peak(card) / cards)
     e = engine.efficiency
@@ -66,7 +66,7 @@ def prefill_flops(geometry: Geometry, context: int, sequences: int) -> float:
     """Multiplications and additions of a prompt: linears, causal attention (half of all pairs, or the window), and the
     head for each sequence's last position."""
     g = geometry
-    linears = 2 * g.layer_linears * g.layers * g.loops * context
+    linears = 2 * g.linears * g.loops * context
     pairs = sum(_pairs(context, window) for window in g.windows)
     if g.loops > 1:  # later passes attend to the first one's whole cache and to their own window
         pairs += (g.loops - 1) * g.layers * (_pairs(context, None) + _pairs(context, g.loop_window))

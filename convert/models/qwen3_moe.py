@@ -1,0 +1,54 @@
+"""Qwen 3 with mixtures of experts, Qwen3-Coder-30B-A3B and 480B-A35B among them. No expert is shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qtool.convert.models.experts import Mixture, mixed_decoder, mixture_tensors
+from qtool.convert.models.family import SILU, Family, GgufFacts, Settings, Windows
+from qtool.convert.models.geometry import Geometry
+from qtool.convert.models.parts import decoder_tensors
+
+_MIXTURE = Mixture()
+
+
+def sparse_layers(settings: Settings, layers: int) -> tuple[bool, ...]:
+    """Every `decoder_sparse_step`-th layer, those of `mlp_only_layers` left out."""
+    dense, step = set(settings.get("mlp_only_layers") or ()), int(settings["decoder_sparse_step"])
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def _shape(settings: Settings, shape: Geometry) -> Geometry:
+    return replace(
+        shape,
+        experts=int(settings["num_experts"]),
+        active=int(settings["num_experts_per_tok"]),
+        expert_width=int(settings["moe_intermediate_size"]),
+        sparse=sparse_layers(settings, shape.layers),
+    )
+
+
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    decoder_tensors(head_norms=True, mlp=mixture_tensors(_MIXTURE)),
+    mixed_decoder(_MIXTURE),
+    SILU,
+    Windows("all", switched=True),
+    {
+        "hidden_act": "silu",
+        "rope_theta": 1e4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "norm_topk_prob": False,
+    },  # fmt: skip
+    aliases={"num_local_experts": "num_experts"},
+    shape=_shape,
+    mixture=_MIXTURE,
+    gguf=GgufFacts("qwen3moe"),
+)
