@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.convert.models.feeds import Feed
+from qtool.quantize.experts import Routed, Taker, Watch, mixture_of, watched
+from qtool.quantize.stacks import Stack, Step
 
 Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
 Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
@@ -22,27 +23,39 @@ class Enough(Exception):
 
 @contextmanager
 def captured(
-    layer: nn.Module, feeds: Sequence[Feed], take: Callable[[str, Tensor], None], enough: bool = False
+    layer: nn.Module, stacks: Sequence[Stack], take: Callable[[str, Tensor], None], watch: Watch, enough: bool = False
 ) -> Iterator[None]:
-    """While open, ``take(feed's name, input)`` is called for every distinct input of a forward; with ``enough``, the
-    last one ends it by raising Enough."""
-    missing = {feed.name for feed in feeds}
+    """While open, ``take(name, input)`` is called for every plain stack of a forward, and ``watch`` of its mixture;
+    with ``enough``, the last of them ends it by raising Enough. Experts' own inputs are seen after that."""
+    plain = [stack.name for stack in stacks if not stack.routed]
+    missing = set(plain)
+    if any(stack.routed for stack in stacks):
+        missing.add("")
+
+    def seen(name: str) -> None:
+        missing.discard(name)
+        if enough and not missing:
+            raise Enough
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             take(name, inputs[0])
-            missing.discard(name)
-            if enough and not missing:
-                raise Enough
+            seen(name)
 
         return keep
 
-    handles = [layer.get_submodule(feed.name).register_forward_pre_hook(hook(feed.name)) for feed in feeds]
-    try:
+    def routed(call: Routed) -> Taker | None:
+        taker = watch(call)
+        seen("")
+        return taker
+
+    with ExitStack() as hooks:
+        for name in plain:
+            handle = layer.get_submodule(name).register_forward_pre_hook(hook(name))
+            hooks.callback(handle.remove)
+        if "" in missing:
+            hooks.enter_context(watched(mixture_of(layer), routed))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Recorder(nn.Module):
@@ -66,39 +79,32 @@ class Recorder(nn.Module):
 
 @dataclass(frozen=True)
 class Fed:
-    """One batch on its way through a layer: the input of a feed; the hidden states that its consumer's output is added
-    to, where it is; the layer's output, where the forward went on to its end."""
+    """One batch on its way through a layer: the inputs of a step's plain stacks by their names, and its mixture's call;
+    the hidden states that the consumers' output is added to, where it is; the layer's output, where the forward went on
+    to its end."""
 
-    inputs: Tensor
+    inputs: dict[str, Tensor]
+    routed: Routed | None
     hidden: Tensor | None
     output: Tensor | None
 
 
 def feed_through(
-    layer: nn.Module, feed: Feed, before: Sequence[str], states: Tensor, calls: Calls, to_end: bool = False
+    layer: nn.Module, step: Step, before: Sequence[str], states: Tensor, calls: Calls, to_end: bool = False
 ) -> Fed:
-    """A batch as far as the input of ``feed``, or ``to_end``. ``before``: modules whose outputs were added to the
+    """A batch as far as the inputs of ``step``, or ``to_end``. ``before``: modules whose outputs were added to the
     hidden states on the way."""
-    added, seen = [states], []
-
-    def take(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        if not to_end:
-            raise Enough
-
-    handles = [layer.get_submodule(feed.name).register_forward_pre_hook(take)]
-    if feed.adds:
-        for name in before:
+    inputs: dict[str, Tensor] = {}
+    added, routed, output = [states], list[Routed](), None
+    adds = any(stack.adds for stack in step.stacks)
+    with ExitStack() as hooks:
+        for name in before if adds else ():
             hook = layer.get_submodule(name).register_forward_hook(lambda _m, _i, output: added.append(output))
-            handles.append(hook)
-    output = None
-    try:
+            hooks.callback(hook.remove)
+        hooks.enter_context(captured(layer, step.stacks, inputs.__setitem__, routed.append, not to_end))
         with suppress(Enough):
             output = run_layer(layer, states, calls)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Fed(seen[0], sum(added[1:], added[0]) if feed.adds else None, output)
+    return Fed(inputs, routed[0] if routed else None, sum(added[1:], added[0]) if adds else None, output)
 
 
 def run_layer(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:

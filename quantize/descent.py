@@ -201,9 +201,7 @@ def _choose_stack(
     starts: list[Group | None] = [None] * len(problem.aim)
     if current is not None:
         starts = [Group(*start) for start in zip(current.levels, current.scale, current.zero, strict=True)]
-    groups = [
-        choose(Problem(*one), levels, ratios, start, scales) for *one, start in zip(*parts, starts, strict=True)
-    ]
+    groups = [choose(Problem(*one), levels, ratios, start, scales) for *one, start in zip(*parts, starts, strict=True)]
     return Group(*(torch.stack([getattr(group, name) for group in groups]) for name in ("levels", "scale", "zero")))
 
 

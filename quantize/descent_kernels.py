@@ -199,7 +199,8 @@ def choose(
     middles = (places[1:] + places[:-1]) / 2
     begun = (level, scale, zero) if current is None else (current[0].flatten(0, 1).t(), current[1], current[2])
     _choose_kernel[(triton.cdiv(own, ROWS), problems)](
-        *(side.flatten(0, 1).t().contiguous() for side in sides), metric.contiguous(), *(tensor.contiguous() for tensor in begun),
+        *(side.flatten(0, 1).t().contiguous() for side in sides), metric.contiguous(),
+        *(tensor.contiguous() for tensor in begun),
         torch.empty_like(level), level, scale, zero, metric.new_tensor(list(ratios) or [1.0]), places, middles,
         out, own, len(ratios), min(finalists, len(ratios)), passes,
         columns, min(columns, PART), top, rule, STORED[dtype], current is not None, scales, SLOTS, ROWS,

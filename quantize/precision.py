@@ -39,8 +39,9 @@ def _matmul_precision(name: str) -> Iterator[None]:
 
 
 def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, each alone or a stack ``[E, …]``. On an accelerator, unless TF32 was asked for, to float32's accuracy from three TF32 products of
-    the factors' first eleven bits and of what these leave over; the two rests' own product (2^-22) is left out."""
+    """``left @ right``, of matrices or stacks of them. On an accelerator, unless TF32 was asked for, to float32's
+    accuracy from three TF32 products of the factors' first eleven bits and of what these leave over; the two rests' own
+    product (2^-22) is left out."""
     if not left.is_cuda or torch.get_float32_matmul_precision() != "highest":
         return left @ right
     left_high, right_high = _first_bits(left), _first_bits(right)

@@ -7,6 +7,8 @@ algorithm 1, with the grid of each group fitted when the group is reached. Round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +24,8 @@ BLOCK = 128  # columns whose errors are spread over the columns behind them in o
 
 @dataclass(frozen=True)
 class Factor:
-    """``upper``: U with ``UᵀU = (H + damp * mean(diag H) * I)^-1``, float32 ``[in, in]``; ``damp``: what it took, float64
-    ``[]`` in host memory; ``ridge``: damp * mean(diag H), float32 ``[]``. Of a stack of matrices: each ``[E, …]``.
+    """``upper``: U with ``UᵀU = (H + damp * mean(diag H) * I)^-1``, float32 ``[in, in]``; ``damp``: what it took,
+    float64 ``[]`` in host memory; ``ridge``: damp * mean(diag H), float32 ``[]``. Of a stack: each ``[E, …]``.
 
     order: int64 ``[in]``, the columns in the order in which they are rounded; rows and columns of H are taken in that
     order. None: as they lie.
@@ -57,7 +59,7 @@ def factorize(gram: Tensor, damp: float, order: Tensor | None = None) -> Factor:
     """The upper Cholesky factor of the inverse of the damped Gram matrix; ``damp`` grows tenfold until it exists.
 
     Reversing rows and columns turns the lower factor of H into the upper factor of H^-1 with one triangular inverse:
-    J H J = L Lᵀ  =>  U = J L^-1 J. A stack is done one after the other, so that one matrix's copies are alive at a time.
+    J H J = L Lᵀ  =>  U = J L^-1 J. A stack is done one by one, so that one matrix's copies are alive at a time.
     """
     if gram.ndim == 3:
         return _factorize_stack(gram, damp, order)
@@ -96,6 +98,18 @@ def _factorize_stack(grams: Tensor, damp: float, orders: Tensor | None) -> Facto
         damps.append(factor.damp)
         ridges.append(factor.ridge)
     return Factor(uppers, torch.stack(damps), torch.stack(ridges), orders)
+
+
+@contextmanager
+def damped(gram: Tensor, factor: Factor) -> Iterator[None]:
+    """While open, ``gram`` is damped as ``factor`` is."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    diagonal.add_(factor.ridge.unsqueeze(-1))
+    try:
+        yield
+    finally:
+        diagonal.copy_(before)
 
 
 def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram: Tensor | None = None) -> Rounded:

@@ -89,9 +89,7 @@ def candidate_scales(mean_abs: Tensor, relative: Tensor) -> Tensor:
     return scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
 
 
-def search_scale(
-    parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None
-) -> ScaleSearch:
+def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None) -> ScaleSearch:
     """The scale of one input that loses least when all weights that it feeds are rounded to nearest: one matrix, or
     experts and others together, their losses summed.
 
@@ -206,10 +204,12 @@ def _pool(values: Tensor, tie: Tensor) -> Tensor:
 
 
 def scale_gram(gram: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
-    """G of the inputs divided by ``scale``: ``S^-1 G S^-1``. ``in_place`` spares a copy as large as G."""
+    """G of the inputs divided by ``scale``: ``S^-1 G S^-1``; of a stack ``[E, in]``. ``in_place`` spares a copy as
+    large as G."""
     inverse = 1.0 / scale
-    scaled = gram.mul_(inverse) if in_place else gram * inverse
-    return scaled.mul_(inverse.unsqueeze(1))
+    row = inverse.unsqueeze(-2) if gram.ndim == 3 else inverse
+    scaled = gram.mul_(row) if in_place else gram * row
+    return scaled.mul_(inverse.unsqueeze(-1))
 
 
 def untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:

@@ -94,7 +94,7 @@ class GgufMethod(Method):
             source = weight.float()
             error = blocks.dequantize().sub_(source).square_()
             power = source.square_()
-            output.records[module] = {"frobenius": _ratio(error, power)}
+            output.records[module] = {"frobenius": _ratio(error, power), **inputs.figures.get(module, {})}
             if row is not None:
                 output.records[module]["weighted_error"] = _ratio(error * row, power * row)
         return output

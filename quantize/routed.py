@@ -1,0 +1,189 @@
+"""Statistics of a mixture's experts: each from the tokens that its router sends to it, rare ones blended.
+
+An expert's output enters the layer's as p · down(a), p its router's weight, so an error of down costs
+Σ p² |ΔW a|² over its tokens: each token counts p**exponent in the expert's Gram matrix. Gate and up the same, to first
+order. An expert that few tokens reached has a Gram matrix of low rank, on which compensation would fit noise: part of
+it is replaced by what the expert would see if every token were sent to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from qtool.quantize.precision import bfloat16_products
+from qtool.quantize.statistics import accumulate, accumulate_gram, blocks_of, gap_of
+
+SAMPLE = 8192  # tokens at most that rare experts are shown, wherever the router sends them
+
+
+class ExpertSettings(BaseModel):
+    """Of a recipe: how the experts of a mixture are calibrated.
+
+    exponent: a token counts its router's weight to this power. blend: an expert with n tokens takes the share
+    1 - n / (blend · input width) of its statistics from tokens of all experts, none from that many tokens on; 0: only
+    an expert that no token reached does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    exponent: Annotated[int, Field(ge=0, le=2)] = 2
+    blend: Annotated[float, Field(ge=0, le=64, allow_inf_nan=False)] = 1.0
+
+    def share(self, tokens: int, columns: int) -> float:
+        """Of the blended statistics that come from all tokens."""
+        if not tokens:
+            return 1.0
+        return max(0.0, 1.0 - tokens / (self.blend * columns)) if self.blend else 0.0
+
+
+@dataclass
+class RoutedStatistics:
+    """Of one input of E experts: as InputStatistics, with a leading axis of experts on every tensor.
+
+    counts: tokens of each; mass: the sum of their weights p**exponent, float32 ``[E]``; shares: what part came from all
+    tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this stream sends
+    there too, and of how many (its own stream alone); ``absmax`` is one row for all experts.
+    """
+
+    experts: int
+    settings: ExpertSettings
+    channels_only: bool = False
+    through: Tensor | None = None
+    drifting: bool = False
+    counts: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    mass: Tensor = field(default_factory=lambda: torch.empty(0))
+    gram: Tensor = field(default_factory=lambda: torch.empty(0))
+    drift: Tensor | None = None
+    abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    absmax: Tensor = field(default_factory=lambda: torch.empty(0))
+    square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    agreed: tuple[Tensor, Tensor] | None = None
+
+    def _open(self, x: Tensor) -> None:
+        number, columns, device = self.experts, x.shape[1], x.device
+        self.counts, self.mass = [0] * number, torch.zeros(number, device=device)
+        self.square_sum = torch.zeros(number, columns, device=device)
+        self.absmax = torch.zeros(columns, device=device)
+        if self.channels_only:
+            return
+        self.gram = torch.zeros(number, columns, columns, device=device)
+        self.abs_sum = torch.zeros(number, columns, device=device)
+        if self.drifting:
+            rows = columns if self.through is None else self.through.shape[1]
+            self.drift = torch.zeros(number, rows, columns, device=device)
+
+    def add(
+        self,
+        expert: int,
+        x: Tensor,
+        weights: Tensor,
+        source: Tensor | None = None,
+        divisor: Tensor | None = None,
+        behind: Tensor | None = None,
+    ) -> None:
+        """Count tokens of an expert, ``x [n, in]``, ``weights [n]`` of its router. The rest as `InputStatistics.add`:
+        ``source`` and ``behind`` only for streams that drift."""
+        if not self.counts:
+            self._open(x)
+        self.counts[expert] += len(x)
+        self.square_sum[expert] += torch.ones(len(x), device=x.device) @ x.float().square()
+        magnitude = x.abs()
+        torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
+        if self.channels_only:
+            return
+        counted = weights.float() ** self.settings.exponent
+        self.mass[expert] += counted.sum()
+        self.abs_sum[expert] += counted @ magnitude.float()
+        root = counted.sqrt().to(x.dtype).unsqueeze(1)
+        with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():
+            weighed = x * root if x.is_cuda else (x * root).float()
+            accumulate_gram(self.gram[expert], weighed)
+            if self.drift is not None and source is not None:
+                gap = gap_of(source, x, divisor)
+                if self.through is not None:
+                    gap = gap @ self.through[expert].t().to(gap.dtype)
+                gap = (gap if behind is None else gap + behind) * root
+                accumulate(self.drift[expert], gap if x.is_cuda else gap.float(), weighed)
+
+    def finish(self, typical: Callable[[int], Tensor]) -> None:
+        """Make the Gram matrices whole, and blend those of rare experts. ``typical``: the inputs ``[tokens, in]`` that
+        an expert would have if a sample of all tokens were sent to it."""
+        columns = self.absmax.shape[0]
+        self.shares = [self.settings.share(tokens, columns) for tokens in self.counts]
+        one = self.mass.sum() / max(1, sum(self.counts))  # what a token counts, in the mean
+        for start, stop in [] if self.channels_only else blocks_of(self.gram[0]):
+            self.gram[:, stop:, start:stop] = self.gram[:, start:stop, stop:].mT
+        for expert, share in enumerate(self.shares):
+            if not share or (self.channels_only and self.counts[expert]):
+                continue
+            inputs = typical(expert)
+            wide = inputs.float()
+            if not self.counts[expert]:
+                self.square_sum[expert] = wide.square().mean(0)
+            if self.channels_only:
+                continue
+            mass = torch.maximum(self.mass[expert], one)
+            moment = torch.zeros_like(self.gram[expert])
+            accumulate(moment, inputs if inputs.is_cuda else wide, inputs if inputs.is_cuda else wide)
+            self.gram[expert].mul_(1 - share).add_(moment * mass, alpha=share / len(inputs))
+            self.abs_sum[expert].mul_(1 - share).add_(wide.abs().mean(0) * mass, alpha=share)
+            self.mass[expert] = self.mass[expert] * (1 - share) + mass * share
+            if self.drift is not None:
+                self.drift[expert].mul_(1 - share)
+
+    @property
+    def tokens(self) -> int:
+        """Slots of all experts."""
+        return sum(self.counts)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """mean|x| of each expert ``[E, in]``."""
+        return self.abs_sum / self.mass.unsqueeze(1).clamp_min(1e-30)
+
+    @property
+    def overall_abs(self) -> Tensor:
+        """mean|x| over the slots of all experts ``[in]``."""
+        return self.abs_sum.sum(0) / self.mass.sum().clamp_min(1e-30)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """mean x² of each expert ``[E, in]``, every token counted alike."""
+        counts = torch.tensor(self.counts, device=self.square_sum.device).clamp_min(1)
+        return self.square_sum / counts.unsqueeze(1)
+
+    def part(self, some: slice) -> RoutedStatistics:
+        """Some experts' statistics, as views."""
+        agreed = None if self.agreed is None else (self.agreed[0][some], self.agreed[1][some])
+        return RoutedStatistics(
+            len(self.counts[some]), self.settings, False, None if self.through is None else self.through[some],
+            self.drifting, self.counts[some], self.shares[some], self.mass[some], self.gram[some],
+            None if self.drift is None else self.drift[some], self.abs_sum[some], self.absmax, self.square_sum, agreed,
+        )  # fmt: skip
+
+    def output_drift(self, weight: Tensor) -> Tensor:
+        """As `InputStatistics.output_drift`, ``[E, out, in]``."""
+        assert self.drift is not None
+        return self.drift if self.through is not None else weight @ self.drift
+
+    def figures(self) -> list[dict[str, float]]:
+        """For the record of each expert: its tokens, what part of its statistics came from all tokens, and of the
+        source's tokens of this expert what part came here too."""
+        found = [
+            {"tokens": float(tokens), "blended": float(f"{share:.6g}")}
+            for tokens, share in zip(self.counts, self.shares, strict=True)
+        ]
+        if self.agreed is not None:
+            both, sent = (part.tolist() for part in self.agreed)
+            for figures, kept, whole in zip(found, both, sent, strict=True):
+                if whole:
+                    figures["routing"] = float(f"{kept / whole:.6g}")
+        return found
