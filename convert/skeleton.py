@@ -12,6 +12,7 @@ from torch import nn
 from qtool import QtoolError
 from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.reading import shown
+from qtool.convert.models.shape import Decoder
 
 _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 
@@ -104,6 +105,22 @@ def _fill_buffers(name: str, module: nn.Module, model: Any) -> None:
         initialize(module)
     if any(bool(buffer.isnan().any()) for buffer in module.buffers(recurse=False)):
         raise QtoolError(_UNKNOWN.format(type(module).__name__, name))
+
+
+def file_shapes(model: nn.Module, decoder: Decoder) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """As `expected_shapes`, of the tensors as files hold them: experts each alone, or as the family says."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        layer = decoder.layer_of(name)
+        if layer is None:
+            shapes[name] = tuple(tensor.shape)
+        else:
+            layers.setdefault(layer, {})[name.removeprefix(decoder.at(layer))] = tensor
+    for layer, state in layers.items():
+        held = decoder.in_files(state)
+        shapes |= {decoder.at(layer) + name: tuple(tensor.shape) for name, tensor in held.items()}
+    return shapes, expected_shapes(model)[1]
 
 
 def expected_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], set[str]]:

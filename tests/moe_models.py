@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-QWEN: dict[str, Any] = {
-    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
-    "decoder_sparse_step": 1, "mlp_only_layers": [1],
-}  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Qwen3Moe": QWEN | {"norm_topk_prob": True},
+    "Qwen3Moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": True,
+    },
     "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64},
-}
+    "Qwen2Moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
+    "Olmoe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
+        "norm_topk_prob": False, "tie_word_embeddings": False,
+    },
+}  # fmt: skip

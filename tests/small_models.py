@@ -16,8 +16,11 @@ PROBLEM = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", **changes: Any) -> Path:
-    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads."""
+def make_model(
+    folder: Path, architecture: str = "Llama", shard: str = "200KB", loudness: float = 1.0, **changes: Any
+) -> Path:
+    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads.
+    ``loudness``: its logits are multiplied by it."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -47,6 +50,7 @@ def make_model(folder: Path, architecture: str = "Llama", shard: str = "200KB", 
                 parameter.copy_(torch.randn_like(parameter) * 0.08)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
+        model.model.norm.weight.mul_(loudness)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder

@@ -1,8 +1,9 @@
-"""Mixtures of experts: their tensors and names against transformers' own conversion, their scales against its forward."""
+"""Mixtures of experts: tensors and names against transformers' own conversion, scales against its forward."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from moe_models import MIXTURES
 from torch import Tensor, nn
 
+from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.models.experts import Mixture, in_files, in_memory, mixture_feeds
 from qtool.convert.models.feeds import Heads, Norm, Nothing, Rows
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
+from qtool.evaluate.engines.torch_model import load_model
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -86,6 +89,23 @@ def test_memory_and_files_are_each_other(folder: Path) -> None:
         back = in_files(mixture, decoder.shape.experts, state)
         assert set(back) == set(files)
         assert all(torch.equal(back[name], files[name]) for name in files)
+
+
+def test_a_model_is_loaded_from_files_of_any_order(folder: Path) -> None:
+    """Experts come one by one, in whatever order; one that is missing, or of another shape, is named."""
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    _, mixture = _decoder(folder)
+    tensors = list(Checkpoint.open(folder).read())
+    config, cpu = load_config(folder), torch.device("cpu")
+    state = load_model(iter(reversed(tensors)), config, cpu).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    lost = f"model.layers.0.{mixture.module(2, 'up')}.weight"
+    with pytest.raises(QtoolError, match=rf"lacks {re.escape(lost)} \(1 tensors of experts missing\)"):
+        load_model(((name, tensor) for name, tensor in tensors if name != lost), config, cpu)
+    with pytest.raises(QtoolError, match=rf"{re.escape(lost)} is \[63, 128\]"):
+        load_model(((name, tensor[:63] if name == lost else tensor) for name, tensor in tensors), config, cpu)
 
 
 def test_every_scale_of_every_feed_changes_nothing(folder: Path) -> None:

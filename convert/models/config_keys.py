@@ -42,7 +42,7 @@ HARMLESS = frozenset((
     "output_hidden_states", "return_dict", "use_return_dict", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "transformers_version", "chunk_size_feed_forward", "gradient_checkpointing",
     "quantization_config", "auto_map", "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels",
-    "problem_type",
+    "problem_type", "output_router_logits", "router_aux_loss_coef",
 ))  # fmt: skip
 LIMIT = "right only up to"  # how a line on a limit begins
 CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}  # the values of a model that answers

@@ -14,17 +14,22 @@ transformers (integrations/moe.py) holds them fused in memory, whatever the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtool import QtoolError
 from qtool.convert.models.feeds import Feed, Matrix, Norm, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_tensors
 
+PARTS = ("gate", "up", "down")
 BLOCK = "mlp"  # what transformers calls the mixture in memory
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
 
 
@@ -73,6 +78,61 @@ class Mixture:
             return Matrix(module, DOWN_STACK, expert, expert=expert)
         first = 0 if part == "gate" else shape.expert_width
         return Matrix(module, GATE_UP, expert, first=first, count=shape.expert_width, expert=expert)
+
+
+def with_experts(
+    shape: Geometry, settings: Mapping[str, Any], count: str, width: int, sparse: Sequence[bool], shared_width: int = 0
+) -> Geometry:
+    """A geometry with mixtures in the ``sparse`` layers. ``count``: the key that says how many experts there are.
+    Raises QtoolError for numbers that no mixture can have."""
+    experts, active = (_whole(settings, key) for key in (count, "num_experts_per_tok"))
+    if active > experts:
+        raise QtoolError(f"config.json: num_experts_per_tok is {active}, and there are {experts} experts ({count}).")
+    return replace(
+        shape, experts=experts, active=active, expert_width=width, shared_width=shared_width, sparse=tuple(sparse)
+    )
+
+
+def _whole(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise QtoolError(f"config.json: {key} is {value!r}; a positive whole number is needed.")
+    return value
+
+
+def expert_keys(shape: Geometry) -> dict[str, int | float | str]:
+    """llama.cpp's keys of how many experts there are, and how many work on a token."""
+    return {"expert_count": shape.experts, "expert_used_count": shape.active}
+
+
+def check_normalized(settings: Mapping[str, Any], architecture: str, always: bool) -> None:
+    """Raises QtoolError where llama.cpp, whose code for ``architecture`` normalises the weights of a token's experts
+    ``always`` or never, would compute otherwise than `norm_topk_prob` says."""
+    if bool(settings.get("norm_topk_prob")) != always:
+        does = "always" if always else "never"
+        raise QtoolError(
+            f"config.json: norm_topk_prob is {bool(settings.get('norm_topk_prob'))}; llama.cpp's {architecture} {does} "
+            "normalises the weights of a token's experts, and no key says otherwise."
+        )
+
+
+def check_all_sparse(sparse: Sequence[bool], architecture: str) -> None:
+    """Raises QtoolError where a layer has no experts and llama.cpp's ``architecture`` has them in every layer."""
+    if not all(sparse):
+        dense = [layer for layer, mixed in enumerate(sparse) if not mixed]
+        raise QtoolError(
+            f"config.json: layer {dense[0]} and {len(dense) - 1} more have no experts; llama.cpp's {architecture} has "
+            "them in every layer."
+        )
+
+
+def check_own_head(settings: Mapping[str, Any], architecture: str) -> None:
+    """Raises QtoolError for a tied head, of which llama.cpp's ``architecture`` knows nothing."""
+    if settings.get("tie_word_embeddings"):
+        raise QtoolError(
+            f"config.json: tie_word_embeddings is true; llama.cpp's {architecture} takes a head of its own alone. Save "
+            "the head as a tensor and set it to false."
+        )
 
 
 def mixed_decoder(mixture: Mixture) -> Callable[[Geometry, int], tuple[Feed, ...]]:
@@ -131,10 +191,21 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
     return tensors
 
 
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a tensor or a matrix is a part of, by its name; None for all others."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def stacked(name: str) -> str:
+    """The name that all experts have together of a tensor or a matrix of one of them; of others their own."""
+    return _EXPERT.sub(".experts.", name)
+
+
 def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's tensors as files hold them (fused or each alone), as transformers' layer holds them. Names are below
     the layer; a layer without experts is returned as it is. Raises KeyError naming an expert that is missing."""
-    alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in ("gate", "up", "down")}
+    alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in PARTS}
     taken = {name for names in alone.values() for name in names}
     found = {_renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
     if not any(name in tensors for name in taken):
@@ -158,6 +229,44 @@ def in_files(mixture: Mixture, experts: int, state: Mapping[str, Tensor]) -> dic
         for part, held in (("gate", gate), ("up", up), ("down", down[expert])):
             found[f"{mixture.module(expert, part)}.weight"] = held
     return found
+
+
+def assembled(
+    mixture: Mixture, prefix: str, shapes: Mapping[str, Shape], stream: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A stream of a model's tensors as files hold them, as transformers holds them. An expert is copied into its place
+    as it comes, so that no layer is there twice. ``prefix``: of all layers; ``shapes``: of the tensors in memory.
+    Raises QtoolError naming an expert that never came, or is unlike the others."""
+    parts = {getattr(mixture, part): part for part in PARTS}
+    layer, block, names = re.escape(prefix), re.escape(mixture.block), "|".join(map(re.escape, parts))
+    expert_of = re.compile(rf"({layer}\d+\.){block}\.experts\.(\d+)\.({names})\.weight")
+    inside = re.compile(rf"({layer}\d+\.)(.*)")
+    stacks: dict[str, Tensor] = {}
+    missing: dict[str, set[str]] = {}
+    for name, tensor in stream:
+        found = expert_of.fullmatch(name)
+        if found is None:
+            other = inside.fullmatch(name)
+            yield (other[1] + _renamed(other[2], mixture.block, BLOCK) if other else name), tensor
+            continue
+        at, expert, part = found[1], int(found[2]), parts[found[3]]
+        stack = at + (DOWN_STACK if part == "down" else GATE_UP)
+        if stack not in stacks:
+            count, rows, columns = shapes.get(stack, (0, 0, 0))
+            stacks[stack] = tensor.new_empty(count, rows, columns)
+            beside = ("down",) if part == "down" else ("gate", "up")
+            missing[stack] = {f"{at}{mixture.module(e, one)}.weight" for e in range(count) for one in beside}
+        held = stacks[stack][expert] if name in missing[stack] else None
+        place = held if held is None or part == "down" else held.chunk(2)[part == "up"]
+        if place is None or place.shape != tensor.shape:
+            raise QtoolError(f"{name} is {list(tensor.shape)}, and config.json has no place for it among its experts.")
+        place.copy_(tensor)
+        missing[stack].discard(name)
+        if not missing[stack]:
+            yield stack, stacks.pop(stack)
+    for stack in stacks:
+        lost = sorted(missing[stack])
+        raise QtoolError(f"the model lacks {lost[0]} ({len(lost)} tensors of experts missing).")
 
 
 def _renamed(name: str, old: str, new: str) -> str:

@@ -40,12 +40,14 @@ def attention_feeds(shape: Geometry, plus_one: bool = False, adds: bool = True) 
 def decoder_tensors(
     norms: Sequence[str] = TWO_NORMS,
     head_norms: bool = False,
+    row_norms: bool = False,
     qkv_bias: bool = False,
     mlp: Callable[[Geometry, int], dict[str, Shape]] | None = None,
 ) -> Callable[[Geometry], dict[str, Shape]]:
     """Tensors of an embedding, such layers, a final norm and a head. ``norms``: of a layer's hidden states.
-    ``head_norms``: q and k have one each, over a head. ``qkv_bias``: q, k and v have biases and o has none, whatever
-    `attention_bias` says. ``mlp``: of a layer's MLP, where that is not one of gate, up and down in every layer."""
+    ``head_norms``: q and k have one each, over a head; ``row_norms``: over all their heads at once. ``qkv_bias``: q, k
+    and v have biases and o has none, whatever `attention_bias` says. ``mlp``: of a layer's MLP, where that is not one
+    of gate, up and down in every layer."""
 
     def tensors(shape: Geometry) -> dict[str, Shape]:
         found: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
@@ -54,6 +56,8 @@ def decoder_tensors(
             layer |= {f"{norm}.weight": (shape.hidden,) for norm in norms}
             if head_norms:
                 layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in ("q_norm", "k_norm")}
+            if row_norms:
+                layer |= {"self_attn.q_norm.weight": (shape.q_row,), "self_attn.k_norm.weight": (shape.kv_row,)}
             found |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
         found["model.norm.weight"] = (shape.hidden,)
         return found if shape.tied else found | {"lm_head.weight": (shape.vocab, shape.hidden)}

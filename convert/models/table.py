@@ -11,26 +11,17 @@ from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
 from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
 from qtool.convert.models.loop import IQUEST_LOOP_CODER
 from qtool.convert.models.mixtral import MIXTRAL
+from qtool.convert.models.olmoe import OLMOE
 from qtool.convert.models.qwen2 import QWEN2
+from qtool.convert.models.qwen2_moe import QWEN2_MOE
 from qtool.convert.models.qwen3 import QWEN3
 from qtool.convert.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        LLAMA,
-        MISTRAL,
-        QWEN2,
-        QWEN3,
-        IQUEST_CODER,
-        GEMMA,
-        GEMMA2,
-        GEMMA3,
-        IQUEST_LOOP_CODER,
-        MIXTRAL,
-        QWEN3_MOE,
-    )  # fmt: skip
-}
+_ALL = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER, MIXTRAL, QWEN3_MOE,
+    QWEN2_MOE, OLMOE,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(config: Mapping[str, Any]) -> Family | None:

@@ -16,7 +16,7 @@ from qtool.convert.formats.gguf.header import read_header, read_value
 from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata, required_keys
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import ROPE_FREQS, possible_names
+from qtool.convert.formats.gguf.names import ROPE_FREQS, STACKED, piece, possible_names
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.types import PLAIN, tensor_types
 from qtool.convert.formats.gguf.vocab import add_vocabulary
@@ -41,18 +41,20 @@ def check_tensors(artifact: Artifact) -> Result:
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
-    for name, typed in tensor_types(shapes, made, shape.layers, facts.like_70b(shape)).items():
+    for name, typed in tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts).items():
         found = file.layout[name][0]
         if name != ROPE_FREQS and found != typed.type:
             reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
             continue
-        values = file.blocks(name).dequantize()
-        if not bool(values.isfinite().all()):
-            reasons.append(f"{name} holds NaN or Inf")
-        elif len(shapes[name]) >= 2:
-            reasons += hollow(name, values)
-        elif name.endswith("norm.weight") and not bool(values.any()):
-            reasons.append(f"{name} is all zero")
+        experts = range(shapes[name][0]) if name.endswith(STACKED) and len(shapes[name]) == 3 else (None,)
+        for expert in experts:
+            values, told = file.blocks(name, expert).dequantize(), piece(name, expert)
+            if not bool(values.isfinite().all()):
+                reasons.append(f"{told} holds NaN or Inf")
+            elif len(shapes[name]) >= 2:
+                reasons += hollow(told, values)
+            elif name.endswith("norm.weight") and not bool(values.any()):
+                reasons.append(f"{told} is all zero")
     reasons += [f"the key {key} is missing" for key in required_keys(facts) if file.metadata(key) is None]
     reasons += _unlike_config(file, config)
     tokens = file.metadata("tokenizer.ggml.tokens")

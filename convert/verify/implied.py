@@ -13,7 +13,7 @@ from qtool.convert.formats.gguf.names import SUFFIXES, modules
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import prefix_of
 from qtool.convert.models.tied import EMBEDDING
-from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.convert.skeleton import build_skeleton, file_shapes, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 _COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -39,7 +39,7 @@ def implied(folder: Path, config: Mapping[str, Any], stored: Shapes) -> Implied:
     if "auto_map" in config:  # whoever checks a file runs none of its code
         known = {module + suffix for module in modules(decoder) for suffix in SUFFIXES}
         return Implied(dict.fromkeys(name for name in stored if name in known), frozenset(), matrices)
-    shapes, tied = expected_shapes(build_skeleton(load_config(folder)))
+    shapes, tied = file_shapes(build_skeleton(load_config(folder)), decoder)
     return Implied(shapes, frozenset(tied), matrices)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorStream
 from qtool.convert.files.reading import read_json
+from qtool.convert.models.experts import assembled
+from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import check_equal
 from qtool.convert.skeleton import build_skeleton, expected_shapes
 from qtool.evaluate.engines import machine
@@ -119,7 +121,14 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     dtype = compute_dtype(device)
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
-    state = {name: tensor.to(device, dtype) for name, tensor in stream if name in shapes}
+    family = find_family({"architectures": config.architectures})
+    placed: TensorStream = (
+        (name, tensor.to(device, dtype if family is None or family.casts(name) else tensor.dtype))
+        for name, tensor in stream
+    )
+    if family is not None and family.mixture is not None:
+        placed = assembled(family.mixture, family.prefix, shapes, placed)
+    state = {name: tensor for name, tensor in placed if name in shapes}
     if tied:
         check_equal(state)
     missing = sorted(set(shapes) - set(state) - tied)

@@ -23,7 +23,7 @@ from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.refusals import check_sizes, refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
-from qtool.convert.skeleton import build_skeleton, expected_shapes, load_config
+from qtool.convert.skeleton import build_skeleton, file_shapes, load_config
 from qtool.make.output import Output, plan_output
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
@@ -76,7 +76,7 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     config = load_config(source.path, trusted)
     decoder = decoder_of(read_config(source.path))
     skeleton = build_skeleton(config, trusted)
-    shapes, tied = expected_shapes(skeleton)
+    shapes, tied = file_shapes(skeleton, decoder)
     check_head(checkpoint, bool(tied))
     checkpoint.check_shapes(shapes, tied)
     unknown = [name for name in checkpoint.tensors if name not in shapes]

@@ -5,7 +5,9 @@ Every shape is known from the plan, so the header is written first and each tens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from qtool.convert.files.durable import naming
 from qtool.convert.files.writer import Layout, Place, Spec
 from qtool.convert.formats.gguf.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.formats.gguf.header import Header, read_header, read_tensor, read_value
-from qtool.convert.formats.gguf.names import possible_names, row_order
+from qtool.convert.formats.gguf.names import STACKED, model_shape, piece, possible_names, row_order
+from qtool.convert.models.experts import expert_of
 from qtool.convert.models.shape import Decoder, decoder_of
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -26,13 +29,17 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def gguf_layout(path: Path, architecture: str, describe: Callable[[Any], None], tensors: Tensors) -> Layout:
-    """Of the file at ``path`` with the tensors of ``tensors``, each a row of bytes. ``describe(writer)`` adds the keys
-    to a `gguf.GGUFWriter`."""
+    """Of the file at ``path`` with the tensors of ``tensors``, each a row of bytes; each expert of a stack has a place
+    of its own in it (`names.piece`). ``describe(writer)`` adds the keys to a `gguf.GGUFWriter`."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         header, offsets, size = _header(path, architecture, describe, tensors)
     specs: dict[str, Spec] = {name: (torch.uint8, (_nbytes(*tensor),)) for name, tensor in tensors.items()}
     places = {name: Place(path.name, offset, specs[name]) for name, offset in offsets.items()}
+    for name, (kind, shape) in tensors.items():
+        for expert in range(shape[0] if name.endswith(STACKED) else 0):
+            spec: Spec = (torch.uint8, (_nbytes(kind, shape[1:]),))
+            places[piece(name, expert)] = Place(path.name, offsets[name] + expert * spec[1][0], spec)
     return Layout({path.name: header}, {path.name: size}, places, f"{path.name}.journal.jsonl")
 
 
@@ -113,17 +120,26 @@ class GgufFile:
         """A key's value, None where the file does not have it."""
         return read_value(self.path, self._header, key)
 
-    def blocks(self, name: str) -> GgmlBlocks:
-        """A tensor as stored, in llama.cpp's row order; vectors become one row."""
+    def blocks(self, name: str, expert: int | None = None) -> GgmlBlocks:
+        """A tensor as stored, in llama.cpp's row order; vectors become one row. Of a stack one ``expert``'s matrix, or
+        all below each other."""
         place = self.tensors[name]
-        rows = place.shape[0] if len(place.shape) > 1 else 1
+        if expert is not None:
+            size = place.nbytes // place.shape[0]
+            place = replace(place, shape=place.shape[1:], nbytes=size, data_offset=place.data_offset + expert * size)
+        rows = math.prod(place.shape[:-1])
         return GgmlBlocks(read_tensor(self.path, place).view(rows, -1), place.type, (rows, place.shape[-1]))
 
     def hf_names(self) -> dict[str, str]:
         """HF name -> GGUF name of every tensor that the model has."""
         if not self._names:  # a table of hundreds of patterns is behind it
-            self._names = {hf: name for hf, name in possible_names(self.config).items() if name in self.tensors}
+            possible = possible_names(self.config)
+            self._names = {hf: name for hf, name in possible.items() if self._holds(name, expert_of(hf))}
         return self._names
+
+    def _holds(self, name: str, expert: int | None) -> bool:
+        place = self.tensors.get(name)
+        return place is not None and (expert is None or (len(place.shape) == 3 and expert < place.shape[0]))
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +153,7 @@ class GgufFile:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """HF name -> shape."""
-        return {hf: self.layout[name][1] for hf, name in self.hf_names().items()}
+        return {hf: model_shape(name, self.layout[name][1]) for hf, name in self.hf_names().items()}
 
     def stored(self) -> dict[str, Callable[[], torch.Tensor]]:
         """GGUF name -> what reads the tensor's bytes."""
@@ -152,7 +168,7 @@ class GgufFile:
         name = self.hf_names().get(f"{linear}.weight")
         if name is None:
             raise QtoolError(f"{self.path}: no tensor for {linear}.")
-        blocks = self.blocks(name)
+        blocks = self.blocks(name, expert_of(linear))
         order = row_order(name, blocks.shape[0], self.decoder)
         if order is None:
             return blocks
@@ -168,11 +184,11 @@ class GgufFile:
     def tensor(self, hf: str) -> torch.Tensor:
         """One tensor under its Hugging Face name, dequantized to float32."""
         name = self.hf_names()[hf]
-        values = self.blocks(name).dequantize()
+        shape = model_shape(name, self.layout[name][1])
+        values = self.blocks(name, expert_of(hf)).dequantize().view(shape)
         if offset := self.decoder.family.norm_offset(hf):
             values = values - offset
-        order = row_order(name, self.layout[name][1][0], self.decoder)
-        values = values.view(self.layout[name][1])
+        order = row_order(name, shape[0], self.decoder)
         if order is None:
             return values
         restored = torch.empty_like(values)

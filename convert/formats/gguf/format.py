@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks
 from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
-from qtool.convert.formats.gguf.names import ROPE_FREQS, row_order
+from qtool.convert.formats.gguf.names import ROPE_FREQS, piece, row_order
 from qtool.convert.formats.gguf.plan import GgufPlan, plan_gguf
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.models.config_keys import prove_gguf
+from qtool.convert.models.experts import expert_of
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
@@ -94,11 +96,16 @@ class Gguf:
         assert isinstance(plan, GgufPlan)
         rows = read_imatrix(path)
         named = {linear: plan.names[f"{linear.name}.weight"] for linear in plan.linears}
-        wrong = [name for linear, name in named.items() if name in rows and rows[name].numel() != linear.columns]
+        sizes = {name: math.prod(plan.shapes[name][:-2]) * plan.shapes[name][-1] for name in named.values()}
+        wrong = [name for name, size in sizes.items() if name in rows and rows[name].numel() != size]
         if wrong or not any(name in rows for name in named.values()):
             why = f"{wrong[0]} has {rows[wrong[0]].numel()} values" if wrong else "it has none of this model's names"
             raise QtoolError(f"{path}: made for another model: {why}.")
-        return {linear.name: rows[name] for linear, name in named.items() if name in rows}
+        return {
+            linear.name: rows[name].view(-1, linear.columns)[expert_of(linear.name) or 0]
+            for linear, name in named.items()
+            if name in rows
+        }
 
 
 class GgufTensors:
@@ -165,8 +172,7 @@ class GgufTensors:
     def finish(self, proof: str, kept: Checkpoint | None, text: CalibrationText) -> list[str]:
         """``kept``: the rows of the importance matrix. Writes it, and a Modelfile for Ollama."""
         if kept is not None:
-            named = {self.plan.names[f"{matrix}.weight"]: kept.tensor(matrix) for matrix in kept.tensors}
-            write_imatrix(self._folder / IMATRIX, named, text.samples, text.length, text.name)
+            self._write_imatrix(kept, text)
         beyond = ", ".join(self._beyond)
         left_out = [f"tokens beyond the embedding's rows, left out: {beyond}"] if beyond else []
         around = around_texts(self._source.path, self.tokenizer)
@@ -174,9 +180,21 @@ class GgufTensors:
         (self._folder / MODELFILE).write_text(made.text, encoding="utf-8")
         return [*left_out, proof, *around, *self.stops.notes, *made.notes]
 
+    def _write_imatrix(self, kept: Checkpoint, text: CalibrationText) -> None:
+        """All experts of a layer are one entry of rows below each other, each with the tokens that were sent to it."""
+        seen = {matrix: record.get("tokens") for step in self.steps for matrix, record in step["records"].items()}
+        rows: dict[str, list[torch.Tensor]] = {}
+        tokens: dict[str, list[float]] = {}
+        for matrix in sorted(kept.tensors, key=lambda matrix: expert_of(matrix) or 0):
+            name, count = self.plan.names[f"{matrix}.weight"], seen.get(matrix)
+            rows.setdefault(name, []).append(kept.tensor(matrix))
+            tokens.setdefault(name, []).append(text.samples * text.length if count is None else count)
+        stacks = {name: torch.stack(found) for name, found in rows.items()}
+        write_imatrix(self._folder / IMATRIX, stacks, text.samples, text.length, text.name, tokens)
+
     def _put(self, hf: str, data: torch.Tensor) -> None:
         name = self.plan.names[hf]
         order = row_order(name, self.plan.shapes[name][0], self._written.decoder)
         if order is not None:
             data = data.view(order.numel(), -1)[order]  # a bias is one row of blocks, but as many numbers
-        self.writer.write(name, data.reshape(-1))
+        self.writer.write(piece(name, expert_of(hf)), data.reshape(-1))

@@ -6,7 +6,7 @@ Format: llama.cpp tools/imatrix (imatrix.gguf: `<name>.in_sum2` and `<name>.coun
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +23,14 @@ IMATRIX = "imatrix.gguf"  # beside the file that it weighed
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
-def write_imatrix(path: Path, rows: Mapping[str, torch.Tensor], chunks: int, chunk_size: int, dataset: str) -> None:
-    """``rows``: GGUF name of a weight -> mean square float32 ``[in]`` over ``chunks`` windows of ``chunk_size``
-    tokens. A row of zeros, whose inputs never were anything else, is written as never seen."""
+def write_imatrix(
+    path: Path, rows: Mapping[str, torch.Tensor], chunks: int, chunk_size: int, dataset: str,
+    tokens: Mapping[str, Sequence[float]] | None = None,
+) -> None:  # fmt: skip
+    """``rows``: GGUF name of a weight -> mean square float32 ``[in]``, of a stack of experts ``[experts, in]``, over
+    ``chunks`` windows of ``chunk_size`` tokens. ``tokens``: the same name -> how many of them each row saw, where that
+    was not all. A row of zeros, whose inputs never were anything else, is written as never seen; a row that saw no
+    token and was given the numbers of others, as one that saw one."""
     gguf = load_gguf()
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -33,9 +38,11 @@ def write_imatrix(path: Path, rows: Mapping[str, torch.Tensor], chunks: int, chu
     writer.add_uint32("imatrix.chunk_count", chunks)
     writer.add_uint32("imatrix.chunk_size", chunk_size)
     for name, row in rows.items():
-        tokens = chunks * chunk_size if bool(row.any()) else 0
-        writer.add_tensor(f"{name}{SUMS}", (row.float() * tokens).view(1, -1).numpy())
-        writer.add_tensor(f"{name}{COUNTS}", torch.tensor([[float(tokens)]]).numpy())
+        means = row.float().view(-1, row.shape[-1])
+        seen = torch.tensor((tokens or {}).get(name, [chunks * chunk_size] * len(means)), dtype=torch.float32)
+        counts = torch.where(means.any(1), seen.clamp_min(1), 0).unsqueeze(1)
+        writer.add_tensor(f"{name}{SUMS}", (means * counts).numpy())
+        writer.add_tensor(f"{name}{COUNTS}", counts.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,24 +10,29 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import load_gguf
+from qtool.convert.models.experts import stacked
+from qtool.convert.models.feeds import Shape
 from qtool.convert.models.model_config import is_tied
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.models.tied import HEAD
 
 SUFFIXES = (".weight", ".bias")
+STACKED = "_exps.weight"  # how the names of tensors end that hold a matrix of every expert
+SHARED_GATE = "ffn_gate_inp_shexp.weight"  # a vector here, a matrix of one row in its model
 ROPE_FREQS = "rope_freqs.weight"
 
 
 def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """HF name -> GGUF name, a tied head left out. Raises QtoolError for a tensor that llama.cpp does not know."""
+    """HF name -> GGUF name, a tied head left out; all experts of a layer have one. Raises QtoolError for a tensor that
+    llama.cpp does not know."""
     table = _name_map(config)
     tied = is_tied(config)
     found = {}
     for name in tensors:
         if tied and name == HEAD:
             continue
-        mapped = table.get_name(name, try_suffixes=SUFFIXES)
+        mapped = table.get_name(stacked(name), try_suffixes=SUFFIXES)
         if mapped is None:
             architecture = gguf_facts(config).architecture
             raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {architecture}.")
@@ -39,13 +44,33 @@ def possible_names(config: Mapping[str, Any]) -> dict[str, str]:
     """HF name -> GGUF name of every tensor that a model of this config may have."""
     table = _name_map(config)
     names = [module + suffix for module in modules(decoder_of(config)) for suffix in SUFFIXES]
-    mapped = {name: table.get_name(name, try_suffixes=SUFFIXES) for name in names}
+    mapped = {name: table.get_name(stacked(name), try_suffixes=SUFFIXES) for name in names}
     return {name: found for name, found in mapped.items() if found is not None}
 
 
 def modules(decoder: Decoder) -> list[str]:
     """Every module of a model that has a tensor, the head too where it is tied."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in (*decoder.tensors(), HEAD)))
+
+
+def stored_shape(name: str, shape: Shape, experts: int) -> Shape:
+    """The shape of the tensor ``name`` of a file, of whose HF tensor's ``shape``; of an expert's, that of the stack of
+    all ``experts``."""
+    if name.endswith(SHARED_GATE):
+        return shape[-1:]
+    return (experts, *shape) if name.endswith(STACKED) else shape
+
+
+def model_shape(name: str, shape: Shape) -> Shape:
+    """Inverse of `stored_shape`: of one expert."""
+    if name.endswith(SHARED_GATE):
+        return (1, *shape)
+    return shape[1:] if name.endswith(STACKED) else shape
+
+
+def piece(name: str, expert: int | None) -> str:
+    """What a writer calls an expert's part of a stack; of others the tensor."""
+    return name if expert is None else f"{name}[{expert}]"
 
 
 def _name_map(config: Mapping[str, Any]) -> Any:

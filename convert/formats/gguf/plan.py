@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,19 +13,20 @@ from qtool import QtoolError
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.ggml import BLOCKS, FLOATS, load_gguf, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
-from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names
+from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names, stored_shape
 from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
 from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
+from qtool.convert.models.experts import expert_of
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.models.table import gguf_facts
 
 
 @dataclass(frozen=True)
 class GgufPlan(OutputPlan):
-    """``names``: HF name -> GGUF name. ``types``: GGUF name -> type, and what the rule wanted before a row's length
-    forced another. ``shapes``: GGUF name -> shape (torch order), in file order. ``limits``: what the file is right only
-    up to, a line each."""
+    """``names``: HF name -> GGUF name, one for all experts of a layer. ``types``: GGUF name -> type, and what the rule
+    wanted before a row's length forced another. ``shapes``: GGUF name -> shape (torch order), in file order.
+    ``limits``: what the file is right only up to, a line each."""
 
     names: dict[str, str] = field(default_factory=dict)
     types: dict[str, Typed] = field(default_factory=dict)
@@ -54,11 +56,13 @@ def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
     model_keys(config)
     decoder = shape.decoder
     names = gguf_names(walk_order(tensors, decoder), config)
-    shapes: dict[str, tuple[int, ...]] = {name: tensors[hf].shape for hf, name in names.items()}
+    experts = decoder.shape.experts
+    shapes = {name: stored_shape(name, tensors[hf].shape, experts) for hf, name in names.items()}
     factors = rope_factors(config)
     if factors is not None:
         shapes[ROPE_FREQS] = tuple(factors.shape)
-    types = tensor_types(shapes, file_type, decoder.shape.layers, gguf_facts(config).like_70b(decoder.shape))
+    like_70b = gguf_facts(config).like_70b(decoder.shape)
+    types = tensor_types(shapes, file_type, decoder.shape.layers, like_70b, experts)
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
     _require_share(shapes, types, file_type)
@@ -67,13 +71,14 @@ def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
     for hf, name in names.items():
         kind, columns = types[name].type, shapes[name][-1]
         for module, matrix in held.get(hf, ()):
-            out, columns = matrix.shape(shapes[name])
+            out, columns = matrix.shape(tensors[hf].shape)
             plans.append(LinearPlan(module, out, columns, BLOCKS[kind][0], out * row_bytes(kind, columns), kind))
         if hf not in held and kind not in FLOATS:
             module = hf.removesuffix(".weight")
             outside.append(LinearPlan(module, shapes[name][0], columns, BLOCKS[kind][0], sizes[name], kind))
     stored = names | {name: name for name in shapes if name == ROPE_FREQS}
-    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name],)) for hf, name in stored.items()}
+    parts = {hf: 1 if expert_of(hf) is None else experts for hf in stored}
+    specs: dict[str, Spec] = {hf: (torch.uint8, (sizes[name] // parts[hf],)) for hf, name in stored.items()}
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
     total = sum(sizes.values())
@@ -84,7 +89,7 @@ def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Ty
     """As `verify` will: at least 99 % of the weights that the rules quantize must get a quantized type."""
     meant = [name for name, typed in types.items() if typed.wanted not in PLAIN]
     plain = [name for name in meant if types[name].type in PLAIN]
-    total, left = (sum(shapes[name][0] * shapes[name][-1] for name in names) for names in (meant, plain))
+    total, left = (sum(_rows(shapes[name]) * shapes[name][-1] for name in names) for names in (meant, plain))
     if not meant or 1 - left / total >= QUANTIZED_SHARE:
         return
     columns = ", ".join(map(str, sorted({shapes[name][-1] for name in plain})))
@@ -96,4 +101,4 @@ def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Ty
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) > 1 else 1
+    return math.prod(shape[:-1])

@@ -18,6 +18,8 @@ FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
 PLAIN = ("F16", "BF16", "F32")
 BASE = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where 256 does not divide a row
+ROUTER = "ffn_gate_inp.weight"  # never quantized
+DOWN = ("ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -34,18 +36,20 @@ class Typed:
 
 
 def tensor_types(
-    shapes: Mapping[str, tuple[int, ...]], file_type: str, layers: int, like_70b: bool = False
+    shapes: Mapping[str, tuple[int, ...]], file_type: str, layers: int, like_70b: bool = False, experts: int = 0
 ) -> dict[str, Typed]:
     """GGUF tensor name -> type. ``shapes``: torch order, in file order. ``like_70b``: of what it takes for a
-    "70B", llama.cpp keeps attn_v at 5 bits or more.
+    "70B", llama.cpp keeps attn_v at 5 bits or more. ``experts``: of a layer; with 8 it takes the model for Mixtral,
+    whose attention is small beside them, and gives that more bits.
     """
     tied = "output.weight" not in shapes
     found = {}
     for name, shape in shapes.items():
-        if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+        if len(shape) < 2 or not name.endswith("weight") or name.endswith(("_norm.weight", ROUTER)):
             found[name] = Typed("F32", "F32")
             continue
-        wanted = _rule(name, file_type, layers, tied, like_70b)
+        wanted = _mixtral(name, file_type) if experts == 8 else None
+        wanted = wanted or _rule(name, file_type, layers, tied, like_70b)
         found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
     return found
 
@@ -62,12 +66,19 @@ def _rule(name: str, file_type: str, layers: int, tied: bool, like_70b: bool) ->
     number = int(layer.group(1))
     if name.endswith("attn_v.weight"):
         return _attention_value(number, file_type, base, layers, like_70b)
-    if name.endswith("ffn_down.weight"):
+    if name.endswith(DOWN):
         if file_type in ("Q4_K_M", "Q5_K_M"):
             return "Q6_K" if use_more_bits(number, layers) else base
         if file_type == "Q4_K_S" and number < layers // 8:
             return "Q5_K"
     return base
+
+
+def _mixtral(name: str, file_type: str) -> str | None:
+    """What 8 experts change."""
+    if file_type not in PLAIN and name.endswith(("attn_v.weight", "attn_k.weight")):
+        return "Q8_0"
+    return "Q5_K" if name.endswith("attn_output.weight") and file_type in ("Q4_K_S", "Q4_K_M") else None
 
 
 def _attention_value(number: int, file_type: str, base: str, layers: int, like_70b: bool) -> str:

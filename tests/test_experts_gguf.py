@@ -1,0 +1,138 @@
+"""Mixtures of experts in GGUF files: llama.cpp computes what transformers does; stacks hold each expert's own blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_models import MIXTURES
+from small_models import converted
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.models.config_keys import check_gguf
+from qtool.convert.models.shape import decoder_of
+from qtool.convert.skeleton import load_config
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines import llama_cpp
+from qtool.evaluate.engines import server as served
+from qtool.evaluate.engines.torch_model import load_model
+from qtool.quantize.methods.ggml import quantize_ggml
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 256, "head_dim": 64, "vocab_size": 384}  # rows that K-quants take
+OUTPUTS: list[dict[str, Any]] = [
+    {"method": "gguf", "name": "f16", "type": "F16"},
+    {"method": "gguf", "name": "q4", "type": "Q4_K_M", "imatrix": False},
+    {"method": "gguf", "name": "q8", "type": "Q8_0", "imatrix": False},
+]
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A model and its artifacts."""
+    from small_models import make_model
+
+    folder = tmp_path_factory.mktemp(request.param)
+    changes = MIXTURES[request.param] | WIDE
+    changes |= {key: 256 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in changes}
+    changes |= {"mlp_only_layers": []} if "mlp_only_layers" in changes else {}
+    changes |= {} if "moe_intermediate_size" in changes else {"intermediate_size": 256}
+    model = make_model(folder / "model", request.param, loudness=0.4, **changes)
+    return model, converted(model, OUTPUTS, folder)
+
+
+def _divergence(artifact: Artifact, expected: torch.Tensor, ids: list[int], positions: list[int]) -> float:
+    """Mean KL of ``expected`` log-probabilities to llama.cpp's at ``positions``."""
+    assert artifact.gguf is not None
+    found = []
+    with llama_cpp.serve(artifact.gguf, 128) as url:
+        for position in positions:
+            row = torch.full((expected.shape[1],), -torch.inf)
+            for token, value in served.top_logprobs(url, ids[: position + 1], expected.shape[1]).items():
+                row[token] = value
+            found.append(float((expected[position].exp() * (expected[position] - row)).sum()))
+    return sum(found) / len(found)
+
+
+@torch.inference_mode()
+def test_llama_cpp_computes_what_transformers_does(made: tuple[Path, dict[str, Path]]) -> None:
+    """Router, normalisation, stacks, shared experts and their gate: a mistake in any of them moves the distribution.
+    Four bits stay close; there llama.cpp rounds inputs to eight bits."""
+    model, paths = made
+    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    tokenizer = load_tokenizer(model, False)  # llama-server tells nothing of a token that ends inside a character
+    for name, limit in (("f16", 1e-5), ("q4", 0.05)):
+        artifact = Artifact.open(paths[name])
+        logits = load_model(artifact.read(), load_config(model), CPU)(torch.tensor([ids])).logits
+        expected = logits[0].float().log_softmax(-1)
+        whole = [n for n, row in enumerate(expected) if "\ufffd" not in tokenizer.decode([int(row.argmax())])]
+        assert abs(_divergence(artifact, expected, ids, whole[::-4])) < limit, name
+    source = load_model(Checkpoint.open(model).read(), load_config(model), CPU)(torch.tensor([ids])).logits
+    p, q = source[0].log_softmax(-1), expected
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.2
+
+
+def test_every_expert_is_quantized_alone(made: tuple[Path, dict[str, Path]]) -> None:
+    """A stack holds, expert after expert, the blocks that ggml's own code makes of each expert's matrix; they verify
+    against the source, and every one is in the ledger."""
+    import gguf
+
+    model, paths = made
+    artifact, source = Artifact.open(paths["q4"]), Checkpoint.open(model)
+    decoder = decoder_of(artifact.config)
+    mixture = decoder.family.mixture
+    assert mixture is not None
+    assert artifact.manifest is not None
+    assert artifact.gguf is not None
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(artifact.gguf).tensors}
+    for part, name in (("gate", "gate"), ("up", "up"), ("down", "down")):
+        stack = reader[f"blk.0.ffn_{name}_exps.weight"]
+        weights = [
+            source.tensor(f"model.layers.0.{mixture.module(e, part)}.weight") for e in range(decoder.shape.experts)
+        ]
+        assert stack.shape.tolist() == [*reversed(weights[0].shape), len(weights)]
+        kind = stack.tensor_type.name
+        assert kind in ("Q4_K", "Q6_K")
+        expected = torch.cat([quantize_ggml(weight, kind, None).data.flatten() for weight in weights])
+        assert torch.equal(torch.from_numpy(stack.data.copy()).flatten(), expected)
+    assert reader["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    modules = {
+        decoder.at(layer) + one.module for layer in range(decoder.shape.layers) for one in decoder.matrices(layer)
+    }
+    assert set(artifact.manifest.ledger) == modules
+    for path in paths.values():
+        result = verify(path, model)
+        assert result.sound, [check for check in result.checks if check.status == "fail"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "said"),
+    [
+        (
+            "Qwen3Moe",
+            {"mlp_only_layers": [1]},
+            "layer 1 and 0 more have no experts; llama.cpp's qwen3moe has them in every",
+        ),
+        ("Qwen3Moe", {"norm_topk_prob": False}, "norm_topk_prob is False; llama.cpp's qwen3moe always normalises"),
+        ("Qwen2Moe", {"norm_topk_prob": True}, "norm_topk_prob is True; llama.cpp's qwen2moe never normalises"),
+        ("Olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True; llama.cpp's olmoe never normalises"),
+        ("Olmoe", {"num_key_value_heads": 2}, "heads share keys and values"),
+        ("Olmoe", {"tie_word_embeddings": True}, "llama.cpp's olmoe takes a head of its own alone"),
+        ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; llama.cpp's olmoe clips nothing"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    architecture: str, changes: dict[str, Any], said: str, model_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_maker(tmp_path / "model", architecture, **MIXTURES[architecture] | changes)
+    with pytest.raises(QtoolError, match=said.replace(".", r"\.")):
+        check_gguf(json.loads((model / "config.json").read_text()))
