@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.convert.models.feeds import Norm, Producer
 from qtool.quantize.experts import Routed, Taker, Watch, mixture_of, watched
 from qtool.quantize.stacks import Stack, Step
 
@@ -78,33 +79,103 @@ class Recorder(nn.Module):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Steps of a layer up to where what they made has joined the hidden states: attention, then the rest. ``silent``:
+    the layer's children that earlier parts are made of; ``until``: the norm that the next part begins with, None at
+    the layer's end."""
+
+    steps: tuple[Step, ...]
+    silent: tuple[str, ...] = ()
+    until: str | None = None
+
+
+def parts_of(steps: Sequence[Step]) -> tuple[Part, ...]:
+    """A part begins at a norm in front of a child that no earlier part has: the norm's inputs are hidden states."""
+    found: list[list[Step]] = []
+    for step in steps:
+        begun = {child_of(earlier) for part in found for earlier in part}
+        if not found or (isinstance(_producer(step), Norm) and child_of(step) not in begun):
+            found.append([])
+        found[-1].append(step)
+    parts: list[Part] = []
+    silent: tuple[str, ...] = ()
+    for part, following in zip(found, [*found[1:], None], strict=True):
+        producer = _producer(following[0]) if following else None
+        parts.append(Part(tuple(part), silent, producer.name if isinstance(producer, Norm) else None))
+        silent += tuple(sorted({child_of(step) for step in part}))
+    return tuple(parts)
+
+
+def child_of(step: Step) -> str:
+    """The layer's child that the consumers lie in, as ``self_attn``."""
+    return step.stacks[0].name.split(".")[0]
+
+
+def _producer(step: Step) -> Producer:
+    return step.stacks[0].feeds[0].producer
+
+
+@dataclass(frozen=True)
 class Fed:
-    """One batch on its way through a layer: the inputs of a step's plain stacks by their names, and its mixture's call;
-    the hidden states that the consumers' output is added to, where it is; the layer's output, where the forward went on
-    to its end."""
+    """One batch in a part of a layer: the inputs of a step's plain stacks by their names, and its mixture's call; the
+    hidden states at the part's end, empty where the forward did not go on to it."""
 
     inputs: dict[str, Tensor]
     routed: Routed | None
-    hidden: Tensor | None
-    output: Tensor | None
+    ended: Tensor
 
 
-def feed_through(
-    layer: nn.Module, step: Step, before: Sequence[str], states: Tensor, calls: Calls, to_end: bool = False
-) -> Fed:
-    """A batch as far as the inputs of ``step``, or ``to_end``. ``before``: modules whose outputs were added to the
-    hidden states on the way."""
-    inputs: dict[str, Tensor] = {}
-    added, routed, output = [states], list[Routed](), None
-    adds = any(stack.adds for stack in step.stacks)
-    with ExitStack() as hooks:
-        for name in before if adds else ():
-            hook = layer.get_submodule(name).register_forward_hook(lambda _m, _i, output: added.append(output))
-            hooks.callback(hook.remove)
-        hooks.enter_context(captured(layer, step.stacks, inputs.__setitem__, routed.append, not to_end))
-        with suppress(Enough):
-            output = run_layer(layer, states, calls)
-    return Fed(inputs, routed[0] if routed else None, sum(added[1:], added[0]) if adds else None, output)
+class Silent(nn.Module):
+    """Stands in for a child of a layer whose outputs are in the hidden states already: adds nothing to them."""
+
+    def __init__(self, others: int | None) -> None:
+        super().__init__()
+        self._others = others  # outputs beside the first of a tuple; None: no tuple
+
+    def forward(self, *inputs: Tensor, hidden_states: Tensor | None = None, **_: Any) -> Any:
+        """Zeros of the input's shape."""
+        zeros = torch.zeros_like(inputs[0] if hidden_states is None else hidden_states)
+        return zeros if self._others is None else (zeros, *[None] * self._others)
+
+
+class Parted:
+    """A layer that is run a part at a time, so that no part is computed again for the feeds of a later one."""
+
+    def __init__(self, layer: nn.Module, calls: Calls) -> None:
+        self.layer, self._calls = layer, calls
+        self._others: dict[str, int | None] = {}  # child -> as Silent's
+
+    def run(self, part: Part, states: Tensor, step: Step | None = None, to_end: bool = True) -> Fed:
+        """A batch of hidden states at the beginning of ``part``: the inputs of ``step``, the hidden states at the
+        part's end."""
+        inputs: dict[str, Tensor] = {}
+        routed, ended = list[Routed](), torch.empty(0)
+
+        def end(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            nonlocal ended
+            ended = given[0]
+            raise Enough
+
+        layer, kept = self.layer, {name: self.layer.get_submodule(name) for name in part.silent}
+        with ExitStack() as hooks:
+            if step is not None:
+                hooks.enter_context(captured(layer, step.stacks, inputs.__setitem__, routed.append, not to_end))
+            if part.until is not None:
+                hooks.callback(layer.get_submodule(part.until).register_forward_pre_hook(end).remove)
+                for name in {child_of(one) for one in part.steps}:
+                    hooks.callback(layer.get_submodule(name).register_forward_hook(self._note(name)).remove)
+            for name, child in kept.items():
+                setattr(layer, name, Silent(self._others[name]))
+                hooks.callback(setattr, layer, name, child)
+            with suppress(Enough):
+                ended = run_layer(layer, states, self._calls)
+        return Fed(inputs, routed[0] if routed else None, ended)
+
+    def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._others[name] = len(output) - 1 if isinstance(output, tuple) else None
+
+        return note
 
 
 def run_layer(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:

@@ -10,20 +10,21 @@ held, the loss of one group is a quadratic in its weights alone, so a step that 
 the group is chosen under what they cannot take up. `descend` then comes back to every group with all others known.
 GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.17542; here with the scales.
 
-All functions take one problem or a stack of E, with a leading axis on every tensor: experts, each with its own metric.
+Every function takes one problem or a stack of E with a leading axis on all tensors: experts, each with its own metric.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qtool.quantize.grid import Grid, GridSpec, diagonal_blocks, stored
-from qtool.quantize.precision import subtract_product, tensor_float32
-from qtool.quantize.rounding import Factor, residual_metric
+from qtool.quantize.precision import add_product, subtract_product, tensor_float32
+from qtool.quantize.rounding import Factor, invert_upper
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
 FINALISTS = 2  # of these, the best by plain rounding are worked out
@@ -88,20 +89,19 @@ class Chosen:
 def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     """One pass from left to right: each group under the metric that the columns behind leave it, its loss spread over
     them. ``target`` float32 ``[out, in]``, unchanged; ``factor``: of the damped Gram matrix, in the columns' order."""
-    weight, size = target.clone(), levels.group_size
-    metrics = residual_metric(diagonal_blocks(factor.upper, size))
-    chosen = Chosen(torch.empty_like(weight), *torch.empty(2, *_groups(weight, size), device=weight.device))
-    for number, start in enumerate(range(0, weight.shape[-1], size)):
-        stop = start + size
-        aim = weight[..., start:stop].contiguous()
-        group = choose(Problem(aim, torch.zeros_like(aim), aim, metrics[number]), levels, RATIOS)
-        _put(chosen, number, slice(start, stop), group)
-        if stop < weight.shape[-1]:
-            upper = factor.upper[..., start:stop, :]
-            error = aim - group.levels * group.scale
-            spread = torch.linalg.solve_triangular(upper[..., start:stop], error, upper=True, left=False)
-            subtract_product(weight[..., stop:], spread, upper[..., stop:])
-    return chosen
+    weight, size = target.mT.contiguous(), levels.group_size
+    inverses = invert_upper(diagonal_blocks(factor.upper, size))
+    chosen = _Columns.empty(weight, size)
+    for number, start in enumerate(range(0, weight.shape[-2], size)):
+        stop, inverse = start + size, inverses[number]
+        aim = weight[..., start:stop, :]
+        metric = inverse @ inverse.mT
+        group = choose(Problem((metric @ aim).neg_(), aim, metric), levels, RATIOS)
+        chosen.put(number, slice(start, stop), group)
+        if stop < weight.shape[-2]:
+            spread = inverse.mT @ group.weights().neg_().add_(aim)
+            subtract_product(weight[..., stop:, :], factor.upper[..., start:stop, stop:].mT, spread)
+    return chosen.rows()
 
 
 def descend(
@@ -112,27 +112,28 @@ def descend(
     size = _block(levels.group_size)
     scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
-    inverses = torch.linalg.inv(blocks)
-    chosen = Chosen(chosen.levels.clone(), chosen.scale.clone(), chosen.zero.clone())
-    error = chosen.weights().sub_(target)
+    inverses = torch.linalg.inv(blocks) if scales else blocks
+    found, wanted = _Columns.of(chosen), target.mT.contiguous()
+    error = chosen.weights().mT.contiguous().sub_(wanted)
     for sweep in range(sweeps):
-        for number, start in enumerate(range(0, target.shape[-1], size)):
+        for number, start in enumerate(range(0, wanted.shape[-2], size)):
             columns, group = slice(start, start + size), start // levels.group_size
+            before = found.group(group, columns)
             with tensor_float32():
-                slope = error @ gram[..., columns]
-            before = Group(chosen.levels[..., columns].contiguous(), *_column(chosen, group))
-            here = before.levels * before.scale
-            problem = Problem(here, slope, here - slope @ inverses[number], blocks[number])
-            after = choose(problem, levels, RATIOS if scales and sweep == 0 else (), before, scales)
-            _put(chosen, group, columns, after)
-            torch.sub(after.levels * after.scale, target[..., columns], out=error[..., columns])
-    return chosen
+                linear = gram[..., columns, :] @ error
+            add_product(linear, blocks[number], before.weights(), -1)
+            aim = (inverses[number] @ linear).neg_() if scales and sweep == 0 else None
+            ratios = () if aim is None else RATIOS
+            after = choose(Problem(linear, aim, blocks[number]), levels, ratios, before, scales)
+            found.put(group, columns, after)
+            torch.sub(after.weights(), wanted[..., columns, :], out=error[..., columns, :])
+    return found.rows()
 
 
 def workspace(out: int, columns: int) -> int:
     """Float32 numbers that `descend` takes at most, with what it is given: two targets, levels before and after, the
-    error; a block's columns in and out of the kernel."""
-    return 5 * out * columns + 12 * out * BLOCK
+    error; a block's columns in and out of the kernels, with FINALISTS beside the levels that are there."""
+    return 5 * out * columns + (4 + 4 * (FINALISTS + 1)) * out * BLOCK
 
 
 def _block(group_size: int) -> int:
@@ -142,22 +143,25 @@ def _block(group_size: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """A group's loss of weights w ``[out, g]``: with e = w - here, ``e (2 slope + e metric)ᵀ``, so 0 at ``here``.
-    ``aim``: weights near the unconstrained optimum, from which candidates are made; ``metric [g, g]``."""
+    """The loss of a group's weights w, a column of them in a row ``[g, out]``: ``w (metric w + 2 linear)`` and a
+    constant. ``metric [g, g]``; ``aim``: its minimum, from which candidates are made (None: there are none)."""
 
-    here: Tensor
-    slope: Tensor
-    aim: Tensor
+    linear: Tensor
+    aim: Tensor | None
     metric: Tensor
 
 
 @dataclass(frozen=True)
 class Group:
-    """``levels [out, g]``, ``scale`` and ``zero`` ``[out, 1]``."""
+    """``levels [g, out]``, ``scale`` and ``zero`` ``[1, out]``."""
 
     levels: Tensor
     scale: Tensor
     zero: Tensor
+
+    def weights(self) -> Tensor:
+        """What a reader gets, ``[g, out]``."""
+        return self.levels * self.scale
 
 
 def choose(
@@ -165,65 +169,22 @@ def choose(
 ) -> Group:
     """The best found, row by row: ``current`` and the finalists among ``ratios`` of the covering scale, each improved
     by PASSES over scale (if ``scales``) and codes."""
-    if problem.aim.is_cuda:
-        from qtool.quantize import descent_kernels
-
-        if descent_kernels.fits(problem.aim.shape[-1]):
-            parts = (problem.here, problem.slope, problem.aim, problem.metric)
-            begun = None if current is None else (current.levels, current.scale, current.zero)
-            return Group(*descent_kernels.choose(
-                parts, ratios, begun, levels.table or (), levels.top, levels.rule, levels.dtype, scales, FINALISTS,
-                PASSES,
-            ))  # fmt: skip
-    if problem.aim.ndim == 3:
-        return _choose_stack(problem, levels, ratios, current, scales)
-    here, slope, aim = (tensor.t().contiguous() for tensor in (problem.here, problem.slope, problem.aim))
-    p = _Columns(here, slope, aim, problem.metric)
-    starts = [] if current is None else [(current.levels.t().contiguous(), current.scale.t(), current.zero.t())]
-    starts += _finalists(p, levels, ratios)
-    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for start in starts:
-        found = _improve(p, levels, *start, scales)
-        if best is None:
-            best = found
-        else:
-            better = found[3] < best[3]
-            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]  # four tensors, as before
-    assert best is not None
-    return Group(best[0].t(), best[1].t(), best[2].t())
-
-
-def _choose_stack(
-    problem: Problem, levels: Levels, ratios: Sequence[float], current: Group | None, scales: bool
-) -> Group:
-    """`choose` of one problem after the other."""
-    parts = (problem.here, problem.slope, problem.aim, problem.metric)
-    starts: list[Group | None] = [None] * len(problem.aim)
+    scale, zero = _finalists(problem, levels, ratios)
     if current is not None:
-        starts = [Group(*start) for start in zip(current.levels, current.scale, current.zero, strict=True)]
-    groups = [choose(Problem(*one), levels, ratios, start, scales) for *one, start in zip(*parts, starts, strict=True)]
-    return Group(*(torch.stack([getattr(group, name) for group in groups]) for name in ("levels", "scale", "zero")))
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """A Problem with a column of weights in a row, ``[g, out]``: its steps take a column at a time."""
-
-    here: Tensor
-    slope: Tensor
-    aim: Tensor
-    metric: Tensor
-
-    def loss(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss ``[1, out]``, its half gradient ``[g, out]``)."""
-        error = weights - self.here
-        gradient = torch.addmm(self.slope, self.metric, error)
-        return ((gradient + self.slope) * error).sum(0, keepdim=True), gradient
+        scale, zero = (
+            torch.cat([own.movedim(-2, 0), others]) for own, others in ((current.scale, scale), (current.zero, zero))
+        )
+    code, scale, losses = _improve(problem, levels, None if current is None else current.levels, scale, zero, scales)
+    if len(code) == 1:
+        return Group(code[0], scale[0].unsqueeze(-2), zero[0].unsqueeze(-2))
+    best = losses.argmin(0, keepdim=True)
+    level = code.gather(0, best.unsqueeze(-2).expand(1, *code.shape[1:]))[0]
+    return Group(level, scale.gather(0, best)[0].unsqueeze(-2), zero.gather(0, best)[0].unsqueeze(-2))
 
 
 def covering(aim: Tensor, levels: Levels, ratio: float) -> tuple[Tensor, Tensor]:
     """Scale and zero ``[1, out]`` of ``ratio`` times the range of ``aim [g, out]``, as they will be stored."""
-    low, high = aim.amin(0, keepdim=True), aim.amax(0, keepdim=True)
+    low, high = aim.amin(-2, keepdim=True), aim.amax(-2, keepdim=True)
     if levels.table is not None:
         scale = torch.maximum(high, -low).clamp_min(1e-12) * ratio
         return scale, torch.zeros_like(scale)
@@ -246,62 +207,135 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def nearest(weights: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Tensor:
     """The level nearest to each of ``weights``, for a scale and zero that broadcast to them."""
-    ratio = weights / torch.where(scale == 0, TINY, scale)
+    return _level(weights / torch.where(scale == 0, TINY, scale), zero, levels)
+
+
+def _level(ratio: Tensor, zero: Tensor, levels: Levels) -> Tensor:
+    """The same for ``weights / scale``, overwritten where levels are integers."""
     if levels.table is None:
         return torch.minimum(torch.maximum(ratio.round_(), -zero), levels.top - zero)
-    table = torch.tensor(levels.table, device=weights.device)
+    table = torch.tensor(levels.table, device=ratio.device)
     return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
 
 
-def _finalists(p: _Columns, levels: Levels, ratios: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    if not ratios:
-        return []
-    grids = [covering(p.aim, levels, ratio) for ratio in ratios]
-    losses = [p.loss(nearest(p.aim, *grid, levels).mul_(grid[0]))[0] for grid in grids]
-    scales, zeros = (torch.cat([grid[part] for grid in grids]) for part in (0, 1))
-    order = torch.cat(losses).argsort(0)[:FINALISTS]
-    starts = [(scales.gather(0, rank), zeros.gather(0, rank)) for rank in order.split(1)]
-    return [(nearest(p.aim, scale, zero, levels), scale, zero) for scale, zero in starts]
+def _finalists(problem: Problem, levels: Levels, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scales and zeros ``[finalists, out]`` of those that lose least by plain rounding."""
+    if problem.aim is None or not ratios:
+        nothing = problem.linear.new_empty(0, *problem.linear[..., 0, :].shape)
+        return nothing, nothing
+    kernels = _kernels(problem)
+    if kernels is not None:
+        table = levels.table or ()
+        losses, scale, zero = kernels.rank(
+            problem.aim, problem.metric, ratios, table, levels.top, levels.rule, levels.dtype
+        )
+    else:
+        grids = [covering(problem.aim, levels, ratio) for ratio in ratios]
+        errors = (nearest(problem.aim, *grid, levels).mul_(grid[0]).sub_(problem.aim) for grid in grids)
+        losses = torch.stack([_loss(problem.metric, error) for error in errors])
+        scale, zero = (torch.stack([grid[part].squeeze(-2) for grid in grids]) for part in (0, 1))
+    leaders = []
+    for _ in range(min(FINALISTS, len(ratios))):
+        leaders.append(losses.argmin(0, keepdim=True))
+        losses.scatter_(0, leaders[-1], torch.inf)
+    order = torch.cat(leaders)
+    return scale.gather(0, order), zero.gather(0, order)
+
+
+def _loss(metric: Tensor, error: Tensor) -> Tensor:
+    return (metric @ error).mul_(error).sum(-2)
 
 
 def _improve(
-    p: _Columns, levels: Levels, code: Tensor, scale: Tensor, zero: Tensor, scales: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(levels ``[g, out]``, scale, zero, loss ``[1, out]``) after PASSES."""
-    code, diagonal = code.clone(), p.metric.diagonal().tolist()
-    gradient = p.loss(code * scale)[1]
+    problem: Problem, levels: Levels, begun: Tensor | None, scale: Tensor, zero: Tensor, scales: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(levels ``[starts, g, out]``, scales ``[starts, out]``, losses ``[starts, out]``) after PASSES over every start:
+    ``begun``, if any, and what is nearest to the aim on each of the grids left. No losses where there is one start."""
+    kernels = _kernels(problem)
+    if kernels is not None:
+        table = levels.table or ()
+        found: tuple[Tensor, Tensor, Tensor] = kernels.improve(
+            problem.linear, problem.aim, problem.metric, begun, scale, zero, table, levels.top, levels.rule,
+            levels.dtype, scales, PASSES,
+        )  # fmt: skip
+        return found
+    starts, metric = scale.shape[0], problem.metric
+    codes = [] if begun is None else [begun]
+    for number in range(len(codes), starts):
+        assert problem.aim is not None
+        codes.append(nearest(problem.aim, scale[number].unsqueeze(-2), zero[number].unsqueeze(-2), levels))
+    code, linear = torch.cat(codes, -1), torch.cat([problem.linear] * starts, -1)  # a start beside the other
+    flat, zeros = (part.movedim(0, -2).flatten(-2).unsqueeze(-2) for part in (scale, zero))
+    own = 1 / metric.diagonal(dim1=-2, dim2=-1)
     for _ in range(PASSES):
+        product = metric @ code
         if scales:
-            scale = _best_scale(code, scale, gradient, p.metric, levels.dtype)
-        for column, own in enumerate(diagonal):
-            wished = code[column] * scale[0] - gradient[column] / own
-            new = nearest(wished, scale[0], zero[0], levels)
-            gradient.addr_(p.metric[column], (new - code[column]) * scale[0])
-            code[column] = new
-    return code, scale, zero, p.loss(code * scale)[0]
+            flat = _best_scale(code, flat, linear, product, levels.dtype)
+        gradient, over = torch.addcmul(linear, product, flat), 1 / torch.where(flat == 0, TINY, flat)
+        for column, inverse in enumerate(own.unsqueeze(-1).unsqueeze(-1).unbind(-3)):
+            here = slice(column, column + 1)
+            old = code[..., here, :]
+            new = _level(old - gradient[..., here, :] * (over * inverse), zeros, levels)
+            add_product(gradient[..., column + 1 :, :], metric[..., column + 1 :, here], (new - old) * flat)
+            code[..., here, :] = new
+    if starts > 1:
+        assert problem.aim is not None
+        loss = _loss(metric, code * flat - torch.cat([problem.aim] * starts, -1))
+    else:
+        loss = flat.squeeze(-2)
+    code, flat, loss = (part.unflatten(-1, (starts, -1)).movedim(-2, 0) for part in (code, flat.squeeze(-2), loss))
+    return code, flat, loss
 
 
-def _best_scale(code: Tensor, scale: Tensor, gradient: Tensor, metric: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale with the least loss for these levels, where storing it leaves a gain; ``gradient`` moves with it."""
-    product = metric @ code
-    slope, curve = (code * gradient).sum(0, keepdim=True), (code * product).sum(0, keepdim=True)
+def _kernels(problem: Problem) -> ModuleType | None:
+    """Their Triton twins, where these run."""
+    if not problem.linear.is_cuda:
+        return None
+    from qtool.quantize import descent_kernels
+
+    return descent_kernels if descent_kernels.fits(problem.metric.shape[-1]) else None
+
+
+def _best_scale(code: Tensor, scale: Tensor, linear: Tensor, product: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale with the least loss for these levels, where storing it leaves a gain; ``product``: metric @ code."""
+    curve = (code * product).sum(-2, keepdim=True)
+    slope = (code * linear).sum(-2, keepdim=True) + scale * curve
     wished = scale - slope / curve.clamp_min(1e-30)
     step = (wished if dtype == torch.float32 else _stored(wished, dtype)) - scale
     helps = (2 * step * slope + step * step * curve < 0) & (wished * scale > 0) & (curve > 0)
-    step = torch.where(helps, step, 0.0)
-    gradient.addcmul_(product, step)
-    return scale + step
+    return scale + torch.where(helps, step, 0.0)
 
 
-def _groups(weight: Tensor, size: int) -> tuple[int, ...]:
-    return *weight.shape[:-1], weight.shape[-1] // size
+@dataclass(frozen=True)
+class _Columns:
+    """A Chosen with a column of weights in a row: ``levels [in, out]``, ``scale``, ``zero [in / group_size, out]``."""
 
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
 
-def _column(chosen: Chosen, number: int) -> tuple[Tensor, Tensor]:
-    return chosen.scale[..., number : number + 1].contiguous(), chosen.zero[..., number : number + 1].contiguous()
+    @classmethod
+    def of(cls, chosen: Chosen) -> _Columns:
+        return cls(
+            *(
+                tensor.mT.clone(memory_format=torch.contiguous_format)
+                for tensor in (chosen.levels, chosen.scale, chosen.zero)
+            )
+        )
 
+    @classmethod
+    def empty(cls, weight: Tensor, size: int) -> _Columns:
+        *problems, columns, out = weight.shape
+        return cls(torch.empty_like(weight), *weight.new_empty(2, *problems, columns // size, out))
 
-def _put(chosen: Chosen, number: int, columns: slice, group: Group) -> None:
-    chosen.levels[..., columns] = group.levels
-    chosen.scale[..., number : number + 1] = group.scale
-    chosen.zero[..., number : number + 1] = group.zero
+    def group(self, number: int, columns: slice) -> Group:
+        one = slice(number, number + 1)
+        return Group(*(t[..., part, :] for t, part in ((self.levels, columns), (self.scale, one), (self.zero, one))))
+
+    def put(self, number: int, columns: slice, group: Group) -> None:
+        self.levels[..., columns, :] = group.levels
+        self.scale[..., number : number + 1, :] = group.scale
+        self.zero[..., number : number + 1, :] = group.zero
+
+    def rows(self) -> Chosen:
+        return Chosen(*(tensor.mT.contiguous() for tensor in (self.levels, self.scale, self.zero)))

@@ -1,9 +1,10 @@
-"""The Triton twin of quantize.descent.choose: one launch finds scale and codes of a group for every row."""
+"""The Triton twins of quantize.descent's two inner steps: ranking candidates, improving starts."""
 
 from __future__ import annotations
 
 # Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -13,15 +14,9 @@ from torch import Tensor
 SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
-ROWS, PART, WARPS = 16, 32, 1  # of a program; PART: columns that a step touches
-SLOTS = 16  # for the losses of as many candidates at most
-
-
-@triton.jit
-def _nearest(x):
-    """Round half to even, as torch.round: adding and taking away 1.5 * 2**23 leaves an integer for |x| < 2**22."""
-    magic = 12582912.0
-    return tl.where(tl.abs(x) < 4194304.0, (x + magic) - magic, x)
+ROWS, PART = 32, 16  # of a program, one thread a row; columns that are taken in turn before others hear of them
+RANK_ROWS, RANK_PART, RANK_WARPS = 64, 32, 4
+CELLS = 64  # of the range of a table: each has one middle between two levels at most
 
 
 @triton.jit
@@ -36,16 +31,14 @@ def _store(scale, kind: tl.constexpr):
 
 
 @triton.jit
-def _level(weight, scale, zero, table, middles, top: tl.constexpr, rule: tl.constexpr):
-    """quantize.descent.nearest."""
-    ratio = tl.div_rn(weight, tl.where(scale == 0, 1e-30, scale) + tl.zeros_like(weight))
+def _level(ratio, zero, cells, top: tl.constexpr, rule: tl.constexpr, count: tl.constexpr):
+    """The level nearest to weight / scale. Adding and taking away 1.5 * 2**23 rounds half to even, as torch.round."""
     if rule == 3:
-        number = tl.zeros_like(ratio).to(tl.int32)
-        for step in tl.static_range(15):
-            number += (ratio > tl.load(middles + step)).to(tl.int32)
-        level = tl.load(table + number)
+        cell = cells + tl.minimum(tl.maximum((ratio + 1) * (count // 2), 0), count - 1).to(tl.int32)
+        above = ratio > tl.load(cell)
+        level = tl.where(above, tl.load(cell + 2 * count), tl.load(cell + count))
     else:
-        level = tl.minimum(tl.maximum(_nearest(ratio), -zero), top - zero)
+        level = (tl.minimum(tl.maximum(ratio, -zero), top - zero) + 12582912.0) - 12582912.0
     return level
 
 
@@ -63,152 +56,229 @@ def _covering(low, high, ratio, top: tl.constexpr, rule: tl.constexpr, kind: tl.
     elif rule == 2:
         low, high = tl.minimum(low, 0.0) * ratio, tl.maximum(high, 0.0) * ratio
         scale = _store(tl.maximum(high - low, 1e-5) / top, kind)
-        zero = tl.minimum(tl.maximum(_nearest(tl.div_rn(-low, scale)), 0.0), top)
+        zero = tl.minimum(tl.maximum((tl.div_rn(-low, scale) + 12582912.0) - 12582912.0, 0.0), top)
     else:
         scale = widest
     return scale, zero
 
 
 @triton.jit
-def _loss(left, slope, error, metric, scale, here, first, row, out, inside, columns: tl.constexpr, part: tl.constexpr):
-    """What the columns ``first`` … ``first + part`` of an error ``[columns, rows]`` add to e (2 slope + e metric)ᵀ;
-    their own error is ``left * scale - here``."""
-    within = first + tl.arange(0, part)
-    at = within.to(tl.int64)[:, None] * out + row[None, :]
-    rows_of_metric = tl.load(metric + within[:, None] * columns + tl.arange(0, columns)[None, :])
-    own = left * scale[None, :] - tl.load(here + at, mask=inside, other=0.0)
-    lean = tl.load(slope + at, mask=inside, other=0.0)
-    return tl.sum((tl.dot(rows_of_metric, error, input_precision="tf32x3") + 2 * lean) * own, axis=0)
+def _product(metric, tile, first, row, out, inside, columns: tl.constexpr, part: tl.constexpr):
+    """``metric[first : first + part] @ tile`` for the rows of a program, ``[part, rows]``; tile ``[columns, out]``."""
+    within = tl.arange(0, part)
+    total = tl.zeros([part, row.shape[0]], tl.float32)
+    for start in range(0, columns, part):
+        block = tl.load(metric + (first + within)[:, None] * columns + (start + within)[None, :])
+        at = (start + within).to(tl.int64)[:, None] * out + row[None, :]
+        total = tl.dot(block, tl.load(tile + at, mask=inside, other=0.0), total, input_precision="tf32")
+    return total
 
 
 @triton.jit
-def _choose_kernel(
-    here, slope, aim, metric, level_in, scale_in, zero_in, work, level_out, scale_out, zero_out, ratios, table, middles,
-    out, own, count, finalists, passes,
+def _error(aim, start, row, out, inside, s, z, cells, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr,
+           count: tl.constexpr):  # fmt: skip
+    """What plain rounding of a part of the aim leaves, ``[part, rows]``."""
+    at = (start + tl.arange(0, part)).to(tl.int64)[:, None] * out + row[None, :]
+    goal = tl.load(aim + at, mask=inside, other=0.0)
+    ratio = tl.div_rn(goal, tl.where(s == 0, 1e-30, s)[None, :] + tl.zeros_like(goal))
+    return _level(ratio, z[None, :], cells, top, rule, count) * s[None, :] - goal
+
+
+@triton.jit
+def _rank_kernel(
+    aim, metric, ratios, cells, losses, scales, zeros, out,
     columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
-    current: tl.constexpr, scales: tl.constexpr, slots: tl.constexpr, rows: tl.constexpr,
+    count: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    # One warp does `rows` rows. Columns are taken in parts: what changes from step to step then fits into registers,
-    # and what a step sums over lies in few lanes. The levels in work lie in `work`, which this program alone touches.
-    # Of `own` rows each problem has, the second axis of programs says which: its metric lies that far behind.
-    local = tl.program_id(0) * rows + tl.arange(0, rows)
-    row = tl.program_id(1) * own + local
-    alive = local < own
-    metric += tl.program_id(1) * columns * columns
-    column, within = tl.arange(0, columns), tl.arange(0, part)
-    slot = tl.arange(0, slots)[:, None]
-    inside = alive[None, :]
-    place = column.to(tl.int64)[:, None] * out + row[None, :]
-    goal = tl.load(aim + place, mask=inside, other=0.0)
-    low, high = tl.min(goal, axis=0), tl.max(goal, axis=0)
-    losses = tl.zeros([slots, rows], tl.float32) + float("inf")
-    for number in range(count):
-        s, z = _covering(low, high, tl.load(ratios + number), top, rule, kind)
-        error = _level(goal, s[None, :], z[None, :], table, middles, top, rule) * s[None, :]
-        error -= tl.load(here + place, mask=inside, other=0.0)
-        loss = tl.zeros_like(low)
-        for first in range(0, columns, part):
-            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
-            wished = tl.load(aim + at, mask=inside, other=0.0)
-            level = _level(wished, s[None, :], z[None, :], table, middles, top, rule)
-            loss += _loss(level, slope, error, metric, s, here, first, row, out, inside, columns, part)
-        losses = tl.where(slot == number, loss[None, :], losses)
-    best = tl.zeros_like(low) + float("inf")
-    for start in range(-1 if current else 0, finalists):
-        if start < 0:
-            s = tl.load(scale_in + row, mask=alive, other=1.0)
-            z = tl.load(zero_in + row, mask=alive, other=0.0)
-            tl.store(work + place, tl.load(level_in + place, mask=inside, other=0.0), mask=inside)
+    # One program is one candidate of `rows` rows of a problem: what plain rounding to it loses.
+    problem = tl.program_id(2)
+    aim += problem.to(tl.int64) * columns * out
+    metric += problem * columns * columns
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    number, column, within = tl.program_id(1), tl.arange(0, columns), tl.arange(0, part)
+    inside = (row < out)[None, :]
+    goal = tl.load(aim + column.to(tl.int64)[:, None] * out + row[None, :], mask=inside, other=0.0)
+    s, z = _covering(tl.min(goal, axis=0), tl.max(goal, axis=0), tl.load(ratios + number), top, rule, kind)
+    loss = tl.zeros_like(s)
+    for first in range(0, columns, part):
+        slope = tl.zeros([part, rows], tl.float32)
+        for start in range(0, columns, part):
+            block = tl.load(metric + (first + within)[:, None] * columns + (start + within)[None, :])
+            error = _error(aim, start, row, out, inside, s, z, cells, part, top, rule, count)
+            slope = tl.dot(block, error, slope, input_precision="tf32")
+        loss += tl.sum(slope * _error(aim, first, row, out, inside, s, z, cells, part, top, rule, count), axis=0)
+    at = (number * tl.num_programs(2) + problem) * out + row
+    tl.store(losses + at, loss, mask=row < out)
+    tl.store(scales + at, s, mask=row < out)
+    tl.store(zeros + at, z, mask=row < out)
+
+
+@triton.jit
+def _round_part(
+    level, moved, product, linear, metric, inverse, first, row, out, s, z, cells,
+    columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, count: tl.constexpr,
+):  # fmt: skip
+    """Each column of a part in turn gets its best level, all others held. One thread has one row; all is loaded before
+    the first step and stored after the last, because each step waits for the one before it."""
+    inside = row < out
+    over = 1.0 / tl.where(s == 0, 1e-30, s)
+    olds = ()
+    pulls = ()
+    for number in tl.static_range(part):
+        at = (first + number).to(tl.int64) * out + row
+        olds += (tl.load(level + at, mask=inside, other=0.0),)  # type: ignore[assignment]  # a tuple of any length
+        pull = tl.load(linear + at, mask=inside, other=0.0) + tl.load(product + at, mask=inside, other=0.0) * s
+        pulls += (pull,)  # type: ignore[assignment]
+    news = ()
+    for number in tl.static_range(part):
+        line = metric + (first + number) * columns + first
+        pull = pulls[number]
+        for before in tl.static_range(number):
+            pull += tl.load(line + before) * ((news[before] - olds[before]) * s)
+        wished = olds[number] - pull * (tl.load(inverse + first + number) * over)
+        news += (_level(wished, z, cells, top, rule, count),)  # type: ignore[assignment]
+    for number in tl.static_range(part):
+        at = (first + number).to(tl.int64) * out + row
+        tl.store(level + at, news[number], mask=inside)
+        tl.store(moved + at, news[number] - olds[number], mask=inside)
+
+
+@triton.jit
+def _improve_kernel(
+    linear, aim, metric, inverse, begun, scales_in, zeros, cells, level, product, moved, scales_out, losses,
+    out, passes,
+    columns: tl.constexpr, part: tl.constexpr, top: tl.constexpr, rule: tl.constexpr, kind: tl.constexpr,
+    count: tl.constexpr, current: tl.constexpr, fit: tl.constexpr, judge: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    # One program is one start of `rows` rows of a problem. Columns are taken in parts, so that what changes from step
+    # to step fits into registers; what lies in `level`, `product` and `moved` this program alone touches.
+    row, start = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1)
+    inside, within = (row < out)[None, :], tl.arange(0, part)
+    problem = tl.program_id(2)
+    unit = (start * tl.num_programs(2) + problem).to(tl.int64)
+    s = tl.load(scales_in + unit * out + row, mask=row < out, other=1.0)
+    z = tl.load(zeros + unit * out + row, mask=row < out, other=0.0)
+    level += unit * columns * out
+    product += unit * columns * out
+    moved += unit * columns * out
+    linear += problem.to(tl.int64) * columns * out
+    aim += problem.to(tl.int64) * columns * out
+    begun += problem.to(tl.int64) * columns * out
+    metric += problem * columns * columns
+    inverse += problem * columns
+    for first in range(0, columns, part):
+        at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+        if current and start == 0:
+            tl.store(level + at, tl.load(begun + at, mask=inside, other=0.0), mask=inside)
         else:
-            leader = tl.argmin(losses, axis=0)
-            losses = tl.where(slot == leader[None, :], float("inf"), losses)
-            s, z = _covering(low, high, tl.load(ratios + leader), top, rule, kind)
-            wished = tl.load(aim + place, mask=inside, other=0.0)
-            tl.store(work + place, _level(wished, s[None, :], z[None, :], table, middles, top, rule), mask=inside)
-        tl.debug_barrier()
-        for _ in range(passes):
-            if scales:
-                every = tl.load(work + place, mask=inside, other=0.0)
-                error = every * s[None, :] - tl.load(here + place, mask=inside, other=0.0)
-                lift, curve = tl.zeros_like(low), tl.zeros_like(low)
-                for first in range(0, columns, part):
-                    at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
-                    m = tl.load(metric + (first + within)[:, None] * columns + column[None, :])
-                    level = tl.load(work + at, mask=inside, other=0.0)
-                    gradient = tl.load(slope + at, mask=inside, other=0.0)
-                    gradient += tl.dot(m, error, input_precision="tf32x3")
-                    lift += tl.sum(level * gradient, axis=0)
-                    curve += tl.sum(level * tl.dot(m, every, input_precision="tf32x3"), axis=0)
-                wished = s - lift / tl.maximum(curve, 1e-30)
-                step = _store(wished, kind) - s
-                helps = (2 * step * lift + step * step * curve < 0) & (wished * s > 0) & (curve > 0)
-                s += tl.where(helps, step, 0.0)
-            for first in range(0, columns, part):
-                at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
-                m = tl.load(metric + (first + within)[:, None] * columns + column[None, :])
-                error = tl.load(work + place, mask=inside, other=0.0) * s[None, :]
-                error -= tl.load(here + place, mask=inside, other=0.0)
-                gradient = tl.load(slope + at, mask=inside, other=0.0)
-                gradient += tl.dot(m, error, input_precision="tf32x3")
-                level = tl.load(work + at, mask=inside, other=0.0)
-                for number in range(part):
-                    chosen = within[:, None] == number
-                    pull = tl.sum(tl.where(chosen, gradient, 0.0), axis=0)
-                    old = tl.sum(tl.where(chosen, level, 0.0), axis=0)
-                    line = metric + (first + number) * columns + first
-                    new = _level(old * s - pull / tl.load(line + number), s, z, table, middles, top, rule)
-                    level = tl.where(chosen, new[None, :], level)
-                    gradient += tl.load(line + within)[:, None] * ((new - old) * s)[None, :]
-                tl.debug_barrier()
-                tl.store(work + at, level, mask=inside)
-                tl.debug_barrier()
-        error = tl.load(work + place, mask=inside, other=0.0) * s[None, :]
-        error -= tl.load(here + place, mask=inside, other=0.0)
-        loss = tl.zeros_like(low)
+            goal = tl.load(aim + at, mask=inside, other=0.0)
+            ratio = tl.div_rn(goal, tl.where(s == 0, 1e-30, s)[None, :] + tl.zeros_like(goal))
+            tl.store(level + at, _level(ratio, z[None, :], cells, top, rule, count), mask=inside)
+    tl.debug_barrier()
+    for _ in range(passes):
+        lift, curve = tl.zeros_like(s), tl.zeros_like(s)
         for first in range(0, columns, part):
             at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
-            level = tl.load(work + at, mask=inside, other=0.0)
-            loss += _loss(level, slope, error, metric, s, here, first, row, out, inside, columns, part)
-        better = loss < best
-        best = tl.where(better, loss, best)
-        tl.store(scale_out + row, s, mask=alive & better)
-        tl.store(zero_out + row, z, mask=alive & better)
-        tl.store(level_out + place, tl.load(work + place, mask=inside, other=0.0), mask=inside & better[None, :])
+            turned = _product(metric, level, first, row, out, inside, columns, part)
+            tl.store(product + at, turned, mask=inside)
+            own = tl.load(level + at, mask=inside, other=0.0)
+            lift += tl.sum(own * tl.load(linear + at, mask=inside, other=0.0), axis=0)
+            curve += tl.sum(own * turned, axis=0)
+        if fit:
+            lift += s * curve
+            wished = s - lift / tl.maximum(curve, 1e-30)
+            step = _store(wished, kind) - s
+            helps = (2 * step * lift + step * step * curve < 0) & (wished * s > 0) & (curve > 0)
+            s += tl.where(helps, step, 0.0)
         tl.debug_barrier()
+        for first in range(0, columns, part):
+            if first > 0:
+                at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+                turned = tl.load(product + at, mask=inside, other=0.0)
+                for done in range(0, first, part):
+                    block = tl.load(metric + (first + within)[:, None] * columns + (done + within)[None, :])
+                    place = (done + within).to(tl.int64)[:, None] * out + row[None, :]
+                    change = tl.load(moved + place, mask=inside, other=0.0)
+                    turned = tl.dot(block, change, turned, input_precision="tf32")
+                tl.store(product + at, turned, mask=inside)
+                tl.debug_barrier()
+            _round_part(
+                level, moved, product, linear, metric, inverse, first, row, out, s, z, cells,
+                columns, part, top, rule, count,
+            )  # fmt: skip
+            tl.debug_barrier()
+    if judge:  # what is lost beside the aim: no large numbers that cancel
+        for first in range(0, columns, part):
+            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+            error = tl.load(level + at, mask=inside, other=0.0) * s[None, :]
+            tl.store(moved + at, error - tl.load(aim + at, mask=inside, other=0.0), mask=inside)
+        tl.debug_barrier()
+        loss = tl.zeros_like(s)
+        for first in range(0, columns, part):
+            at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
+            slope = _product(metric, moved, first, row, out, inside, columns, part)
+            loss += tl.sum(slope * tl.load(moved + at, mask=inside, other=0.0), axis=0)
+        tl.store(losses + unit * out + row, loss, mask=row < out)
+    tl.store(scales_out + unit * out + row, s, mask=row < out)
 
 
-def choose(
-    problem: Sequence[Tensor], ratios: Sequence[float], current: Sequence[Tensor] | None, table: Sequence[float],
-    top: int, rule: int, dtype: torch.dtype, scales: bool, finalists: int, passes: int,
+def rank(
+    aim: Tensor, metric: Tensor, ratios: Sequence[float], table: Sequence[float], top: int, rule: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Levels ``[out, g]``, scale and zero ``[out, 1]``: as quantize.descent.choose. ``problem``: here, slope, aim
-    ``[out, g]`` and metric ``[g, g]``; ``current``: levels, scale, zero; ``rule``: SIGNED … TABLE; ``dtype``: of scales
-    as they are stored. Or a stack ``[E, …]`` of all, in one launch."""
-    if problem[0].ndim == 2:
-        stack = None if current is None else [part.unsqueeze(0) for part in current]
-        one = [part.unsqueeze(0) for part in problem]
-        level, scale, zero = choose(one, ratios, stack, table, top, rule, dtype, scales, finalists, passes)
-        return level[0], scale[0], zero[0]
-    *sides, metric = problem
-    problems, own, columns = sides[0].shape
-    out = problems * own
-    if not fits(columns) or len(ratios) > SLOTS:
-        raise ValueError(f"groups of {columns} columns, {len(ratios)} candidates")
-    level, scale, zero = metric.new_empty(columns, out), *metric.new_empty(2, out, 1)
-    places = metric.new_tensor(list(table) or [0.0, 0.0])
-    middles = (places[1:] + places[:-1]) / 2
-    begun = (level, scale, zero) if current is None else (current[0].flatten(0, 1).t(), current[1], current[2])
-    _choose_kernel[(triton.cdiv(own, ROWS), problems)](
-        *(side.flatten(0, 1).t().contiguous() for side in sides), metric.contiguous(),
-        *(tensor.contiguous() for tensor in begun),
-        torch.empty_like(level), level, scale, zero, metric.new_tensor(list(ratios) or [1.0]), places, middles,
-        out, own, len(ratios), min(finalists, len(ratios)), passes,
-        columns, min(columns, PART), top, rule, STORED[dtype], current is not None, scales, SLOTS, ROWS,
-        num_warps=WARPS,
+    """(losses beside the aim, scales, zeros) of candidates, each ``[candidates, out]``. ``aim [g, out]``. Of a stack of
+    problems: ``[candidates, E, out]``, ``[E, g, out]``."""
+    *problems, columns, out = aim.shape
+    losses, scales, zeros = aim.new_empty(3, len(ratios), *problems, out)
+    _rank_kernel[(triton.cdiv(out, RANK_ROWS), len(ratios), *(problems or [1]))](
+        aim.contiguous(), metric.contiguous(), metric.new_tensor(list(ratios)), _cells(metric, table), losses, scales,
+        zeros, out,
+        columns, min(columns, RANK_PART), top, rule, STORED[dtype], CELLS, RANK_ROWS, num_warps=RANK_WARPS,
     )  # fmt: skip
-    return level.t().unflatten(0, (problems, own)), scale.view(problems, own, 1), zero.view(problems, own, 1)
+    return losses, scales, zeros
+
+
+def improve(
+    linear: Tensor, aim: Tensor | None, metric: Tensor, begun: Tensor | None, scales: Tensor, zeros: Tensor,
+    table: Sequence[float], top: int, rule: int, dtype: torch.dtype, fit: bool, passes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(levels ``[starts, g, out]``, scales, losses ``[starts, out]``); losses are empty where there is one start.
+    ``scales``, ``zeros`` ``[starts, out]``; ``begun``: levels of the first start, those of others are the nearest to
+    ``aim``. Of a stack of problems the same with an axis of them before the last two, or before the last."""
+    *problems, columns, out = linear.shape
+    starts = scales.shape[0]
+    level, product, moved = linear.new_empty(3, starts, *linear.shape)
+    found, losses = scales.new_empty(2, *scales.shape)
+    _improve_kernel[(triton.cdiv(out, ROWS), starts, *(problems or [1]))](
+        linear.contiguous(), (linear if aim is None else aim).contiguous(), metric.contiguous(),
+        1 / metric.diagonal(dim1=-2, dim2=-1), level if begun is None else begun.contiguous(),
+        scales.contiguous(), zeros.contiguous(), _cells(metric, table), level, product, moved, found, losses, out,
+        passes,
+        columns, min(columns, PART), top, rule, STORED[dtype], CELLS, begun is not None, fit, starts > 1, ROWS,
+        num_warps=1,
+    )  # fmt: skip
+    return level, found, losses
+
+
+def _cells(like: Tensor, table: Sequence[float]) -> Tensor:
+    """For each of CELLS equal steps from -1 to 1: the middle between two levels that lies in it, the level below it,
+    the level above; ``[3, CELLS]``."""
+    if not table:
+        return like.new_zeros(1)
+    middles = [(low + high) / 2 for low, high in pairwise(table)]
+    rows: list[tuple[float, float, float]] = []
+    for cell in range(CELLS):
+        low, high = cell * 2 / CELLS - 1, (cell + 1) * 2 / CELLS - 1
+        here = [number for number, middle in enumerate(middles) if low <= middle < high]
+        below = sum(middle < low for middle in middles)
+        if len(here) > 1:
+            raise ValueError("levels lie too close together")
+        rows.append(
+            (middles[here[0]], table[here[0]], table[here[0] + 1]) if here else (2.0, table[below], table[below])
+        )
+    return like.new_tensor(list(zip(*rows, strict=True)))
 
 
 def fits(columns: int) -> bool:
-    """Whether the kernel takes groups of so many columns."""
+    """Whether the kernels take groups of so many columns."""
     return 16 <= columns <= 128 and columns & (columns - 1) == 0

@@ -47,23 +47,23 @@ def float32_product(left: Tensor, right: Tensor) -> Tensor:
     left_high, right_high = _first_bits(left), _first_bits(right)
     with tensor_float32():
         product = (left - left_high) @ right_high
-        _add_product(product, left_high, right - right_high)
-        return _add_product(product, left_high, right_high)
+        add_product(product, left_high, right - right_high)
+        return add_product(product, left_high, right_high)
 
 
 def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total -= left @ right``, as accurate as `float32_product`; on an accelerator in one TF32 product three times as
     deep, because ``total`` is what is large."""
     if not left.is_cuda:
-        _add_product(total, left, right, -1)
+        add_product(total, left, right, -1)
         return
     left_high, right_high = _first_bits(left), _first_bits(right)
     deep = torch.cat([left - left_high, left_high, left_high], -1)
     with tensor_float32():
-        _add_product(total, deep, torch.cat([right_high, right - right_high, right_high], -2), -1)
+        add_product(total, deep, torch.cat([right_high, right - right_high, right_high], -2), -1)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
     """``total += alpha * left @ right``, of matrices or of stacks of them."""
     if total.ndim == 2:
         return total.addmm_(left, right, alpha=alpha)

@@ -179,9 +179,15 @@ def _round_columns(
 def residual_metric(upper: Tensor) -> Tensor:
     """``M [..., g, g]`` such that ``e M eᵀ`` is what an error e of a group costs after the columns behind it did their
     best: the Schur complement of H on the group, ``U_gg^-1 U_gg^-T``."""
+    inverse = invert_upper(upper)
+    return inverse @ inverse.mT
+
+
+def invert_upper(upper: Tensor) -> Tensor:
+    """Of upper triangular matrices ``[..., g, g]``."""
     eye = torch.eye(upper.shape[-1], device=upper.device).expand_as(upper)
     inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse @ inverse.mT
+    return inverse
 
 
 def _round_block(block: Tensor, upper: Tensor, grid: Grid, levels: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtool.convert.models.experts import GATE_UP
 from qtool.convert.models.shape import Decoder
-from qtool.quantize.capture import Calls, Fed, Hidden, advance, feed_through
+from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
 from qtool.quantize.collecting import Sample, finish
 from qtool.quantize.experts import inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
@@ -51,57 +51,69 @@ class Passage:
     dtype: torch.dtype
     decoder: Decoder
     settings: ExpertSettings
-    _before: list[str] = field(init=False, default_factory=list)  # modules that the hidden states got something of
+    parts: tuple[Part, ...] = field(init=False)
+    _parted: Parted = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts, self._parted = parts_of(steps_of(self.layer.feeds)), Parted(self.module, self.calls)
 
     def round(self, streams: Sequence[Stream]) -> None:
-        """Every stack gets its codes in every stream. ``hidden`` moves on to the layer's outputs. Raises QtoolError for
-        activations that are no numbers, or that the dtype of an output cannot hold."""
-        steps = steps_of(self.layer.feeds)
-        for step in steps:
-            collected, peaks = self._collect(step, streams, to_end=step is steps[-1])
-            for stream in streams:
-                found = collected.pop(0)
-                for stack in step.stacks:
-                    stats = found.pop(stack.name)
-                    for largest in (peaks[stack.name], stats.absmax.max()):
-                        refuse_range(self.name, stream.method, {f"the input of {stack.name}": largest})
-                    stream.work.round(stack, stats)
-                    del stats  # large: gone before the next one's turn
-            self._before += [stack.name for stack in step.stacks if stack.adds and not stack.routed]
+        """Every stack gets its codes in every stream. ``hidden`` moves on to the layer's outputs, the streams as far as
+        the last part's beginning. Raises QtoolError for activations that are no numbers, or that the dtype of an output
+        cannot hold."""
+        for part in self.parts:
+            for step in part.steps:
+                collected, peaks = self._collect(part, step, streams)
+                for stream in streams:
+                    found = collected.pop(0)
+                    for stack in step.stacks:
+                        stats = found.pop(stack.name)
+                        for largest in (peaks[stack.name], stats.absmax.max()):
+                            refuse_range(self.name, stream.method, {f"the input of {stack.name}": largest})
+                        stream.work.round(stack, stats)
+                        del stats  # large: gone before the next one's turn
+            for stream in streams if part is not self.parts[-1] else ():
+                self._move(stream, part)
 
     def advance(self, stream: Stream) -> None:
         """A stream whose layer is rounded moves on to its outputs."""
+        self._move(stream, self.parts[-1])
+
+    def _move(self, stream: Stream, part: Part) -> None:
+        """A stream at the beginning of ``part`` moves on to its end."""
         self._fill(self._state(stream))
-        advance(self.module, stream.batches, self.calls)
+        for number, batch in enumerate(stream.batches):
+            stream.batches[number] = self._parted.run(part, batch).ended
 
     def _collect(
-        self, step: Step, streams: Sequence[Stream], to_end: bool
+        self, part: Part, step: Step, streams: Sequence[Stream]
     ) -> tuple[list[dict[str, Statistics]], dict[str, Tensor]]:
         """(statistics of a step's inputs in each stream, beside the source's; the source's largest magnitudes). The
-        batches and the copies of the layer are let go."""
+        batches and the copies of the layer are let go. The source moves on with the part's last step."""
         states = [self._state(stream) for stream in streams]
         collected = [{stack.name: self._empty(stack, stream.work) for stack in step.stacks} for stream in streams]
         samples = [Sample(sum(batch.shape[:-1].numel() for batch in self.hidden)) for _ in streams]
         peaks: dict[str, Tensor] = {}
+        last = step is part.steps[-1]
         for number, batch in enumerate(self.hidden):
             self._fill(self.source)
-            source = feed_through(self.module, step, self._before, batch, self.calls, to_end)
+            source = self._parted.run(part, batch, step, to_end=last)
             _raise_peaks(peaks, step, source)
-            if source.output is not None:
-                self.hidden[number] = source.output
             for stream, state, found, sample in zip(streams, states, collected, samples, strict=True):
                 self._fill(state)
-                fed = feed_through(self.module, step, self._before, stream.batches[number], self.calls)
-                behind = None if source.hidden is None or fed.hidden is None else source.hidden - fed.hidden
+                own = stream.batches[number]
+                fed = self._parted.run(part, own, step, to_end=False)
                 for stack in step.stacks:
                     stats, divisor = found[stack.name], stream.work.divisor(stack)
                     if isinstance(stats, InputStatistics):
-                        x, s = fed.inputs[stack.name], source.inputs[stack.name]
-                        stats.add(x, s, divisor, behind if stack.adds else None)
+                        behind = batch - own if stack.adds else None
+                        stats.add(fed.inputs[stack.name], source.inputs[stack.name], divisor, behind)
                     else:
                         self._count(stack, stats, fed, source, divisor)
                 if fed.routed is not None:
                     sample.take(fed.routed)
+            if last:
+                self.hidden[number] = source.ended
         for state, found, sample in zip(states, collected, samples, strict=True):
             self._fill(state)
             finish(self.module, step.stacks, found, sample)

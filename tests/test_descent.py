@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -151,21 +152,33 @@ def test_constant_weights(value: float) -> None:
 def test_kernel_finds_what_the_plain_code_finds(kind: str, size: int) -> None:
     plain = KINDS[kind]
     levels = Levels(plain.top, size, plain.dtype, plain.sym, plain.signed, plain.table)
-    metric, aim, slope = damped(correlated(size), 0.05), torch.randn(77, size), torch.randn(77, size)
-    problem = Problem(aim, torch.zeros_like(aim), aim, metric)
+    metric, aim, other = damped(correlated(size), 0.05), torch.randn(size, 77), torch.randn(size, 77)
+    problem = Problem(-metric @ aim, aim, metric)
     group = descent.choose(problem, levels, descent.RATIOS)
-    here = group.levels * group.scale
-    problems = [(problem, None), (Problem(here, slope, here - slope @ torch.linalg.inv(metric), metric), group)]
-    for given, current in problems:
+    moved = Problem(-metric @ other, other, metric)
+    asked: list[tuple[Problem, tuple[float, ...], Group | None, bool]] = [
+        (problem, descent.RATIOS, None, True),
+        (moved, descent.RATIOS, group, True),
+        (Problem(moved.linear, None, metric), (), group, True),
+        (Problem(moved.linear, None, metric), (), group, False),
+    ]
+    for given, ratios, current, scales in asked:
         losses = []
         for device in ("cpu", "cuda"):
-            moved = Problem(*(t.to(device) for t in (given.here, given.slope, given.aim, given.metric)))
-            at = (
-                None
-                if current is None
-                else Group(*(t.to(device) for t in (current.levels, current.scale, current.zero)))
-            )
-            found = descent.choose(moved, levels, descent.RATIOS, at)
-            error = (found.levels * found.scale).cpu().double() - given.here.double()
-            losses.append(((error @ given.metric.double() + 2 * given.slope.double()) * error).sum(1))
-        assert float(losses[0].sum()) == pytest.approx(float(losses[1].sum()), rel=2e-3)
+            found = descent.choose(_on(given, device), levels, ratios, current and _on(current, device), scales)
+            weights = found.weights().cpu().double()
+            losses.append((weights * (given.metric.double() @ weights + 2 * given.linear.double())).sum(0))
+            assert found.levels.shape == (size, 77)
+            assert found.scale.shape == found.zero.shape == (1, 77)
+            if current is not None and not scales:
+                assert torch.equal(found.scale.cpu(), current.scale)
+        goal = aim if given is problem else other
+        least = (goal * (given.metric @ goal)).double().sum()  # what is lost by nothing but the aim itself
+        plain_loss, kernel_loss = (float(loss.sum() + least) for loss in losses)
+        assert plain_loss == pytest.approx(kernel_loss, rel=5e-3)
+
+
+def _on(tensors: Any, device: str) -> Any:
+    """A Problem or Group there."""
+    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(tensors).items()}
+    return type(tensors)(**moved)
