@@ -1,4 +1,4 @@
-"""Mixtures of experts in GGUF files: llama.cpp computes what transformers does; stacks hold each expert's own blocks."""
+"""Mixtures of experts in GGUF files: llama.cpp computes what transformers does; stacks hold each one's own blocks."""
 
 from __future__ import annotations
 

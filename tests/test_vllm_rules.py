@@ -93,4 +93,6 @@ def test_kernels_of_a_refused_file_say_nothing() -> None:
 def test_every_source_exists_in_the_version_that_the_rule_names() -> None:
     """awq.py, awq_marlin.py and gptq_marlin.py were there before 0.32."""
     named = {rule.source.rsplit("/", 1)[-1] for row in FORMATS.values() for rule in row.RULES if rule.runtime == "vLLM"}
-    assert named == {"auto_awq.py", "auto_gptq.py", "compressed_tensors.py", "marlin.py", "cpu.py"}
+    assert named == {
+        "auto_awq.py", "auto_gptq.py", "compressed_tensors.py", "marlin.py", "cpu.py", "marlin_utils.py",
+    }  # fmt: skip

@@ -7,7 +7,7 @@ both packed along OUT in AWQ order; ``w = (q - z) * s``; zeros stored as they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibble
 from qtool.convert.runtimes import sglang, vllm
 from qtool.convert.runtimes.rule import (
     HEAD,
+    NO_EXPERTS,
     QLINEAR,
     TRANSFORMERS,
     Runtime,
@@ -43,6 +44,12 @@ WRITTEN = ("quant_method", "bits", "group_size", "zero_point", "version")
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """Names, or parts of them, of modules that stay unquantized."""
     return names_in(section.get("modules_to_not_convert"), "modules_to_not_convert")
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """Full names: vLLM looks for a name anywhere in a module's, and `mlp.gate` is part of a dense layer's
+    `mlp.gate_up_proj`."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *plain]}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +168,7 @@ RUNS_IN: tuple[Runtime, ...] = (
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (AwqConfig)", _keys, required=True),
     HEAD,
+    NO_EXPERTS,
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     *vllm.rules(
         "auto_awq.py",

@@ -9,7 +9,7 @@ stores zero - 1, version 2 zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,17 @@ from qtool import QtoolError
 from qtool.convert.formats import packing
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, ordered_groups
 from qtool.convert.runtimes import sglang, vllm
-from qtool.convert.runtimes.rule import HEAD, QLINEAR, TRANSFORMERS, Observed, Runtime, RuntimeRule, Subject, shards
+from qtool.convert.runtimes.rule import (
+    HEAD,
+    NO_EXPERTS,
+    QLINEAR,
+    TRANSFORMERS,
+    Observed,
+    Runtime,
+    RuntimeRule,
+    Subject,
+    shards,
+)
 
 SAFETENSORS: Literal[True] = True
 MARK = "qweight"
@@ -46,6 +56,11 @@ ONES = {4: 0x11111111, 8: 0x01010101}
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """None: GPTQ's section names no modules."""
     return []
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """The same: readers see from the tensors' names what is quantized, and never quantize routers."""
+    return dict(section)
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +288,7 @@ RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _groups, required=True),
     RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _side, required=True),
     HEAD,
+    NO_EXPERTS,
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
     *vllm.rules("auto_gptq.py", _vllm),

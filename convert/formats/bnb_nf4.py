@@ -9,7 +9,7 @@ nested_quant_map float32 ``[256]``, and absmax is uint8.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -57,6 +57,15 @@ NF4 = (
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """Names, or parts of them, of modules that stay unquantized."""
     return names_in(section.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """Raises QtoolError: transformers 5.23 loads no experts from such files, and vllm-bnb-plugin 0.0.3, which has code
+    for them, was never seen to."""
+    raise QtoolError(
+        "nf4: transformers cannot load experts in NF4 (it looks for them as one tensor of 16 bits), and no other "
+        "runtime was seen to. Take `method: gptq` with `format: compressed-tensors`, `method: awq`, or `method: gguf`."
+    )
 
 
 LONGEST_FLOAT = "-2.2250738585072014e-308"

@@ -9,7 +9,7 @@ int32 ``[out/n, groups]``, packed along OUT; act-order files by others may have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from qtool import QtoolError
 from qtool.convert.formats import packing
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
 from qtool.convert.runtimes import vllm
-from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, nothing_observed
+from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, has_experts, nothing_observed
 
 SAFETENSORS: Literal[True] = True
 MARK = "weight_packed"
@@ -42,6 +42,11 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
     if section.get("kv_cache_scheme") is not None or others:
         raise QtoolError("quantization_config: quantizes activations or the cache too; qtool reads weights only.")
     return names_in(section.get("ignore"), "ignore")
+
+
+def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """Full names, as every reader takes them."""
+    return {**section, "ignore": [*section["ignore"], *plain]}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +197,11 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: actorder is {order!r}; vLLM takes 'static' and 'weight' from 0.32 on"
 
 
+def _decompressed(subject: Subject, _: int) -> Iterator[str]:
+    if subject.geometry.get("sym") is False:
+        yield "the grid is asymmetric: it delivers no zero points to experts and fails; a symmetric file loads"
+
+
 observed = nothing_observed
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
@@ -200,5 +210,14 @@ RUNS_IN: tuple[Runtime, ...] = (
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _keys, required=True),
     HEAD,
+    RuntimeRule(
+        "experts",
+        "transformers",
+        "5.23",
+        "transformers/core_model_loading.py",
+        _decompressed,
+        proof="run",
+        applies=has_experts,
+    ),
     *vllm.rules("compressed_tensors/compressed_tensors.py", _vllm),
 )

@@ -16,6 +16,7 @@ import torch
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.plan import ModelShape, OutputPlan
+from qtool.convert.models.shape import Decoder
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class Format(Protocol):
     @property
     def expands(self) -> bool:
         """Whether engines expand a whole matrix to 16 bits before they use it."""
+
+    def of_model(self, decoder: Decoder) -> Format:
+        """The same, told of what stays unquantized beside the model's experts. Raises QtoolError where no runtime reads
+        experts in it."""
 
     def plan(self, shape: ModelShape) -> OutputPlan:
         """What will be written, tensor by tensor. Raises QtoolError for a model that cannot be stored so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuest
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.formats.table import Container, container_of
+from qtool.convert.models.shape import Decoder
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -56,6 +57,11 @@ class Shards:
     def expands(self) -> bool:
         """As the container says."""
         return self.container.EXPANDS
+
+    def of_model(self, decoder: Decoder) -> Shards:
+        """As the container says it. Raises QtoolError where that holds no experts."""
+        plain = decoder.beside_experts()
+        return replace(self, section=self.container.with_experts(self.section, plain)) if plain else self
 
     def plan(self, shape: ModelShape) -> OutputPlan:
         """Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit."""

@@ -7,7 +7,7 @@ know, it must find there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -67,6 +67,10 @@ class Container(Stored, Protocol):
 
     def skipped(self, section: Section) -> list[str]:
         """Names and patterns of the modules that loaders told by this section leave unquantized."""
+
+    def with_experts(self, section: Section, plain: Sequence[str]) -> dict[str, Any]:
+        """The section for a model with experts, beside which the modules of ``plain`` stay unquantized. Raises
+        QtoolError where no runtime reads experts from such files."""
 
     def geometry(self, section: Section) -> dict[str, Any]:
         """What the section says of all linears, under the names recipes use (``group_size``, ``bits``, ``sym`` …); None

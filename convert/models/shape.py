@@ -50,6 +50,12 @@ class Decoder:
         """Those that are quantized, in forward order, names below `at`."""
         return tuple(matrix for feed in self.feeds(layer) for matrix in feed.consumers)
 
+    def beside_experts(self) -> tuple[str, ...]:
+        """Full modules that multiply the experts' inputs and are never quantized: routers, gates of shared experts."""
+        layers = range(self.shape.layers)
+        also = [self.at(layer) + name for layer in layers for feed in self.feeds(layer) for name in feed.also]
+        return tuple(name.removesuffix(".weight") for name in also) if self.shape.experts else ()
+
     def visits(self) -> tuple[Visit, ...]:
         """The order in which a token passes through the layers."""
         return self.family.visits(self.shape)

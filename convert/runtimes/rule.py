@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qtool.convert.models.experts import expert_of
+
 TRANSFORMERS = "transformers/utils/quantization_config.py"  # the sources of several containers' rules
 QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -28,6 +30,11 @@ class Subject:
     scattered: frozenset[str] = frozenset()
     by_columns: frozenset[str] = frozenset()
     geometry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> dict[str, tuple[int, int]]:
+        """The linears of routed experts."""
+        return {name: shape for name, shape in self.linears.items() if expert_of(name) is not None}
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -93,6 +100,22 @@ class RuntimeRule:
     def passed(self) -> str:
         """What a subject that breaks nothing is told."""
         return f"loads by the rules, as {self.proof}"
+
+
+def has_experts(subject: Subject) -> bool:
+    """Whether a rule on experts applies."""
+    return bool(subject.experts)
+
+
+def _fused(subject: Subject, _: int) -> Iterator[str]:
+    yield (
+        "it holds all experts of a layer in one tensor and finds none in the file: it loads without an error, with "
+        "experts of random numbers. Use GPTQModel.load, vLLM, SGLang or qtool's reference engine"
+    )
+
+
+NO_EXPERTS = RuntimeRule("experts", "transformers", "5.23", "transformers/core_model_loading.py", _fused,
+                         applies=has_experts)  # fmt: skip
 
 
 def heads(subject: Subject, tp: int) -> Iterator[str]:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import find_family
-from qtool.convert.runtimes.rule import Runtime, RuntimeRule, Subject, heads, shards
+from qtool.convert.runtimes.rule import Runtime, RuntimeRule, Subject, has_experts, heads, shards
 
 VERSION = "0.32"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
+EXPERTS_HIDDEN = 128
 FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
 Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
@@ -56,6 +58,25 @@ def _marlin(subject: Subject, tp: int) -> Iterator[str]:
     yield from shards(subject, tp, multiple_out=1, multiple_in=1)
 
 
+def _experts(subject: Subject, tp: int) -> Iterator[str]:
+    """check_moe_marlin_supports_config of quantization/utils/marlin_utils.py. What this kernel does not take goes to
+    the slower one of moe_wna16, which takes groups of 32 and more."""
+    shape, group = shape_of(subject.config), int(subject.geometry.get("group_size") or 0)
+    if shape.hidden % EXPERTS_HIDDEN:
+        yield f"hidden_size {shape.hidden} is not a multiple of {EXPERTS_HIDDEN}"
+    if group not in MARLIN_GROUPS:
+        yield f"group_size {group} is not one of -1, 32, 64, 128"
+    if tp > shape.experts:
+        yield f"{shape.experts} experts on {tp} cards"
+    elif shape.expert_width % tp:
+        yield f"experts {shape.expert_width} wide do not split over {tp} cards"
+    elif group > 0 and shape.expert_width // tp % group:
+        yield (
+            f"experts {shape.expert_width} wide on {tp} cards are {shape.expert_width // tp} wide, no multiple of the "
+            f"group size {group}; --enable-expert-parallel gives each card whole experts"
+        )
+
+
 def _cpu(subject: Subject, tp: int) -> Iterator[str]:
     said = subject.geometry
     if said["bits"] != 4:
@@ -84,6 +105,15 @@ def rules(file: str, refuses: Refuses, *more: RuntimeRule) -> tuple[RuntimeRule,
 
     kernels = (
         RuntimeRule("Marlin kernel", "vLLM", VERSION, f"{_KERNELS}/marlin.py", _marlin, True, applies=loads),
+        RuntimeRule(
+            "Marlin kernel for experts",
+            "vLLM",
+            VERSION,
+            f"{FOLDER}/utils/marlin_utils.py",
+            _experts,
+            True,
+            applies=lambda subject: loads(subject) and has_experts(subject),
+        ),
         RuntimeRule("CPU kernel", "vLLM", VERSION, f"{_KERNELS}/cpu.py", _cpu, True, proof="run", applies=loads),
     )
     return loading(refuses, f"{FOLDER}/{file}"), *(replace(rule, applies=loads) for rule in more), *kernels

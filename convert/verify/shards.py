@@ -10,7 +10,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import TensorInfo
-from qtool.convert.files.reading import read_json
+from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.files.writer import Spec
 from qtool.convert.models.tied import EMBEDDING, HEAD
@@ -135,6 +135,10 @@ def _section_faults(artifact: Artifact) -> Iterator[str]:
     except QtoolError as error:
         yield error.message
         return
+    known = {name.removesuffix(".weight") for name in artifact.weights.shapes()} | {"lm_head"}
+    for said in skipped:
+        if not said.startswith("re:") and not any(said in module for module in known):
+            yield f"quantization_config leaves {shown(said)} unquantized, and the model has no such module"
     for linear in packed.names():
         pattern = next((said for said in skipped if _skips(said, linear)), None)
         if pattern is not None:

@@ -27,6 +27,7 @@ class Output:
     bytes, empty before the calibration set is known."""
 
     method: Method
+    container: Format
     plan: OutputPlan
     folder: Path
     imatrix: Watched | None = None
@@ -36,11 +37,6 @@ class Output:
     def name(self) -> str:
         """As the recipe and its reader say."""
         return self.method.name
-
-    @property
-    def container(self) -> Format:
-        """How it is stored."""
-        return self.method.container
 
     @property
     def partial(self) -> Path:
@@ -69,7 +65,8 @@ class Output:
 def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
     """Raises QtoolError where the model cannot be made into it, or the importance matrix that it names cannot be
     read."""
-    return Output(method, method.container.plan(shape), folder, _imatrix(method))
+    container = method.container.of_model(shape.decoder)
+    return Output(method, container, container.plan(shape), folder, _imatrix(method))
 
 
 def _imatrix(method: Method) -> Watched | None:

@@ -89,7 +89,7 @@ def _weights_of(headers: Headers, name: str) -> Weights:
         return _weights(dtype_name(specs.values()), SOURCE, specs, _parameters(headers), prefix_of(headers.config))
     decoder = _decoder(headers)
     check_config(headers.config)
-    container = method.container
+    container = method.container.of_model(decoder)
     shape = ModelShape(headers.tensors, decoder, headers.config)
     plan = container.plan(shape)
     sizes = {tensor: nbytes(spec) for tensor, spec in plan.specs.items()}

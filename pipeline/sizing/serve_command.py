@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qtool.convert.models.shape import decoder_of
 from qtool.evaluate.engines.facts import Serving
 from qtool.evaluate.engines.table import planned
 from qtool.quantize.methods.method import Method
@@ -31,7 +32,8 @@ def config_of(headers: Headers, setting: Setting) -> Mapping[str, Any]:
     if method is None:
         return headers.config
     stored = {} if method.stored_dtype is None else {"dtype": str(method.stored_dtype).removeprefix("torch.")}
-    return {**headers.config, **stored, "quantization_config": method.container.section}
+    container = method.container.of_model(decoder_of(headers.config))
+    return {**headers.config, **stored, "quantization_config": container.section}
 
 
 def method_of_weights(setting: Setting) -> Method | None:

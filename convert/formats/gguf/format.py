@@ -29,6 +29,7 @@ from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.models.config_keys import prove_gguf
 from qtool.convert.models.experts import expert_of
 from qtool.convert.models.rope import rope_factors
+from qtool.convert.models.shape import Decoder
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 
@@ -65,6 +66,10 @@ class Gguf:
     def expands(self) -> bool:
         """llama.cpp works on the blocks."""
         return False
+
+    def of_model(self, decoder: Decoder) -> Gguf:
+        """The same: the file's own keys say all."""
+        return self
 
     def plan(self, shape: ModelShape) -> GgufPlan:
         """As `plan_gguf`."""
