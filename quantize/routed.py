@@ -8,6 +8,7 @@ it is replaced by what the expert would see if every token were sent to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from qtool.convert.models.geometry import Geometry
 from qtool.quantize.precision import bfloat16_products
 from qtool.quantize.statistics import accumulate, accumulate_gram, blocks_of, gap_of
 
+MOST_TEXT = 8  # times the windows that a recipe asks for, at most, for the sake of experts
 SAMPLE = 8192  # tokens at most that rare experts are shown, wherever the router sends them
 
 
@@ -28,13 +31,22 @@ class ExpertSettings(BaseModel):
 
     exponent: a token counts its router's weight to this power. blend: an expert with n tokens takes the share
     1 - n / (blend · input width) of its statistics from tokens of all experts, none from that many tokens on; 0: only
-    an expert that no token reached does.
+    an expert that no token reached does. min_tokens: so many tokens the mean expert shall see; more windows of text are
+    drawn than `calibration.samples` until then, at most MOST_TEXT times as many.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     exponent: Annotated[int, Field(ge=0, le=2)] = 2
     blend: Annotated[float, Field(ge=0, le=64, allow_inf_nan=False)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0, le=10**7)] = 0
+
+    def samples(self, shape: Geometry, samples: int, length: int) -> int:
+        """How many windows of ``length`` tokens are drawn where a recipe asks for ``samples``."""
+        if not shape.experts:
+            return samples
+        wanted = math.ceil(self.min_tokens * shape.experts / (shape.active * length))
+        return min(max(samples, wanted), MOST_TEXT * samples)
 
     def share(self, tokens: int, columns: int) -> float:
         """Of the blended statistics that come from all tokens."""

@@ -20,6 +20,7 @@ from qtool.quantize.collecting import Sample, finish
 from qtool.quantize.experts import inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
+from qtool.quantize.scaling import AT_ONCE
 from qtool.quantize.soundness import refuse_range
 from qtool.quantize.stacks import Stack, Step, steps_of
 from qtool.quantize.statistics import InputStatistics
@@ -140,11 +141,14 @@ class Passage:
 
     def _empty(self, stack: Stack, work: LayerWork) -> Statistics:
         """The drift goes through the weights where that makes it smaller, or where hidden states join it."""
-        target = work.target(stack)
-        through = target.to(self.dtype) if stack.adds or target.shape[-2] < target.shape[-1] else None
-        if stack.routed:
-            return RoutedStatistics(len(stack.problems), self.settings, through=through, drifting=True)
-        return InputStatistics(through=through)
+        if not stack.routed:
+            target = work.target(stack)
+            return InputStatistics(through=target.to(self.dtype) if stack.adds or _wide(target) else None)
+        number, through = len(stack.problems), None
+        if _wide(work.target(stack.part(slice(0, 1)))):
+            some = [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
+            through = torch.cat([work.target(stack.part(part)).to(self.dtype) for part in some])
+        return RoutedStatistics(number, self.settings, through=through, drifting=True)
 
     def _state(self, stream: Stream) -> dict[str, Tensor]:
         """The layer as a reader of the output gets it; what has no codes yet is the source's."""
@@ -154,6 +158,10 @@ class Passage:
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict(dict(state), assign=True)
+
+
+def _wide(target: Tensor) -> bool:
+    return target.shape[-2] < target.shape[-1]
 
 
 def _raise_peaks(peaks: dict[str, Tensor], step: Step, fed: Fed) -> None:
