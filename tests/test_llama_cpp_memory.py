@@ -70,19 +70,24 @@ def check(path: Path, geometry: Geometry, context: int, slots: int, flash: bool,
 
 def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     """A GGUF file of zeros that take no room on the disk: llama.cpp maps it and reads none."""
-    from qtool.convert.formats.gguf.names import gguf_names
+    from qtool.convert.formats.gguf.names import gguf_names, stored_shape
     from qtool.convert.formats.gguf.types import tensor_types
     from qtool.convert.models.table import gguf_facts
 
     geometry = read_geometry(config)
     shapes = tensor_shapes(config)
     names = gguf_names(shapes, config)
-    layout = {new: shapes[old] for old, new in names.items()}
+    layout = {new: stored_shape(new, shapes[old], geometry.experts) for old, new in names.items()}
     types = tensor_types(layout, "F16", geometry.layers)
     architecture = gguf_facts(config).architecture
     writer = gguf.GGUFWriter(path, architecture)
     if architecture == "gemma2":
         writer.add_sliding_window(config["sliding_window"])
+    if geometry.experts:
+        writer.add_expert_count(geometry.experts)
+        writer.add_expert_used_count(geometry.active)
+        writer.add_expert_feed_forward_length(geometry.expert_width)
+        writer.add_expert_shared_feed_forward_length(geometry.shared_width)
     writer.add_block_count(geometry.layers)
     writer.add_context_length(131072)
     writer.add_embedding_length(geometry.hidden)
@@ -134,6 +139,25 @@ def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
             {"hidden_size": 768, "intermediate_size": 1280, "num_hidden_layers": 3, "num_attention_heads": 12,
              "num_key_value_heads": 12, "head_dim": 64},
             [(300, 1, True, "f16"), (512, 1, False, "f16"), (4096, 3, True, "q4_0")],
+        ),
+        (  # Qwen3-Coder-30B-A3B, likewise, and with fewer experts, of which as many work on a token
+            {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+             "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+             "num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+            [(512, 1, True, "f16"), (4096, 1, True, "f16"), (1024, 1, False, "f16")],
+        ),
+        (  # Mixtral 8x7B, likewise
+            {"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+             "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+             "num_local_experts": 4, "num_experts_per_tok": 2},
+            [(512, 1, True, "f16")],
+        ),
+        (  # Qwen1.5-MoE-A2.7B, likewise
+            {"architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
+             "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
+             "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+             "shared_expert_intermediate_size": 5632, "tie_word_embeddings": False},
+            [(512, 1, True, "f16")],
         ),
         (  # Gemma 2 2B, likewise, with a shorter window
             {"architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "intermediate_size": 9216,

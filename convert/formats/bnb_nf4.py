@@ -63,7 +63,7 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     """Raises QtoolError: transformers 5.23 loads no experts from such files, and vllm-bnb-plugin 0.0.3, which has code
     for them, was never seen to."""
     raise QtoolError(
-        "nf4: transformers cannot load experts in NF4 (it looks for them as one tensor of 16 bits), and no other "
+        "transformers cannot load experts in NF4 (it looks for them as one tensor of 16 bits), and no other "
         "runtime was seen to. Take `method: gptq` with `format: compressed-tensors`, `method: awq`, or `method: gguf`."
     )
 

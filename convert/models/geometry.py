@@ -76,9 +76,30 @@ class Geometry:
         return sum(self.sparse)
 
     @property
+    def mlp_width(self) -> int:
+        """Channels between up and down that work on one token in the widest layer."""
+        mixed = self.active * self.expert_width + self.shared_width if self.sparse_layers else 0
+        return max(mixed, self.intermediate if self.sparse_layers < self.layers else 0)
+
+    @property
+    def expert_share(self) -> float:
+        """Of the routed experts' weights, the part that works on one token."""
+        return self.active / self.experts if self.experts else 1.0
+
+    def experts_met(self, tokens: int) -> float:
+        """Of the routed experts' weights, the part that ``tokens`` at once need if each is sent anywhere alike; the
+        least is `expert_share`, where all are sent to the same experts."""
+        return float(1 - (1 - self.expert_share) ** tokens)
+
+    @property
     def expert_weights(self) -> int:
         """Weights of one routed expert's linears."""
         return self.mlp_matrices * self.hidden * self.expert_width
+
+    @property
+    def idle(self) -> int:
+        """Weights of routed experts that do not work on a token."""
+        return self.sparse_layers * (self.experts - self.active) * self.expert_weights
 
     @property
     def linears(self) -> int:

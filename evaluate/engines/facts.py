@@ -88,11 +88,13 @@ class Load:
 class OffloadRule:
     """What can lie outside the cards. ``computed_there``: whole layers, their cache too, at the speed of host memory;
     else weights cross the host link at each step. ``unit``: bytes that move together (None: a layer).
-    ``flag(units moved, layers of the model)``: what to type."""
+    ``flag(units moved, layers of the model)``: what to type. ``experts(layers)``: what to type to leave the routed
+    experts of the first layers there, and nothing else; None where it cannot."""
 
     flag: Callable[[int, int], str]
     computed_there: bool = False
     unit: int | None = None
+    experts: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,21 @@ def compute_buffer(
     what llama.cpp allocates (tests/test_llama_cpp_memory.py).
     """
     g, tokens = geometry, min(ubatch, context)
-    forward = 3 * g.intermediate + 5 * g.hidden
+    forward = _widest(g)
     if flash_attention:
         return tokens * (4 * (forward + 10) + 2 * (cells + sliding))
-    attention = 6 * g.q_row + g.heads * cells
+    attention = 3 * (g.q_row + g.hidden) + g.heads * cells
     return tokens * 4 * (max(forward, attention) + 2 * g.kv_row + cells + sliding + 5)
+
+
+def _widest(geometry: Geometry) -> int:
+    """Numbers of one token that a layer's feed-forward part keeps at once. Of a mixture, those of all experts that work
+    on it; what they made lies where gate and up lay, unless it has no room there."""
+    g = geometry
+    mixed = g.active * g.expert_width
+    made = g.active * g.hidden if g.hidden > 2 * g.expert_width else 0
+    dense = g.intermediate if g.sparse_layers < g.layers else 0
+    return max(3 * dense, 3 * mixed + made if g.sparse_layers else 0) + 5 * g.hidden
 
 
 def overhead(load: Load) -> Overhead:
@@ -116,7 +126,11 @@ FACTS = EngineFacts(
     overhead=overhead,
     memory_share=MARGIN,
     embedding_on_card=False,  # it lies in host memory; a tied one is copied as head
-    offload=OffloadRule(flag=lambda units, layers: f"-ngl {layers - units + 1}", computed_there=True),
+    offload=OffloadRule(
+        flag=lambda units, layers: f"-ngl {layers - units + 1}",
+        computed_there=True,
+        experts=lambda layers: f"-ngl 99 --n-cpu-moe {layers}",  # in short for -ot "blk.N.ffn_.*_exps.=CPU"
+    ),
     efficiency=Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
     command=_command,
     load=_load,

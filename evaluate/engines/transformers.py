@@ -41,14 +41,16 @@ def activations(geometry: Geometry, context: int, sequences: int) -> int:
     """Peak bytes that a whole prefill keeps alive beside weights and cache (SDPA attention, logits of last positions).
 
     The gated MLP holds four hidden states (embeddings, the layer's input, the residual, its norm) and three tensors of
-    the intermediate's width. The rotary step of attention holds three hidden states and four queries; the layer's own
-    keys and values are not in the cache yet. Both also hold cos, sin and the positions (int64) of one sequence.
-    Gemma 2's soft cap rules SDPA out. It holds the scores of all heads three times (before softmax, after it, and as
-    float32 between), two masks, three hidden states, queries, and keys and values repeated for every query head.
+    the intermediate's width; a mixture holds these for each of a token's experts, and the input and output of each. The
+    rotary step of attention holds three hidden states and four queries; the layer's own keys and values are not in the
+    cache yet. Both also hold cos, sin and the positions (int64) of one sequence. Gemma 2's soft cap rules SDPA out. It
+    holds the scores of all heads three times (before softmax, after it, and as float32 between), two masks, three
+    hidden states, queries, and keys and values repeated for every query head.
     """
     g, tokens = geometry, context * sequences
     queries = g.q_row
-    widest = tokens * max(3 * g.intermediate + 4 * g.hidden, 3 * g.hidden + 4 * queries) * g.width
+    mlp = 3 * g.mlp_width + (4 + 2 * g.active) * g.hidden
+    widest = tokens * max(mlp, 3 * g.hidden + 4 * queries) * g.width
     if g.whole_scores:
         scores = tokens * context * (g.heads * (2 * g.width + 4) + 2 * g.width)
         repeated = 2 * queries if g.heads > g.kv_heads else 0

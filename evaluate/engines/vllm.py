@@ -55,11 +55,11 @@ def overhead(load: Load) -> Overhead:
     """What vLLM's profiling finds before the rest is given to the cache.
 
     It is the larger of two. A forward of the largest batch holds fused gate and up, their product, residual and hidden
-    states. Sampling for the sequences (vLLM's max_num_seqs) holds logits in 16 and 32 bits, a sorted copy, its int64
-    order and probabilities. The context, CUDA graphs and NCCL come on top.
+    states, and what each of a token's experts made of it. Sampling for the sequences (vLLM's max_num_seqs) holds logits
+    in 16 and 32 bits, a sorted copy, its int64 order and probabilities. The context, CUDA graphs and NCCL come on top.
     """
     g = load.geometry
-    forward = (3 * g.intermediate // load.cards + 3 * g.hidden) * g.width * prefill_tokens(load.card)
+    forward = (3 * g.mlp_width // load.cards + (3 + g.active) * g.hidden) * g.width * prefill_tokens(load.card)
     sampling = g.vocab * load.sequences * (g.width + 4 + 4 + 8 + 4)
     parallel = PARALLEL if load.cards > 1 else 0
     return Overhead(max(forward, sampling), CUDA_CONTEXT + GRAPHS + parallel)
@@ -72,12 +72,17 @@ def split_faults(geometry: Geometry, group: int, cards: int) -> list[str]:
         faults.append(f"{geometry.heads} heads do not divide by {cards}")
     if geometry.kv_heads % cards and cards % geometry.kv_heads:
         faults.append(f"{geometry.kv_heads} key/value heads neither divide by {cards} nor divide it")
-    if geometry.intermediate % cards:
-        faults.append(f"intermediate_size {geometry.intermediate} does not divide by {cards}")
-    elif group > 1:
-        for what, columns in (("down_proj", geometry.intermediate), ("o_proj", geometry.heads * geometry.head_dim)):
-            if columns % cards or columns // cards % group:
-                faults.append(f"{what}: {columns} columns / {cards} do not divide by the group size {group}")
+    dense = geometry.intermediate if geometry.sparse_layers < geometry.layers else 0
+    widths = {"intermediate_size": dense, "an expert's width": geometry.expert_width,
+              "the shared expert's width": geometry.shared_width}  # fmt: skip
+    uneven = [f"{what} {width} does not divide by {cards}" for what, width in widths.items() if width % cards]
+    if uneven or group <= 1:
+        return faults + uneven
+    inputs = {"down_proj": dense, "an expert's down_proj": geometry.expert_width,
+              "the shared expert's down_proj": geometry.shared_width, "o_proj": geometry.q_row}  # fmt: skip
+    for what, columns in inputs.items():
+        if columns % cards or columns // cards % group:
+            faults.append(f"{what}: {columns} columns / {cards} do not divide by the group size {group}")
     return faults
 
 

@@ -27,12 +27,13 @@ class Range:
 
 def decode_seconds(
     geometry: Geometry, engine: EngineFacts, card: Accelerator, layer_bytes: int, head_bytes: int, cache_bytes: int,
-    sequences: int, cards: int = 1, elsewhere: float = 0.0,
+    sequences: int, cards: int = 1, elsewhere: float = 0.0, likely_bytes: int | None = None,
 ) -> Range:  # fmt: skip
-    """One step of all ``sequences``. ``layer_bytes``: what the layers' weights take, read once for each loop;
-    ``head_bytes``: what else is read (the head; of the embedding only a row); ``cache_bytes``: all cached keys and
-    values. ``cards``: those that work at once (tensor parallel). ``elsewhere``: seconds spent on what does not lie on
-    the card (`offload_seconds`).
+    """One step of all ``sequences``. ``layer_bytes``: of the layers' weights what is read at least, once for each loop;
+    ``likely_bytes``: what is read where tokens are sent to experts of their own (None: the same); ``head_bytes``: what
+    else is read (the head; of the embedding only a row); ``cache_bytes``: all cached keys and values. ``cards``: those
+    that work at once (tensor parallel). ``elsewhere``: seconds spent on what does not lie on the card
+    (`offload_seconds`).
     """
     weights = layer_bytes * geometry.loops + head_bytes
     bus = card.bandwidth * cards
@@ -41,7 +42,8 @@ def decode_seconds(
     if card.bf16 is not None:
         best = max(best, flops / _peak(card) / cards)
     e = engine.efficiency
-    slow = weights / bus / e.weights + _cache_reads(geometry, cache_bytes) / bus / e.cache
+    likely = (layer_bytes if likely_bytes is None else likely_bytes) * geometry.loops + head_bytes
+    slow = likely / bus / e.weights + _cache_reads(geometry, cache_bytes) / bus / e.cache
     slow += geometry.layers * geometry.loops * e.per_layer + e.per_forward
     if card.bf16 is not None:
         slow = max(slow, flops / card.bf16 / e.compute / cards)
@@ -50,16 +52,18 @@ def decode_seconds(
 
 def prefill_seconds(
     geometry: Geometry, engine: EngineFacts, card: Accelerator, context: int, sequences: int, layer_bytes: int,
-    cards: int = 1, elsewhere: float = 0.0,
+    cards: int = 1, elsewhere: float = 0.0, likely_bytes: int | None = None,
 ) -> Range | None:  # fmt: skip
-    """Until the first token of all ``sequences``; None where the card's rate is unknown."""
+    """Until the first token of all ``sequences``; None where the card's rate is unknown. Bytes: as `decode_seconds`."""
     if card.bf16 is None:
         return None
     flops = prefill_flops(geometry, context, sequences)
     best = max(flops / _peak(card) / cards, layer_bytes * geometry.loops / card.bandwidth / cards)
     e = engine.efficiency
     host = geometry.layers * geometry.loops * e.per_layer + e.per_forward
-    return Range(best + elsewhere, flops / card.bf16 / e.compute / cards + best + host + 2 * elsewhere)
+    likely = layer_bytes if likely_bytes is None else likely_bytes
+    begun = max(best, likely * geometry.loops / card.bandwidth / cards)
+    return Range(best + elsewhere, flops / card.bf16 / e.compute / cards + begun + host + 2 * elsewhere)
 
 
 def prefill_flops(geometry: Geometry, context: int, sequences: int) -> float:

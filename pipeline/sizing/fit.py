@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qtool.convert.models.geometry import Geometry
 from qtool.evaluate.engines.facts import EngineFacts, Load, Overhead
@@ -142,14 +142,16 @@ def offload_of(setting: Setting, context: int, sequences: int, host: float = HOS
     over = estimate_of(setting, context, sequences).total - setting.limit
     if rule is None or over <= 0 or setting.card.unified:
         return None
-    layer = -(-w.layers // g.layers)
+    if rule.experts is not None and (found := _experts_of(setting, context, sequences, over, host)) is not None:
+        return found
+    layer, needed = -(-w.layers // g.layers), w.read(g.expert_share) / w.layers
     if rule.computed_there:
         layer += -(-cache_of(setting, context, sequences) * setting.cards // g.layers)
         units = -(-over * setting.cards // layer)
         if units > g.layers:
             return None
         moved = units * layer
-        elsewhere = offload_seconds(moved, host)
+        elsewhere = offload_seconds(int(moved * needed), host)
         why = f"{units} of {g.layers} layers and their cache in host memory, computed there at {host / 1e9:.0f} GB/s"
         why += " (assumed)" if host == HOST_BANDWIDTH else ""
     elif setting.card.host_link is None or over > w.layers // setting.cards:
@@ -157,25 +159,46 @@ def offload_of(setting: Setting, context: int, sequences: int, host: float = HOS
     else:
         units = -(-over // rule.unit) if rule.unit else -(-over * setting.cards // layer)
         moved = units * (rule.unit or layer)
-        elsewhere = offload_seconds(moved * g.loops, setting.card.host_link)
+        elsewhere = offload_seconds(int(moved * needed) * g.loops, setting.card.host_link)
         why = f"{moved / GIB:.1f} GiB over the host link at {setting.card.host_link / 1e9:.0f} GB/s each step"
     flag = rule.flag(units, g.layers)
     return Offload(moved, flag, _step(setting, context, sequences, moved, elsewhere), why)
 
 
+def _experts_of(setting: Setting, context: int, sequences: int, over: int, host: float) -> Offload | None:
+    """Routed experts of as many layers as must be in host memory, where they are computed: of all weights those that a
+    token needs least of. None where there are none, or all of them are not enough."""
+    w, g, rule = setting.weights, setting.geometry, setting.facts.offload
+    if not w.experts or rule is None or rule.experts is None:
+        return None
+    layer = w.experts // g.sparse_layers
+    units = -(-over * setting.cards // layer)
+    if units > g.sparse_layers:
+        return None
+    moved = units * layer
+    elsewhere = offload_seconds(int(moved * g.expert_share), host)
+    before = [number for number, mixed in enumerate(g.sparse) if mixed][units - 1] + 1
+    why = f"the experts of {units} of {g.layers} layers in host memory, computed there at {host / 1e9:.0f} GB/s"
+    why += " (assumed)" if host == HOST_BANDWIDTH else ""
+    left = replace(setting, weights=replace(w, layers=w.layers - moved, experts=w.experts - moved))
+    return Offload(moved, rule.experts(before), _step(left, context, sequences, 0, elsewhere), why)
+
+
 def _step(setting: Setting, context: int, sequences: int, moved: int = 0, elsewhere: float = 0.0) -> Range:
-    w = setting.weights
-    cache = kv_bytes(setting.geometry, setting.facts, context, sequences, setting.kv_dtype)
-    layers = max(0, w.layers - moved)
+    w, g = setting.weights, setting.geometry
+    cache = kv_bytes(g, setting.facts, context, sequences, setting.kv_dtype)
+    least, likely = (max(0, w.read(share) - moved) for share in (g.expert_share, g.experts_met(sequences)))
     return decode_seconds(
-        setting.geometry, setting.facts, setting.card, layers, w.head or w.embedding, cache, sequences,
-        setting.at_once, elsewhere,
+        g, setting.facts, setting.card, least, w.head or w.embedding, cache, sequences, setting.at_once, elsewhere,
+        likely,
     )  # fmt: skip
 
 
 def _first(setting: Setting, context: int, sequences: int) -> Range | None:
+    w, g = setting.weights, setting.geometry
+    least, likely = w.read(g.expert_share), w.read(g.experts_met(context * sequences))
     return prefill_seconds(
-        setting.geometry, setting.facts, setting.card, context, sequences, setting.weights.layers, setting.at_once
+        g, setting.facts, setting.card, context, sequences, least, setting.at_once, likely_bytes=likely
     )
 
 

@@ -11,9 +11,11 @@ from qtool import QtoolError
 from qtool.convert.files.shards import file_sizes
 from qtool.convert.files.writer import Spec, nbytes
 from qtool.convert.formats.gguf.ggml import row_bytes
+from qtool.convert.formats.gguf.names import STACKED
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.formats.table import FORMATS
 from qtool.convert.models.config_keys import check_config
+from qtool.convert.models.experts import expert_of
 from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
 from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
 from qtool.quantize.methods.method import Method
@@ -30,7 +32,8 @@ EMBEDDING, HEAD = ("embed_tokens.weight", "token_embd.weight"), ("lm_head.weight
 class Weights:
     """Bytes of one format. ``layers``: inside the decoder layers; ``embedding`` and ``head``: of a tied model the head
     is the embedding and counted once; ``files``: what lies on the disk, headers included (None: not known);
-    ``group``: columns to a scale; ``largest``: bytes of the largest matrix that is expanded before it is used."""
+    ``group``: columns to a scale; ``largest``: bytes of the largest matrix that is expanded before it is used;
+    ``experts``: of ``layers``, what routed experts take."""
 
     format: str
     family: str
@@ -42,12 +45,17 @@ class Weights:
     files: int | None
     group: int = 1
     largest: int = 0
+    experts: int = 0
     notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
         return self.layers + self.embedding + self.head + self.other
+
+    def read(self, share: float) -> int:
+        """Of the layers' bytes, those of one step that needs this ``share`` of the routed experts."""
+        return self.layers - self.experts + int(self.experts * share)
 
     @property
     def bits_per_weight(self) -> float:
@@ -162,7 +170,8 @@ def _split(name: str, family: str, sizes: Mapping[str, int], parameters: int, pr
     embedding = sum(size for tensor, size in sizes.items() if tensor.endswith(EMBEDDING))
     head = sum(size for tensor, size in sizes.items() if tensor in HEAD)
     other = sum(sizes.values()) - layers - embedding - head
-    return Weights(name, family, layers, embedding, head, other, parameters, None)
+    experts = sum(size for tensor, size in sizes.items() if expert_of(tensor) is not None or tensor.endswith(STACKED))
+    return Weights(name, family, layers, embedding, head, other, parameters, None, experts=experts)
 
 
 def _replace(weights: Weights, **changes: object) -> Weights:

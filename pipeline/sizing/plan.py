@@ -99,6 +99,8 @@ def make_plan(headers: Headers, question: Question) -> Plan:
     sequences = question.sequences or SEQUENCES
     formats, refused = _weights(headers, question)
     said += refused
+    if geometry.experts:
+        said.append(_active(headers, formats))
     others = [*formats, *_smallest(headers, formats)]
     answers, served, fault = [], False, ""
     for card in question.cards:
@@ -160,6 +162,18 @@ def _weights(headers: Headers, question: Question) -> tuple[list[Weights], list[
     if headers.geometry.loops > 1 and any(each.family != SOURCE for each in weights):
         notes.append("looped models are planned, but qtool quantizes none of them yet")
     return weights, notes
+
+
+def _active(headers: Headers, formats: Sequence[Weights]) -> str:
+    """What of a mixture of experts works on a token, against what must be held."""
+    g = headers.geometry
+    total = formats[0].parameters
+    reads = ", ".join(f"{w.format} {(w.read(g.expert_share) + (w.head or w.embedding)) / 1e9:.2f} GB" for w in formats)
+    shared = " and a shared one" if g.shared_width else ""
+    return (
+        f"a mixture of experts: {g.active} of {g.experts}{shared} work on a token, {(total - g.idle) / 1e9:.2f} of "
+        f"{total / 1e9:.2f} billion weights. All are held; a token reads {reads}"
+    )
 
 
 def _smallest(headers: Headers, weights: Sequence[Weights]) -> list[Weights]:
@@ -240,6 +254,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.headers.name,
         "architecture": g.architecture,
+        "experts": {"of_a_layer": g.experts, "active": g.active, "idle_parameters": g.idle} if g.experts else None,
         "notes": list(plan.notes),
         "answers": [_answer_json(answer) for answer in plan.answers],
     }
