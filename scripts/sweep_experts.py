@@ -9,7 +9,8 @@ layers are quantized in memory, nothing is written. Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
 from qtool.quantize.methods.method import Method
-from qtool.quantize.routed import ExpertSettings
+from qtool.quantize.routed import ExpertSettings, RoutedStatistics
 from qtool.quantize.walk import Column, Walk
 
 ALL = 1e9  # blended with all tokens however many an expert has: no statistics of its own
+NONE = "no statistics of experts"  # every input channel of an expert counts alike
 WAYS: dict[str, ExpertSettings] = {
+    NONE: ExpertSettings(exponent=0, blend=0),
     "all tokens to every expert": ExpertSettings.model_construct(exponent=0, blend=ALL),
     "own tokens, p^0, no blend": ExpertSettings(exponent=0, blend=0),
     "own tokens, p^1, no blend": ExpertSettings(exponent=1, blend=0),
@@ -120,13 +123,34 @@ def main() -> None:
     cost = _cost(subject, subject.quantized(list(plain), tokens, ExpertSettings()), windows, expected)
     print(f"| round to nearest, none | {cost['rtn']:.5f} | | | | |", flush=True)
     for name, settings in WAYS.items():
-        states = subject.quantized(methods, tokens, settings)
+        with _blind() if name == NONE else nullcontext():
+            states = subject.quantized(methods, tokens, settings)
         cost = _cost(subject, states, windows, expected)
         records = [record for _, held in states["gptq"].values() for record in held.values() if "tokens" in record]
         least = min(int(record["tokens"]) for record in records)
         blended = sum(record["blended"] > 0 for record in records)
         columns = " | ".join(f"{cost[method.name]:.5f}" for method in methods)
         print(f"| {name} | {columns} | {least} | {blended} of {len(records)} |", flush=True)
+
+
+@contextmanager
+def _blind() -> Iterator[None]:
+    """While open, experts are rounded as if their inputs were uncorrelated, of one size, and had not drifted."""
+    original = RoutedStatistics.finish
+
+    def finish(stats: RoutedStatistics, typical: Callable[[int], Tensor]) -> None:
+        original(stats, typical)
+        size = stats.gram.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+        stats.gram.copy_(torch.eye(stats.gram.shape[-1], device=size.device) * size)
+        stats.abs_sum.copy_(stats.mass.unsqueeze(1).expand_as(stats.abs_sum))
+        if stats.drift is not None:
+            stats.drift.zero_()
+
+    RoutedStatistics.finish = finish  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RoutedStatistics.finish = original  # type: ignore[method-assign]
 
 
 def _cost(
