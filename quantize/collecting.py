@@ -35,7 +35,9 @@ class Sample:
     def typical(self, stack: Stack, mixture: Any) -> Callable[[int], Tensor]:
         """As `RoutedStatistics.finish` asks. ``mixture``: the module that computes the experts, with its weights."""
         hidden = torch.cat(self._parts)
-        return lambda expert: inner(mixture, mixture.gate_up_proj[expert], hidden) if stack.inner else hidden
+        if not stack.inner:
+            return lambda _: hidden
+        return lambda expert: inner(mixture, mixture.gate_up_proj[expert : expert + 1], hidden, [len(hidden)])
 
 
 def source_statistics(
@@ -97,9 +99,8 @@ def finish(layer: nn.Module, stacks: Sequence[Stack], found: dict[str, Statistic
 def _count(call: Routed, routed: dict[bool, Statistics], sample: Sample) -> Taker:
     """The experts' inputs now; the inputs of their down matrices when they are made."""
     sample.take(call)
-    slots, own, made = dict(call.slots()), routed[False], routed[True]
+    own, made = routed[False], routed[True]
     assert isinstance(own, RoutedStatistics)
     assert isinstance(made, RoutedStatistics)
-    for expert, part in slots.items():
-        own.add(expert, call.hidden[call.tokens[part]], call.weights[part])
-    return lambda expert, x: made.add(expert, x, call.weights[slots[expert]])
+    own.add(call.inputs, call.weights, call.counts)
+    return lambda x: made.add(x, call.weights, call.counts)

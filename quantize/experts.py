@@ -3,12 +3,12 @@ and what each expert makes of them before its down matrix.
 
 transformers holds all experts of a layer in one module with fused parameters, whatever the architecture
 (integrations/moe.py), and lets a model's experts be computed by any registered function of
-``(module, hidden [T, h], index [T, k], weights [T, k])``. `forward` is such a function: a loop over the experts.
+``(module, hidden [T, h], index [T, k], weights [T, k])``. `forward` is such a function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +24,15 @@ NAME = "qtool"  # of the registered function
 
 @dataclass(frozen=True)
 class Routed:
-    """One call of a mixture: T tokens, each sent to k of E experts.
+    """One call of a mixture: T tokens, each sent to k of E experts, so T * k slots, ordered by expert.
 
-    hidden: the experts' inputs ``[T, h]``; index: the experts of each token ``[T, k]``. tokens: int64 ``[T * k]``, the
-    token of each slot, ordered by expert; weights ``[T * k]``: what its expert's output is multiplied by; counts: the
-    slots of each expert.
+    hidden: the experts' inputs ``[T, h]``; index: the experts of each token ``[T, k]``; order: each slot's place in
+    ``index``, int64; weights ``[T * k]``: what its expert's output is multiplied by; counts: the slots of each expert.
     """
 
     hidden: Tensor
     index: Tensor
-    tokens: Tensor
+    order: Tensor
     weights: Tensor
     counts: tuple[int, ...]
 
@@ -43,15 +42,24 @@ class Routed:
         flat = index.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=experts).tolist()  # waits for the device
-        return cls(hidden, index, order // index.shape[1], weights.flatten()[order], tuple(counts))
+        return cls(hidden, index, order, weights.flatten()[order], tuple(counts))
 
-    def slots(self) -> Iterator[tuple[int, slice]]:
-        """(expert, its slots) of those that any token is sent to."""
-        start = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
+    @property
+    def tokens(self) -> Tensor:
+        """Of each slot, int64."""
+        return self.order // self.index.shape[1]
+
+    @property
+    def inputs(self) -> Tensor:
+        """Of each slot ``[T * k, h]``."""
+        return self.hidden[self.tokens]
+
+    def total(self, outputs: Tensor) -> Tensor:
+        """The weighted sum of each token's slots, ``[T * k, h]`` -> float32 ``[T, h]``; always in the same order."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        slots = (outputs * self.weights.unsqueeze(1))[places]
+        return slots.view(*self.index.shape, -1).sum(1, dtype=torch.float32)
 
     def agreement(self, source: Routed) -> tuple[Tensor, Tensor]:
         """Of the tokens that ``source`` sends to each expert, how many this sends there too, and of how many: float32
@@ -62,7 +70,7 @@ class Routed:
         return hits, torch.tensor(source.counts, dtype=torch.float32, device=sent.device)
 
 
-Taker = Callable[[int, Tensor], None]  # of an expert and the input of its down matrix, [slots, I]
+Taker = Callable[[Tensor], None]  # of the inputs of the down matrices, [slots, I]
 Watch = Callable[[Routed], Taker | None]
 _WATCHES: dict[int, Watch] = {}  # id(module) -> who looks on
 
@@ -94,27 +102,32 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     call = Routed.of(hidden, index, weights, module.num_experts)
     watch = _WATCHES.get(id(module))
     take = watch(call) if watch else None
-    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for expert, slots in call.slots():
-        tokens = call.tokens[slots]
-        made = inner(module, module.gate_up_proj[expert], hidden[tokens])
-        if take:
-            take(expert, made)
-        output = functional.linear(made, module.down_proj[expert]) * call.weights[slots].unsqueeze(1)
-        total.index_add_(0, tokens, output.float())  # each token once in a call: the order of sums is fixed
-    return total.to(hidden.dtype)
+    made = inner(module, module.gate_up_proj, call.inputs, call.counts)
+    if take:
+        take(made)
+    return call.total(products(module.down_proj, made, call.counts)).to(hidden.dtype)
 
 
-def inner(module: Any, gate_up: Tensor, inputs: Tensor) -> Tensor:
-    """The input of an expert's down matrix ``[tokens, I]``, from its gate and up ``[2 I, h]``."""
-    made: Tensor = module._apply_gate(functional.linear(inputs, gate_up))
+def inner(module: Any, gate_up: Tensor, inputs: Tensor, counts: Sequence[int]) -> Tensor:
+    """The inputs of the down matrices ``[slots, I]``, from the experts' gates and ups ``[E, 2 I, h]``."""
+    made: Tensor = module._apply_gate(products(gate_up, inputs, counts))
     return made
+
+
+def products(matrices: Tensor, inputs: Tensor, counts: Sequence[int]) -> Tensor:
+    """``x Wᵀ`` with each slot's own expert: ``matrices [E, out, in]``, ``inputs [slots, in]`` -> ``[slots, out]``."""
+    if inputs.is_cuda and inputs.dtype == torch.bfloat16 and hasattr(functional, "grouped_mm"):
+        ends = torch.tensor(counts, device=inputs.device).cumsum(0, dtype=torch.int32)
+        grouped: Tensor = functional.grouped_mm(inputs, matrices.mT, offs=ends)
+        return grouped
+    parts = zip(inputs.split(list(counts)), matrices, strict=True)
+    return torch.cat([functional.linear(part, matrix) for part, matrix in parts])
 
 
 @contextmanager
 def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
-    """While open, ``watch`` is told of every call of the mixture; what it returns, of each expert's inner input. It may
-    raise to end the forward."""
+    """While open, ``watch`` is told of every call of the mixture; what it returns, of the inner inputs. It may raise to
+    end the forward."""
     _WATCHES[id(module)] = watch
     try:
         yield

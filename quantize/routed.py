@@ -9,7 +9,7 @@ it is replaced by what the expert would see if every token were sent to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qtool.convert.models.geometry import Geometry
+from qtool.quantize.experts import products
 from qtool.quantize.precision import bfloat16_products
+from qtool.quantize.scaling import AT_ONCE
 from qtool.quantize.statistics import accumulate, accumulate_gram, blocks_of, gap_of
 
 MOST_TEXT = 8  # times the windows that a recipe asks for, at most, for the sake of experts
@@ -94,36 +96,65 @@ class RoutedStatistics:
 
     def add(
         self,
-        expert: int,
         x: Tensor,
         weights: Tensor,
+        counts: Sequence[int],
         source: Tensor | None = None,
         divisor: Tensor | None = None,
-        behind: Tensor | None = None,
     ) -> None:
-        """Count tokens of an expert, ``x [n, in]``, ``weights [n]`` of its router. The rest as `InputStatistics.add`:
-        ``source`` and ``behind`` only for streams that drift."""
+        """Count the slots of a batch, ordered by expert: ``x [slots, in]``, ``weights [slots]`` of the router,
+        ``counts`` of each expert. ``source``, ``divisor`` (also ``[E, in]``): as `InputStatistics.add`, for streams
+        that drift."""
         if not self.counts:
             self._open(x)
-        self.counts[expert] += len(x)
-        self.square_sum[expert] += torch.ones(len(x), device=x.device) @ x.float().square()
-        magnitude = x.abs()
-        torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
+        self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
+        low, high = x.aminmax(dim=0)
+        torch.maximum(self.absmax, torch.maximum(high, -low), out=self.absmax)
+        first = 0
+        for start in range(0, self.experts, AT_ONCE):  # so many experts' slots at a time
+            some, own = slice(start, start + AT_ONCE), list(counts[start : start + AT_ONCE])
+            slots = slice(first, first + sum(own))
+            first = slots.stop
+            if sum(own):
+                self._add(some, own, x[slots], weights[slots], None if source is None else source[slots], divisor)
+
+    def _add(
+        self, some: slice, counts: list[int], x: Tensor, weights: Tensor, source: Tensor | None, divisor: Tensor | None
+    ) -> None:
+        """Of some experts."""
+        if not self.drifting:
+            self._add_channels(some, counts, x, weights)
         if self.channels_only:
             return
         counted = weights.float() ** self.settings.exponent
-        self.mass[expert] += counted.sum()
-        self.abs_sum[expert] += counted @ magnitude.float()
+        self.mass[some] += torch.stack([part.sum() for part in counted.split(counts)])
         root = counted.sqrt().to(x.dtype).unsqueeze(1)
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():
             weighed = x * root if x.is_cuda else (x * root).float()
-            accumulate_gram(self.gram[expert], weighed)
-            if self.drift is not None and source is not None:
-                gap = gap_of(source, x, divisor)
-                if self.through is not None:
-                    gap = gap @ self.through[expert].t().to(gap.dtype)
-                gap = (gap if behind is None else gap + behind) * root
-                accumulate(self.drift[expert], gap if x.is_cuda else gap.float(), weighed)
+            for gram, part in zip(self.gram[some], weighed.split(counts), strict=True):
+                accumulate_gram(gram, part)
+            if self.drift is None or source is None:
+                return
+            if divisor is not None and divisor.ndim == 2:
+                divisor = divisor[some].repeat_interleave(torch.tensor(counts, device=x.device), 0)
+            gap = gap_of(source, x, divisor)
+            if self.through is not None:
+                gap = products(self.through[some].to(gap.dtype), gap, counts)
+            gap = gap * root if x.is_cuda else (gap * root).float()
+            for drift, lost, part in zip(self.drift[some], gap.split(counts), weighed.split(counts), strict=True):
+                accumulate(drift, lost, part)
+
+    def _add_channels(self, some: slice, counts: list[int], x: Tensor, weights: Tensor) -> None:
+        """What only the source's stream is asked for."""
+        ones = torch.ones(len(x), device=x.device)
+        wide = x.float()
+        squares = zip(self.square_sum[some], ones.split(counts), wide.square().split(counts), strict=True)
+        for total, one, part in squares:
+            total += one @ part  # faster than a norm
+        if not self.channels_only:
+            counted = (weights.float() ** self.settings.exponent).split(counts)
+            for total, weight, part in zip(self.abs_sum[some], counted, wide.abs().split(counts), strict=True):
+                total += weight @ part
 
     def finish(self, typical: Callable[[int], Tensor]) -> None:
         """Make the Gram matrices whole, and blend those of rare experts. ``typical``: the inputs ``[tokens, in]`` that

@@ -127,14 +127,12 @@ class Passage:
         call, other = fed.routed, source.routed
         assert call is not None
         assert other is not None
-        mixture, stacked = mixture_of(self.module), self.source[GATE_UP]
-        for expert, slots in call.slots():
-            tokens = call.tokens[slots]
-            x, s = call.hidden[tokens], other.hidden[tokens]
-            if stack.inner:
-                x, s = inner(mixture, mixture.gate_up_proj[expert], x), inner(mixture, stacked[expert], s)
-            own = divisor[expert] if divisor is not None and divisor.ndim == 2 else divisor
-            stats.add(expert, x, call.weights[slots], s, own)
+        mixture, tokens = mixture_of(self.module), call.tokens
+        x, s = call.hidden[tokens], other.hidden[tokens]
+        if stack.inner:
+            x = inner(mixture, mixture.gate_up_proj, x, call.counts)
+            s = inner(mixture, self.source[GATE_UP], s, call.counts)
+        stats.add(x, call.weights, call.counts, s, divisor)
         both, sent = call.agreement(other)
         before = stats.agreed
         stats.agreed = (both, sent) if before is None else (before[0] + both, before[1] + sent)

@@ -98,11 +98,13 @@ def test_slots_are_the_routers() -> None:
     index, weights = torch.tensor([[2, 0], [2, 1], [0, 2]]), torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]])
     call = Routed.of(torch.randn(3, 4), index, weights, 4)
     assert call.counts == (2, 1, 3, 0)
-    seen = {expert: (call.tokens[part].tolist(), call.weights[part].tolist()) for expert, part in call.slots()}
-    assert list(seen) == [0, 1, 2]
-    assert seen[2][0] == [0, 1, 2]
-    assert seen[2][1] == pytest.approx([0.9, 0.6, 0.3])
-    assert seen[0] == ([0, 2], pytest.approx([0.1, 0.7]))
+    assert call.tokens.tolist() == [0, 2, 1, 0, 1, 2]
+    assert call.weights.tolist() == pytest.approx([0.1, 0.7, 0.4, 0.9, 0.6, 0.3])
+    outputs = torch.randn(6, 5)
+    expected = torch.zeros(3, 5)
+    for slot, token in enumerate(call.tokens.tolist()):
+        expected[token] += call.weights[slot] * outputs[slot]
+    torch.testing.assert_close(call.total(outputs), expected)
     other = Routed.of(torch.randn(3, 4), torch.tensor([[0, 2], [3, 1], [0, 1]]), weights, 4)
     both, sent = other.agreement(call)  # of the first's tokens of expert 2, one of three goes there still
     assert both.tolist() == [2, 1, 1, 0]
@@ -117,27 +119,29 @@ def test_statistics_weigh_each_token_by_its_router(exponent: int) -> None:
     stats = RoutedStatistics(2, settings, through=through, drifting=True)
     grams, drifts = torch.zeros(2, 16, 16), torch.zeros(2, 16, 16)
     divisor = torch.rand(16) + 0.5
+    own_divisor = torch.rand(2, 16) + 0.5
+    plain_drifts = torch.zeros(2, 16, 16)
     for _ in range(3):
-        for expert in (0, 1):
-            x, source, weights = torch.randn(20, 16), torch.randn(20, 16), torch.rand(20)
-            plain.add(expert, x, weights, source, divisor)
-            stats.add(expert, x, weights, source, divisor)
-            for token in range(20):
-                counted = float(weights[token]) ** exponent
-                grams[expert] += counted * torch.outer(x[token], x[token])
-                drifts[expert] += counted * torch.outer(source[token] / divisor - x[token], x[token])
-    for found in (plain, stats):
+        x, source, weights = torch.randn(40, 16), torch.randn(40, 16), torch.rand(40)
+        plain.add(x, weights, (15, 25), source, own_divisor)
+        stats.add(x, weights, (15, 25), source, divisor)
+        for token in range(40):
+            expert, counted = int(token >= 15), float(weights[token]) ** exponent
+            grams[expert] += counted * torch.outer(x[token], x[token])
+            drifts[expert] += counted * torch.outer(source[token] / divisor - x[token], x[token])
+            plain_drifts[expert] += counted * torch.outer(source[token] / own_divisor[expert] - x[token], x[token])
+    for found, expected in ((plain, plain_drifts), (stats, drifts)):
         found.finish(lambda _: torch.empty(0))
-        assert found.counts == [60, 60]
+        assert found.counts == [45, 75]
         torch.testing.assert_close(found.gram, grams, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(found.output_drift(through), through @ drifts, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(found.output_drift(through), through @ expected, rtol=1e-3, atol=1e-2)
+        assert bool((found.absmax > 2).all())
 
 
 def test_rare_experts_are_blended_and_none_is_forgotten() -> None:
     stats = RoutedStatistics(3, ExpertSettings(exponent=2, blend=2.0))
     many, few, all_tokens = torch.randn(80, 16), torch.randn(8, 16), torch.randn(500, 16) * 3
-    stats.add(0, many, torch.ones(80))
-    stats.add(1, few, torch.full((8,), 0.5))
+    stats.add(torch.cat([many, few]), torch.tensor([1.0] * 80 + [0.5] * 8), (80, 8, 0))
     stats.finish(lambda _: all_tokens)
     typical = all_tokens.t() @ all_tokens / 500
     assert stats.shares == [0.0, 0.75, 1.0]
@@ -153,7 +157,7 @@ def test_rare_experts_are_blended_and_none_is_forgotten() -> None:
 def test_importance_of_an_expert_that_no_token_reached_is_that_of_all_tokens() -> None:
     stats = RoutedStatistics(2, ExpertSettings(), channels_only=True)
     few, all_tokens = torch.randn(3, 16), torch.randn(500, 16) * 3
-    stats.add(0, few, torch.rand(3))
+    stats.add(few, torch.rand(3), (3, 0))
     stats.finish(lambda _: all_tokens)
     expected = torch.stack([few.square().mean(0), all_tokens.square().mean(0)])  # unweighted, and not blended
     torch.testing.assert_close(stats.mean_square, expected)
