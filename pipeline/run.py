@@ -33,6 +33,7 @@ from qtool.quantize.methods.method import Method
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
+from qtool.runs.coverage import coverage
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import save_summary
@@ -205,6 +206,7 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "device": run.lock.device,
         "seconds": run.seconds,
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
+        "experts": {n: found.as_json() for n, m in run.manifests.items() if (found := coverage(m.ledger))},
         "scores": {
             name: {task: found.rate.estimate for task, found in model.tasks.items()}
             for name, model in models.items()

@@ -8,7 +8,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from qtool.report.figures import Point, heat_map, kl_by_position, pareto, shade, size_against, ticks
+from qtool.report.figures import Point, kl_by_position, pareto, shade, size_against, ticks
+from qtool.report.maps import expert_map, heat_map
 
 HOSTILE = '</text><script>alert(1)</script>&"'
 SOURCE, GOOD, BAD, TIED = (
@@ -80,3 +81,15 @@ def test_a_model_keeps_its_colour_and_control_characters_are_no_xml_fault() -> N
     assert "x\\u0000\\u001b" in alone
     for picture in (with_source, alone):
         assert re.search(r'class="s1( name)?"[^>]*>(<[^>]*>)*(<text[^>]*>)?good', picture)
+
+
+def test_expert_map_has_a_cell_for_every_expert() -> None:
+    """Layers without experts have no row; the worst expert is told."""
+    values = {(layer, expert): 0.1 + 0.01 * expert for layer in (1, 3) for expert in range(5)} | {(3, 2): 0.9}
+    picture = expert_map(values, "relative output error")
+    root = ET.fromstring(picture)
+    cells = [rect for rect in root.iter() if rect.tag.endswith("rect") and rect.get("height") == "10"]
+    assert len(cells) == 10 + 24  # and the key's
+    assert "largest in layer 3, expert 2" in picture
+    assert "layer 1" in picture
+    assert "layer 0" not in picture

@@ -29,7 +29,6 @@ from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_te
 
 PARTS = ("gate", "up", "down")
 BLOCK = "mlp"  # what transformers calls the mixture in memory
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
 
 
@@ -189,17 +188,6 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
         return found | ({mixture.shared_gate: (1, hidden)} if mixture.shared_gate else {})
 
     return tensors
-
-
-def expert_of(name: str) -> int | None:
-    """The number of the expert that a tensor or a matrix is a part of, by its name; None for all others."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
-
-
-def stacked(name: str) -> str:
-    """The name that all experts have together of a tensor or a matrix of one of them; of others their own."""
-    return _EXPERT.sub(".experts.", name)
 
 
 def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

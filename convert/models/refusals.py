@@ -13,6 +13,24 @@ from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.reading import shown
 from qtool.convert.models.table import find_family, prefix_of, quantized
 
+_MLA = "its attention compresses keys and values (MLA), whose matrices no family splits yet"
+_DELTA = "three of four layers are gated delta nets, whose convolution and gates no feed says yet"
+# architecture -> what of it no family says yet, and what reads such a model meanwhile
+_NOT_YET = {
+    "DeepseekV2ForCausalLM": _MLA,
+    "DeepseekV3ForCausalLM": _MLA,
+    "Glm4MoeLiteForCausalLM": _MLA,
+    "Qwen3NextForCausalLM": _DELTA,
+    "Qwen3_5MoeForCausalLM": _DELTA,
+    "Qwen3_5MoeForConditionalGeneration": _DELTA,
+    "GptOssForCausalLM": (
+        "its experts come in MXFP4, which no other four-bit format improves on and which engines read as it is; "
+        "llama.cpp's convert_hf_to_gguf.py repacks them without loss"
+    ),
+    "GraniteMoeForCausalLM": "its embedding, attention and residuals are multiplied by factors that no family says yet",
+    "MiniMaxM2ForCausalLM": "its router adds a bias of its own to sigmoid scores, which no family says yet",
+    "PhimoeForCausalLM": "its router compares jittered scores two at a time, which no family says yet",
+}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 _SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config")
@@ -29,13 +47,18 @@ def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
     if family is not None:
         why = family.planned_only
+    elif reason := next((_NOT_YET[name] for name in names if name in _NOT_YET), None):
+        why = f"not quantized yet: {reason}"
     elif inside:
         why = (
             f"a model of several parts ({inside}). Save its text model alone as one of these (for Gemma 3: "
             "`Gemma3ForCausalLM.from_pretrained(folder).save_pretrained(new)`)"
         )
     elif experts:
-        why = f"a mixture of experts ({experts}: {config[experts]}), which qtool does not quantize yet"
+        why = (
+            f"a mixture of experts ({experts}: {config[experts]}), whose tensors and feeds qtool does not know yet "
+            "(docs/experts.md)"
+        )
     elif any("ForCausalLM" not in name for name in names):
         why = "no causal language model under transformers' names"
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtool.convert.models.experts import expert_of
+from qtool.convert.models.expert_names import expert_of
 
 TRANSFORMERS = "transformers/utils/quantization_config.py"  # the sources of several containers' rules
 QLINEAR = "gptqmodel/nn_modules/qlinear/__init__.py"

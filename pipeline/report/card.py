@@ -17,6 +17,7 @@ from qtool.evaluate.engines.facts import Download
 from qtool.evaluate.engines.table import ON_CARDS
 from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
+from qtool.runs.coverage import coverage
 from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary
 
@@ -233,6 +234,8 @@ def _section(item: Published, repo: str, named: bool) -> list[str]:
         lines = ["| linear | relative output error, round to nearest | as published |", "|---|---|---|"]
         lines += [f"| `{code(name)}` | {r['rtn_error']:.4f} | {r['error']:.4f} |" for name, r in worst]
         parts += [f"## What was lost where{title}", "\n".join(lines)]
+    if reached := coverage(manifest.ledger):
+        parts += [f"## What the experts saw{title}", reached.sentence]
     parts += ["\n".join(f"- {escape(note)}" for note in manifest.notes)]
     return parts
 

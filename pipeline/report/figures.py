@@ -126,7 +126,7 @@ def size_against(points: Sequence[Point], axis: str, higher_is_better: bool) -> 
         f"{p.name}: {p.nbytes / scale:.3g} {unit}, {p.score:.4g} [{p.low:.4g}, {p.high:.4g}]" for p in points
     )
     why = f"{told}. Pareto front: {', '.join(p.name for p in front)}. Models of nearly one size are drawn side by side."
-    return _svg(f"Size against {axis}", why, frame.bottom + 52, parts)
+    return svg(f"Size against {axis}", why, frame.bottom + 52, parts)
 
 
 def kl_by_position(series: Mapping[str, Sequence[float]], position_bin: int) -> str:
@@ -142,36 +142,6 @@ def kl_by_layer(series: Mapping[str, Sequence[float]]) -> str:
     longest = max(len(values) for values in series.values())
     across = [tick for tick in ticks(0, max(longest - 1, 1)) if tick == int(tick)]
     return _lines(series, list(range(longest)), across, "the one quantized layer", "KL by layer")
-
-
-def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
-    """Layers down, linears across; a pair that nobody measured stays empty."""
-    layers = sorted({layer for layer, _ in values})
-    linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda key: key[0])))
-    low, high = min(values.values()), max(values.values())
-    left, top, wide, tall = 72, 84, 68, 22
-    width = left + wide * len(linears) + 70
-    parts = []
-    for column, linear in enumerate(linears):
-        x = left + wide * (column + 0.5) - 4
-        parts.append(f'<text transform="translate({x:.0f} {top - 8}) rotate(-28)">{visible(linear)}</text>')
-    for row, layer in enumerate(layers):
-        y = top + tall * row
-        parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 15}">layer {layer}</text>')
-        for column, linear in enumerate(linears):
-            value = values.get((layer, linear))
-            if value is not None:
-                share = (value - low) / (high - low) if high > low else 0.5
-                parts.append(_cell(left + wide * column, y, wide, tall, share, f"{value:.4f}"))
-    y = top + tall * len(layers) + 18
-    for step in range(24):
-        parts.append(f'<rect x="{left + 6 * step}" y="{y}" width="6" height="10" fill="{shade(step / 23)}"/>')
-    parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">{low:.4f}</text>')
-    parts.append(f'<text class="soft" x="{left + 152}" y="{y + 9}">{high:.4f}</text>')
-    parts.append(f'<text class="soft" x="{left + 206}" y="{y + 9}">{visible(label)}</text>')
-    worst = max(values, key=lambda key: values[key])
-    told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, {worst[1]}."
-    return _svg(label, told, y + 24, parts, max(width, left + 206 + 7 * len(label)))
 
 
 def _lines(
@@ -191,7 +161,7 @@ def _lines(
         )
         parts.append(f'<g class="{marks[i]}"><polyline class="line"{_dash(i)} points="{path}"/>{dots}</g>')
     told = "; ".join(f"{name}: {values[0]:.4g} to {values[-1]:.4g}" for name, values in series.items() if values)
-    return _svg(title, f"First and last value of each: {told}.", frame.bottom + 52, parts)
+    return svg(title, f"First and last value of each: {told}.", frame.bottom + 52, parts)
 
 
 def _legend(names: Sequence[str]) -> tuple[list[str], int]:
@@ -278,13 +248,7 @@ def _text_width(length: int) -> float:
     return 7.0 * length + 4
 
 
-def _cell(x: float, y: float, wide: float, tall: float, share: float, words: str) -> str:
-    box = f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" fill="{shade(share)}"/>'
-    ink = "ondark" if share > 0.5 else "onlight"
-    return f'{box}<text class="{ink}" text-anchor="middle" x="{x + wide / 2}" y="{y + 15}">{words}</text>'
-
-
-def _svg(title: str, told: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
+def svg(title: str, told: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="qf" role="img" aria-label="{visible(title)}" {size}>'
     words = f"<title>{visible(title)}</title><desc>{visible(told)}</desc><style>{STYLE}</style>"

@@ -8,6 +8,7 @@ from qtool.report import loading
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.tables import Measured, footnote, markdown_cell, markdown_table, score_rows
+from qtool.runs.coverage import coverage
 from qtool.runs.evidence import task_label
 from qtool.runs.record import RunRecord
 
@@ -30,6 +31,8 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
             lines = ["| linear | output error, round to nearest | output error, this artifact |", "|---|---|---|"]
             lines += [f"| {linear} | {r['rtn_error']:.4f} | {r['error']:.4f} |" for linear, r in worst]
             parts.append(f"## {name}: the ten linears with the largest relative output error\n\n" + "\n".join(lines))
+        if reached := coverage(manifest.ledger):
+            parts.append(f"## {name}: what the experts saw\n\n{reached.sentence}")
     for name, checked in run.checks.items():
         lines = [f"- {note}" for note in run.manifests[name].notes]
         lines += [f"- {line.result}: {line.name}: {line.detail}" for line in loading.lines(checked.checks)]

@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qtool.report import figures
+from qtool.report import figures, maps
 from qtool.report.figures import Point
 from qtool.report.tables import moved
+from qtool.runs.coverage import by_expert, by_kind, coverage
 from qtool.runs.evidence import p_text, size_text, task_label
 from qtool.runs.measurements import one_machine
 from qtool.runs.record import RunRecord
@@ -156,18 +157,27 @@ def _kls(summary: Summary) -> list[Picture]:
 def _errors(run: RunRecord) -> list[Picture]:
     pictures = []
     for number, (name, manifest) in enumerate(run.manifests.items()):
-        records = manifest.ledger.values()
-        key = next((key for key in _ERRORS if any(key in record for record in records)), None)
+        ledger = manifest.ledger
+        key = next((key for key in _ERRORS if any(key in record for record in ledger.values())), None)
+        if key is None:
+            continue
+        label, stem = _ERRORS[key], f"errors-{number}-{_file(name)}"
         values = {}
-        for linear, record in manifest.ledger.items():
-            place = _LAYER.search(linear)
-            if place and key in record:
-                values[int(place[1]), place[2]] = record[key]
-        if key is not None and values:
-            label = _ERRORS[key]
-            svg = figures.heat_map(values, f"{name}: {label}")
-            caption = f"Every linear of {name}: {label}. The colours span this artifact's own range."
-            pictures.append(Picture(f"errors-{number}-{_file(name)}", "errors", f"{name}: {label}", caption, svg))
+        for matrix, value in by_kind(ledger, key).items():
+            if place := _LAYER.search(matrix):
+                values[int(place[1]), place[2]] = value
+        experts, reached = by_expert(ledger, key), coverage(ledger)
+        if values:
+            svg = maps.heat_map(values, f"{name}: {label}")
+            whole = f"Every linear of {name}{', of experts the mean of a layer' if experts else ''}: {label}."
+            caption = f"{whole} The colours span this artifact's own range."
+            pictures.append(Picture(stem, "errors", f"{name}: {label}", caption, svg))
+        if experts:
+            svg = maps.expert_map(experts, f"{name}: {label}")
+            seen = reached.sentence if reached else ""
+            caption = f"Every expert of {name}, the mean of its matrices: {label}. {seen}"
+            title = f"{name}: {label} by expert"
+            pictures.append(Picture(f"{stem}-experts", "errors", title, caption.strip(), svg))
     return pictures
 
 

@@ -15,7 +15,7 @@ from qtool.convert.formats.gguf.names import STACKED
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.formats.table import FORMATS
 from qtool.convert.models.config_keys import check_config
-from qtool.convert.models.experts import expert_of
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
 from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
 from qtool.quantize.methods.method import Method

@@ -21,7 +21,7 @@ from qtool.convert.files.writer import Layout, Place, Spec
 from qtool.convert.formats.gguf.ggml import GgmlBlocks, load_gguf, row_bytes
 from qtool.convert.formats.gguf.header import Header, read_header, read_tensor, read_value
 from qtool.convert.formats.gguf.names import STACKED, model_shape, piece, possible_names, row_order
-from qtool.convert.models.experts import expert_of
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.shape import Decoder, decoder_of
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]

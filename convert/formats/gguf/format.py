@@ -27,7 +27,7 @@ from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.vocab import add_vocabulary, around_texts, unembedded
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.models.config_keys import prove_gguf
-from qtool.convert.models.experts import expert_of
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.models.shape import Decoder
 from qtool.convert.models.table import gguf_facts

@@ -10,7 +10,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import load_gguf
-from qtool.convert.models.experts import stacked
+from qtool.convert.models.expert_names import stacked
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.model_config import is_tied
 from qtool.convert.models.shape import Decoder, decoder_of

@@ -17,7 +17,7 @@ from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names, stored_shap
 from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
 from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
-from qtool.convert.models.experts import expert_of
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.rope import rope_factors
 from qtool.convert.models.table import gguf_facts
 

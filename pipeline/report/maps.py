@@ -1,0 +1,73 @@
+"""The report's maps as SVG text: what each linear, and each expert, lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qtool.report.figures import shade, svg
+from qtool.report.markup import visible
+
+
+def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
+    """Layers down, linears across; a pair that nobody measured stays empty."""
+    layers = sorted({layer for layer, _ in values})
+    linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda key: key[0])))
+    low, high = min(values.values()), max(values.values())
+    left, top, wide, tall = 72, 84, 68, 22
+    width = left + wide * len(linears) + 70
+    parts = []
+    for column, linear in enumerate(linears):
+        x = left + wide * (column + 0.5) - 4
+        parts.append(f'<text transform="translate({x:.0f} {top - 8}) rotate(-28)">{visible(linear)}</text>')
+    for row, layer in enumerate(layers):
+        y = top + tall * row
+        parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 15}">layer {layer}</text>')
+        for column, linear in enumerate(linears):
+            value = values.get((layer, linear))
+            if value is not None:
+                share = (value - low) / (high - low) if high > low else 0.5
+                parts.append(_cell(left + wide * column, y, wide, tall, share, f"{value:.4f}"))
+    y = top + tall * len(layers) + 18
+    parts += _key(left, y, low, high, label)
+    worst = max(values, key=lambda key: values[key])
+    told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, {worst[1]}."
+    return svg(label, told, y + 24, parts, max(width, left + 206 + 7 * len(label)))
+
+
+def expert_map(values: Mapping[tuple[int, int], float], label: str) -> str:
+    """Layers down, experts across, a small cell each; layers without experts are left out."""
+    layers, experts = sorted({layer for layer, _ in values}), max(expert for _, expert in values) + 1
+    low, high = min(values.values()), max(values.values())
+    left, top, tall = 72, 24, 10
+    wide = max(2.0, min(12.0, 768 / experts))
+    parts = [f'<text class="soft" x="{left}" y="{top - 8}">expert 0 to {experts - 1}</text>']
+    for row, layer in enumerate(layers):
+        y = top + tall * row
+        if row % 2 == 0:
+            parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">layer {layer}</text>')
+        for expert in range(experts):
+            if (value := values.get((layer, expert))) is not None:
+                colour = shade((value - low) / (high - low) if high > low else 0.5)
+                x = left + wide * expert
+                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{tall}" fill="{colour}"/>')
+    y = top + tall * len(layers) + 18
+    parts += _key(left, y, low, high, label)
+    worst = max(values, key=lambda place: values[place])
+    told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, expert {worst[1]}."
+    return svg(label, told, y + 24, parts, int(max(left + wide * experts + 20, left + 206 + 7 * len(label))))
+
+
+def _key(left: int, y: int, low: float, high: float, label: str) -> list[str]:
+    """What the colours of a map stand for."""
+    parts = [
+        f'<rect x="{left + 6 * step}" y="{y}" width="6" height="10" fill="{shade(step / 23)}"/>' for step in range(24)
+    ]
+    parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">{low:.4f}</text>')
+    parts.append(f'<text class="soft" x="{left + 152}" y="{y + 9}">{high:.4f}</text>')
+    return [*parts, f'<text class="soft" x="{left + 206}" y="{y + 9}">{visible(label)}</text>']
+
+
+def _cell(x: float, y: float, wide: float, tall: float, share: float, words: str) -> str:
+    box = f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" fill="{shade(share)}"/>'
+    ink = "ondark" if share > 0.5 else "onlight"
+    return f'{box}<text class="{ink}" text-anchor="middle" x="{x + wide / 2}" y="{y + 15}">{words}</text>'
