@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool import QtoolError
 from qtool.quantize.capture import Calls, Enough, Hidden, captured, run_layer
 from qtool.quantize.experts import Routed, Taker, inner, mixture_of
-from qtool.quantize.methods.method import Statistics
+from qtool.quantize.methods.method import Inputs, Statistics
 from qtool.quantize.routed import SAMPLE, ExpertSettings, RoutedStatistics
 from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
@@ -84,6 +85,26 @@ def empty_statistics(
         else:
             shared[stack.name] = InputStatistics(channels_only=channels_only)
     return shared
+
+
+def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
+    """Of every matrix the mean squares of its input channels; of an expert its tokens, too. Raises QtoolError naming
+    the ``layer`` where they are no numbers."""
+    squares: dict[str, Tensor] = {}
+    figures: dict[str, Mapping[str, float]] = {}
+    for stack in stacks:
+        stats = shared[stack.name]
+        rows = stats.mean_square
+        if not bool(rows.isfinite().all()):
+            raise QtoolError(
+                f"{layer}: the input of {stack.name} is NaN or Inf on the calibration text; the source model is broken."
+            )
+        for number, problem in enumerate(stack.problems):
+            squares |= {matrix.module: rows[number] if stack.routed else rows for matrix in problem}
+        if isinstance(stats, RoutedStatistics):
+            own = zip(stack.problems, stats.figures(), strict=True)
+            figures |= {matrix.module: figure for problem, figure in own for matrix in problem}
+    return Inputs(importance=squares, figures=figures)
 
 
 def finish(layer: nn.Module, stacks: Sequence[Stack], found: dict[str, Statistics], sample: Sample) -> None:

@@ -9,7 +9,7 @@ transformers holds all experts of a layer in one module with fused parameters, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,10 @@ def prepare(model: Any) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
-    try:
+    with suppress(AttributeError, ValueError):
         model.set_experts_implementation(NAME)
-    except (AttributeError, ValueError) as error:
-        raise QtoolError(f"{type(model).__name__}: transformers computes its experts in a way of its own.") from error
+    if getattr(model.config, "_experts_implementation", None) != NAME:
+        raise QtoolError(f"{type(model).__name__}: transformers computes its experts in a way of its own.")
 
 
 def mixture_of(layer: nn.Module) -> Any:

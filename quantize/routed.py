@@ -132,17 +132,20 @@ class RoutedStatistics:
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():
             weighed = x * root if x.is_cuda else (x * root).float()
             for gram, part in zip(self.gram[some], weighed.split(counts), strict=True):
-                accumulate_gram(gram, part)
+                if len(part):
+                    accumulate_gram(gram, part)
             if self.drift is None or source is None:
                 return
             if divisor is not None and divisor.ndim == 2:
-                divisor = divisor[some].repeat_interleave(torch.tensor(counts, device=x.device), 0)
+                each = torch.tensor(counts, device=x.device)
+                divisor = divisor[some].repeat_interleave(each, 0, output_size=len(x))
             gap = gap_of(source, x, divisor)
             if self.through is not None:
                 gap = products(self.through[some].to(gap.dtype), gap, counts)
             gap = gap * root if x.is_cuda else (gap * root).float()
             for drift, lost, part in zip(self.drift[some], gap.split(counts), weighed.split(counts), strict=True):
-                accumulate(drift, lost, part)
+                if len(part):
+                    accumulate(drift, lost, part)
 
     def _add_channels(self, some: slice, counts: list[int], x: Tensor, weights: Tensor) -> None:
         """What only the source's stream is asked for."""

@@ -22,12 +22,12 @@ from qtool.convert.models.feeds import whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, Recorder, advance
-from qtool.quantize.collecting import empty_statistics, source_statistics
+from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics
 from qtool.quantize.experts import prepare
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Statistics
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.routed import ExpertSettings, RoutedStatistics
+from qtool.quantize.routed import ExpertSettings
 from qtool.quantize.soundness import refuse_range, refuse_unsound, refuse_unsound_values
 from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.streams import Passage, Stream
@@ -161,7 +161,7 @@ class Walk:
             if output.own_stream:
                 work = output.method.begin(self._planned(layer, output), Inputs(shared))
                 own.append(Stream(output.method, streams[output.method.name], work))
-        seen = self._squares(index, stacks, shared) if self.weighing else Inputs()
+        seen = mean_squares(self._named(index), stacks, shared) if self.weighing else Inputs()
         sharing = [output for output in self.on_grams if not output.own_stream]
         for number, output in enumerate(sharing):
             peaks = {f"the input of {name}": stats.absmax.max() for name, stats in shared.items()}
@@ -183,25 +183,6 @@ class Walk:
                 passage.advance(stream)
         module.to("meta")
         return results, seen
-
-    def _squares(self, index: int, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
-        """Of every matrix the mean squares of its input channels; of an expert its tokens, too."""
-        squares: dict[str, Tensor] = {}
-        figures: dict[str, Mapping[str, float]] = {}
-        for stack in stacks:
-            stats = shared[stack.name]
-            rows = stats.mean_square
-            if not bool(rows.isfinite().all()):
-                raise QtoolError(
-                    f"{self._named(index)}: the input of {stack.name} is NaN or Inf on the calibration text; "
-                    "the source model is broken."
-                )
-            for number, problem in enumerate(stack.problems):
-                squares |= {matrix.module: rows[number] if stack.routed else rows for matrix in problem}
-            if isinstance(stats, RoutedStatistics):
-                own = zip(stack.problems, stats.figures(), strict=True)
-                figures |= {matrix.module: figure for problem, figure in own for matrix in problem}
-        return Inputs(importance=squares, figures=figures)
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""

@@ -1,6 +1,6 @@
 """How experts' statistics should be taken: KL to the source of AWQ and GPTQ under each way, on a mixture of experts.
 
-    python scripts/sweep_experts.py MODEL CALIBRATION HELDOUT [--samples N] [--length N] [--group-size N]
+    python scripts/sweep_experts.py MODEL CALIBRATION HELDOUT [--samples N] [--length N] [--group-size N] [--seeds N]
 
 MODEL: a folder (scripts/train_small_experts.py makes one); CALIBRATION and HELDOUT: texts as a recipe names them. The
 layers are quantized in memory, nothing is written. Prints a Markdown table.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ WAYS: dict[str, ExpertSettings] = {
     "own tokens, p^0, blend 1": ExpertSettings(exponent=0, blend=1),
     "own tokens, p^1, blend 1": ExpertSettings(exponent=1, blend=1),
     "own tokens, p^2, blend 1": ExpertSettings(exponent=2, blend=1),
+    "own tokens, p^0, blend 4": ExpertSettings(exponent=0, blend=4),
     "own tokens, p^2, blend 4": ExpertSettings(exponent=2, blend=4),
 }
 
@@ -103,9 +105,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
+    parser.add_argument("--seeds", type=int, default=1, help="calibration sets, of other windows each; means are shown")
     options = parser.parse_args()
     subject = Subject(options.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokens = subject.windows(options.calibration, options.samples, options.length)
+    sets = [
+        subject.windows(options.calibration, options.samples, options.length, seed) for seed in range(options.seeds)
+    ]
     windows = subject.windows(options.heldout, 48, options.length, seed=7)
     expected = subject.logits(windows)
     size = options.group_size
@@ -114,23 +119,26 @@ def main() -> None:
         AwqMethod(method="awq", name="awq-rtn", group_size=size, rounding="rtn"),
         GptqMethod(method="gptq", group_size=size),
     ]
-    plain = [AwqMethod(method="awq", name="rtn", group_size=size, scaling="none", rounding="rtn", clip=False)]
-    print(f"{tokens.numel()} tokens of calibration, {windows.numel()} held out; KL in nats a token\n")
+    plain = AwqMethod(method="awq", name="rtn", group_size=size, scaling="none", rounding="rtn", clip=False)
+    cost = _cost(subject, subject.quantized([plain], sets[0], ExpertSettings()), windows, expected)["rtn"]
     print(
-        "| statistics | " + " | ".join(method.name for method in methods) + " | tokens of the least expert | blended |"
+        f"{options.seeds} x {sets[0].numel()} tokens of calibration, {windows.numel()} held out; KL in nats a token\n"
     )
+    names = " | ".join(method.name for method in methods)
+    print(f"| statistics | {names} | experts' tokens, least and mean | blended |")
     print("|---|" + "---|" * (len(methods) + 2))
-    cost = _cost(subject, subject.quantized(list(plain), tokens, ExpertSettings()), windows, expected)
-    print(f"| round to nearest, none | {cost['rtn']:.5f} | | | | |", flush=True)
+    print(f"| round to nearest, none | {cost:.5f} | | | | |", flush=True)
     for name, settings in WAYS.items():
-        with _blind() if name == NONE else nullcontext():
-            states = subject.quantized(methods, tokens, settings)
-        cost = _cost(subject, states, windows, expected)
-        records = [record for _, held in states["gptq"].values() for record in held.values() if "tokens" in record]
-        least = min(int(record["tokens"]) for record in records)
-        blended = sum(record["blended"] > 0 for record in records)
-        columns = " | ".join(f"{cost[method.name]:.5f}" for method in methods)
-        print(f"| {name} | {columns} | {least} | {blended} of {len(records)} |", flush=True)
+        costs, records = list[dict[str, float]](), list[dict[str, float]]()
+        for tokens in sets:
+            with _blind() if name == NONE else nullcontext():
+                states = subject.quantized(methods, tokens, settings)
+            costs.append(_cost(subject, states, windows, expected))
+            records += [record for _, held in states["gptq"].values() for record in held.values() if "tokens" in record]
+        counts, blended = [record["tokens"] for record in records], sum(record["blended"] > 0 for record in records)
+        columns = " | ".join(f"{fmean(cost[method.name] for cost in costs):.5f}" for method in methods)
+        reached = f"{min(counts):.0f}, {fmean(counts):.0f}"
+        print(f"| {name} | {columns} | {reached} | {100 * blended // len(records)} % |", flush=True)
 
 
 @contextmanager

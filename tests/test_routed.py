@@ -19,6 +19,7 @@ from qtool.convert.models.feeds import Norm
 from qtool.convert.models.shape import decoder_of
 from qtool.quantize import descent, experts, grid, rounding, scaling
 from qtool.quantize import walk as layers
+from qtool.quantize.collecting import mean_squares
 from qtool.quantize.descent import Levels
 from qtool.quantize.experts import Routed
 from qtool.quantize.grid import GridSpec
@@ -455,7 +456,7 @@ def test_importance_rows_of_experts(folder: Path) -> None:
     module = walk._fill(0, walk._place(0, walk._read(0)))
     stacks = stacks_of(walk.decoder.feeds(0))
     experts.prepare(walk.model)
-    inputs = walk._squares(0, stacks, walk._collect(module, stacks, hidden, calls, False))
+    inputs = mean_squares("layer 0", stacks, walk._collect(module, stacks, hidden, calls, False))
     seen |= inputs.importance
     ((x, index, _),) = mixture_calls(whole_model(folder))[0]
     norm = next(feed for feed in walk.decoder.feeds(0) if feed.routed and isinstance(feed.producer, Norm))
@@ -465,3 +466,14 @@ def test_importance_rows_of_experts(folder: Path) -> None:
             torch.testing.assert_close(seen[matrix.module], own.square().mean(0), rtol=1e-3, atol=1e-4)
             assert inputs.figures[matrix.module]["tokens"] == len(own)
     assert method.needs.value == "channels"
+
+
+def test_more_text_is_drawn_for_the_mean_expert(folder: Path) -> None:
+    shape = decoder_of(_config(folder)).shape
+    settings = ExpertSettings(min_tokens=1000)
+    number = settings.samples(shape, 20, 100)
+    assert number * 100 * shape.active / shape.experts >= 1000 > (number - 1) * 100 * shape.active / shape.experts
+    assert settings.samples(shape, 200, 100) == 200  # there is more than enough
+    assert settings.samples(shape, 2, 100) == 16  # at most eight times what was asked for
+    dense = decoder_of(_config(folder) | {"architectures": ["LlamaForCausalLM"]}).shape
+    assert settings.samples(dense, 2, 100) == 2
