@@ -54,12 +54,25 @@ class Routed:
         """Of each slot ``[T * k, h]``."""
         return self.hidden[self.tokens]
 
-    def total(self, outputs: Tensor) -> Tensor:
-        """The weighted sum of each token's slots, ``[T * k, h]`` -> float32 ``[T, h]``; always in the same order."""
+    @property
+    def _places(self) -> Tensor:
+        """The inverse of ``order``: slots as they lie in ``index``."""
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(len(places), device=places.device)
-        slots = (outputs * self.weights.unsqueeze(1))[places]
+        return places
+
+    def total(self, outputs: Tensor) -> Tensor:
+        """The weighted sum of each token's slots, ``[T * k, h]`` -> float32 ``[T, h]``; always in the same order."""
+        slots = (outputs * self.weights.unsqueeze(1))[self._places]
         return slots.view(*self.index.shape, -1).sum(1, dtype=torch.float32)
+
+    def shared_out(self, behind: Tensor) -> Tensor:
+        """What each slot's expert should add to its own output, so that the weighted outputs of a token's experts make
+        up together for ``behind [T, h]``, by the least change of all: ``[T * k, h]``."""
+        weights = self.weights.float()
+        squares = weights.square()[self._places].view(self.index.shape).sum(1)
+        share = weights / squares[self.tokens].clamp_min(1e-12)
+        return behind[self.tokens] * share.to(behind.dtype).unsqueeze(1)
 
     def agreement(self, source: Routed) -> tuple[Tensor, Tensor]:
         """Of the tokens that ``source`` sends to each expert, how many this sends there too, and of how many: float32

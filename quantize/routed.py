@@ -101,10 +101,11 @@ class RoutedStatistics:
         counts: Sequence[int],
         source: Tensor | None = None,
         divisor: Tensor | None = None,
+        behind: Tensor | None = None,
     ) -> None:
         """Count the slots of a batch, ordered by expert: ``x [slots, in]``, ``weights [slots]`` of the router,
-        ``counts`` of each expert. ``source``, ``divisor`` (also ``[E, in]``): as `InputStatistics.add`, for streams
-        that drift."""
+        ``counts`` of each expert. ``source``, ``divisor`` (also ``[E, in]``), ``behind [slots, out]``: as
+        `InputStatistics.add`, for streams that drift."""
         if not self.counts:
             self._open(x)
         self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
@@ -116,10 +117,18 @@ class RoutedStatistics:
             slots = slice(first, first + sum(own))
             first = slots.stop
             if sum(own):
-                self._add(some, own, x[slots], weights[slots], None if source is None else source[slots], divisor)
+                given = [None if part is None else part[slots] for part in (source, behind)]
+                self._add(some, own, x[slots], weights[slots], given[0], divisor, given[1])
 
     def _add(
-        self, some: slice, counts: list[int], x: Tensor, weights: Tensor, source: Tensor | None, divisor: Tensor | None
+        self,
+        some: slice,
+        counts: list[int],
+        x: Tensor,
+        weights: Tensor,
+        source: Tensor | None,
+        divisor: Tensor | None,
+        behind: Tensor | None,
     ) -> None:
         """Of some experts."""
         if not self.drifting:
@@ -142,6 +151,7 @@ class RoutedStatistics:
             gap = gap_of(source, x, divisor)
             if self.through is not None:
                 gap = products(self.through[some].to(gap.dtype), gap, counts)
+            gap = gap if behind is None else gap + behind
             gap = gap * root if x.is_cuda else (gap * root).float()
             for drift, lost, part in zip(self.drift[some], gap.split(counts), weighed.split(counts), strict=True):
                 if len(part):

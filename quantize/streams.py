@@ -110,7 +110,7 @@ class Passage:
                         behind = batch - own if stack.adds else None
                         stats.add(fed.inputs[stack.name], source.inputs[stack.name], divisor, behind)
                     else:
-                        self._count(stack, stats, fed, source, divisor)
+                        self._count(stack, stats, fed, source, divisor, batch - own if stack.adds else None)
                 if fed.routed is not None:
                     sample.take(fed.routed)
             if last:
@@ -121,7 +121,15 @@ class Passage:
         self._fill(self.source)
         return collected, peaks
 
-    def _count(self, stack: Stack, stats: RoutedStatistics, fed: Fed, source: Fed, divisor: Tensor | None) -> None:
+    def _count(
+        self,
+        stack: Stack,
+        stats: RoutedStatistics,
+        fed: Fed,
+        source: Fed,
+        divisor: Tensor | None,
+        behind: Tensor | None,
+    ) -> None:
         """Tokens as this stream routes them. The source's inputs for them are those that its experts would have: beside
         one that the source did not choose, too."""
         call, other = fed.routed, source.routed
@@ -132,7 +140,8 @@ class Passage:
         if stack.inner:
             x = inner(mixture, mixture.gate_up_proj, x, call.counts)
             s = inner(mixture, self.source[GATE_UP], s, call.counts)
-        stats.add(x, call.weights, call.counts, s, divisor)
+        lost = None if behind is None else call.shared_out(behind.flatten(0, -2))
+        stats.add(x, call.weights, call.counts, s, divisor, lost)
         both, sent = call.agreement(other)
         before = stats.agreed
         stats.agreed = (both, sent) if before is None else (before[0] + both, before[1] + sent)
@@ -143,7 +152,7 @@ class Passage:
             target = work.target(stack)
             return InputStatistics(through=target.to(self.dtype) if stack.adds or _wide(target) else None)
         number, through = len(stack.problems), None
-        if _wide(work.target(stack.part(slice(0, 1)))):
+        if stack.adds or _wide(work.target(stack.part(slice(0, 1)))):
             some = [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
             through = torch.cat([work.target(stack.part(part)).to(self.dtype) for part in some])
         return RoutedStatistics(number, self.settings, through=through, drifting=True)

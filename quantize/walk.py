@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.plan import OutputPlan, walk_order
 from qtool.convert.models.feeds import whole
