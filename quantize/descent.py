@@ -15,7 +15,6 @@ Every function takes one problem or a stack of E with a leading axis on all tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -28,7 +27,6 @@ from qtool.quantize.rounding import Factor, invert_upper
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
 FINALISTS = 2  # of these, the best by plain rounding are worked out
-PASSES = 2  # over a group's scale and codes, each time it is visited
 SWEEPS = 3
 TINY = 1e-30  # in place of a scale that was stored as zero
 BLOCK = 128  # columns visited at once where a group is a whole row
@@ -94,9 +92,9 @@ def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     chosen = _Columns.empty(weight, size)
     for number, start in enumerate(range(0, weight.shape[-2], size)):
         stop, inverse = start + size, inverses[number]
-        aim = weight[..., start:stop, :]
+        aim = weight[..., start:stop, :].contiguous()
         metric = inverse @ inverse.mT
-        group = choose(Problem((metric @ aim).neg_(), aim, metric), levels, RATIOS)
+        group = choose(aim, metric, levels)
         chosen.put(number, slice(start, stop), group)
         if stop < weight.shape[-2]:
             spread = inverse.mT @ group.weights().neg_().add_(aim)
@@ -112,19 +110,16 @@ def descend(
     size = _block(levels.group_size)
     scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
-    inverses = torch.linalg.inv(blocks) if scales else blocks
     found, wanted = _Columns.of(chosen), target.mT.contiguous()
     error = chosen.weights().mT.contiguous().sub_(wanted)
-    for sweep in range(sweeps):
+    for _ in range(sweeps):
         for number, start in enumerate(range(0, wanted.shape[-2], size)):
             columns, group = slice(start, start + size), start // levels.group_size
-            before = found.group(group, columns)
+            before, block = found.group(group, columns), blocks[number].contiguous()
             with tensor_float32():
                 linear = gram[..., columns, :] @ error
-            add_product(linear, blocks[number], before.weights(), -1)
-            aim = (inverses[number] @ linear).neg_() if scales and sweep == 0 else None
-            ratios = () if aim is None else RATIOS
-            after = choose(Problem(linear, aim, blocks[number]), levels, ratios, before, scales)
+            add_product(linear, block, before.weights(), -1)
+            after = improve(linear, block, levels, before, scales)
             found.put(group, columns, after)
             torch.sub(after.weights(), wanted[..., columns, :], out=error[..., columns, :])
     return found.rows()
@@ -132,23 +127,13 @@ def descend(
 
 def workspace(out: int, columns: int) -> int:
     """Float32 numbers that `descend` takes at most, with what it is given: two targets, levels before and after, the
-    error; a block's columns in and out of the kernels, with FINALISTS beside the levels that are there."""
-    return 5 * out * columns + (4 + 4 * (FINALISTS + 1)) * out * BLOCK
+    error; a block's columns in and out of the kernels, once for each of the FINALISTS."""
+    return 5 * out * columns + (4 + 4 * FINALISTS) * out * BLOCK
 
 
 def _block(group_size: int) -> int:
     """The columns of a visit: a group's, or the most below BLOCK that a larger group divides by."""
     return group_size if group_size <= BLOCK else max(n for n in range(1, BLOCK + 1) if group_size % n == 0)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The loss of a group's weights w, a column of them in a row ``[g, out]``: ``w (metric w + 2 linear)`` and a
-    constant. ``metric [g, g]``; ``aim``: its minimum, from which candidates are made (None: there are none)."""
-
-    linear: Tensor
-    aim: Tensor | None
-    metric: Tensor
 
 
 @dataclass(frozen=True)
@@ -164,22 +149,36 @@ class Group:
         return self.levels * self.scale
 
 
-def choose(
-    problem: Problem, levels: Levels, ratios: Sequence[float], current: Group | None = None, scales: bool = True
-) -> Group:
-    """The best found, row by row: ``current`` and the finalists among ``ratios`` of the covering scale, each improved
-    by PASSES over scale (if ``scales``) and codes."""
-    scale, zero = _finalists(problem, levels, ratios)
-    if current is not None:
-        scale, zero = (
-            torch.cat([own.movedim(-2, 0), others]) for own, others in ((current.scale, scale), (current.zero, zero))
-        )
-    code, scale, losses = _improve(problem, levels, None if current is None else current.levels, scale, zero, scales)
-    if len(code) == 1:
-        return Group(code[0], scale[0].unsqueeze(-2), zero[0].unsqueeze(-2))
+def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
+    """Scales, zeros and levels that lose least of ``e metric eᵀ`` for e = weights - aim ``[g, out]``: of RATIOS of the
+    covering scale, the finalists by plain rounding, improved, row by row."""
+    linear = (metric @ aim).neg_()
+    kernels, own = _kernels(aim), (levels.table or (), levels.top, levels.rule, levels.dtype)
+    if kernels is not None:
+        ranks, scale, zero = kernels.rank(aim, metric, RATIOS, *own)
+        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
+    else:
+        scale, zero = _finalists(aim, metric, levels)
+        grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
+        starts = [Group(nearest(aim, *grid, levels), *grid) for grid in grids]
+        improved = [_improve(linear, metric, levels, start, True) for start in starts]
+        code = torch.stack([one.levels for one in improved])
+        scale = torch.stack([one.scale.squeeze(-2) for one in improved])
+        losses = torch.stack([_loss(metric, one.weights().sub_(aim)) for one in improved])
     best = losses.argmin(0, keepdim=True)
-    level = code.gather(0, best.unsqueeze(-2).expand(1, *code.shape[1:]))[0]
-    return Group(level, scale.gather(0, best)[0].unsqueeze(-2), zero.gather(0, best)[0].unsqueeze(-2))
+    chosen = code.gather(0, best.unsqueeze(-2).expand(1, *aim.shape))[0]
+    return Group(chosen, scale.gather(0, best)[0].unsqueeze(-2), zero.gather(0, best)[0].unsqueeze(-2))
+
+
+def improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool = True) -> Group:
+    """A better scale (if ``scales``), then each column in turn its best level, of a group whose weights w
+    ``[g, out]``, a column of them in a row, lose ``wᵀ (metric w + 2 linear)``."""
+    kernels = _kernels(linear)
+    if kernels is None:
+        return _improve(linear, metric, levels, current, scales)
+    own = (levels.table or (), levels.top, levels.rule, levels.dtype)
+    code, scale, _, _ = kernels.improve(linear, metric, current.levels, current.scale, current.zero, None, *own, scales)
+    return Group(code[0], scale[0].unsqueeze(-2), current.zero)
 
 
 def covering(aim: Tensor, levels: Levels, ratio: float) -> tuple[Tensor, Tensor]:
@@ -218,24 +217,14 @@ def _level(ratio: Tensor, zero: Tensor, levels: Levels) -> Tensor:
     return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
 
 
-def _finalists(problem: Problem, levels: Levels, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """Scales and zeros ``[finalists, out]`` of those that lose least by plain rounding."""
-    if problem.aim is None or not ratios:
-        nothing = problem.linear.new_empty(0, *problem.linear[..., 0, :].shape)
-        return nothing, nothing
-    kernels = _kernels(problem)
-    if kernels is not None:
-        table = levels.table or ()
-        losses, scale, zero = kernels.rank(
-            problem.aim, problem.metric, ratios, table, levels.top, levels.rule, levels.dtype
-        )
-    else:
-        grids = [covering(problem.aim, levels, ratio) for ratio in ratios]
-        errors = (nearest(problem.aim, *grid, levels).mul_(grid[0]).sub_(problem.aim) for grid in grids)
-        losses = torch.stack([_loss(problem.metric, error) for error in errors])
-        scale, zero = (torch.stack([grid[part].squeeze(-2) for grid in grids]) for part in (0, 1))
+    grids = [covering(aim, levels, ratio) for ratio in RATIOS]
+    errors = (nearest(aim, *grid, levels).mul_(grid[0]).sub_(aim) for grid in grids)
+    losses = torch.stack([_loss(metric, error) for error in errors])
+    scale, zero = (torch.stack([grid[part].squeeze(-2) for grid in grids]) for part in (0, 1))
     leaders = []
-    for _ in range(min(FINALISTS, len(ratios))):
+    for _ in range(FINALISTS):
         leaders.append(losses.argmin(0, keepdim=True))
         losses.scatter_(0, leaders[-1], torch.inf)
     order = torch.cat(leaders)
@@ -246,54 +235,30 @@ def _loss(metric: Tensor, error: Tensor) -> Tensor:
     return (metric @ error).mul_(error).sum(-2)
 
 
-def _improve(
-    problem: Problem, levels: Levels, begun: Tensor | None, scale: Tensor, zero: Tensor, scales: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(levels ``[starts, g, out]``, scales ``[starts, out]``, losses ``[starts, out]``) after PASSES over every start:
-    ``begun``, if any, and what is nearest to the aim on each of the grids left. No losses where there is one start."""
-    kernels = _kernels(problem)
-    if kernels is not None:
-        table = levels.table or ()
-        found: tuple[Tensor, Tensor, Tensor] = kernels.improve(
-            problem.linear, problem.aim, problem.metric, begun, scale, zero, table, levels.top, levels.rule,
-            levels.dtype, scales, PASSES,
-        )  # fmt: skip
-        return found
-    starts, metric = scale.shape[0], problem.metric
-    codes = [] if begun is None else [begun]
-    for number in range(len(codes), starts):
-        assert problem.aim is not None
-        codes.append(nearest(problem.aim, scale[number].unsqueeze(-2), zero[number].unsqueeze(-2), levels))
-    code, linear = torch.cat(codes, -1), torch.cat([problem.linear] * starts, -1)  # a start beside the other
-    flat, zeros = (part.movedim(0, -2).flatten(-2).unsqueeze(-2) for part in (scale, zero))
-    own = 1 / metric.diagonal(dim1=-2, dim2=-1)
-    for _ in range(PASSES):
-        product = metric @ code
-        if scales:
-            flat = _best_scale(code, flat, linear, product, levels.dtype)
-        gradient, over = torch.addcmul(linear, product, flat), 1 / torch.where(flat == 0, TINY, flat)
-        for column, inverse in enumerate(own.unsqueeze(-1).unsqueeze(-1).unbind(-3)):
-            here = slice(column, column + 1)
-            old = code[..., here, :]
-            new = _level(old - gradient[..., here, :] * (over * inverse), zeros, levels)
-            add_product(gradient[..., column + 1 :, :], metric[..., column + 1 :, here], (new - old) * flat)
-            code[..., here, :] = new
-    if starts > 1:
-        assert problem.aim is not None
-        loss = _loss(metric, code * flat - torch.cat([problem.aim] * starts, -1))
-    else:
-        loss = flat.squeeze(-2)
-    code, flat, loss = (part.unflatten(-1, (starts, -1)).movedim(-2, 0) for part in (code, flat.squeeze(-2), loss))
-    return code, flat, loss
+def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool) -> Group:
+    """`improve`, in plain PyTorch."""
+    code, scale, zero = current.levels.clone(), current.scale, current.zero
+    product = metric @ code
+    if scales:
+        scale = _best_scale(code, scale, linear, product, levels.dtype)
+    gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)
+    own = 1 / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    for column in range(code.shape[-2]):
+        one, behind = slice(column, column + 1), slice(column + 1, None)
+        old = code[..., one, :]
+        new = _level(old - gradient[..., one, :] * (over * own[..., one, :]), zero, levels)
+        add_product(gradient[..., behind, :], metric[..., behind, one], (new - old) * scale)
+        code[..., one, :] = new
+    return Group(code, scale, current.zero)
 
 
-def _kernels(problem: Problem) -> ModuleType | None:
-    """Their Triton twins, where these run."""
-    if not problem.linear.is_cuda:
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton twins, where they run for groups of so many columns ``[g, out]``."""
+    if not tensor.is_cuda:
         return None
     from qtool.quantize import descent_kernels
 
-    return descent_kernels if descent_kernels.fits(problem.metric.shape[-1]) else None
+    return descent_kernels if descent_kernels.fits(tensor.shape[-2]) else None
 
 
 def _best_scale(code: Tensor, scale: Tensor, linear: Tensor, product: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,12 +281,8 @@ class _Columns:
 
     @classmethod
     def of(cls, chosen: Chosen) -> _Columns:
-        return cls(
-            *(
-                tensor.mT.clone(memory_format=torch.contiguous_format)
-                for tensor in (chosen.levels, chosen.scale, chosen.zero)
-            )
-        )
+        parts = (chosen.levels, chosen.scale, chosen.zero)
+        return cls(*(tensor.mT.clone(memory_format=torch.contiguous_format) for tensor in parts))
 
     @classmethod
     def empty(cls, weight: Tensor, size: int) -> _Columns:
@@ -330,7 +291,7 @@ class _Columns:
 
     def group(self, number: int, columns: slice) -> Group:
         one = slice(number, number + 1)
-        return Group(*(t[..., part, :] for t, part in ((self.levels, columns), (self.scale, one), (self.zero, one))))
+        return Group(self.levels[..., columns, :], self.scale[..., one, :], self.zero[..., one, :])
 
     def put(self, number: int, columns: slice, group: Group) -> None:
         self.levels[..., columns, :] = group.levels

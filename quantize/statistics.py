@@ -19,9 +19,9 @@ class InputStatistics:
     """Statistics of one distinct linear input X ``[tokens, in]``, accumulated batch by batch.
 
     gram: XᵀX ``[in, in]``; drift: (S - X)ᵀX ``[in, in]``, S the source's inputs for the same tokens (None on the
-    source's own stream); abs_sum, square_sum, absmax ``[in]``. All float32. ``through``: weights W ``[out, in]`` of the
-    linears, where out < in: drift is then W (S - X)ᵀX ``[out, in]``, which costs less. ``channels_only``: square_sum
-    alone.
+    source's own stream); abs_sum (of the source's own stream alone), square_sum, absmax ``[in]``. All float32.
+    ``through``: weights W ``[out, in]`` of the linears, where out < in: drift is then W (S - X)ᵀX ``[out, in]``, which
+    costs less. ``channels_only``: square_sum alone.
     """
 
     tokens: int = 0
@@ -54,10 +54,10 @@ class InputStatistics:
         if self.channels_only:
             self.square_sum += torch.ones(x.shape[0], device=x.device) @ x.float().square()  # faster than a norm
             return
-        magnitude = x.abs()
-        self.abs_sum += magnitude.sum(0, dtype=torch.float32)
-        torch.maximum(self.absmax, magnitude.amax(0), out=self.absmax)
-        del magnitude
+        low, high = x.aminmax(dim=0)
+        self.absmax = torch.stack([self.absmax, high.float(), -low.float()]).amax(0)
+        if source is None:
+            self.abs_sum += x.abs().sum(0, dtype=torch.float32)
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():  # exact: the factors are bfloat16
             wide = x if x.is_cuda else x.float()
             accumulate_gram(self.gram, wide)

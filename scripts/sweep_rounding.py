@@ -32,10 +32,11 @@ from qtool.recipe.sections import Recipe
 # Every row spells out every key that it could leave to a default: a default that changes must not change what a row is.
 RTN: dict[str, Any] = {
     "scaling": "none", "rounding": "rtn", "clip": False,
-    "propagate_error": False, "propagate_strength": 0.25, "damp_percent": 0.05,
+    "propagate_error": False, "propagate_strength": 0.25, "damp_percent": 0.05, "descent": False,
 }  # fmt: skip
 SOURCE = RTN | {"scaling": "awq", "rounding": "gptq", "clip": True}
 OWN = SOURCE | {"propagate_error": True}
+DESCENT = OWN | {"descent": True, "damp_percent": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "rtn, no scaling, no clipping": RTN,
     "awq + rtn, no clipping": RTN | {"scaling": "awq"},
@@ -50,6 +51,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "awq + gptq, own inputs, strength .5, damp .1": OWN | {"propagate_strength": 0.5, "damp_percent": 0.1},
     "awq + gptq, own inputs, strength .75, damp .05": OWN | {"propagate_strength": 0.75},
     "awq + gptq, own inputs, strength 1, damp .05": OWN | {"propagate_strength": 1.0},
+    "awq + descent, strength .25, damp .1": DESCENT,
+    "awq + descent, strength .35, damp .1": DESCENT | {"propagate_strength": 0.35},
+    "awq + descent, strength .5, damp .1": DESCENT | {"propagate_strength": 0.5},
+    "descent, no scaling, strength .35, damp .1": DESCENT | {"propagate_strength": 0.35, "scaling": "none"},
 }
 QUICK = (
     "awq + rtn",

@@ -90,17 +90,19 @@ def test_repeated_heads_share_their_scales() -> None:
 
 def test_statistics_in_batches_equal_one_product() -> None:
     x, source = inputs(700, 500), inputs(700, 500)
-    stats = InputStatistics()
+    stats, alone = InputStatistics(), InputStatistics()
     for part, other in zip(x.split(300), source.split(300), strict=True):
         stats.add(part.unsqueeze(0), other.unsqueeze(0))
+        alone.add(part.unsqueeze(0))
     stats.finish()
     assert stats.tokens == 700
     assert torch.allclose(stats.gram, x.t() @ x, rtol=1e-4, atol=1e-1)
     assert torch.allclose(stats.gram, stats.gram.t(), rtol=1e-5, atol=1e-2)
     assert stats.drift is not None
     assert torch.allclose(stats.drift, (source - x).t() @ x, rtol=1e-4, atol=1e-1)
-    assert torch.allclose(stats.mean_abs, x.abs().mean(0), rtol=1e-5)
+    assert torch.allclose(alone.mean_abs, x.abs().mean(0), rtol=1e-5)
     assert torch.equal(stats.absmax, x.abs().amax(0))
+    assert torch.equal(alone.absmax, stats.absmax)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -185,18 +185,20 @@ class Nf4Work(LayerWork):
             chosen = descent.descend(goal, begun, gram, levels)
             return chosen, [(scale.flatten(), None) for scale in chosen.scale.flatten(0, -2).split(rows)]
         # scales are rounded once they are good, then codes make up for that
-        begun = descent.descend(goal, begun, gram, levels, sweeps=2)
+        begun = descent.descend(goal, begun, gram, levels, sweeps=1)
         nested = [_nested(scale) for scale in begun.scale.flatten(0, -2).split(rows)]
         scales = torch.cat([scale for scale, _, _ in nested]).view_as(begun.scale)
-        chosen = descent.descend(goal, Chosen(begun.levels, scales, begun.zero), gram, levels, scales=False)
+        begun = Chosen(begun.levels, scales, begun.zero)
+        chosen = descent.descend(goal, begun, gram, levels, sweeps=2, scales=False)
         return chosen, [(absmax, second) for _, absmax, second in nested]
 
     def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
         wide, method = source.float(), self._method
         plain = quantize_nf4(source, method.blocksize, method.double_quant).dequantize().sub_(wide)
-        energy = output_error(wide, gram).clamp_min(1e-30)
-        errors = [plain, blocks.dequantize().sub_(wide)]
-        rtn, own = ((output_error(error, gram).clamp_min(0) / energy).sqrt() for error in errors)
+        with tensor_float32():
+            energy, rounded = output_error(wide, gram).clamp_min(1e-30), output_error(plain, gram)
+        compensated = output_error(blocks.dequantize().sub_(wide), gram)  # its terms cancel: in float32
+        rtn, own = ((loss.clamp_min(0) / energy).sqrt() for loss in (rounded, compensated))
         return {"rtn_error": _figure(rtn), "error": _figure(own), "frobenius": _figure(_distance(wide, blocks))}
 
 
