@@ -89,9 +89,10 @@ class Artifact:
         """One linear as codes and scales."""
         return self.weights.codes(linear)
 
-    def read(self) -> TensorStream:
-        """Every tensor of the model under its Hugging Face name; quantized linears dequantized to float32."""
-        return self.weights.read()
+    def read(self, prefix: str = "") -> TensorStream:
+        """Every tensor of the model under its Hugging Face name, where that begins with ``prefix``; quantized linears
+        dequantized to float32."""
+        return self.weights.read(prefix)
 
 
 def seal(partial: Path, final: Path, manifest: Manifest, look_again: Callable[[], None] = lambda: None) -> Artifact:

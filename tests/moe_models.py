@@ -15,6 +15,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
         "tie_word_embeddings": False,
     },
+    "Glm4Moe": {
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True,
+        "attention_bias": True, "norm_topk_prob": True,
+    },
     "Olmoe": {
         "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
         "norm_topk_prob": False, "tie_word_embeddings": False,

@@ -51,7 +51,11 @@ def make_model(
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
         model.model.norm.weight.mul_(loudness)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    model.to(torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):  # float32 in every checkpoint
+            module.e_score_correction_bias = torch.randn(module.num_experts)
+    model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
 

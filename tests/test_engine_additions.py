@@ -49,6 +49,9 @@ class ToyModel:
         count = len(batch.prompts)
         return Reading((1.0,) * count, (0.5,) * count, 2.0, count * batch.tokens, None, {"resident": 7})
 
+    def prepare(self, windows: torch.Tensor) -> None:
+        return None
+
     def logits(self, window: torch.Tensor) -> None:
         return None
 

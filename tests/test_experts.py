@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.models.experts import Mixture, in_files, in_memory, mixture_feeds
 from qtool.convert.models.feeds import Heads, Norm, Nothing, Rows
+from qtool.convert.models.refusals import refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.evaluate.engines.torch_model import load_model
@@ -96,12 +98,13 @@ def test_a_model_is_loaded_from_files_of_any_order(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    _, mixture = _decoder(folder)
+    decoder, mixture = _decoder(folder)
     tensors = list(Checkpoint.open(folder).read())
     config, cpu = load_config(folder), torch.device("cpu")
     state = load_model(iter(reversed(tensors)), config, cpu).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    lost = f"model.layers.0.{mixture.module(2, 'up')}.weight"
+    first = decoder.shape.sparse.index(True)
+    lost = f"model.layers.{first}.{mixture.module(2, 'up')}.weight"
     with pytest.raises(QtoolError, match=rf"lacks {re.escape(lost)} \(1 tensors of experts missing\)"):
         load_model(((name, tensor) for name, tensor in tensors if name != lost), config, cpu)
     with pytest.raises(QtoolError, match=rf"{re.escape(lost)} is \[63, 128\]"):
@@ -155,8 +158,8 @@ def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
     decoder, mixture = _decoder(folder)
     if mixture.block != "mlp":
         pytest.skip("fused files have the names of memory")
-    fused, shape = Mixture(fused=True), decoder.shape
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), 0)
+    fused, shape = replace(mixture, fused=True), decoder.shape
+    files = _layer(decoder, dict(Checkpoint.open(folder).read()), shape.sparse.index(True))
     held = in_memory(mixture, shape.experts, files)
     assert in_files(fused, shape.experts, held).keys() == held.keys()
     for feed in mixture_feeds(fused, shape):
@@ -168,7 +171,7 @@ def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
 
 def test_a_missing_expert_is_named(folder: Path) -> None:
     decoder, mixture = _decoder(folder)
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), 0)
+    files = _layer(decoder, dict(Checkpoint.open(folder).read()), decoder.shape.sparse.index(True))
     name = f"{mixture.module(3, 'up')}.weight"
     del files[name]
     with pytest.raises(KeyError, match=name.replace(".", r"\.")):
@@ -190,3 +193,38 @@ def test_experts_see_their_own_tokens_and_routers_all(model_maker: Callable[...,
     assert read.also == ("mlp.gate.weight",)
     assert [down.consumers[0].module for down in downs] == [f"mlp.experts.{e}.down_proj" for e in range(3)]
     assert all(down.routed and down.split for down in downs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("GptOssForCausalLM", "its experts come in MXFP4"),
+        ("DeepseekV2ForCausalLM", r"compresses keys and values \(MLA\)"),
+        ("Qwen3NextForCausalLM", "gated delta nets"),
+        ("SomethingMoeForCausalLM", r"a mixture of experts \(num_experts: 4\), whose tensors and feeds qtool does not"),
+    ],
+)
+def test_what_is_not_supported_says_why(architecture: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(QtoolError, match=said):
+        refuse_architecture(tmp_path, {"architectures": [architecture], "num_experts": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 4 experts"),
+        ({"num_experts": 10**9}, "num_experts is 1,000,000,000; no model has more than 8,192"),
+        ({"moe_intermediate_size": "wide"}, "moe_intermediate_size is 'wide'; a positive whole number is needed"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; a positive whole number is needed"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers is 'all'; a list of layers is needed"),
+        ({"num_experts": 0}, "num_experts is 0; a positive whole number is needed"),
+        ({"num_local_experts": 5}, "num_experts is 4 and num_local_experts is 5; both name one thing"),
+    ],
+)
+def test_numbers_that_no_mixture_has_are_named(changes: dict[str, Any], said: str) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 10, "num_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    with pytest.raises(QtoolError, match=said):
+        decoder_of(config | changes)

@@ -18,12 +18,13 @@ from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibble
 from qtool.convert.runtimes import sglang, vllm
 from qtool.convert.runtimes.rule import (
     HEAD,
-    NO_EXPERTS,
     QLINEAR,
     TRANSFORMERS,
     Runtime,
     RuntimeRule,
     Subject,
+    experts_rule,
+    fused_experts,
     heads,
     nothing_observed,
     shards,
@@ -162,13 +163,13 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
 observed = nothing_observed
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
-    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel"),
+    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel", refuses_experts=fused_experts),
     sglang.RUNTIME,
 )
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (AwqConfig)", _keys, required=True),
     HEAD,
-    NO_EXPERTS,
+    experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     *vllm.rules(
         "auto_awq.py",

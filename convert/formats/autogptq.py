@@ -20,15 +20,16 @@ from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, orde
 from qtool.convert.runtimes import sglang, vllm
 from qtool.convert.runtimes.rule import (
     HEAD,
-    NO_EXPERTS,
     QLINEAR,
     TRANSFORMERS,
     Observed,
     Runtime,
     RuntimeRule,
     Subject,
+    experts_rule,
+    fused_experts,
     shards,
-)
+)  # fmt: skip
 
 SAFETENSORS: Literal[True] = True
 MARK = "qweight"
@@ -279,7 +280,9 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
 
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
-    Runtime("transformers", "transformers", "gptqmodel", "pip install gptqmodel optimum"),
+    Runtime(
+        "transformers", "transformers", "gptqmodel", "pip install gptqmodel optimum", refuses_experts=fused_experts
+    ),
     sglang.RUNTIME,
 )
 RULES: tuple[RuntimeRule, ...] = (
@@ -288,7 +291,7 @@ RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _groups, required=True),
     RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _side, required=True),
     HEAD,
-    NO_EXPERTS,
+    experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
     *vllm.rules("auto_gptq.py", _vllm),

@@ -18,7 +18,7 @@ from qtool import QtoolError
 from qtool.convert.formats import packing
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
 from qtool.convert.runtimes import vllm
-from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, has_experts, nothing_observed
+from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, experts_rule, nothing_observed
 
 SAFETENSORS: Literal[True] = True
 MARK = "weight_packed"
@@ -197,27 +197,25 @@ def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: actorder is {order!r}; vLLM takes 'static' and 'weight' from 0.32 on"
 
 
-def _decompressed(subject: Subject, _: int) -> Iterator[str]:
-    if subject.geometry.get("sym") is False:
+def _decompressed(section: Mapping[str, Any]) -> Iterator[str]:
+    if geometry(section).get("sym") is False:
         yield "the grid is asymmetric: it delivers no zero points to experts and fails; a symmetric file loads"
 
 
 observed = nothing_observed
 RUNS_IN: tuple[Runtime, ...] = (
     vllm.runtime(_vllm),
-    Runtime("transformers", "compressed-tensors", "compressed-tensors", "pip install compressed-tensors"),
+    Runtime(
+        "transformers",
+        "compressed-tensors",
+        "compressed-tensors",
+        "pip install compressed-tensors",
+        refuses_experts=_decompressed,
+    ),
 )
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "compressed-tensors", "0.20", "quantization/quant_config.py", _keys, required=True),
     HEAD,
-    RuntimeRule(
-        "experts",
-        "transformers",
-        "5.23",
-        "transformers/core_model_loading.py",
-        _decompressed,
-        proof="run",
-        applies=has_experts,
-    ),
+    experts_rule(_decompressed, proof="run"),
     *vllm.rules("compressed_tensors/compressed_tensors.py", _vllm),
 )

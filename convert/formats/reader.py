@@ -30,8 +30,8 @@ class Reader(Protocol):
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape of every tensor of the model, a quantized matrix's as its weight."""
 
-    def read(self) -> TensorStream:
-        """Every tensor of the model, quantized ones dequantized to float32."""
+    def read(self, prefix: str = "") -> TensorStream:
+        """Every tensor of the model whose name begins with ``prefix``, quantized ones dequantized to float32."""
 
     def stored(self) -> dict[str, Callable[[], torch.Tensor]]:
         """Name in the file -> what reads that tensor as it is stored."""
@@ -69,15 +69,16 @@ class Folder:
         shapes = {name: info.shape for name, info in tensors.items() if name not in parts}
         return shapes | {f"{linear}.weight": packed.shape(linear) for linear in linears}
 
-    def read(self) -> TensorStream:
+    def read(self, prefix: str = "") -> TensorStream:
         """In file order."""
+        wanted = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
         if not self.section:
-            yield from self.checkpoint.read()
+            yield from self.checkpoint.read(wanted)
             return
         packed = self.packed
         mark = f".{packed.container.MARK}"
         parts = {f"{linear}.{suffix}" for linear in packed.names() for suffix in packed.parts(linear)}
-        for name in self.checkpoint.tensors:
+        for name in wanted:
             if name.endswith(mark):
                 linear = name.removesuffix(mark)
                 yield f"{linear}.weight", packed.codes(linear).dequantize()

@@ -19,8 +19,8 @@ from torch import nn
 
 from qtool import QtoolError
 from qtool.convert.models.family import FULL, SLIDING, Family
-from qtool.convert.models.model_config import completed, head_dim, layer_windows
-from qtool.convert.models.rope import check_rope, rope_factors, rope_keys, ropes, rotation
+from qtool.convert.models.model_config import completed, layer_windows
+from qtool.convert.models.rope import check_rope, rope_factors, rope_keys, ropes, rotary_dim, rotation
 from qtool.convert.models.table import FAMILIES, family_of, find_family, gguf_facts
 
 # said by a key, by a tensor, or by the architecture that a .gguf file names; a family's own keys: `GgufFacts.says`
@@ -171,7 +171,7 @@ def prove_gguf(model: nn.Module, config: Mapping[str, Any]) -> None:
             raise QtoolError(f"config.json: {name} computes another activation than llama.cpp's {target}.")
     for kind, radians, magnitude in _rotations(model):
         factors = rope_factors(config) if kind == FULL else None
-        found, scale = rotation(rope_keys(config, kind), head_dim(config), factors)
+        found, scale = rotation(rope_keys(config, kind), rotary_dim(config), factors)
         same = found.shape == radians.shape and torch.allclose(found, radians.double(), rtol=1e-4, atol=0)
         if not same or abs(scale - magnitude) > 1e-5 * abs(magnitude):
             raise QtoolError("config.json: transformers turns positions otherwise than llama.cpp would from the rotary "

@@ -27,6 +27,7 @@ from qtool.convert.models.feeds import Feed, Matrix, Norm, Rows, Shape, whole
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import DOWN, GATE, UP, attention_feeds, gated_tensors
 
+MOST_EXPERTS = 8192  # 16 times as many as the largest mixture has; a number without end would never be listed
 PARTS = ("gate", "up", "down")
 BLOCK = "mlp"  # what transformers calls the mixture in memory
 GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_proj"  # its tensors there
@@ -84,7 +85,9 @@ def with_experts(
 ) -> Geometry:
     """A geometry with mixtures in the ``sparse`` layers. ``count``: the key that says how many experts there are.
     Raises QtoolError for numbers that no mixture can have."""
-    experts, active = (_whole(settings, key) for key in (count, "num_experts_per_tok"))
+    experts, active = (whole_number(settings, key) for key in (count, "num_experts_per_tok"))
+    if experts > MOST_EXPERTS:
+        raise QtoolError(f"config.json: {count} is {experts:,}; no model has more than {MOST_EXPERTS:,} in a layer.")
     if active > experts:
         raise QtoolError(f"config.json: num_experts_per_tok is {active}, and there are {experts} experts ({count}).")
     return replace(
@@ -92,10 +95,12 @@ def with_experts(
     )
 
 
-def _whole(settings: Mapping[str, Any], key: str) -> int:
+def whole_number(settings: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """A key's value. Raises QtoolError where it is no whole number from ``least`` on."""
     value = settings.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise QtoolError(f"config.json: {key} is {value!r}; a positive whole number is needed.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "positive whole number" if least else "whole number from 0 on"
+        raise QtoolError(f"config.json: {key} is {value!r}; a {kind} is needed.")
     return value
 
 
@@ -239,8 +244,10 @@ def assembled(
             continue
         at, expert, part = found[1], int(found[2]), parts[found[3]]
         stack = at + (DOWN_STACK if part == "down" else GATE_UP)
+        if stack not in shapes:
+            continue  # of a layer that the model does not have
         if stack not in stacks:
-            count, rows, columns = shapes.get(stack, (0, 0, 0))
+            count, rows, columns = shapes[stack]
             stacks[stack] = tensor.new_empty(count, rows, columns)
             beside = ("down",) if part == "down" else ("gate", "up")
             missing[stack] = {f"{at}{mixture.module(e, one)}.weight" for e in range(count) for one in beside}

@@ -13,7 +13,7 @@ from qtool.convert.models.experts import Mixture
 from qtool.convert.models.feeds import Feed, Shape, Visit
 from qtool.convert.models.geometry import Geometry
 
-Value = int | float | str
+Value = int | float | str  # a bool is an int
 Settings = Mapping[str, Any]
 """A config.json, completed with the family's defaults."""
 Ropes = Mapping[str, Mapping[str, Value]]
@@ -118,6 +118,8 @@ class Family:
     prefix: how the names of the layers' tensors begin.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
     uncast: how the names of tensors end that keep the dtype in which they are stored.
+    partial_rotary: its code rotates the part of every head that `partial_rotary_factor` says.
+    drafts: its checkpoints hold layers beyond the last, which guess further tokens and which artifacts leave out.
     whole_scores: as in `Geometry`.
     float16: whether vLLM runs it in float16.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
@@ -138,6 +140,8 @@ class Family:
     prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    drafts: bool = False
     whole_scores: bool = False
     float16: bool = True
     gguf: GgufFacts | None = None

@@ -15,6 +15,7 @@ class Geometry:
     mlp_matrices: gate, up and down.
     whole_scores: transformers computes attention without SDPA, every head's scores at once.
     llama_cpp_windows: llama.cpp's sliding layers keep their window alone.
+    head_norms: q and k have norms over each head, where its family has them in some models alone.
     clipped_values: attention clips its values, so that no scale passes them.
     experts: routed experts of a layer's mixture, 0 where there is none; ``active`` of them work on a token;
     ``expert_width``: channels between up and down of one; ``shared_width``: of the experts through which every token
@@ -41,6 +42,7 @@ class Geometry:
     mlp_matrices: int = 3
     whole_scores: bool = False
     llama_cpp_windows: bool = False
+    head_norms: bool = False
     clipped_values: bool = False
     experts: int = 0
     active: int = 0

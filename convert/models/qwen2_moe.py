@@ -13,6 +13,7 @@ from qtool.convert.models.experts import (
     expert_keys,
     mixed_decoder,
     mixture_tensors,
+    whole_number,
     with_experts,
 )
 from qtool.convert.models.family import SILU, Family, GgufFacts, Ropes, Settings, Value
@@ -39,9 +40,9 @@ def _shape(settings: Settings, shape: Geometry) -> Geometry:
         shape,
         settings,
         "num_experts",
-        int(settings["moe_intermediate_size"]),
+        whole_number(settings, "moe_intermediate_size"),
         sparse_layers(settings, shape.layers),
-        int(settings["shared_expert_intermediate_size"]),
+        whole_number(settings, "shared_expert_intermediate_size"),
     )
     return replace(mixed, attention_bias=bool(settings["qkv_bias"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qtool import QtoolError
 from qtool.convert.models.experts import (
     Mixture,
     check_all_sparse,
@@ -9,6 +10,7 @@ from qtool.convert.models.experts import (
     expert_keys,
     mixed_decoder,
     mixture_tensors,
+    whole_number,
     with_experts,
 )
 from qtool.convert.models.family import SILU, Family, GgufFacts, Ropes, Settings, Windows
@@ -24,14 +26,18 @@ _DEFAULTS = {
 
 
 def sparse_layers(settings: Settings, layers: int) -> tuple[bool, ...]:
-    """Every `decoder_sparse_step`-th layer, those of `mlp_only_layers` left out."""
-    dense, step = set(settings.get("mlp_only_layers") or ()), int(settings["decoder_sparse_step"])
+    """Every `decoder_sparse_step`-th layer, those of `mlp_only_layers` left out. Raises QtoolError for what names no
+    layers."""
+    named = settings.get("mlp_only_layers") or []
+    if not isinstance(named, list) or any(not isinstance(layer, int) for layer in named):
+        raise QtoolError(f"config.json: mlp_only_layers is {named!r}; a list of layers is needed.")
+    dense, step = set(named), whole_number(settings, "decoder_sparse_step")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def _shape(settings: Settings, shape: Geometry) -> Geometry:
     sparse = sparse_layers(settings, shape.layers)
-    return with_experts(shape, settings, "num_experts", int(settings["moe_intermediate_size"]), sparse)
+    return with_experts(shape, settings, "num_experts", whole_number(settings, "moe_intermediate_size"), sparse)
 
 
 def _refuse(settings: Settings, rope: Ropes) -> None:

@@ -81,7 +81,9 @@ def check_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
                 f"{checkpoint.path / CONFIG}: num_hidden_layers is {said}, and the shards hold {held} layers: "
                 f"{prefix}{held} is missing. Weights and config.json are not of one model."
             )
-        checkpoint.refuse_strangers([name for name, layer in layers.items() if layer >= said])
+        family = find_family(config)
+        if family is None or not family.drafts:
+            checkpoint.refuse_strangers([name for name, layer in layers.items() if layer >= said])
     embedding, gate = "model.embed_tokens.weight", f"{prefix}0.mlp.gate_proj.weight"
     for key, name, axis in (
         ("vocab_size", embedding, 0), ("hidden_size", embedding, 1), ("intermediate_size", gate, 0),

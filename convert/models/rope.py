@@ -41,7 +41,8 @@ def check_rope(config: Mapping[str, Any], kind: str = FULL) -> None:
         raise QtoolError(f"config.json: the rotary settings say type {rope['type']!r} and rope_type {variant!r}; "
                          "remove the one that is not meant.")  # fmt: skip
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1):
+    family = find_family(config)
+    if part not in (None, 1) and not (family and family.partial_rotary):
         raise QtoolError(f"config.json: partial_rotary_factor is {part!r}; vLLM follows it, transformers' code of this "
                          "architecture does not.")  # fmt: skip
     for key in ("rope_theta", *NUMBERS[variant]):
@@ -49,6 +50,18 @@ def check_rope(config: Mapping[str, Any], kind: str = FULL) -> None:
     for key in OPTIONAL if variant == "yarn" else ():  # null or 0: not given
         if rope.get(key) not in (None, 0) or (key in ("factor", "attention_factor") and rope.get(key) == 0):
             _positive(rope, key)
+
+
+def rotary_dim(config: Mapping[str, Any]) -> int:
+    """Numbers of a head that are rotated. Raises QtoolError where that is no even part of it."""
+    part = rope_parameters(config).get("partial_rotary_factor")
+    whole = head_dim(config)
+    if part is None:
+        return whole
+    dim = int(whole * part) if isinstance(part, int | float) and 0 < part <= 1 else 0
+    if dim < 2 or dim % 2:
+        raise QtoolError(f"config.json: partial_rotary_factor is {part!r}, of heads of {whole} numbers.")
+    return dim
 
 
 def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:

@@ -40,6 +40,11 @@ class Decoder:
         number = name[len(self.prefix) :].split(".", 1)[0] if name.startswith(self.prefix) else ""
         return int(number) if number.isdecimal() else None
 
+    def is_draft(self, name: str) -> bool:
+        """Whether a tensor lies in a layer beyond the last, which guesses further tokens (`Family.drafts`)."""
+        layer = self.layer_of(name)
+        return self.family.drafts and layer is not None and layer >= self.shape.layers
+
     def feeds(self, layer: int) -> tuple[Feed, ...]:
         """In forward order, names below `at`. Raises QtoolError for a family that names one producer twice."""
         feeds = self.family.feeds(self.shape, layer)

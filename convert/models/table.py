@@ -8,6 +8,7 @@ from typing import Any
 from qtool import QtoolError
 from qtool.convert.models.family import LAYERS, Family, GgufFacts
 from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
+from qtool.convert.models.glm4_moe import GLM4_MOE
 from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
 from qtool.convert.models.loop import IQUEST_LOOP_CODER
 from qtool.convert.models.mixtral import MIXTRAL
@@ -19,7 +20,7 @@ from qtool.convert.models.qwen3_moe import QWEN3_MOE
 
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER, MIXTRAL, QWEN3_MOE,
-    QWEN2_MOE, OLMOE,
+    QWEN2_MOE, OLMOE, GLM4_MOE,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

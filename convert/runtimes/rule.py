@@ -51,7 +51,8 @@ class Runtime:
     """What one container needs in one runtime. ``engine``: its name in `qtool.evaluate.engines`; ``title``: the name
     that the loading rules have for what reads the file there; ``package``: what must be installed beside the engine,
     ``install``: how; ``refuses(quantization_config)`` yields why such a file is loaded on no platform; ``note``: what
-    whoever makes such a file should hear."""
+    whoever makes such a file should hear; ``refuses_experts(quantization_config)``: why it does not load experts from
+    such a file."""
 
     engine: str
     title: str
@@ -59,6 +60,7 @@ class Runtime:
     install: str = ""
     refuses: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
     note: str = ""
+    refuses_experts: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,24 @@ def has_experts(subject: Subject) -> bool:
     return bool(subject.experts)
 
 
-def _fused(subject: Subject, _: int) -> Iterator[str]:
+def fused_experts(_: Mapping[str, Any]) -> Iterator[str]:
+    """Of transformers, which finds no tensor in such files for what it holds in one, and says nothing."""
     yield (
         "it holds all experts of a layer in one tensor and finds none in the file: it loads without an error, with "
         "experts of random numbers. Use GPTQModel.load, vLLM, SGLang or qtool's reference engine"
     )
 
 
-NO_EXPERTS = RuntimeRule("experts", "transformers", "5.23", "transformers/core_model_loading.py", _fused,
-                         applies=has_experts)  # fmt: skip
+def experts_rule(
+    refuses: Callable[[Mapping[str, Any]], Iterator[str]], proof: Literal["run", "read"] = "read"
+) -> RuntimeRule:
+    """That transformers loads a file's experts."""
+
+    def broken(subject: Subject, _: int) -> Iterator[str]:
+        yield from refuses(subject.quantization)
+
+    source = "transformers/core_model_loading.py"
+    return RuntimeRule("experts", "transformers", "5.23", source, broken, proof=proof, applies=has_experts)
 
 
 def heads(subject: Subject, tp: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.files.writer import Spec
+from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import FLOATS, PLAIN_TOLERANCE, Check, Result, hollow, plain_faults
@@ -40,13 +41,14 @@ def check_tensors(artifact: Artifact) -> Result:
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)
     parts = {f"{linear}.{suffix}" for linear in linears for suffix in packed.parts(linear)}
     plain: list[str] = []
+    family = find_family(artifact.config)
     for name, info in tensors.items():
         tensor = artifact.checkpoint.tensor(name)
         if info.dtype.is_floating_point and not bool(tensor.isfinite().all()):
             reasons.append(f"{name} holds NaN or Inf")
         if name not in parts:
             plain += plain_faults(name, tensor, artifact.config)
-            if "dtype" in made and info.dtype != dtype:
+            if "dtype" in made and info.dtype != dtype and (family is None or family.casts(name)):
                 plain.append(f"{name} is {info.dtype}, expected {dtype}")
     for linear in linears:
         reasons += _linear_faults(artifact, linear, dtype)

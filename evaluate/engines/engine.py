@@ -100,6 +100,9 @@ class Running(Answering, Protocol):
     def time(self, batch: Batch) -> Reading:
         """Put ``batch`` once. Raises OutOfMemory."""
 
+    def prepare(self, windows: Tensor) -> None:
+        """The logits of all ``windows`` int64 ``[n, length]`` will be asked for: what is better done together."""
+
     def logits(self, window: Tensor) -> Iterator[Tensor] | None:
         """Logits ``[positions, vocabulary]`` of ``window`` int64 ``[length]``, in chunks of `CHUNK` positions, each
         seeing all that precedes it; None where the engine gives none."""
@@ -110,6 +113,9 @@ class Loaded:
     """A model that packages of this process run: named, and with the versions, as its engine's facts say."""
 
     facts: EngineFacts
+
+    def prepare(self, windows: Tensor) -> None:
+        """Nothing: each window is answered by itself."""
 
     @property
     def name(self) -> str:
@@ -130,7 +136,7 @@ class Model:
     name: str
     path: Path | None = None
     gguf: Path | None = None
-    stream: Callable[[], TensorStream] | None = None
+    stream: Callable[[str], TensorStream] | None = None
     config: Any = None
     tokenizer: Any = None
     trust_remote_code: bool = False

@@ -45,6 +45,19 @@ def resident_peak() -> int | None:
         return None
 
 
+def free_memory(device: str) -> int | None:
+    """Bytes that a model may still take on ``cuda[:N]``, or of host memory; None where the system does not say."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def device_used() -> int | None:
     """Bytes taken on the accelerator, whoever took them."""
     import torch

@@ -1,4 +1,5 @@
-"""The engine `reference`: any artifact, dequantized into transformers' own model. Needs no kernel of any format."""
+"""The engine `reference`: any artifact, dequantized into transformers' own model. Needs no kernel of any format. A
+model that does not fit into memory is read layer by layer, for log-probabilities (streamed.py)."""
 
 from __future__ import annotations
 
@@ -25,12 +26,17 @@ FACTS = EngineFacts(name="reference", packages=("torch", "transformers"), dtype=
 def _open(model: Model, use: Use) -> Iterator[Running]:
     import torch
 
+    from qtool.evaluate.engines.streamed import fits, open_streamed
     from qtool.evaluate.engines.torch_model import TorchModel, load_model
 
     if model.stream is None:
         raise QtoolError(f"{model.name}: has no weights here; use engine openai.")
-    loaded = load_model(model.stream(), model.config, torch.device(use.device), model.trust_remote_code)
-    yield TorchModel(FACTS, loaded, model.tokenizer)
+    device = torch.device(use.device)
+    if fits(model.config, device, model.trust_remote_code):
+        loaded = load_model(model.stream(""), model.config, device, model.trust_remote_code)
+        yield TorchModel(FACTS, loaded, model.tokenizer)
+    else:
+        yield open_streamed(FACTS, model.stream, model.config, device, model.trust_remote_code)
 
 
 ENGINE = Engine(FACTS, _open)

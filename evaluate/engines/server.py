@@ -158,6 +158,9 @@ class ServedModel:
         made = int(usage.get("completion_tokens") or len(times))
         return _Times(times[0], times[-1], made, details.get("cached_tokens"))
 
+    def prepare(self, windows: Tensor) -> None:
+        """Nothing: a server gives none."""
+
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorStream
 from qtool.convert.files.reading import read_json
 from qtool.convert.models.experts import assembled
+from qtool.convert.models.feeds import Shape
 from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import check_equal
 from qtool.convert.skeleton import build_skeleton, expected_shapes
@@ -126,9 +127,7 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
         (name, tensor.to(device, dtype if family is None or family.casts(name) else tensor.dtype))
         for name, tensor in stream
     )
-    if family is not None and family.mixture is not None:
-        placed = assembled(family.mixture, family.prefix, shapes, placed)
-    state = {name: tensor for name, tensor in placed if name in shapes}
+    state = {name: tensor for name, tensor in in_model_names(placed, config, shapes) if name in shapes}
     if tied:
         check_equal(state)
     missing = sorted(set(shapes) - set(state) - tied)
@@ -142,6 +141,15 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     if config.name_or_path and file.is_file() and (ends := read_json(file).get("eos_token_id")) is not None:
         any_model.generation_config.eos_token_id = ends
     return model.to(device).eval()
+
+
+def in_model_names(stream: TensorStream, config: Any, shapes: Mapping[str, Shape]) -> TensorStream:
+    """A stream of tensors as files hold them, as transformers' model holds them. ``shapes``: of the tensors there.
+    Raises QtoolError naming an expert that is missing."""
+    family = find_family({"architectures": config.architectures})
+    if family is None or family.mixture is None:
+        return stream
+    return assembled(family.mixture, family.prefix, shapes, stream)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

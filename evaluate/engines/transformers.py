@@ -113,6 +113,7 @@ def load_native(
     from transformers import AutoModelForCausalLM
 
     from qtool.convert.formats.table import runtime_of
+    from qtool.convert.models.shape import shape_of
     from qtool.evaluate.engines.torch_model import compute_dtype
 
     if any(path.glob("*.gguf")):
@@ -122,6 +123,8 @@ def load_native(
         raise QtoolError(f"{path}: config.json asks to run the model's own code; read it, then trust_remote_code.")
     section = config.get("quantization_config") or {}
     method, kernels = section.get("quant_method"), runtime_of(section, FACTS.name)
+    if kernels and shape_of(config, str(path)).experts and (reasons := list(kernels.refuses_experts(section))):
+        raise QtoolError(f"{path.name}: engine transformers: {reasons[0]}.")
     if kernels and kernels.package and find_spec(kernels.package.replace("-", "_")) is None:
         raise QtoolError(
             f"{path.name}: engine transformers needs {kernels.package} for {method}, which is not installed here. Run: "

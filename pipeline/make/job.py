@@ -80,7 +80,7 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     check_head(checkpoint, bool(tied))
     checkpoint.check_shapes(shapes, tied)
     unknown = [name for name in checkpoint.tensors if name not in shapes]
-    checkpoint.refuse_strangers([name for name in unknown if name.startswith(PARTS)])
+    checkpoint.refuse_strangers([n for n in unknown if n.startswith(PARTS) and not decoder.is_draft(n)])
     said = f"left out, no part of {config.architectures[0]}: {', '.join(unknown[:3])} ({len(unknown)} tensors)"
     checkpoint = checkpoint.without(unknown)
     checkpoint.check_dtypes()

@@ -17,11 +17,12 @@ from rich.progress import Progress
 
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
 from qtool.convert.models.table import prefix_of
+from qtool.convert.skeleton import expected_shapes
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines.engine import Decoding, Running, package_versions
-from qtool.evaluate.engines.torch_model import load_model
+from qtool.evaluate.engines.torch_model import in_model_names, load_model
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.sandbox.execute import detect_sandbox
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
@@ -215,6 +216,7 @@ class Evaluation:
     ) -> fidelity.Divergence:
         """Compare with the source's distribution, which is made here when the subject is the source."""
         windows, path = self.windows[length], self._reference_path(source, length)
+        running.prepare(windows)
         step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
         if subject is source and self._reference(source, length) is None:
             making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
@@ -230,10 +232,11 @@ class Evaluation:
         if not self._layered(length) or source.stream is None or subject.stream is None:
             return []
         prefix = prefix_of(self.config.to_dict())
-        model = load_model(source.stream(), self.config, self.device, self.trust_remote_code)
+        model = load_model(source.stream(""), self.config, self.device, self.trust_remote_code)
         step = self._row(bar, f"{subject.name}: layer by layer", self.config.num_hidden_layers)
         reference = fidelity.Reference(self._reference_path(source, length))
-        return fidelity.diverge_by_layer(model, prefix, subject.stream(), self.windows[length], reference, step)
+        stream = in_model_names(subject.stream(""), self.config, expected_shapes(model)[0])
+        return fidelity.diverge_by_layer(model, prefix, stream, self.windows[length], reference, step)
 
     def _save_fidelity(
         self, subject: Subject, source: Subject, length: int, found: fidelity.Divergence, by_layer: list[float]

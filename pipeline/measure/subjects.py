@@ -9,6 +9,7 @@ from pathlib import Path
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint, TensorStream
 from qtool.convert.files.folder import key_of
+from qtool.convert.formats.reader import Folder
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Subject:
 
     name: str
     key: str
-    stream: Callable[[], TensorStream] | None = None
+    stream: Callable[[str], TensorStream] | None = None
     gguf: Path | None = None
     path: Path | None = None
 
 
 def source_subject(checkpoint: Checkpoint, commit: str) -> Subject:
     """The unquantized model."""
-    return Subject("source", commit, checkpoint.read, path=checkpoint.path)
+    return Subject("source", commit, Folder(checkpoint, {}).read, path=checkpoint.path)
 
 
 def artifact_subject(name: str, artifact: Artifact) -> Subject:

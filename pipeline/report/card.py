@@ -17,7 +17,7 @@ from qtool.evaluate.engines.facts import Download
 from qtool.evaluate.engines.table import ON_CARDS
 from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
-from qtool.runs.coverage import coverage
+from qtool.runs.coverage import coverage, place_of
 from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary
 
@@ -247,6 +247,7 @@ def loading(item: Published, repo: str) -> list[str]:
     stored = format_of(item.manifest.output)
     if stored is None:
         return []
+    mixed, section = any(map(place_of, item.manifest.ledger)), stored.section_of(item.manifest.output)
     name = repo.split("/")[-1]
     folder = f"./{name}/{item.folder}/" if item.folder else f"./{name}/"
     place, fetch = folder.removesuffix("/") if item.folder else repo, f"hf download {repo} --local-dir ./{name}"
@@ -254,6 +255,8 @@ def loading(item: Published, repo: str) -> list[str]:
     for facts in ON_CARDS:
         runtime = next((runtime for runtime in stored.RUNS_IN if runtime.engine == facts.name), None)
         if runtime is None or (stored.RULES and not _holds(item.checks, runtime.title)):
+            continue
+        if mixed and any(runtime.refuses_experts(section)):
             continue
         packages = (runtime.package,) if runtime.package else ()
         download = Download(repo, place, fetch, folder, tuple(item.manifest.files), packages)

@@ -21,7 +21,7 @@ from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.refusals import check_sizes
-from qtool.convert.models.shape import read_geometry, tensor_shapes
+from qtool.convert.models.shape import decoder_of, read_geometry, tensor_shapes
 from qtool.convert.models.table import FAMILIES, find_family, names_of
 from qtool.convert.models.tied import check_folder
 
@@ -87,7 +87,7 @@ def _local(path: Path, name: str) -> Headers:
             if find_family(config) is not None:
                 checkpoint.check_shapes(tensor_shapes(config))
         check_folder(path)
-        return Headers(name, config, geometry, checkpoint.tensors, assumed=geometry.assumed)
+        return Headers(name, config, geometry, _served(checkpoint.tensors, config), assumed=geometry.assumed)
     return _from_config(config, name, where)
 
 
@@ -154,4 +154,13 @@ def _hub(model: str, revision: str | None) -> Headers:
             if not tensor.endswith(COMPUTED):
                 tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
     geometry = read_geometry(config, f"{model}/{CONFIG}")
-    return Headers(name, config, geometry, tensors, assumed=geometry.assumed)
+    return Headers(name, config, geometry, _served(tensors, config), assumed=geometry.assumed)
+
+
+def _served(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Without layers beyond the last, which no engine loads that is not told to guess tokens."""
+    family = find_family(config)
+    if family is None or not family.drafts:
+        return dict(tensors)
+    decoder = decoder_of(config)
+    return {name: info for name, info in tensors.items() if not decoder.is_draft(name)}

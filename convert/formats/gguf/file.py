@@ -176,10 +176,11 @@ class GgufFile:
         data[order] = blocks.data
         return GgmlBlocks(data, blocks.type, blocks.shape)
 
-    def read(self) -> TensorStream:
-        """Every tensor of the model under its Hugging Face name, dequantized to float32."""
+    def read(self, prefix: str = "") -> TensorStream:
+        """Every tensor of the model whose Hugging Face name begins with ``prefix``, dequantized to float32."""
         for hf in self.hf_names():
-            yield hf, self.tensor(hf)
+            if hf.startswith(prefix):
+                yield hf, self.tensor(hf)
 
     def tensor(self, hf: str) -> torch.Tensor:
         """One tensor under its Hugging Face name, dequantized to float32."""

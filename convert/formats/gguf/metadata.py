@@ -12,7 +12,7 @@ from qtool import QtoolError
 from qtool.convert.formats.gguf.types import FILE_TYPES
 from qtool.convert.models.family import GgufFacts, Value
 from qtool.convert.models.model_config import completed
-from qtool.convert.models.rope import rope_keys, ropes
+from qtool.convert.models.rope import rope_keys, ropes, rotary_dim
 from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import gguf_facts
 
@@ -28,7 +28,7 @@ def add_metadata(writer: Any, config: Mapping[str, Any], name: str, file_type: s
     writer.add_name(name)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_file_type(FILE_TYPES[file_type])
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in model_keys(config).items():
         add[type(value)](key, value)
 
@@ -51,7 +51,7 @@ def model_keys(config: Mapping[str, Any]) -> dict[str, Value]:
         "attention.value_length": shape.head_dim,
         "attention.layer_norm_rms_epsilon": float(full["rms_norm_eps"]),
         "vocab_size": shape.vocab,
-        "rope.dimension_count": shape.head_dim,
+        "rope.dimension_count": rotary_dim(config),
     }
     keys |= {f"rope.{key}": value for key, value in rope_keys(config).items()}
     keys |= facts.keys(full, shape, ropes(config))

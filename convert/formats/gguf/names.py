@@ -20,6 +20,7 @@ from qtool.convert.models.tied import HEAD
 SUFFIXES = (".weight", ".bias")
 STACKED = "_exps.weight"  # how the names of tensors end that hold a matrix of every expert
 SHARED_GATE = "ffn_gate_inp_shexp.weight"  # a vector here, a matrix of one row in its model
+SCORE_BIAS = ".e_score_correction_bias"  # what corrects a router's choice
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -32,7 +33,7 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
     for name in tensors:
         if tied and name == HEAD:
             continue
-        mapped = table.get_name(stacked(name), try_suffixes=SUFFIXES)
+        mapped = table.get_name(_asked(name), try_suffixes=SUFFIXES)
         if mapped is None:
             architecture = gguf_facts(config).architecture
             raise QtoolError(f"{name}: llama.cpp has no tensor for it in architecture {architecture}.")
@@ -43,14 +44,23 @@ def gguf_names(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
 def possible_names(config: Mapping[str, Any]) -> dict[str, str]:
     """HF name -> GGUF name of every tensor that a model of this config may have."""
     table = _name_map(config)
-    names = [module + suffix for module in modules(decoder_of(config)) for suffix in SUFFIXES]
-    mapped = {name: table.get_name(stacked(name), try_suffixes=SUFFIXES) for name in names}
+    decoder = decoder_of(config)
+    names = [module + suffix for module in modules(decoder) for suffix in SUFFIXES]
+    names += [name for name in decoder.tensors() if name.endswith(SCORE_BIAS)]
+    mapped = {name: table.get_name(_asked(name), try_suffixes=SUFFIXES) for name in names}
     return {name: found for name, found in mapped.items() if found is not None}
 
 
 def modules(decoder: Decoder) -> list[str]:
     """Every module of a model that has a tensor, the head too where it is tied."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in (*decoder.tensors(), HEAD)))
+
+
+def _asked(name: str) -> str:
+    """As the gguf package's table has it: one name for all experts, and a bias as biases are called."""
+    if name.endswith(SCORE_BIAS):
+        name = name.removesuffix("_bias") + ".bias"
+    return stacked(name)
 
 
 def stored_shape(name: str, shape: Shape, experts: int) -> Shape:
@@ -75,7 +85,8 @@ def piece(name: str, expert: int | None) -> str:
 
 def _name_map(config: Mapping[str, Any]) -> Any:
     gguf = load_gguf()
-    architecture = getattr(gguf.MODEL_ARCH, gguf_facts(config).architecture.upper())
+    wanted = gguf_facts(config).architecture
+    architecture = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
     return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
 
 
