@@ -39,12 +39,10 @@ WAYS: dict[str, ExpertSettings] = {
     NONE: ExpertSettings(exponent=0, blend=0),
     "all tokens to every expert": ExpertSettings.model_construct(exponent=0, blend=ALL),
     "own tokens, p^0, no blend": ExpertSettings(exponent=0, blend=0),
-    "own tokens, p^1, no blend": ExpertSettings(exponent=1, blend=0),
     "own tokens, p^2, no blend": ExpertSettings(exponent=2, blend=0),
     "own tokens, p^0, blend 1": ExpertSettings(exponent=0, blend=1),
     "own tokens, p^1, blend 1": ExpertSettings(exponent=1, blend=1),
     "own tokens, p^2, blend 1": ExpertSettings(exponent=2, blend=1),
-    "own tokens, p^0, blend 4": ExpertSettings(exponent=0, blend=4),
     "own tokens, p^2, blend 4": ExpertSettings(exponent=2, blend=4),
 }
 
@@ -116,7 +114,6 @@ def main() -> None:
     size = options.group_size
     methods: list[Method] = [
         AwqMethod(method="awq", group_size=size),
-        AwqMethod(method="awq", name="awq-rtn", group_size=size, rounding="rtn"),
         GptqMethod(method="gptq", group_size=size),
     ]
     plain = AwqMethod(method="awq", name="rtn", group_size=size, scaling="none", rounding="rtn", clip=False)
@@ -127,7 +124,7 @@ def main() -> None:
     names = " | ".join(method.name for method in methods)
     print(f"| statistics | {names} | experts' tokens, least and mean | blended |")
     print("|---|" + "---|" * (len(methods) + 2))
-    print(f"| round to nearest, none | {cost:.5f} | | | | |", flush=True)
+    print(f"| round to nearest, none | {cost:.5f} | | | |", flush=True)
     for name, settings in WAYS.items():
         costs, records = list[dict[str, float]](), list[dict[str, float]]()
         for tokens in sets:

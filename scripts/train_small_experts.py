@@ -9,6 +9,7 @@ do not differ. Its weights are not kept anywhere. The tokenizer is the demo mode
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def main() -> None:
         shutil.copy(DEMO / name, options.out)
     for name in ("calibration", "heldout"):  # programs that the model was not trained on
         texts = islice(training_texts(name, forbidden_texts(read_problems())), 600)
-        (options.work / f"{name}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)  # rows, which a seed shuffles
+        (options.work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     print(f"wrote {options.out}: loss {float(loss.detach()):.3f} after {step + 1} steps")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from moe_models import MIXTURES
 from small_models import make_model
-from test_walk import TOKENS, walk_of, whole_model
+from test_walk import TOKENS, hidden_before, walk_of, whole_model
 from torch import Tensor
 from torch.nn import functional
 
@@ -348,6 +348,8 @@ def test_the_walk_sees_what_each_expert_is_sent(folder: Path, monkeypatch: pytes
                 x = hidden[tokens]
                 x = inner(model.model.layers[number].mlp.experts, expert, x) if stack.inner else x
                 assert stats.counts[expert] == len(tokens)
+                if not len(tokens):
+                    continue
                 gram = x.t() @ (x * weights[tokens, slots].unsqueeze(1))
                 bound = 2e-3 * float(gram.abs().max())
                 torch.testing.assert_close(stats.gram[expert], gram, rtol=2e-3, atol=bound)
@@ -388,12 +390,13 @@ def test_streams_route_anew(shared: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 weight = matrix.of(tensor) * made.kept[f"{module}.columns"]
                 state[f"{module}.weight"] = weight / made.kept[f"{module}.rows"].unsqueeze(1)
             model.model.layers[before].load_state_dict(walk.decoder.in_memory(state))
-        ((hidden, chosen, _),) = mixture_calls(model)[index]
+        ((hidden, chosen, router),) = mixture_calls(model)[index]
+        behind = hidden_before(source, index, stack) - hidden_before(model, index, stack)
         ((wanted, source_chosen, _),) = source_calls[index]
         changed += int((chosen.sort(1)[0] != source_chosen.sort(1)[0]).sum())
         own, other = model.model.layers[index].mlp.experts, source.model.layers[index].mlp.experts
         for expert in range(6):
-            tokens = torch.where(chosen == expert)[0]
+            tokens, slots = torch.where(chosen == expert)
             x, s = hidden[tokens], wanted[tokens]
             if stack.inner:
                 x, s = inner(own, expert, x), inner(other, expert, s)
@@ -407,6 +410,9 @@ def test_streams_route_anew(shared: Path, monkeypatch: pytest.MonkeyPatch) -> No
             )
             found = stats.output_drift(torch.empty(0)) if stats.through is not None else stats.drift
             drift = weights @ drift if stats.through is not None else drift
+            if stack.inner:  # p_e δ_e over a token's experts sums to what its hidden state lacks
+                share = router[tokens, slots] / router[tokens].square().sum(1)
+                drift = drift + (behind[tokens] * share.unsqueeze(1)).t() @ x
             bound = 1e-2 * float(drift.abs().max()) + 1e-2
             torch.testing.assert_close(found[expert], drift, rtol=1e-2, atol=bound)
             kept = int(((chosen == expert).any(1) & (source_chosen == expert).any(1)).sum())
@@ -453,16 +459,22 @@ def test_importance_rows_of_experts(folder: Path) -> None:
     walk.outputs = ()
     walk.weighing = True
     hidden, calls = walk._record_inputs()
-    module = walk._fill(0, walk._place(0, walk._read(0)))
-    stacks = stacks_of(walk.decoder.feeds(0))
+    first = walk.decoder.shape.sparse.index(True)
+    for index in range(first + 1):
+        module = walk._fill(index, walk._place(index, walk._read(index)))
+        if index < first:
+            layers.advance(module, hidden, calls)
+    stacks = stacks_of(walk.decoder.feeds(first))
     experts.prepare(walk.model)
     inputs = mean_squares("layer 0", stacks, walk._collect(module, stacks, hidden, calls, False))
     seen |= inputs.importance
-    ((x, index, _),) = mixture_calls(whole_model(folder))[0]
-    norm = next(feed for feed in walk.decoder.feeds(0) if feed.routed and isinstance(feed.producer, Norm))
+    ((x, chosen, _),) = mixture_calls(whole_model(folder))[first]
+    norm = next(feed for feed in walk.decoder.feeds(first) if feed.routed and isinstance(feed.producer, Norm))
     for matrix in norm.consumers:
         if matrix.expert is not None:
-            own = x[torch.where(index == matrix.expert)[0]]
+            own = x[torch.where(chosen == matrix.expert)[0]]
+            if not len(own):
+                continue
             torch.testing.assert_close(seen[matrix.module], own.square().mean(0), rtol=1e-3, atol=1e-4)
             assert inputs.figures[matrix.module]["tokens"] == len(own)
     assert method.needs.value == "channels"
