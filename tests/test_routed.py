@@ -15,6 +15,7 @@ from test_walk import TOKENS, hidden_before, walk_of, whole_model
 from torch import Tensor
 from torch.nn import functional
 
+from qtool import QtoolError
 from qtool.convert.models.feeds import Norm
 from qtool.convert.models.shape import decoder_of
 from qtool.quantize import descent, experts, grid, rounding, scaling
@@ -489,3 +490,30 @@ def test_more_text_is_drawn_for_the_mean_expert(folder: Path) -> None:
     assert settings.samples(shape, 2, 100) == 16  # at most eight times what was asked for
     dense = decoder_of(_config(folder) | {"architectures": ["LlamaForCausalLM"]}).shape
     assert settings.samples(dense, 2, 100) == 2
+
+
+def test_settings_are_keys_of_a_recipe_and_of_the_work(folder: Path, tmp_path: Path) -> None:
+    """Another exponent makes other artifacts, where text weighs them; more windows are drawn before the work, and the
+    artifact's manifest will say so."""
+    from qtool.make.job import artifact_key
+    from qtool.quantize.calibration import CalibrationSet
+    from qtool.recipe.sections import checked_recipe
+    from qtool.run import prepare_recipe
+
+    def recipe(**settings: Any) -> Any:
+        outputs = [AWQ, {"method": "gptq", "group_size": 32}]
+        data = {"model": str(folder), "outputs": outputs, "experts": settings, "output_dir": str(tmp_path / "made"),
+                "calibration": {"text": "qtool-code", "samples": 4, "length": 32}}  # fmt: skip
+        return checked_recipe(data, "test")
+
+    keys = []
+    for settings in ({}, {"exponent": 1}, {"blend": 0.5}):
+        job = prepare_recipe(recipe(**settings), "cpu")
+        keys.append(artifact_key(job, job.outputs[0], CalibrationSet(TOKENS, "test")))
+    assert len(set(keys)) == 3
+    job = prepare_recipe(recipe(min_tokens=100), "cpu")
+    shape = job.decoder.shape
+    assert job.recipe.calibration.samples == -(-100 * shape.experts // (32 * shape.active))
+    for wrong in ({"exponent": 3}, {"blend": -1}, {"weighting": 1}):
+        with pytest.raises(QtoolError, match="experts"):
+            recipe(**wrong)
