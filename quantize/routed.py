@@ -1,8 +1,8 @@
 """Statistics of a mixture's experts: each from the tokens that its router sends to it, rare ones blended.
 
 An expert's output enters the layer's as p · down(a), p its router's weight, so an error of down costs
-Σ p² |ΔW a|² over its tokens: each token counts p**exponent in the expert's Gram matrix. Gate and up the same, to first
-order. An expert that few tokens reached has a Gram matrix of low rank, on which compensation would fit noise: part of
+Σ p² |ΔW a|² over its tokens, and one of gate and up the same to first order. A token counts p**exponent in the expert's
+Gram matrix; with 0 all count alike, and more of them tell. An expert that few tokens reached has a Gram matrix of low rank, on which compensation would fit noise: part of
 it is replaced by what the expert would see if every token were sent to it.
 """
 
@@ -39,7 +39,7 @@ class ExpertSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    exponent: Annotated[int, Field(ge=0, le=2)] = 2
+    exponent: Annotated[int, Field(ge=0, le=2)] = 0  # docs/benchmarks.md: no worse than 1 or 2
     blend: Annotated[float, Field(ge=0, le=64, allow_inf_nan=False)] = 1.0
     min_tokens: Annotated[int, Field(ge=0, le=10**7)] = 0
 
@@ -61,8 +61,8 @@ class ExpertSettings(BaseModel):
 class RoutedStatistics:
     """Of one input of E experts: as InputStatistics, with a leading axis of experts on every tensor.
 
-    counts: tokens of each; mass: the sum of their weights p**exponent, float32 ``[E]``; shares: what part came from all
-    tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this stream sends
+    counts: tokens of each; mass: the sum of their p**exponent, float32 ``[E]``; power: of p² of all; shares: what part
+    came from all tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this stream sends
     there too, and of how many (its own stream alone); ``absmax`` is one row for all experts.
     """
 
@@ -74,6 +74,7 @@ class RoutedStatistics:
     counts: list[int] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     mass: Tensor = field(default_factory=lambda: torch.empty(0))
+    power: Tensor = field(default_factory=lambda: torch.empty(0))
     gram: Tensor = field(default_factory=lambda: torch.empty(0))
     drift: Tensor | None = None
     abs_sum: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -84,6 +85,7 @@ class RoutedStatistics:
     def _open(self, x: Tensor) -> None:
         number, columns, device = self.experts, x.shape[1], x.device
         self.counts, self.mass = [0] * number, torch.zeros(number, device=device)
+        self.power = torch.zeros((), device=device)
         self.square_sum = torch.zeros(number, columns, device=device)
         self.absmax = torch.zeros(columns, device=device)
         if self.channels_only:
@@ -137,6 +139,7 @@ class RoutedStatistics:
             return
         counted = weights.float() ** self.settings.exponent
         self.mass[some] += torch.stack([part.sum() for part in counted.split(counts)])
+        self.power += weights.float().square().sum()
         root = counted.sqrt().to(x.dtype).unsqueeze(1)
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():
             weighed = x * root if x.is_cuda else (x * root).float()
@@ -206,6 +209,11 @@ class RoutedStatistics:
         return self.abs_sum / self.mass.unsqueeze(1).clamp_min(1e-30)
 
     @property
+    def counted(self) -> float:
+        """As `InputStatistics.counted`: errors enter the layer's sum with p², whatever power the tokens have here."""
+        return float(self.power / self.mass.sum().clamp_min(1e-30))
+
+    @property
     def overall_abs(self) -> Tensor:
         """mean|x| over the slots of all experts ``[in]``."""
         return self.abs_sum.sum(0) / self.mass.sum().clamp_min(1e-30)
@@ -221,7 +229,7 @@ class RoutedStatistics:
         agreed = None if self.agreed is None else (self.agreed[0][some], self.agreed[1][some])
         return RoutedStatistics(
             len(self.counts[some]), self.settings, False, None if self.through is None else self.through[some],
-            self.drifting, self.counts[some], self.shares[some], self.mass[some], self.gram[some],
+            self.drifting, self.counts[some], self.shares[some], self.mass[some], self.power, self.gram[some],
             None if self.drift is None else self.drift[some], self.abs_sum[some], self.absmax, self.square_sum, agreed,
         )  # fmt: skip
 

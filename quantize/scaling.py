@@ -38,19 +38,20 @@ class ScaleSearch:
 @dataclass(frozen=True)
 class Weighed:
     """Weights of any float dtype and the Gram matrix of their inputs: ``[out, in]`` and ``[in, in]``, or a stack of
-    experts ``[E, out, in]`` and ``[E, in, in]``."""
+    experts ``[E, out, in]`` and ``[E, in, in]``. ``counts``: what its losses count beside those of others."""
 
     weight: Tensor
     gram: Tensor
+    counts: float = 1.0
 
     def slices(self) -> Iterator[tuple[int, Weighed]]:
         """(where it begins, a few experts of the stack) after the other, in float32."""
         if self.weight.ndim == 2:
-            yield 0, Weighed(self.weight.float(), self.gram)
+            yield 0, Weighed(self.weight.float(), self.gram, self.counts)
             return
         for start in range(0, len(self.weight), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            yield start, Weighed(self.weight[some].float(), self.gram[some])
+            yield start, Weighed(self.weight[some].float(), self.gram[some], self.counts)
 
 
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
@@ -106,7 +107,9 @@ def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie
     finalists = candidates[ranks[:FINALISTS]]
     with tensor_float32():
         losses = _losses(parts, torch.stack([torch.ones_like(mean_abs), *finalists]), spec)
-        energy = [output_error(part.weight, part.gram).sum() for whole in parts for _, part in whole.slices()]
+        energy = [
+            output_error(part.weight, part.gram).sum() * part.counts for whole in parts for _, part in whole.slices()
+        ]
     relative_losses = (losses / torch.stack(energy).sum().clamp_min(1e-30)).tolist()  # the one wait for the device
     best = min(range(len(relative_losses)), key=relative_losses.__getitem__)
     scale = None if best == 0 else finalists[best - 1]
@@ -151,10 +154,12 @@ def _relative(parts: Sequence[Weighed], group_size: int) -> Tensor:
 
 def _losses(parts: Sequence[Weighed], scales: Tensor, spec: GridSpec, every: int = 1) -> Tensor:
     """The summed loss of each of ``scales [n, in]``: ``[n]``. ``every``: of so many rows one counts."""
-    return torch.stack([
-        torch.stack(_errors(Weighed(part.weight[..., ::every, :], part.gram), list(scales), spec)).flatten(1).sum(1)
-        for whole in parts for _, part in whole.slices()
-    ]).sum(0)  # fmt: skip
+    total = torch.zeros(len(scales), device=scales.device)
+    for whole in parts:
+        for _, part in whole.slices():
+            seen = Weighed(part.weight[..., ::every, :], part.gram)
+            total += torch.stack(_errors(seen, list(scales), spec)).flatten(1).sum(1) * part.counts
+    return total
 
 
 def _errors(part: Weighed, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:

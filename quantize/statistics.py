@@ -79,6 +79,11 @@ class InputStatistics:
         return self.abs_sum / self.tokens
 
     @property
+    def counted(self) -> float:
+        """What a squared output error costs that the Gram matrix tells, beside those of experts."""
+        return 1.0
+
+    @property
     def overall_abs(self) -> Tensor:
         """As `mean_abs`, of one input as of experts' `[in]`."""
         return self.mean_abs

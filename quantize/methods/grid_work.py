@@ -129,7 +129,7 @@ class GridWork(LayerWork):
         """Search the scale of a feed, one for all stacks of it, and fold it."""
         if feed.producer == Nothing():
             return
-        parts = [Weighed(self._originals(stack), stats.gram) for stack, stats in fed]
+        parts = [Weighed(self._originals(stack), stats.gram, stats.counted) for stack, stats in fed]
         mean_abs = fed[0][1].overall_abs
         columns, spec = mean_abs.shape[0], self._method.spec
         tie = feed.producer.ties(columns, mean_abs.device)
