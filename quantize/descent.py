@@ -159,9 +159,9 @@ def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
         code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
     else:
         scale, zero = _finalists(aim, metric, levels)
-        grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
-        starts = [Group(nearest(aim, *grid, levels), *grid) for grid in grids]
-        improved = [_improve(linear, metric, levels, start, True) for start in starts]
+        starts = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
+        begun = [Group(nearest(aim, *start, levels), *start) for start in starts]
+        improved = [_improve(linear, metric, levels, one, True) for one in begun]
         code = torch.stack([one.levels for one in improved])
         scale = torch.stack([one.scale.squeeze(-2) for one in improved])
         losses = torch.stack([_loss(metric, one.weights().sub_(aim)) for one in improved])

@@ -1,9 +1,9 @@
 """Statistics of a mixture's experts: each from the tokens that its router sends to it, rare ones blended.
 
-An expert's output enters the layer's as p · down(a), p its router's weight, so an error of down costs
-Σ p² |ΔW a|² over its tokens, and one of gate and up the same to first order. A token counts p**exponent in the expert's
-Gram matrix; with 0 all count alike, and more of them tell. An expert that few tokens reached has a Gram matrix of low rank, on which compensation would fit noise: part of
-it is replaced by what the expert would see if every token were sent to it.
+An expert's output enters the layer's as p · down(a), p its router's weight, so an error of down costs Σ p² |ΔW a|² over
+its tokens, and one of gate and up the same to first order. A token counts p**exponent in the expert's Gram matrix; with
+0 all count alike, and more of them tell. An expert that few tokens reached has a Gram matrix of low rank, on which
+compensation would fit noise: part of it is replaced by what the expert would see if every token were sent to it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class RoutedStatistics:
     """Of one input of E experts: as InputStatistics, with a leading axis of experts on every tensor.
 
     counts: tokens of each; mass: the sum of their p**exponent, float32 ``[E]``; power: of p² of all; shares: what part
-    came from all tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this stream sends
-    there too, and of how many (its own stream alone); ``absmax`` is one row for all experts.
+    came from all tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this
+    stream sends there too, and of how many (its own stream alone); ``absmax`` is one row for all experts.
     """
 
     experts: int
