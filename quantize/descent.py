@@ -9,7 +9,6 @@ held, the loss of one group is a quadratic in its weights alone, so a step that 
 `begin` goes through the groups once, left to right, as GPTQ does: the columns behind take up what a group loses, and
 the group is chosen under what they cannot take up. `descend` then comes back to every group with all others known.
 GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.17542; here with the scales.
-
 Every function takes one problem or a stack of E with a leading axis on all tensors: experts, each with its own metric.
 """
 
@@ -159,9 +158,8 @@ def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
         code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
     else:
         scale, zero = _finalists(aim, metric, levels)
-        starts = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
-        begun = [Group(nearest(aim, *start, levels), *start) for start in starts]
-        improved = [_improve(linear, metric, levels, one, True) for one in begun]
+        grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
+        improved = [_improve(linear, metric, levels, Group(nearest(aim, *g, levels), *g), True) for g in grids]
         code = torch.stack([one.levels for one in improved])
         scale = torch.stack([one.scale.squeeze(-2) for one in improved])
         losses = torch.stack([_loss(metric, one.weights().sub_(aim)) for one in improved])
