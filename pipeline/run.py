@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,29 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
-    job = open_job(recipe, source, choose_device(device), _chosen(recipe, only))
+    job = _with_enough_text(open_job(recipe, source, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
     if (asked := recipe.measure) is not None:
         check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
     return job
+
+
+def _with_enough_text(job: Job) -> Job:
+    """More windows of calibration where the recipe wants more tokens for an expert."""
+    recipe, text = job.recipe, job.recipe.calibration
+    number = recipe.experts.samples(job.decoder.shape, text.samples, text.length)
+    if number == text.samples:
+        return job
+    shape = job.decoder.shape
+    mean = number * text.length * shape.active // shape.experts
+    click.echo(
+        f"calibration: {number} windows, not {text.samples}, so that the mean expert sees {mean:,} tokens "
+        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)",
+        err=True,
+    )
+    drawn = text.model_copy(update={"samples": number})
+    return replace(job, recipe=recipe.model_copy(update={"calibration": drawn}))
 
 
 def _check_calibration(recipe: Recipe, most: int | None) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.convert.models.feeds import Feed, Norm
+from qtool.convert.models.feeds import Norm, Producer
+from qtool.quantize.experts import Routed, Taker, Watch, mixture_of, watched
+from qtool.quantize.stacks import Stack, Step
 
 Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
 Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
@@ -22,27 +24,39 @@ class Enough(Exception):
 
 @contextmanager
 def captured(
-    layer: nn.Module, feeds: Sequence[Feed], take: Callable[[str, Tensor], None], enough: bool = False
+    layer: nn.Module, stacks: Sequence[Stack], take: Callable[[str, Tensor], None], watch: Watch, enough: bool = False
 ) -> Iterator[None]:
-    """While open, ``take(feed's name, input)`` is called for every distinct input of a forward; with ``enough``, the
-    last one ends it by raising Enough."""
-    missing = {feed.name for feed in feeds}
+    """While open, ``take(name, input)`` is called for every plain stack of a forward, and ``watch`` of its mixture;
+    with ``enough``, the last of them ends it by raising Enough. Experts' own inputs are seen after that."""
+    plain = [stack.name for stack in stacks if not stack.routed]
+    missing = set(plain)
+    if any(stack.routed for stack in stacks):
+        missing.add("")
+
+    def seen(name: str) -> None:
+        missing.discard(name)
+        if enough and not missing:
+            raise Enough
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             take(name, inputs[0])
-            missing.discard(name)
-            if enough and not missing:
-                raise Enough
+            seen(name)
 
         return keep
 
-    handles = [layer.get_submodule(feed.name).register_forward_pre_hook(hook(feed.name)) for feed in feeds]
-    try:
+    def routed(call: Routed) -> Taker | None:
+        taker = watch(call)
+        seen("")
+        return taker
+
+    with ExitStack() as hooks:
+        for name in plain:
+            handle = layer.get_submodule(name).register_forward_pre_hook(hook(name))
+            hooks.callback(handle.remove)
+        if "" in missing:
+            hooks.enter_context(watched(mixture_of(layer), routed))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Recorder(nn.Module):
@@ -66,35 +80,49 @@ class Recorder(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """Feeds of a layer up to where what they made has joined the hidden states: attention, then the rest. ``silent``:
+    """Steps of a layer up to where what they made has joined the hidden states: attention, then the rest. ``silent``:
     the layer's children that earlier parts are made of; ``until``: the norm that the next part begins with, None at
     the layer's end."""
 
-    feeds: tuple[Feed, ...]
+    steps: tuple[Step, ...]
     silent: tuple[str, ...] = ()
     until: str | None = None
 
 
-def parts_of(feeds: Sequence[Feed]) -> tuple[Part, ...]:
+def parts_of(steps: Sequence[Step]) -> tuple[Part, ...]:
     """A part begins at a norm in front of a child that no earlier part has: the norm's inputs are hidden states."""
-    found: list[list[Feed]] = []
-    for feed in feeds:
+    found: list[list[Step]] = []
+    for step in steps:
         begun = {child_of(earlier) for part in found for earlier in part}
-        if not found or (isinstance(feed.producer, Norm) and child_of(feed) not in begun):
+        if not found or (isinstance(_producer(step), Norm) and child_of(step) not in begun):
             found.append([])
-        found[-1].append(feed)
+        found[-1].append(step)
     parts: list[Part] = []
     silent: tuple[str, ...] = ()
     for part, following in zip(found, [*found[1:], None], strict=True):
-        producer = following[0].producer if following else None
+        producer = _producer(following[0]) if following else None
         parts.append(Part(tuple(part), silent, producer.name if isinstance(producer, Norm) else None))
-        silent += tuple(sorted({child_of(feed) for feed in part}))
+        silent += tuple(sorted({child_of(step) for step in part}))
     return tuple(parts)
 
 
-def child_of(feed: Feed) -> str:
+def child_of(step: Step) -> str:
     """The layer's child that the consumers lie in, as ``self_attn``."""
-    return feed.name.split(".")[0]
+    return step.stacks[0].name.split(".")[0]
+
+
+def _producer(step: Step) -> Producer:
+    return step.stacks[0].feeds[0].producer
+
+
+@dataclass(frozen=True)
+class Fed:
+    """One batch in a part of a layer: the inputs of a step's plain stacks by their names, and its mixture's call; the
+    hidden states at the part's end, empty where the forward did not go on to it."""
+
+    inputs: dict[str, Tensor]
+    routed: Routed | None
+    ended: Tensor
 
 
 class Silent(nn.Module):
@@ -117,48 +145,37 @@ class Parted:
         self.layer, self._calls = layer, calls
         self._others: dict[str, int | None] = {}  # child -> as Silent's
 
-    def run(self, part: Part, states: Tensor, feed: Feed | None = None, to_end: bool = True) -> tuple[Tensor, Tensor]:
-        """A batch of hidden states at the beginning of ``part`` -> (the input of ``feed``, the hidden states at the
-        part's end); what is not asked for is empty."""
-        seen = ended = torch.empty(0)
+    def run(self, part: Part, states: Tensor, step: Step | None = None, to_end: bool = True) -> Fed:
+        """A batch of hidden states at the beginning of ``part``: the inputs of ``step``, the hidden states at the
+        part's end."""
+        inputs: dict[str, Tensor] = {}
+        routed, ended = list[Routed](), torch.empty(0)
 
-        def take(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal seen
-            seen = inputs[0]
-            if not to_end:
-                raise Enough
-
-        def end(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def end(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
             nonlocal ended
-            ended = inputs[0]
+            ended = given[0]
             raise Enough
 
         layer, kept = self.layer, {name: self.layer.get_submodule(name) for name in part.silent}
-        handles = [] if feed is None else [layer.get_submodule(feed.name).register_forward_pre_hook(take)]
-        if part.until is not None:
-            handles.append(layer.get_submodule(part.until).register_forward_pre_hook(end))
-            handles += [layer.get_submodule(name).register_forward_hook(self._note(name)) for name in _children(part)]
-        try:
-            for name in part.silent:
+        with ExitStack() as hooks:
+            if step is not None:
+                hooks.enter_context(captured(layer, step.stacks, inputs.__setitem__, routed.append, not to_end))
+            if part.until is not None:
+                hooks.callback(layer.get_submodule(part.until).register_forward_pre_hook(end).remove)
+                for name in {child_of(one) for one in part.steps}:
+                    hooks.callback(layer.get_submodule(name).register_forward_hook(self._note(name)).remove)
+            for name, child in kept.items():
                 setattr(layer, name, Silent(self._others[name]))
+                hooks.callback(setattr, layer, name, child)
             with suppress(Enough):
                 ended = run_layer(layer, states, self._calls)
-        finally:
-            for name, child in kept.items():
-                setattr(layer, name, child)
-            for handle in handles:
-                handle.remove()
-        return seen, ended
+        return Fed(inputs, routed[0] if routed else None, ended)
 
     def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._others[name] = len(output) - 1 if isinstance(output, tuple) else None
 
         return note
-
-
-def _children(part: Part) -> set[str]:
-    return {child_of(feed) for feed in part.feeds}
 
 
 def run_layer(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:

@@ -9,6 +9,7 @@ held, the loss of one group is a quadratic in its weights alone, so a step that 
 `begin` goes through the groups once, left to right, as GPTQ does: the columns behind take up what a group loses, and
 the group is chosen under what they cannot take up. `descend` then comes back to every group with all others known.
 GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.17542; here with the scales.
+Every function takes one problem or a stack of E with a leading axis on all tensors: experts, each with its own metric.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtool.quantize.grid import Grid, GridSpec, diagonal_blocks, stored
-from qtool.quantize.precision import subtract_product, tensor_float32
+from qtool.quantize.precision import add_outer, add_product, subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, invert_upper
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
@@ -69,13 +70,13 @@ class Chosen:
 
     def weights(self) -> Tensor:
         """What a reader gets, float32 ``[out, in]``."""
-        groups = self.levels.unflatten(1, (self.scale.shape[1], -1))
-        return torch.flatten(groups * self.scale.unsqueeze(-1), 1)
+        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
+        return torch.flatten(groups * self.scale.unsqueeze(-1), -2)
 
     def codes(self) -> Tensor:
         """The integers of a uniform grid, 0 .. top."""
-        groups = self.levels.unflatten(1, (self.scale.shape[1], -1))
-        return torch.flatten(groups + self.zero.unsqueeze(-1), 1)
+        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
+        return torch.flatten(groups + self.zero.unsqueeze(-1), -2)
 
     @property
     def grid(self) -> Grid:
@@ -85,18 +86,18 @@ class Chosen:
 def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     """One pass from left to right: each group under the metric that the columns behind leave it, its loss spread over
     them. ``target`` float32 ``[out, in]``, unchanged; ``factor``: of the damped Gram matrix, in the columns' order."""
-    weight, size = target.t().contiguous(), levels.group_size
+    weight, size = target.mT.contiguous(), levels.group_size
     inverses = invert_upper(diagonal_blocks(factor.upper, size))
     chosen = _Columns.empty(weight, size)
-    for number, start in enumerate(range(0, weight.shape[0], size)):
+    for number, start in enumerate(range(0, weight.shape[-2], size)):
         stop, inverse = start + size, inverses[number]
-        aim = weight[start:stop]
-        metric = inverse @ inverse.t()
+        aim = weight[..., start:stop, :].contiguous()
+        metric = inverse @ inverse.mT
         group = choose(aim, metric, levels)
         chosen.put(number, slice(start, stop), group)
-        if stop < weight.shape[0]:
-            spread = inverse.t() @ group.weights().neg_().add_(aim)
-            subtract_product(weight[stop:], factor.upper[start:stop, stop:].t(), spread)
+        if stop < weight.shape[-2]:
+            spread = inverse.mT @ group.weights().neg_().add_(aim)
+            subtract_product(weight[..., stop:, :], factor.upper[..., start:stop, stop:].mT, spread)
     return chosen.rows()
 
 
@@ -108,18 +109,18 @@ def descend(
     size = _block(levels.group_size)
     scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
-    found, wanted = _Columns.of(chosen), target.t().contiguous()
-    error = chosen.weights().t().contiguous().sub_(wanted)
+    found, wanted = _Columns.of(chosen), target.mT.contiguous()
+    error = chosen.weights().mT.contiguous().sub_(wanted)
     for _ in range(sweeps):
-        for number, start in enumerate(range(0, wanted.shape[0], size)):
+        for number, start in enumerate(range(0, wanted.shape[-2], size)):
             columns, group = slice(start, start + size), start // levels.group_size
             before, block = found.group(group, columns), blocks[number].contiguous()
             with tensor_float32():
-                linear = gram[columns] @ error
-            linear.addmm_(block, before.weights(), alpha=-1)
+                linear = gram[..., columns, :] @ error
+            add_product(linear, block, before.weights(), -1)
             after = improve(linear, block, levels, before, scales)
             found.put(group, columns, after)
-            torch.sub(after.weights(), wanted[columns], out=error[columns])
+            torch.sub(after.weights(), wanted[..., columns, :], out=error[..., columns, :])
     return found.rows()
 
 
@@ -157,13 +158,14 @@ def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
         code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
     else:
         scale, zero = _finalists(aim, metric, levels)
-        starts = [Group(nearest(aim, *grid, levels), *grid) for grid in zip(scale.split(1), zero.split(1), strict=True)]
-        improved = [_improve(linear, metric, levels, start, True) for start in starts]
-        code, scale = torch.stack([one.levels for one in improved]), torch.cat([one.scale for one in improved])
+        grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
+        improved = [_improve(linear, metric, levels, Group(nearest(aim, *g, levels), *g), True) for g in grids]
+        code = torch.stack([one.levels for one in improved])
+        scale = torch.stack([one.scale.squeeze(-2) for one in improved])
         losses = torch.stack([_loss(metric, one.weights().sub_(aim)) for one in improved])
     best = losses.argmin(0, keepdim=True)
-    chosen = code.gather(0, best.unsqueeze(1).expand(1, *aim.shape))[0]
-    return Group(chosen, scale.gather(0, best), zero.gather(0, best))
+    chosen = code.gather(0, best.unsqueeze(-2).expand(1, *aim.shape))[0]
+    return Group(chosen, scale.gather(0, best)[0].unsqueeze(-2), zero.gather(0, best)[0].unsqueeze(-2))
 
 
 def improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool = True) -> Group:
@@ -174,12 +176,12 @@ def improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scal
         return _improve(linear, metric, levels, current, scales)
     own = (levels.table or (), levels.top, levels.rule, levels.dtype)
     code, scale, _, _ = kernels.improve(linear, metric, current.levels, current.scale, current.zero, None, *own, scales)
-    return Group(code[0], scale, current.zero)
+    return Group(code[0], scale[0].unsqueeze(-2), current.zero)
 
 
 def covering(aim: Tensor, levels: Levels, ratio: float) -> tuple[Tensor, Tensor]:
     """Scale and zero ``[1, out]`` of ``ratio`` times the range of ``aim [g, out]``, as they will be stored."""
-    low, high = aim.amin(0, keepdim=True), aim.amax(0, keepdim=True)
+    low, high = aim.amin(-2, keepdim=True), aim.amax(-2, keepdim=True)
     if levels.table is not None:
         scale = torch.maximum(high, -low).clamp_min(1e-12) * ratio
         return scale, torch.zeros_like(scale)
@@ -218,7 +220,7 @@ def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Ten
     grids = [covering(aim, levels, ratio) for ratio in RATIOS]
     errors = (nearest(aim, *grid, levels).mul_(grid[0]).sub_(aim) for grid in grids)
     losses = torch.stack([_loss(metric, error) for error in errors])
-    scale, zero = (torch.cat([grid[part] for grid in grids]) for part in (0, 1))
+    scale, zero = (torch.stack([grid[part].squeeze(-2) for grid in grids]) for part in (0, 1))
     leaders = []
     for _ in range(FINALISTS):
         leaders.append(losses.argmin(0, keepdim=True))
@@ -228,20 +230,23 @@ def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Ten
 
 
 def _loss(metric: Tensor, error: Tensor) -> Tensor:
-    return (metric @ error).mul_(error).sum(0)
+    return (metric @ error).mul_(error).sum(-2)
 
 
 def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scales: bool) -> Group:
     """`improve`, in plain PyTorch."""
-    code, scale, zero = current.levels.clone(), current.scale, current.zero[0]
+    code, scale, zero = current.levels.clone(), current.scale, current.zero
     product = metric @ code
     if scales:
         scale = _best_scale(code, scale, linear, product, levels.dtype)
-    gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)[0]
-    for column, own in enumerate((1 / metric.diagonal()).tolist()):
-        new = _level(code[column] - gradient[column] * (over * own), zero, levels)
-        gradient[column + 1 :].addr_(metric[column + 1 :, column], (new - code[column]) * scale[0])
-        code[column] = new
+    gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)
+    own = 1 / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    for column in range(code.shape[-2]):
+        one, behind = slice(column, column + 1), slice(column + 1, None)
+        old = code[..., one, :]
+        new = _level(old - gradient[..., one, :] * (over * own[..., one, :]), zero, levels)
+        add_outer(gradient[..., behind, :], metric[..., behind, one], (new - old) * scale)
+        code[..., one, :] = new
     return Group(code, scale, current.zero)
 
 
@@ -251,13 +256,13 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
         return None
     from qtool.quantize import descent_kernels
 
-    return descent_kernels if descent_kernels.fits(tensor.shape[0]) else None
+    return descent_kernels if descent_kernels.fits(tensor.shape[-2]) else None
 
 
 def _best_scale(code: Tensor, scale: Tensor, linear: Tensor, product: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale with the least loss for these levels, where storing it leaves a gain; ``product``: metric @ code."""
-    curve = (code * product).sum(0, keepdim=True)
-    slope = (code * linear).sum(0, keepdim=True) + scale * curve
+    curve = (code * product).sum(-2, keepdim=True)
+    slope = (code * linear).sum(-2, keepdim=True) + scale * curve
     wished = scale - slope / curve.clamp_min(1e-30)
     step = (wished if dtype == torch.float32 else _stored(wished, dtype)) - scale
     helps = (2 * step * slope + step * step * curve < 0) & (wished * scale > 0) & (curve > 0)
@@ -274,25 +279,22 @@ class _Columns:
 
     @classmethod
     def of(cls, chosen: Chosen) -> _Columns:
-        return cls(
-            *(
-                tensor.t().clone(memory_format=torch.contiguous_format)
-                for tensor in (chosen.levels, chosen.scale, chosen.zero)
-            )
-        )
+        parts = (chosen.levels, chosen.scale, chosen.zero)
+        return cls(*(tensor.mT.clone(memory_format=torch.contiguous_format) for tensor in parts))
 
     @classmethod
     def empty(cls, weight: Tensor, size: int) -> _Columns:
-        groups = weight.shape[0] // size
-        return cls(torch.empty_like(weight), *weight.new_empty(2, groups, weight.shape[1]))
+        *problems, columns, out = weight.shape
+        return cls(torch.empty_like(weight), *weight.new_empty(2, *problems, columns // size, out))
 
     def group(self, number: int, columns: slice) -> Group:
-        return Group(self.levels[columns], self.scale[number : number + 1], self.zero[number : number + 1])
+        one = slice(number, number + 1)
+        return Group(self.levels[..., columns, :], self.scale[..., one, :], self.zero[..., one, :])
 
     def put(self, number: int, columns: slice, group: Group) -> None:
-        self.levels[columns] = group.levels
-        self.scale[number] = group.scale[0]
-        self.zero[number] = group.zero[0]
+        self.levels[..., columns, :] = group.levels
+        self.scale[..., number : number + 1, :] = group.scale
+        self.zero[..., number : number + 1, :] = group.zero
 
     def rows(self) -> Chosen:
-        return Chosen(*(tensor.t().contiguous() for tensor in (self.levels, self.scale, self.zero)))
+        return Chosen(*(tensor.mT.contiguous() for tensor in (self.levels, self.scale, self.zero)))

@@ -106,7 +106,10 @@ def _rank_kernel(
     columns: tl.constexpr, part: tl.constexpr, table: tl.constexpr, top: tl.constexpr, rule: tl.constexpr,
     kind: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    # One program is one candidate of `rows` rows: what plain rounding to it loses.
+    # One program is one candidate of `rows` rows of a problem: what plain rounding to it loses.
+    problem, problems = tl.program_id(2), tl.num_programs(2)
+    aim += problem.to(tl.int64) * columns * out
+    metric += problem * columns * columns
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     number, column, within = tl.program_id(1), tl.arange(0, columns), tl.arange(0, part)
     inside = (row < out)[None, :]
@@ -120,7 +123,7 @@ def _rank_kernel(
         at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
         goal_part = tl.load(aim + at, mask=inside, other=0.0)
         loss += tl.sum(slope * (_nearest(goal_part, s, z, table, top, rule) * s[None, :] - goal_part), axis=0)
-    at = number * out + row
+    at = (number * problems + problem) * out + row
     tl.store(losses + at, loss, mask=row < out)
     tl.store(scales + at, s, mask=row < out)
     tl.store(zeros + at, z, mask=row < out)
@@ -177,11 +180,12 @@ def _best_scale(level, linear, product, metric, s, fit, row, out, columns: tl.co
 
 
 @triton.jit
-def _leader(ranks, row, out, count, least, place):
-    """(loss, number) of the first candidate behind the one at ``place`` that lost ``least``."""
+def _leader(ranks, row, out, between, count, least, place):
+    """(loss, number) of the first candidate behind the one at ``place`` that lost ``least``; they lie ``between``
+    apart."""
     best, leader = row * 0.0 + float("inf"), row * 0
     for number in range(count):
-        loss = tl.load(ranks + number * out + row, mask=row < out, other=0.0)
+        loss = tl.load(ranks + number * between + row, mask=row < out, other=0.0)
         behind = (loss > least) | ((loss == least) & (number > place))
         better = behind & (loss < best)
         best, leader = tl.where(better, loss, best), tl.where(better, number, leader)
@@ -195,21 +199,24 @@ def _improve_kernel(
     columns: tl.constexpr, part: tl.constexpr, table: tl.constexpr, top: tl.constexpr, rule: tl.constexpr,
     kind: tl.constexpr, current: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    # One program is one start of `rows` rows. Columns are taken in parts, so that what changes from step to step fits
-    # into registers; what lies in `level`, `product` and `moved` this program alone touches.
+    # One program is one start of `rows` rows of a problem. Columns are taken in parts, so that what changes from step
+    # to step fits into registers; what lies in `level`, `product` and `moved` this program alone touches.
     row, start = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1)
+    problem, between = tl.program_id(2), tl.num_programs(2) * out
+    linear, aim = linear + problem.to(tl.int64) * columns * out, aim + problem.to(tl.int64) * columns * out
+    metric, inverse = metric + problem * columns * columns, inverse + problem * columns
+    ranks, scales_in, zeros_in = ranks + problem * out, scales_in + problem * out, zeros_in + problem * out
+    unit = (start * tl.num_programs(2) + problem).to(tl.int64)
     inside, within = (row < out)[None, :], tl.arange(0, part)
     seat = row
     if not current:  # the best candidate by plain rounding, or the next
-        least, number = _leader(ranks, row, out, count, row * 0.0 - float("inf"), row * 0 - 1)
+        least, number = _leader(ranks, row, out, between, count, row * 0.0 - float("inf"), row * 0 - 1)
         if start > 0:
-            least, number = _leader(ranks, row, out, count, least, number)
-        seat = number * out + row
+            least, number = _leader(ranks, row, out, between, count, least, number)
+        seat = number * between + row
     s = tl.load(scales_in + seat, mask=row < out, other=1.0)
     z = tl.load(zeros_in + seat, mask=row < out, other=0.0)
-    level += start.to(tl.int64) * columns * out
-    product += start.to(tl.int64) * columns * out
-    moved += start.to(tl.int64) * columns * out
+    level, product, moved = level + unit * columns * out, product + unit * columns * out, moved + unit * columns * out
     if not current:
         for first in range(0, columns, part):
             at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
@@ -232,8 +239,8 @@ def _improve_kernel(
             level, moved, product, linear, metric, inverse, first, row, out, s, z, columns, part, table, top, rule
         )
         tl.debug_barrier()
-    tl.store(scales_out + start * out + row, s, mask=row < out)
-    tl.store(zeros_out + start * out + row, z, mask=row < out)
+    tl.store(scales_out + unit * out + row, s, mask=row < out)
+    tl.store(zeros_out + unit * out + row, z, mask=row < out)
     if not current:  # what is lost beside the aim: no large numbers that cancel
         for first in range(0, columns, part):
             at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
@@ -245,17 +252,18 @@ def _improve_kernel(
             at = (first + within).to(tl.int64)[:, None] * out + row[None, :]
             slope = _product(metric, moved, first, row, out, inside, columns, part, top)
             loss += tl.sum(slope * tl.load(moved + at, mask=inside, other=0.0), axis=0)
-        tl.store(losses + start * out + row, loss, mask=row < out)
+        tl.store(losses + unit * out + row, loss, mask=row < out)
 
 
 def rank(
     aim: Tensor, metric: Tensor, ratios: Sequence[float], table: tuple[float, ...], top: int, rule: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses, scales, zeros) of candidates, each ``[candidates, out]``. ``aim [g, out]``."""
-    columns, out = aim.shape
-    losses, scales, zeros = aim.new_empty(3, len(ratios), out)
-    _rank_kernel[(triton.cdiv(out, RANK_ROWS), len(ratios))](
+    """(losses, scales, zeros) of candidates, each ``[candidates, out]``. ``aim [g, out]``. Of a stack of problems
+    ``[candidates, E, out]`` and ``[E, g, out]``."""
+    *problems, columns, out = aim.shape
+    losses, scales, zeros = aim.new_empty(3, len(ratios), *problems, out)
+    _rank_kernel[(triton.cdiv(out, RANK_ROWS), len(ratios), *(problems or [1]))](
         aim, metric, metric.new_tensor(list(ratios)), losses, scales, zeros, out,
         columns, min(columns, RANK_PART), table, top, rule, STORED[dtype], RANK_ROWS, num_warps=RANK_WARPS,
     )  # fmt: skip
@@ -268,15 +276,16 @@ def improve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(levels ``[starts, g, out]``, scales, zeros, losses ``[starts, out]``). With ``ranks``, the losses of candidates,
     those that lost least are the STARTS, from the levels nearest to ``begun``, the aim. Without, ``begun`` are the
-    levels of the one start, and losses are not filled."""
-    columns, out = linear.shape
+    levels of the one start, and losses are not filled. A stack of problems has an axis of them behind the starts."""
+    *problems, columns, out = linear.shape
     starts = 1 if ranks is None else STARTS
-    level, product, moved = linear.new_empty(3, starts, columns, out)
+    level, product, moved = linear.new_empty(3, starts, *linear.shape)
     if ranks is None:
         level[0] = begun
-    found, shifts, losses = scales.new_empty(3, starts, out)
-    _improve_kernel[(triton.cdiv(out, ROWS), starts)](
-        linear, begun, metric, 1 / metric.diagonal(), scales if ranks is None else ranks, scales, zeros,
+    found, shifts, losses = scales.new_empty(3, starts, *problems, out)
+    _improve_kernel[(triton.cdiv(out, ROWS), starts, *(problems or [1]))](
+        linear, begun.contiguous(), metric, (1 / metric.diagonal(dim1=-2, dim2=-1)).contiguous(),
+        scales.contiguous() if ranks is None else ranks, scales.contiguous(), zeros.contiguous(),
         level, product, moved, found, shifts, losses, out, 0 if ranks is None else len(ranks), int(fit),
         columns, min(columns, PART), table, top, rule, STORED[dtype], ranks is None, ROWS, num_warps=1,
     )  # fmt: skip

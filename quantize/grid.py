@@ -1,7 +1,8 @@
 """Uniform grids: fit a scale and a zero to each group of weights, round to nearest, dequantize.
 
 ``w ~ (q - zero) * scale`` with integer q in 0 .. 2**bits - 1. Shapes: weights ``[out, in]``, scale and zero
-``[out, in / group_size]`` float32; the scale is always rounded to the dtype it is stored in before a code is chosen.
+``[out, in / group_size]`` float32, or stacks ``[E, …]`` of them; the scale is always rounded to the dtype it is stored
+in before a code is chosen.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Grid:
 def fit_minmax(weight: Tensor, spec: GridSpec, ratio: float = 1.0) -> Grid:
     """The grid that covers each group's range (shrunk by ``ratio``). Asymmetric ranges contain zero, as AutoAWQ's do;
     symmetric ones are ``2 * absmax / levels`` wide with the zero in the middle, as AutoGPTQ's are."""
-    grouped = weight.unflatten(1, (-1, spec.group_size))
+    grouped = weight.unflatten(-1, (-1, spec.group_size))
     low, high = torch.aminmax(grouped, dim=-1)
     return grid_from_range(low * ratio, high * ratio, spec)
 
@@ -73,21 +74,21 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize(weight: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     """Nearest codes, float32 ``[out, in]`` holding integers."""
-    grouped = weight.unflatten(1, (-1, spec.group_size))
+    grouped = weight.unflatten(-1, (-1, spec.group_size))
     codes = grouped / grid.scale.unsqueeze(-1)
-    return torch.flatten(codes.round_().add_(grid.zero.unsqueeze(-1)).clamp_(0, spec.levels), 1)
+    return torch.flatten(codes.round_().add_(grid.zero.unsqueeze(-1)).clamp_(0, spec.levels), -2)
 
 
 def dequantize(codes: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
     """Weights back, float32 ``[out, in]``."""
-    grouped = codes.unflatten(1, (-1, spec.group_size))
-    return torch.flatten((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1), 1)
+    grouped = codes.unflatten(-1, (-1, spec.group_size))
+    return torch.flatten((grouped - grid.zero.unsqueeze(-1)) * grid.scale.unsqueeze(-1), -2)
 
 
 def minus_zeros(codes: Tensor, grid: Grid) -> Tensor:
     """Codes ``[out, in]`` counted from their groups' zeros."""
-    grouped = codes.unflatten(1, (grid.zero.shape[1], -1))
-    return torch.flatten(grouped - grid.zero.unsqueeze(-1), 1)
+    grouped = codes.unflatten(-1, (grid.zero.shape[-1], -1))
+    return torch.flatten(grouped - grid.zero.unsqueeze(-1), -2)
 
 
 def round_to_nearest(weight: Tensor, spec: GridSpec) -> Tensor:
@@ -101,7 +102,11 @@ def fit_clipped(weight: Tensor, blocks: Tensor, spec: GridSpec) -> Grid:
 
     ``blocks [groups, group_size, group_size]``: the diagonal blocks of the Gram matrix; the error of a group with
     residual e is ``e B eᵀ``. The search of AWQ (arXiv 2306.00978, §3.2, weight clipping) without running a forward.
+    A stack ``[E, out, in]`` has blocks ``[groups, E, group_size, group_size]``.
     """
+    if weight.ndim == 3:
+        fitted = [fit_clipped(one, blocks[:, number], spec) for number, one in enumerate(weight)]
+        return Grid(torch.stack([one.scale for one in fitted]), torch.stack([one.zero for one in fitted]))
     groups = weight.split(spec.group_size, dim=1)
     fits = [_fit_group(group, block, spec) for group, block in zip(groups, blocks, strict=True)]
     return Grid(torch.cat([scale for scale, _ in fits], 1), torch.cat([zero for _, zero in fits], 1))
@@ -135,10 +140,10 @@ def column_errors(columns: Tensor, grid: Grid, spec: GridSpec, out: Tensor) -> T
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
-    """``[in, in]`` -> ``[in / g, g, g]``."""
-    groups = gram.shape[0] // group_size
-    view = gram.view(groups, group_size, groups, group_size)
-    return torch.diagonal(view, dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    """``[in, in]`` -> ``[in / g, g, g]``; ``[E, in, in]`` -> ``[in / g, E, g, g]``."""
+    groups = gram.shape[-1] // group_size
+    view = gram.unflatten(-1, (groups, group_size)).unflatten(-3, (groups, group_size))
+    return torch.diagonal(view, dim1=-4, dim2=-2).movedim(-1, 0).contiguous()
 
 
 def to_codes(codes: Tensor, grid: Grid, spec: GridSpec) -> UniformCodes:

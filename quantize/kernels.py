@@ -132,15 +132,16 @@ def fit_clipped(
 
 @triton.jit
 def _scaled_error_kernel(
-    weight, factor, error, out, width,
+    weight, factor, error, own, width, between,
     columns: tl.constexpr, levels: tl.constexpr, sym: tl.constexpr, half: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    local = tl.program_id(0) * rows + tl.arange(0, rows)
+    row = tl.program_id(2) * own + local
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     place = row.to(tl.int64)[:, None] * width + column[None, :]
-    inside = (row < out)[:, None]
+    inside = (local < own)[:, None]
     tile = tl.load(weight + place, mask=inside, other=0.0)
-    factors = tl.load(factor + column)[None, :]
+    factors = tl.load(factor + tl.program_id(2) * between + column)[None, :]
     scaled = tile * factors
     s, z = _fit(tl.min(scaled, axis=1), tl.max(scaled, axis=1), levels, sym, half)
     code = tl.minimum(
@@ -150,9 +151,13 @@ def _scaled_error_kernel(
 
 
 def scaled_error(weight: Tensor, factor: Tensor, group_size: int, levels: int, sym: bool, half: bool) -> Tensor:
-    """``Q(W s)/s - W`` for ``weight [out, in]`` float32 contiguous and ``factor [in]``; round to nearest on min/max."""
-    out, width = weight.shape
-    error = torch.empty_like(weight)
-    grid = (triton.cdiv(out, 16), width // group_size)
-    _scaled_error_kernel[grid](weight, factor, error, out, width, group_size, levels, sym, half, 16, num_warps=4)
+    """``Q(W s)/s - W`` for ``weight [out, in]`` float32 contiguous and ``factor [in]``; round to nearest on min/max. A
+    stack ``[E, out, in]`` has one factor or ``[E, in]``."""
+    own, width = weight.shape[-2:]
+    error, factor = torch.empty_like(weight), factor.contiguous()
+    grid = (triton.cdiv(own, 16), width // group_size, weight.numel() // (own * width))
+    _scaled_error_kernel[grid](
+        weight, factor, error, own, width, width if factor.ndim == 2 else 0, group_size, levels, sym, half, 16,
+        num_warps=4,
+    )  # fmt: skip
     return error

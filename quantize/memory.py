@@ -9,7 +9,9 @@ from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.methods.method import Method, Needs
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.scaling import SEARCHED
+from qtool.quantize.routed import SAMPLE
+from qtool.quantize.scaling import AT_ONCE, SEARCHED
+from qtool.quantize.stacks import Stack, steps_of
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -32,17 +34,16 @@ def peak_bytes(
     calibrated = [method for method in methods if method.calibrated]
     if not calibrated:
         return max(parameters * (width + 4), embedding)
-    fed = []
-    for feed in decoder.feeds(layer):
-        sizes = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in feed.consumers]
-        fed.append(_Fed(sum(out for out, _ in sizes), sizes[0][1], feed.adds))
+    steps = [
+        [_Fed.of(stack, decoder.at(layer), shapes) for stack in step.stacks] for step in steps_of(decoder.feeds(layer))
+    ]
     own = [method for method in calibrated if method.needs is Needs.OWN_STREAM]
     sharing = [method for method in calibrated if method.needs is Needs.GRAM]
-    hidden = fed[0].columns
+    hidden = steps[0][0].columns
     batch = width * min(tokens, BATCH_TOKENS[device])
-    phases = [_of_source(fed, own, sharing, parameters, batch) + scores]
+    phases = [_of_source([fed for step in steps for fed in step], own, sharing, parameters, width, batch) + scores]
     if own:
-        phases.append(_of_streams(fed, own, len(sharing), parameters, width, batch, scores))
+        phases.append(_of_streams(steps, own, len(sharing), parameters, width, batch, scores))
     states = width * tokens * hidden * (1 + len(own))
     codes = parameters * (len(own) + len(sharing))  # of the layer before: a byte a weight
     return states + max(parameters * width + codes + max(phases), embedding)
@@ -50,55 +51,103 @@ def peak_bytes(
 
 @dataclass(frozen=True)
 class _Fed:
-    """``out``: rows of all consumers; ``adds``: as `Feed.adds`."""
+    """A stack. ``out``: rows of all consumers of a problem; ``adds``: as `Feed.adds`; ``problems``: one, or the
+    experts."""
 
     out: int
     columns: int
     adds: bool
+    problems: int
+    routed: bool
+
+    @classmethod
+    def of(cls, stack: Stack, at: str, shapes: Mapping[str, tuple[int, ...]]) -> _Fed:
+        """``at``: the layer's prefix."""
+        sizes = [matrix.shape(shapes[at + matrix.tensor]) for matrix in stack.problems[0]]
+        return cls(sum(out for out, _ in sizes), sizes[0][1], stack.adds, len(stack.problems), stack.routed)
+
+    @property
+    def weights(self) -> int:
+        """Of all its matrices."""
+        return self.problems * self.out * self.columns
+
+    @property
+    def gram(self) -> int:
+        """Numbers of its Gram matrices."""
+        return self.problems * self.columns**2
+
+    @property
+    def at_once(self) -> int:
+        """Problems that are worked on at once."""
+        return min(self.problems, AT_ONCE)
 
     def statistics(self, width: int) -> int:
         """Bytes of its Gram matrix and drift in a stream, and of the weights that the drift goes through."""
         through = self.adds or self.out < self.columns
-        drift = (4 + width) * self.out * self.columns if through else 4 * self.columns**2
-        return 4 * self.columns**2 + drift
+        drift = (4 + width) * self.weights if through else 4 * self.gram
+        return 4 * self.gram + drift
+
+    def workspace(self, method: Method) -> int:
+        """Float32 numbers while a method chooses its codes."""
+        return self.at_once * method.workspace(self.out, self.columns)
 
 
 def _of_source(
-    fed: Sequence[_Fed], own: Sequence[Method], sharing: Sequence[Method], parameters: int, batch: int
+    fed: Sequence[_Fed], own: Sequence[Method], sharing: Sequence[Method], parameters: int, width: int, batch: int
 ) -> int:
     """Bytes while the source's statistics are collected, or outputs that share them search scales and choose codes.
     ``batch``: bytes of one forward's tokens in one channel."""
     widest, hidden = max(one.columns for one in fed), fed[0].columns
     asked = bool(sharing) or any(method.asks_source for method in own)
-    grams = 4 * sum(one.columns**2 for one in fed) if asked else 0
+    grams = 4 * sum(one.gram for one in fed) if asked else 0
     # three of the widest in its MLP and one of the batch before; three inputs and what they are added to
-    forward = batch * (4 * widest + 4 * hidden)
+    forward = batch * (4 * widest + 4 * hidden) + _mixed(fed, width, batch)
     most, done = 0, 0
     for one in fed:
-        searching = max((method.workspace(one.out, one.columns) for method in sharing), default=0)
-        copied = one.columns**2 if len(sharing) > 1 else 0  # scaled for one output, kept for the next
-        most = max(most, done + 4 * (searching + copied))
-        most = max([most] + [4 * SEARCHED * one.out * one.columns for method in own if method.asks_source])
-        done += one.out * one.columns
+        searching = max((one.workspace(method) for method in sharing), default=0)
+        copied = one.gram if len(sharing) > 1 else 0  # scaled for one output, kept for the next
+        stacked = 2 * width * one.weights if one.routed else 0  # experts' weights below each other, as they are made so
+        most = max(most, done + 4 * (searching + copied) + stacked)
+        searched = 4 * SEARCHED * one.at_once * one.out * one.columns + stacked
+        most = max([most] + [searched for method in own if method.asks_source])
+        done += one.weights
     return grams + max(forward, most + parameters * max(0, len(sharing) - 1))
 
 
 def _of_streams(
-    fed: Sequence[_Fed], own: Sequence[Method], sharing: int, parameters: int, width: int, batch: int, scores: int
+    steps: Sequence[Sequence[_Fed]],
+    own: Sequence[Method],
+    sharing: int,
+    parameters: int,
+    width: int,
+    batch: int,
+    scores: int,
 ) -> int:
-    """Bytes while one feed's statistics are collected in every stream, or its codes chosen in one."""
+    """Bytes while one step's statistics are collected in every stream, or its codes chosen in one."""
+    fed = [one for step in steps for one in step]
     widest, hidden = max(one.columns for one in fed), fed[0].columns
     # three of the widest in its MLP, an input of the batch before; or two inputs and their difference, in float32 and
     # twice where one of them is divided by a scale; in either case the hidden states on both sides
     gap = 8 * widest // width if any(method.asks_source for method in own) else widest
     forward = max(batch * (4 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + gap))
+    forward += _mixed(fed, width, batch)
+    copies = len(own) + any(one.routed for one in fed)  # of the layer, for each; experts, as they are put together
     most, done = 0, 0
-    for one in fed:
-        collecting = len(own) * parameters * width + forward  # a copy of the layer for each
-        choosing = 4 * max(method.workspace(one.out, one.columns) for method in own)
-        most = max(most, len(own) * (done + one.statistics(width)) + max(collecting, choosing))
-        done += one.out * one.columns
+    for step in steps:
+        collecting = copies * parameters * width + forward
+        choosing = 4 * max(one.workspace(method) for method in own for one in step)
+        statistics = sum(one.statistics(width) for one in step)
+        most = max(most, len(own) * (done + statistics) + max(collecting, choosing))
+        done += sum(one.weights for one in step)
     return sharing * parameters + most
+
+
+def _mixed(fed: Sequence[_Fed], width: int, batch: int) -> int:
+    """Bytes that a forward of a mixture takes beside: its sum in float32, one expert's outputs, a sample of tokens."""
+    hidden = fed[0].columns
+    if not any(one.routed for one in fed):
+        return 0
+    return 2 * (4 // width) * batch * hidden + width * SAMPLE * hidden
 
 
 def _largest_layer(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

@@ -39,27 +39,43 @@ def _matmul_precision(name: str) -> Iterator[None]:
 
 
 def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``. On an accelerator, unless TF32 was asked for, to float32's accuracy from three TF32 products of
-    the factors' first eleven bits and of what these leave over; the two rests' own product (2^-22) is left out."""
+    """``left @ right``, of matrices or stacks of them. On an accelerator, unless TF32 was asked for, to float32's
+    accuracy from three TF32 products of the factors' first eleven bits and of what these leave over; the two rests' own
+    product (2^-22) is left out."""
     if not left.is_cuda or torch.get_float32_matmul_precision() != "highest":
         return left @ right
     left_high, right_high = _first_bits(left), _first_bits(right)
     with tensor_float32():
         product = (left - left_high) @ right_high
-        product.addmm_(left_high, right - right_high)
-        return product.addmm_(left_high, right_high)
+        add_product(product, left_high, right - right_high)
+        return add_product(product, left_high, right_high)
 
 
 def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total -= left @ right``, as accurate as `float32_product`; on an accelerator in one TF32 product three times as
     deep, because ``total`` is what is large."""
     if not left.is_cuda:
-        total.addmm_(left, right, alpha=-1)
+        add_product(total, left, right, -1)
         return
     left_high, right_high = _first_bits(left), _first_bits(right)
-    deep = torch.cat([left - left_high, left_high, left_high], 1)
+    deep = torch.cat([left - left_high, left_high, left_high], -1)
     with tensor_float32():
-        total.addmm_(deep, torch.cat([right_high, right - right_high, right_high], 0), alpha=-1)
+        add_product(total, deep, torch.cat([right_high, right - right_high, right_high], -2), -1)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """``total += alpha * left @ right``, of matrices or of stacks of them."""
+    if total.ndim == 2:
+        return total.addmm_(left, right, alpha=alpha)
+    return total.baddbmm_(left, right, alpha=alpha)
+
+
+def add_outer(total: Tensor, column: Tensor, row: Tensor) -> None:
+    """``total += column @ row`` of one column and one row, or of stacks of them."""
+    if total.ndim == 2:
+        total.addr_(column[:, 0], row[0])
+    else:
+        total.baddbmm_(column, row)
 
 
 def _first_bits(values: Tensor) -> Tensor:

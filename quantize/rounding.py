@@ -7,6 +7,8 @@ algorithm 1, with the grid of each group fitted when the group is reached. Round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +24,21 @@ BLOCK = 128  # columns whose errors are spread over the columns behind them in o
 
 @dataclass(frozen=True)
 class Factor:
-    """``upper``: U with ``UᵀU = (H + damp * mean(diag H) * I)^-1``, float32 ``[in, in]``; ``damp``: what it took.
+    """``upper``: U with ``UᵀU = (H + damp * mean(diag H) * I)^-1``, float32 ``[in, in]``; ``damp``: what it took,
+    float64 ``[]`` in host memory. Of a stack: each ``[E, …]``.
 
     order: int64 ``[in]``, the columns in the order in which they are rounded; rows and columns of H are taken in that
     order. None: as they lie.
     """
 
     upper: Tensor
-    damp: float
+    damp: Tensor
     order: Tensor | None = None
+
+    def __getitem__(self, number: int) -> Factor:
+        """One of a stack."""
+        order = None if self.order is None else self.order[number]
+        return Factor(self.upper[number], self.damp[number], order)
 
 
 @dataclass(frozen=True)
@@ -42,21 +50,23 @@ class Rounded:
 
 
 def activation_order(gram: Tensor) -> Tensor:
-    """Columns by descending ``diag(G)``: int64 ``[in]``."""
-    return gram.diagonal().argsort(descending=True, stable=True)
+    """Columns by descending ``diag(G)``: int64 ``[in]``, ``[E, in]`` of a stack."""
+    return gram.diagonal(dim1=-2, dim2=-1).argsort(descending=True, stable=True)
 
 
 def factorize(gram: Tensor, damp: float, order: Tensor | None = None) -> Factor:
     """The upper Cholesky factor of the inverse of the damped Gram matrix; ``damp`` grows tenfold until it exists.
 
     Reversing rows and columns turns the lower factor of H into the upper factor of H^-1 with one triangular inverse:
-    J H J = L Lᵀ  =>  U = J L^-1 J.
+    J H J = L Lᵀ  =>  U = J L^-1 J. A stack is done one by one, so that one matrix's copies are alive at a time.
     """
+    if gram.ndim == 3:
+        return _factorize_stack(gram, damp, order)
     mean = gram.diagonal().mean()
     if not bool(mean.isfinite()):
         raise ArithmeticError("the Gram matrix holds NaN or Inf")
     if not bool(mean > 0):  # inputs that are all zero: any rounding is as good
-        return Factor(torch.eye(gram.shape[0], device=gram.device), damp, order)
+        return _factor(torch.eye(gram.shape[0], device=gram.device), damp, order)
     if order is not None:
         gram = gram[order][:, order]
     while True:
@@ -72,7 +82,32 @@ def factorize(gram: Tensor, damp: float, order: Tensor | None = None) -> Factor:
     eye = torch.eye(gram.shape[0], device=gram.device)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     del lower, eye  # each as large as the Gram matrix
-    return Factor(inverse.flip(0, 1), damp, order)
+    return _factor(inverse.flip(0, 1), damp, order)
+
+
+def _factor(upper: Tensor, damp: float, order: Tensor | None) -> Factor:
+    return Factor(upper, torch.tensor(damp, dtype=torch.float64), order)
+
+
+def _factorize_stack(grams: Tensor, damp: float, orders: Tensor | None) -> Factor:
+    uppers, damps = torch.empty_like(grams), []
+    for number, gram in enumerate(grams):
+        factor = factorize(gram, damp, None if orders is None else orders[number])
+        uppers[number] = factor.upper
+        damps.append(factor.damp)
+    return Factor(uppers, torch.stack(damps), orders)
+
+
+@contextmanager
+def damped(gram: Tensor, factor: Factor) -> Iterator[None]:
+    """While open, ``gram`` is damped as ``factor`` is."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    diagonal.add_((factor.damp.to(before) * before.mean(-1)).unsqueeze(-1))
+    try:
+        yield
+    finally:
+        diagonal.copy_(before)
 
 
 def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram: Tensor | None = None) -> Rounded:
@@ -81,7 +116,15 @@ def gptq(weight: Tensor, factor: Factor, spec: GridSpec, clip: bool = True, gram
     With ``clip`` each group's grid minimizes the error that the columns after it cannot absorb, else it is min/max.
     Where ``factor`` has an order of its own, a group's columns lie apart in it: its grid is fitted before all
     rounding, with ``clip`` to the least error that the group's block of ``gram`` (in the order of the weight) sees.
+    Of a stack, ``[E, …]`` each, one after the other.
     """
+    if weight.ndim == 3:
+        parts = [
+            gptq(one, factor[number], spec, clip, None if gram is None else gram[number])
+            for number, one in enumerate(weight)
+        ]
+        scale, zero = (torch.stack([getattr(part.grid, name) for part in parts]) for name in ("scale", "zero"))
+        return Rounded(torch.stack([part.codes for part in parts]), Grid(scale, zero))
     columns = weight.shape[1]
     spec = spec.for_columns(columns)
     if factor.order is not None:
@@ -168,5 +211,9 @@ def propagated_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: floa
     """``W + alpha * D (G + lambda I)^-1`` with ``drift`` D = W (C - G): what to aim at so that the quantized
     prefix's inputs X̂ reproduce the source's outputs W X. G = X̂ᵀX̂, C = XᵀX̂; the factor holds the damped inverse
     as UᵀU."""
-    upper = factor.upper if factor.order is None else factor.upper[:, factor.order.argsort()]
+    upper = factor.upper
+    if factor.order is not None:
+        upper = upper.gather(-1, factor.order.argsort(-1).unsqueeze(-2).expand_as(upper))
+    if weight.ndim == 3:
+        return torch.baddbmm(weight, drift @ upper.mT, upper, alpha=alpha)
     return torch.addmm(weight, drift @ upper.t(), upper, alpha=alpha)

@@ -6,8 +6,8 @@ the search loss ``|(W - Ŵ) Xᵀ|² = tr((W - Ŵ) G (W - Ŵ)ᵀ)`` needs G alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ POINTS = 20
 PREVIEW_ROWS = 4  # every fourth row ranks the candidates
 FINALISTS = 4  # the best few are then judged on all rows
 SEARCHED = 5  # copies of the weights at most while scales are searched: theirs, stacked, errors, two of products
+AT_ONCE = 32  # experts that are worked on at once, so that temporaries stay small beside their weights
 LOSS_COLUMNS = 4096  # of a Gram matrix at a time, so that temporaries stay small
 
 
@@ -34,8 +35,30 @@ class ScaleSearch:
     loss_unscaled: float
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Weights of any float dtype and the Gram matrix of their inputs: ``[out, in]`` and ``[in, in]``, or a stack of
+    experts ``[E, out, in]`` and ``[E, in, in]``. ``counts``: what its losses count beside those of others."""
+
+    weight: Tensor
+    gram: Tensor
+    counts: float = 1.0
+
+    def slices(self) -> Iterator[tuple[int, Weighed]]:
+        """(where it begins, a few experts of the stack) after the other, in float32."""
+        if self.weight.ndim == 2:
+            yield 0, Weighed(self.weight.float(), self.gram, self.counts)
+            return
+        for start in range(0, len(self.weight), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            yield start, Weighed(self.weight[some].float(), self.gram[some], self.counts)
+
+
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
-    """``tr(E G Eᵀ)``, a scalar: the squared output error of a weight error ``[out, in]``, summed over all tokens."""
+    """``tr(E G Eᵀ)``, a scalar: the squared output error of a weight error ``[out, in]``, summed over all tokens. Of a
+    stack ``[E, out, in]``: ``[E]``."""
+    if error.ndim == 3:
+        return (float32_product(error, gram).mul_(error)).sum((-2, -1))
     if not error.is_cuda:
         return torch.dot((error @ gram).flatten(), error.flatten())
     step = LOSS_COLUMNS
@@ -46,79 +69,134 @@ def output_error(error: Tensor, gram: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def candidate_scales(mean_abs: Tensor, weights: Sequence[Tensor], spec: GridSpec) -> Tensor:
+def mean_relative(weight: Tensor, group_size: int) -> Tensor:
+    """The mean over the rows of |w| relative to the largest of its group, ``[in]`` or ``[E, in]``."""
+    relative = weight.abs().unflatten(-1, (-1, group_size)) / _group_max(weight, group_size)
+    mean: Tensor = relative.flatten(-2).mean(-2)
+    return mean
+
+
+def candidate_scales(mean_abs: Tensor, relative: Tensor) -> Tensor:
     """``[2 * POINTS, in]``: activation-only ``x^a`` and duo ``x^a / w^(1 - a)``, a = 0, 1/20 … 19/20.
 
-    w: mean over the rows of |w| relative to the largest of its group. Each row is centred: ``sqrt(max * min) = 1``.
+    relative: w, as `mean_relative`. Each row is centred: ``sqrt(max * min) = 1``. For ``[E, in]`` each:
+    ``[2 * POINTS, E, in]``.
     """
-    relative = [
-        (w.abs().unflatten(1, (-1, spec.group_size)) / _group_max(w, spec.group_size)).flatten(1).mean(0)
-        for w in weights
-    ]
-    rows = torch.tensor([float(w.shape[0]) for w in weights], device=mean_abs.device)
-    w_mean = (torch.stack(relative) * rows.unsqueeze(1)).sum(0) / rows.sum()
     x = mean_abs.clamp_min(1e-8).unsqueeze(0)
-    ratio = (torch.arange(POINTS, device=mean_abs.device) / POINTS).unsqueeze(1)
+    ratio = (torch.arange(POINTS, device=mean_abs.device) / POINTS).view(-1, *[1] * mean_abs.ndim)
     activation = x.pow(ratio)
-    duo = activation / (w_mean.unsqueeze(0).pow(1 - ratio) + 1e-4)
+    duo = activation / (relative.unsqueeze(0).pow(1 - ratio) + 1e-4)
     scales = torch.cat([activation, duo]).clamp_min_(1e-4)
-    return scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+    return scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
 
 
-def search_scale(
-    weights: Sequence[Tensor], gram: Tensor, mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None
-) -> ScaleSearch:
-    """The per-input scale that loses least when ``weights`` (each ``[out_i, in]`` float32) are rounded to nearest.
+def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None) -> ScaleSearch:
+    """The scale of one input that loses least when all weights that it feeds are rounded to nearest: one matrix, or
+    experts and others together, their losses summed.
 
     ``tie [in]`` (int64): columns with the same number must share one scale (query heads fed by one value head).
     """
-    stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    relative = _relative(parts, spec.group_size)
     if tie is not None:
         mean_abs = _pool(mean_abs, tie)
-    candidates = candidate_scales(mean_abs, weights, spec)
+    candidates = candidate_scales(mean_abs, relative)
     if tie is not None:
         candidates = torch.stack([_pool(c, tie) for c in candidates])
-    loss = _kernel_loss if stacked.is_cuda and spec.group_size <= grids.KERNEL_GROUP else _plain_loss
-    with tensor_float32(), bfloat16_products() if not stacked.is_cuda else nullcontext():  # enough to rank
-        ranks = torch.stack(loss(stacked[::PREVIEW_ROWS], gram, list(candidates), spec)).argsort()
+    with _ranking(mean_abs.is_cuda):
+        ranks = _losses(parts, candidates, spec, PREVIEW_ROWS).argsort()
     finalists = candidates[ranks[:FINALISTS]]
     with tensor_float32():
-        losses = torch.stack(loss(stacked, gram, [torch.ones_like(mean_abs), *finalists], spec))
-        total = output_error(stacked, gram).clamp_min(1e-30)
-    relative = (losses / total).tolist()  # the one wait for the device
-    best = min(range(len(relative)), key=relative.__getitem__)
+        losses = _losses(parts, torch.stack([torch.ones_like(mean_abs), *finalists]), spec)
+        energy = [
+            output_error(part.weight, part.gram).sum() * part.counts for whole in parts for _, part in whole.slices()
+        ]
+    relative_losses = (losses / torch.stack(energy).sum().clamp_min(1e-30)).tolist()  # the one wait for the device
+    best = min(range(len(relative_losses)), key=relative_losses.__getitem__)
     scale = None if best == 0 else finalists[best - 1]
-    return ScaleSearch(scale, relative[best], relative[0])
+    return ScaleSearch(scale, relative_losses[best], relative_losses[0])
 
 
-def _kernel_loss(weight: Tensor, gram: Tensor, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
-    """Output errors of ``Q(W s)/s``, round to nearest on the min/max grid, for each scale ``[in]``."""
+def search_own_scales(stack: Weighed, mean_abs: Tensor, spec: GridSpec) -> Tensor:
+    """`search_scale` of each problem of a stack by itself, ``[E, in]``; ones where no candidate beat them.
+    ``mean_abs [E, in]``."""
+    found = []
+    for start, part in stack.slices():
+        own = mean_abs[start : start + len(part.weight)]
+        candidates = candidate_scales(own, mean_relative(part.weight, spec.group_size))
+        preview = Weighed(part.weight[:, ::PREVIEW_ROWS], part.gram)
+        with _ranking(own.is_cuda):
+            ranks = torch.stack(_errors(preview, list(candidates), spec)).argsort(0)
+        problems = torch.arange(len(own), device=own.device)
+        finalists = torch.stack([torch.ones_like(own), *(candidates[rank, problems] for rank in ranks[:FINALISTS])])
+        with tensor_float32():
+            losses = torch.stack(_errors(part, list(finalists), spec))
+        found.append(finalists[losses.argmin(0), problems])
+    return torch.cat(found)
+
+
+@contextmanager
+def _ranking(cuda: bool) -> Iterator[None]:
+    """Products that are exact enough to rank candidates."""
+    with tensor_float32(), nullcontext() if cuda else bfloat16_products():
+        yield
+
+
+def _relative(parts: Sequence[Weighed], group_size: int) -> Tensor:
+    """`mean_relative` over the rows of all parts."""
+    means, rows = [], []
+    for whole in parts:
+        for _, part in whole.slices():
+            means.append(mean_relative(part.weight.flatten(0, -2), group_size))
+            rows.append(float(part.weight.shape[:-1].numel()))
+    weights = torch.tensor(rows, device=means[0].device)
+    return (torch.stack(means) * weights.unsqueeze(1)).sum(0) / weights.sum()
+
+
+def _losses(parts: Sequence[Weighed], scales: Tensor, spec: GridSpec, every: int = 1) -> Tensor:
+    """The summed loss of each of ``scales [n, in]``: ``[n]``. ``every``: of so many rows one counts."""
+    total = torch.zeros(len(scales), device=scales.device)
+    for whole in parts:
+        for _, part in whole.slices():
+            seen = Weighed(part.weight[..., ::every, :], part.gram)
+            total += torch.stack(_errors(seen, list(scales), spec)).flatten(1).sum(1) * part.counts
+    return total
+
+
+def _errors(part: Weighed, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
+    """Output errors of ``Q(W s)/s``, round to nearest on the min/max grid, for each scale: ``[1]`` each, or ``[E]``. A
+    scale is ``[in]``, of a stack also ``[E, in]``."""
+    if not part.weight.is_cuda or spec.group_size > grids.KERNEL_GROUP:
+        return _plain_errors(part, scales, spec)
     from qtool.quantize.kernels import scaled_error
 
-    weight, half = weight.contiguous(), spec.dtype == torch.float16
+    weight, half = part.weight.contiguous(), spec.dtype == torch.float16
     return [
-        output_error(scaled_error(weight, scale, spec.group_size, spec.levels, spec.sym, half), gram)
+        output_error(scaled_error(weight, scale, spec.group_size, spec.levels, spec.sym, half), part.gram).view(-1)
         for scale in scales
     ]
 
 
-def _plain_loss(weight: Tensor, gram: Tensor, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
-    """As _kernel_loss, anywhere."""
-    columns = weight.t().contiguous().unflatten(0, (-1, spec.group_size))  # [groups, g, out]
+def _plain_errors(part: Weighed, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:
+    """As `_errors`, anywhere."""
+    columns = part.weight.mT.contiguous().unflatten(-2, (-1, spec.group_size))  # [..., groups, g, out]
     scaled, error = torch.empty_like(columns), torch.empty_like(columns)
     losses = []
     for scale in scales:
-        factor = scale.view(-1, spec.group_size, 1)
+        factor = scale.unflatten(-1, (-1, spec.group_size)).unsqueeze(-1)
         torch.mul(columns, factor, out=scaled)
-        low, high = scaled.amin(1, keepdim=True), scaled.amax(1, keepdim=True)
+        low, high = scaled.amin(-2, keepdim=True), scaled.amax(-2, keepdim=True)
         grids.column_errors(scaled, grids.grid_from_range(low, high, spec), spec, error)
-        flat = error.div_(factor).flatten(0, 1)
-        losses.append(torch.dot((gram @ flat).flatten(), flat.flatten()))
+        flat = error.div_(factor).flatten(-3, -2)
+        product = part.gram @ flat
+        if flat.ndim == 2:
+            losses.append(torch.dot(product.flatten(), flat.flatten()).view(1))
+        else:
+            losses.append(product.mul_(flat).sum((-2, -1)))
     return losses
 
 
 def _group_max(weight: Tensor, group_size: int) -> Tensor:
-    grouped: Tensor = weight.abs().unflatten(1, (-1, group_size))
+    grouped: Tensor = weight.abs().unflatten(-1, (-1, group_size))
     return grouped.amax(-1, keepdim=True).clamp_min(1e-8)
 
 
@@ -131,10 +209,12 @@ def _pool(values: Tensor, tie: Tensor) -> Tensor:
 
 
 def scale_gram(gram: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
-    """G of the inputs divided by ``scale``: ``S^-1 G S^-1``. ``in_place`` spares a copy as large as G."""
+    """G of the inputs divided by ``scale``: ``S^-1 G S^-1``; of a stack ``[E, in]``. ``in_place`` spares a copy as
+    large as G."""
     inverse = 1.0 / scale
-    scaled = gram.mul_(inverse) if in_place else gram * inverse
-    return scaled.mul_(inverse.unsqueeze(1))
+    row = inverse.unsqueeze(-2) if gram.ndim == 3 else inverse
+    scaled = gram.mul_(row) if in_place else gram * row
+    return scaled.mul_(inverse.unsqueeze(-1))
 
 
 def untied(scale: Tensor, tie: Tensor | None, channels: int) -> Tensor:

@@ -60,23 +60,33 @@ class InputStatistics:
             self.abs_sum += x.abs().sum(0, dtype=torch.float32)
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():  # exact: the factors are bfloat16
             wide = x if x.is_cuda else x.float()
-            _accumulate_gram(self.gram, wide)
+            accumulate_gram(self.gram, wide)
             if self.drift is not None and source is not None:
-                gap = _gap(source.flatten(0, -2), x, divisor)
+                gap = gap_of(source.flatten(0, -2), x, divisor)
                 if self.through is not None:
                     gap = gap @ self.through.t().to(gap.dtype)
                 gap = gap if behind is None else gap + behind.flatten(0, -2)
-                _accumulate(self.drift, gap if x.is_cuda else gap.float(), wide)
+                accumulate(self.drift, gap if x.is_cuda else gap.float(), wide)
 
     def finish(self) -> None:
         """Make the Gram matrix whole: the blocks below the diagonal are those above it, transposed."""
-        for start, stop in [] if self.channels_only else _blocks(self.gram):
+        for start, stop in [] if self.channels_only else blocks_of(self.gram):
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].t()
 
     @property
     def mean_abs(self) -> Tensor:
         """mean|x| ``[in]``."""
         return self.abs_sum / self.tokens
+
+    @property
+    def counted(self) -> float:
+        """What a squared output error costs that the Gram matrix tells, beside those of experts."""
+        return 1.0
+
+    @property
+    def overall_abs(self) -> Tensor:
+        """As `mean_abs`, of one input as of experts' `[in]`."""
+        return self.mean_abs
 
     @property
     def mean_square(self) -> Tensor:
@@ -90,16 +100,18 @@ class InputStatistics:
         return self.drift if self.through is not None else weight @ self.drift
 
 
-def _gap(source: Tensor, inputs: Tensor, divisor: Tensor | None) -> Tensor:
+def gap_of(source: Tensor, inputs: Tensor, divisor: Tensor | None) -> Tensor:
+    """What the source's inputs, divided, have more."""
     return source - inputs if divisor is None else (source / divisor - inputs).to(inputs.dtype)
 
 
-def _accumulate_gram(total: Tensor, x: Tensor) -> None:
-    for start, stop in _blocks(total):
-        _accumulate(total[start:stop, start:], x[:, start:stop], x[:, start:])
+def accumulate_gram(total: Tensor, x: Tensor) -> None:
+    """total += xᵀx, on and above the diagonal's blocks."""
+    for start, stop in blocks_of(total):
+        accumulate(total[start:stop, start:], x[:, start:stop], x[:, start:])
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += leftᵀ right, summed in float32 whatever the inputs' dtype (float32 on the CPU)."""
     if left.dtype != torch.float32:
         total += torch.mm(left.t(), right, out_dtype=torch.float32)
@@ -107,7 +119,8 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t(), right)
 
 
-def _blocks(gram: Tensor) -> Iterator[tuple[int, int]]:
+def blocks_of(gram: Tensor) -> Iterator[tuple[int, int]]:
+    """(first column, end) of the blocks in which a Gram matrix is summed."""
     columns, step = gram.shape[0], GRAM_BLOCK[gram.device.type]
     for start in range(0, columns, step):
         yield start, min(start + step, columns)

@@ -1,7 +1,8 @@
-"""Streams of outputs: one layer is rounded in each output's own hidden states, one feed after the other.
+"""Streams of outputs: one layer is rounded in each output's own hidden states, one step after the other.
 
-A feed's statistics are of the inputs that the feeds before it, in the same layer and already rounded, produce; so every
-rounding can make up for what those before it did.
+A step's statistics are of the inputs that those before it, in the same layer and already rounded, produce; so every
+rounding can make up for what those before it did. A mixture's router, too, sees the inputs of the stream: experts are
+rounded for the tokens that will reach them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qtool.convert.models.family import Family
-from qtool.convert.models.feeds import Feed
-from qtool.quantize.capture import Calls, Hidden, Part, Parted, parts_of
-from qtool.quantize.methods.method import Layer, LayerWork, Method
+from qtool.convert.models.experts import GATE_UP
+from qtool.convert.models.shape import Decoder
+from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
+from qtool.quantize.collecting import Sample, finish
+from qtool.quantize.experts import inner, mixture_of
+from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
+from qtool.quantize.routed import ExpertSettings, RoutedStatistics
+from qtool.quantize.scaling import AT_ONCE
 from qtool.quantize.soundness import refuse_range
+from qtool.quantize.stacks import Stack, Step, steps_of
 from qtool.quantize.statistics import InputStatistics
 
 
@@ -33,36 +39,40 @@ class Stream:
 class Passage:
     """A layer that the source's stream and those of outputs pass.
 
-    name: in messages; layer: the source's; module: what computes it, to be filled with weights; hidden: the source's
-    stream; dtype: of computing; family: says which tensors take it.
+    name: in messages; layer: the source's; source: its tensors as ``module`` holds them, which computes it; hidden: the
+    source's stream; dtype: of computing; decoder: says which tensors take it, and how experts are held.
     """
 
     name: str
     layer: Layer
     module: nn.Module
+    source: Mapping[str, Tensor]
     hidden: Hidden
     calls: Calls
     dtype: torch.dtype
-    family: Family
+    decoder: Decoder
+    settings: ExpertSettings
     parts: tuple[Part, ...] = field(init=False)
     _parted: Parted = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts, self._parted = parts_of(self.layer.feeds), Parted(self.module, self.calls)
+        self.parts, self._parted = parts_of(steps_of(self.layer.feeds)), Parted(self.module, self.calls)
 
     def round(self, streams: Sequence[Stream]) -> None:
-        """Every feed gets its codes in every stream. ``hidden`` moves on to the layer's outputs, the streams as far as
+        """Every stack gets its codes in every stream. ``hidden`` moves on to the layer's outputs, the streams as far as
         the last part's beginning. Raises QtoolError for activations that are no numbers, or that the dtype of an output
         cannot hold."""
         for part in self.parts:
-            for feed in part.feeds:
-                collected, peak = self._collect(part, feed, streams)
+            for step in part.steps:
+                collected, peaks = self._collect(part, step, streams)
                 for stream in streams:
-                    stats = collected.pop(0)
-                    for largest in (peak, stats.absmax.max()):
-                        refuse_range(self.name, stream.method, {f"the input of {feed.name}": largest})
-                    stream.work.round(feed, stats)
-                    del stats  # large: gone before the next stream's turn
+                    found = collected.pop(0)
+                    for stack in step.stacks:
+                        stats = found.pop(stack.name)
+                        for largest in (peaks[stack.name], stats.absmax.max()):
+                            refuse_range(self.name, stream.method, {f"the input of {stack.name}": largest})
+                        stream.work.round(stack, stats)
+                        del stats  # large: gone before the next one's turn
             for stream in streams if part is not self.parts[-1] else ():
                 self._move(stream, part)
 
@@ -74,42 +84,100 @@ class Passage:
         """A stream at the beginning of ``part`` moves on to its end."""
         self._fill(self._state(stream))
         for number, batch in enumerate(stream.batches):
-            _, stream.batches[number] = self._parted.run(part, batch)
+            stream.batches[number] = self._parted.run(part, batch).ended
 
-    def _collect(self, part: Part, feed: Feed, streams: Sequence[Stream]) -> tuple[list[InputStatistics], Tensor]:
-        """(statistics of a feed's input in each stream, beside the source's; the source's largest magnitude). The
-        batches and the copies of the layer are let go. The source moves on with the part's last feed."""
+    def _collect(
+        self, part: Part, step: Step, streams: Sequence[Stream]
+    ) -> tuple[list[dict[str, Statistics]], dict[str, Tensor]]:
+        """(statistics of a step's inputs in each stream, beside the source's; the source's largest magnitudes). The
+        batches and the copies of the layer are let go. The source moves on with the part's last step."""
         states = [self._state(stream) for stream in streams]
-        collected = [self._empty(feed, stream.work) for stream in streams]
-        peaks, last = [], feed is part.feeds[-1]
+        collected = [{stack.name: self._empty(stack, stream.work) for stack in step.stacks} for stream in streams]
+        samples = [Sample(sum(batch.shape[:-1].numel() for batch in self.hidden)) for _ in streams]
+        peaks: dict[str, Tensor] = {}
+        last = step is part.steps[-1]
         for number, batch in enumerate(self.hidden):
-            self._fill(self.layer.weights)
-            source, ended = self._parted.run(part, batch, feed, to_end=last)
-            low, high = source.aminmax()
-            peaks.append(torch.maximum(high, -low))
-            for stream, state, stats in zip(streams, states, collected, strict=True):
+            self._fill(self.source)
+            source = self._parted.run(part, batch, step, to_end=last)
+            _raise_peaks(peaks, step, source)
+            for stream, state, found, sample in zip(streams, states, collected, samples, strict=True):
                 self._fill(state)
                 own = stream.batches[number]
-                inputs, _ = self._parted.run(part, own, feed, to_end=False)
-                stats.add(inputs, source, stream.work.divisor(feed), batch - own if feed.adds else None)
+                fed = self._parted.run(part, own, step, to_end=False)
+                for stack in step.stacks:
+                    stats, divisor = found[stack.name], stream.work.divisor(stack)
+                    if isinstance(stats, InputStatistics):
+                        behind = batch - own if stack.adds else None
+                        stats.add(fed.inputs[stack.name], source.inputs[stack.name], divisor, behind)
+                    else:
+                        self._count(stack, stats, fed, source, divisor, batch - own if stack.adds else None)
+                if fed.routed is not None:
+                    sample.take(fed.routed)
             if last:
-                self.hidden[number] = ended
-        self._fill(self.layer.weights)
-        for stats in collected:
-            stats.finish()
-        return collected, torch.stack(peaks).max()
+                self.hidden[number] = source.ended
+        for state, found, sample in zip(states, collected, samples, strict=True):
+            self._fill(state)
+            finish(self.module, step.stacks, found, sample)
+        self._fill(self.source)
+        return collected, peaks
 
-    def _empty(self, feed: Feed, work: LayerWork) -> InputStatistics:
+    def _count(
+        self,
+        stack: Stack,
+        stats: RoutedStatistics,
+        fed: Fed,
+        source: Fed,
+        divisor: Tensor | None,
+        behind: Tensor | None,
+    ) -> None:
+        """Tokens as this stream routes them. The source's inputs for them are those that its experts would have: beside
+        one that the source did not choose, too."""
+        call, other = fed.routed, source.routed
+        assert call is not None
+        assert other is not None
+        mixture, tokens = mixture_of(self.module), call.tokens
+        x, s = call.hidden[tokens], other.hidden[tokens]
+        if stack.inner:
+            x = inner(mixture, mixture.gate_up_proj, x, call.counts)
+            s = inner(mixture, self.source[GATE_UP], s, call.counts)
+        lost = None if behind is None else call.shared_out(behind.flatten(0, -2))
+        stats.add(x, call.weights, call.counts, s, divisor, lost)
+        both, sent = call.agreement(other)
+        before = stats.agreed
+        stats.agreed = (both, sent) if before is None else (before[0] + both, before[1] + sent)
+
+    def _empty(self, stack: Stack, work: LayerWork) -> Statistics:
         """The drift goes through the weights where that makes it smaller, or where hidden states join it."""
-        target = work.target(feed)
-        through = feed.adds or target.shape[0] < target.shape[1]
-        return InputStatistics(through=target.to(self.dtype) if through else None)
+        if not stack.routed:
+            target = work.target(stack)
+            return InputStatistics(through=target.to(self.dtype) if stack.adds or _wide(target) else None)
+        number, through = len(stack.problems), None
+        if stack.adds or _wide(work.target(stack.part(slice(0, 1)))):
+            some = [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
+            through = torch.cat([work.target(stack.part(part)).to(self.dtype) for part in some])
+        return RoutedStatistics(number, self.settings, through=through, drifting=True)
 
     def _state(self, stream: Stream) -> dict[str, Tensor]:
         """The layer as a reader of the output gets it; what has no codes yet is the source's."""
         stored = stream.method.stored_dtype or self.dtype
-        state = stream.work.state(self.dtype, stored, self.family.casts)
-        return {name: tensor.to(self.layer.device) for name, tensor in state.items()}
+        state = stream.work.state(self.dtype, stored, self.decoder.family.casts)
+        return self.decoder.in_memory({name: tensor.to(self.layer.device) for name, tensor in state.items()})
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict(dict(state), assign=True)
+
+
+def _wide(target: Tensor) -> bool:
+    return target.shape[-2] < target.shape[-1]
+
+
+def _raise_peaks(peaks: dict[str, Tensor], step: Step, fed: Fed) -> None:
+    """The largest magnitudes of inputs so far. Inner ones of experts are not made in the source: the streams' count."""
+    for stack in step.stacks:
+        x = fed.inputs.get(stack.name)
+        if x is None:
+            assert fed.routed is not None
+            x = fed.routed.hidden
+        low, high = x.aminmax()
+        peak = torch.maximum(high, -low)
+        peaks[stack.name] = torch.maximum(peak, peaks.get(stack.name, peak))

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.plan import OutputPlan, walk_order
-from qtool.convert.models.feeds import Feed, whole
+from qtool.convert.models.feeds import whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Enough, Hidden, Recorder, advance, captured, run_layer
+from qtool.quantize.capture import Calls, Hidden, Recorder, advance
+from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics
+from qtool.quantize.experts import prepare
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Statistics
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.routed import ExpertSettings
 from qtool.quantize.soundness import refuse_range, refuse_unsound, refuse_unsound_values
-from qtool.quantize.statistics import InputStatistics
+from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.streams import Passage, Stream
 
 
@@ -59,8 +60,8 @@ class LayerResult:
 
 @dataclass
 class Walk:
-    """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens and the
-    outputs to make."""
+    """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens, the
+    outputs to make, and how experts are calibrated."""
 
     model: nn.Module
     decoder: Decoder
@@ -68,6 +69,7 @@ class Walk:
     calibration: CalibrationSet
     outputs: Sequence[Column]
     device: torch.device
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
     on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
     dtype: torch.dtype = field(init=False)
@@ -75,6 +77,8 @@ class Walk:
     def __post_init__(self) -> None:
         self.on_grams = [output for output in self.outputs if output.method.needs.gram]
         self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
+        if self.decoder.family.mixture is not None and (self.on_grams or self.weighing):
+            prepare(self.model)
         embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
         self.dtype = embedding.dtype
         if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
@@ -119,39 +123,45 @@ class Walk:
             following = reader.submit(self._read, visits[0].layer)
             for number, visit in enumerate(visits):
                 index, tensors = visit.layer, following.result()
-                weights = self._place(index, tensors)
+                held = self._place(index, tensors)
                 if number + 1 < len(visits):
                     following = reader.submit(self._read, visits[number + 1].layer)
                 if number < start:
-                    self._replay(index, weights, hidden, streams, calls)
+                    self._replay(index, held, hidden, streams, calls)
                     continue
                 feeds, matrices = self.decoder.feeds(index), self.decoder.matrices(index)
-                layer = Layer(index, feeds, matrices, {}, tensors, weights, self.device)
+                layer = Layer(index, feeds, matrices, {}, tensors, self.decoder.in_files(held), self.device)
                 last = number == len(visits) - 1
-                results, squares = self._visit(layer, hidden, streams, calls, last) if calibrated else ({}, {})
+                results, seen = self._visit(layer, held, hidden, streams, calls, last) if calibrated else ({}, Inputs())
                 for output in self.outputs:
                     if not output.method.needs.gram:
-                        inputs = Inputs(importance=self._importance(index, output, squares))
+                        inputs = self._weighing(index, output, seen)
                         results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
                 ordered = {output.method.name: results[output.method.name] for output in self.outputs}
                 yield LayerResult(index, self.decoder.at(index), ordered)
-                del layer, weights, tensors, results, ordered
+                del layer, held, tensors, results, ordered
 
     def _visit(
-        self, layer: Layer, hidden: Hidden, streams: dict[str, Hidden], calls: Calls, last: bool
-    ) -> tuple[dict[str, LayerCodes], dict[str, Tensor]]:
-        """Advance every stream through a layer; returns the version of each output that takes Gram matrices, and each
-        matrix's mean squares of the source's inputs."""
-        index, feeds = layer.index, layer.feeds
+        self,
+        layer: Layer,
+        held: Mapping[str, Tensor],
+        hidden: Hidden,
+        streams: dict[str, Hidden],
+        calls: Calls,
+        last: bool,
+    ) -> tuple[dict[str, LayerCodes], Inputs]:
+        """Advance every stream through a layer, whose tensors in memory are ``held``; returns the version of each
+        output that takes Gram matrices, and each matrix's mean squares of the source's inputs."""
+        index, stacks = layer.index, stacks_of(layer.feeds)
         assert index is not None
-        module = self._fill(index, layer.weights)
-        shared = self._collect(module, feeds, hidden, calls, last)
+        module = self._fill(index, held)
+        shared = self._collect(module, stacks, hidden, calls, last)
         own, results = [], {}
         for output in self.on_grams:
             if output.own_stream:
                 work = output.method.begin(self._planned(layer, output), Inputs(shared))
                 own.append(Stream(output.method, streams[output.method.name], work))
-        squares = self._squares(index, feeds, shared) if self.weighing else {}
+        seen = mean_squares(self._named(index), stacks, shared) if self.weighing else Inputs()
         sharing = [output for output in self.on_grams if not output.own_stream]
         for number, output in enumerate(sharing):
             peaks = {f"the input of {name}": stats.absmax.max() for name, stats in shared.items()}
@@ -159,7 +169,9 @@ class Walk:
             owned = number == len(sharing) - 1
             results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
         del shared
-        passage = Passage(self._named(index), layer, module, hidden, calls, self.dtype, self.decoder.family)
+        passage = Passage(
+            self._named(index), layer, module, held, hidden, calls, self.dtype, self.decoder, self.experts
+        )
         if own:
             passage.round(own)
         for output in self.on_grams:
@@ -170,19 +182,7 @@ class Walk:
             if not last:
                 passage.advance(stream)
         module.to("meta")
-        return results, squares
-
-    def _squares(self, index: int, feeds: Sequence[Feed], shared: Mapping[str, InputStatistics]) -> dict[str, Tensor]:
-        squares: dict[str, Tensor] = {}
-        for feed in feeds:
-            row = shared[feed.name].mean_square
-            if not bool(row.isfinite().all()):
-                raise QtoolError(
-                    f"{self._named(index)}: the input of {feed.name} is NaN or Inf on the calibration text; "
-                    "the source model is broken."
-                )
-            squares |= dict.fromkeys((matrix.module for matrix in feed.consumers), row)
-        return squares
+        return results, seen
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""
@@ -191,34 +191,26 @@ class Walk:
         plans = {plan.name: plan for plan in output.plan.linears if plan.name.startswith(at)}
         return replace(layer, plans={matrix.module: plans[at + matrix.module] for matrix in layer.matrices})
 
-    def _importance(self, index: int, output: Column, squares: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Module -> mean squares: those that a file says, those of the text where the method needs them, or none."""
+    def _weighing(self, index: int, output: Column, seen: Inputs) -> Inputs:
+        """Mean squares: those that a file says, those of the text where the method needs them, or none."""
         given, at = output.importance, self.decoder.at(index)
         if given is None:
-            return squares if output.method.needs is Needs.CHANNELS else {}
-        return {name.removeprefix(at): row for name, row in given.items() if name.startswith(at)}
+            return seen if output.method.needs is Needs.CHANNELS else Inputs()
+        rows = {name.removeprefix(at): row for name, row in given.items() if name.startswith(at)}
+        return Inputs(importance=rows)
 
     def _collect(
-        self, layer: nn.Module, feeds: Sequence[Feed], hidden: Hidden, calls: Calls, last: bool
-    ) -> dict[str, InputStatistics]:
+        self, module: nn.Module, stacks: Sequence[Stack], hidden: Hidden, calls: Calls, last: bool
+    ) -> dict[str, Statistics]:
         """Statistics of the source's stream, as far as any output asks for them. ``hidden`` moves on to the layer's
         outputs, unless streams of outputs are still to be held against it; after the last layer only the float16 range
         of outputs that take Gram matrices asks for it."""
         streams = any(output.own_stream for output in self.on_grams)
         grams = any(not output.own_stream or output.method.asks_source for output in self.on_grams)
-        shared = {feed.name: InputStatistics(channels_only=not grams) for feed in feeds}
         if streams and not grams and not self.weighing:
-            return shared
-        for number, states in enumerate(hidden):
-            inputs: dict[str, Tensor] = {}
-            done = streams or (last and not self.on_grams)
-            with suppress(Enough), captured(layer, feeds, inputs.__setitem__, enough=done):
-                hidden[number] = run_layer(layer, states, calls)
-            for name, x in inputs.items():
-                shared[name].add(x)
-        for stats in shared.values():
-            stats.finish()
-        return shared
+            return empty_statistics(module, stacks, self.experts, channels_only=True)
+        stay = streams or (last and not self.on_grams)
+        return source_statistics(module, stacks, hidden, calls, self.experts, not grams, stay)
 
     def _named(self, index: int) -> str:
         """A layer in messages."""
@@ -234,12 +226,13 @@ class Walk:
         )
 
     def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layer on the device, as transformers holds it."""
         weights = {
             name: tensor.to(self.device, self._dtype_of(name, tensor), non_blocking=True)
             for name, tensor in tensors.items()
         }
         refuse_unsound(weights, f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset)
-        return weights
+        return self.decoder.in_memory(weights)
 
     def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.decoder.family.casts(name) else tensor.dtype
@@ -259,7 +252,7 @@ class Walk:
             assert output.restore is not None
             restored = output.restore(self.decoder.at(index))
             read = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
-            self._fill(index, weights | read)
+            self._fill(index, self.decoder.in_memory(self.decoder.in_files(weights) | read))
             advance(layer, states, calls)
         layer.to("meta")
 

@@ -12,6 +12,7 @@ from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.on_grid import quantize_layer
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.scaling import Weighed
 from qtool.quantize.statistics import InputStatistics
 
 SPEC = GridSpec(4, 32, False, torch.float16)
@@ -44,9 +45,11 @@ def test_search_equals_brute_force_over_all_candidates() -> None:
     """Every candidate run through a real forward in float64: the search must find one as good as the best."""
     x = inputs()
     weights = [torch.randn(256, 128), torch.randn(128, 128)]
-    found = scaling.search_scale(weights, x.t() @ x, x.abs().mean(0), SPEC)
+    stacked = torch.cat(weights)
+    found = scaling.search_scale([Weighed(stacked, x.t() @ x)], x.abs().mean(0), SPEC)
     assert found.scale is not None
-    candidates = [torch.ones(128), *scaling.candidate_scales(x.abs().mean(0), weights, SPEC)]
+    relative = scaling.mean_relative(stacked, SPEC.group_size)
+    candidates = [torch.ones(128), *scaling.candidate_scales(x.abs().mean(0), relative)]
 
     def loss(scale: torch.Tensor) -> float:
         total = 0.0
@@ -65,7 +68,7 @@ def test_no_scaling_when_nothing_beats_it() -> None:
     weight = torch.randint(-7, 8, (64, 128)).float()
     weight[:, ::32], weight[:, 1::32] = 7.0, -8.0
     x = inputs()
-    assert scaling.search_scale([weight], x.t() @ x, x.abs().mean(0), SPEC).scale is None
+    assert scaling.search_scale([Weighed(weight, x.t() @ x)], x.abs().mean(0), SPEC).scale is None
 
 
 def test_scaled_gram_is_the_gram_of_scaled_inputs() -> None:
@@ -79,7 +82,7 @@ def test_repeated_heads_share_their_scales() -> None:
     # columns 0-31 and 32-63 are two query heads fed by key/value head 0
     assert tie.tolist() == [*range(32), *range(32), *range(32, 64), *range(32, 64)]
     x = inputs()
-    scale = scaling.search_scale([torch.randn(64, 128)], x.t() @ x, x.abs().mean(0), SPEC, tie).scale
+    scale = scaling.search_scale([Weighed(torch.randn(64, 128), x.t() @ x)], x.abs().mean(0), SPEC, tie).scale
     assert scale is not None
     assert torch.equal(scale[:32], scale[32:64])
     assert torch.equal(scale[64:96], scale[96:])

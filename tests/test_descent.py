@@ -174,6 +174,25 @@ def test_kernel_finds_what_the_plain_code_finds(kind: str, size: int) -> None:
     assert torch.equal(found.scale.cpu(), group.scale)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on an accelerator only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_take_a_stack_as_its_problems_alone(kind: str) -> None:
+    """Three problems of 77 rows, each under its own metric, in one launch: what three launches find."""
+    plain = KINDS[kind]
+    levels = Levels(plain.top, 64, plain.dtype, plain.sym, plain.signed, plain.table)
+    metric = torch.stack([damped(correlated(64) * (1 + number), 0.05 * (1 + number)) for number in range(3)]).cuda()
+    aim, linear = torch.randn(3, 64, 77).cuda(), torch.randn(3, 64, 77).cuda()
+    stack = descent.choose(aim, metric, levels)
+    better = descent.improve(linear, metric, levels, stack)
+    for number in range(3):
+        alone = descent.choose(aim[number], metric[number], levels)
+        after = descent.improve(linear[number], metric[number], levels, alone)
+        for found, expected in ((stack, alone), (better, after)):
+            assert float((found.levels[number] == expected.levels).float().mean()) > 0.999
+            torch.testing.assert_close(found.scale[number], expected.scale, rtol=1e-4, atol=1e-6)
+            assert torch.equal(found.zero[number], expected.zero)
+
+
 def _on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device) for tensor in tensors)
 

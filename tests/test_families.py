@@ -25,7 +25,9 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.quantize.methods.awq import AwqMethod
-from qtool.quantize.methods.on_grid import GridWork, quantize_layer
+from qtool.quantize.methods.grid_work import GridWork
+from qtool.quantize.methods.on_grid import quantize_layer
+from qtool.quantize.stacks import stacks_of
 from qtool.quantize.statistics import InputStatistics
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
@@ -135,10 +137,11 @@ def test_heads_that_share_a_norm_share_its_scales() -> None:
     stats.finish()
     method = AwqMethod(method="awq", group_size=32, dtype="bfloat16")
     work = GridWork(method, [feed], weights, {feed.name: stats})
-    scale = work.divisor(feed)
+    (stack,) = stacks_of([feed])
+    scale = work.divisor(stack)
     assert scale is not None
     assert not torch.equal(scale, torch.ones(128))
-    torch.testing.assert_close(work.target(feed), weights["out.weight"] * scale)
+    torch.testing.assert_close(work.target(stack), weights["out.weight"] * scale)
     folded = work.finish().tensors["norm.weight"]
     torch.testing.assert_close(x * folded.repeat(4) * scale, made, rtol=1e-4, atol=1e-4)
 

@@ -86,3 +86,24 @@ def test_errors_spread_as_in_float32() -> None:
     found = total.cuda()
     subtract_product(found, left.cuda(), right.cuda())
     assert float((found.cpu() - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_errors_of_scaled_experts() -> None:
+    """A stack with a scale for all, and with one for each: as each alone."""
+    from qtool.quantize.kernels import scaled_error
+
+    weight, shared, own = torch.randn(3, 50, 256).cuda(), torch.rand(256).cuda() + 0.5, torch.rand(3, 256).cuda() + 0.5
+    for factor in (shared, own):
+        found = scaled_error(weight, factor, 64, 15, False, True)
+        for number in range(3):
+            one = factor if factor.ndim == 1 else factor[number]
+            assert torch.equal(found[number], scaled_error(weight[number].contiguous(), one, 64, 15, False, True))
+
+
+def test_grouped_products_are_each_experts_own() -> None:
+    from qtool.quantize.experts import products
+
+    matrices, inputs = torch.randn(4, 96, 64).cuda().bfloat16(), torch.randn(100, 64).cuda().bfloat16()
+    found = products(matrices, inputs, (30, 0, 69, 1))
+    expected = products(matrices.float(), inputs.float(), (30, 0, 69, 1))
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-1)

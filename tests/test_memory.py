@@ -45,6 +45,28 @@ def test_peak_is_what_an_h200_measured(outputs: list[Method], measured: float) -
     assert found == pytest.approx(measured, rel=0.05)
 
 
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 1,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+}  # fmt: skip
+
+
+def test_experts_are_counted_a_few_at_a_time() -> None:
+    """Qwen3-30B-A3B: every expert's Gram matrices and drifts in both streams, the rounding of 32 of them."""
+    decoder = decoder_of(MIXTURE)
+    found = peak_bytes(decoder, decoder.tensors(), [AWQ, GPTQ], TOKENS, "cuda")
+    grams, through = 128 * 2048**2, 128 * 2 * 768 * 2048
+    states = 3 * 2 * TOKENS * 2048  # the source's and two of outputs
+    alive = 2 * (4 * grams + (4 + 2) * through)
+    rounding = 4 * 32 * (AWQ.workspace(2 * 768, 2048))
+    assert states + alive + rounding < found < 24 * 2**30
+    alone = peak_bytes(decoder, decoder.tensors(), [GPTQ], TOKENS, "cuda")
+    assert found - alone > alive / 2
+    fewer = decoder_of(MIXTURE | {"num_experts": 64})
+    assert peak_bytes(fewer, fewer.tensors(), [AWQ, GPTQ], TOKENS, "cuda") < found - alive / 2.5
+
+
 def test_a_soft_cap_makes_scores_whole() -> None:
     """As tests/test_sizing.py counts them storage by storage: eight bytes a score in 16 bits, four a mask's entry."""
     llama, gemma2, gemma3 = (

@@ -14,7 +14,6 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config
 from qtool.convert.formats.plan import ModelShape
-from qtool.convert.models.feeds import Feed
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config
@@ -23,9 +22,10 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import on_grid
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
+from qtool.quantize.methods.grid_work import GridWork, OnGrid
 from qtool.quantize.methods.method import LayerCodes, Method
 from qtool.quantize.methods.nf4 import Nf4Method
-from qtool.quantize.methods.on_grid import GridWork, OnGrid
+from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
 from qtool.quantize.walk import Column, Walk
 
@@ -131,7 +131,7 @@ def test_processors_with_bfloat16_walk_in_it(
 class Rounding:
     """What the work on a feed is given."""
 
-    feed: Feed
+    stack: Stack
     stats: InputStatistics
     divisor: torch.Tensor
 
@@ -142,11 +142,11 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Rounding]:
     calls: list[Rounding] = []
     original = GridWork.round
 
-    def spy(work: GridWork, feed: Feed, stats: InputStatistics) -> None:
+    def spy(work: GridWork, stack: Stack, stats: InputStatistics) -> None:
         copy = InputStatistics(stats.tokens, stats.gram.clone(), stats.drift)
-        divisor = work.divisor(feed)
-        calls.append(Rounding(feed, copy, torch.ones(stats.gram.shape[0]) if divisor is None else divisor))
-        original(work, feed, stats)
+        divisor = work.divisor(stack)
+        calls.append(Rounding(stack, copy, torch.ones(stats.gram.shape[0]) if divisor is None else divisor))
+        original(work, stack, stats)
 
     monkeypatch.setattr(GridWork, "round", spy)
     return calls
@@ -161,7 +161,7 @@ def half_rounded(made: LayerCodes, source: Any, left: Sequence[str]) -> dict[str
     return state
 
 
-def hidden_before(model: Any, index: int, feed: Feed) -> torch.Tensor:
+def hidden_before(model: Any, index: int, feed: Stack) -> torch.Tensor:
     """The hidden states that the output of ``feed`` is added to, ``[tokens, hidden]``."""
     found: list[torch.Tensor] = []
     layer = model.model.layers[index]
@@ -184,11 +184,11 @@ def test_own_stream_sees_what_is_rounded_by_then(
     results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
     source_model = whole_model(tiny)
     source = inputs_of(source_model)
-    feeds = [call.feed for call in roundings[:4]]
-    assert [call.feed.name for call in roundings] == [*INPUTS, *INPUTS]
+    feeds = [call.stack for call in roundings[:4]]
+    assert [call.stack.name for call in roundings] == [*INPUTS, *INPUTS]
     scaled = 0
     for number, call in enumerate(roundings):
-        index, feed = number // 4, call.feed
+        index, feed = number // 4, call.stack
         model = whole_model(tiny)
         for before in range(index + 1):
             left = [m.module for one in feeds[number % 4 :] for m in one.consumers] if before == index else []

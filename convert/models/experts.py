@@ -160,7 +160,7 @@ def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
     experts = range(shape.experts)
     read = [mixture.matrix(shape, expert, part) for expert in experts for part in ("gate", "up")]
     downs = [
-        Feed(Rows(mixture.matrix(shape, expert, "up")), (mixture.matrix(shape, expert, "down"),), split=True)
+        Feed(Rows(mixture.matrix(shape, expert, "up")), (mixture.matrix(shape, expert, "down"),), split=True, adds=True)
         for expert in experts
     ]
     if mixture.shared:

@@ -114,8 +114,8 @@ class Feed:
     consumers: matrices to be quantized, which share the statistics of their input. also: tensors that take the scale
     and stay as they are otherwise: a router, the gate of a shared expert. split: engines that spread a layer over cards
     split the consumers' columns, for the input lies split already. adds: the consumer's output is added to the hidden
-    states as it is (a routed expert's is weighted first). A producer has one feed in a layer, because it has one scale:
-    `Decoder.feeds` refuses a second.
+    states as it is, or a routed expert's by its router's weight. A producer has one feed in a layer, because it has one
+    scale: `Decoder.feeds` refuses a second.
     """
 
     producer: Producer

@@ -138,6 +138,8 @@ def keys_by_threads(job: Job, output: Output, calibration: CalibrationSet, threa
         "device": device_kind(job.device),
         "versions": versions(method),
     }
+    if job.decoder.shape.experts and method.calibrated:
+        made_from["experts"] = job.recipe.experts.model_dump(mode="json")
     if job.recipe.model.trust_remote_code:
         made_from["code"] = True  # the model's own *.py files are carried along
     if output.imatrix is not None:

@@ -189,7 +189,7 @@ def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: Calibratio
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     start = min(writer.layers_done for writer in writers.values())
     columns = [writer.column for writer in writers.values()]
-    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device)
+    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
     for result in walk.outside():
         _write(writers, result)
     with progress_bar() as bar:

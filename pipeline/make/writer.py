@@ -124,6 +124,8 @@ def manifest_of(
     """What `qtool.json` says of the files that have grown."""
     plan, method = output.plan, output.method
     used = job.recipe.calibration.model_dump(mode="json") | {"digest": calibration.digest}
+    if job.decoder.shape.experts:
+        used["experts"] = job.recipe.experts.model_dump(mode="json")
     return Manifest(
         qtool=version("qtool-llm"),
         key=output.key,

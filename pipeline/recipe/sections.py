@@ -11,6 +11,7 @@ from qtool.convert.files.folder import PARTIAL
 from qtool.convert.text.source import TextSource
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
+from qtool.quantize.routed import ExpertSettings
 from qtool.recipe.checking import checked, digest_of, load
 from qtool.recipe.judging import (
     EvaluateSection,
@@ -41,6 +42,7 @@ class Recipe(Section):
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
+    experts: ExpertSettings = ExpertSettings()
     outputs: tuple[OutputSection, ...]
     evaluate: EvaluateSection = EvaluateSection()
     measure: MeasureSection | None = None

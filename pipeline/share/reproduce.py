@@ -109,6 +109,7 @@ def _recipe(folder: Path, manifest: Manifest, given: Given, work: Path) -> Recip
     data = {
         "model": model if local else model | {"revision": commit},
         "outputs": [manifest.output],
+        "experts": manifest.calibration.get("experts", {}),
         "output_dir": str(work),
     }
     try:

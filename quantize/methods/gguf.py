@@ -4,6 +4,7 @@ weighed by importance, or with blocks that make up for each other's errors."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,14 +16,25 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.format import Gguf
 from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks, load_gguf
 from qtool.convert.formats.plan import LinearPlan
-from qtool.convert.models.feeds import Feed, Matrix
+from qtool.convert.models.feeds import Matrix
 from qtool.quantize.methods import kquant_rounding
 from qtool.quantize.methods.ggml import fits, load_library, quantize_ggml, quantizer_package
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Name, Needs, UnfoldedWork
+from qtool.quantize.methods.method import (
+    Inputs,
+    Layer,
+    LayerCodes,
+    LayerWork,
+    Method,
+    Name,
+    Needs,
+    Statistics,
+    UnfoldedWork,
+)
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
-from qtool.quantize.rounding import factorize, propagated_target
-from qtool.quantize.scaling import output_error
+from qtool.quantize.rounding import damped, factorize, propagated_target
+from qtool.quantize.scaling import AT_ONCE, output_error
+from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.statistics import InputStatistics
 
 IMPORTANCE = "importance"
@@ -115,8 +127,8 @@ class GgufMethod(Method):
         relative output error on inputs whose channels are uncorrelated. Nothing is recorded outside the layers."""
         if self.needs.gram and layer.index is not None:
             work = GgufWork(self, layer)
-            for feed in layer.feeds:
-                work.round(feed, inputs.statistics[feed.name])
+            for stack in stacks_of(layer.feeds):
+                work.round(stack, inputs.statistics[stack.name])
             return work.finish()
         output = LayerCodes(tensors=layer.others)
         for matrix in layer.matrices:
@@ -132,7 +144,7 @@ class GgufMethod(Method):
             source = weight.float()
             error = blocks.dequantize().sub_(source).square_()
             power = source.square_()
-            output.records[module] = {"frobenius": _ratio(error, power)}
+            output.records[module] = {"frobenius": _ratio(error, power), **inputs.figures.get(module, {})}
             if row is not None:
                 output.records[module]["weighted_error"] = _ratio(error * row, power * row)
         return output
@@ -156,37 +168,48 @@ class GgufWork(UnfoldedWork):
         super().__init__(layer)
         self._method = method
 
-    def round(self, feed: Feed, stats: InputStatistics) -> None:
+    def round(self, stack: Stack, stats: Statistics) -> None:
         """As `LayerWork.round`."""
-        sources = [fitting(self.layer, matrix) for matrix in feed.consumers]
-        row = live(stats.mean_square)
-        for (module, source, kind), blocks in zip(sources, self._choose(feed, sources, stats), strict=True):
-            self.done.codes[module] = blocks
-            self.done.kept[module] = stats.mean_square.cpu()
-            plain = quantize_ggml(source, kind, row)
-            self.done.records[module] = _record(source.float(), plain, blocks, stats.gram)
+        if isinstance(stats, InputStatistics):
+            self._round(stack, stats, [{}])
+            return
+        for start in range(0, len(stack.problems), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            part = stats.part(some)
+            self._round(stack.part(some), part, part.figures())
+
+    def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
+        sources = [[fitting(self.layer, matrix) for matrix in problem] for problem in stack.problems]
+        chosen = self._choose(stack, sources, stats)
+        grams, rows = (part if stack.routed else [part] for part in (stats.gram, stats.mean_square))
+        for own, blocks, gram, row, figure in zip(sources, chosen, grams, rows, figures, strict=True):
+            weighed = live(row)
+            for (module, source, kind), one in zip(own, blocks, strict=True):
+                self.done.codes[module] = one
+                self.done.kept[module] = row.cpu()
+                plain = quantize_ggml(source, kind, weighed)
+                self.done.records[module] = {**_record(source.float(), plain, one, gram), **figure}
 
     def _choose(
-        self, feed: Feed, sources: Sequence[tuple[str, Tensor, str]], stats: InputStatistics
-    ) -> list[GgmlBlocks]:
-        """Of the matrices of one feed, those of one type together."""
-        sizes, kinds = [source.shape[0] for _, source, _ in sources], [kind for _, _, kind in sources]
-        goal, gram = self.target(feed), stats.gram
+        self, stack: Stack, sources: Sequence[Sequence[tuple[str, Tensor, str]]], stats: Statistics
+    ) -> list[list[GgmlBlocks]]:
+        """Of each problem its matrices' blocks, those of one type together; experts have the same types."""
+        sizes, kinds = [source.shape[0] for _, source, _ in sources[0]], [kind for _, _, kind in sources[0]]
+        goal, gram, problems = self.target(stack), stats.gram, len(sources)
         factor = factorize(gram, self._method.damp_percent)
         if stats.drift is not None:
             with tensor_float32():
                 goal = propagated_target(goal, stats.output_drift(goal), factor, self._method.propagate_strength)
-        goals, found = goal.split(sizes), dict[int, GgmlBlocks]()
-        diagonal = gram.diagonal().clone()
-        gram.diagonal().add_(factor.damp * diagonal.mean())
-        for kind in dict.fromkeys(kinds):
-            places = [place for place, one in enumerate(kinds) if one == kind]
-            wanted = torch.cat([goals[place] for place in places])
-            data = kquant_rounding.quantize(wanted, factor, gram, kind).data.split([sizes[place] for place in places])
-            shapes = [(sizes[place], wanted.shape[1]) for place in places]
-            found |= {n: GgmlBlocks(part, kind, shape) for n, part, shape in zip(places, data, shapes, strict=True)}
-        gram.diagonal().copy_(diagonal)
-        return [found[place] for place in range(len(sources))]
+        goals, found = goal.split(sizes, -2), dict[tuple[int, int], GgmlBlocks]()
+        with damped(gram, factor):
+            for kind in dict.fromkeys(kinds):
+                places = [place for place, one in enumerate(kinds) if one == kind]
+                wanted = torch.cat([goals[place] for place in places], -2)
+                data = kquant_rounding.quantize(wanted, factor, gram, kind).data
+                parts = iter(data.split([sizes[place] for place in places] * problems))
+                for number, place in product(range(problems), places):
+                    found[number, place] = GgmlBlocks(next(parts), kind, (sizes[place], wanted.shape[-1]))
+        return [[found[number, place] for place in range(len(sizes))] for number in range(problems)]
 
 
 def fitting(layer: Layer, matrix: Matrix) -> tuple[str, Tensor, str]:

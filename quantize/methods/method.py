@@ -21,9 +21,12 @@ from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import Format
 from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed, Matrix
+from qtool.quantize.routed import RoutedStatistics
+from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
 
 SKIPPED = ["lm_head"]  # never quantized
+Statistics = InputStatistics | RoutedStatistics  # of a plain stack, of experts
 # a folder's name ends at 255 bytes, and the model's stands in front of it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -78,12 +81,14 @@ def unquantized(matrices: Sequence[Matrix], tensors: Mapping[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method asked for. statistics: a feed's name -> those of its input, used up to spare memory where
-    ``owned``; importance: module -> mean square of its input channels ``[in]``."""
+    """What a method asked for. statistics: a stack's name -> those of its input, used up to spare memory where
+    ``owned``; importance: module -> mean square of its input channels ``[in]``; figures: module of an expert -> what
+    its record says of its statistics."""
 
-    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
     owned: bool = False
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,19 +112,21 @@ class LayerCodes:
 
 
 class LayerWork(ABC):
-    """A layer whose feeds get their codes one after the other, each on the inputs that the feeds before it, as they are
-    by then, produce."""
+    """A layer whose stacks get their codes one after the other, each on the inputs that those before it, as they are by
+    then, produce."""
 
     @abstractmethod
-    def target(self, feed: Feed) -> Tensor:
-        """The weights of its consumers below each other, float32 ``[out, in]``, with every scale that is folded."""
+    def target(self, stack: Stack) -> Tensor:
+        """The weights of each problem below each other, float32 ``[out, in]``, of experts ``[E, out, in]``, with every
+        scale that is folded."""
 
-    def divisor(self, feed: Feed) -> Tensor | None:
-        """What its input is divided by, against the source's, ``[in]``; None: by nothing."""
+    def divisor(self, stack: Stack) -> Tensor | None:
+        """What its input is divided by, against the source's, ``[in]`` or one of each expert ``[E, in]``; None: by
+        nothing."""
         return None
 
     @abstractmethod
-    def round(self, feed: Feed, stats: InputStatistics) -> None:
+    def round(self, stack: Stack, stats: Statistics) -> None:
         """Choose the codes of its consumers. ``stats``: of the input as this layer's state produces it; used up."""
 
     @abstractmethod
@@ -143,9 +150,11 @@ class UnfoldedWork(LayerWork):
     def __init__(self, layer: Layer) -> None:
         self.layer, self.done = layer, LayerCodes(tensors=layer.others)
 
-    def target(self, feed: Feed) -> Tensor:
+    def target(self, stack: Stack) -> Tensor:
         """As `LayerWork.target`."""
-        return torch.cat([self.layer.source(matrix).float() for matrix in feed.consumers])
+        source = self.layer.source
+        aims = [torch.cat([source(matrix).float() for matrix in problem]) for problem in stack.problems]
+        return torch.stack(aims) if stack.routed else aims[0]
 
     def left(self) -> dict[str, Tensor]:
         """As `LayerWork.left`."""

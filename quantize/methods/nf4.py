@@ -19,7 +19,6 @@ from qtool import QtoolError
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
 from qtool.convert.formats.shards import Shards
-from qtool.convert.models.feeds import Feed
 from qtool.quantize import descent
 from qtool.quantize.descent import Chosen, Levels
 from qtool.quantize.methods.method import (
@@ -31,12 +30,14 @@ from qtool.quantize.methods.method import (
     Method,
     Name,
     Needs,
+    Statistics,
     UnfoldedWork,
 )
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
-from qtool.quantize.rounding import factorize, propagated_target
-from qtool.quantize.scaling import output_error
+from qtool.quantize.rounding import damped, factorize, propagated_target
+from qtool.quantize.scaling import AT_ONCE, output_error
+from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.statistics import InputStatistics
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
@@ -92,8 +93,8 @@ class Nf4Method(Method):
         ``|W - Ŵ| / |W|`` is recorded."""
         if self.needs.gram:
             work = Nf4Work(self, layer)
-            for feed in layer.feeds:
-                work.round(feed, inputs.statistics[feed.name])
+            for stack in stacks_of(layer.feeds):
+                work.round(stack, inputs.statistics[stack.name])
             return work.finish()
         output = LayerCodes(tensors=layer.others)
         for matrix in layer.matrices:
@@ -115,19 +116,35 @@ class Nf4Work(UnfoldedWork):
         super().__init__(layer)
         self._method = method
 
-    def round(self, feed: Feed, stats: InputStatistics) -> None:
+    def round(self, stack: Stack, stats: Statistics) -> None:
         """As `LayerWork.round`."""
-        sources = [self.layer.source(matrix) for matrix in feed.consumers]
-        for matrix, source, blocks in zip(feed.consumers, sources, self._choose(sources, stats), strict=True):
-            self.done.codes[matrix.module] = blocks
-            self.done.records[matrix.module] = self._record(source, blocks, stats.gram)
+        if isinstance(stats, InputStatistics):
+            self._round(stack, stats, [{}])
+            return
+        for start in range(0, len(stack.problems), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            part = stats.part(some)
+            self._round(stack.part(some), part, part.figures())
 
-    def _choose(self, sources: Sequence[Tensor], stats: InputStatistics) -> list[Nf4Blocks]:
-        """Of the matrices of one feed. Rows that end inside a block share it with the next: bitsandbytes' own codes."""
+    def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
+        chosen = self._choose(stack, stats)
+        grams = stats.gram if stack.routed else [stats.gram]
+        for problem, own, gram, figure in zip(stack.problems, chosen, grams, figures, strict=True):
+            for matrix, (source, blocks) in zip(problem, own, strict=True):
+                self.done.codes[matrix.module] = blocks
+                self.done.records[matrix.module] = {**self._record(source, blocks, gram), **figure}
+
+    def _choose(self, stack: Stack, stats: Statistics) -> list[list[tuple[Tensor, Nf4Blocks]]]:
+        """Of each problem its matrices' sources and blocks. Rows that end inside a block share it with the next:
+        bitsandbytes' own codes."""
         method = self._method
-        if sources[0].shape[1] % method.blocksize:
-            return [quantize_nf4(source, method.blocksize, method.double_quant) for source in sources]
-        target = torch.cat([source.float() for source in sources])
+        sources = [[self.layer.source(matrix) for matrix in problem] for problem in stack.problems]
+        if sources[0][0].shape[1] % method.blocksize:
+            return [
+                [(source, quantize_nf4(source, method.blocksize, method.double_quant)) for source in own]
+                for own in sources
+            ]
+        target = self.target(stack)
         factor = factorize(stats.gram, method.damp_percent)
         goal = target
         if stats.drift is not None:
@@ -135,22 +152,32 @@ class Nf4Work(UnfoldedWork):
                 goal = propagated_target(target, stats.output_drift(target), factor, method.propagate_strength)
         levels = Levels(15, method.blocksize, torch.float32, table=bnb_nf4.NF4)
         begun = descent.begin(goal, factor, levels)
-        diagonal = stats.gram.diagonal().clone()
-        stats.gram.diagonal().add_(factor.damp * diagonal.mean())
-        sizes = [source.shape[0] for source in sources]
-        maxima: list[tuple[Tensor, Nested | None]]
-        if method.double_quant:  # scales are rounded once they are good, then codes make up for that
-            begun = descent.descend(goal, begun, stats.gram, levels, sweeps=1)
-            nested = [_nested(scale) for scale in begun.scale.split(sizes)]
-            begun = Chosen(begun.levels, torch.cat([scale for scale, _, _ in nested]), begun.zero)
-            chosen = descent.descend(goal, begun, stats.gram, levels, sweeps=2, scales=False)
-            maxima = [(absmax, second) for _, absmax, second in nested]
-        else:
-            chosen = descent.descend(goal, begun, stats.gram, levels)
-            maxima = [(scale.flatten(), None) for scale in chosen.scale.split(sizes)]
-        stats.gram.diagonal().copy_(diagonal)
-        parts = zip(sources, chosen.levels.split(sizes), maxima, strict=True)
-        return [_blocks(source, own, absmax, second, method.blocksize) for source, own, (absmax, second) in parts]
+        with damped(stats.gram, factor):
+            chosen, maxima = self._descend(goal, begun, stats.gram, levels, [own.shape[0] for own in sources[0]])
+        sizes = [own.shape[0] for problem in sources for own in problem]
+        parts = iter(zip(chosen.levels.flatten(0, -2).split(sizes), maxima, strict=True))
+        found = []
+        for own in sources:
+            each = zip(own, parts, strict=False)  # as many of the parts as this problem has matrices
+            found.append([(one, _blocks(one, codes, *scales, method.blocksize)) for one, (codes, scales) in each])
+        return found
+
+    def _descend(
+        self, goal: Tensor, begun: Chosen, gram: Tensor, levels: Levels, sizes: Sequence[int]
+    ) -> tuple[Chosen, list[tuple[Tensor, Nested | None]]]:
+        """(levels, each matrix's scales as they are stored). ``sizes``: rows of the matrices of a problem."""
+        problems = goal.shape[0] if goal.ndim == 3 else 1
+        rows = list(sizes) * problems
+        if not self._method.double_quant:
+            chosen = descent.descend(goal, begun, gram, levels)
+            return chosen, [(scale.flatten(), None) for scale in chosen.scale.flatten(0, -2).split(rows)]
+        # scales are rounded once they are good, then codes make up for that
+        begun = descent.descend(goal, begun, gram, levels, sweeps=1)
+        nested = [_nested(scale) for scale in begun.scale.flatten(0, -2).split(rows)]
+        scales = torch.cat([scale for scale, _, _ in nested]).view_as(begun.scale)
+        begun = Chosen(begun.levels, scales, begun.zero)
+        chosen = descent.descend(goal, begun, gram, levels, sweeps=2, scales=False)
+        return chosen, [(absmax, second) for _, absmax, second in nested]
 
     def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
         wide, method = source.float(), self._method

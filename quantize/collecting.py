@@ -1,0 +1,127 @@
+"""Statistics of a layer's inputs in the source's stream, and what rare experts are shown beside their own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool import QtoolError
+from qtool.quantize.capture import Calls, Enough, Hidden, captured, run_layer
+from qtool.quantize.experts import Routed, Taker, inner, mixture_of
+from qtool.quantize.methods.method import Inputs, Statistics
+from qtool.quantize.routed import SAMPLE, ExpertSettings, RoutedStatistics
+from qtool.quantize.stacks import Stack
+from qtool.quantize.statistics import InputStatistics
+
+
+@dataclass
+class Sample:
+    """Some tokens' inputs of a mixture, evenly from all batches: what a rare expert would see of any token.
+
+    tokens: of all batches together.
+    """
+
+    tokens: int
+    _parts: list[Tensor] = field(default_factory=list)
+
+    def take(self, call: Routed) -> None:
+        """Of one batch."""
+        self._parts.append(call.hidden[:: max(1, self.tokens // SAMPLE)].clone())
+
+    def typical(self, stack: Stack, mixture: Any) -> Callable[[int], Tensor]:
+        """As `RoutedStatistics.finish` asks. ``mixture``: the module that computes the experts, with its weights."""
+        hidden = torch.cat(self._parts)
+        if not stack.inner:
+            return lambda _: hidden
+        return lambda expert: inner(mixture, mixture.gate_up_proj[expert : expert + 1], hidden, [len(hidden)])
+
+
+def source_statistics(
+    layer: nn.Module,
+    stacks: Sequence[Stack],
+    hidden: Hidden,
+    calls: Calls,
+    settings: ExpertSettings,
+    channels_only: bool,
+    stay: bool,
+) -> dict[str, Statistics]:
+    """A stack's name -> the statistics of its input in the source's stream. ``hidden`` moves on to the layer's outputs,
+    unless it shall ``stay``."""
+    shared = empty_statistics(layer, stacks, settings, channels_only)
+    routed = {stack.inner: shared[stack.name] for stack in stacks if stack.routed}
+    sample = Sample(sum(states.shape[:-1].numel() for states in hidden))
+    for number, states in enumerate(hidden):
+        inputs: dict[str, Tensor] = {}
+
+        def watch(call: Routed) -> Taker:
+            return _count(call, routed, sample)
+
+        enough = stay and not routed
+        with suppress(Enough), captured(layer, stacks, inputs.__setitem__, watch, enough):
+            output = run_layer(layer, states, calls)
+            if not stay:
+                hidden[number] = output
+        for name, x in inputs.items():
+            stats = shared[name]
+            assert isinstance(stats, InputStatistics)
+            stats.add(x)
+    finish(layer, stacks, shared, sample)
+    return shared
+
+
+def empty_statistics(
+    layer: nn.Module, stacks: Sequence[Stack], settings: ExpertSettings, channels_only: bool
+) -> dict[str, Statistics]:
+    """Before any batch, in the source's stream."""
+    shared: dict[str, Statistics] = {}
+    for stack in stacks:
+        if stack.routed:
+            shared[stack.name] = RoutedStatistics(mixture_of(layer).num_experts, settings, channels_only)
+        else:
+            shared[stack.name] = InputStatistics(channels_only=channels_only)
+    return shared
+
+
+def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
+    """Of every matrix the mean squares of its input channels; of an expert its tokens, too. Raises QtoolError naming
+    the ``layer`` where they are no numbers."""
+    squares: dict[str, Tensor] = {}
+    figures: dict[str, Mapping[str, float]] = {}
+    for stack in stacks:
+        stats = shared[stack.name]
+        rows = stats.mean_square
+        if not bool(rows.isfinite().all()):
+            raise QtoolError(
+                f"{layer}: the input of {stack.name} is NaN or Inf on the calibration text; the source model is broken."
+            )
+        for number, problem in enumerate(stack.problems):
+            squares |= {matrix.module: rows[number] if stack.routed else rows for matrix in problem}
+        if isinstance(stats, RoutedStatistics):
+            own = zip(stack.problems, stats.figures(), strict=True)
+            figures |= {matrix.module: figure for problem, figure in own for matrix in problem}
+    return Inputs(importance=squares, figures=figures)
+
+
+def finish(layer: nn.Module, stacks: Sequence[Stack], found: dict[str, Statistics], sample: Sample) -> None:
+    """Make statistics whole. ``layer``: with the weights of their stream."""
+    for stack in stacks:
+        stats = found[stack.name]
+        if isinstance(stats, InputStatistics):
+            stats.finish()
+        elif stats.counts:
+            stats.finish(sample.typical(stack, mixture_of(layer)))
+
+
+def _count(call: Routed, routed: dict[bool, Statistics], sample: Sample) -> Taker:
+    """The experts' inputs now; the inputs of their down matrices when they are made."""
+    sample.take(call)
+    own, made = routed[False], routed[True]
+    assert isinstance(own, RoutedStatistics)
+    assert isinstance(made, RoutedStatistics)
+    own.add(call.inputs, call.weights, call.counts)
+    return lambda x: made.add(x, call.weights, call.counts)
