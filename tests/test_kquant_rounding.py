@@ -73,6 +73,22 @@ def test_the_bytes_are_what_was_chosen(type_name: str) -> None:
     assert torch.equal(again.scale, chosen.scale)
 
 
+@pytest.mark.parametrize("type_name", KINDS)
+def test_a_stack_is_rounded_as_its_problems_alone(type_name: str) -> None:
+    """Three problems, each under its own metric: float32 sums in another order may turn a near tie of a row, no more;
+    the rows of one lie below the other's."""
+    grams, target = torch.stack([correlated(512) * 4.0**number for number in range(3)]), torch.randn(3, 7, 512) * 0.02
+    factor, metric = factorize(grams, DAMP), torch.stack([damped(gram) for gram in grams])
+    found = quantize(target, factor, metric, type_name)
+    assert found.shape == (21, 512)
+    stacked = found.dequantize().view(3, 7, 512)
+    for number in range(3):
+        alone = quantize(target[number], factorize(grams[number], DAMP), metric[number], type_name).dequantize()
+        assert float((stacked[number] == alone).float().mean()) > 0.8
+        ours, theirs = (float(loss(one, target[number], metric[number]).sum()) for one in (stacked[number], alone))
+        assert ours == pytest.approx(theirs, rel=5e-3)
+
+
 def test_no_row_loses_more_than_ggmls() -> None:
     """Also where float16 holds the scales badly: rows as small and as large as it has them."""
     gram = correlated(256)

@@ -26,7 +26,6 @@ from qtool.quantize.experts import Routed
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import on_grid
 from qtool.quantize.methods.awq import AwqMethod
-from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.gptq import GptqMethod
 from qtool.quantize.methods.grid_work import GridWork
 from qtool.quantize.methods.method import LayerCodes, LayerWork, Method
@@ -455,7 +454,6 @@ def test_an_expert_that_no_token_reaches_gets_codes(tmp_path: Path) -> None:
 
 def test_importance_rows_of_experts(folder: Path) -> None:
     walk = walk_of(folder, [])
-    method = GgufMethod(method="gguf", type="Q4_K_M")
     seen: dict[str, Tensor] = {}
     walk.outputs = ()
     walk.weighing = True
@@ -478,7 +476,6 @@ def test_importance_rows_of_experts(folder: Path) -> None:
                 continue
             torch.testing.assert_close(seen[matrix.module], own.square().mean(0), rtol=1e-3, atol=1e-4)
             assert inputs.figures[matrix.module]["tokens"] == len(own)
-    assert method.needs.value == "channels"
 
 
 def test_more_text_is_drawn_for_the_mean_expert(folder: Path) -> None:
