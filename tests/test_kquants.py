@@ -163,6 +163,7 @@ def test_layers_that_do_not_fit_are_named() -> None:
     from qtool.convert.models.feeds import Feed, Nothing, whole
     from qtool.quantize.methods.gguf import GgufMethod
     from qtool.quantize.methods.method import Inputs, Layer
+    from qtool.quantize.stacks import Stack
     from qtool.quantize.statistics import InputStatistics
 
     matrices = (whole("self_attn.q_proj"), whole("mlp.down_proj"))
@@ -171,11 +172,11 @@ def test_layers_that_do_not_fit_are_named() -> None:
     layer = Layer(0, (), matrices, plans, tensors, {}, torch.device("cpu"))
     with pytest.raises(QtoolError, match=r"self_attn\.q_proj: does not fit Q4_K, which ends at 65504; set"):
         GgufMethod(method="gguf", rounding="ggml").quantize(layer, Inputs())
-    stats, feed = InputStatistics(), Feed(Nothing(), matrices[1:])
+    stats, stack = InputStatistics(), Stack((matrices[1:],), (Feed(Nothing(), matrices[1:]),))
     stats.add(torch.randn(300, 256))
     stats.finish()
     with pytest.raises(QtoolError, match=r"mlp\.down_proj: does not fit Q4_K, which ends at 65504; set"):
-        GgufMethod(method="gguf").begin(layer, Inputs()).round(feed, stats)
+        GgufMethod(method="gguf").begin(layer, Inputs()).round(stack, stats)
 
 
 def test_descent_is_the_default_where_the_text_weighs_the_columns() -> None:

@@ -24,8 +24,9 @@ from qtool.quantize.collecting import mean_squares
 from qtool.quantize.descent import Levels
 from qtool.quantize.experts import Routed
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods import on_grid
+from qtool.quantize.methods import gguf, kquant_rounding, kquants, on_grid
 from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.gptq import GptqMethod
 from qtool.quantize.methods.grid_work import GridWork
 from qtool.quantize.methods.method import LayerCodes, LayerWork, Method
@@ -427,7 +428,7 @@ def _target(made: LayerCodes, walk: Any, index: int, matrix: Any) -> Tensor:
     return weight / made.kept[f"{matrix.module}.rows"].unsqueeze(1)
 
 
-def test_an_expert_that_no_token_reaches_gets_codes(tmp_path: Path) -> None:
+def test_an_expert_that_no_token_reaches_gets_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its router's row says 0 where at least two others of opposite pairs say more; every method quantizes it by what
     all tokens would be to it."""
     from safetensors.torch import load_file, save_file
@@ -438,9 +439,11 @@ def test_an_expert_that_no_token_reaches_gets_codes(tmp_path: Path) -> None:
         if name.endswith("block_sparse_moe.gate.weight"):
             router[2], router[4], router[0] = -router[1], -router[3], 0
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for room in (gguf, kquant_rounding):
+        monkeypatch.setattr(room, "quantize_ggml", kquants.quantize)  # needs no package
     methods: list[Method] = [
         AwqMethod(**AWQ), GptqMethod(method="gptq", group_size=32, descent=False, signed=False),
-        AwqMethod(**AWQ, name="rtn", rounding="rtn"),
+        AwqMethod(**AWQ, name="rtn", rounding="rtn"), GgufMethod(method="gguf"),
     ]  # fmt: skip
     for result in walk_of(folder, methods).run():
         for made in result.outputs.values():
