@@ -56,8 +56,10 @@ def make(architecture: str, folder: Path) -> dict[str, Path]:
     changes = MIXTURES[architecture] | {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 2}
     changes |= {"mlp_only_layers": []} if "mlp_only_layers" in changes else {}
     changes["moe_intermediate_size" if "moe_intermediate_size" in changes else "intermediate_size"] = 128
+    folder.mkdir()
     model = make_model(folder / "model", architecture, loudness=0.4, **changes)
-    return {"source": model} | rounded(model, OUTPUTS, folder)
+    made: dict[str, Path] = {"source": model} | rounded(model, OUTPUTS, folder)
+    return made
 
 
 def expected(artifact: Artifact, layer: int, parameter: str, swap: bool = False) -> Tensor:
@@ -142,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        made = {name: make(name, work / name) for name in ("Qwen3Moe", "Mixtral") if (work / name).mkdir() is None}
+        made = {name: make(name, work / name) for name in ("Qwen3Moe", "Mixtral")}
         faults = answers(args.python, {name: paths["source"] for name, paths in made.items()}, work)
         for name, paths in made.items():
             for output, path in paths.items():

@@ -66,7 +66,7 @@ class Subject:
 
     def quantized(
         self, methods: list[Method], tokens: Tensor, settings: ExpertSettings
-    ) -> dict[str, Mapping[str, Any]]:
+    ) -> dict[str, dict[str, Any]]:
         """Method's name -> the model's layers as a reader of the artifact gets them, and the records."""
         skeleton = build_skeleton(load_config(self.path))
         shape = ModelShape(self.checkpoint.tensors, self.decoder, self.raw)
@@ -151,7 +151,7 @@ def _blind() -> Iterator[None]:
         if stats.drift is not None:
             stats.drift.zero_()
 
-    RoutedStatistics.finish = finish  # type: ignore[method-assign]
+    RoutedStatistics.finish = finish  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
