@@ -34,6 +34,7 @@ from qtool.quantize.methods.method import Method
 AWQ, GPTQ, GGUF = AwqMethod(method="awq"), GptqMethod(method="gptq"), GgufMethod(method="gguf")
 CASES: dict[str, Sequence[Method]] = {
     "Q4_K_M": [GGUF],
+    "Q4_K_M, ggml's blocks": [GgufMethod(method="gguf", rounding="ggml")],
     "AWQ, rtn rounding": [AwqMethod(method="awq", rounding="rtn")],
     "GPTQ": [GPTQ],
     "AWQ + GPTQ": [AWQ, GPTQ],

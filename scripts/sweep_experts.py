@@ -1,6 +1,7 @@
 """How experts' statistics should be taken: KL to the source of AWQ and GPTQ under each way, on a mixture of experts.
 
     python scripts/sweep_experts.py MODEL CALIBRATION HELDOUT [--samples N] [--length N] [--group-size N] [--seeds N]
+        [--gguf]  Q4_K_M by descent and by ggml's own search instead
 
 MODEL: a folder (scripts/train_small_experts.py makes one); CALIBRATION and HELDOUT: texts as a recipe names them. The
 layers are quantized in memory, nothing is written. Prints a Markdown table.
@@ -28,6 +29,7 @@ from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.awq import AwqMethod
+from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.gptq import GptqMethod
 from qtool.quantize.methods.method import Method
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
@@ -64,9 +66,7 @@ class Subject:
         """Tokens ``[samples, length]``."""
         return token_windows(TextSource(text=text, samples=samples, length=length, seed=seed), self.tokenizer)
 
-    def quantized(
-        self, methods: list[Method], tokens: Tensor, settings: ExpertSettings
-    ) -> dict[str, dict[str, Any]]:
+    def quantized(self, methods: list[Method], tokens: Tensor, settings: ExpertSettings) -> dict[str, dict[str, Any]]:
         """Method's name -> the model's layers as a reader of the artifact gets them, and the records."""
         skeleton = build_skeleton(load_config(self.path))
         shape = ModelShape(self.checkpoint.tensors, self.decoder, self.raw)
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--seeds", type=int, default=1, help="calibration sets, of other windows each; means are shown")
+    parser.add_argument("--gguf", action="store_true", help="Q4_K_M in place of AWQ and GPTQ")
     options = parser.parse_args()
     subject = Subject(options.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sets = [
@@ -112,10 +113,7 @@ def main() -> None:
     windows = subject.windows(options.heldout, 48, options.length, seed=7)
     expected = subject.logits(windows)
     size = options.group_size
-    methods: list[Method] = [
-        AwqMethod(method="awq", group_size=size),
-        GptqMethod(method="gptq", group_size=size),
-    ]
+    methods = _gguf() if options.gguf else _uniform(size)
     plain = AwqMethod(method="awq", name="rtn", group_size=size, scaling="none", rounding="rtn", clip=False)
     cost = _cost(subject, subject.quantized([plain], sets[0], ExpertSettings()), windows, expected)["rtn"]
     print(
@@ -131,11 +129,25 @@ def main() -> None:
             with _blind() if name == NONE else nullcontext():
                 states = subject.quantized(methods, tokens, settings)
             costs.append(_cost(subject, states, windows, expected))
-            records += [record for _, held in states["gptq"].values() for record in held.values() if "tokens" in record]
+            records += [
+                record for _, held in states[methods[0].name].values() for record in held.values() if "tokens" in record
+            ]
         counts, blended = [record["tokens"] for record in records], sum(record["blended"] > 0 for record in records)
         columns = " | ".join(f"{fmean(cost[method.name] for cost in costs):.5f}" for method in methods)
         reached = f"{min(counts):.0f}, {fmean(counts):.0f}"
         print(f"| {name} | {columns} | {reached} | {100 * blended // len(records)} % |", flush=True)
+
+
+def _uniform(size: int) -> list[Method]:
+    return [AwqMethod(method="awq", group_size=size), GptqMethod(method="gptq", group_size=size)]
+
+
+def _gguf() -> list[Method]:
+    return [
+        GgufMethod(method="gguf"),
+        GgufMethod(method="gguf", name="grams", propagate_error=False),
+        GgufMethod(method="gguf", name="ggml", rounding="ggml"),
+    ]
 
 
 @contextmanager
