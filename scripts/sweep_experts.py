@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def main() -> None:
         print(f"| {name} | {columns} | {reached} | {100 * blended // len(records)} % |", flush=True)
 
 
-def _uniform(size: int) -> list[Method]:
+def _uniform(size: Literal[32, 64, 128]) -> list[Method]:
     return [AwqMethod(method="awq", group_size=size), GptqMethod(method="gptq", group_size=size)]
 
 

@@ -221,12 +221,16 @@ def test_any_bytes_come_back(type_name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels run on an accelerator only")
 @pytest.mark.parametrize("type_name", KINDS)
 def test_an_accelerator_finds_what_the_cpu_finds(type_name: str) -> None:
-    gram, target = correlated(768), torch.randn(50, 768) * 0.02
-    losses = []
-    for device in ("cpu", "cuda"):
-        found = quantize(target.to(device), factorize(gram.to(device), DAMP), damped(gram).to(device), type_name)
-        losses.append(float(loss(found.dequantize().cpu(), target, damped(gram)).sum()))
-    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    """Of one problem, and of the same and another in a stack."""
+    grams, target = torch.stack([correlated(768), correlated(768)]), torch.randn(2, 50, 768) * 0.02
+    metric = torch.stack([damped(gram) for gram in grams])
+    for problems in (0, slice(None)):
+        losses = []
+        for device in ("cpu", "cuda"):
+            wanted, gram, own = (part[problems].to(device) for part in (target, grams, metric))
+            found = quantize(wanted, factorize(gram, DAMP), own, type_name).dequantize()
+            losses.append(float(loss(found.view_as(wanted).cpu(), target[problems], metric[problems]).sum()))
+        assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_kinds_hold_what_the_types_hold() -> None:
