@@ -51,7 +51,8 @@ def plan(model: str | Path, gpu: str | None = None, **options: Any) -> Plan:
 
     ``model``: a folder, a config.json, a Hub id, an artifact. ``gpu``: cards, comma-separated (None: this machine's,
     else RTX4090 and H100). ``options``: ``gpus``, ``contexts``, ``sequences``, ``kv_dtypes``, ``engine``, ``formats``,
-    ``cards`` (a YAML file of cards of your own), ``host_bandwidth`` (GB/s), ``revision``. Raises QtoolError.
+    ``cards`` (a YAML file of cards of your own), ``host_bandwidth`` (GB/s), ``revision``, ``shared_prefix`` (tokens).
+    Raises QtoolError.
 
     >>> found = qtool.plan("qtool-demo", gpu="RTX4090", formats=["awq", "Q4_K_M"], contexts=[512])
     >>> [(answer.setting.weights.format, answer.fits, answer.context) for answer in found.answers]

@@ -15,6 +15,7 @@ from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.reading import named, read_text
 from qtool.convert.files.source import resolve
+from qtool.convert.formats.table import in_safetensors
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
@@ -35,6 +36,7 @@ from qtool.runs import ledger, record
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import save_summary
+from qtool.serve.outputs import prove_artifacts, require_servers
 
 
 def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
@@ -86,6 +88,10 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
     evaluation = _evaluation(job, runs, folder)
+    if recipe.serve is not None:
+        require_servers(
+            recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
+        )
     calibration = _calibrate(job)
     if read_text(path) != text:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
@@ -93,6 +99,8 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         record.begin(folder, text)
     artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
+    if recipe.serve is not None:
+        artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
         lock = _lock(folder, job, calibration, artifacts)

@@ -34,14 +34,14 @@ def plan(
     model: str | Path, gpu: str | None = None, *, gpus: int = 1, contexts: Sequence[int] = (),
     sequences: Sequence[int] = (), kv_dtypes: Sequence[str] = (), engine: str | None = None,
     formats: Sequence[str] = (), cards: str | Path | None = None, host_bandwidth: float | None = None,
-    revision: str | None = None,
+    revision: str | None = None, shared_prefix: int = 0,
 ) -> Plan:  # fmt: skip
     """`qtool.plan`."""
     known = load_accelerators(None if cards is None else Path(cards))
     question = Question(
         cards=choose(known, gpu or own_card(known)), number=gpus, contexts=tuple(contexts),
         sequences=tuple(sequences), kv_dtypes=tuple(kv_dtypes), engine=engine, formats=tuple(formats),
-        host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH,
+        host_bandwidth=host_bandwidth * 1e9 if host_bandwidth else HOST_BANDWIDTH, shared_prefix=shared_prefix,
     )  # fmt: skip
     return make_plan(read_headers(str(model), revision), question)
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from qtool.convert.files.licence import Licence
 from qtool.convert.files.manifest import FileEntry, Manifest
+from qtool.convert.files.proof import Finding, Proof
 from qtool.convert.verify.verification import Check
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
 from qtool.report.card import Card, Published, card_text, escape, eval_files, fenced, loading
@@ -86,6 +87,22 @@ def card() -> Card:
 def test_the_whole_card(card: Card) -> None:
     """After a change on purpose: look at the new text, then store it as tests/data/card.md."""
     assert card_text(card) == GOLDEN.read_text()
+
+
+def test_servers_that_proved_it_are_named(card: Card) -> None:
+    cache = Finding(what="cache", outcome="pass", detail="17 blocks")
+    proof = Proof(
+        engine="vllm", version="vllm 0.32.0", machine="a <processor>", dtype="float16", cache_type="bf16", context=512,
+        users=4, time="", command="vllm serve m", kernels=["CPUWNA16LinearKernel"],
+        numbers={"kl": 4.3e-6, "top1": 0.9984}, findings=[cache],
+    )  # fmt: skip
+    (item,) = card.artifacts
+    proved = replace(item, manifest=item.manifest.model_copy(update={"proofs": [proof]}))
+    text = card_text(replace(card, artifacts=[proved], summary=card.summary.with_proofs({"awq": [proof]})))
+    assert "## In real servers" in text
+    assert "| awq | vllm 0.32.0 | float16 | pass | 4.3e-06 | 99.84% | 4 x 512 |" in text
+    assert "vllm 0.32.0 on a &lt;processor&gt;: CPUWNA16LinearKernel." in text
+    assert "checked on these files; vllm was started with them." in text
 
 
 def test_the_hubs_reader_finds_the_metadata(card: Card) -> None:

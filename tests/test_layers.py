@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # Each room imports those after it and nothing before it. A module beside the rooms is a room of its own; where it
 # stands in no list, it only must not be part of a circle.
 DOWNHILL: dict[str, tuple[str, ...]] = {
-    "": ("__main__", "cli", "share", "verbs", "run", "report", "measure", "make", "runs", "sizing", "recipe"),
+    "": ("__main__", "cli", "share", "verbs", "run", "report", "serve", "measure", "make", "runs", "sizing", "recipe"),
     "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
     "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision"),
     "evaluate": ("selfcheck", "answers", "fidelity", "tasks", "engines", "sandbox", "journal", "scorecard", "rates"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qtool import QtoolError
+from qtool.convert.files.proof import Proof
 from qtool.convert.files.reading import read_json, shown
 
 MANIFEST = "qtool.json"
@@ -35,7 +36,7 @@ class FileEntry(_Stored):
 
 
 class Manifest(_Stored):
-    """What is in the folder, how it was made, and what each linear lost."""
+    """What is in the folder, how it was made, what each linear lost, and the servers that it was proved in."""
 
     qtool: str
     key: str
@@ -50,6 +51,7 @@ class Manifest(_Stored):
     ledger: dict[str, dict[str, Figure]]
     files: dict[str, FileEntry]
     notes: list[str] = []
+    proofs: list[Proof] = []
 
     @field_validator("files")
     @classmethod

@@ -5,8 +5,9 @@ An engine's own module fills one `EngineFacts`; nothing outside asks for an engi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +70,8 @@ class Card(Protocol):
     def cuda(self) -> bool: ...
     @property
     def unified(self) -> bool: ...
+    @property
+    def processor(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ class OffloadRule:
 class Serving:
     """What a command that serves is made of. ``place``: folder or Hub id; ``revision``: the Hub's, of a model that is
     there already; ``file``: the .gguf file, where there is one; ``config``: config.json of what is served;
-    ``cache_type``: its name; ``offload``: the rule's flag, empty where all fits."""
+    ``cache_type``: its name; ``offload``: the rule's flag, empty where all fits. ``name``: what the server calls the
+    model; ``dtype``: of the activations, empty for what the files say; ``prefill``: tokens of one step of a prompt;
+    ``processor``: no card is used; ``cache_bytes``: of the whole cache; ``share``: of a card's memory."""
 
     place: str
     revision: str | None
@@ -111,6 +116,42 @@ class Serving:
     cards: int
     cache_type: str
     offload: str
+    name: str = ""
+    dtype: str = ""
+    prefill: int = 0
+    prefix_cache: bool = True
+    processor: bool = False
+    cache_bytes: int = 0
+    share: float = 1.0
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def served_dtype(self) -> str:
+        """What was asked for, else what config.json says; of packed weights, whose kernels lack float32, bfloat16."""
+        said = self.dtype or str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+        said = said.removeprefix("torch.")
+        return "bfloat16" if said == "float32" and self.config.get("quantization_config") else said
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started. ``words``: its program and arguments; ``environment``: what it is told beside them;
+    ``after``: commands that follow once it answers."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    after: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """A line for a shell."""
+        told = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        line = " ".join([*told, shlex.join(self.words)])
+        if not self.after:
+            return line
+        more = "; ".join(" ".join([*told, shlex.join(words)]) for words in self.after)
+        return f"{line} & sleep 3; {more}; wait"
 
 
 @dataclass(frozen=True)
@@ -156,18 +197,39 @@ class EngineFacts:
     prefill_tokens: Callable[[Card], int] = lambda card: 0  # of one step, which sliding layers hold too
     overhead: Callable[[Load], Overhead] = lambda load: Overhead(0, 0)
     memory_share: float = 1.0  # of a card's memory that it takes
+    takes_all: bool = False  # a server takes its share whole: what is left is cache
     embedding_on_card: bool = True
     offload: OffloadRule | None = None
     # (geometry, columns to a scale, cards) -> why cards cannot share each layer; None: they take turns with theirs
     split_faults: Callable[[Geometry, int, int], list[str]] | None = None
     efficiency: Efficiency = Efficiency(1.0, 1.0, 1.0, 0.0, 0.0)
     # What it loads, and how it is started.
-    command: Callable[[Serving], str] = lambda serving: ""
+    command: Callable[[Serving], str] = lambda serving: ""  # of what is no server
+    launch: Callable[[Serving], Launch] | None = None  # of a server
+    served_dtype: Callable[[Serving], str] = lambda serving: serving.served_dtype  # of a server's activations
+    program: str = ""  # the server's, as it is found on PATH
+    module: str = ""  # what `python -m` starts it with, where no program of its name is there
+    package: str = ""  # that this module is of
+    health: str = "/health"  # where it says 200 once it can answer
+    block: int = 1  # tokens to a block of the cache, the unit in which prompts share it
+    shares: bool = True  # whether prompts that begin alike hold that beginning once
+    spare_blocks: int = 0  # of the cache, which it keeps for itself
+    untried: str = ""  # why nobody ran its command here
     load: Callable[[Download], list[tuple[str, str]]] = lambda download: []  # blocks of a card: (text, language)
     refuses_card: Callable[[Card], str] = lambda card: ""
     refuses_model: Callable[[Mapping[str, Any]], list[str]] = lambda config: []  # config.json -> why not
     needs_beside: Callable[[Mapping[str, Any]], str] = lambda config: ""  # config.json -> what to install beside it
     refuses_gguf: str = ""  # why it loads no folder with a .gguf file, where there is more to say
+
+    processor: EngineFacts | None = None  # the facts where a processor computes
+
+    def on(self, card: Card) -> EngineFacts:
+        """The facts on this kind of card."""
+        return self.processor if self.processor is not None and card.processor else self
+
+    def typed(self, serving: Serving) -> str:
+        """What is typed to load or to serve it."""
+        return self.launch(serving).text if self.launch else self.command(serving)
 
     def cache_type(self, name: str) -> CacheType | None:
         """None for a type that it does not have."""

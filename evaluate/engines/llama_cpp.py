@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from qtool.evaluate.engines.facts import (
     BF16,
     CUDA_CONTEXT,
     F16,
+    MIB,
     CacheType,
     Download,
     Efficiency,
     EngineFacts,
+    Launch,
     Load,
     OffloadRule,
     Overhead,
@@ -35,8 +37,11 @@ from qtool.evaluate.engines.facts import (
 from qtool.evaluate.engines.machine import machine_name
 
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
+BATCH = 2048  # tokens that are taken up at once (n_batch)
 UBATCH = 512  # tokens of one graph (n_ubatch)
 PAD = 256  # cells are padded to this (src/llama-context.cpp, GGML_PAD(n_ctx, 256))
+PROGRAM = 256 * MIB  # the server itself, on a processor
+PROCESSOR_SHARE = 0.9  # of the memory that is free
 MARGIN = 0.98  # of the card: it leaves no reserve of its own, the driver and the display need some
 
 
@@ -77,22 +82,21 @@ def overhead(load: Load) -> Overhead:
     buffer = compute_buffer(
         load.geometry, each, each * load.sequences, sliding=sliding_cells(load.geometry, load.context)
     )
-    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else 0)
+    program = 0 if load.card.cuda or not load.card.processor else PROGRAM
+    return Overhead(buffer + 4 * load.geometry.vocab * load.sequences, CUDA_CONTEXT if load.card.cuda else program)
 
 
-def _command(serving: Serving) -> str:
+def _launch(serving: Serving) -> Launch:
     file = str(serving.file) if serving.file else serving.default_file
-    parts = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
-    parts += ["-np", str(serving.sequences)]
-    parts += serving.offload.split() if serving.offload else ["-ngl", "99"]
-    parts += ["-fa", "on"]
+    words = ["llama-server", "-m", file, "-c", str(serving.context * serving.sequences)]
+    words += ["-np", str(serving.sequences)]
+    words += serving.offload.split() if serving.offload else ["-ngl", "99"]
+    words += ["-fa", "on", "-b", str(serving.prefill), "-ub", str(min(UBATCH, serving.prefill))]
     if serving.cache_type != "f16":
-        parts += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
-    modelfile = Path(serving.place) / "Modelfile"
-    if serving.offload or (serving.file and not modelfile.is_file()):
-        return shlex.join(parts)
-    named = ["ollama", "create", Path(serving.place).resolve().name.lower(), "-f", str(modelfile)]
-    return f"{shlex.join(parts)}   ({shlex.join(named)})"
+        words += ["-ctk", serving.cache_type, "-ctv", serving.cache_type]
+    words += [] if serving.prefix_cache else ["--no-cache-prompt"]
+    words += ["--alias", serving.name] if serving.name else []
+    return Launch((*words, "--metrics", "--host", serving.host, "--port", str(serving.port)))
 
 
 def _load(download: Download) -> list[tuple[str, str]]:
@@ -113,14 +117,21 @@ FACTS = EngineFacts(
     cache_types=(F16, BF16, CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)),
     cells=cells,
     slides=lambda geometry: geometry.llama_cpp_windows,
+    prefill_tokens=lambda card: BATCH,
     overhead=overhead,
     memory_share=MARGIN,
     embedding_on_card=False,  # it lies in host memory; a tied one is copied as head
     offload=OffloadRule(flag=lambda units, layers: f"-ngl {layers - units + 1}", computed_there=True),
     efficiency=Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
-    command=_command,
+    launch=_launch,
+    served_dtype=lambda serving: "as stored",
+    program="llama-server",
+    module="qtool.evaluate.engines.llama_server",
+    package="xllamacpp",
+    shares=False,  # each slot has cells of its own; the next request to a slot reuses what begins alike
     load=_load,
 )
+FACTS = replace(FACTS, processor=replace(FACTS, embedding_on_card=True, offload=None, memory_share=PROCESSOR_SHARE))
 
 
 def installed() -> bool:

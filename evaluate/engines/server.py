@@ -30,6 +30,7 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # A token comes in one piece, its character sometimes in several; a server that sends more heeds no limit.
 MOST_PIECES, _MORE_PIECES = 4, 256
 _LONGEST_LINE = 2**24  # bytes of one event
+_LARGEST = 2**28  # bytes of one answer
 KEY_VARIABLE = "OPENAI_API_KEY"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -180,12 +181,14 @@ def _refusal(url: str, said: str) -> Exception:
     return QtoolError(f"{url}: {said}", exit_code=3)
 
 
-def top_logprobs(base_url: str, ids: list[int], count: int) -> dict[int, float]:
-    """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``."""
+def top_logprobs(base_url: str, ids: list[int], count: int, answer: int | None = None) -> dict[int, float]:
+    """llama-server only: log-probabilities (nats) of the ``count`` likeliest tokens after ``ids``. ``answer``: the
+    token that it is made to take: of one that ends the answer, or is half a letter, it tells nothing."""
     # cache_prompt: consecutive prefixes of one window cost one token each
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count, "cache_prompt": True}
-    answer = ask(f"{base_url.rstrip('/')}/completions", request)
-    first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    biased = {} if answer is None else {"logit_bias": [[answer, 1e4]]}  # log-probabilities are those before it
+    said = ask(f"{base_url.rstrip('/')}/completions", request | biased)
+    first = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {entry["id"]: entry["logprob"] for entry in first}
 
 
@@ -196,12 +199,20 @@ def tokenize(base_url: str, text: str) -> list[int]:
     return ids
 
 
-def ask(url: str, request: dict[str, Any] | None = None) -> Any:
+def ask(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> Any:
     """The JSON that a server without a key answers. Raises QtoolError (exit 3) for none."""
     try:
-        with open_url(url, request, None) as answer:
-            return json.load(answer)
-    except (Broken, OSError, http.client.HTTPException, ValueError) as error:
+        return json.loads(read(url, request, timeout))
+    except (ValueError, RecursionError) as error:
+        raise QtoolError(f"{url}: answers something else than JSON ({str(error)[:200]}).", exit_code=3) from error
+
+
+def read(url: str, request: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> str:
+    """The text that a server without a key answers. Raises QtoolError (exit 3) for none."""
+    try:
+        with open_url(url, request, None, timeout) as answer:
+            return str(answer.read(_LARGEST).decode("utf-8", "replace"))
+    except (Broken, OSError, http.client.HTTPException) as error:
         raise QtoolError(f"{url}: {error}. Is the server running?", exit_code=3) from error
 
 
@@ -252,10 +263,10 @@ def opener(url: str) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect, *direct)
 
 
-def open_url(url: str, request: dict[str, Any] | None, api_key: str | None) -> Any:
+def open_url(url: str, request: dict[str, Any] | None, api_key: str | None, timeout: float = TIMEOUT) -> Any:
     """The server's answer to GET, or to POST of ``request``, as a file. Raises Broken, and QtoolError (exit 3)."""
     try:
-        return opener(url).open(_request(url, request, api_key), timeout=TIMEOUT)
+        return opener(url).open(_request(url, request, api_key), timeout=timeout)
     except urllib.error.HTTPError as error:
         said = hide(error.read(500).decode(errors="replace"), api_key)
         if error.code in RETRIED:

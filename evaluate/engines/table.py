@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from qtool import QtoolError
-from qtool.evaluate.engines import llama_cpp, openai, reference, sglang, transformers, vllm
+from qtool.evaluate.engines import (
+    llama_cpp,
+    llama_cpp_probe,
+    ollama,
+    openai,
+    reference,
+    sglang,
+    transformers,
+    vllm,
+    vllm_probe,
+)
 from qtool.evaluate.engines.engine import Engine
 from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.probe import Probe
 
 ENGINES: dict[str, Engine] = {
     module.FACTS.name: module.ENGINE for module in (reference, transformers, llama_cpp, vllm, openai)
@@ -13,6 +24,14 @@ ENGINES: dict[str, Engine] = {
 
 # Those that cards tell how to start, in their order there; qtool does not run them all.
 ON_CARDS: tuple[EngineFacts, ...] = (transformers.FACTS, vllm.FACTS, sglang.FACTS, llama_cpp.FACTS)
+
+# Those that serve at a URL, as `qtool serve` starts them.
+SERVERS: dict[str, EngineFacts] = {
+    facts.name: facts for facts in (vllm.FACTS, llama_cpp.FACTS, sglang.FACTS, ollama.FACTS)
+}
+
+# Those whose servers can be proved.
+PROBES: dict[str, Probe] = {vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE}
 
 
 def planned() -> dict[str, EngineFacts]:

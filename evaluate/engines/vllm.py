@@ -1,13 +1,14 @@
 """The engine `vllm`: what it takes, refuses and is started with; `vllm_model` is its loaded model.
 
-Memory is vLLM's own accounting with the constants named here, which no test of ours has run.
+Memory is vLLM's own accounting with the constants named here. On a processor blocks are larger, nothing is captured,
+and the cache gets the bytes that it is told (run with vLLM 0.32, scripts/check_serving.py).
 """
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +26,7 @@ from qtool.evaluate.engines.facts import (
     Card,
     Efficiency,
     EngineFacts,
+    Launch,
     Load,
     OffloadRule,
     Overhead,
@@ -32,6 +34,9 @@ from qtool.evaluate.engines.facts import (
 )
 
 BLOCK = 16  # tokens to a block of the cache (CacheConfig.block_size on CUDA)
+PROCESSOR_BLOCK = 128  # and on a processor (platforms/cpu.py)
+PROCESSES = 2048 * MIB  # server, engine and worker on a processor, before weights and cache: 620 to 650 MiB each
+PROCESSOR_SHARE = 0.9  # of the memory that is free, of which it is told nothing
 UTILIZATION = 0.92  # CacheConfig.gpu_memory_utilization
 GRAPHS = 512 * MIB  # captured CUDA graphs, which lie outside the profiled peak
 PARALLEL = 1024 * MIB  # NCCL and all-reduce buffers of a rank
@@ -43,12 +48,16 @@ def prefill_tokens(card: Card) -> int:
     return 8192 if card.memory >= LARGE_CARD and "A100" not in card.name else 2048
 
 
-def cells(context: int, window: int | None, chunk: int) -> int:
+def cells(block: int) -> Callable[[int, int | None, int], int]:
     """Blocks of a cache; a sliding layer's has its window and one chunk (v1/core/single_type_kv_cache_manager.py)."""
-    if window is None:
-        return -(-context // BLOCK) * BLOCK
-    held = min(context, window - 1 + chunk)
-    return min(-(-held // BLOCK) + 1, -(-context // BLOCK)) * BLOCK
+
+    def tokens(context: int, window: int | None, chunk: int) -> int:
+        if window is None:
+            return -(-context // block) * block
+        held = min(context, window - 1 + chunk)
+        return min(-(-held // block) + 1, -(-context // block)) * block
+
+    return tokens
 
 
 def overhead(load: Load) -> Overhead:
@@ -81,17 +90,35 @@ def split_faults(geometry: Geometry, group: int, cards: int) -> list[str]:
     return faults
 
 
-def _command(serving: Serving) -> str:
+def processor_overhead(load: Load) -> Overhead:
+    """A forward of the largest batch, and the processes themselves."""
+    return replace(overhead(load), fixed=PROCESSES)
+
+
+def _dtype(serving: Serving) -> str:
     from qtool.convert.runtimes.vllm import dtype_flag
 
-    parts = ["vllm", "serve", serving.place, "--max-model-len", str(serving.context)]
-    parts += ["--max-num-seqs", str(serving.sequences)]
-    parts += ["--revision", serving.revision] if serving.revision else []
-    dtype = dtype_flag(serving.config)
-    parts += ["--dtype", dtype] if dtype else []
-    parts += ["--tensor-parallel-size", str(serving.cards)] if serving.cards > 1 else []
-    parts += ["--kv-cache-dtype", "fp8"] if serving.cache_type == "fp8" else []
-    return shlex.join([*parts, *serving.offload.split()])
+    return serving.dtype or dtype_flag(serving.config) or serving.served_dtype
+
+
+def _launch(serving: Serving) -> Launch:
+    words = ["vllm", "serve", serving.place, "--max-model-len", str(serving.context)]
+    words += ["--max-num-seqs", str(serving.sequences)]
+    words += ["--revision", serving.revision] if serving.revision else []
+    dtype = _dtype(serving)
+    words += ["--dtype", dtype] if dtype else []
+    words += ["--tensor-parallel-size", str(serving.cards)] if serving.cards > 1 else []
+    words += ["--kv-cache-dtype", "fp8"] if serving.cache_type == "fp8" else []
+    words += ["--enable-chunked-prefill", "--max-num-batched-tokens", str(max(serving.prefill, serving.sequences))]
+    words += ["--enable-prefix-caching" if serving.prefix_cache else "--no-enable-prefix-caching"]
+    if serving.processor:  # compiling takes minutes there and a C++ compiler
+        words += ["--kv-cache-memory-bytes", str(serving.cache_bytes), "--enforce-eager"]
+    else:
+        words += ["--gpu-memory-utilization", f"{serving.share:g}"]
+    words += serving.offload.split()
+    words += ["--served-model-name", serving.name] if serving.name else []
+    words += ["--host", serving.host, "--port", str(serving.port)]
+    return Launch(tuple(words))
 
 
 def _refusals(config: Mapping[str, Any]) -> list[str]:
@@ -117,14 +144,21 @@ FACTS = EngineFacts(
     install="pip install vllm (in an environment of its own; it brings its own torch; for a CPU: docs/vllm.md)",
     place="as built",
     cache_types=(BF16, F16, CacheType("fp8", Fraction(1))),
-    cells=cells,
+    cells=cells(BLOCK),
     prefill_tokens=prefill_tokens,
     overhead=overhead,
     memory_share=UTILIZATION,
+    takes_all=True,
     offload=OffloadRule(flag=lambda units, layers: f"--cpu-offload-gb {units}", unit=GIB),
     split_faults=split_faults,
     efficiency=Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),  # it replays graphs
-    command=_command,
+    launch=_launch,
+    served_dtype=_dtype,
+    program="vllm",
+    module="vllm.entrypoints.cli.main",
+    package="vllm",
+    block=BLOCK,
+    spare_blocks=1,
     load=lambda download: [(f"vllm serve {download.place}", "bash")],
     refuses_card=lambda card: f"vLLM does not run on {card.key}; take a GGUF format" if card.unified else "",
     refuses_model=_refusals,
@@ -132,6 +166,19 @@ FACTS = EngineFacts(
     refuses_gguf=(
         "vLLM finds no weights in a folder with a .gguf file; the file alone it takes with vllm-gguf-plugin, on an "
         "accelerator"
+    ),
+)
+FACTS = replace(
+    FACTS,
+    processor=replace(
+        FACTS,
+        cells=cells(PROCESSOR_BLOCK),
+        block=PROCESSOR_BLOCK,
+        overhead=processor_overhead,
+        memory_share=PROCESSOR_SHARE,
+        takes_all=False,
+        offload=None,
+        efficiency=Efficiency(0.05, 0.05, 0.02, 1e-3, 50e-3),
     ),
 )
 

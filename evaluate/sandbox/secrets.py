@@ -22,6 +22,8 @@ _VALUE = re.compile(
     r"://[^/?#\s]*@|(^|[\s=:\"'])(hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abeprs]-|npm_|pypi-|AKIA|ASIA|AIza|dckr_pat_)"
     r"[A-Za-z0-9_-]{8}|-----BEGIN|(^|\s)(Bearer|Basic) \S|eyJ[\w-]{8,}\.eyJ"
 )
+SHORTEST = 6  # characters: what is shorter stands in every text
+_SHOWN = re.compile(f"(?:{_VALUE.pattern})[A-Za-z0-9_.~+/=-]*")  # to its end, which the beginning does not show
 # What torch, CUDA, the Hub's cache, the engines and a shell need.
 _NEEDED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|TERM|TMPDIR|TEMP|TMP|PWD|HOSTNAME|COLUMNS|NO_COLOR|VIRTUAL_ENV|CC|CXX"
@@ -49,6 +51,14 @@ def for_child(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _is_secret(name: str, value: str) -> bool:
     return bool(_SECRET.search(name.upper()) or _VALUE.search(value))
+
+
+def hidden(text: str, environment: Mapping[str, str]) -> str:
+    """``text``, such as a program's log, without secrets of this environment and without what looks like one."""
+    for name, value in environment.items():
+        if len(value) >= SHORTEST and _is_secret(name, value):
+            text = text.replace(value, "***")
+    return _SHOWN.sub(lambda found: ("" if found[0][0].isalnum() else found[0][0]) + "***", text)
 
 
 @contextmanager

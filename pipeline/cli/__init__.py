@@ -8,6 +8,7 @@ import click
 
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
+from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
@@ -99,6 +100,8 @@ main.add_command(cli_judge.baseline)
 main.add_command(cli_judge.report)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
+main.add_command(cli_serve.serve)
+main.add_command(cli_serve.prove)
 main.add_command(cli_hub.publish)
 main.add_command(cli_hub.pull)
 main.add_command(cli_hub.reproduce)

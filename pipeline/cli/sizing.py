@@ -23,6 +23,14 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def one_number(text: str, option: str) -> int:
+    """As `numbers`, of one at most; 0 for none."""
+    found = numbers(text, option)
+    if len(found) > 1:
+        raise QtoolError(f"{option} {text}: name one number.")
+    return found[0] if found else 0
+
+
 @click.command()
 @click.argument("model")
 @click.option("--gpu", help="Cards, comma-separated (default: this machine's, else RTX4090,H100).")
@@ -34,14 +42,15 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 @click.option("--format", "formats", default="", help="Default: source,awq,gptq,nf4,Q4_K_M,Q8_0.")
 @click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own.")
 @click.option("--host-bandwidth", type=click.FloatRange(min=1), help="GB/s of host memory, for layers left there.")
+@click.option("--shared-prefix", default="", help="Tokens that all prompts begin with: what sharing them saves.")
 @click.option("--revision", help="The Hub model's revision.")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Log of past runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw memory by context against each card's line.")
 def plan(
     model: str, gpu: str | None, gpus: int, contexts: str, concurrency: str, kv_dtype: str, engine: str | None,
-    formats: str, cards: Path | None, host_bandwidth: float | None, revision: str | None, runs: Path, as_json: bool,
-    svg: Path | None,
+    formats: str, cards: Path | None, host_bandwidth: float | None, shared_prefix: str, revision: str | None,
+    runs: Path, as_json: bool, svg: Path | None,
 ) -> None:  # fmt: skip
     """Does MODEL fit, in which format, with how long a context and how many users? Weights are never downloaded.
 
@@ -53,6 +62,7 @@ def plan(
       qtool plan IQuestLab/IQuest-Coder-V1-40B-Instruct --gpu RTX4090,H100
       qtool plan ./My-Model --gpu L40S --gpus 2 --context 32k,128k --concurrency 1,8 --kv-dtype bf16,fp8
       qtool plan artifacts/My-Model-awq --gpu RTX3090 --json
+      qtool plan artifacts/My-Model-awq --gpu H100 --concurrency 16 --shared-prefix 6k
       qtool plan recipes/awq.yaml
     """
     import qtool
@@ -67,7 +77,7 @@ def plan(
         model, gpu, gpus=gpus, contexts=numbers(contexts, "--context"),
         sequences=numbers(concurrency, "--concurrency"), kv_dtypes=_kv_dtypes(kv_dtype), engine=engine,
         formats=list(filter(None, (name.strip() for name in formats.split(",")))), cards=cards,
-        host_bandwidth=host_bandwidth, revision=revision,
+        host_bandwidth=host_bandwidth, revision=revision, shared_prefix=one_number(shared_prefix, "--shared-prefix"),
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(to_json(answer), indent=2))

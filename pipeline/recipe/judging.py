@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qtool.convert.text.source import TextSource
-from qtool.evaluate.engines.table import ENGINES
+from qtool.evaluate.engines.table import ENGINES, PROBES
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
 
@@ -23,8 +23,10 @@ HOUR = 3600.0
 
 if TYPE_CHECKING:  # a Literal, whose faults `recipe.faults` tells, but mypy wants its values spelt out
     EngineName = str
+    ServerName = str
 else:
     EngineName = Literal[tuple(ENGINES)]
+    ServerName = Literal[tuple(PROBES)]
 
 
 class Section(BaseModel):
@@ -114,7 +116,8 @@ class EvaluateSection(Section):
 
 class GateSection(Section):
     """One condition an output must meet; ``output`` and ``task`` omitted mean every one. max_drop in points (1 % of the
-    problems), max_kld in nats per token, max_size in GB, min_bits_saved in bits per weight against the source."""
+    problems), max_kld in nats per token, max_size in GB, min_bits_saved in bits per weight against the
+    source; served: a server that it was proved in."""
 
     output: str | None = None
     task: str | None = None
@@ -123,13 +126,16 @@ class GateSection(Section):
     max_kld: Annotated[Number, Field(gt=0)] | None = None
     max_size: Annotated[Number, Field(gt=0)] | None = None
     min_bits_saved: Annotated[Number, Field(gt=0, lt=64)] | None = None
+    served: ServerName | None = None
     on_undecided: Literal["warn", "fail"] = "warn"
 
     @model_validator(mode="after")
     def _one_condition(self) -> GateSection:
-        given = [self.max_drop, self.min_recovery, self.max_kld, self.max_size, self.min_bits_saved]
+        given = [self.max_drop, self.min_recovery, self.max_kld, self.max_size, self.min_bits_saved, self.served]
         if sum(value is not None for value in given) != 1:
-            raise ValueError("a gate states exactly one of max_drop, min_recovery, max_kld, max_size, min_bits_saved")
+            raise ValueError(
+                "a gate states exactly one of max_drop, min_recovery, max_kld, max_size, min_bits_saved, served"
+            )
         return self
 
 
@@ -152,6 +158,16 @@ class MeasureSection(Section):
     def batches(self) -> tuple[int, ...]:
         """In the recipe's order."""
         return self.batch if isinstance(self.batch, tuple) else (self.batch,)
+
+
+class ServeSection(Section):
+    """`serve:` real servers that each output is started in and proved, those that read its format; with ``users`` at
+    once of ``context`` tokens (None: the most that fits), in ``dtype`` (None: as its files say)."""
+
+    prove: Annotated[tuple[ServerName, ...], Field(min_length=1)]
+    context: Positive | None = None
+    users: Annotated[int, Field(gt=0, le=4096, strict=True)] = 4
+    dtype: Literal["float16", "bfloat16"] | None = None
 
 
 class BenchmarkSection(Section):
@@ -188,6 +204,7 @@ class Judging(Section):
     output_dir: Any = None
     evaluate: EvaluateSection = EvaluateSection()
     measure: MeasureSection | None = None
+    serve: ServeSection | None = None
     gates: tuple[GateSection, ...] = ()
     publish: PublishSection | None = None
 

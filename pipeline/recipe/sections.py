@@ -12,7 +12,15 @@ from qtool.convert.text.source import TextSource
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
 from qtool.recipe.checking import checked, digest_of, load
-from qtool.recipe.judging import EvaluateSection, GateSection, MeasureSection, PublishSection, Section, Text
+from qtool.recipe.judging import (
+    EvaluateSection,
+    GateSection,
+    MeasureSection,
+    PublishSection,
+    Section,
+    ServeSection,
+    Text,
+)
 
 if TYPE_CHECKING:
     OutputSection = Method
@@ -29,13 +37,14 @@ class ModelSection(Section):
 
 
 class Recipe(Section):
-    """One conversion: source, calibration, outputs, evaluation, measurement, gates, and where it is published."""
+    """One conversion: source, calibration, outputs, evaluation, measurement, servers, gates, where it is published."""
 
     model: ModelSection
     calibration: TextSource = TextSource(text="qtool-code")
     outputs: tuple[OutputSection, ...]
     evaluate: EvaluateSection = EvaluateSection()
     measure: MeasureSection | None = None
+    serve: ServeSection | None = None
     gates: tuple[GateSection, ...] = ()
     publish: PublishSection | None = None
     output_dir: Text = "artifacts"
@@ -72,9 +81,9 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Identifies the work: everything but measurements, which the ledger has, the gates, which only judge it, and
-        where it is published."""
-        return digest_of(self.model_dump(mode="json", exclude={"measure", "gates", "publish"}))
+        """Identifies the work: everything but measurements, which the ledger has, proofs, which artifacts have, the
+        gates, which only judge it, and where it is published."""
+        return digest_of(self.model_dump(mode="json", exclude={"measure", "serve", "gates", "publish"}))
 
 
 def load_recipe(path: Path) -> Recipe:

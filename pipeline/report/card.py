@@ -16,6 +16,7 @@ from qtool.convert.verify.verification import Check
 from qtool.evaluate.engines.facts import Download
 from qtool.evaluate.engines.table import ON_CARDS
 from qtool.report.measured import measured_rows, measured_ways
+from qtool.report.served import PROVED, proof_rows, proof_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
 from qtool.runs.gates import GateResult
 from qtool.runs.summary import ModelSummary, Summary
@@ -23,7 +24,8 @@ from qtool.runs.summary import ModelSummary, Summary
 PLOT, EVIDENCE = "size-against-score.svg", "qtool-scores.json"
 LIBRARY = "transformers"  # as the Hub calls what loads most models
 WORST = 10
-READ = "These follow from each runtime's own loading rules, checked on these files; nobody started them here."
+READ = "These follow from each runtime's own loading rules, checked on these files; {}."
+UNSTARTED = "nobody started them here"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def card_text(card: Card) -> str:
         parts.append(f"![Size against score]({PLOT})")
     if rows := measured_rows(card.summary.measured):
         parts += ["## Memory and speed", _table(rows), escape(" ".join(measured_ways(card.summary.measured)))]
+    if rows := proof_rows(card.summary.proofs):
+        parts += ["## In real servers", PROVED, _table(rows), escape(" ".join(proof_ways(card.summary.proofs)))]
     for item in card.artifacts:
         parts += _section(item, card.repo, len(card.artifacts) > 1)
     parts += _making(card)
@@ -221,7 +225,9 @@ def _section(item: Published, repo: str, named: bool) -> list[str]:
     title = f" ({escape(item.name)})" if named else ""
     gates = [f"- **{v.verdict}** {escape(v.gate)}: {escape(v.reason)}" for v in item.verdicts]
     ways = loading(item, repo)
-    parts = [f"## How to load it{title}", *ways, READ] if ways else []
+    started = ", ".join(dict.fromkeys(proof.engine for proof in manifest.proofs if proof.passed))
+    read = READ.format(f"{started} was started with them" if started else UNSTARTED)
+    parts = [f"## How to load it{title}", *ways, read] if ways else []
     parts += [f"## Gates{title}", "\n".join(gates)] if gates else []
     rules = [check for check in item.checks if not check.required]
     broken = [f"- {escape(check.name)}: {escape(check.detail)}" for check in rules if check.status == "fail"]

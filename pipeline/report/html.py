@@ -8,6 +8,7 @@ from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.page import figure, page, table
 from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.problems import task_section
+from qtool.report.served import PROVED, finding_rows, proof_rows, proof_ways
 from qtool.report.tables import footnote, score_rows
 from qtool.runs.record import RunRecord
 
@@ -21,6 +22,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     sections = [("scores", "Scores", _scores(run))]
     if run.summary.measured:
         sections.append(("measured", "Memory and speed", _measured(run, drawn)))
+    if run.summary.proofs:
+        sections.append(("served", "In real servers", _served(run)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -59,6 +62,16 @@ def _measured(run: RunRecord, drawn: list[Picture]) -> str:
     faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.summary.measured))
     shown = "".join(figure(p.svg, p.caption, p.title) for p in drawn if p.section == "measured")
     return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
+
+
+def _served(run: RunRecord) -> str:
+    proofs = run.summary.proofs
+    rows = table(proof_rows(proofs), "words", "what was started in real servers")
+    found = table(finding_rows(proofs), "words", "everything that was looked at")
+    ways = visible(" ".join(proof_ways(proofs)))
+    return (
+        f'<p>{visible(PROVED)}</p>{rows}<p class="soft">{ways}</p><details><summary>Findings</summary>{found}</details>'
+    )
 
 
 def _problems(run: RunRecord) -> str:

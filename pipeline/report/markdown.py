@@ -7,6 +7,7 @@ import re
 from qtool.report import loading
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.pictures import Picture, cost_lines, verdict_of
+from qtool.report.served import PROVED, proof_rows, proof_ways
 from qtool.report.tables import Measured, footnote, markdown_cell, markdown_table, score_rows
 from qtool.runs.evidence import task_label
 from qtool.runs.record import RunRecord
@@ -22,6 +23,8 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     parts.append("\n".join(f"- **{name}**: {said}" for name, said in cost_lines(run)))
     parts += [f"![{picture.title}]({folder}/{picture.name}.svg)\n\n{picture.caption}" for picture in drawn]
     parts += measured_markdown(run.summary.measured)
+    if rows := proof_rows(run.summary.proofs):
+        parts += ["## In real servers", PROVED, markdown_table(rows), " ".join(proof_ways(run.summary.proofs))]
     parts += _changes(run)
     for name, manifest in run.manifests.items():
         measured = [item for item in manifest.ledger.items() if "error" in item[1]]

@@ -9,6 +9,9 @@ from qtool.report.tables import Row, rate_text
 from qtool.sizing.bounds import Range
 from qtool.sizing.fit import Estimate
 from qtool.sizing.plan import Answer, Plan, gib
+from qtool.sizing.sharing import Shared
+
+MIB = 2**20
 
 
 def print_plan(plan: Plan) -> None:
@@ -27,6 +30,19 @@ def print_plan(plan: Plan) -> None:
         "fit at all (--json has all).",
         highlight=False, soft_wrap=True, style="dim",
     )  # fmt: skip
+
+
+def shared_line(shared: Shared) -> str:
+    """What a beginning that all users' prompts share is worth."""
+    text = f"a beginning of {shared.tokens:,} tokens, shared by {shared.users} users: "
+    if shared.blocks:
+        text += f"{shared.blocks:,} blocks of the cache saved ({shared.nbytes / MIB:,.1f} MiB)"
+    else:
+        text += "no block of the cache saved"
+    if shared.seconds is not None and shared.held:
+        slow = "" if shared.seconds.slow is None else f" to {_two_digits(1e3 * shared.seconds.slow)}"
+        text += f"; each first token but the first comes {_two_digits(1e3 * shared.seconds.best)}{slow} ms sooner"
+    return text
 
 
 def _alike(plan: Plan) -> list[list[Answer]]:
@@ -57,7 +73,8 @@ def answer_lines(plan: Plan, answer: Answer, *alike: Answer) -> list[str]:
             f"[green]fits[/]  {head}: {each} of up to {answer.context:,} tokens{known}, or up to "
             f"{answer.sequences:,} of {least:,}"
         )
-        return [text, f"      {answer.command}", *_advice(plan, answer)]
+        saved = [f"      {shared_line(answer.shared)}"] if answer.shared else []
+        return [text, f"      {answer.command}", *saved, *_advice(plan, answer)]
     cell = answer.smallest
     short = f"needs {gib(cell.total)} GiB of {gib(cell.limit)} at {cell.context:,} tokens x {cell.sequences}"
     lines = [f"[red]does not fit[/]  {head}: {short}"]

@@ -17,6 +17,7 @@ from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.measured import measured_faults
 from qtool.report.pictures import pictures
+from qtool.report.served import proof_line
 from qtool.report.tables import Row, footnote, score_rows
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def print_run(run: RunRecord) -> None:
         _print_summary(name, checked)
         for note in run.manifests[name].notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True)
+    for name, found in run.summary.proofs.items():
+        for proof in found:
+            console.print(f"{name}: {proof_line(proof)}", highlight=False, soft_wrap=True, markup=False)
     print_results(run.verdicts)
     for name, folder in run.folders.items():
         console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)

@@ -31,8 +31,8 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class _Unmeasured:
-    """No number to judge, and why."""
+class _Plain:
+    """No number to judge by: the verdict, and why."""
 
     why: str
     verdict: Result = "undecided"
@@ -50,20 +50,22 @@ def judge(summary: Summary, gates: Sequence[GateSection]) -> list[GateResult]:
     return results
 
 
-def _result(gate: GateSection, name: str, label: str, evidence: Evidence | _Unmeasured) -> GateResult:
-    if isinstance(evidence, _Unmeasured):
+def _result(gate: GateSection, name: str, label: str, evidence: Evidence | _Plain) -> GateResult:
+    if isinstance(evidence, _Plain):
         return GateResult(name, label, evidence.verdict, evidence.why, gate.on_undecided)
     return GateResult(name, label, result_of(evidence), reason(evidence), gate.on_undecided, evidence)
 
 
-def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Plain]]:
     label, model = _label(gate), summary.models.get(name)
     if model is None:
-        yield label, _Unmeasured("this run did not make that output")
+        yield label, _Plain("this run did not make that output")
     elif name == "source":
-        yield label, _Unmeasured("no model was scored against a source")
+        yield label, _Plain("no model was scored against a source")
     elif gate.max_size is not None or gate.min_bits_saved is not None:
         yield label, _size(gate, model, summary.models.get("source"))
+    elif gate.served is not None:
+        yield label, _served(gate.served, model)
     elif gate.max_kld is not None:
         yield label, _kld(gate.max_kld, model)
     else:
@@ -75,50 +77,62 @@ def _label(gate: GateSection) -> str:
         return f"max_size {gate.max_size:g} GB"
     if gate.min_bits_saved is not None:
         return f"min_bits_saved {gate.min_bits_saved:g} bpw"
+    if gate.served is not None:
+        return f"served {gate.served}"
     if gate.max_kld is not None:
         return f"max_kld {gate.max_kld:g}"
     return f"max_drop {gate.max_drop:g} points" if gate.max_drop is not None else f"min_recovery {gate.min_recovery:g}"
 
 
-def _size(gate: GateSection, model: ModelSummary, source: ModelSummary | None) -> Evidence | _Unmeasured:
+def _size(gate: GateSection, model: ModelSummary, source: ModelSummary | None) -> Evidence | _Plain:
     """A size is exact: never undecided where it is known."""
     if gate.max_size is not None:
         if model.size is None or model.size.files is None:
-            return _Unmeasured("the size of its files is not known: this run did not make it")
+            return _Plain("the size of its files is not known: this run did not make it")
         return Evidence("size", model.size.files, round(gate.max_size * 1e9))
     if model.size is None or source is None or source.size is None:
-        return _Unmeasured("the bits a weight of it and of its source are not known: this run did not make it")
+        return _Plain("the bits a weight of it and of its source are not known: this run did not make it")
     saved = source.size.bits_per_weight - model.size.bits_per_weight
     return Evidence("bits saved", saved, gate.min_bits_saved)
 
 
-def _kld(limit: float, model: ModelSummary) -> Evidence | _Unmeasured:
+def _served(engine: str, model: ModelSummary) -> _Plain:
+    found = [proof for proof in model.proofs if proof.engine == engine]
+    if not found:
+        return _Plain(f"nobody proved it in {engine}: `serve: {{prove: [{engine}]}}` in the recipe, or `qtool prove`")
+    failures = [f"{finding.what}: {finding.detail}" for proof in found for finding in proof.failures]
+    if failures:
+        return _Plain("; ".join(failures), "fail")
+    return _Plain("; ".join(f"proved in {proof.version}, {proof.dtype}" for proof in found), "pass")
+
+
+def _kld(limit: float, model: ModelSummary) -> Evidence | _Plain:
     text = model.text
     if text is None:
-        return _Unmeasured("no KL was measured: `evaluate:` names no `text:`")
+        return _Plain("no KL was measured: `evaluate:` names no `text:`")
     if math.isnan(text.kl.estimate):
-        return _Unmeasured("the KL is not a number: the model's output holds NaN or Inf", "fail")
+        return _Plain("the KL is not a number: the model's output holds NaN or Inf", "fail")
     return of_interval("KL", text.kl, limit, len(text.kls))
 
 
-def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Unmeasured]]:
+def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Plain]]:
     asked, source = summary.models[name].tasks, summary.models.get("source", ModelSummary()).tasks
     tasks = [gate.task] if gate.task else list(asked)
     if not tasks:
-        yield kind, _Unmeasured("no task was run: `evaluate:` names none")
+        yield kind, _Plain("no task was run: `evaluate:` names none")
     for task in tasks:
         label = f"{kind} on {Path(task).name}"
         loss = asked[task].loss if task in asked else None
         if task not in source or loss is None:
             who = name if task in source else "the source"
-            yield label, _Unmeasured(f"{who} has no score on {Path(task).name}")
+            yield label, _Plain(f"{who} has no score on {Path(task).name}")
         else:
             yield label, _loss(gate, loss)
 
 
-def _loss(gate: GateSection, loss: Loss) -> Evidence | _Unmeasured:
+def _loss(gate: GateSection, loss: Loss) -> Evidence | _Plain:
     if gate.max_drop is not None:
         return of_loss(loss, gate.max_drop)
     if gate.min_recovery is not None and loss.recovery is not None:
         return of_loss(loss, gate.min_recovery, "recovery")
-    return _Unmeasured("the source solved nothing: there is nothing to recover")
+    return _Plain("the source solved nothing: there is nothing to recover")

@@ -104,7 +104,10 @@ class RunRecord:
 
     @property
     def failed(self) -> bool:
-        return any(not v.sound for v in self.checks.values()) or any(v.failed for v in self.verdicts)
+        engines = self.recipe.serve.prove if self.recipe.serve else ()
+        proofs = [proof for found in self.summary.proofs.values() for proof in found if proof.engine in engines]
+        unsound = any(not found.sound for found in self.checks.values())
+        return unsound or any(v.failed for v in self.verdicts) or not all(proof.passed for proof in proofs)
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
@@ -176,6 +179,9 @@ def load_run(folder: Path) -> RunRecord:
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
+    for name, there in folders.items():
+        if there is not None:  # with the proofs that it has by now
+            manifests[name] = manifests[name].model_copy(update={"proofs": read_manifest(there).proofs})
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
@@ -199,7 +205,8 @@ def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scor
     sizes |= {name: Size(m.tensor_bytes, m.bits_per_weight, m.file_bytes) for name, m in manifests.items()}
     summary = stored_summary(folder, evidence_of(scores, sizes)) or summarise(scores, sizes)
     keys = {"source": lock.source.commit} | {name: entry.key for name, entry in lock.artifacts.items()}
-    return summary.with_measured(measured_models(folder.resolve().parent, keys))
+    proofs = {name: manifest.proofs for name, manifest in manifests.items()}
+    return summary.with_measured(measured_models(folder.resolve().parent, keys)).with_proofs(proofs)
 
 
 def load_summary(folder: Path) -> Summary:

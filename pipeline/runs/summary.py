@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool import QtoolError
 from qtool.convert.files.durable import save
+from qtool.convert.files.proof import Proof
 from qtool.convert.files.reading import read_bytes
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore, pass_at_k
@@ -92,12 +93,14 @@ class TextSummary(_Data):
 
 
 class ModelSummary(_Data):
-    """``texts``: by window length; gates judge the first. ``measured``: memory and speed, the newest first."""
+    """``texts``: by window length; gates judge the first. ``measured``: memory and speed, the newest first;
+    ``proofs``: of real servers."""
 
     size: Size | None = None
     tasks: dict[str, TaskSummary] = {}
     texts: dict[int, TextSummary] = {}
     measured: list[Measurement] = []
+    proofs: list[Proof] = []
 
     @property
     def text(self) -> TextSummary | None:
@@ -122,6 +125,19 @@ class Summary(_Data):
     def measured(self) -> dict[str, list[Measurement]]:
         """Model -> its measurements, where there are any."""
         return {name: model.measured for name, model in self.models.items() if model.measured}
+
+    @property
+    def proofs(self) -> dict[str, list[Proof]]:
+        """Model -> its proofs, where there are any."""
+        return {name: model.proofs for name, model in self.models.items() if model.proofs}
+
+    def with_proofs(self, proofs: Mapping[str, Sequence[Proof]]) -> Summary:
+        """With what the artifacts' manifests have by now."""
+        models = {
+            name: model.model_copy(update={"proofs": list(proofs[name])}) if name in proofs else model
+            for name, model in self.models.items()
+        }
+        return self.model_copy(update={"models": models})
 
     def only(self, names: Sequence[str]) -> Summary:
         """The source and these models. Nothing is computed again: p stays adjusted over the whole run."""

@@ -36,7 +36,12 @@ class Accelerator:
     @property
     def unified(self) -> bool:
         """Whether the processor's memory is the card's."""
-        return self.host_link is None
+        return self.host_link is None and not self.processor
+
+    @property
+    def processor(self) -> bool:
+        """Whether there is no card: the machine's processor computes."""
+        return self.compute == PROCESSOR
 
     @property
     def cuda(self) -> bool:
@@ -44,6 +49,7 @@ class Accelerator:
         return self.compute.replace(".", "").isdigit()
 
 
+PROCESSOR = "cpu"
 DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # Linux, WSL, AMD: without one, torch need not be asked
 SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
 

@@ -39,7 +39,7 @@ def decode_seconds(
     best = (weights + _cache_reads(geometry, cache_bytes)) / bus
     flops = 2 * sequences * (geometry.layer_linears * geometry.layers * geometry.loops + geometry.head_weights)
     if card.bf16 is not None:
-        best = max(best, flops / _peak(card) / cards)
+        best = max(best, flops / peak(card) / cards)
     e = engine.efficiency
     slow = weights / bus / e.weights + _cache_reads(geometry, cache_bytes) / bus / e.cache
     slow += geometry.layers * geometry.loops * e.per_layer + e.per_forward
@@ -56,7 +56,7 @@ def prefill_seconds(
     if card.bf16 is None:
         return None
     flops = prefill_flops(geometry, context, sequences)
-    best = max(flops / _peak(card) / cards, layer_bytes * geometry.loops / card.bandwidth / cards)
+    best = max(flops / peak(card) / cards, layer_bytes * geometry.loops / card.bandwidth / cards)
     e = engine.efficiency
     host = geometry.layers * geometry.loops * e.per_layer + e.per_forward
     return Range(best + elsewhere, flops / card.bf16 / e.compute / cards + best + host + 2 * elsewhere)
@@ -90,7 +90,7 @@ def _cache_reads(geometry: Geometry, cache_bytes: int) -> int:
     return cache_bytes * geometry.loops
 
 
-def _peak(card: Accelerator) -> float:
+def peak(card: Accelerator) -> float:
     """The fastest rate that the card could use for 16-bit activations: clocks may exceed the data sheet's a little, so
     a bound that must hold takes 5 % more."""
     assert card.bf16 is not None

@@ -94,6 +94,13 @@ def cache_of(setting: Setting, context: int, sequences: int) -> int:
     return nbytes if ranks > 1 else -(-nbytes // setting.cards)
 
 
+def cache_to_ask(setting: Setting, context: int, sequences: int) -> int:
+    """Bytes of the cache on each card that an engine is told, of which it keeps some blocks for itself."""
+    facts = setting.facts
+    spare = kv_bytes(setting.geometry, facts, facts.block * facts.spare_blocks, 1, setting.kv_dtype)
+    return cache_of(setting, context, sequences) + spare // setting.at_once
+
+
 def overhead_of(setting: Setting, context: int, sequences: int) -> Overhead:
     """Activations, logits, context and graphs on each card."""
     expanded = setting.weights.largest

@@ -31,6 +31,7 @@ from qtool.sizing.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weig
 from qtool.sizing.headers import Headers
 from qtool.sizing.kv_cache import check_kv_dtype
 from qtool.sizing.serve_command import command, notes, refusals
+from qtool.sizing.sharing import Shared, shared_prefix
 
 CONTEXTS = (2048, 8192, 32768, 65536, 131072)
 SEQUENCES = (1, 2, 4, 8)
@@ -39,7 +40,8 @@ SMALLEST = "Q4_K_S"
 
 @dataclass(frozen=True)
 class Question:
-    """What the user wants to know; empty tuples mean the defaults."""
+    """What the user wants to know; empty tuples mean the defaults. ``shared_prefix``: tokens that every prompt begins
+    with, 0 for none."""
 
     cards: Sequence[Accelerator]
     number: int = 1
@@ -49,6 +51,7 @@ class Question:
     engine: str | None = None
     formats: tuple[str, ...] = ()
     host_bandwidth: float = HOST_BANDWIDTH
+    shared_prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Answer:
     ``cells``: an estimate for each context and number of sequences; ``smallest`` is the least of them. ``faults``: why
     the format cannot be served here at all. ``offload``: how the smallest cell is served where it does not fit.
     ``changes``: what would hold the longest context, ``least_changes``: what would hold the smallest cell; each is
-    empty where that fits already.
+    empty where that fits already. ``shared``: what the prompts' common beginning saves the most users asked about.
     """
 
     setting: Setting
@@ -70,6 +73,7 @@ class Answer:
     changes: tuple[str, ...]
     least_changes: tuple[str, ...]
     command: str
+    shared: Shared | None = None
 
     @property
     def smallest(self) -> Estimate:
@@ -104,6 +108,7 @@ def make_plan(headers: Headers, question: Question) -> Plan:
     for card in question.cards:
         for weights in formats:
             engine = planned_engine(question.engine) if question.engine else _engine(weights)
+            engine = engine.on(card)
             if not _runs(engine, weights):
                 said.append(f"{weights.format}: {_unloadable(headers, engine)}")
                 continue
@@ -205,9 +210,11 @@ def _answer(
     least_changes = () if holds or faults else _changes(setting, others, least, fewest)
     served = min(largest, longest) if holds else least
     many = most_sequences(setting, served) if holds else fewest
+    prefix = question.shared_prefix
+    shared = shared_prefix(setting, prefix, max(sequences)) if prefix and not faults else None
     typed = "" if faults else command(headers, setting, served, max(1, min(many, max(sequences))), offload)
     return Answer(setting, cells, tuple(faults), longest, 0 if faults else most_sequences(setting, least), offload,
-                  tuple(changes), tuple(least_changes), typed)  # fmt: skip
+                  tuple(changes), tuple(least_changes), typed, shared)  # fmt: skip
 
 
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
@@ -254,6 +261,7 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "changes": list(answer.changes), "command": answer.command,
         "weights_bytes": w.nbytes, "file_bytes": w.files, "bits_per_weight": w.bits_per_weight,
         "offload": _offload_json(answer.offload),
+        "shared_prefix": _shared_json(answer.shared),
         "cells": [_cell_json(cell) for cell in answer.cells],
     }  # fmt: skip
 
@@ -262,6 +270,15 @@ def _offload_json(offload: Offload | None) -> dict[str, Any] | None:
     if offload is None:
         return None
     return {"bytes": offload.moved, "flag": offload.flag, "why": offload.why, "step_seconds": _range(offload.step)}
+
+
+def _shared_json(shared: Shared | None) -> dict[str, Any] | None:
+    if shared is None:
+        return None
+    return {
+        "tokens": shared.tokens, "users": shared.users, "tokens_held": shared.held, "blocks_saved": shared.blocks,
+        "bytes_saved": shared.nbytes, "seconds_saved": _range(shared.seconds) if shared.seconds else None,
+    }  # fmt: skip
 
 
 def _cell_json(cell: Estimate) -> dict[str, Any]:

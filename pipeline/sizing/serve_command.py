@@ -8,21 +8,32 @@ from typing import Any
 from qtool.evaluate.engines.facts import Serving
 from qtool.evaluate.engines.table import planned
 from qtool.quantize.methods.method import Method
-from qtool.sizing.fit import Offload, Setting
+from qtool.sizing.fit import Offload, Setting, cache_to_ask
 from qtool.sizing.formats import method_of
 from qtool.sizing.headers import Headers
 
 
-def command(headers: Headers, setting: Setting, context: int, sequences: int, offload: Offload | None) -> str:
-    """An artifact or a source is named as it was typed, what is still to be made as `qtool run` would name it."""
-    w = setting.weights
+def serving_of(
+    headers: Headers, setting: Setting, context: int, sequences: int, offload: Offload | None = None
+) -> Serving:
+    """What the engine's command is made of. An artifact or a source is named as it was typed, what is still to be made
+    as `qtool run` would name it."""
+    w, facts = setting.weights, setting.facts
     made = headers.quantized or w.family == "source"
     place = headers.place if made else f"{headers.name}-{w.format}"
-    return setting.facts.command(Serving(
+    return Serving(
         place=place, revision=headers.revision if made else None, file=headers.gguf,
         default_file=f"{place}/{headers.name}-{w.format}.gguf", config=config_of(headers, setting), context=context,
         sequences=sequences, cards=setting.cards, cache_type=setting.kv_dtype, offload=offload.flag if offload else "",
-    ))  # fmt: skip
+        name=headers.name if made else place, prefill=facts.prefill_tokens(setting.card),
+        processor=setting.card.processor, cache_bytes=cache_to_ask(setting, context, sequences),
+        share=facts.memory_share,
+    )  # fmt: skip
+
+
+def command(headers: Headers, setting: Setting, context: int, sequences: int, offload: Offload | None) -> str:
+    """What is typed to serve it, or to load it."""
+    return setting.facts.typed(serving_of(headers, setting, context, sequences, offload))
 
 
 def config_of(headers: Headers, setting: Setting) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""Models behind real servers: started as planned, watched, and proved against the reference."""
