@@ -65,10 +65,10 @@ def cell(row: Row | None) -> str:
     return f"{row.distance:.4f}, {row.top1:.1%}{mark}".replace("0.", ".", 1)
 
 
-def write_into(document: Path, kind: str, text: str) -> None:
-    """Between the marks of ``kind``. Raises QtoolError where the document has none."""
+def write_into(document: Path, kind: str, text: str, script: str = "check_vllm") -> None:
+    """Between the marks of the ``script``'s ``kind``. Raises QtoolError where the document has none."""
     old = document.read_text(encoding="utf-8")
-    begin, end = f"<!-- check_vllm {kind} -->\n", "<!-- end -->"
+    begin, end = f"<!-- {script} {kind} -->\n", "<!-- end -->"
     if begin not in old:
         raise QtoolError(f"{document}: has no mark {begin.strip()!r}.")
     head, _, rest = old.partition(begin)

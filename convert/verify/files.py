@@ -15,6 +15,7 @@ from qtool.convert.files.manifest import MANIFEST, FileEntry, Manifest
 from qtool.convert.files.reading import leaves_folder, open_file, read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
 
+BUNDLED = {"serve/dashboard.json", "serve/Modelfile"}  # of `qtool bundle`: no loader of the model reads them
 EXTRAS, IMATRIX, PUBLISHED = "qtool", "imatrix.gguf", "qtool-scores.json"
 WEIGHTS = {
     ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".pkl", ".pickle", ".npz",
@@ -92,7 +93,7 @@ def _strangers(path: Path, manifest: Manifest) -> Iterator[str]:
         plain = PurePosixPath(name)
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             yield f"{shown(name)} is not in the manifest, and no file"
-        elif plain.suffix.lower() in READ_BY_LOADERS or plain.name in NAMES_READ:
+        elif (plain.suffix.lower() in READ_BY_LOADERS or plain.name in NAMES_READ) and name not in BUNDLED:
             yield f"{shown(name)} is not in the manifest"
         elif stat.S_ISLNK(mode) and (path / name).is_dir():
             yield f"{shown(name)} is not in the manifest, and a link to a folder"

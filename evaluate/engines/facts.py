@@ -173,6 +173,46 @@ class Download:
         return self.repo.split("/")[-1]
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """The names under which an engine's /metrics says what happens in it; empty where it does not say it.
+
+    ``prefix``: all its names begin so. ``since``: the version whose page was seen, or whose source was read;
+    ``switch``: what must be typed so that it answers at all; ``late``: a name comes to the page when it is first used;
+    ``label``: says which model a line is of. Gauges: ``cache`` (share of the cache in use, 0 to 1),
+    ``running`` and ``waiting`` (requests). Counters: ``preempted`` (requests thrown out of a full cache, to be
+    computed again), ``prompt`` and ``generated`` (tokens), ``hits`` (prompt tokens found in the prefix cache) of the
+    sum of ``asked``. Histograms of seconds: ``first`` (to the first token) and ``step`` (between tokens); without the
+    latter the mean ``step_mean``: (counter of seconds, counter of tokens).
+    """
+
+    prefix: str
+    since: str
+    switch: str = ""
+    late: bool = False
+    label: str = ""
+    cache: str = ""
+    running: str = ""
+    waiting: str = ""
+    preempted: str = ""
+    prompt: str = ""
+    generated: str = ""
+    hits: str = ""
+    asked: tuple[str, ...] = ()
+    first: str = ""
+    step: str = ""
+    step_mean: tuple[str, str] | None = None
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """What it says -> the names that must be on its page; a histogram's are those of its buckets and its count."""
+        single = ("cache", "running", "waiting", "preempted", "prompt", "generated", "hits")
+        found: dict[str, tuple[str, ...]] = {what: (name,) for what in single if (name := getattr(self, what))}
+        histograms = {"first": self.first, "step": self.step}
+        found |= {what: (f"{name}_bucket", f"{name}_count") for what, name in histograms.items() if name}
+        found |= {"asked": self.asked} if self.asked else {}
+        return found | ({"step_mean": self.step_mean} if self.step_mean else {})
+
+
 def whole_context(context: int, window: int | None, chunk: int) -> int:
     """A cache without blocks: the context, or the window that a layer slides."""
     return context if window is None else min(context, window)
@@ -219,6 +259,11 @@ class EngineFacts:
     refuses_card: Callable[[Card], str] = lambda card: ""
     refuses_model: Callable[[Mapping[str, Any]], list[str]] = lambda config: []  # config.json -> why not
     needs_beside: Callable[[Mapping[str, Any]], str] = lambda config: ""  # config.json -> what to install beside it
+    metrics: Metrics | None = None  # None: it has no such page
+    image: str = ""  # the container that runs it, pinned
+    command_in_image: tuple[str, ...] = ()  # leading words of ``command`` that the image says itself
+    bench: tuple[str, ...] = ()  # its own program that loads a server
+    bundle: tuple[str, ...] = ()  # files beside an artifact that suit it (qtool.bundle.table)
     refuses_gguf: str = ""  # why it loads no folder with a .gguf file, where there is more to say
 
     processor: EngineFacts | None = None  # the facts where a processor computes

@@ -30,6 +30,7 @@ from qtool.evaluate.engines.facts import (
     EngineFacts,
     Launch,
     Load,
+    Metrics,
     OffloadRule,
     Overhead,
     Serving,
@@ -39,6 +40,7 @@ from qtool.evaluate.engines.machine import machine_name
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
 BATCH = 2048  # tokens that are taken up at once (n_batch)
 UBATCH = 512  # tokens of one graph (n_ubatch)
+BUILD = 11549  # whose server was run here (the last part of xllamacpp 2026.10.11549)
 PAD = 256  # cells are padded to this (src/llama-context.cpp, GGML_PAD(n_ctx, 256))
 PROGRAM = 256 * MIB  # the server itself, on a processor
 PROCESSOR_SHARE = 0.9  # of the memory that is free
@@ -107,6 +109,19 @@ def _load(download: Download) -> list[tuple[str, str]]:
     return found
 
 
+METRICS = Metrics(  # no histograms, no use of the cache, no preemptions: a request that does not fit is refused
+    prefix="llamacpp:",
+    since=f"llama.cpp b{BUILD}",
+    switch="--metrics",
+    running="llamacpp:requests_processing",
+    waiting="llamacpp:requests_deferred",
+    prompt="llamacpp:prompt_tokens_total",
+    generated="llamacpp:tokens_predicted_total",
+    hits="llamacpp:prompt_tokens_cached_total",
+    asked=("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+    step_mean=("llamacpp:tokens_predicted_seconds_total", "llamacpp:tokens_predicted_total"),
+)
+
 FACTS = EngineFacts(
     name="llama.cpp",
     packages=("xllamacpp",),
@@ -123,6 +138,10 @@ FACTS = EngineFacts(
     embedding_on_card=False,  # it lies in host memory; a tied one is copied as head
     offload=OffloadRule(flag=lambda units, layers: f"-ngl {layers - units + 1}", computed_there=True),
     efficiency=Efficiency(0.40, 0.25, 0.15, 60e-6, 5e-3),
+    metrics=METRICS,
+    image=f"ghcr.io/ggml-org/llama.cpp:server-cuda-b{BUILD}",
+    command_in_image=("llama-server",),
+    bundle=("preset", "modelfile", "compose", "alerts", "dashboard", "load"),
     launch=_launch,
     served_dtype=lambda serving: "as stored",
     program="llama-server",
@@ -140,10 +159,13 @@ def installed() -> bool:
 
 
 @contextmanager
-def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iterator[str]:
+def serve(
+    file: Path, context: int, slots: int = 1, repack: bool = True, metrics: bool = False
+) -> Iterator[str]:  # fmt: skip
     """Load ``file`` and answer under the yielded base URL until the block ends. ``context``: tokens to each of
-    ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with. Raises
-    QtoolError when llama.cpp is not installed or cannot load the file (exit 3), or cannot read its chat template."""
+    ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with;
+    ``metrics``: answer at /metrics, too. Raises QtoolError when llama.cpp is not installed or cannot load the file
+    (exit 3), or cannot read its chat template."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -160,6 +182,7 @@ def serve(file: Path, context: int, slots: int = 1, repack: bool = True) -> Iter
     params.model.path = str(file)
     params.n_ctx, params.n_parallel = context * slots, slots
     params.cpuparams.n_threads = os.cpu_count() or 1
+    params.endpoint_metrics = metrics
     params.warmup, params.verbosity = False, 0  # only errors are said
     params.no_extra_bufts = not repack
     params.hostnames, params.port = ["127.0.0.1"], 0

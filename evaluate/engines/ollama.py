@@ -33,6 +33,7 @@ def facts_of(base: EngineFacts) -> EngineFacts:
         base, name="ollama", packages=(), install="https://ollama.com/download", cache_types=kept, offload=None,
         launch=_launch, module="", package="", program="ollama", health="/api/version", load=lambda download: [],
         processor=None,
+        metrics=None, image="", command_in_image=(), bundle=(),
         untried="Ollama's variables are those that it documents; qtool has not run it",
     )  # fmt: skip
 

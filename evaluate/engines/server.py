@@ -117,61 +117,62 @@ class ServedModel:
             machine.reset_resident_peak()
         started = time.perf_counter()
         with ThreadPoolExecutor(len(batch.prompts)) as pool:
-            answers = list(pool.map(lambda ids: self._timed(list(ids), batch.tokens), batch.prompts))
+            answers = list(pool.map(lambda ids: self.stamps(ids, batch.tokens), batch.prompts))
         wall = time.perf_counter() - started
-        steps = tuple((a.last - a.first) / (a.tokens - 1) for a in answers if a.tokens > 1)
-        cached = [answer.cached for answer in answers if answer.cached is not None]
+        steps = tuple((times[-1] - times[0]) / (made - 1) for times, made, _ in answers if made > 1)
+        cached = [tokens for _, _, tokens in answers if tokens is not None]
         return Reading(
-            tuple(answer.first for answer in answers), steps, wall, sum(answer.tokens for answer in answers),
+            tuple(times[0] for times, _, _ in answers), steps, wall, sum(made for _, made, _ in answers),
             sum(cached) / (len(batch.prompts[0]) * len(cached)) if cached else None,
             {"resident": machine.resident_peak() if self.inside else None},
         )  # fmt: skip
 
-    def _timed(self, ids: list[int], tokens: int) -> _Times:
+    def stamps(
+        self, ids: Sequence[int], tokens: int, reuse: bool = False, timeout: float = TIMED_TIMEOUT
+    ) -> tuple[list[float], int, int | None]:
+        """Seconds from a streamed request for exactly ``tokens`` tokens to each piece of its answer, tokens made, and
+        tokens of the prompt that came from a cache (None: not said). ``reuse``: a server that can be told whether to
+        look into its cache may; ``timeout``: seconds without a byte. Raises OutOfMemory, QtoolError (exit 3)."""
         url = f"{self.base_url.rstrip('/')}/completions"
         body = {
-            "model": self.model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True,
-            "ignore_eos": True, "cache_prompt": False, "stream_options": {"include_usage": True},
+            "model": self.model, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "stream": True,
+            "ignore_eos": True, "cache_prompt": reuse, "stream_options": {"include_usage": True},
         }  # fmt: skip
         started = time.perf_counter()
         times: list[float] = []
         usage: dict[str, Any] = {}
+        ended = False
         try:
-            with opener(url).open(_request(url, body, self.api_key), timeout=TIMED_TIMEOUT) as answer:
-                for line in answer:
+            with opener(url).open(_request(url, body, self.api_key), timeout=timeout) as answer:
+                for line in iter(lambda: answer.readline(_LONGEST_LINE), b""):
                     data = line.decode().strip().removeprefix("data:").strip()
+                    ended = ended or data == "[DONE]"
                     if not line.startswith(b"data:") or data == "[DONE]":
                         continue
                     event = json.loads(data)
                     if "error" in event:
                         raise _refusal(url, hide(json.dumps(event["error"]), self.api_key))
                     usage = event.get("usage") or usage
-                    if event.get("choices"):  # the last one says why it ended; a server may merge tokens into one
+                    for choice in event.get("choices") or []:  # a server may merge tokens into one
                         times.append(time.perf_counter() - started)
+                        ended = ended or choice.get("finish_reason") is not None
+            details = usage.get("prompt_tokens_details") or {}
+            made, cached = int(usage.get("completion_tokens") or len(times)), details.get("cached_tokens")
         except urllib.error.HTTPError as error:
             said = hide(error.read(500).decode(errors="replace"), self.api_key)
             raise _refusal(url, said or f"answered {error.code}") from error
         except OSError as error:
             raise QtoolError(f"{url}: cannot be reached ({error}). Is the server running?", exit_code=3) from error
-        if not times:
-            raise QtoolError(f"{url}: answered without a token.", exit_code=3)
-        details = usage.get("prompt_tokens_details") or {}
-        made = int(usage.get("completion_tokens") or len(times))
-        return _Times(times[0], times[-1], made, details.get("cached_tokens"))
+        except (http.client.HTTPException, ValueError, TypeError, AttributeError) as error:
+            said = hide(repr(error), self.api_key)
+            raise QtoolError(f"{url}: answered what no OpenAI-compatible server does ({said}).", 3) from error
+        if not times or not ended:
+            raise QtoolError(f"{url}: " + ("the answer broke off." if times else "answered without a token."), 3)
+        return times, made, cached
 
     def logits(self, window: Tensor) -> None:
         """Servers give a few logits at most."""
         return None
-
-
-@dataclass(frozen=True)
-class _Times:
-    """Seconds to the first and the last piece, tokens made, prompt tokens served from a cache (None: not said)."""
-
-    first: float
-    last: float
-    tokens: int
-    cached: int | None
 
 
 def _refusal(url: str, said: str) -> Exception:

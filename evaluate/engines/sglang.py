@@ -7,7 +7,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from qtool.evaluate.engines import vllm
-from qtool.evaluate.engines.facts import BF16, F16, CacheType, EngineFacts, Launch, Serving, whole_context
+from qtool.evaluate.engines.facts import BF16, F16, CacheType, EngineFacts, Launch, Metrics, Serving, whole_context
 
 SHARE = 0.88  # --mem-fraction-static: weights and cache; what is left is for activations and graphs
 
@@ -30,6 +30,24 @@ def _launch(serving: Serving) -> Launch:
 MODULE = "sglang.launch_server"
 FACTS = EngineFacts(
     name="sglang",
+    # read, not run: srt/observability/metrics_collector.py
+    metrics=Metrics(
+        prefix="sglang:",
+        since="SGLang 0.5",
+        switch="--enable-metrics",
+        late=True,
+        label="model_name",
+        cache="sglang:token_usage",
+        running="sglang:num_running_reqs",
+        waiting="sglang:num_queue_reqs",
+        preempted="sglang:num_retracted_requests_total",
+        prompt="sglang:prompt_tokens_total",
+        generated="sglang:generation_tokens_total",
+        hits="sglang:cached_tokens_total",
+        asked=("sglang:prompt_tokens_total",),
+        first="sglang:time_to_first_token_seconds",
+        step="sglang:inter_token_latency_seconds",
+    ),
     packages=("sglang",),
     install="pip install sglang (in an environment of its own)",
     cache_types=(BF16, F16, CacheType("fp8", Fraction(1))),

@@ -28,6 +28,7 @@ from qtool.evaluate.engines.facts import (
     EngineFacts,
     Launch,
     Load,
+    Metrics,
     OffloadRule,
     Overhead,
     Serving,
@@ -138,6 +139,22 @@ def _plugin(config: Mapping[str, Any]) -> str:
     return runtime.note if runtime else ""
 
 
+METRICS = Metrics(
+    prefix="vllm:",
+    since="vLLM 0.32",
+    label="model_name",
+    cache="vllm:kv_cache_usage_perc",
+    running="vllm:num_requests_running",
+    waiting="vllm:num_requests_waiting",
+    preempted="vllm:num_preemptions_total",
+    prompt="vllm:prompt_tokens_total",
+    generated="vllm:generation_tokens_total",
+    hits="vllm:prefix_cache_hits_total",
+    asked=("vllm:prefix_cache_queries_total",),
+    first="vllm:time_to_first_token_seconds",
+    step="vllm:inter_token_latency_seconds",
+)
+
 FACTS = EngineFacts(
     name="vllm",
     packages=("vllm", "torch", "transformers", "compressed-tensors", "vllm-bnb-plugin"),
@@ -152,6 +169,11 @@ FACTS = EngineFacts(
     offload=OffloadRule(flag=lambda units, layers: f"--cpu-offload-gb {units}", unit=GIB),
     split_faults=split_faults,
     efficiency=Efficiency(0.50, 0.35, 0.35, 20e-6, 8e-3),  # it replays graphs
+    metrics=METRICS,
+    image="vllm/vllm-openai:v0.32.0",
+    command_in_image=("vllm", "serve"),
+    bench=("vllm", "bench", "serve"),
+    bundle=("recipe", "production-stack", "llm-d", "kserve", "compose", "alerts", "dashboard", "load"),
     launch=_launch,
     served_dtype=_dtype,
     program="vllm",

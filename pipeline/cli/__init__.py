@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from qtool.cli import bundle as cli_bundle
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
+from qtool.cli import observe as cli_observe
 from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
@@ -100,6 +102,8 @@ main.add_command(cli_judge.baseline)
 main.add_command(cli_judge.report)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
+main.add_command(cli_observe.watch)
+main.add_command(cli_bundle.bundle)
 main.add_command(cli_serve.serve)
 main.add_command(cli_serve.prove)
 main.add_command(cli_hub.publish)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.decorators import FC
+
+from qtool import QtoolError
+
+if TYPE_CHECKING:
+    from qtool.sizing.serving import PlannedServer
 
 FAILED = 1  # the exit code where a gate or a check failed
 RUNS = "Folder of run logs and scores."
@@ -22,6 +28,49 @@ def device_option(command: FC) -> FC:
     return click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
     )(command)
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """``2k,8k,131072`` -> (2048, 8192, 131072). Raises QtoolError naming what is no number."""
+    found = []
+    for part in filter(None, (piece.strip().lower() for piece in text.split(","))):
+        digits, scale = (part[:-1], 1024) if part.endswith("k") else (part, 1)
+        if not digits.isdigit() or int(digits) == 0:
+            raise QtoolError(f"{option} {part}: a whole number above 0 is needed, or one with k for 1024: 2k,8k,128k.")
+        found.append(int(digits) * scale)
+    return tuple(found)
+
+
+def one_number(text: str, option: str) -> int:
+    """As `numbers`, of one at most; 0 for none."""
+    found = numbers(text, option)
+    if len(found) > 1:
+        raise QtoolError(f"{option} {text}: name one number.")
+    return found[0] if found else 0
+
+
+def card_options(command: FC) -> FC:
+    """What is served on which cards: `--card`, `--gpus`, `--context`, `--users`, `--kv-dtype`."""
+    options = [
+        click.option("--card", help="The card, or `cpu` (default: this machine's card, else its processor)."),
+        click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="How many share it."),
+        click.option("--context", default="", help="Tokens of each user: 8k (default: the longest that fits)."),
+        click.option("--users", default=4, show_default=True, type=click.IntRange(min=1), help="At once."),
+        click.option("--kv-dtype", default="", help="The cache's type (default: the engine's own)."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def planned_server(
+    model: str, engine: str | None, card: str | None, gpus: int, context: str, users: int, kv_dtype: str
+) -> PlannedServer:
+    """What `card_options` asked for. Raises QtoolError where it does not fit or the engine does not serve it."""
+    from qtool.serve.here import server_here
+
+    tokens = one_number(context, "--context")
+    return server_here(model, card, engine=engine, cards=gpus, context=tokens, users=users, kv_dtype=kv_dtype.lower())
 
 
 def write_text(path: Path, text: str) -> None:

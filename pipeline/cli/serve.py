@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.decorators import FC
 
-from qtool.cli.options import FAILED
-from qtool.cli.sizing import one_number
+from qtool.cli.options import FAILED, one_number
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
 if TYPE_CHECKING:

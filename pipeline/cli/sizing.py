@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qtool import QtoolError
-from qtool.cli.options import FAILED, write_text
+from qtool.cli.load import load_options, measure_load
+from qtool.cli.options import FAILED, numbers, one_number, write_text
 from qtool.evaluate.engines.table import planned
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """``2k,8k,131072`` -> (2048, 8192, 131072). Raises QtoolError naming what is no number."""
-    found = []
-    for part in filter(None, (piece.strip().lower() for piece in text.split(","))):
-        digits, scale = (part[:-1], 1024) if part.endswith("k") else (part, 1)
-        if not digits.isdigit() or int(digits) == 0:
-            raise QtoolError(f"{option} {part}: a whole number above 0 is needed, or one with k for 1024: 2k,8k,128k.")
-        found.append(int(digits) * scale)
-    return tuple(found)
-
-
-def one_number(text: str, option: str) -> int:
-    """As `numbers`, of one at most; 0 for none."""
-    found = numbers(text, option)
-    if len(found) > 1:
-        raise QtoolError(f"{option} {text}: name one number.")
-    return found[0] if found else 0
 
 
 @click.command()
@@ -125,6 +108,7 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 @click.option("--price", type=click.FloatRange(min=0), help="Of an hour of the machine: cost of a million tokens.")
 @click.option("--shape", help="Of a URL: folder or config.json of its model, for prediction.")
 @click.option("--name", help="Of a URL: what the server calls its model (default: its only one).")
+@load_options
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Where to log.")
 @click.option("--no-log", is_flag=True, help="Print only; leave the log of --runs as it is.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along (transformers).")
@@ -132,7 +116,7 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 def measure(
     model: str, contexts: str, batch: str, tokens: int, repeats: int, engine: str | None, device: str, gpu: str | None,
     price: float | None, shape: str | None, name: str | None, runs: Path, no_log: bool, trust_remote_code: bool,
-    as_json: bool,
+    as_json: bool, **load: Any,
 ) -> None:  # fmt: skip
     """Measure MODEL (a folder, an artifact, or the URL of an OpenAI-compatible server) beside prediction and bound.
 
@@ -140,11 +124,17 @@ def measure(
     memory. A figure that beats its bound was measured wrongly and is rejected. Reports and cards of runs made with the
     same --runs show what was measured of their models. OPENAI_API_KEY is sent to a URL.
 
+    With --concurrency (a closed loop: so many users, each asks again once answered) or --rate (an open loop: requests
+    arrive at random, and wait from the moment they were to arrive) a URL is put under load: percentiles, failures,
+    goodput under --ttft and --tpot, the largest concurrency whose p95 keeps them. Exit 1 where a request failed.
+
     \b
     Examples:
       qtool measure artifacts/My-Model-gguf --context 2k,8k --batch 1,4
       qtool measure ./My-Model --engine transformers --price 2.5
       qtool measure http://127.0.0.1:8000/v1 --name My-Model --shape ./My-Model --gpu H100 --batch 1,8,32
+      qtool measure http://127.0.0.1:8000/v1 --concurrency 1,4,8,16 --prefix shared --ttft 500 --tpot 50
+      qtool measure http://127.0.0.1:8000/v1 --context 1k --rate 2,4,8 --requests 200 --ttft 500 --svg load.svg
     """
     import sys
     from contextlib import nullcontext, redirect_stdout
@@ -159,6 +149,10 @@ def measure(
 
     if not no_log:
         require_writable(runs, "--runs")
+    if load["users"] or load["rates"]:
+        measure_load(model, numbers(contexts, "--context"), tokens, name, shape, one_card(gpu, here=False),
+                     None if no_log else runs, as_json, **load)  # fmt: skip
+        return
     url = model.startswith(("http://", "https://"))
     trial = Trial(
         model=model,

@@ -1,0 +1,1 @@
+"""A running server: its metrics beside the plan, and which limit binds."""
