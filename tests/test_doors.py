@@ -12,7 +12,8 @@ from qtool.evaluate.tasks.table import BENCHMARKS, data_sets
 SANDBOX = "qtool.evaluate.sandbox."
 DOORS = {
     "execute.Job", "execute.Outcome", "execute.run_programs", "execute.detect_sandbox",
-    "secrets", "secrets.for_child", "frames.NotPlain", "wire.pack", "wire.unpack", "wire.NAME_IN_TESTS",
+    "secrets", "secrets.for_child", "secrets.hidden",
+    "frames.NotPlain", "wire.pack", "wire.unpack", "wire.NAME_IN_TESTS",
 }  # fmt: skip
 
 
