@@ -129,7 +129,7 @@ def test_bandwidth_and_compute_are_told_by_the_plan(plan: PlannedServer) -> None
     assert binding(replace(full, generated_rate=0.1 / best), plan).limit == "none"
     geometry, card = plan.setting.geometry, plan.setting.card
     assert card.bf16 is not None
-    fastest = 1.05 * card.bf16 / (2 * geometry.layer_linears * geometry.layers)
+    fastest = 1.05 * card.bf16 / (2 * geometry.linears)
     prompts = replace(IDLE, running=1, generated_rate=1.0, prompt_rate=fastest)
     assert binding(prompts, plan).limit == "compute"
     assert binding(replace(prompts, hits=0.9), plan).limit == "none"  # what the cache served was not computed

@@ -456,7 +456,7 @@ def test_what_a_shared_beginning_saves(artifact: Path) -> None:
     # one whole block of 128 is shared; three users do not hold it again: 3 x 128 x 512 bytes
     assert (found.held, found.blocks, found.nbytes) == (128, 3, 3 * 128 * 512)
     assert found.seconds is not None
-    flops = 2 * 128 * plan.setting.geometry.layer_linears * 2  # and attention, and the head, beside the linears
+    flops = 2 * 128 * plan.setting.geometry.linears  # and attention, and the head, beside the linears
     assert found.seconds.best > flops / (1.05 * 1e13)
     assert shared_prefix(plan.setting, 100, 4).blocks == 0
     card = plan_server(read_headers(str(artifact)), Wish(load_accelerators()["H100"]))
