@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -92,6 +93,16 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def gone(child: Path, within: float = 20.0) -> bool:
+    """Whether the process whose number ``child`` holds ends; a machine at work takes its time to reap it."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if child.exists() and child.read_text() and not alive(int(child.read_text())):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def call(*arguments: object) -> Result:
@@ -246,16 +257,16 @@ def test_faults_at_the_start(
     monkeypatch.setenv("HF_TOKEN", "hf_environment99")
     monkeypatch.setenv("QTOOL_FAKE_CHILD", str(tmp_path / "child"))
     monkeypatch.setattr(process, "GRACE", 1.0)
-    patience = 2 if fault in ("never listens", "silent") else 60
+    patience = 5 if fault in ("never listens", "silent") else 60
     result = call("serve", artifact, "--card", "cpu", "--port", free(), "--patience", patience, "--quiet")
     assert result.exit_code == 3, result.output
-    assert said in one_line(result).replace("after 1 s", "after 0 s")
+    assert said in re.sub(r"after \d+ s", "after 0 s", one_line(result))
     assert "hf_" not in result.output
     if fault == "dies":
         assert "  | ValueError: no room for the cache; key ***" in result.output
         assert "the environment holds no token" in result.output
     else:  # its child, which ignores SIGTERM, is gone as well
-        assert not alive(int((tmp_path / "child").read_text()))
+        assert gone(tmp_path / "child")
 
 
 def served(artifact: Path, tmp_path: Path, **environment: str) -> tuple[subprocess.Popen[str], int]:
@@ -283,7 +294,7 @@ def test_ctrl_c_ends_the_whole_group(artifact: Path, tmp_path: Path) -> None:
     _, said = front.communicate(timeout=60)
     assert front.returncode == 130
     assert "The server and all its processes have ended." in said
-    assert not alive(int(child.read_text()))
+    assert gone(child)
 
 
 @pytest.mark.usefixtures("fake")
