@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from qtool import QtoolError
 from qtool.cli.load import load_options, measure_load
 from qtool.cli.options import FAILED, numbers, one_number, write_text
 from qtool.evaluate.engines.table import planned
+
+if TYPE_CHECKING:
+    from qtool.measure.run import Trial
 
 
 @click.command()
