@@ -13,7 +13,7 @@ Exit codes: 0 all is taken and every planted fault refused, 1 something is not, 
 
 Examples:
   python scripts/check_bundle.py --schemas schemas --recipes recipes --write docs/observing.md
-  python scripts/check_bundle.py --work /tmp/bundles --schemas schemas
+  python scripts/check_bundle.py --work bundles --schemas schemas
 """
 
 from __future__ import annotations

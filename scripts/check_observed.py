@@ -13,7 +13,7 @@ The demo model is quantized (or taken from --work) and served as planned. Then:
 
 Examples:
   python scripts/check_observed.py --python vllm-cpu/bin/python --write docs/observing.md
-  python scripts/check_observed.py --python vllm-cpu/bin/python --work /tmp/observed --quick
+  python scripts/check_observed.py --python vllm-cpu/bin/python --work observed --quick
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ def test_faults_at_the_start(
     monkeypatch.setenv("HF_TOKEN", "hf_environment99")
     monkeypatch.setenv("QTOOL_FAKE_CHILD", str(tmp_path / "child"))
     monkeypatch.setattr(process, "GRACE", 1.0)
-    patience = 8 if fault in ("never listens", "silent") else 60
+    patience = 5 if fault in ("never listens", "silent") else 60
     result = call("serve", artifact, "--card", "cpu", "--port", free(), "--patience", patience, "--quiet")
     assert result.exit_code == 3, result.output
     assert said in re.sub(r"after \d+ s", "after 0 s", one_line(result))

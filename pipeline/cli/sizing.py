@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from qtool import QtoolError
 from qtool.cli.load import load_options, measure_load
 from qtool.cli.options import FAILED, numbers, one_number, write_text
 from qtool.evaluate.engines.table import planned
+
+if TYPE_CHECKING:
+    from qtool.measure.run import Trial
 
 
 @click.command()
@@ -136,15 +139,9 @@ def measure(
       qtool measure http://127.0.0.1:8000/v1 --concurrency 1,4,8,16 --prefix shared --ttft 500 --tpot 50
       qtool measure http://127.0.0.1:8000/v1 --context 1k --rate 2,4,8 --requests 200 --ttft 500 --svg load.svg
     """
-    import sys
-    from contextlib import nullcontext, redirect_stdout
-    from dataclasses import replace
-
     from qtool.convert.files.durable import require_writable
     from qtool.make.device import choose_device
-    from qtool.measure.run import Trial, engine_of, measure_model, model_key
-    from qtool.report import measured as measure_report
-    from qtool.runs import measurements
+    from qtool.measure.run import Trial, engine_of
     from qtool.sizing.accelerators import one_card
 
     if not no_log:
@@ -168,10 +165,23 @@ def measure(
         name=name,
         trust_remote_code=trust_remote_code,
     )
+    _measure(trial, None if no_log else runs, as_json)
+
+
+def _measure(trial: Trial, runs: Path | None, as_json: bool) -> None:
+    """Measure, log in ``runs``, print; exit 1 where a figure was rejected."""
+    import sys
+    from contextlib import nullcontext, redirect_stdout
+    from dataclasses import replace
+
+    from qtool.measure.run import measure_model, model_key
+    from qtool.report import measured as measure_report
+    from qtool.runs import measurements
+
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what engines say is no JSON
         measurement = measure_model(trial)
-    if not no_log:
-        measurement = replace(measurement, key=model_key(model))
+    if runs is not None:
+        measurement = replace(measurement, key=model_key(trial.model))
         measurements.log(runs, measurement)
     if as_json:
         click.echo(json.dumps(measurement.as_json(), indent=2))

@@ -29,7 +29,7 @@ class Kind:
 
     @property
     def levels(self) -> Levels:
-        """For `descent.choose`, of weights that the shift was added to."""
+        """For `descent.improve`, of weights that the shift was added to."""
         return Levels(self.top, self.size, torch.float32, sym=not self.affine)
 
 
