@@ -68,8 +68,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text=FidelitySection(text="heldout-code", samples=8, length=128),
     )  # fmt: skip
 
-    def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in Artifact.open(good.folders["awq"]).read():
+    def broken(prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in Artifact.open(good.folders["awq"]).read(prefix):
             yield name, two_bits(tensor) if ".layers.1." in name and name.endswith("_proj.weight") else tensor
 
     for label, stream in (("same", Artifact.open(good.folders["awq"]).read), ("bad", broken)):

@@ -46,8 +46,9 @@ def main() -> None:
 def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
-    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4, smoke.
-    Run again after an interruption and it continues after the last finished layer; what is finished is reused.
+    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4,
+    qwen3-coder-30b-a3b, smoke. Run again after an interruption and it continues after the last finished layer; what is
+    finished is reused.
 
     \b
     Examples:

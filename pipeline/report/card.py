@@ -253,7 +253,7 @@ def loading(item: Published, repo: str) -> list[str]:
     stored = format_of(item.manifest.output)
     if stored is None:
         return []
-    mixed, section = any(map(place_of, item.manifest.ledger)), stored.section_of(item.manifest.output)
+    mixed = any(map(place_of, item.manifest.ledger))
     name = repo.split("/")[-1]
     folder = f"./{name}/{item.folder}/" if item.folder else f"./{name}/"
     place, fetch = folder.removesuffix("/") if item.folder else repo, f"hf download {repo} --local-dir ./{name}"
@@ -262,7 +262,7 @@ def loading(item: Published, repo: str) -> list[str]:
         runtime = next((runtime for runtime in stored.RUNS_IN if runtime.engine == facts.name), None)
         if runtime is None or (stored.RULES and not _holds(item.checks, runtime.title)):
             continue
-        if mixed and any(runtime.refuses_experts(section)):
+        if mixed and any(runtime.refuses_experts(stored.section_of(item.manifest.output))):
             continue
         packages = (runtime.package,) if runtime.package else ()
         download = Download(repo, place, fetch, folder, tuple(item.manifest.files), packages)
