@@ -58,7 +58,7 @@ class Nf4Method(Method):
     rounding: Literal["descent", "absmax"] = "descent"
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
 
     @property
     def needs(self) -> Needs:

@@ -29,7 +29,7 @@ class GridMethod(Method):
     descent: bool = True
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35  # .5 harms deep models: docs/benchmarks.md
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5  # of three: docs/benchmarks.md
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
