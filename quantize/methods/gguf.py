@@ -63,7 +63,7 @@ class GgufMethod(Method):
     rounding: Literal["descent", "ggml"] | None = None
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     propagate_error: bool = True
-    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.35
+    propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
     pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
 
     @model_validator(mode="after")
