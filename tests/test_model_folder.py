@@ -23,7 +23,7 @@ from qtool.convert.files.licence import read_licence
 from qtool.convert.files.reading import leaves_folder
 from qtool.convert.files.shard_header import HEADER_LIMIT, INDEX, SINGLE, read_header
 from qtool.convert.files.sidecars import check_sidecars, left_out, without_private_paths
-from qtool.convert.files.source import name_of, resolve
+from qtool.convert.files.source import asking_the_hub, beside, name_of, resolve
 from qtool.convert.skeleton import load_config
 from qtool.make.job import open_job, open_source
 from qtool.recipe.sections import load_recipe
@@ -505,3 +505,17 @@ def test_paths_that_cannot_be(path: str) -> None:
         with pytest.raises(QtoolError) as error:
             look(path)
         assert len(error.value.message) < 400
+
+
+def test_a_hub_id_that_may_be_a_mistyped_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "artifacts" / "demo-awq").mkdir(parents=True)
+    (tmp_path / "artifacts" / ".hidden").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(
+            QtoolError, match=r"reached \(OSError\)\. Nor is it a folder here: artifacts holds 'demo-awq'\. Do"
+        ),
+        asking_the_hub("artifacts/nothing", None, "Do."),
+    ):
+        raise OSError
+    assert beside("org/name") == ""

@@ -22,6 +22,7 @@ HUB_PATTERNS = [
 # What the model is, and its tokens.
 DECIDING = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 NAME_BYTES = 120  # a file's name ends at 255 bytes, and an output's name follows
+BESIDE = 8  # names in an error at most
 _UNFIT = r"[\s/\\:*?\"<>|'`$&;!()\[\]{}#%]+"  # for a shell, or for another system's files
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -113,7 +114,9 @@ def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[N
             f"{model}: is gated: accept its terms on its page at the Hub, then log in with `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise QtoolError(f"{model}: is not on the Hub, or is private: log in with `hf auth login`.") from error
+        raise QtoolError(
+            f"{model}: is not on the Hub, or is private: log in with `hf auth login`.{beside(model)}"
+        ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise QtoolError(f"{model}: has no config.json on the Hub, so its shape is unknown.") from error
     except errors.HFValidationError as error:
@@ -122,9 +125,21 @@ def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[N
         raise QtoolError(f"{model}: holds a file that is not whole safetensors ({error}).") from error
     except OSError as error:  # the one for "neither in the cache nor reachable" among them
         raise QtoolError(
-            f"{model}: is not in the local cache and the Hub cannot be reached ({type(error).__name__}). {offline}",
+            f"{model}: is not in the local cache and the Hub cannot be reached ({type(error).__name__})."
+            f"{beside(model)} {offline}",
             exit_code=3,
         ) from error
+
+
+def beside(model: str) -> str:
+    """A sentence for a Hub id that may be a mistyped path: what the folder of its first part holds. Empty where there
+    is no such folder."""
+    first = model.split("/")[0]
+    if "/" not in model or not os.path.isdir(first):
+        return ""
+    names = sorted(entry.name for entry in os.scandir(first) if entry.is_dir() and not entry.name.startswith("."))
+    held = ", ".join(map(shown, names[:BESIDE])) + (", …" if len(names) > BESIDE else "")
+    return f" Nor is it a folder here: {first} holds {held or 'no folder'}."
 
 
 def deciding_files(folder: Path) -> list[Path]:
