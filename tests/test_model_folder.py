@@ -513,7 +513,7 @@ def test_a_hub_id_that_may_be_a_mistyped_path(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with (
         pytest.raises(
-            QtoolError, match=r"reached \(OSError\)\. Nor is it a folder here: artifacts holds 'demo-awq'\. Do"
+            QtoolError, match=r"reached \(OSError\)\. Nor is it a folder here: artifacts holds demo-awq\. Do"
         ),
         asking_the_hub("artifacts/nothing", None, "Do."),
     ):
