@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.models.experts import Mixture, in_files, in_memory, mixture_feeds
+from qtool.convert.models.experts import Mixture, in_files, in_memory
 from qtool.convert.models.feeds import Heads, Norm, Nothing, Rows
 from qtool.convert.models.refusals import refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
@@ -151,22 +150,6 @@ def _scale(at: str, feed: Any, tensors: dict[str, Tensor], forget: bool) -> None
         matrix.of(tensors[at + matrix.tensor]).mul_(spread)
     for name in () if forget else feed.also:
         tensors[at + name] *= spread
-
-
-def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
-    """Gate and up are halves of one tensor: what a matrix reads there is what its own tensor held."""
-    decoder, mixture = _decoder(folder)
-    if mixture.block != "mlp":
-        pytest.skip("fused files have the names of memory")
-    fused, shape = replace(mixture, fused=True), decoder.shape
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), shape.sparse.index(True))
-    held = in_memory(mixture, shape.experts, files)
-    assert in_files(fused, shape.experts, held).keys() == held.keys()
-    for feed in mixture_feeds(fused, shape):
-        for matrix in feed.consumers:
-            alone = files[f"{matrix.module}.weight"]
-            assert torch.equal(matrix.of(held[matrix.tensor]), alone)
-            assert matrix.shape(tuple(held[matrix.tensor].shape)) == tuple(alone.shape)
 
 
 def test_a_missing_expert_is_named(folder: Path) -> None:
