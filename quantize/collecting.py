@@ -97,7 +97,8 @@ def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Stati
         rows = stats.mean_square
         if not bool(rows.isfinite().all()):
             raise QtoolError(
-                f"{layer}: the input of {stack.name} is NaN or Inf on the calibration text; the source model is broken."
+                f"{layer}: the input of {stack.problems[stats.first_unsound][0].module} is NaN or Inf on the "
+                "calibration text; the source model is broken."
             )
         for number, problem in enumerate(stack.problems):
             squares |= {matrix.module: rows[number] if stack.routed else rows for matrix in problem}

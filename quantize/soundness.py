@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from qtool import QtoolError
-from qtool.quantize.methods.method import Method
+from qtool.quantize.methods.method import Method, Statistics
+from qtool.quantize.stacks import Stack
 
 FLOAT16_MAX = 65504.0
 
@@ -35,12 +36,31 @@ def refuse_unsound_values(name: str, tensor: Tensor) -> None:
         raise QtoolError(f"{name}: holds NaN or Inf.")
 
 
-def refuse_range(layer: str, method: Method, peaks: Mapping[str, Tensor]) -> None:
+def refuse_inputs(
+    layer: str, method: Method, inputs: Iterable[tuple[Stack, Statistics]], beside: Mapping[str, Tensor] | None = None
+) -> None:
+    """`refuse_range` of the inputs of stacks. ``beside``: a stack's name -> the largest magnitude in the source, where
+    the statistics are of a stream."""
+    peaks, found = {}, {}
+    for stack, stats in inputs:
+        what = f"the input of {stack.name}"
+        peak, found[what] = stats.absmax.max(), (stack, stats)
+        peaks[what] = peak if beside is None else torch.maximum(peak, beside[stack.name])
+
+    def culprit(what: str) -> str:
+        stack, stats = found[what]
+        return f"the input of {stack.problems[stats.first_unsound][0].module}"
+
+    refuse_range(layer, method, peaks, culprit)
+
+
+def refuse_range(layer: str, method: Method, peaks: Mapping[str, Tensor], culprit: Callable[[str], str] = str) -> None:
     """``peaks``: what in ``layer`` -> its largest magnitude on the calibration text. Raises QtoolError for NaN or Inf,
-    and for more than the dtype of an output holds."""
+    and for more than the dtype of an output holds. ``culprit``: what exactly is NaN or Inf there."""
     values = torch.stack([peak.float() for peak in peaks.values()]).tolist()  # one wait for the device
     for what, value in zip(peaks, values, strict=True):
         if not value < float("inf"):
+            what = culprit(what)
             raise QtoolError(f"{layer}: {what} is NaN or Inf on the calibration text; the source model is broken.")
         if method.stored_dtype == torch.float16 and value > FLOAT16_MAX:
             raise QtoolError(

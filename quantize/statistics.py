@@ -79,6 +79,11 @@ class InputStatistics:
         return self.abs_sum / self.tokens
 
     @property
+    def first_unsound(self) -> int:
+        """Of a stack the first problem whose inputs were NaN or Inf; 0 where none's were."""
+        return 0
+
+    @property
     def counted(self) -> float:
         """What a squared output error costs that the Gram matrix tells, beside those of experts."""
         return 1.0

@@ -21,7 +21,7 @@ from qtool.quantize.experts import inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
 from qtool.quantize.scaling import AT_ONCE
-from qtool.quantize.soundness import refuse_range
+from qtool.quantize.soundness import refuse_inputs
 from qtool.quantize.stacks import Stack, Step, steps_of
 from qtool.quantize.statistics import InputStatistics
 
@@ -69,8 +69,7 @@ class Passage:
                     found = collected.pop(0)
                     for stack in step.stacks:
                         stats = found.pop(stack.name)
-                        for largest in (peaks[stack.name], stats.absmax.max()):
-                            refuse_range(self.name, stream.method, {f"the input of {stack.name}": largest})
+                        refuse_inputs(self.name, stream.method, [(stack, stats)], peaks)
                         stream.work.round(stack, stats)
                         del stats  # large: gone before the next one's turn
             for stream in streams if part is not self.parts[-1] else ():

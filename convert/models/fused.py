@@ -45,10 +45,10 @@ def each_alone(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
     if not layers:
         return dict(tensors)
     decoder = decoder_of(config)
-    found = dict(tensors)
+    divided = dict(tensors)
     for at in layers:
-        _divide(at, found, family.mixture, decoder)
-    return dict(sorted(found.items()))
+        _divide(at, divided, family.mixture, decoder)
+    return dict(sorted(divided.items()))
 
 
 def _divide(at: str, found: dict[str, TensorInfo], mixture: Mixture, decoder: Decoder) -> None:
