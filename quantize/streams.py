@@ -17,7 +17,7 @@ from qtool.convert.models.experts import GATE_UP
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
 from qtool.quantize.collecting import Sample, finish
-from qtool.quantize.experts import inner, mixture_of
+from qtool.quantize.experts import gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
 from qtool.quantize.scaling import AT_ONCE
@@ -107,7 +107,8 @@ class Passage:
                     stats, divisor = found[stack.name], stream.work.divisor(stack)
                     if isinstance(stats, InputStatistics):
                         behind = batch - own if stack.adds else None
-                        stats.add(fed.inputs[stack.name], source.inputs[stack.name], divisor, behind)
+                        inputs = fed.inputs[stack.name], source.inputs[stack.name]
+                        stats.add(*inputs, divisor, behind, self._gate(stack, fed))
                     else:
                         self._count(stack, stats, fed, source, divisor, batch - own if stack.adds else None)
                 if fed.routed is not None:
@@ -119,6 +120,13 @@ class Passage:
             finish(self.module, step.stacks, found, sample)
         self._fill(self.source)
         return collected, peaks
+
+    def _gate(self, stack: Stack, fed: Fed) -> Tensor | None:
+        """What a shared expert's output is multiplied by, with the gate that ``module`` has now."""
+        if not stack.gate:
+            return None
+        assert fed.routed is not None
+        return gate_of(self.module, stack.gate, fed.routed.hidden)
 
     def _count(
         self,
@@ -149,7 +157,8 @@ class Passage:
         """The drift goes through the weights where that makes it smaller, or where hidden states join it."""
         if not stack.routed:
             target = work.target(stack)
-            return InputStatistics(through=target.to(self.dtype) if stack.adds or _wide(target) else None)
+            through = target.to(self.dtype) if stack.adds or _wide(target) else None
+            return InputStatistics(through=through, exponent=self.settings.exponent)
         number, through = len(stack.problems), None
         if stack.adds or _wide(work.target(stack.part(slice(0, 1)))):
             some = [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
@@ -159,7 +168,10 @@ class Passage:
     def _state(self, stream: Stream) -> dict[str, Tensor]:
         """The layer as a reader of the output gets it; what has no codes yet is the source's."""
         stored = stream.method.stored_dtype or self.dtype
-        state = stream.work.state(self.dtype, stored, self.decoder.family.casts)
+        casts, source = self.decoder.family.casts, self.layer.tensors
+        state = stream.work.state(self.dtype, stored, casts)
+        for name in (name for name in state if not casts(name)):
+            state[name] = state[name].to(source[name].dtype)  # as it is written, whatever a scale made of it
         return self.decoder.in_memory({name: tensor.to(self.layer.device) for name, tensor in state.items()})
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:

@@ -175,7 +175,7 @@ class Walk:
             passage.round(own)
         for output in self.on_grams:
             largest = torch.stack([states.abs().amax() for states in hidden]).amax()
-            refuse_range(self._named(index), output.method, {"its output": largest})
+            refuse_range(self._named(index), output.method, "its output", largest)
         for stream in own:
             results[stream.method.name] = stream.work.finish()
             if not last:

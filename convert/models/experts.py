@@ -157,7 +157,8 @@ def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
         for expert in experts
     ]
     if mixture.shared:
-        gate, up, down = (whole(f"{mixture.shared}.{part}_proj") for part in ("gate", "up", "down"))
+        parts = [whole(f"{mixture.shared}.{part}_proj") for part in ("gate", "up", "down")]
+        gate, up, down = (replace(matrix, gate=mixture.shared_gate) for matrix in parts)
         read += [gate, up]
         downs.append(Feed(Rows(up), (down,), split=True))
     also = (mixture.router, *((mixture.shared_gate,) if mixture.shared_gate else ()))
