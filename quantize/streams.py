@@ -64,16 +64,21 @@ class Passage:
         cannot hold."""
         for part in self.parts:
             for step in part.steps:
-                collected, peaks = self._collect(part, step, streams)
-                for stream in streams:
-                    found = collected.pop(0)
-                    for stack in step.stacks:
-                        stats = found.pop(stack.name)
-                        refuse_inputs(self.name, stream.method, [(stack, stats)], peaks)
-                        stream.work.round(stack, stats)
-                        del stats  # large: gone before the next one's turn
+                for some in together(step, streams):
+                    self._round(part, step, some, step is part.steps[-1] and some[-1] is streams[-1])
             for stream in streams if part is not self.parts[-1] else ():
                 self._move(stream, part)
+
+    def _round(self, part: Part, step: Step, streams: Sequence[Stream], last: bool) -> None:
+        """A step's stacks get their codes in some streams; with ``last`` the source moves on to the part's end."""
+        collected, peaks = self._collect(part, step, streams, last)
+        for stream in streams:
+            found = collected.pop(0)
+            for stack in step.stacks:
+                stats = found.pop(stack.name)
+                refuse_inputs(self.name, stream.method, [(stack, stats)], peaks)
+                stream.work.round(stack, stats)
+                del stats  # large: gone before the next one's turn
 
     def advance(self, stream: Stream) -> None:
         """A stream whose layer is rounded moves on to its outputs."""
@@ -86,15 +91,14 @@ class Passage:
             stream.batches[number] = self._parted.run(part, batch).ended
 
     def _collect(
-        self, part: Part, step: Step, streams: Sequence[Stream]
+        self, part: Part, step: Step, streams: Sequence[Stream], last: bool
     ) -> tuple[list[dict[str, Statistics]], dict[str, Tensor]]:
         """(statistics of a step's inputs in each stream, beside the source's; the source's largest magnitudes). The
-        batches and the copies of the layer are let go. The source moves on with the part's last step."""
+        batches and the copies of the layer are let go."""
         states = [self._state(stream) for stream in streams]
         collected = [{stack.name: self._empty(stack, stream.work) for stack in step.stacks} for stream in streams]
         samples = [Sample(sum(batch.shape[:-1].numel() for batch in self.hidden)) for _ in streams]
         peaks: dict[str, Tensor] = {}
-        last = step is part.steps[-1]
         for number, batch in enumerate(self.hidden):
             self._fill(self.source)
             source = self._parted.run(part, batch, step, to_end=last)
@@ -176,6 +180,14 @@ class Passage:
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict(dict(state), assign=True)
+
+
+def together(step: Step, streams: Sequence[Stream]) -> list[Sequence[Stream]]:
+    """Which streams' statistics are collected in one pass of the source: all, but of experts one stream's, for each has
+    E Gram matrices. The source's part is computed again for the next."""
+    if any(stack.routed for stack in step.stacks):
+        return [[stream] for stream in streams]
+    return [streams]
 
 
 def _wide(target: Tensor) -> bool:
