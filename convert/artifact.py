@@ -18,6 +18,7 @@ from qtool.convert.formats.gguf.file import GgufFile
 from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.reader import Folder, Reader
+from qtool.convert.models.fused import open_model
 
 
 class Artifact:
@@ -38,7 +39,7 @@ class Artifact:
         manifest = read_manifest(path) if (path / MANIFEST).exists() else None
         config = read_config(path)
         files = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
-        return cls(path, config, manifest, files[0] if files else Checkpoint.open(path))
+        return cls(path, config, manifest, files[0] if files else open_model(path))
 
     @property
     def checkpoint(self) -> Checkpoint:

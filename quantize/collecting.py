@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.quantize.capture import Calls, Enough, Hidden, captured, run_layer
-from qtool.quantize.experts import Routed, Taker, inner, mixture_of
+from qtool.quantize.experts import Routed, Taker, gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Inputs, Statistics
 from qtool.quantize.routed import SAMPLE, ExpertSettings, RoutedStatistics
 from qtool.quantize.stacks import Stack
@@ -57,19 +57,17 @@ def source_statistics(
     sample = Sample(sum(states.shape[:-1].numel() for states in hidden))
     for number, states in enumerate(hidden):
         inputs: dict[str, Tensor] = {}
-
-        def watch(call: Routed) -> Taker:
-            return _count(call, routed, sample)
-
         enough = stay and not routed
-        with suppress(Enough), captured(layer, stacks, inputs.__setitem__, watch, enough):
+        watched = _Watched(routed, sample)
+        with suppress(Enough), captured(layer, stacks, inputs.__setitem__, watched.take, enough):
             output = run_layer(layer, states, calls)
             if not stay:
                 hidden[number] = output
-        for name, x in inputs.items():
-            stats = shared[name]
-            assert isinstance(stats, InputStatistics)
-            stats.add(x)
+        for stack in stacks:
+            stats = shared[stack.name]
+            if isinstance(stats, InputStatistics):
+                gate = gate_of(layer, stack.gate, watched.hidden) if stack.gate else None
+                stats.add(inputs[stack.name], gate=gate)
     finish(layer, stacks, shared, sample)
     return shared
 
@@ -83,7 +81,7 @@ def empty_statistics(
         if stack.routed:
             shared[stack.name] = RoutedStatistics(mixture_of(layer).num_experts, settings, channels_only)
         else:
-            shared[stack.name] = InputStatistics(channels_only=channels_only)
+            shared[stack.name] = InputStatistics(channels_only=channels_only, exponent=settings.exponent)
     return shared
 
 
@@ -97,7 +95,8 @@ def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Stati
         rows = stats.mean_square
         if not bool(rows.isfinite().all()):
             raise QtoolError(
-                f"{layer}: the input of {stack.name} is NaN or Inf on the calibration text; the source model is broken."
+                f"{layer}: the input of {stack.problems[stats.first_unsound][0].module} is NaN or Inf on the "
+                "calibration text; the source model is broken."
             )
         for number, problem in enumerate(stack.problems):
             squares |= {matrix.module: rows[number] if stack.routed else rows for matrix in problem}
@@ -117,11 +116,20 @@ def finish(layer: nn.Module, stacks: Sequence[Stack], found: dict[str, Statistic
             stats.finish(sample.typical(stack, mixture_of(layer)))
 
 
-def _count(call: Routed, routed: dict[bool, Statistics], sample: Sample) -> Taker:
-    """The experts' inputs now; the inputs of their down matrices when they are made."""
-    sample.take(call)
-    own, made = routed[False], routed[True]
-    assert isinstance(own, RoutedStatistics)
-    assert isinstance(made, RoutedStatistics)
-    own.add(call.inputs, call.weights, call.counts)
-    return lambda x: made.add(x, call.weights, call.counts)
+@dataclass
+class _Watched:
+    """The call of a mixture in one forward. ``routed``: statistics of experts' inputs, and of those of their downs."""
+
+    routed: Mapping[bool, Statistics]
+    sample: Sample
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def take(self, call: Routed) -> Taker:
+        """The experts' inputs now; the inputs of their down matrices when they are made."""
+        self.hidden = call.hidden
+        self.sample.take(call)
+        own, made = self.routed[False], self.routed[True]
+        assert isinstance(own, RoutedStatistics)
+        assert isinstance(made, RoutedStatistics)
+        own.add(call.inputs, call.weights, call.counts)
+        return lambda x: made.add(x, call.weights, call.counts)

@@ -83,6 +83,12 @@ class Routed:
         return hits, torch.tensor(source.counts, dtype=torch.float32, device=sent.device)
 
 
+def gate_of(layer: nn.Module, name: str, hidden: Tensor) -> Tensor:
+    """What a shared expert's output is multiplied by, ``[T]``: the sigmoid of its gate. ``name``: of the gate's weight
+    ``[1, h]`` in a layer; ``hidden [T, h]``: the mixture's inputs."""
+    return functional.linear(hidden, layer.get_parameter(name)).sigmoid().squeeze(-1)
+
+
 Taker = Callable[[Tensor], None]  # of the inputs of the down matrices, [slots, I]
 Watch = Callable[[Routed], Taker | None]
 _WATCHES: dict[int, Watch] = {}  # id(module) -> who looks on

@@ -131,13 +131,15 @@ def _of_streams(
     gap = 8 * widest // width if any(method.asks_source for method in own) else widest
     forward = max(batch * (4 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + gap))
     forward += _mixed(fed, width, batch)
-    copies = len(own) + any(one.routed for one in fed)  # of the layer, for each; experts, as they are put together
+    mixed = any(one.routed for one in fed)
     most, done = 0, 0
     for step in steps:
+        together = 1 if any(one.routed for one in step) else len(own)  # as streams.together
+        copies = together + mixed  # of the layer, for each stream; experts, as they are put together
         collecting = copies * parameters * width + forward
         choosing = 4 * max(one.workspace(method) for method in own for one in step)
-        statistics = sum(one.statistics(width) for one in step)
-        most = max(most, len(own) * (done + statistics) + max(collecting, choosing))
+        statistics = together * sum(one.statistics(width) for one in step)
+        most = max(most, len(own) * done + statistics + max(collecting, choosing))
         done += sum(one.weights for one in step)
     return sharing * parameters + most
 

@@ -209,6 +209,11 @@ class RoutedStatistics:
         return self.abs_sum / self.mass.unsqueeze(1).clamp_min(1e-30)
 
     @property
+    def first_unsound(self) -> int:
+        """As `InputStatistics.first_unsound`."""
+        return int((~self.mean_square.isfinite().all(1)).int().argmax())
+
+    @property
     def counted(self) -> float:
         """As `InputStatistics.counted`: errors enter the layer's sum with p², whatever power the tokens have here."""
         return float(self.power / self.mass.sum().clamp_min(1e-30))

@@ -40,6 +40,11 @@ class Stack:
         return self.problems[0][0].expert is not None
 
     @property
+    def gate(self) -> str:
+        """As `Matrix.gate`, of all its matrices."""
+        return self.problems[0][0].gate
+
+    @property
     def inner(self) -> bool:
         """Whether an expert makes the input itself (of down), not the norm before the mixture (of gate and up)."""
         return self.routed and not isinstance(self.feeds[0].producer, Norm)

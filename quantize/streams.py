@@ -17,11 +17,11 @@ from qtool.convert.models.experts import GATE_UP
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
 from qtool.quantize.collecting import Sample, finish
-from qtool.quantize.experts import inner, mixture_of
+from qtool.quantize.experts import gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
 from qtool.quantize.scaling import AT_ONCE
-from qtool.quantize.soundness import refuse_range
+from qtool.quantize.soundness import refuse_inputs
 from qtool.quantize.stacks import Stack, Step, steps_of
 from qtool.quantize.statistics import InputStatistics
 
@@ -64,17 +64,21 @@ class Passage:
         cannot hold."""
         for part in self.parts:
             for step in part.steps:
-                collected, peaks = self._collect(part, step, streams)
-                for stream in streams:
-                    found = collected.pop(0)
-                    for stack in step.stacks:
-                        stats = found.pop(stack.name)
-                        for largest in (peaks[stack.name], stats.absmax.max()):
-                            refuse_range(self.name, stream.method, {f"the input of {stack.name}": largest})
-                        stream.work.round(stack, stats)
-                        del stats  # large: gone before the next one's turn
+                for some in together(step, streams):
+                    self._round(part, step, some, step is part.steps[-1] and some[-1] is streams[-1])
             for stream in streams if part is not self.parts[-1] else ():
                 self._move(stream, part)
+
+    def _round(self, part: Part, step: Step, streams: Sequence[Stream], last: bool) -> None:
+        """A step's stacks get their codes in some streams; with ``last`` the source moves on to the part's end."""
+        collected, peaks = self._collect(part, step, streams, last)
+        for stream in streams:
+            found = collected.pop(0)
+            for stack in step.stacks:
+                stats = found.pop(stack.name)
+                refuse_inputs(self.name, stream.method, [(stack, stats)], peaks)
+                stream.work.round(stack, stats)
+                del stats  # large: gone before the next one's turn
 
     def advance(self, stream: Stream) -> None:
         """A stream whose layer is rounded moves on to its outputs."""
@@ -87,15 +91,14 @@ class Passage:
             stream.batches[number] = self._parted.run(part, batch).ended
 
     def _collect(
-        self, part: Part, step: Step, streams: Sequence[Stream]
+        self, part: Part, step: Step, streams: Sequence[Stream], last: bool
     ) -> tuple[list[dict[str, Statistics]], dict[str, Tensor]]:
         """(statistics of a step's inputs in each stream, beside the source's; the source's largest magnitudes). The
-        batches and the copies of the layer are let go. The source moves on with the part's last step."""
+        batches and the copies of the layer are let go."""
         states = [self._state(stream) for stream in streams]
         collected = [{stack.name: self._empty(stack, stream.work) for stack in step.stacks} for stream in streams]
         samples = [Sample(sum(batch.shape[:-1].numel() for batch in self.hidden)) for _ in streams]
         peaks: dict[str, Tensor] = {}
-        last = step is part.steps[-1]
         for number, batch in enumerate(self.hidden):
             self._fill(self.source)
             source = self._parted.run(part, batch, step, to_end=last)
@@ -108,7 +111,8 @@ class Passage:
                     stats, divisor = found[stack.name], stream.work.divisor(stack)
                     if isinstance(stats, InputStatistics):
                         behind = batch - own if stack.adds else None
-                        stats.add(fed.inputs[stack.name], source.inputs[stack.name], divisor, behind)
+                        inputs = fed.inputs[stack.name], source.inputs[stack.name]
+                        stats.add(*inputs, divisor, behind, self._gate(stack, fed))
                     else:
                         self._count(stack, stats, fed, source, divisor, batch - own if stack.adds else None)
                 if fed.routed is not None:
@@ -120,6 +124,13 @@ class Passage:
             finish(self.module, step.stacks, found, sample)
         self._fill(self.source)
         return collected, peaks
+
+    def _gate(self, stack: Stack, fed: Fed) -> Tensor | None:
+        """What a shared expert's output is multiplied by, with the gate that ``module`` has now."""
+        if not stack.gate:
+            return None
+        assert fed.routed is not None
+        return gate_of(self.module, stack.gate, fed.routed.hidden)
 
     def _count(
         self,
@@ -150,7 +161,8 @@ class Passage:
         """The drift goes through the weights where that makes it smaller, or where hidden states join it."""
         if not stack.routed:
             target = work.target(stack)
-            return InputStatistics(through=target.to(self.dtype) if stack.adds or _wide(target) else None)
+            through = target.to(self.dtype) if stack.adds or _wide(target) else None
+            return InputStatistics(through=through, exponent=self.settings.exponent)
         number, through = len(stack.problems), None
         if stack.adds or _wide(work.target(stack.part(slice(0, 1)))):
             some = [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
@@ -160,11 +172,22 @@ class Passage:
     def _state(self, stream: Stream) -> dict[str, Tensor]:
         """The layer as a reader of the output gets it; what has no codes yet is the source's."""
         stored = stream.method.stored_dtype or self.dtype
-        state = stream.work.state(self.dtype, stored, self.decoder.family.casts)
+        casts, source = self.decoder.family.casts, self.layer.tensors
+        state = stream.work.state(self.dtype, stored, casts)
+        for name in (name for name in state if not casts(name)):
+            state[name] = state[name].to(source[name].dtype)  # as it is written, whatever a scale made of it
         return self.decoder.in_memory({name: tensor.to(self.layer.device) for name, tensor in state.items()})
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict(dict(state), assign=True)
+
+
+def together(step: Step, streams: Sequence[Stream]) -> list[Sequence[Stream]]:
+    """Which streams' statistics are collected in one pass of the source: all, but of experts one stream's, for each has
+    E Gram matrices. The source's part is computed again for the next."""
+    if any(stack.routed for stack in step.stacks):
+        return [[stream] for stream in streams]
+    return [streams]
 
 
 def _wide(target: Tensor) -> bool:

@@ -27,7 +27,7 @@ from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Statistics
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.routed import ExpertSettings
-from qtool.quantize.soundness import refuse_range, refuse_unsound, refuse_unsound_values
+from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound, refuse_unsound_values
 from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.streams import Passage, Stream
 
@@ -164,8 +164,7 @@ class Walk:
         seen = mean_squares(self._named(index), stacks, shared) if self.weighing else Inputs()
         sharing = [output for output in self.on_grams if not output.own_stream]
         for number, output in enumerate(sharing):
-            peaks = {f"the input of {name}": stats.absmax.max() for name, stats in shared.items()}
-            refuse_range(self._named(index), output.method, peaks)
+            refuse_inputs(self._named(index), output.method, [(stack, shared[stack.name]) for stack in stacks])
             owned = number == len(sharing) - 1
             results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
         del shared
@@ -176,7 +175,7 @@ class Walk:
             passage.round(own)
         for output in self.on_grams:
             largest = torch.stack([states.abs().amax() for states in hidden]).amax()
-            refuse_range(self._named(index), output.method, {"its output": largest})
+            refuse_range(self._named(index), output.method, "its output", largest)
         for stream in own:
             results[stream.method.name] = stream.work.finish()
             if not last:

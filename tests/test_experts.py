@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.models.experts import Mixture, in_files, in_memory, mixture_feeds
+from qtool.convert.models.experts import Mixture, in_files, in_memory
 from qtool.convert.models.feeds import Heads, Norm, Nothing, Rows
 from qtool.convert.models.refusals import refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.evaluate.engines.torch_model import load_model
+from qtool.sizing.formats import weights_of
+from qtool.sizing.headers import read_headers
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -153,22 +154,6 @@ def _scale(at: str, feed: Any, tensors: dict[str, Tensor], forget: bool) -> None
         tensors[at + name] *= spread
 
 
-def test_fused_files_hold_the_same_matrices(folder: Path) -> None:
-    """Gate and up are halves of one tensor: what a matrix reads there is what its own tensor held."""
-    decoder, mixture = _decoder(folder)
-    if mixture.block != "mlp":
-        pytest.skip("fused files have the names of memory")
-    fused, shape = replace(mixture, fused=True), decoder.shape
-    files = _layer(decoder, dict(Checkpoint.open(folder).read()), shape.sparse.index(True))
-    held = in_memory(mixture, shape.experts, files)
-    assert in_files(fused, shape.experts, held).keys() == held.keys()
-    for feed in mixture_feeds(fused, shape):
-        for matrix in feed.consumers:
-            alone = files[f"{matrix.module}.weight"]
-            assert torch.equal(matrix.of(held[matrix.tensor]), alone)
-            assert matrix.shape(tuple(held[matrix.tensor].shape)) == tuple(alone.shape)
-
-
 def test_a_missing_expert_is_named(folder: Path) -> None:
     decoder, mixture = _decoder(folder)
     files = _layer(decoder, dict(Checkpoint.open(folder).read()), decoder.shape.sparse.index(True))
@@ -199,14 +184,35 @@ def test_experts_see_their_own_tokens_and_routers_all(model_maker: Callable[...,
     ("architecture", "said"),
     [
         ("GptOssForCausalLM", "its experts come in MXFP4"),
-        ("DeepseekV2ForCausalLM", r"compresses keys and values \(MLA\)"),
-        ("Qwen3NextForCausalLM", "gated delta nets"),
+        (
+            "DeepseekV2ForCausalLM",
+            r"compresses keys and values \(MLA\).*; llama\.cpp's convert_hf_to_gguf\.py and llama-q",
+        ),
+        ("Glm4MoeLiteForCausalLM", r"\(MLA\).*llama-quantize make a GGUF"),
+        ("Qwen3NextForCausalLM", "gated delta nets.*llama-quantize make a GGUF"),
+        ("Qwen3_5ForConditionalGeneration", "gated delta nets.*llama-quantize make a GGUF"),
         ("SomethingMoeForCausalLM", r"a mixture of experts \(num_experts: 4\), whose tensors and feeds qtool does not"),
     ],
 )
 def test_what_is_not_supported_says_why(architecture: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(QtoolError, match=said):
         refuse_architecture(tmp_path, {"architectures": [architecture], "num_experts": 4})
+
+
+def test_a_plan_of_what_is_not_supported_says_why_too(tmp_path: Path) -> None:
+    """Its own dtype is planned; a format is refused with the reason."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 64, "vocab_size": 100,
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "dtype": "bfloat16",
+    }))  # fmt: skip
+    headers = read_headers(str(path))
+    assert weights_of(headers, "source").nbytes > 0
+    with pytest.raises(
+        QtoolError, match=r"is not quantized yet \(its attention compresses .*\): only its own dtype can"
+    ):
+        weights_of(headers, "awq")
 
 
 @pytest.mark.parametrize(

@@ -206,9 +206,14 @@ def is_first_up(matrix: str) -> bool:
     return matrix.startswith("model.layers.0.") and matrix.endswith((".up_proj", ".w3"))
 
 
-def test_a_mixture_continues_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams are replayed through layers as the files hold them: each expert alone, norms of a GGUF file left out."""
-    model = make_model(tmp_path / "model", "Qwen2Moe", **MIXTURES["Qwen2Moe"])
+@pytest.mark.parametrize("architecture", ["Qwen2Moe", "Glm4Moe"])
+def test_a_mixture_continues_with_the_same_bytes(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams are replayed through layers as the files hold them: each expert alone, norms of a GGUF file left out, a
+    router that took a scale in the dtype of its file."""
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 0} if architecture == "Glm4Moe" else {}
+    model = make_model(tmp_path / "model", architecture, **MIXTURES[architecture] | layers)
     outputs = [WEIGHED[0], {"method": "awq", "group_size": 32}]
     (tmp_path / "whole").mkdir()
     (tmp_path / "begun").mkdir()

@@ -19,7 +19,8 @@ def test_coverage_counts_experts_not_matrices() -> None:
     assert found.as_json() == {"experts": 8, "fewest": 0, "mean": 225.0, "most": 600, "unseen": 2, "blended": 4}
     assert found.unseen == [(0, 0), (1, 0)]
     assert found.sentence == (
-        "8 experts saw 0 to 600 calibration tokens each, 225 in the mean; fewest in layer 0, expert 0; 2 saw none; of "
+        "8 experts saw 0 to 600 calibration tokens each, 225 in the mean; fewest in layer 0, expert 0; 2 saw none "
+        "(layer 0, expert 0; layer 1, expert 0); of "
         "4 a part of the statistics, at most 100%, is that of all tokens, for their own were too few."
     )
     assert coverage({name: record for name, record in LEDGER.items() if "self_attn" in name}) is None

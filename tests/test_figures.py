@@ -93,3 +93,11 @@ def test_expert_map_has_a_cell_for_every_expert() -> None:
     assert "largest in layer 3, expert 2" in picture
     assert "layer 1" in picture
     assert "layer 0" not in picture
+    assert "#c0392b" not in picture
+
+
+def test_a_map_of_tokens_marks_experts_that_saw_none() -> None:
+    picture = expert_map({(0, 0): 1200, (0, 1): 0, (0, 2): 31}, "calibration tokens by expert", digits=0)
+    marked = [rect for rect in ET.fromstring(picture).iter() if rect.get("stroke") == "#c0392b"]
+    assert len(marked) == 1
+    assert "from 0 to 1,200; largest in layer 0, expert 0" in picture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -517,3 +518,34 @@ def test_settings_are_keys_of_a_recipe_and_of_the_work(folder: Path, tmp_path: P
     for wrong in ({"exponent": 3}, {"blend": -1}, {"weighting": 1}):
         with pytest.raises(QtoolError, match="experts"):
             recipe(**wrong)
+
+
+def test_streams_take_turns_at_experts(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three outputs with streams of their own hold one stream's statistics of experts at a time, and each has the codes
+    that it has alone: the source, which waits for the last, moves on once."""
+    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setattr(gguf, "quantize_ggml", kquants.quantize)  # needs no package
+    held: set[int] = set()
+    most = 0
+    original = RoutedStatistics._open
+
+    def opened(stats: RoutedStatistics, x: Tensor) -> None:
+        nonlocal most
+        original(stats, x)
+        if stats.drifting:
+            held.add(id(stats))
+            weakref.finalize(stats, held.discard, id(stats))
+            most = max(most, len(held))
+
+    monkeypatch.setattr(RoutedStatistics, "_open", opened)
+    methods: list[Method] = [
+        AwqMethod(**AWQ), GptqMethod(method="gptq", group_size=32), GgufMethod(method="gguf", type="Q6_K")
+    ]  # fmt: skip
+    together = list(walk_of(shared, methods).run())
+    assert most == 1
+    for method in methods:
+        for alone, among in zip(walk_of(shared, [method]).run(), together, strict=True):
+            one, other = alone.outputs[method.name], among.outputs[method.name]
+            assert one.records == other.records
+            for module, codes in one.codes.items():
+                assert torch.equal(codes.dequantize(), other.codes[module].dequantize()), module

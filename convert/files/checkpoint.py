@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,12 +35,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Within:
+    """Where a matrix lies in a larger tensor of a shard, or what a tensor is called there.
+
+    name, shape: of what is stored. index: along its first axis; None: the whole tensor under another name. first: row
+    of ``stored[index]`` at which the matrix begins; where that is ``transposed``, ``[in, out]``, the column.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: int | None = None
+    first: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """What a shard's header says of one tensor. ``within``: where it lies, if it is stored in another."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    within: Within | None = None
 
     @property
     def nbytes(self) -> int:
@@ -126,13 +142,19 @@ class Checkpoint:
             self._open = {info.file: opened}  # one shard open at a time
         rows = info.shape[0] if info.shape else 1
         last = rows if last is None else min(last, rows)
-        row = info.nbytes // max(rows, 1)
-        data = torch.empty((last - first) * row, dtype=torch.uint8)
-        if name not in opened.places:
-            raise _shrunk(info.file, name)
-        _fill(data, opened.descriptor, opened.places[name] + first * row, info.file, name)
-        shape = (last - first, *info.shape[1:]) if info.shape else ()
-        return data.view(info.dtype).view(shape)
+        held = info.within
+        if held is None or held.index is None:
+            return _rows(opened, held.name if held else name, info, first, last)
+        count, height, width = held.shape
+        flat, start = replace(info, shape=(count * height, width)), held.index * height
+        first, last = held.first + first, held.first + last
+        if held.transposed:
+            return _rows(opened, held.name, flat, start, start + height)[:, first:last].t().contiguous()
+        return _rows(opened, held.name, flat, start + first, start + last)
+
+    def holding(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same folder, its tensors under other names or as parts of what is stored."""
+        return Checkpoint(self.path, tensors)
 
     def without(self, names: Iterable[str]) -> Checkpoint:
         """The same folder, some of its tensors left out."""
@@ -175,6 +197,17 @@ class Checkpoint:
                     f"{info.file}: {name} has shape {list(info.shape)}, but config.json implies {list(shape)}. "
                     "Weights and config.json are not of one model."
                 )
+
+
+def _rows(shard: _Shard, name: str, info: TensorInfo, first: int, last: int) -> torch.Tensor:
+    """Rows ``first`` to ``last`` of a stored tensor of ``info``'s shape."""
+    rows = info.shape[0] if info.shape else 1
+    row = info.nbytes // max(rows, 1)
+    data = torch.empty((last - first) * row, dtype=torch.uint8)
+    if name not in shard.places:
+        raise _shrunk(info.file, name)
+    _fill(data, shard.descriptor, shard.places[name] + first * row, info.file, name)
+    return data.view(info.dtype).view((last - first, *info.shape[1:]) if info.shape else ())
 
 
 def _fill(data: torch.Tensor, descriptor: int, at: int, shard: Path, name: str) -> None:

@@ -1,15 +1,16 @@
 """A mixture of experts: what a family calls its tensors, what feeds them, and how transformers holds them in memory.
 
 An MLP of E routed experts, each of gate, up and down; a router sends a token to k of them; beside them there may be a
-shared expert for every token, behind a gate or not. Checkpoints hold experts in one of two ways:
+shared expert for every token, behind a gate or not:
 
-    each alone                                       fused
+    in files                                         in memory
     mlp.experts.7.gate_proj.weight  [I, h]           mlp.experts.gate_up_proj  [E, 2I, h]   rows of gate, then of up
     mlp.experts.7.up_proj.weight    [I, h]
     mlp.experts.7.down_proj.weight  [h, I]           mlp.experts.down_proj     [E, h, I]
 
 transformers (integrations/moe.py) holds them fused in memory, whatever the files hold, and renames them as it loads
-(conversion_mapping.py). Artifacts always hold each expert alone, because all their readers want it so.
+(conversion_mapping.py). Artifacts always hold each expert alone, because all their readers want it so; a source whose
+files hold them fused is read as if they lay alone (`fused.each_alone`).
 """
 
 from __future__ import annotations
@@ -37,16 +38,14 @@ GATE_UP, DOWN_STACK = f"{BLOCK}.experts.gate_up_proj", f"{BLOCK}.experts.down_pr
 class Mixture:
     """What a family calls the tensors of a mixture in its files; names are below a layer's prefix.
 
-    block: the mixture. gate, up, down: of an expert. fused: all experts lie in two tensors, named as in memory.
-    shared: the shared expert, empty where there is none; shared_gate: its gate, where it has one. score_bias: what is
-    added to the router's scores to choose experts, and never cast.
+    block: the mixture. gate, up, down: of an expert. shared: the shared expert, empty where there is none; shared_gate:
+    its gate, where it has one. score_bias: what is added to the router's scores to choose experts, and never cast.
     """
 
     block: str = BLOCK
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    fused: bool = False
     shared: str = ""
     shared_gate: str = ""
     score_bias: str = ""
@@ -69,15 +68,9 @@ class Mixture:
         """The name that all experts' matrices of a part have together."""
         return f"{self.block}.experts.{getattr(self, part)}"
 
-    def matrix(self, shape: Geometry, expert: int, part: str) -> Matrix:
-        """An expert's matrix, wherever the files hold it."""
-        module = self.module(expert, part)
-        if not self.fused:
-            return replace(whole(module), expert=expert)
-        if part == "down":
-            return Matrix(module, DOWN_STACK, expert, expert=expert)
-        first = 0 if part == "gate" else shape.expert_width
-        return Matrix(module, GATE_UP, expert, first=first, count=shape.expert_width, expert=expert)
+    def matrix(self, expert: int, part: str) -> Matrix:
+        """An expert's matrix."""
+        return replace(whole(self.module(expert, part)), expert=expert)
 
 
 def with_experts(
@@ -158,13 +151,14 @@ def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
     """One input for the gate and up of every expert, the router and the shared expert's gate; and each expert's own
     input of its down."""
     experts = range(shape.experts)
-    read = [mixture.matrix(shape, expert, part) for expert in experts for part in ("gate", "up")]
+    read = [mixture.matrix(expert, part) for expert in experts for part in ("gate", "up")]
     downs = [
-        Feed(Rows(mixture.matrix(shape, expert, "up")), (mixture.matrix(shape, expert, "down"),), split=True, adds=True)
+        Feed(Rows(mixture.matrix(expert, "up")), (mixture.matrix(expert, "down"),), split=True, adds=True)
         for expert in experts
     ]
     if mixture.shared:
-        gate, up, down = (whole(f"{mixture.shared}.{part}_proj") for part in ("gate", "up", "down"))
+        parts = [whole(f"{mixture.shared}.{part}_proj") for part in ("gate", "up", "down")]
+        gate, up, down = (replace(matrix, gate=mixture.shared_gate) for matrix in parts)
         read += [gate, up]
         downs.append(Feed(Rows(up), (down,), split=True))
     also = (mixture.router, *((mixture.shared_gate,) if mixture.shared_gate else ()))
@@ -181,12 +175,9 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
         found: dict[str, Shape] = {mixture.router: (shape.experts, hidden)}
         if mixture.score_bias:
             found[mixture.score_bias] = (shape.experts,)
-        if mixture.fused:
-            found |= {GATE_UP: (shape.experts, 2 * inner, hidden), DOWN_STACK: (shape.experts, hidden, inner)}
-        else:
-            sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-            for expert in range(shape.experts):
-                found |= {f"{mixture.module(expert, part)}.weight": size for part, size in sizes.items()}
+        sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        for expert in range(shape.experts):
+            found |= {f"{mixture.module(expert, part)}.weight": size for part, size in sizes.items()}
         if mixture.shared:
             found |= {f"{mixture.shared}.{part}_proj.weight": (shared, hidden) for part in ("gate", "up")}
             found[f"{mixture.shared}.down_proj.weight"] = (hidden, shared)
@@ -196,11 +187,11 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
 
 
 def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors as files hold them (fused or each alone), as transformers' layer holds them. Names are below
-    the layer; a layer without experts is returned as it is. Raises KeyError naming an expert that is missing."""
+    """A layer's tensors as files hold them, as transformers' layer holds them. Names are below the layer; a layer
+    without experts is returned as it is. Raises KeyError naming an expert that is missing."""
     alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in PARTS}
     taken = {name for names in alone.values() for name in names}
-    found = {_renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
+    found = {renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
     if not any(name in tensors for name in taken):
         return found
     pairs = zip(alone["gate"], alone["up"], strict=True)
@@ -210,13 +201,13 @@ def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def in_files(mixture: Mixture, experts: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `in_memory`, as files of this mixture hold them: views where experts lie alone."""
-    found = {_renamed(name, BLOCK, mixture.block): tensor for name, tensor in state.items()}
-    if mixture.fused or GATE_UP not in state:
+    """Inverse of `in_memory`: views."""
+    found = {renamed(name, BLOCK, mixture.block): tensor for name, tensor in state.items()}
+    if GATE_UP not in state:
         return found
     gate_up, down = state[GATE_UP], state[DOWN_STACK]
     for name in (GATE_UP, DOWN_STACK):
-        del found[_renamed(name, BLOCK, mixture.block)]
+        del found[renamed(name, BLOCK, mixture.block)]
     for expert in range(experts):
         gate, up = gate_up[expert].chunk(2)
         for part, held in (("gate", gate), ("up", up), ("down", down[expert])):
@@ -240,7 +231,7 @@ def assembled(
         found = expert_of.fullmatch(name)
         if found is None:
             other = inside.fullmatch(name)
-            yield (other[1] + _renamed(other[2], mixture.block, BLOCK) if other else name), tensor
+            yield (other[1] + renamed(other[2], mixture.block, BLOCK) if other else name), tensor
             continue
         at, expert, part = found[1], int(found[2]), parts[found[3]]
         stack = at + (DOWN_STACK if part == "down" else GATE_UP)
@@ -264,5 +255,6 @@ def assembled(
         raise QtoolError(f"the model lacks {lost[0]} ({len(lost)} tensors of experts missing).")
 
 
-def _renamed(name: str, old: str, new: str) -> str:
+def renamed(name: str, old: str, new: str) -> str:
+    """A module ``old``, or what lies in it, under its name ``new``."""
     return new + name.removeprefix(old) if name.startswith(f"{old}.") else name

@@ -23,7 +23,8 @@ class Matrix:
     first, step, count: its rows among the tensor's (of gate and up in one tensor a half each, or every second row); all
     rows where count is None. expert: the number of the routed expert that it is a part of, in a tensor of its own or
     not; it multiplies the tokens alone that the router sends there. None: it multiplies every token, as attention does
-    and a shared expert.
+    and a shared expert. gate: the tensor ``[1, in]`` that a shared expert's output is multiplied by, times the input of
+    the mixture, through a sigmoid; empty where there is none.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Matrix:
     step: int = 1
     count: int | None = None
     expert: int | None = None
+    gate: str = ""
 
     def of(self, stored: Tensor) -> Tensor:
         """The matrix as a view of its tensor: what is written into it is written into the tensor."""

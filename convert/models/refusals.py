@@ -13,14 +13,17 @@ from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.reading import shown
 from qtool.convert.models.table import find_family, prefix_of, quantized
 
-_MLA = "its attention compresses keys and values (MLA), whose matrices no family splits yet"
-_DELTA = "three of four layers are gated delta nets, whose convolution and gates no feed says yet"
+_INSTEAD = "llama.cpp's convert_hf_to_gguf.py and llama-quantize make a GGUF of it"
+_MLA = f"its attention compresses keys and values (MLA), whose matrices no family splits yet; {_INSTEAD}"
+_DELTA = f"three of four layers are gated delta nets, whose convolution and gates no feed says yet; {_INSTEAD}"
 # architecture -> what of it no family says yet, and what reads such a model meanwhile
 _NOT_YET = {
     "DeepseekV2ForCausalLM": _MLA,
     "DeepseekV3ForCausalLM": _MLA,
     "Glm4MoeLiteForCausalLM": _MLA,
     "Qwen3NextForCausalLM": _DELTA,
+    "Qwen3_5ForCausalLM": _DELTA,
+    "Qwen3_5ForConditionalGeneration": _DELTA,
     "Qwen3_5MoeForCausalLM": _DELTA,
     "Qwen3_5MoeForConditionalGeneration": _DELTA,
     "GptOssForCausalLM": (
@@ -36,6 +39,12 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
+def why_not_yet(config: Mapping[str, Any]) -> str:
+    """What of an architecture that qtool knows by name no family says yet; empty for all others."""
+    names = config.get("architectures") or []
+    return next((_NOT_YET[name] for name in names if isinstance(name, str) and name in _NOT_YET), "")
+
+
 def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises QtoolError for an architecture that no output can be made of, saying what kind of model it is."""
     family = find_family(config)
@@ -47,7 +56,7 @@ def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
     if family is not None:
         why = family.planned_only
-    elif reason := next((_NOT_YET[name] for name in names if name in _NOT_YET), None):
+    elif reason := why_not_yet(config):
         why = f"not quantized yet: {reason}"
     elif inside:
         why = (

@@ -14,6 +14,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
+from qtool.convert.models.fused import open_model
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.verify.tensors import PLAIN_TOLERANCE, Result
 from qtool.convert.verify.way import way_of
@@ -27,7 +28,7 @@ def open_source(artifact: Path, source: Path) -> Checkpoint:
     """Raises QtoolError for the artifact itself and for a model that is quantized already."""
     if source.is_dir() and source.resolve() == artifact.resolve():
         raise QtoolError(f"{source}: is the artifact itself. --source wants the model that it was made from.")
-    opened = Checkpoint.open(source)
+    opened = open_model(source)
     if read_json(source / "config.json").get("quantization_config"):
         raise QtoolError(f"{source}: is quantized itself. --source wants the model that the artifact was made from.")
     return opened

@@ -20,6 +20,7 @@ from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.formats.plan import ModelShape
+from qtool.convert.models.fused import each_alone
 from qtool.convert.models.refusals import check_sizes, refuse_architecture
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.models.tied import check_head
@@ -107,7 +108,7 @@ def open_source(folder: Path) -> Checkpoint:
     refuse_quantized(folder, raw, checkpoint.tensors)
     refuse_architecture(folder, raw)
     check_sizes(checkpoint, raw)
-    return checkpoint
+    return checkpoint.holding(each_alone(checkpoint.tensors, raw))
 
 
 def versions(method: Method | None = None, device: torch.device | None = None) -> dict[str, str]:

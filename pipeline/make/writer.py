@@ -22,6 +22,7 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.walk import Column, LayerResult
 from qtool.recipe.redaction import without_folders
+from qtool.runs.coverage import coverage
 
 
 class OutputWriter:
@@ -100,6 +101,8 @@ class OutputWriter:
             kept = Checkpoint.open(self.kept.folder)
         ledger = {matrix: record for step in self.file.steps for matrix, record in step["records"].items()}
         notes = [*output.notes, *output.method.remarks(ledger)]
+        if (reached := coverage(ledger)) and reached.unseen:
+            notes.append(f"of the experts {reached.lost}: they are rounded for what all tokens would show them")
         proof = prove(self.file.question)
         copy_sidecars(job.source.path, output.partial, job.recipe.model.trust_remote_code)
         container = output.container

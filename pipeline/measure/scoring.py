@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.sidecars import check_sidecars
 from qtool.convert.files.source import name_of, resolve
+from qtool.convert.models.fused import open_model
 from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.tied import check_folder
 from qtool.convert.skeleton import load_config
@@ -53,7 +53,7 @@ def evaluate_folders(
     elif source is not None:
         resolved = resolve(str(source))
         check_folder(resolved.path)
-        subjects.insert(0, source_subject(Checkpoint.open(resolved.path), resolved.commit))
+        subjects.insert(0, source_subject(open_model(resolved.path), resolved.commit))
     elif section.text is not None:
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
@@ -69,7 +69,7 @@ def score_folders(
     sizes = {}
     if manifest is not None:
         if source is not None and not any(source.glob("*.gguf")):
-            nbytes = sum(info.nbytes for info in Checkpoint.open(resolve(str(source)).path).tensors.values())
+            nbytes = sum(info.nbytes for info in open_model(resolve(str(source)).path).tensors.values())
             sizes["source"] = Size(nbytes, nbytes * manifest.bits_per_weight / manifest.tensor_bytes)
         sizes[name_of(model)] = Size(manifest.tensor_bytes, manifest.bits_per_weight, manifest.file_bytes)
     return summarise(scores, sizes)

@@ -1,4 +1,4 @@
-"""The report's maps as SVG text: what each linear, and each expert, lost."""
+"""The report's maps as SVG text: what each linear, and each expert, lost; what reached each expert."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
     linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda key: key[0])))
     low, high = min(values.values()), max(values.values())
     left, top, wide, tall = 72, 84, 68, 22
-    width = left + wide * len(linears) + 70
+    width = max(int(left + wide * (place + 0.5) + 7 * len(linear)) for place, linear in enumerate(linears))
     parts = []
     for column, linear in enumerate(linears):
         x = left + wide * (column + 0.5) - 4
@@ -28,14 +28,15 @@ def heat_map(values: Mapping[tuple[int, str], float], label: str) -> str:
                 share = (value - low) / (high - low) if high > low else 0.5
                 parts.append(_cell(left + wide * column, y, wide, tall, share, f"{value:.4f}"))
     y = top + tall * len(layers) + 18
-    parts += _key(left, y, low, high, label)
+    parts += _key(left, y, f"{low:.4f}", f"{high:.4f}", label)
     worst = max(values, key=lambda key: values[key])
     told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, {worst[1]}."
-    return svg(label, told, y + 24, parts, max(width, left + 206 + 7 * len(label)))
+    return svg(label, told, y + 24, parts, max(width, left + 206 + 8 * len(label)))
 
 
-def expert_map(values: Mapping[tuple[int, int], float], label: str) -> str:
-    """Layers down, experts across, a small cell each; layers without experts are left out."""
+def expert_map(values: Mapping[tuple[int, int], float], label: str, digits: int = 4) -> str:
+    """Layers down, experts across, a small cell each; layers without experts are left out, and what is 0 has a red
+    edge. ``digits``: of its numbers, behind the point."""
     layers, experts = sorted({layer for layer, _ in values}), max(expert for _, expert in values) + 1
     low, high = min(values.values()), max(values.values())
     left, top, tall = 72, 24, 10
@@ -49,21 +50,22 @@ def expert_map(values: Mapping[tuple[int, int], float], label: str) -> str:
             if (value := values.get((layer, expert))) is not None:
                 colour = shade((value - low) / (high - low) if high > low else 0.5)
                 x = left + wide * expert
-                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{tall}" fill="{colour}"/>')
+                edge = "" if value else ' stroke="#c0392b"'
+                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{tall}" fill="{colour}"{edge}/>')
     y = top + tall * len(layers) + 18
-    parts += _key(left, y, low, high, label)
-    worst = max(values, key=lambda place: values[place])
-    told = f"{label}: from {low:.4f} to {high:.4f}; largest in layer {worst[0]}, expert {worst[1]}."
-    return svg(label, told, y + 24, parts, int(max(left + wide * experts + 20, left + 206 + 7 * len(label))))
+    parts += _key(left, y, f"{low:,.{digits}f}", f"{high:,.{digits}f}", label)
+    most = max(values, key=lambda place: values[place])
+    told = f"{label}: from {low:,.{digits}f} to {high:,.{digits}f}; largest in layer {most[0]}, expert {most[1]}."
+    return svg(label, told, y + 24, parts, int(max(left + wide * experts + 20, left + 206 + 8 * len(label))))
 
 
-def _key(left: int, y: int, low: float, high: float, label: str) -> list[str]:
+def _key(left: int, y: int, low: str, high: str, label: str) -> list[str]:
     """What the colours of a map stand for."""
     parts = [
         f'<rect x="{left + 6 * step}" y="{y}" width="6" height="10" fill="{shade(step / 23)}"/>' for step in range(24)
     ]
-    parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">{low:.4f}</text>')
-    parts.append(f'<text class="soft" x="{left + 152}" y="{y + 9}">{high:.4f}</text>')
+    parts.append(f'<text class="soft" text-anchor="end" x="{left - 8}" y="{y + 9}">{low}</text>')
+    parts.append(f'<text class="soft" x="{left + 152}" y="{y + 9}">{high}</text>')
     return [*parts, f'<text class="soft" x="{left + 206}" y="{y + 9}">{visible(label)}</text>']
 
 

@@ -174,10 +174,13 @@ def _errors(run: RunRecord) -> list[Picture]:
             pictures.append(Picture(stem, "errors", f"{name}: {label}", caption, svg))
         if experts:
             svg = maps.expert_map(experts, f"{name}: {label}")
-            seen = reached.sentence if reached else ""
-            caption = f"Every expert of {name}, the mean of its matrices: {label}. {seen}"
-            title = f"{name}: {label} by expert"
-            pictures.append(Picture(f"{stem}-experts", "errors", title, caption.strip(), svg))
+            caption = f"Every expert of {name}, the mean of its matrices: {label}."
+            pictures.append(Picture(f"{stem}-experts", "errors", f"{name}: {label} by expert", caption, svg))
+        if reached:
+            title = f"{name}: calibration tokens by expert"
+            svg = maps.expert_map(reached.tokens, title, digits=0)
+            caption = f"{reached.sentence} Experts that saw none have a red edge."
+            pictures.append(Picture(f"tokens-{number}-{_file(name)}", "errors", title, caption, svg))
     return pictures
 
 

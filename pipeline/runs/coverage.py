@@ -12,6 +12,7 @@ from qtool.convert.models.expert_names import expert_of, stacked
 
 Ledger = Mapping[str, Mapping[str, float]]
 Place = tuple[int, int]  # layer, expert
+MOST_NAMED = 5
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -29,6 +30,13 @@ class Coverage:
         return [place for place, count in self.tokens.items() if not count]
 
     @property
+    def lost(self) -> str:
+        """Those experts, the first few named."""
+        named = [f"layer {layer}, expert {expert}" for layer, expert in self.unseen[:MOST_NAMED]]
+        more = f" and {len(self.unseen) - MOST_NAMED:,} more" if len(self.unseen) > MOST_NAMED else ""
+        return f"{len(self.unseen):,} saw none ({'; '.join(named)}{more})"
+
+    @property
     def sentence(self) -> str:
         """For readers."""
         counts = list(self.tokens.values())
@@ -37,7 +45,7 @@ class Coverage:
             f"{len(counts):,} experts saw {min(counts):,} to {max(counts):,} calibration tokens each, "
             f"{fmean(counts):,.0f} in the mean; fewest in layer {rare[0]}, expert {rare[1]}"
         )
-        said += f"; {len(self.unseen):,} saw none" if self.unseen else ""
+        said += f"; {self.lost}" if self.unseen else ""
         if self.blended:
             most = max(self.blended.values())
             said += (

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import COMPUTED, DTYPES, Checkpoint, TensorInfo
+from qtool.convert.files.checkpoint import COMPUTED, DTYPES, TensorInfo
 from qtool.convert.files.config_file import CONFIG, check_config, read_config
 from qtool.convert.files.diagnosis import why_no_model
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
 from qtool.convert.formats.gguf.imatrix import IMATRIX
+from qtool.convert.models.fused import each_alone, open_model
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.refusals import check_sizes
 from qtool.convert.models.shape import decoder_of, read_geometry, tensor_shapes
@@ -81,7 +82,7 @@ def _local(path: Path, name: str) -> Headers:
         return Headers(name, config, geometry, {}, found[0], geometry.assumed)
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         geometry = read_geometry(config, where)
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_model(path)
         if "quantization_config" not in config:  # packed tensors have other shapes; verify knows them
             check_sizes(checkpoint, config)
             if find_family(config) is not None:
@@ -154,7 +155,7 @@ def _hub(model: str, revision: str | None) -> Headers:
             if not tensor.endswith(COMPUTED):
                 tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
     geometry = read_geometry(config, f"{model}/{CONFIG}")
-    return Headers(name, config, geometry, _served(tensors, config), assumed=geometry.assumed)
+    return Headers(name, config, geometry, _served(each_alone(tensors, config), config), assumed=geometry.assumed)
 
 
 def _served(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:

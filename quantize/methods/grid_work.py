@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -93,9 +93,9 @@ class GridWork(LayerWork):
             return None
         return self._columns(stack) if stack.inner else self.columns[stack.name]
 
-    def left(self) -> dict[str, Tensor]:
+    def left(self) -> Iterator[tuple[str, Tensor]]:
         """As `LayerWork.left`."""
-        return {one.module: self._aim(one) for one in self._matrices if one.module not in self._codes}
+        return ((one.module, self._aim(one)) for one in self._matrices if one.module not in self._codes)
 
     def finish(self) -> LayerCodes:
         """As `LayerWork.finish`."""

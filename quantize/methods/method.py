@@ -7,7 +7,7 @@ tests/test_additions.py adds one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -136,12 +136,12 @@ class LayerWork(ABC):
     def state(self, dtype: torch.dtype, stored: torch.dtype, casts: Callable[[str], bool]) -> dict[str, Tensor]:
         """The layer as it is now, as `LayerCodes.dequantized`: what has no codes yet is the source's."""
         done = self.finish()
-        left = {f"{module}.weight": weight.to(dtype) for module, weight in self.left().items()}
+        left = {f"{module}.weight": weight.to(dtype) for module, weight in self.left()}
         return left | done.dequantized(dtype, stored, casts)
 
     @abstractmethod
-    def left(self) -> dict[str, Tensor]:
-        """Module -> target of each matrix without codes."""
+    def left(self) -> Iterator[tuple[str, Tensor]]:
+        """(module, target) of each matrix without codes, one at a time: together they are large."""
 
 
 class UnfoldedWork(LayerWork):
@@ -156,10 +156,10 @@ class UnfoldedWork(LayerWork):
         aims = [torch.cat([source(matrix).float() for matrix in problem]) for problem in stack.problems]
         return torch.stack(aims) if stack.routed else aims[0]
 
-    def left(self) -> dict[str, Tensor]:
+    def left(self) -> Iterator[tuple[str, Tensor]]:
         """As `LayerWork.left`."""
         layer, codes = self.layer, self.done.codes
-        return {one.module: layer.source(one) for one in layer.matrices if one.module not in codes}
+        return ((one.module, layer.source(one)) for one in layer.matrices if one.module not in codes)
 
     def finish(self) -> LayerCodes:
         """As `LayerWork.finish`."""
