@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -51,6 +52,7 @@ class Accelerator:
 
 PROCESSOR = "cpu"
 DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # Linux, WSL, AMD: without one, torch need not be asked
+SAME_MEMORY = 0.08
 SCALE = {"memory": GIB, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "host_link": 1e9}
 
 
@@ -89,11 +91,20 @@ def own_card(known: Mapping[str, Accelerator]) -> str:
     import torch
 
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().upper().replace(" ", "")
-        for key in sorted(known, key=len, reverse=True):
-            if key.upper().split("-")[0] in name:
-                return key
+        properties = torch.cuda.get_device_properties(0)
+        return recognized(known, str(properties.name), int(properties.total_memory)) or "RTX4090,H100"
     return "RTX4090,H100"
+
+
+def recognized(known: Mapping[str, Accelerator], name: str, memory: int) -> str | None:
+    """The key of a card that its driver calls ``name`` and that has ``memory`` bytes. Whole words decide ("NVIDIA H100
+    80GB HBM3" is no M3), then the memory, in which an RTX 4090 of a laptop is another card."""
+    words = re.findall(r"[A-Z0-9]+", name.upper())
+    joined = {"".join(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}
+    for key, card in known.items():
+        if key.upper().split("-")[0] in joined and abs(memory / card.memory - 1) < SAME_MEMORY:
+            return key
+    return None
 
 
 def _plain(name: str) -> str:
