@@ -155,7 +155,7 @@ def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
     kernels, own = _kernels(aim), (levels.table or (), levels.top, levels.rule, levels.dtype)
     if kernels is not None:
         ranks, scale, zero = kernels.rank(aim, metric, RATIOS, *own)
-        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
+        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True, FINALISTS)
     else:
         scale, zero = _finalists(aim, metric, levels)
         grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)
