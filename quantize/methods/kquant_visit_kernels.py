@@ -17,7 +17,8 @@ from qtool.quantize.descent_kernels import on_device
 from qtool.quantize.methods.kquant_columns import BlockColumns
 
 ROWS = 32
-SECTIONS = 8  # of `work`, `size` columns each: three starts' codes, their half gradients, metric @ codes, the best codes
+SECTIONS = 10  # of `work`, `size` columns each: three starts' codes and half gradients; metric @ codes; the best
+# codes; half a gradient, then the moves; codes
 
 
 @triton.jit
@@ -122,40 +123,60 @@ def _least_squares(state, metric, sums, work, at, inside, s, z, out, size: tl.co
 
 
 @triton.jit
-def _descend(begun, half, product, state, metric, sums, inverse, best, better_than, always, row, mask, out, s, z, ds, dz,
-             size: tl.constexpr, low: tl.constexpr, top: tl.constexpr, first: tl.constexpr):  # fmt: skip
-    """Each column of the codes ``begun`` in turn gets its best level; they become the ``best`` where they lose less.
-    Scale and shift are ``ds`` and ``dz`` more than those that ``half`` belongs to."""
-    over = 1.0 / tl.where(s == 0, 1e-30, s)
-    olds = ()
-    pulls = ()
-    loss = tl.zeros_like(s)
-    for i in tl.static_range(size):
-        old = tl.load(begun + i * out + row, mask=mask, other=0.0)
-        goal = tl.load(state + i * out + row, mask=mask, other=0.0)
-        lift = ds * tl.load(product + i * out + row, mask=mask, other=0.0) - dz * tl.load(sums + i)
-        pull = tl.load(half + i * out + row, mask=mask, other=0.0) + lift
-        if first:
-            loss += (old * s - z - goal) * pull
-        else:
-            loss += (ds * old - dz) * (pull + goal)
-        olds += (old,)
-        pulls += (pull,)
-    moves = ()
-    news = ()
-    for i in tl.static_range(size):
-        pull = pulls[i]
-        for before in tl.static_range(i):
-            pull += tl.load(metric + i * size + before) * moves[before]
-        new = _round(olds[i] - pull * (tl.load(inverse + i) * over), low, low + top)
-        move = (new - olds[i]) * s
-        loss += move * (2 * pull + move * tl.load(metric + i * size + i))
-        moves += (move,)
-        news += (new,)
-    better = (loss < better_than) | always
-    for i in tl.static_range(size):
-        tl.store(best + i * out + row, news[i], mask=mask & better)
-    return loss, better
+def _gradient(state, work, slot, sums, at, inside, s, z, ds, dz, out, size: tl.constexpr, first: tl.constexpr):
+    """Half the gradient of a start, whose scale and shift are ``ds`` and ``dz`` more than those of the half gradient in
+    `work`, goes there; and what the start loses."""
+    begun = work + slot * size * out + at
+    old, goal = tl.load(begun, mask=inside, other=0.0), tl.load(state + at, mask=inside, other=0.0)
+    lift = ds[None, :] * tl.load(work + 6 * size * out + at, mask=inside, other=0.0)
+    lift -= dz[None, :] * tl.load(sums + tl.arange(0, size))[:, None]
+    pull = tl.load(begun + 3 * size * out, mask=inside, other=0.0) + lift
+    tl.store(work + 8 * size * out + at, pull, mask=inside)
+    if first:
+        loss = tl.sum((old * s[None, :] - z[None, :] - goal) * pull, axis=0)
+    else:
+        loss = tl.sum((ds[None, :] * old - dz[None, :]) * (pull + goal), axis=0)
+    return loss
+
+
+@triton.jit
+def _descend(begun, pulled, news, metric, inverse, row, mask, out, s, size: tl.constexpr, low: tl.constexpr,
+             top: tl.constexpr):  # fmt: skip
+    """Each column of the codes ``begun`` in turn gets its best level, by ``pulled``, half the gradient, whose place the
+    moves of weights take; returns by how much less is lost. PART columns are the thread's own, loaded before the first
+    step and stored after the last."""
+    over, within, inside = 1.0 / tl.where(s == 0, 1e-30, s), tl.arange(0, 16), mask[None, :]
+    gain = tl.zeros_like(s)
+    for begin in range(0, size, 16):
+        if begin > 0:
+            place = pulled + (begin + within)[:, None] * out + row[None, :]
+            total = tl.load(place, mask=inside, other=0.0)
+            for done in range(0, begin, 16):
+                block = tl.load(metric + (begin + within)[:, None] * size + (done + within)[None, :])
+                moved = tl.load(pulled + (done + within)[:, None] * out + row[None, :], mask=inside, other=0.0)
+                total = tl.dot(block, moved, total, input_precision="tf32x3")
+            tl.store(place, total, mask=inside)
+            tl.debug_barrier()
+        lines, at = metric + begin * size + begin, begin * out + row
+        olds = ()
+        pulls = ()
+        for i in tl.static_range(16):
+            olds += (tl.load(begun + at + i * out, mask=mask, other=0.0),)
+            pulls += (tl.load(pulled + at + i * out, mask=mask, other=0.0),)
+        moves = ()
+        for i in tl.static_range(16):
+            pull = pulls[i]
+            for before in tl.static_range(i):
+                pull += tl.load(lines + i * size + before) * moves[before]
+            new = _round(olds[i] - pull * (tl.load(inverse + begin + i) * over), low, low + top)
+            move = (new - olds[i]) * s
+            gain -= move * (2 * pull + move * tl.load(lines + i * size + i))
+            moves += (move,)
+            tl.store(news + at + i * out, new, mask=mask)
+        for i in tl.static_range(16):
+            tl.store(pulled + at + i * out, moves[i], mask=mask)
+        tl.debug_barrier()
+    return gain
 
 
 @triton.jit
@@ -174,14 +195,14 @@ def _settle_kernel(
     codes, scale, shift, d, dmin, state, own, sums, inverse, spread, work, ratios, tried,
     out, subs, between_codes, between_scales, between_units,
     size: tl.constexpr, low: tl.constexpr, top: tl.constexpr, least: tl.constexpr, most: tl.constexpr,
-    stepped: tl.constexpr, affine: tl.constexpr, first: tl.constexpr, rounds: tl.constexpr, rows: tl.constexpr,
+    stepped: tl.constexpr, affine: tl.constexpr, first: tl.constexpr, rounds: tl.constexpr, sections: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     row, problem, problems = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1), tl.num_programs(1)
     mask, at = row < out, tl.arange(0, size)[:, None] * out + row[None, :]
     inside, width = mask[None, :], subs * size
     codes, state = codes + problem.to(tl.int64) * between_codes, state + problem.to(tl.int64) * width * out
     scale, shift = scale + problem.to(tl.int64) * between_scales, shift + problem.to(tl.int64) * between_scales
-    work += problem.to(tl.int64) * 8 * size * out
+    work += problem.to(tl.int64) * sections * size * out
     unit = tl.load(d + problem.to(tl.int64) * between_units + row, mask=mask, other=1.0)
     shift_unit = tl.load(dmin + problem.to(tl.int64) * between_units + row, mask=mask, other=1.0)
     known: tl.constexpr = 4 if stepped else 2  # starts from the codes that are there
@@ -192,7 +213,6 @@ def _settle_kernel(
         z = tl.load(shift + sub * out + row, mask=mask, other=0.0)
         tile = tl.load(codes + place + at, mask=inside, other=0.0)
         goal = tl.load(state + place + at, mask=inside, other=0.0)
-        here = goal if first else tile * s[None, :] - z[None, :]
         tl.store(work + at, tile, mask=inside)
         s1, z1, s2, z2 = s, z, s, z
         if first:
@@ -222,17 +242,27 @@ def _settle_kernel(
                     new_s = tl.where(slot == 1, s1, tl.where(slot == 2, s2, new_s))
                     new_z = tl.where(slot == 1, z1, tl.where(slot == 2, z2, new_z))
                 ds, dz = tl.where(slot == 0, new_s - s, 0.0), tl.where(slot == 0, new_z - z, 0.0)
-                loss, better = _descend(
-                    work + slot * size * out, work + (3 + slot) * size * out, work + 6 * size * out, state + place,
-                    metric, line, over, work + 7 * size * out, best, start == 0, row, mask, out, new_s, new_z, ds, dz,
-                    size, low, top, first,
+                loss = _gradient(
+                    state + place, work, slot, line, at, inside, new_s, new_z, ds, dz, out, size, first
                 )  # fmt: skip
+                tl.debug_barrier()
+                loss -= _descend(
+                    work + slot * size * out, work + 8 * size * out, work + 9 * size * out, metric, over, row, mask,
+                    out, new_s, size, low, top,
+                )  # fmt: skip
+                better = (loss < best) | (start == 0)
+                found = tl.load(work + 9 * size * out + at, mask=inside, other=0.0)
+                tl.store(work + 7 * size * out + at, found, mask=inside & better[None, :])
                 best = tl.where(better, loss, best)
                 best_s, best_z = tl.where(better, new_s, best_s), tl.where(better, new_z, best_z)
-            tl.debug_barrier()
+                tl.debug_barrier()
             s, z = best_s, best_z
             tl.store(work + at, tl.load(work + 7 * size * out + at, mask=inside, other=0.0), mask=inside)
             tl.debug_barrier()
+        here = tl.load(state + place + at, mask=inside, other=0.0)  # the weights wanted
+        if not first:
+            before_s, before_z = tl.load(scale + sub * out + row, mask=mask), tl.load(shift + sub * out + row, mask=mask)
+            here = tl.load(codes + place + at, mask=inside, other=0.0) * before_s[None, :] - before_z[None, :]
         tile = tl.load(work + at, mask=inside, other=0.0)
         tl.store(codes + place + at, tile, mask=inside)
         tl.store(scale + sub * out + row, s, mask=mask)
@@ -256,6 +286,6 @@ def settle(
         *part.numbers, state, own, own.sum(-1), (1 / own.diagonal(dim1=-2, dim2=-1)).contiguous(), spread,
         state.new_empty(count * SECTIONS * kind.size * out), on_device(ratios or (1.0,), state.device), len(ratios),
         out, len(own), *gaps,
-        kind.size, kind.low, kind.top, least, most, kind.steps is not None, kind.affine, bool(ratios), rounds, ROWS,
+        kind.size, kind.low, kind.top, least, most, kind.steps is not None, kind.affine, bool(ratios), rounds, SECTIONS, ROWS,
         num_warps=1,
     )  # fmt: skip
