@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import GgmlBlocks
-from qtool.quantize.grid import diagonal_blocks
 from qtool.quantize.methods.ggml import quantize_ggml
-from qtool.quantize.methods.kquant_blocks import KINDS, VISIT, ChosenBlocks, count_of, of_blocks
-from qtool.quantize.methods.kquant_candidates import HALF_MAX
+from qtool.quantize.methods.kquant_blocks import KINDS, VISIT, ChosenBlocks, of_blocks
 from qtool.quantize.methods.kquant_columns import BlockColumns
-from qtool.quantize.methods.kquant_visits import TINY, settle
+from qtool.quantize.methods.kquant_refit import refit
+from qtool.quantize.methods.kquant_visits import choose, revisit
 from qtool.quantize.precision import subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, invert_upper
 
@@ -75,8 +74,7 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> ChosenBlocks:
         part, aims, upper = chosen.part(visit), weight[..., visit, :], factor.upper[..., visit, visit]
         inverse = invert_upper(upper)
         _start(part, aims, inverse, type_name)
-        blocks = diagonal_blocks(inverse, kind.size)  # of a triangular matrix they are the inverses of its blocks
-        settle(part, aims.clone(), blocks @ blocks.mT, blocks @ _lines(upper, kind.size), first=True)
+        choose(part, aims, upper, inverse)
         error = inverse.mT @ part.weights().neg_().add_(aims)
         subtract_product(weight[..., visit.stop :, :], factor.upper[..., visit, visit.stop :].mT, error)
     return chosen.rows()
@@ -93,20 +91,15 @@ def descend(target: Tensor, chosen: ChosenBlocks, gram: Tensor, sweeps: int = SW
             with tensor_float32():
                 slope = gram[..., visit, :] @ error
             before = part.weights()
-            settle(part, slope, diagonal_blocks(metric, kind.size), _lines(metric, kind.size), first=False)
+            revisit(part, slope, metric)
             if kind.steps is not None:
-                _refit(part, slope, metric)
+                refit(part, slope, metric)
             error[..., visit, :] += part.weights().sub_(before)
     return found.rows()
 
 
 def _visits(columns: int) -> Iterator[slice]:
     return (slice(start, min(start + VISIT, columns)) for start in range(0, columns, VISIT))
-
-
-def _lines(matrix: Tensor, size: int) -> Tensor:
-    """``[width, width]`` -> ``[width / size, size, width]``; of a stack ``[width / size, E, size, width]``."""
-    return matrix.unflatten(-2, (-1, size)).movedim(-3, 0)
 
 
 def _start(part: BlockColumns, aims: Tensor, inverse: Tensor, type_name: str) -> None:
@@ -121,34 +114,3 @@ def _start(part: BlockColumns, aims: Tensor, inverse: Tensor, type_name: str) ->
     if part.kind.steps is not None:
         part.d.copy_(d)
         part.dmin.copy_(dmin)
-
-
-def _refit(part: BlockColumns, slope: Tensor, metric: Tensor) -> None:
-    """d and dmin of a super-block by least squares, all its integers held. ``slope``: half the gradient there."""
-    kind, d, dmin = part.kind, part.d, part.dmin
-    steps, minima = count_of(part.scale, d), count_of(part.shift, dmin)
-    of_d = (part.codes.unflatten(-2, (-1, kind.size)) * steps.unsqueeze(-2)).flatten(-3, -2)
-    of_dmin = -minima.repeat_interleave(kind.size, -2)
-    with tensor_float32():
-        d_product, dmin_product = metric @ of_d, metric @ of_dmin
-    a, b = (of_d * slope).sum(-2, keepdim=True), (of_dmin * slope).sum(-2, keepdim=True)
-    dd, mm = (of_d * d_product).sum(-2, keepdim=True), (of_dmin * dmin_product).sum(-2, keepdim=True)
-    dm = (of_d * dmin_product).sum(-2, keepdim=True)
-    both = dd * mm - dm * dm
-    sound = both > 1e-6 * dd * mm
-    by_d = torch.where(sound, (dm * b - mm * a) / both.clamp_min(TINY), -a / dd.clamp_min(TINY))
-    by_dmin = torch.where(sound, (dm * a - dd * b) / both.clamp_min(TINY), 0.0)
-    by_d = _half_positive(d, by_d) - d
-    by_dmin = _half_positive(dmin, by_dmin) - dmin
-    change = 2 * (by_d * a + by_dmin * b) + by_d**2 * dd + by_dmin**2 * mm + 2 * by_d * by_dmin * dm
-    helps = change < 0
-    d += torch.where(helps, by_d, 0.0)
-    dmin += torch.where(helps, by_dmin, 0.0)
-    torch.mul(steps, d, out=part.scale)
-    torch.mul(minima, dmin, out=part.shift)
-
-
-def _half_positive(value: Tensor, step: Tensor) -> Tensor:
-    """``value + step`` as float16, where that keeps its sign; else ``value``."""
-    moved = (value + step).clamp(-HALF_MAX, HALF_MAX).half().float()
-    return torch.where(moved * value > 0, moved, value)

@@ -1,4 +1,4 @@
-"""The Triton twin of kquant_visits.settle: a whole visit to a super-block in one launch.
+"""The Triton twin of kquant_visits: a whole visit to a super-block in one launch.
 
 A program has `ROWS` rows of one problem, a thread a row, and goes through the sub-blocks in turn. Products with a
 metric are tiles ``[columns, rows]``, the descent from code to code is the thread's own; what one hands to the other lies
@@ -195,7 +195,8 @@ def _settle_kernel(
     codes, scale, shift, d, dmin, state, own, sums, inverse, spread, work, ratios, tried,
     out, subs, between_codes, between_scales, between_units,
     size: tl.constexpr, low: tl.constexpr, top: tl.constexpr, least: tl.constexpr, most: tl.constexpr,
-    stepped: tl.constexpr, affine: tl.constexpr, first: tl.constexpr, rounds: tl.constexpr, sections: tl.constexpr, rows: tl.constexpr,
+    stepped: tl.constexpr, affine: tl.constexpr, first: tl.constexpr, rounds: tl.constexpr, sections: tl.constexpr,
+    rows: tl.constexpr,
 ):  # fmt: skip
     row, problem, problems = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1), tl.num_programs(1)
     mask, at = row < out, tl.arange(0, size)[:, None] * out + row[None, :]
@@ -264,6 +265,7 @@ def _settle_kernel(
             before_s, before_z = tl.load(scale + sub * out + row, mask=mask), tl.load(shift + sub * out + row, mask=mask)
             here = tl.load(codes + place + at, mask=inside, other=0.0) * before_s[None, :] - before_z[None, :]
         tile = tl.load(work + at, mask=inside, other=0.0)
+        tl.debug_barrier()
         tl.store(codes + place + at, tile, mask=inside)
         tl.store(scale + sub * out + row, s, mask=mask)
         tl.store(shift + sub * out + row, z, mask=mask)
@@ -276,7 +278,7 @@ def _settle_kernel(
 def settle(
     part: BlockColumns, state: Tensor, own: Tensor, spread: Tensor, ratios: tuple[float, ...], rounds: int
 ) -> None:
-    """`kquant_visits.settle`, where ``ratios`` are those of the first pass, none later; ``rounds``: at a sub-block."""
+    """`kquant_visits._settle`, where ``ratios`` are those of the first pass, none later; ``rounds``: at a sub-block."""
     kind, out, problems = part.kind, state.shape[-1], state.shape[:-2]
     count = len(state) if problems else 1
     own, spread = own.contiguous(), spread.contiguous()

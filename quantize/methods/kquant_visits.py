@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.quantize import descent
 from qtool.quantize.descent import Group
+from qtool.quantize.grid import diagonal_blocks
 from qtool.quantize.methods.kquant_blocks import Kind
 from qtool.quantize.methods.kquant_columns import BlockColumns, Stored
 from qtool.quantize.precision import add_product
@@ -24,34 +25,51 @@ FINALISTS = 2
 TINY = 1e-30
 
 
-def settle(part: BlockColumns, state: Tensor, own: Tensor, spread: Tensor, first: bool) -> None:
-    """Choose all sub-blocks of ``part`` anew, in turn; ``state [width, out]`` follows.
+def choose(part: BlockColumns, aims: Tensor, upper: Tensor, inverse: Tensor) -> None:
+    """The first visit: all sub-blocks of ``part`` for the weights ``aims [width, out]``, from what ``part`` holds; the
+    columns behind a sub-block take up its error. ``upper, inverse [width, width]``: the visit's block of the factor of
+    the Gram matrix's inverse, and its own inverse."""
+    size, state = part.kind.size, aims.clone(memory_format=torch.contiguous_format)
+    blocks = diagonal_blocks(inverse, size)  # of a triangular matrix they are the inverses of its blocks
+    _settle(part, state, blocks @ blocks.mT, blocks @ _lines(upper, size), first=True)
 
-    ``first``: ``state`` holds the weights wanted, of which those behind a sub-block take up its error. Else it is half
-    the gradient of the loss, which changes in all columns. ``own [subs, g, g]``: the metric of each sub-block alone;
-    ``spread [subs, g, width]``: what a change of its weights adds to the state. Of a stack ``[subs, E, …]``.
-    """
+
+def revisit(part: BlockColumns, slope: Tensor, metric: Tensor) -> None:
+    """Better sub-blocks, all other columns of the matrix held. ``slope [width, out]``: half the gradient of the loss,
+    contiguous, which follows what changes; ``metric [width, width]``: contiguous."""
+    size = part.kind.size
+    _settle(part, slope, diagonal_blocks(metric, size), _lines(metric, size), first=False)
+
+
+def _lines(matrix: Tensor, size: int) -> Tensor:
+    """``[width, width]`` -> ``[width / size, size, width]``; of a stack ``[width / size, E, size, width]``."""
+    return matrix.unflatten(-2, (-1, size)).movedim(-3, 0)
+
+
+def _settle(part: BlockColumns, state: Tensor, own: Tensor, spread: Tensor, first: bool) -> None:
+    """Choose each sub-block of ``part`` in turn. ``state [width, out]`` follows: in the first visit the weights wanted,
+    of which those behind a sub-block change; later half the gradient, which changes in all columns. ``own [subs, g,
+    g]``: the metric of each sub-block alone; ``spread [subs, g, width]``: what a change of its weights adds to the
+    state. Of a stack ``[subs, E, …]``."""
     if state.is_cuda:
         from qtool.quantize.methods import kquant_visit_kernels
 
-        kernels, finalists = kquant_visit_kernels, RATIOS if first else ()
-        kernels.settle(part, state, own, spread, finalists, ROUNDS if first else 1)
+        ratios, rounds = (RATIOS, ROUNDS) if first else ((), 1)
+        kquant_visit_kernels.settle(part, state, own, spread, ratios, rounds)
         return
     size, stored = part.kind.size, Stored.of(part)
     for number, (metric, change) in enumerate(zip(own, spread, strict=True)):
         one, columns = slice(number, number + 1), slice(number * size, (number + 1) * size)
         before = Pair(part.codes[..., columns, :], part.scale[..., one, :], part.shift[..., one, :])
+        goal = state[..., columns, :].contiguous()
+        here, behind = (goal, slice(columns.stop, None)) if first else (before.weights(), slice(None))
         if first:
-            aim = state[..., columns, :].contiguous()
-            here, found = aim, before
+            found = before
             for done in range(ROUNDS):
-                problem = Problem(aim, torch.zeros_like(aim), metric @ (found.weights() - aim), metric)
+                problem = Problem(goal, torch.zeros_like(goal), metric @ (found.weights() - goal), metric)
                 found = _settle_one(problem, found, stored, ranges=done == 0)
-            behind = slice(columns.stop, None)
         else:
-            here, behind = before.weights(), slice(None)
-            slope = state[..., columns, :].contiguous()
-            found = _settle_one(Problem(here, slope, slope, metric), before, stored)
+            found = _settle_one(Problem(here, goal, goal, metric), before, stored)
         part.codes[..., columns, :], part.scale[..., one, :], part.shift[..., one, :] = found.numbers
         add_product(state[..., behind, :], change[..., behind].mT, found.weights() - here)
 
