@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 from functools import cache
 
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
-FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
-STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what a scale is stored as
 ROWS, PART = 32, 16  # of a program, one thread a row; columns that are taken in turn before others hear of them
 RANK_ROWS, RANK_PART, RANK_WARPS = 32, 32, 4
 

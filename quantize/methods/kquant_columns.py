@@ -54,7 +54,7 @@ class BlockColumns:
     def weights(self) -> Tensor:
         """What llama.cpp reads ``[in, out]``."""
         codes = self.codes.unflatten(-2, (-1, self.kind.size))
-        return torch.flatten(codes * self.scale.unsqueeze(-2) - self.shift.unsqueeze(-2), -3, -2)
+        return torch.flatten((codes * self.scale.unsqueeze(-2)).sub_(self.shift.unsqueeze(-2)), -3, -2)
 
     def rows(self) -> ChosenBlocks:
         """Copies."""

@@ -1,14 +1,13 @@
 """The Triton twin of kquant_visits: a whole visit to a super-block in one launch.
 
 A program has `ROWS` rows of one problem, a thread a row, and goes through the sub-blocks in turn. Products with a
-metric are tiles ``[columns, rows]``, the descent from code to code is the thread's own; what one hands to the other lies
-in `work`, which this program alone touches.
+metric are tiles ``[columns, rows]``, the descent from code to code is the thread's own; what one hands to the other
+lies in `work`, which this program alone touches.
 """
 
 from __future__ import annotations
 
 # Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -88,14 +87,10 @@ def _finalists(aim, metric, work, at, inside, ratios, tried, unit, shift_unit, o
         first, s1, z1 = tl.where(leads, loss, first), tl.where(leads, s, s1), tl.where(leads, z, z1)
     codes = _nearest(aim, s1, z1, low, top)
     tl.store(work + size * out + at, codes, mask=inside)
-    tl.store(
-        work + 4 * size * out + at, _product(metric, codes * s1[None, :] - z1[None, :] - aim, size), mask=inside
-    )
+    tl.store(work + 4 * size * out + at, _product(metric, codes * s1[None, :] - z1[None, :] - aim, size), mask=inside)
     codes = _nearest(aim, s2, z2, low, top)
     tl.store(work + 2 * size * out + at, codes, mask=inside)
-    tl.store(
-        work + 5 * size * out + at, _product(metric, codes * s2[None, :] - z2[None, :] - aim, size), mask=inside
-    )
+    tl.store(work + 5 * size * out + at, _product(metric, codes * s2[None, :] - z2[None, :] - aim, size), mask=inside)
     return s1, z1, s2, z2
 
 
@@ -143,8 +138,8 @@ def _gradient(state, work, slot, sums, at, inside, s, z, ds, dz, out, size: tl.c
 def _descend(begun, pulled, news, metric, inverse, row, mask, out, s, size: tl.constexpr, low: tl.constexpr,
              top: tl.constexpr):  # fmt: skip
     """Each column of the codes ``begun`` in turn gets its best level, by ``pulled``, half the gradient, whose place the
-    moves of weights take; returns by how much less is lost. PART columns are the thread's own, loaded before the first
-    step and stored after the last."""
+    moves of weights take; returns by how much less is lost. Of 16 columns all is loaded before
+    the first step."""
     over, within, inside = 1.0 / tl.where(s == 0, 1e-30, s), tl.arange(0, 16), mask[None, :]
     gain = tl.zeros_like(s)
     for begin in range(0, size, 16):
@@ -243,9 +238,7 @@ def _settle_kernel(
                     new_s = tl.where(slot == 1, s1, tl.where(slot == 2, s2, new_s))
                     new_z = tl.where(slot == 1, z1, tl.where(slot == 2, z2, new_z))
                 ds, dz = tl.where(slot == 0, new_s - s, 0.0), tl.where(slot == 0, new_z - z, 0.0)
-                loss = _gradient(
-                    state + place, work, slot, line, at, inside, new_s, new_z, ds, dz, out, size, first
-                )  # fmt: skip
+                loss = _gradient(state + place, work, slot, line, at, inside, new_s, new_z, ds, dz, out, size, first)
                 tl.debug_barrier()
                 loss -= _descend(
                     work + slot * size * out, work + 8 * size * out, work + 9 * size * out, metric, over, row, mask,
@@ -262,8 +255,9 @@ def _settle_kernel(
             tl.debug_barrier()
         here = tl.load(state + place + at, mask=inside, other=0.0)  # the weights wanted
         if not first:
-            before_s, before_z = tl.load(scale + sub * out + row, mask=mask), tl.load(shift + sub * out + row, mask=mask)
-            here = tl.load(codes + place + at, mask=inside, other=0.0) * before_s[None, :] - before_z[None, :]
+            here = tl.load(codes + place + at, mask=inside, other=0.0)
+            here *= tl.load(scale + sub * out + row, mask=mask, other=0.0)[None, :]
+            here -= tl.load(shift + sub * out + row, mask=mask, other=0.0)[None, :]
         tile = tl.load(work + at, mask=inside, other=0.0)
         tl.debug_barrier()
         tl.store(codes + place + at, tile, mask=inside)
@@ -288,6 +282,6 @@ def settle(
         *part.numbers, state, own, own.sum(-1), (1 / own.diagonal(dim1=-2, dim2=-1)).contiguous(), spread,
         state.new_empty(count * SECTIONS * kind.size * out), on_device(ratios or (1.0,), state.device), len(ratios),
         out, len(own), *gaps,
-        kind.size, kind.low, kind.top, least, most, kind.steps is not None, kind.affine, bool(ratios), rounds, SECTIONS, ROWS,
-        num_warps=1,
+        kind.size, kind.low, kind.top, least, most, kind.steps is not None, kind.affine, bool(ratios), rounds,
+        SECTIONS, ROWS, num_warps=1,
     )  # fmt: skip
