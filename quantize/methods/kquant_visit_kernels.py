@@ -156,8 +156,9 @@ def _descend(begun, pulled, news, metric, inverse, row, mask, out, s, size: tl.c
         olds = ()
         pulls = ()
         for i in tl.static_range(16):
+            pull = tl.load(pulled + at + i * out, mask=mask, other=0.0)
             olds += (tl.load(begun + at + i * out, mask=mask, other=0.0),)
-            pulls += (tl.load(pulled + at + i * out, mask=mask, other=0.0),)
+            pulls += (pull,)
         moves = ()
         for i in tl.static_range(16):
             pull = pulls[i]

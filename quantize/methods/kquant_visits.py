@@ -43,7 +43,8 @@ def revisit(part: BlockColumns, slope: Tensor, metric: Tensor) -> None:
 
 def _lines(matrix: Tensor, size: int) -> Tensor:
     """``[width, width]`` -> ``[width / size, size, width]``; of a stack ``[width / size, E, size, width]``."""
-    return matrix.unflatten(-2, (-1, size)).movedim(-3, 0)
+    lines: Tensor = matrix.unflatten(-2, (-1, size))
+    return lines.movedim(-3, 0)
 
 
 def _settle(part: BlockColumns, state: Tensor, own: Tensor, spread: Tensor, first: bool) -> None:
