@@ -86,7 +86,7 @@ class Chosen:
 def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     """One pass from left to right: each group under the metric that the columns behind leave it, its loss spread over
     them. ``target`` float32 ``[out, in]``, unchanged; ``factor``: of the damped Gram matrix, in the columns' order."""
-    weight, size = target.mT.contiguous(), levels.group_size
+    weight, size = target.mT.clone(memory_format=torch.contiguous_format), levels.group_size
     inverses = invert_upper(diagonal_blocks(factor.upper, size))
     chosen = _Columns.empty(weight, size)
     for number, start in enumerate(range(0, weight.shape[-2], size)):
@@ -155,7 +155,7 @@ def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
     kernels, own = _kernels(aim), (levels.table or (), levels.top, levels.rule, levels.dtype)
     if kernels is not None:
         ranks, scale, zero = kernels.rank(aim, metric, RATIOS, *own)
-        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True)
+        code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True, FINALISTS)
     else:
         scale, zero = _finalists(aim, metric, levels)
         grids = zip(scale.unsqueeze(-2), zero.unsqueeze(-2), strict=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
-from collections.abc import Sequence
+from functools import cache
 
+# Kernels carry no annotations: Triton would compile them (pyproject.toml tells mypy).
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SIGNED, MIRRORED, RANGE, TABLE = range(4)  # how a scale is made of a range
-FLOAT32, FLOAT16, BFLOAT16 = range(3)  # what a scale is stored as
-STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+STORED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what a scale is stored as
 ROWS, PART = 32, 16  # of a program, one thread a row; columns that are taken in turn before others hear of them
-STARTS = 2  # of the candidates, as quantize.descent.FINALISTS
 RANK_ROWS, RANK_PART, RANK_WARPS = 32, 32, 4
 
 
@@ -209,9 +206,9 @@ def _improve_kernel(
     unit = (start * tl.num_programs(2) + problem).to(tl.int64)
     inside, within = (row < out)[None, :], tl.arange(0, part)
     seat = row
-    if not current:  # the best candidate by plain rounding, or the next
-        least, number = _leader(ranks, row, out, between, count, row * 0.0 - float("inf"), row * 0 - 1)
-        if start > 0:
+    if not current:  # the best candidate by plain rounding, or the next, and so on
+        least, number = row * 0.0 - float("inf"), row * 0 - 1
+        for _ in range(start + 1):
             least, number = _leader(ranks, row, out, between, count, least, number)
         seat = number * between + row
     s = tl.load(scales_in + seat, mask=row < out, other=1.0)
@@ -256,7 +253,7 @@ def _improve_kernel(
 
 
 def rank(
-    aim: Tensor, metric: Tensor, ratios: Sequence[float], table: tuple[float, ...], top: int, rule: int,
+    aim: Tensor, metric: Tensor, ratios: tuple[float, ...], table: tuple[float, ...], top: int, rule: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses, scales, zeros) of candidates, each ``[candidates, out]``. ``aim [g, out]``. Of a stack of problems
@@ -264,7 +261,7 @@ def rank(
     *problems, columns, out = aim.shape
     losses, scales, zeros = aim.new_empty(3, len(ratios), *problems, out)
     _rank_kernel[(triton.cdiv(out, RANK_ROWS), len(ratios), *(problems or [1]))](
-        aim, metric, metric.new_tensor(list(ratios)), losses, scales, zeros, out,
+        aim, metric, on_device(ratios, aim.device), losses, scales, zeros, out,
         columns, min(columns, RANK_PART), table, top, rule, STORED[dtype], RANK_ROWS, num_warps=RANK_WARPS,
     )  # fmt: skip
     return losses, scales, zeros
@@ -272,13 +269,12 @@ def rank(
 
 def improve(
     linear: Tensor, metric: Tensor, begun: Tensor, scales: Tensor, zeros: Tensor, ranks: Tensor | None,
-    table: tuple[float, ...], top: int, rule: int, dtype: torch.dtype, fit: bool,
+    table: tuple[float, ...], top: int, rule: int, dtype: torch.dtype, fit: bool, starts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(levels ``[starts, g, out]``, scales, zeros, losses ``[starts, out]``). With ``ranks``, the losses of candidates,
-    those that lost least are the STARTS, from the levels nearest to ``begun``, the aim. Without, ``begun`` are the
+    those that lost least are the starts, from the levels nearest to ``begun``, the aim. Without, ``begun`` are the
     levels of the one start, and losses are not filled. A stack of problems has an axis of them behind the starts."""
     *problems, columns, out = linear.shape
-    starts = 1 if ranks is None else STARTS
     level, product, moved = linear.new_empty(3, starts, *linear.shape)
     if ranks is None:
         level[0] = begun
@@ -290,6 +286,12 @@ def improve(
         columns, min(columns, PART), table, top, rule, STORED[dtype], ranks is None, ROWS, num_warps=1,
     )  # fmt: skip
     return level, found, shifts, losses
+
+
+@cache
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float32. Copied once: the host waits for a copy until all work before it is done."""
+    return torch.tensor(values, device=device)
 
 
 def fits(columns: int) -> bool:

@@ -1,13 +1,16 @@
 """Seconds that a whole 8B model's linears take into Q4_K_M on one accelerator, with importance rows; blocks checked.
 
     python scripts/bench_kquants.py [--layers 32] [--plain] [--profile]
-    python scripts/bench_kquants.py --descent
+    python scripts/bench_kquants.py --descent [--intermediate 14336]
 
 Llama-3.1-8B geometry (hidden 4096, intermediate 14336, key/value width 1024), random bf16 weights made layer by layer
 and resident when the clock (CUDA events) runs. Types as llama.cpp gives them: Q6_K for half the layers' attn_v and
 ffn_down, Q4_K elsewhere. Sampled rows are compared with the plain PyTorch twin on the CPU. With --descent one layer of
-the first kind goes into its types by descent on Gram matrices: seconds, loss beside ggml's, and memory beside what
-`workspace` says. Runs from a checkout without an installation: nothing but torch, Triton and click is needed.
+the first kind goes into its types by descent on Gram matrices of correlated inputs: seconds, how much of them kernels
+ran and how many, loss beside that of `rounding: ggml`, and memory beside what `workspace` says; then small matrices of
+every type on the accelerator and on the CPU: codes that are equal after each stage, and losses (exit 1 where these
+differ). The kernels' first compilation takes a minute or two. Runs from a checkout without an installation: nothing but
+torch, Triton and click is needed.
 """
 
 from __future__ import annotations
@@ -89,6 +92,28 @@ def check(quantize: Callable[..., Any], weight: torch.Tensor, kind: str, row: to
     return int((kernel != plain).sum())
 
 
+def gram_of(columns: int, device: str) -> torch.Tensor:
+    """Damped, of inputs each of which is a sum of others."""
+    inputs = torch.randn(3 * columns, columns, device=device) @ torch.randn(columns, columns, device=device).tril()
+    gram = inputs.t() @ inputs
+    gram.diagonal().add_(0.1 * gram.diagonal().mean())
+    return gram
+
+
+def profiled(action: Callable[[], Any]) -> dict[str, Any]:
+    """One more run, watched: kernels, the milliseconds they ran, and of those that ran longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        action()
+        torch.cuda.synchronize()
+    events = [event for event in watched.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in events) / 1000
+    longest = {event.key[:40]: round(event.self_device_time_total / 1000, 1) for event in events[:8]}
+    return {"kernels": sum(event.count for event in events), "their ms": round(busy, 1), "of the longest": longest}
+
+
 def descend_layer() -> None:
     """Print a JSON line for each type of each feed, the second call of each type's shapes timed."""
     from qtool.quantize.methods.kquant_rounding import quantize, workspace
@@ -100,23 +125,54 @@ def descend_layer() -> None:
     for names in feeds:
         target, kind = torch.cat([weights[name].float() for name in names]), type_of(names[0], 0)
         out, columns = target.shape
-        inputs = torch.randn(3 * columns, columns, device="cuda") @ torch.randn(columns, columns, device="cuda").tril()
-        gram = inputs.t() @ inputs
-        del inputs
-        gram.diagonal().add_(0.1 * gram.diagonal().mean())
+        gram = gram_of(columns, "cuda")
         factor = factorize(gram, 1e-6)
-        quantize(target[:64], factor, gram, kind)  # compiles
+        compiling = seconds(lambda: quantize(target[:64], factor, gram, kind))  # noqa: B023  # called at once
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        took = seconds(lambda: quantize(target, factor, gram, kind))  # noqa: B023  # called at once
+        took = seconds(lambda: quantize(target, factor, gram, kind))  # noqa: B023
         peak = torch.cuda.max_memory_allocated() - before
         total += took
         blocks = (quantize(target, factor, gram, kind), search(target, kind, gram.diagonal()))
         errors = [block.dequantize().sub_(target) for block in blocks]
         ours, theirs = (float(((error @ gram) * error).sum()) for error in errors)
-        line = {"feed": names, "type": kind, "s": round(took, 3), "loss / ggml's": round(ours / theirs, 3)}
-        print(json.dumps(line | {"MiB": peak >> 20, "workspace MiB": 4 * workspace(out, columns) >> 20}), flush=True)
+        line = {"feed": names, "type": kind, "s": round(took, 3), "loss / ggml's": round(ours / theirs, 4)}
+        line |= {"MiB": peak >> 20, "workspace MiB": 4 * workspace(out, columns) >> 20, "first s": round(compiling, 1)}
+        print(json.dumps(line), flush=True)
+        print(json.dumps(profiled(lambda: quantize(target, factor, gram, kind))), flush=True)  # noqa: B023
     print(json.dumps({"a layer by descent, s": round(total, 3)}), flush=True)
+
+
+def compare_paths(rows: int = 512) -> bool:
+    """Whether the kernels lose what the plain code on the CPU loses, to 0.3 %; a JSON line for each type. A near tie
+    that falls the other way moves the rest of its row; within one super-block little can follow."""
+    from qtool.quantize.methods import kquant_rounding, kquants
+    from qtool.quantize.methods.kquant_blocks import KINDS, ChosenBlocks
+    from qtool.quantize.methods.kquant_rounding import begin, descend, quantize
+    from qtool.quantize.rounding import Factor, factorize
+
+    kquant_rounding.quantize_ggml = kquants.quantize  # type: ignore[attr-defined]  # on the CPU, too: needs no package
+    agree = True
+    for kind in KINDS:
+        line: dict[str, Any] = {"type": kind}
+        for columns in (256, 1024):
+            target, gram = torch.randn(rows, columns) * 0.02, gram_of(columns, "cpu")
+            factor = factorize(gram, 1e-6)
+            there, metric = Factor(factor.upper.cuda(), factor.damp), gram.cuda()
+            if columns == 256:
+                plain = begin(target, factor, kind)
+                kernel = begin(target.cuda(), there, kind)
+                line["first visit: equal"] = round(float((plain.codes == kernel.codes.cpu()).float().mean()), 4)
+                moved = ChosenBlocks(plain.kind, *(part.cuda() for part in plain.numbers))
+                again, other = descend(target, plain, gram, 1), descend(target.cuda(), moved, metric, 1)
+                line["a later visit: equal"] = round(float((again.codes == other.codes.cpu()).float().mean()), 4)
+            blocks = (quantize(target, factor, gram, kind), quantize(target.cuda(), there, metric, kind))
+            errors = [block.dequantize().cpu().sub_(target).double() for block in blocks]
+            ours, theirs = (float(((error @ gram.double()) * error).sum()) for error in errors)
+            line[f"{columns} columns: loss / the plain code's"] = round(theirs / ours, 6)
+            agree &= abs(theirs / ours - 1) < 3e-3
+        print(json.dumps(line), flush=True)
+    return agree
 
 
 def main() -> None:
@@ -125,6 +181,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--plain", action="store_true", help="without importance rows")
     parser.add_argument("--descent", action="store_true", help="one layer by descent")
+    parser.add_argument("--intermediate", type=int, default=14336, help="columns of down_proj")
     parser.add_argument("--profile", action="store_true", help="time by kernel for one layer")
     options = parser.parse_args()
     find_package()
@@ -132,8 +189,10 @@ def main() -> None:
 
     print(torch.__version__, torch.cuda.get_device_name(), flush=True)
     if options.descent:
+        wide = options.intermediate
+        SHAPES.update(gate_proj=(wide, 4096), up_proj=(wide, 4096), down_proj=(4096, wide))
         descend_layer()
-        return
+        sys.exit(0 if compare_paths() else 1)
     widths = {columns for _, columns in SHAPES.values()}
     importance = {n: None if options.plain else torch.rand(n, device="cuda").pow(4) + 1e-3 for n in widths}
     kinds = ("Q4_K", "Q6_K", *EXTRA)

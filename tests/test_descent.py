@@ -146,6 +146,14 @@ def test_constant_weights(value: float) -> None:
         assert torch.allclose(chosen.weights(), target, atol=2e-3, rtol=2e-3)
 
 
+def test_a_target_of_one_row_stays_as_it_is() -> None:
+    """Its transpose is the same memory."""
+    gram, target = correlated(64), torch.randn(1, 64)
+    before = target.clone()
+    descent.begin(target, gptq.factorize(gram, 0.05), KINDS["range"])
+    assert torch.equal(target, before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on an accelerator only")
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
 from qtool.convert.formats.gguf.ggml_fields import Fields, dequantize, pack, unpack
 from qtool.quantize.methods import kquant_rounding, kquants
-from qtool.quantize.methods.kquant_blocks import KINDS, Chosen, of_blocks
+from qtool.quantize.methods.kquant_blocks import KINDS, ChosenBlocks, of_blocks
 from qtool.quantize.methods.kquant_rounding import begin, descend, quantize
 from qtool.quantize.rounding import factorize
 
@@ -238,7 +238,7 @@ def test_kinds_hold_what_the_types_hold() -> None:
     for type_name, kind in KINDS.items():
         blocks = kquants.quantize(torch.randn(4, 512), type_name, torch.rand(512))
         chosen = of_blocks(blocks)
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenBlocks)
         assert int(chosen.codes.min()) >= kind.low
         assert int(chosen.codes.max()) <= kind.low + kind.top
         assert torch.equal(chosen.weights(), blocks.dequantize())

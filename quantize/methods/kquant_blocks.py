@@ -10,7 +10,6 @@ from torch import Tensor
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
 from qtool.convert.formats.gguf.ggml_fields import Fields, pack
 from qtool.quantize.descent import Levels
-from qtool.quantize.methods.kquant_candidates import HALF_MAX
 
 CHUNK_WEIGHTS = 1 << 22
 VISIT = 256  # columns whose errors meet the others' in one product: a super-block, or eight blocks
@@ -40,34 +39,8 @@ KINDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The scales and shifts that a sub-block may have: where ``kind`` has steps multiples of ``d`` and ``dmin``
-    ``[out, 1]``, whose inverses lie beside them, else float16. ``nudges [n, 1, 1]``: how far from the best."""
-
-    kind: Kind
-    d: Tensor
-    dmin: Tensor
-    over_d: Tensor
-    over_dmin: Tensor
-    nudges: Tensor
-
-    def scale(self, wished: Tensor, nudged: bool = False) -> Tensor:
-        """The nearest to ``wished [.., out, 1]``; its neighbours, too, where ``nudged``."""
-        if self.kind.steps is None:
-            return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        count = (wished * self.over_d).round_()
-        return (count + self.nudges if nudged else count).clamp_(*self.kind.steps) * self.d
-
-    def shift(self, wished: Tensor) -> Tensor:
-        """The nearest to ``wished``."""
-        if self.kind.steps is None:
-            return wished.clamp(-HALF_MAX, HALF_MAX).half().float()
-        return (wished * self.over_dmin).round_().clamp_(*self.kind.steps) * self.dmin
-
-
 @dataclass
-class Chosen:
+class ChosenBlocks:
     """``codes [out, in]``; ``scale, shift [out, in / size]`` with ``weight = scale * code - shift``, as stored; of
     super-blocks ``d, dmin [out, in / 256]``, which scale and shift are multiples of. All float32. Of a stack of
     problems ``[E, …]`` each."""
@@ -84,24 +57,15 @@ class Chosen:
         """All tensors, as they are given."""
         return self.codes, self.scale, self.shift, self.d, self.dmin
 
-    def stored(self, number: int) -> Stored:
-        """What sub-blocks may have in super-block ``number``, or in as many columns of blocks."""
-        d, dmin = self.d[..., number : number + 1], self.dmin[..., number : number + 1]
-        over_d, over_dmin = (torch.where(unit == 0, 0.0, 1 / unit) for unit in (d, dmin))
-        nudges = torch.arange(-1.0, 2.0, device=d.device).view(-1, *[1] * d.ndim)
-        return Stored(self.kind, d, dmin, over_d, over_dmin, nudges)
-
-    def weights(self, columns: slice = slice(None)) -> Tensor:
-        """What llama.cpp reads ``[out, columns]``; ``columns``: whole sub-blocks, all by default."""
-        size, (first, last, _) = self.kind.size, columns.indices(self.codes.shape[-1])
-        groups = slice(first // size, last // size)
-        codes = self.codes[..., columns].unflatten(-1, (-1, size))
-        return torch.flatten(codes * self.scale[..., groups, None] - self.shift[..., groups, None], -2)
+    def weights(self) -> Tensor:
+        """What llama.cpp reads ``[out, in]``."""
+        codes = self.codes.unflatten(-1, (-1, self.kind.size))
+        return torch.flatten(codes * self.scale.unsqueeze(-1) - self.shift.unsqueeze(-1), -2)
 
     def blocks(self, type_name: str) -> GgmlBlocks:
         """As bytes, of a stack the rows of one problem below the other's; packed some rows at a time, because packing
         takes several integers a weight."""
-        flat = Chosen(self.kind, *(part.flatten(0, -2) for part in self.numbers))
+        flat = ChosenBlocks(self.kind, *(part.flatten(0, -2) for part in self.numbers))
         out, columns = flat.codes.shape
         step = max(1, CHUNK_WEIGHTS // columns)
         parts = [flat._packed(type_name, slice(start, start + step)) for start in range(0, out, step)]
@@ -121,12 +85,12 @@ class Chosen:
         return pack(fields, type_name).view(len(self.codes[rows]), -1)
 
 
-def of_blocks(blocks: GgmlBlocks) -> Chosen:
+def of_blocks(blocks: GgmlBlocks) -> ChosenBlocks:
     """What ggml's own search, or an earlier one here, chose."""
     kind, fields, out = KINDS[blocks.type], blocks.fields(), blocks.shape[0]
     d, dmin = fields.d.view(out, -1), fields.dmin.view(out, -1)
     scale, shift = fields.d[:, None] * fields.steps, fields.dmin[:, None] * fields.minima
-    return Chosen(kind, fields.codes.view(out, -1), scale.view(out, -1), shift.view(out, -1), d, dmin)
+    return ChosenBlocks(kind, fields.codes.view(out, -1), scale.view(out, -1), shift.view(out, -1), d, dmin)
 
 
 def count_of(value: Tensor, unit: Tensor) -> Tensor:
