@@ -1,6 +1,6 @@
 """How much a busy machine slows a conversion, by how long OpenMP's idle threads spin.
 
-    python scripts/bench_busy.py                                 # 4 settings, idle and beside 6 busy processes, 3 rounds
+    python scripts/bench_busy.py          # 4 settings, idle and beside 6 busy processes, 3 rounds
     python scripts/bench_busy.py --load 0 --spins default,1000 --rounds 5
 
 AWQ and GPTQ of the demo model in a fresh `qtool run`, the settings in turn. One line a run: setting, busy processes
@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 RECIPE = """model: qtool-demo
-calibration: {text: qtool-code, samples: 32, length: 256}
-outputs: [{method: awq, group_size: 128}, {method: gptq, group_size: 128}]
+calibration: {{text: qtool-code, samples: {samples}, length: 256}}
+outputs: [{{method: awq, group_size: 128}}, {{method: gptq, group_size: 128}}]
 """
 BUSY = "while True: sum(range(100000))"
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
@@ -58,10 +58,10 @@ def worked() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def run(spin: str) -> tuple[float, float, float]:
+def run(spin: str, samples: int) -> tuple[float, float, float]:
     """(seconds, processor seconds, mean number of processors that others took)."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "r.yaml").write_text(RECIPE)
+        Path(folder, "r.yaml").write_text(RECIPE.format(samples=samples))
         begun, before, own = time.monotonic(), worked(), os.times()
         command = [sys.executable, "-P", "-m", "qtool", "run", "r.yaml", "--device", "cpu"]
         subprocess.run(command, cwd=folder, env=environment(spin), check=True, capture_output=True)
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spins", default="default,passive,1000,qtool")
     parser.add_argument("--load", default="0,6", help="busy processes beside the run")
+    parser.add_argument("--samples", type=int, default=32, help="of calibration, 256 tokens each")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
@@ -82,7 +83,7 @@ def main() -> None:
         for number in map(int, options.load.split(",")):
             for spin in options.spins.split(","):
                 with busy(number):
-                    figures = run(spin)
+                    figures = run(spin, options.samples)
                 found.setdefault((number, spin), []).append(figures)
                 print(f"{spin:>8} {number:3}" + "".join(f"{figure:8.1f}" for figure in figures), flush=True)
     print("medians: setting, busy processes, seconds, processor seconds, processors of others")

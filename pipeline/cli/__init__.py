@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
 from qtool.cli.options import FAILED, device_option, runs_option
+from qtool.cli.processors import share_processors
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
@@ -35,6 +37,7 @@ def main() -> None:
     Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
     130 interrupted.
     """
+    share_processors(os.environ)  # before any command loads torch
 
 
 @main.command()
