@@ -46,7 +46,10 @@ def main() -> None:
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
 @runs_option
 @device_option
-def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
+@click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
+def run(
+    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, profile: Path | None
+) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4, smoke.
@@ -70,7 +73,7 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
     if dry_run:
         job_report.print_plan(prepare(found, device, only))
         return
-    result = run_recipe(found, runs, device, only)
+    result = run_recipe(found, runs, device, only, profile)
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)
