@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-import numpy as np
-
 from qtool.evaluate.statistics import Difference, Interval, bootstrap_mean, paired_difference, wilson
 
 
@@ -20,6 +18,8 @@ def permutation_p(differences: Sequence[int]) -> float:
     """Exact two-sided p of paired integer differences: the share of all 2**n sign flips whose sum lies as far from 0
     as the one seen. The distribution of the sum is built by convolution, so nothing is sampled; with differences of
     -1, 0 and 1 it is McNemar's exact test."""
+    import numpy as np
+
     sizes = [abs(difference) for difference in differences if difference]
     reach, seen = sum(sizes), abs(sum(differences))
     chance = np.zeros(2 * reach + 1)
@@ -64,6 +64,8 @@ def rate_difference(
 
 def _detectable(differences: Sequence[float], confidence: float, power: float = 0.8) -> float | None:
     """Points: the shift of the mean that the normal approximation shows with this power; None above 100."""
+    import numpy as np
+
     normal = NormalDist()
     factor = normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)
     points = 100 * factor * float(np.std(differences)) / math.sqrt(len(differences))

@@ -6,13 +6,17 @@ Biometrics 43:207 (power of McNemar's test); Efron & Tibshirani 1993 (percentile
 points: 1 point is 1 % of the problems; positive means that the quantized model is worse.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 RESAMPLES = 10_000
 SEED = 20_240_229
@@ -102,6 +106,8 @@ def bootstrap_mean(values: Sequence[float], confidence: float = 0.95, resamples:
 
     One value alone has no spread to resample: its interval is infinite. ValueError for none, or a NaN.
     """
+    import numpy as np  # not above: who reads stored intervals waits for nothing
+
     array = _finite(values)
     if len(array) == 1:
         return Interval(float(array[0]), -math.inf, math.inf, confidence)
@@ -120,6 +126,8 @@ def bootstrap_ratio(
     For mean KL of two artifacts on the same sequences. Resamples whose denominator is 0 count as infinite. ValueError
     for unequal lengths, none, NaN, or a denominator of 0.
     """
+    import numpy as np
+
     top, bottom = _finite(numerators), _finite(denominators)
     if len(top) != len(bottom):
         raise ValueError(f"{len(top)} and {len(bottom)} values are not pairs")
@@ -195,6 +203,8 @@ def _detectable(discordant: int, n: int, confidence: float, power: float = 0.8) 
 
 
 def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
+    import numpy as np
+
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError("no values")
@@ -205,6 +215,8 @@ def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 def _resamples(n: int, count: int) -> list[npt.NDArray[np.int64]]:
     """Row indices [draws, n] in blocks of bounded memory; the same for every call with the same n."""
+    import numpy as np
+
     generator = np.random.default_rng(SEED)
     block = max(1, min(count, 2**21 // n))
     sizes = [block] * (count // block) + ([count % block] if count % block else [])
@@ -212,6 +224,8 @@ def _resamples(n: int, count: int) -> list[npt.NDArray[np.int64]]:
 
 
 def _percentiles(estimate: float, draws: npt.NDArray[np.float64], confidence: float) -> Interval:
+    import numpy as np
+
     _z(confidence)
     tail = (1 - confidence) / 2
     # "inverted_cdf" never interpolates, so that infinite draws stay infinite and do not become NaN.

@@ -37,6 +37,7 @@ from qtool.runs import ledger, record
 from qtool.runs.coverage import coverage
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
+from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
@@ -97,21 +98,38 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
         )
 
 
-def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()) -> RunRecord:
-    """Run a recipe. Raises QtoolError; gate results are returned, not raised."""
+def run(
+    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None
+) -> RunRecord:
+    """Run a recipe. Raises QtoolError; gate results are returned, not raised. ``profile``: a file for the trace of the
+    stages, written however the run ends."""
+    if profile is not None:
+        require_writable(profile.parent, "--profile")
+    with recording() as spans:
+        try:
+            return _run(path, runs, device, only, spans)
+        finally:
+            if profile is not None:
+                write_trace(profile, spans)
+
+
+def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span]) -> RunRecord:
     started = time.monotonic()
     text = read_text(path) if path.is_file() else ""
-    job = prepare(path, device, only, runs)
+    with stage("opening"):
+        job = prepare(path, device, only, runs)
     recipe = job.recipe
     for note in job.notes:
         click.echo(note, err=True)
     folder = runs / recipe.digest[:16]
-    evaluation = _evaluation(job, runs, folder)
+    with stage("opening"):
+        evaluation = _evaluation(job, runs, folder)
     if recipe.serve is not None:
         require_servers(
             recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
         )
-    calibration = _calibrate(job)
+    with stage("tokenizing"):
+        calibration = _calibrate(job)
     if read_text(path) != text:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
@@ -131,6 +149,8 @@ def run(path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = ()
         result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
+            stages=seconds_of(spans),
+            peaks=peaks(),
             checks={name: found.checks for name, found in checks.items()},
             verdicts=judge(summary, recipe.gates),
         )
@@ -162,7 +182,8 @@ def _verified(artifacts: dict[str, Artifact]) -> dict[str, Verification]:
         task = bar.add_task("verifying artifacts", total=len(artifacts))
         checks = {}
         for name, artifact in artifacts.items():
-            checks[name] = verify(artifact.path)
+            with stage("verifying", name):
+                checks[name] = verify(artifact.path)
             bar.advance(task)
     return checks
 
@@ -213,6 +234,8 @@ def _entry(run: RunRecord) -> dict[str, Any]:
         "commit": run.lock.source.commit,
         "device": run.lock.device,
         "seconds": run.seconds,
+        "stages": run.stages,
+        "peaks": run.peaks,
         "artifacts": {n: {"bytes": m.file_bytes, "bpw": m.bits_per_weight} for n, m in run.manifests.items()},
         "experts": {n: found.as_json() for n, m in run.manifests.items() if (found := coverage(m.ledger))},
         "scores": {

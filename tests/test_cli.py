@@ -44,9 +44,9 @@ def evaluation(problems: Path, text_file: Path) -> dict[str, object]:
 def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_file: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     recipe = write_recipe(evaluate=evaluation(problems, text_file), gates=[{"max_kld": 5.0}, {"max_size": 1.0}])
-    result = call("run", recipe, "--runs", runs)
+    result = call("run", recipe, "--runs", runs, "--profile", tmp_path / "trace.json")
     assert result.exit_code == 0, result.output
-    for expected in ("source", "awq", "KL to source", "pass  awq: max_kld 5", "report:"):
+    for expected in ("source", "awq", " s: opening ", " resident", "KL to source", "pass  awq: max_kld 5", "report:"):
         assert expected in result.output
     (folder,) = (path for path in runs.iterdir() if (path / "lock.json").exists())
     lock = json.loads((folder / "lock.json").read_text())
@@ -62,6 +62,14 @@ def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_
     assert all(outcome["outcome"] == "failed" for score in tasks for outcome in score["outcomes"].values())
     assert tasks[0]["sandbox"] != "none"
     (entry,) = map(json.loads, (runs / "ledger.jsonl").read_text().splitlines())
+    stages = {"opening", "tokenizing", "rounding", "writing", "sealing", "verifying", "self-check", "fidelity", "tasks"}
+    assert set(entry["stages"]) == stages
+    assert entry["peaks"]["resident"] > 2**27  # torch alone takes more
+    assert json.loads((folder / "result.json").read_text())["stages"] == entry["stages"]
+    assert "rounding" in (folder / "report.md").read_text()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} == stages
+    assert sum(e["dur"] for e in events if e["ph"] == "X") < 1e6 * entry["seconds"] + 1e5 * len(events)
     assert entry["scores"]["awq"] == {str(problems): 0.0}
     assert entry["kl"]["awq"] > 0 == entry["kl"]["source"]
     # a gate edited afterwards judges what is there: nothing is made or measured again

@@ -13,7 +13,7 @@ from qtool.convert.files.durable import naming
 from qtool.convert.files.manifest import MANIFEST, FileEntry, read_manifest
 from qtool.convert.files.sidecars import carried_bytes, sidecars, without_private_paths
 from qtool.convert.files.source import digest_folder
-from qtool.convert.files.watch import sha256_file
+from qtool.convert.files.watch import sha256_files
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +78,14 @@ def write_json(path: Path, data: Any) -> None:
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
     """Every file but the manifest and journals -> size and sha256; names relative to the folder."""
-    entries = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and not name.endswith("journal.jsonl"):
-            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
-    return entries
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    named = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {n: path for n, path in named.items() if n != MANIFEST and not n.endswith("journal.jsonl")}
+    digests = sha256_files(files.values())
+    return {
+        name: FileEntry(bytes=path.stat().st_size, sha256=digest)
+        for (name, path), digest in zip(files.items(), digests, strict=True)
+    }
 
 
 def drop_journals(folder: Path) -> None:

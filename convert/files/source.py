@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qtool import QtoolError
 from qtool.convert.files.reading import hub_cache, named, shown
-from qtool.convert.files.watch import Watched, require_unchanged, watch, watch_blob
+from qtool.convert.files.watch import Watched, require_unchanged, watch_all, watch_blob
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -69,7 +69,7 @@ def shipped(model: str) -> Path:
 
 
 def _local(name: str, path: Path) -> ModelSource:
-    seen = tuple(watch(file) for file in deciding_files(path))
+    seen = watch_all(deciding_files(path))
     return ModelSource(name, path, "sha256:" + _digest_of(seen), seen)
 
 
@@ -149,7 +149,7 @@ def deciding_files(folder: Path) -> list[Path]:
 
 def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
-    return _digest_of([watch(path) for path in deciding_files(folder)])
+    return _digest_of(watch_all(deciding_files(folder)))
 
 
 def _digest_of(files: Sequence[Watched]) -> str:

@@ -3,17 +3,17 @@ a loader makes of the model."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from qtool import QtoolError
 from qtool.convert.files.manifest import MANIFEST, FileEntry, Manifest
 from qtool.convert.files.reading import leaves_folder, open_file, read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
+from qtool.convert.files.watch import SIDE_BY_SIDE, sha256_file
 
 BUNDLED = {"serve/dashboard.json", "serve/Modelfile"}  # of `qtool bundle`: no loader of the model reads them
 EXTRAS, IMATRIX, PUBLISHED = "qtool", "imatrix.gguf", "qtool-scores.json"
@@ -35,7 +35,9 @@ def check_files(path: Path, manifest: Manifest) -> tuple[str, list[str], str]:
     """Every file of the manifest is there with its sha256, a regular file of this folder; no weights, code or settings
     besides."""
     faults = unfit(path, manifest)
-    found = [faults.get(name) or _changed(path, name, entry) for name, entry in manifest.files.items()]
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:  # hashing does not hold Python's lock
+        looked = pool.map(lambda item: faults.get(item[0]) or _changed(path, *item), manifest.files.items())
+        found = list(looked)
     reasons = [fault for fault in found if fault]
     reasons += [*_strangers(path, manifest), *_foreign(path, manifest)]
     for name in JSON_READ:
@@ -66,20 +68,12 @@ def unfit(path: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _changed(path: Path, name: str, entry: FileEntry) -> str | None:
-    with open_file(path / name) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            return f"{name} has {size} bytes, the manifest says {entry.bytes}"
-        if _sha256(file) != entry.sha256:
-            return f"{name} has changed (sha256)"
+    size = (path / name).stat().st_size
+    if size != entry.bytes:
+        return f"{name} has {size} bytes, the manifest says {entry.bytes}"
+    if sha256_file(path / name) != entry.sha256:
+        return f"{name} has changed (sha256)"
     return None
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _strangers(path: Path, manifest: Manifest) -> Iterator[str]:

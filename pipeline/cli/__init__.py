@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
 from qtool.cli.options import FAILED, device_option, runs_option
+from qtool.cli.processors import share_processors
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
@@ -35,6 +37,7 @@ def main() -> None:
     Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
     130 interrupted.
     """
+    share_processors(os.environ)  # before any command loads torch
 
 
 @main.command()
@@ -43,7 +46,10 @@ def main() -> None:
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
 @runs_option
 @device_option
-def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str) -> None:
+@click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
+def run(
+    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, profile: Path | None
+) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4,
@@ -68,7 +74,7 @@ def run(recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: 
     if dry_run:
         job_report.print_plan(prepare(found, device, only))
         return
-    result = run_recipe(found, runs, device, only)
+    result = run_recipe(found, runs, device, only, profile)
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)

@@ -28,6 +28,7 @@ from qtool.make.progress import progress_bar
 from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.walk import LayerResult, Walk
+from qtool.runs.stages import stage
 
 MOST_THREADS = 512  # that an artifact is looked for with
 
@@ -144,7 +145,8 @@ def _seal(writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> N
     faults: dict[str, QtoolError] = {}
     for name, writer in writers.items():
         try:
-            writer.seal(calibration)
+            with stage("sealing", name):
+                writer.seal(calibration)
         except QtoolError as error:
             faults[name] = error
     if faults:
@@ -190,16 +192,26 @@ def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: Calibratio
     start = min(writer.layers_done for writer in writers.values())
     columns = [writer.column for writer in writers.values()]
     walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
-    for result in walk.outside():
+    for result in _timed(walk.outside()):
         _write(writers, result)
     with progress_bar() as bar:
         task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
-        for result in walk.run(start) if start < len(walk.layers) else ():
+        for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
             job.require_unchanged()  # before any layer is noted as done
             _write(writers, result)
             bar.advance(task)
 
 
+def _timed(results: Iterator[LayerResult]) -> Iterator[LayerResult]:
+    while True:
+        with stage("rounding"):
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
+
+
 def _write(writers: Mapping[str, OutputWriter], result: LayerResult) -> None:
     for name, codes in result.outputs.items():
-        writers[name].write(result, codes)
+        with stage("writing", f"{name}: {result.prefix.rstrip('.') or 'outside the layers'}"):
+            writers[name].write(result, codes)

@@ -35,6 +35,7 @@ from qtool.measure.scoring_engine import open_engine, served_name, settings_for,
 from qtool.measure.subjects import Subject
 from qtool.recipe.checking import digest_of
 from qtool.recipe.judging import EvaluateSection
+from qtool.runs.stages import stage
 
 Score = TypeVar("Score", TaskScore, FidelityScore)
 
@@ -88,7 +89,8 @@ class Evaluation:
 
     def _check(self, task: Task, path: Path, bar: Progress) -> SelfCheck:
         row = bar.add_task(f"self-check: {task.name}", total=1)
-        result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
+        with stage("self-check", task.name):
+            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
         bar.advance(row)
         if not result.faults:  # one that failed is made again: its cause may be gone
             save(path, result)
@@ -117,9 +119,12 @@ class Evaluation:
                 with ExitStack() as stack:
                     running = stack.enter_context(self._engine(subject, pending))
                     for length in lengths:
-                        measured[length] = self._diverge(running, subject, source, length, bar)
+                        with stage("fidelity", subject.name):
+                            measured[length] = self._diverge(running, subject, source, length, bar)
                     for label in pending:
-                        scores.tasks.setdefault(subject.name, {})[label] = self._task(running, subject, label, bar)
+                        with stage("tasks", f"{subject.name}: {label}"):
+                            found_here = self._task(running, subject, label, bar)
+                        scores.tasks.setdefault(subject.name, {})[label] = found_here
                     del running
             for length, found in measured.items():
                 layers = self._by_layer(subject, source, length, bar) if number else []

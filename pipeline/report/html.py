@@ -10,6 +10,7 @@ from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.problems import task_section
 from qtool.report.served import PROVED, finding_rows, proof_rows, proof_ways
 from qtool.report.tables import footnote, score_rows
+from qtool.runs.evidence import spent_text
 from qtool.runs.record import RunRecord
 
 
@@ -102,7 +103,7 @@ def _recipe(run: RunRecord) -> str:
     lock = run.lock
     facts = {
         "model": lock.source.model, "source commit": lock.source.commit, "calibration digest": lock.calibration,
-        "recipe digest": lock.recipe, "device": lock.device, "seconds": f"{run.seconds:.0f}",
+        "recipe digest": lock.recipe, "device": lock.device, "took": spent_text(run.seconds, run.stages, run.peaks),
     }  # fmt: skip
     facts |= {f"artifact {name}": entry.key for name, entry in lock.artifacts.items()}
     for name, settings in _settings(run).items():

@@ -10,7 +10,7 @@ from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.served import PROVED, proof_rows, proof_ways
 from qtool.report.tables import Measured, footnote, markdown_cell, markdown_table, score_rows
 from qtool.runs.coverage import coverage
-from qtool.runs.evidence import task_label
+from qtool.runs.evidence import spent_text, task_label
 from qtool.runs.record import RunRecord
 
 
@@ -43,6 +43,7 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     text = run.recipe_text.strip()
     fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     parts.append(f"## Recipe\n\n{fence}yaml\n{text}\n{fence}")
+    parts.append(f"## Time and memory\n\n{spent_text(run.seconds, run.stages, run.peaks)}")
     parts.append("## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in run.lock.versions.items()))
     return "\n\n".join(parts) + "\n"
 

@@ -19,6 +19,7 @@ from qtool.report.measured import measured_faults
 from qtool.report.pictures import pictures
 from qtool.report.served import proof_line
 from qtool.report.tables import Row, footnote, score_rows
+from qtool.runs.evidence import spent_text
 
 if TYPE_CHECKING:
     from qtool.evaluate.selfcheck import SelfCheck
@@ -53,6 +54,7 @@ def print_run(run: RunRecord) -> None:
         for proof in found:
             console.print(f"{name}: {proof_line(proof)}", highlight=False, soft_wrap=True, markup=False)
     print_results(run.verdicts)
+    console.print(spent_text(run.seconds, run.stages, run.peaks), highlight=False, soft_wrap=True)
     for name, folder in run.folders.items():
         console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
     console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ alone, and nothing reads them back."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -138,6 +139,14 @@ def points(loss: Interval) -> str:
 def size_text(nbytes: float) -> str:
     """MB or GB (1e6, 1e9 bytes)."""
     return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
+def spent_text(seconds: float, stages: Mapping[str, float], peaks: Mapping[str, int]) -> str:
+    """`129 s: opening 5.7, rounding 43.5; at most 1.3 GB resident`; stages under a twentieth of a second are left out,
+    and so is what an older qtool did not note."""
+    parts = ", ".join(f"{name} {spent:.1f}" for name, spent in stages.items() if spent >= 0.05)
+    most = " and ".join(f"{size_text(nbytes)} {place}" for place, nbytes in peaks.items())
+    return f"{seconds:.0f} s" + (f": {parts}" if parts else "") + (f"; at most {most}" if most else "")
 
 
 def task_label(task: str) -> str:

@@ -78,6 +78,8 @@ class Result(_File):
 
     finished: str
     seconds: float
+    stages: dict[str, float] = {}  # seconds of each; what runs side by side adds up to more
+    peaks: dict[str, int] = {}  # bytes
     checks: dict[str, list[Check]]
     verdicts: list[GateResult]
 
@@ -101,6 +103,8 @@ class RunRecord:
     verdicts: list[GateResult]
     finished: str
     seconds: float
+    stages: dict[str, float]
+    peaks: dict[str, int]
 
     @property
     def failed(self) -> bool:
@@ -196,6 +200,8 @@ def load_run(folder: Path) -> RunRecord:
         verdicts=result.verdicts,
         finished=result.finished,
         seconds=result.seconds,
+        stages=result.stages,
+        peaks=result.peaks,
     )
 
 
