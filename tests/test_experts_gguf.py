@@ -156,7 +156,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 @pytest.mark.parametrize("architecture", ["Qwen2Moe", "Mixtral"])
 def test_experts_go_into_k_quants_by_descent(architecture: str, tmp_path: Path) -> None:
-    """By default in the output's own stream, or on the source's inputs, where logits are closer to the source's than with
+    """By default in the output's own stream, or on the source's inputs, where logits are closer to its than with
     ggml's own blocks. On the source's inputs every expert loses less than by these; in a stream, what it makes up for
     counts as lost. Each says its tokens, and has its row in imatrix.gguf."""
     model = wide(architecture, tmp_path / "model", loudness=0.4)  # louder, routing decides and not the weights
