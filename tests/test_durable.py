@@ -14,6 +14,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files import durable
+from qtool.convert.files.durable import require_writable
 from qtool.convert.files.journal import resume_journal
 from qtool.convert.files.watch import watch, watch_blob
 from qtool.evaluate import fidelity
@@ -294,3 +295,11 @@ def test_children_that_compute_get_what_they_need() -> None:
     assert child.keys() == {*KEPT.split(), "HTTP_PROXY", "PYTHONPATH", "PYTHONSAFEPATH"}
     assert child["PYTHONPATH"] == "/opt/lib"
     assert not secrets.without_secrets(environment).keys() & {*SECRET.split(), *hidden}
+
+
+def test_a_probe_that_was_killed_is_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"probe.{dead.pid}.01234567.partial").write_bytes(b"")
+    require_writable(tmp_path / "runs", "--runs")
+    assert list(tmp_path.iterdir()) == []

@@ -258,6 +258,7 @@ def require_writable(folder: Path, key: str) -> None:
             place = place.parent
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
+        sweep(place)  # a probe that was killed
         probe = temporary(place / "probe")
         try:
             with probe.open("wb") as file:

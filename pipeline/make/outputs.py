@@ -21,6 +21,7 @@ from qtool.convert.files.journal import journal_key
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify.files import check_files
+from qtool.make.behind import Behind
 from qtool.make.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.make.needs import refuse_what_cannot_finish
 from qtool.make.output import Output
@@ -192,14 +193,21 @@ def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: Calibratio
     start = min(writer.layers_done for writer in writers.values())
     columns = [writer.column for writer in writers.values()]
     walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
-    for result in _timed(walk.outside()):
-        _write(writers, result)
     with progress_bar() as bar:
-        task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
-        for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
-            job.require_unchanged()  # before any layer is noted as done
+
+        def write(result: LayerResult) -> None:
+            if result.index is not None:
+                job.require_unchanged()  # before any layer is noted as done
             _write(writers, result)
-            bar.advance(task)
+            if result.index is not None:
+                bar.advance(task)
+
+        with Behind(write, "writer") as writer:  # packs, compares and writes a layer while the next one is rounded
+            for result in _timed(walk.outside()):
+                writer.give(result)
+            task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
+            for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
+                writer.give(result)
 
 
 def _timed(results: Iterator[LayerResult]) -> Iterator[LayerResult]:
