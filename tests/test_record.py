@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,13 @@ def test_a_folder_of_runs_that_is_a_link(finished: RunRecord, tmp_path: Path, mo
         assert record._folder(Path("runs/one"), entry) == Path("artifacts/nf4")
     (place / "plain").mkdir()
     assert record.locked(Path("artifacts/nf4"), Path("plain/one")).path == "../../artifacts/nf4"
+
+
+def test_what_a_kill_left_among_the_manifests_is_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / "run" / "manifests" / f"nf4.json.{dead.pid}.01234567.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"{")
+    record.begin(tmp_path / "run", "model: x\n")
+    assert not left.exists()

@@ -125,7 +125,8 @@ def begin(folder: Path, recipe_text: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, SUMMARY):
             (folder / name).unlink(missing_ok=True)
-    sweep(folder)
+    for place in (folder, folder / MANIFESTS):
+        sweep(place)
     write_whole(folder / RECIPE, recipe_text)
 
 
