@@ -18,6 +18,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,8 @@ def cache_too_small(folder: Path, args: argparse.Namespace) -> Result:
             return Result("cache, one block less", None, "", f"starts with {needed - 1} blocks, {needed} are needed")
     except QtoolError as error:
         said = next((line for line in error.message.splitlines() if "KV cache" in line), "")
-        return Result("cache, one block less", None, said.strip(" |"), "" if said else error.message.splitlines()[0])
+        reason = re.sub(r"^.*?\bValueError: ", "", said.strip(" |"))  # without the log's own beginning
+        return Result("cache, one block less", None, reason, "" if said else error.message.splitlines()[0])
 
 
 def nothing_left(folder: Path, args: argparse.Namespace) -> Result:
