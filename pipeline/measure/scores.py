@@ -222,10 +222,10 @@ class Evaluation:
         """Compare with the source's distribution, which is made here when the subject is the source."""
         windows, path = self.windows[length], self._reference_path(source, length)
         running.prepare(windows)
-        step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))
         if subject is source and self._reference(source, length) is None:
             making = self._row(bar, f"{subject.name}: reference, {length} tokens", len(windows))
             fidelity.make_reference(running.logits, windows, path, making)
+        step = self._row(bar, f"{subject.name}: fidelity, {length} tokens", len(windows))  # its clock starts here
         return fidelity.diverge(running.logits, windows, fidelity.Reference(path), step)
 
     def _row(self, bar: Progress, text: str, total: int) -> Callable[[], None]:
