@@ -49,7 +49,7 @@ def test_a_line_and_a_code(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_ends_orderly(signum: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     group, closed = Boundary("qtool"), []
 

@@ -20,7 +20,7 @@ from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.source import resolve
 from qtool.evaluate.engines import transformers, vllm
-from qtool.evaluate.engines.engine import Batch, Model, OutOfMemory, Reading, Use
+from qtool.evaluate.engines.engine import Batch, Model, OutOfMemory, Reading, TooLong, Use
 from qtool.evaluate.engines.server import ServedModel
 from qtool.evaluate.engines.vllm_model import load
 from qtool.measure.measure import measure, percentile, random_prompt
@@ -280,7 +280,7 @@ def test_an_openai_compatible_server(openai_server: tuple[str, list[dict[str, An
     assert {len(body["prompt"]) for body in asked} == {32}
     assert len({tuple(body["prompt"]) for body in asked}) == 3  # no prefix is shared
     assert asked[0]["authorization"] == "Bearer k"
-    with pytest.raises(OutOfMemory, match="exceeds the available context size"):
+    with pytest.raises(TooLong, match="exceeds the available context size"):
         ServedModel(url, "m").time(batch(101, 1, 4))
     with pytest.raises(QtoolError, match=r"cannot be reached .* Is the server running\?"):
         ServedModel("http://127.0.0.1:9/v1", "m").time(batch(8, 1, 2))

@@ -39,8 +39,10 @@ from qtool.serve import process
 from qtool.serve.parity import compare, divergence, eight_bits, prompts
 from qtool.serve.programs import require_program, with_program
 from qtool.sizing.accelerators import Accelerator, load_accelerators
+from qtool.sizing.fit import Setting
+from qtool.sizing.formats import artifact_weights
 from qtool.sizing.headers import read_headers
-from qtool.sizing.serving import PlannedServer, Wish, plan_server
+from qtool.sizing.serving import PlannedServer, Wish, block_bytes, plan_server
 from qtool.sizing.sharing import chunked_prefill, shared_prefix
 
 FAKE = Path(__file__).parent / "fake_engine.py"
@@ -569,3 +571,33 @@ def test_a_recipe_whose_server_is_missing_ends_before_any_work(
     assert not any((tmp_path / "artifacts").glob("*"))
     wrong = call("run", write_recipe(serve={"prove": ["vlm"]}), "--runs", tmp_path / "runs")  # type: ignore[operator]
     assert wrong.exit_code == 2
+
+
+def test_a_token_of_the_cache_has_its_bytes_whatever_an_engine_pads(artifact: Path) -> None:
+    """llama.cpp takes cells by 256; a token still has two rows of keys and values a layer, in two bytes each."""
+    headers, card = read_headers(str(artifact)), load_accelerators()["H100"]
+    geometry = headers.geometry
+    for name in ("vllm", "llama.cpp"):
+        setting = Setting(
+            geometry, artifact_weights(headers), SERVERS[name], card, 1, SERVERS[name].cache_types[0].name
+        )
+        assert block_bytes(setting) == 2 * geometry.layers * geometry.kv_row * 2 * SERVERS[name].block
+
+
+def test_a_window_that_llama_cpp_has_not_is_said_before_it_is_served(tiny: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / "slides"))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}
+    (model / "config.json").write_text(json.dumps(config))
+    said = "right only up to the window of 32 tokens"
+    made = converted(model, [{"method": "gguf", "type": "Q8_0"}], tmp_path)["gguf"]
+    for words in (["plan", made, "--gpu", "L4"], ["serve", made, "--card", "cpu", "--dry-run"], ["verify", made]):
+        assert said in " ".join(call(*words).output.split()), words
+    assert said in " ".join(call("plan", model, "--gpu", "L4", "--format", "Q8_0").output.split())
+
+
+def test_a_beginning_longer_than_the_context_is_refused(artifact: Path) -> None:
+    for words in (["serve", artifact, "--card", "H100", "--dry-run"], ["plan", artifact, "--gpu", "H100"]):
+        result = call(*words, "--shared-prefix", "8k")
+        assert result.exit_code == 2, result.output
+        assert "--shared-prefix 8192: a user's context is" in one_line(result)

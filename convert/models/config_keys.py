@@ -143,6 +143,13 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
     if rope_factors(config) is not None and not facts.factors:
         raise QtoolError(f"config.json: rotary scaling 'llama3' cannot be written for llama.cpp's {target}.")
     facts.refuse(full, rope)
+    return window_limits(config)
+
+
+def window_limits(config: Mapping[str, Any]) -> list[str]:
+    """A line where llama.cpp attends to more than the model's window lets it. Raises QtoolError for an architecture
+    that llama.cpp does not know."""
+    facts, full = gguf_facts(config), completed(config)
     windows = layer_windows(config, int(config["num_hidden_layers"]))
     shortest = min((window for window in windows if window is not None), default=None)
     if facts.windows or shortest is None or shortest >= full["max_position_embeddings"]:
@@ -150,7 +157,8 @@ def check_gguf(config: Mapping[str, Any]) -> list[str]:
     count = sum(window is not None for window in windows)
     return [
         f"{LIMIT} the window of {shortest} tokens: config.json's sliding_window lets {count} of "
-        f"{len(windows)} layers attend to the last {shortest} tokens alone, llama.cpp's {target} attends to all"
+        f"{len(windows)} layers attend to the last {shortest} tokens alone, llama.cpp's "
+        f"{facts.architecture} attends to all"
     ]
 
 

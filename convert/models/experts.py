@@ -118,8 +118,8 @@ def check_all_sparse(sparse: Sequence[bool], architecture: str) -> None:
     if not all(sparse):
         dense = [layer for layer, mixed in enumerate(sparse) if not mixed]
         raise QtoolError(
-            f"config.json: layer {dense[0]} and {len(dense) - 1} more have no experts; llama.cpp's {architecture} has "
-            "them in every layer."
+            f"config.json: {len(dense)} of {len(sparse)} layers have no experts, layer {dense[0]} the first; "
+            f"llama.cpp's {architecture} has them in every layer."
         )
 
 

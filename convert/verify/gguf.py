@@ -20,6 +20,7 @@ from qtool.convert.formats.gguf.names import ROPE_FREQS, STACKED, piece, possibl
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.types import PLAIN, tensor_types
 from qtool.convert.formats.gguf.vocab import add_vocabulary
+from qtool.convert.models.config_keys import window_limits
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.text.tokenizer import load_tokenizer
@@ -114,7 +115,7 @@ def check_keys(artifact: Artifact) -> Result:
         names = {*file.hf_names().values()}
         reasons += [f"{IMATRIX} names {shown(name)}" for name in read_imatrix(artifact.path / IMATRIX).keys() - names]
     told = "config.json and the tokenizer say" if tokenizer is not None else "config.json says (its tokenizer is code)"
-    return KEYS, reasons, f"{len(wanted)} keys as {told}"
+    return KEYS, reasons, "; ".join([f"{len(wanted)} keys as {told}", *window_limits(config)])
 
 
 def _differences(file: GgufFile, wanted: Mapping[str, Any], but: str) -> Iterator[str]:

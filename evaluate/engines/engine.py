@@ -71,7 +71,15 @@ class Reading:
 
 
 class OutOfMemory(Exception):
-    """The engine could not hold so much."""
+    """The engine could not hold so much. ``status``: what a row of measurements says."""
+
+    status = "out of memory"
+
+
+class TooLong(OutOfMemory):
+    """A server takes no prompt of that length, however much memory there is."""
+
+    status = "too long"
 
 
 class Answering(Protocol):

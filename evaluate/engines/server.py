@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from qtool import QtoolError
 from qtool.evaluate.engines import machine
-from qtool.evaluate.engines.engine import Batch, Completion, Decoding, OutOfMemory, Reading, Request
+from qtool.evaluate.engines.engine import Batch, Completion, Decoding, OutOfMemory, Reading, Request, TooLong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,8 +180,10 @@ class ServedModel:
 
 def _refusal(url: str, said: str) -> Exception:
     lowered = said.lower()
-    if "out of memory" in lowered or "exceed" in lowered or ("context" in lowered and "size" in lowered):
+    if "out of memory" in lowered:
         return OutOfMemory(said)
+    if "context" in lowered and any(word in lowered for word in ("exceed", "size", "length", "maximum")):
+        return TooLong(said)
     return QtoolError(f"{url}: {said}", exit_code=3)
 
 

@@ -20,7 +20,7 @@ import click
 
 from qtool import Interrupted, QtoolError
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _received: list[int] = []
 TRACEBACK = "QTOOL_TRACEBACK"
 
@@ -57,7 +57,7 @@ class Boundary(click.Group):
 
 @contextmanager
 def _ended_orderly() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: what is open is closed, and it is said how to go on."""
+    """SIGTERM, SIGHUP and SIGQUIT end a command as Ctrl-C does: what is open is closed, and it is said how to go on."""
 
     def end(signum: int, _: object) -> None:
         _received.append(signum)

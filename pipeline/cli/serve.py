@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.decorators import FC
 
+from qtool import Interrupted
 from qtool.cli.options import FAILED, one_number
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
@@ -29,7 +30,8 @@ def _planned_options(command: FC) -> FC:
         click.option("--kv-dtype", default="", help="The cache's type: bf16, f16, fp8, q8_0, q4_0."),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Default: as the files say."),
         click.option("--python", help="Of an environment that has the engine (default: PATH, then qtool's own)."),
-        click.option("--patience", default=900.0, show_default=True, help="Seconds in which it must answer."),
+        click.option("--patience", default=900.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
+                     help="Seconds in which it must answer."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -76,11 +78,14 @@ def serve(
         click.echo(line)
         return
     echo: Callable[[str], None] | None = None if quiet else _say
-    with running(planned, python, patience, echo) as server:
-        text, seconds = smoke(planned, server)
-        _say(f"answers at {planned.url}/v1 as {planned.serving.name}; it continued a prompt with {text!r} in "
-             f"{seconds:.2g} s. Ctrl-C ends it.")  # fmt: skip
-        stay(server)
+    try:
+        with running(planned, python, patience, echo) as server:
+            text, seconds = smoke(planned, server)
+            _say(f"answers at {planned.url}/v1 as {planned.serving.name}; it continued a prompt with {text!r} in "
+                 f"{seconds:.2g} s. Ctrl-C ends it.")  # fmt: skip
+            stay(server)
+    except KeyboardInterrupt as error:
+        raise Interrupted("The server and all its processes have ended.") from error
 
 
 @click.command()
@@ -157,8 +162,9 @@ def _typed(planned: PlannedServer, python: str | None) -> tuple[str, bool]:
 
 
 def _what(planned: PlannedServer) -> str:
-    """One line on what is about to be served."""
+    """What is about to be served, and how far its answers are right."""
     from qtool.sizing.plan import gib
+    from qtool.sizing.serve_command import limits
 
     s, e, facts = planned.serving, planned.estimate, planned.facts
     blocks = f", {planned.blocks:,} blocks of {facts.block} tokens" if planned.blocks and facts.block > 1 else ""
@@ -166,13 +172,15 @@ def _what(planned: PlannedServer) -> str:
         f"{s.name} in {facts.name}, {facts.served_dtype(s)}, on {s.cards} x {planned.setting.card.key}: {s.sequences} "
         f"users of {s.context:,} tokens; {gib(e.weights)} GiB weights, {gib(e.cache)} cache ({s.cache_type}{blocks}), "
         f"{gib(e.overhead.total)} beside them, of {gib(e.limit)}"
+        + "".join(f"\n{line}" for line in limits(planned.headers, planned.setting))
     )
 
 
 def _shared(planned: PlannedServer, tokens: int) -> str:
     from qtool.report.plan import shared_line
-    from qtool.sizing.sharing import shared_prefix
+    from qtool.sizing.sharing import check_prefix, shared_prefix
 
+    check_prefix(tokens, planned.serving.context)
     return shared_line(shared_prefix(planned.setting, tokens, planned.serving.sequences))
 
 

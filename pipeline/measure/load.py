@@ -139,7 +139,7 @@ def _ask(send: Send, prompt: Prompt, planned: float, started: float) -> Answered
     try:
         times, made, cached = send(prompt)
     except (QtoolError, OutOfMemory) as error:
-        said = error.message if isinstance(error, QtoolError) else f"out of memory: {error}"
+        said = error.message if isinstance(error, QtoolError) else f"{error.status}: {error}"
         return Answered(planned, sent, time.perf_counter() - started, fault=_printable(said))
     ended = time.perf_counter() - started
     return Answered(planned, sent, ended, sent + times[0], sent + times[-1], made, cached)

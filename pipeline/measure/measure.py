@@ -32,19 +32,19 @@ def measure(
         return time(Batch(tuple(random_prompt(source, context, vocabulary) for _ in range(sequences)), tokens))
 
     for context in contexts:
-        stopped = False
+        stopped = ""
         for sequences in sorted(batches):
             predicted = predict(context, sequences)
             if stopped:
-                why = "a smaller batch ran out of memory"
+                why = f"a smaller batch: {stopped}"
                 yield Row(context, sequences, "not run", why, predicted=_total(predicted))
                 continue
             try:
                 put(context, sequences, min(tokens, 4))  # warm-up: kernels compiled, caches filled
                 readings = [put(context, sequences, tokens) for _ in range(repeats)]
             except OutOfMemory as error:
-                stopped = True
-                yield Row(context, sequences, "out of memory", str(error), predicted=_total(predicted))
+                stopped = error.status
+                yield Row(context, sequences, error.status, str(error), predicted=_total(predicted))
                 continue
             yield judge(context, sequences, tokens, readings, predicted, price)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from qtool import QtoolError
+from qtool.evaluate.engines.engine import OutOfMemory
 from qtool.evaluate.engines.facts import EngineFacts, Metrics
 from qtool.evaluate.engines.openai import only_model
 from qtool.evaluate.engines.scrape import Page, engine_of, metrics_url, scrape
@@ -59,7 +60,13 @@ def put_under_load(ask: Ask, done: Callable[[Level], None] = lambda level: None)
     key = os.environ.get(KEY_VARIABLE) or None
     model = ServedModel(ask.url, ask.name or only_model(ask.url), api_key=key)
     prompts = Prompts(ask.prompt, ask.shared, headers.geometry.vocab if headers else UNKNOWN_VOCABULARY, ask.seed)
-    model.stamps(prompts.take(1, -1)[0], 2, ask.shared > 0, PATIENCE)  # warm: a server that cannot answer says so here
+    try:  # warm: a server that cannot answer says so here
+        model.stamps(prompts.take(1, -1)[0], 2, ask.shared > 0, PATIENCE)
+    except OutOfMemory as error:
+        raise QtoolError(
+            f"{ask.url}: one prompt of {ask.prompt:,} tokens is {error.status} for the server ({error}). Take a "
+            "smaller --context.", 3
+        ) from error  # fmt: skip
     page = _page(ask.url, key)
     facts, metrics = engine_of(page, ask.url) if page else (SERVERS[SERVED_AS], None)
     setting = _setting(headers, facts, ask.card) if headers and ask.card else None

@@ -18,9 +18,9 @@ KIND = "measure"
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over repeats; percentiles over all requests of all repeats. ``status``: `ok`, `out of memory`, `not run`
-    or `rejected`, with ``why``. ``predicted``: bytes, None where the card is unknown; ``step_bound`` and
-    ``first_bound``: seconds."""
+    """Medians over repeats; percentiles over all requests of all repeats. ``status``: `ok`, `out of memory`, `too
+    long`, `not run` or `rejected`, with ``why``. ``predicted``: bytes, None where the card is unknown; ``step_bound``
+    and ``first_bound``: seconds."""
 
     context: int
     sequences: int

@@ -40,7 +40,7 @@ def card_here(name: str | None, working: int) -> Accelerator:
             )
     if name.lower() == PROCESSOR:
         return processor(working)
-    found = choose(known, name)
+    found = choose(known, name, "--card")
     if len(found) > 1:
         raise QtoolError(f"--card {name}: name one; --gpus says how many of it.")
     return found[0]

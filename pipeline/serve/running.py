@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import environ
 
-from qtool import Interrupted, QtoolError
+from qtool import QtoolError
 from qtool.evaluate.engines.probe import expected
 from qtool.evaluate.engines.server import ask
 from qtool.evaluate.sandbox.secrets import for_child
@@ -63,10 +63,7 @@ def smoke(planned: PlannedServer, server: Server) -> tuple[str, float]:
 
 
 def stay(server: Server) -> None:
-    """Until it ends, which is a fault, or Ctrl-C comes. Raises QtoolError, Interrupted."""
-    try:
-        while True:
-            server.require_running()
-            time.sleep(process.POLL)
-    except KeyboardInterrupt as error:
-        raise Interrupted("The server and all its processes have ended.") from error
+    """Until it ends, which is a fault, or Ctrl-C comes. Raises QtoolError."""
+    while True:
+        server.require_running()
+        time.sleep(process.POLL)

@@ -65,8 +65,9 @@ def load_accelerators(own: Path | None = None) -> dict[str, Accelerator]:
     return accelerators
 
 
-def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
-    """Cards of a comma-separated list, however spelt (case, dashes). Raises QtoolError naming those known."""
+def choose(cards: Mapping[str, Accelerator], names: str, option: str = "--gpu") -> list[Accelerator]:
+    """Cards of a comma-separated list, however spelt (case, dashes). Raises QtoolError naming ``option``, and the cards
+    known."""
     plain = {_plain(key): card for key, card in cards.items()} | {_plain(c.name): c for c in cards.values()}
     chosen = []
     for name in filter(None, (part.strip() for part in names.split(","))):
@@ -75,12 +76,12 @@ def choose(cards: Mapping[str, Accelerator], names: str) -> list[Accelerator]:
             close = get_close_matches(_plain(name), plain, n=1)
             hint = f" Did you mean {plain[close[0]].key}?" if close else ""
             raise QtoolError(
-                f"--gpu {name}: not a card qtool knows.{hint} Known: {', '.join(cards)}. Describe another in a file "
-                "and name it with --cards (keys: name, memory, bandwidth, bf16, fp8, compute, host_link, sources)."
+                f"{option} {name}: not a card qtool knows.{hint} Known: {', '.join(cards)}. `qtool plan` takes another "
+                "from a file (--cards; keys: name, memory, bandwidth, bf16, fp8, compute, host_link, sources)."
             )
         chosen.append(card)
     if not chosen:
-        raise QtoolError(f"--gpu: name a card: {', '.join(cards)}.")
+        raise QtoolError(f"{option}: name a card: {', '.join(cards)}.")
     return chosen
 
 

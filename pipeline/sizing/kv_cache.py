@@ -21,6 +21,14 @@ def kv_bytes(
     return int(sequences * tokens * 2 * row * cache_type.width)
 
 
+def token_bytes(geometry: Geometry, engine: EngineFacts, kv_dtype: str, cards: int = 1) -> int:
+    """Bytes on each card for one token, where each of its caches holds it; no engine's padding counts."""
+    row = geometry.kv_row if cards == 1 else max(1, geometry.kv_heads // cards) * geometry.head_dim
+    cache_type = engine.cache_type(kv_dtype)
+    assert cache_type is not None, f"{engine.name} has no cache of {kv_dtype}; check_kv_dtype says so"
+    return int(len(cached_windows(geometry, engine)) * 2 * row * cache_type.width)
+
+
 def cached_windows(geometry: Geometry, engine: EngineFacts) -> tuple[int | None, ...]:
     """One entry for each cache that a sequence has.
 

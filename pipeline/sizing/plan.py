@@ -31,7 +31,7 @@ from qtool.sizing.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weig
 from qtool.sizing.headers import Headers
 from qtool.sizing.kv_cache import check_kv_dtype
 from qtool.sizing.serve_command import command, notes, refusals
-from qtool.sizing.sharing import Shared, shared_prefix
+from qtool.sizing.sharing import Shared, check_prefix, shared_prefix
 
 CONTEXTS = (2048, 8192, 32768, 65536, 131072)
 SEQUENCES = (1, 2, 4, 8)
@@ -100,6 +100,8 @@ def make_plan(headers: Headers, question: Question) -> Plan:
     geometry = headers.geometry
     said = [f"assumed: {text}" for text in headers.assumed]
     contexts = _contexts(headers, question.contexts, said)
+    if question.shared_prefix:
+        check_prefix(question.shared_prefix, geometry.max_context)
     sequences = question.sequences or SEQUENCES
     formats, refused = _weights(headers, question)
     said += refused
@@ -234,7 +236,7 @@ def _answer(
 def _changes(setting: Setting, others: list[Weights], context: int, sequences: int) -> list[str]:
     """What would hold ``context``: another cache type, another format, more cards; the mildest first, at most four."""
     changes = []
-    for cache_type in setting.facts.cache_types:
+    for cache_type in () if split_faults(setting) else setting.facts.cache_types:
         changed = replace(setting, kv_dtype=cache_type.name)
         if changed.kv_dtype != setting.kv_dtype and fits(changed, context, sequences):
             changes.append(f"--kv-dtype {cache_type.name}")

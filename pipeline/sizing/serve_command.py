@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from qtool import QtoolError
+from qtool.convert.models.config_keys import window_limits
 from qtool.convert.models.shape import decoder_of
 from qtool.evaluate.engines.facts import Serving
 from qtool.evaluate.engines.table import planned
@@ -57,11 +60,21 @@ def refusals(headers: Headers, setting: Setting) -> list[str]:
     return setting.facts.refuses_model(config_of(headers, setting))
 
 
+def limits(headers: Headers, setting: Setting) -> list[str]:
+    """What the engine's answers are right only up to."""
+    if not setting.facts.gguf:
+        return []
+    with suppress(QtoolError):  # a file of another tool, of a model that qtool writes no GGUF of
+        return window_limits(headers.config)
+    return []
+
+
 def notes(headers: Headers, setting: Setting) -> list[str]:
-    """What engines need beside themselves to load this, or would take instead."""
+    """What engines need beside themselves to load this, or would take instead, and how far it is right."""
     if headers.gguf is not None:
         sentences = [engine.refuses_gguf for engine in planned().values()]
     else:
         config = config_of(headers, setting)
         sentences = [engine.needs_beside(config) for engine in planned().values()]
+    sentences += limits(headers, setting)
     return [f"{setting.weights.format}: {text}" for text in sentences if text]

@@ -10,10 +10,10 @@ from qtool.convert.formats.table import in_safetensors, runs_in
 from qtool.evaluate.engines.facts import EngineFacts, Launch, Serving
 from qtool.evaluate.engines.table import SERVERS
 from qtool.sizing.accelerators import Accelerator
-from qtool.sizing.fit import GIB, Estimate, Setting, cache_of, estimate_of, fits, largest_context, split_faults
+from qtool.sizing.fit import GIB, Estimate, Setting, estimate_of, fits, largest_context, split_faults
 from qtool.sizing.formats import SOURCE, Weights, artifact_weights, weights_of
 from qtool.sizing.headers import Headers
-from qtool.sizing.kv_cache import cached_windows, check_kv_dtype
+from qtool.sizing.kv_cache import cached_windows, check_kv_dtype, token_bytes
 from qtool.sizing.serve_command import refusals, serving_of
 
 USERS = 4  # at once, where nobody says how many
@@ -81,7 +81,9 @@ class PlannedServer:
 
 def block_bytes(setting: Setting) -> int:
     """Of one block of the cache, on all cards."""
-    return cache_of(setting, setting.facts.block, 1) * setting.cards
+    ranks = setting.at_once
+    each = token_bytes(setting.geometry, setting.facts, setting.kv_dtype, ranks)
+    return each * setting.facts.block * (setting.cards if ranks > 1 else 1)
 
 
 def plan_server(headers: Headers, wish: Wish) -> PlannedServer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtool import QtoolError
 from qtool.sizing.bounds import Range, peak, prefill_flops, prefill_seconds
 from qtool.sizing.fit import Setting
 from qtool.sizing.serving import block_bytes
@@ -35,6 +36,12 @@ class Chunked:
     steps: int
     pause: Range | None
     whole: Range | None
+
+
+def check_prefix(tokens: int, context: int | None) -> None:
+    """Raises QtoolError for a beginning that fills the whole context of a user, or more."""
+    if context and tokens >= context:
+        raise QtoolError(f"--shared-prefix {tokens}: a user's context is {context:,} tokens, the beginning included.")
 
 
 def shared_prefix(setting: Setting, tokens: int, users: int) -> Shared:
