@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
+from moe_models import MIXTURES
+from small_models import make_model
 
+from qtool.cli import main
 from qtool.convert.formats.gguf.types import tensor_types
 from qtool.evaluate.engines.llama_cpp import FACTS as LLAMA_CPP
 from qtool.evaluate.engines.vllm import split_faults
@@ -136,3 +141,15 @@ def test_cards_share_experts_only_where_groups_fit(tmp_path: Path) -> None:
     ]
     shared = headers(tmp_path, QWEN15 | {"shared_expert_intermediate_size": 100}).geometry
     assert split_faults(shared, 1, 8) == ["the shared expert's width 100 does not divide by 8"]
+
+
+def test_a_dry_run_has_one_row_for_all_experts_alike(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "Qwen3Moe", **MIXTURES["Qwen3Moe"])
+    outputs = [{"method": "gptq", "group_size": 32}]
+    recipe = {"model": str(model), "calibration": {"text": "qtool-code", "length": 64}, "outputs": outputs}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["run", str(tmp_path / "r.yaml"), "--dry-run"])
+    assert said.exit_code == 0, said.output
+    (row,) = [line for line in said.output.splitlines() if "experts" in line and "up_proj" in line]
+    config = json.loads((model / "config.json").read_text())
+    assert f" {config['num_hidden_layers'] * (config.get('num_experts') or config['num_local_experts'])} " in row

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from qtool.convert.models.expert_names import stacked
 from qtool.make.job import Job
 from qtool.make.needs import Resources, peak_of
 from qtool.report.columns import console
@@ -15,23 +16,24 @@ def print_plan(job: Job) -> None:
     for note in job.remarks:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     for output in job.outputs:
-        name, plan = output.name, output.plan
-        table = Table(title=f"{job.source.name} -> {name}", title_justify="left")
+        title, plan = output.name, output.plan
+        table = Table(title=f"{job.source.name} -> {title}", title_justify="left")
         grouped = "type" if any(linear.type for linear in plan.linears) else "group size"
-        for column in ("linear", "layers", "shape [out, in]", grouped, "bytes each"):
+        for column in ("linear", "of them", "shape [out, in]", grouped, "bytes each"):
             table.add_column(column, justify="left" if column == "linear" else "right")
         kinds: dict[tuple[str, int, int, str, int], int] = {}
         for linear in plan.linears:
-            part = linear.name[len(job.decoder.prefix) :].split(".", 1)[1]
+            name = stacked(linear.name)  # a row for all experts that are alike: there may be 128
+            part = name[len(job.decoder.prefix) :].split(".", 1)[1]
             key = (part, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
             kinds[key] = kinds.get(key, 0) + 1
         for (part, out, across, group, nbytes), count in kinds.items():
             table.add_row(part, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
         console.print(table)
         for note in output.notes:
-            console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
+            console.print(f"{title}: {note}", highlight=False, soft_wrap=True)
         console.print(
-            f"{name}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
+            f"{title}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
             f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
             highlight=False,
         )
