@@ -175,6 +175,20 @@ def compare_paths(rows: int = 512) -> bool:
     return agree
 
 
+def profile_kinds(
+    quantize: Callable[..., Any], weight: torch.Tensor, kinds: tuple[str, ...], importance: torch.Tensor | None
+) -> None:
+    """Print the kernels that take longest."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    with trace(activities=[ProfilerActivity.CUDA]) as found:
+        for kind in kinds:
+            quantize(weight, kind, importance)
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=40))
+
+
 def main() -> None:
     """Print one JSON line for the model, one for each other type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,14 +243,7 @@ def main() -> None:
         by_type[kind] += [round(2 * weight.numel() / unweighed / 1e9, 1), check(quantize, weight, kind, None)]
     print(json.dumps({"type: GB/s and unlike bytes, with and without importance": by_type}), flush=True)
     if options.profile:
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as trace
-
-        with trace(activities=[ProfilerActivity.CUDA]) as found:
-            for kind in kinds:
-                quantize(weight, kind, importance[14336])
-            torch.cuda.synchronize()
-        print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=40))
+        profile_kinds(quantize, weight, kinds, importance[14336])
 
 
 if __name__ == "__main__":

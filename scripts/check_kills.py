@@ -126,6 +126,7 @@ def start(folder: Path, log: Path, fatal: int | None) -> int:
 
         hooks = Hooks(folder, log, fatal)
         hooks.install()
+        hooks.note("begun", os.getpid())  # from here on a signal meets the command
         try:
             main(["run", "r.yaml", "--device", "cpu"], standalone_mode=True)
         except SystemExit as ended:
@@ -211,7 +212,9 @@ class Trials:
         folder, log = self.fresh("killed")
         pid = start(folder, log, fatal)
         if fatal is None:
-            time.sleep(after)
+            while not notes(log, "begun"):
+                time.sleep(0.005)
+            time.sleep(max(after, 0.05))  # its handlers stand
             os.kill(pid, signum)
         code = wait(pid)
         said = (

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
+
+import pytest
+
+from qtool.quantize.methods import on_grid
+from qtool.quantize.methods.method import LayerCodes
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {
@@ -25,3 +32,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+def seen_statistics(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """What methods on a grid are given for each layer from now on, copied before they work on it."""
+    seen: list[Mapping[str, Any]] = []
+    original = on_grid.quantize_layer
+
+    def spy(method: Any, feeds: Any, weights: Any, statistics: Any, *rest: Any) -> LayerCodes:
+        seen.append(copy.deepcopy(dict(statistics)))
+        return original(method, feeds, weights, statistics, *rest)
+
+    monkeypatch.setattr(on_grid, "quantize_layer", spy)
+    return seen

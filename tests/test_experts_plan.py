@@ -20,7 +20,8 @@ from qtool.sizing.accelerators import load_accelerators
 from qtool.sizing.fit import Setting, estimate_of, offload_of
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import Headers, read_headers
-from qtool.sizing.plan import Question, as_json, make_plan
+from qtool.sizing.plan import Question, make_plan
+from qtool.sizing.plan_json import as_json
 
 COMMON: dict[str, Any] = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6}
 QWEN3_30B = COMMON | {

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moe_models import MIXTURES
+from moe_models import MIXTURES, seen_statistics
 from small_models import make_model
 from test_walk import TOKENS, hidden_before, walk_of, whole_model
 from torch import Tensor
@@ -25,7 +24,7 @@ from qtool.quantize.collecting import mean_squares
 from qtool.quantize.descent import Levels
 from qtool.quantize.experts import Routed
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods import gguf, kquant_rounding, kquants, on_grid
+from qtool.quantize.methods import gguf, kquant_rounding, kquants
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.gptq import GptqMethod
@@ -324,14 +323,7 @@ def test_every_consumer_of_a_norm_is_compensated(folder: Path, monkeypatch: pyte
 
 def test_the_walk_sees_what_each_expert_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics of the source's stream, in two batches, against the whole model."""
-    seen: list[Mapping[str, Any]] = []
-    original = on_grid.quantize_layer
-
-    def spy(method: Any, feeds: Any, weights: Any, statistics: Any, *rest: Any) -> LayerCodes:
-        seen.append(copy.deepcopy(dict(statistics)))
-        return original(method, feeds, weights, statistics, *rest)
-
-    monkeypatch.setattr(on_grid, "quantize_layer", spy)
+    seen = seen_statistics(monkeypatch)
     monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(folder, [AwqMethod(**AWQ, rounding="rtn")])
     walk.experts = ExpertSettings(exponent=1, blend=0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moe_models import MIXTURES
+from moe_models import MIXTURES, seen_statistics
 from small_models import make_model
 from test_routed import _target, mixture_calls
 from test_walk import walk_of, whole_model
@@ -17,10 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.quantize import walk as layers
-from qtool.quantize.methods import on_grid
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.grid_work import GridWork
-from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.routed import ExpertSettings
 from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
@@ -81,14 +78,7 @@ def test_the_source_shows_a_shared_expert_what_its_gate_lets_through(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two batches, against the whole model."""
-    seen: list[Mapping[str, Any]] = []
-    original = on_grid.quantize_layer
-
-    def spy(method: Any, feeds: Any, weights: Any, statistics: Any, *rest: Any) -> LayerCodes:
-        seen.append(copy.deepcopy(dict(statistics)))
-        return original(method, feeds, weights, statistics, *rest)
-
-    monkeypatch.setattr(on_grid, "quantize_layer", spy)
+    seen = seen_statistics(monkeypatch)
     monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(folder, [AwqMethod(**AWQ, rounding="rtn")])
     walk.experts = ExpertSettings(exponent=2)

@@ -390,7 +390,7 @@ def test_runtime_rules() -> None:
 
 def gptq_subject(linears: dict[str, tuple[int, int]], **quantization: Any) -> runtimes.Subject:
     section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    heads = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8}
     section |= quantization
     config = heads | {"quantization_config": section}
     return runtimes.Subject(config, linears, by_columns=BY_COLUMNS, geometry=geometry_of(section))
@@ -415,6 +415,9 @@ def test_gptq_kernels() -> None:
     assert narrow == ["q_proj: out 96 is not a multiple of 64", "q_proj: in 192 is not a multiple of 128"]
     assert not reasons(autogptq.RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq"))
     assert reasons(autogptq.RULES, "AutoGPTQ", gptq_subject(LLAMA_8B, checkpoint_format="gptq_v2"))
+    stranger = gptq_subject(LLAMA_8B, checkpoint_format="gptq")
+    stranger.config["model_type"] = "qwen3_moe"
+    assert reasons(autogptq.RULES, "AutoGPTQ", stranger) == ["it knows no models of type 'qwen3_moe'"]
 
 
 def test_zero_points_that_a_version_cannot_hold() -> None:

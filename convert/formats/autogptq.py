@@ -39,6 +39,12 @@ NONZERO: tuple[str, ...] = ("scales",)  # symmetric grids may run backwards
 BY_ROW = True
 EXPANDS = False
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ looks for it
+# auto_gptq/modeling/_const.py (0.7.1), with a transformers from 4.38 on
+AUTOGPTQ_MODELS = {
+    "Yi", "baichuan", "bloom", "codegen", "deci", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+    "internlm", "llama", "longllama", "mistral", "mixtral", "moss", "opt", "qwen", "qwen2", "RefinedWeb", "RefinedWebModel",
+    "stablelm_epoch", "xverse",
+}  # fmt: skip
 COPIES: tuple[str, ...] = (QUANTIZE_CONFIG,)
 KEYS = frozenset(
     {
@@ -243,6 +249,9 @@ def _side(subject: Subject, _: int) -> Iterator[str]:
 
 
 def _autogptq(subject: Subject, _: int) -> Iterator[str]:
+    kind = subject.config.get("model_type")
+    if kind not in AUTOGPTQ_MODELS:
+        yield f"it knows no models of type {kind!r}"
     if subject.quantization.get("checkpoint_format") != "gptq":
         yield "it reads version 1 only (checkpoint_format: gptq)"
     yield from shards(subject, 1, multiple_out=32, multiple_in=32)
@@ -293,7 +302,7 @@ RULES: tuple[RuntimeRule, ...] = (
     HEAD,
     experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
-    RuntimeRule("version and shapes", "AutoGPTQ", "0.7.1", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py", _autogptq),
+    RuntimeRule("model, version, shapes", "AutoGPTQ", "0.7.1", "_const.py, qlinear_cuda.py", _autogptq),
     *vllm.rules("auto_gptq.py", _vllm),
     sglang.marlin_rule("gptq.py", _sglang),
 )

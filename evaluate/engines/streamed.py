@@ -23,7 +23,7 @@ from qtool.convert.models.table import find_family
 from qtool.convert.skeleton import build_skeleton, expected_shapes
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.engine import CHUNK, Batch, Completion, Decoding, Loaded, Reading, Request
-from qtool.evaluate.engines.torch_model import compute_dtype, in_model_names
+from qtool.evaluate.engines.torch_model import compute_dtype, fill, in_model_names
 
 SHARE = 0.9  # of the memory that is free
 MOST_TOKENS = 2**15  # of one sweep: their hidden states, and one layer's work on them, are in memory at once
@@ -177,13 +177,7 @@ def open_streamed(
     wanted = sorted(outside - tied)
     found = (pair for name in wanted for pair in stream(name))
     state = {name: tensor.to(device, compute_dtype(device)) for name, tensor in found if name in outside}
-    missing = sorted(set(wanted) - set(state))
-    if missing:
-        raise QtoolError(f"the model lacks {missing[0]} ({len(missing)} tensors missing).")
-    model.load_state_dict(state, strict=False, assign=True)
-    any_model: Any = model
-    if tied:
-        any_model.tie_weights()
+    fill(model, state, set(wanted), bool(tied))
     for name, buffer in model.named_buffers():
         if not name.startswith(family.prefix):
             parent, _, last = name.rpartition(".")

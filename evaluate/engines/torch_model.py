@@ -116,6 +116,17 @@ class TorchModel(Loaded):
         }  # fmt: skip
 
 
+def fill(model: nn.Module, state: Mapping[str, Tensor], wanted: set[str], tied: bool) -> None:
+    """Put ``state`` in the place of a skeleton's tensors. Raises QtoolError where one that is ``wanted`` is missing."""
+    missing = sorted(wanted - set(state))
+    if missing:
+        raise QtoolError(f"the model lacks {missing[0]} ({len(missing)} tensors missing).")
+    model.load_state_dict(state, strict=False, assign=True)
+    if tied:
+        any_model: Any = model
+        any_model.tie_weights()
+
+
 def load_model(stream: TensorStream, config: Any, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
     """Fill a skeleton from a stream of named tensors: float32 on the CPU, bfloat16 on an accelerator. Answers end as
     the generation_config.json beside ``config`` says."""
@@ -130,13 +141,8 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     state = {name: tensor for name, tensor in in_model_names(placed, config, shapes) if name in shapes}
     if tied:
         check_equal(state)
-    missing = sorted(set(shapes) - set(state) - tied)
-    if missing:
-        raise QtoolError(f"the model lacks {missing[0]} ({len(missing)} tensors missing).")
-    model.load_state_dict(state, strict=False, assign=True)
+    fill(model, state, set(shapes) - tied, bool(tied))
     any_model: Any = model
-    if tied:
-        any_model.tie_weights()
     file = Path(config.name_or_path, "generation_config.json")
     if config.name_or_path and file.is_file() and (ends := read_json(file).get("eos_token_id")) is not None:
         any_model.generation_config.eos_token_id = ends

@@ -191,8 +191,8 @@ def cause(error: BaseException) -> str:
 def _told(path: Path, context: int = 0) -> Iterator[None]:
     try:
         yield
-    # vLLM has no error of its own for a model that it does not take: each layer of it raises what it likes.
     except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError, ImportError) as error:
+        # vLLM has no error of its own for a model that it does not take: each layer of it raises what it likes.
         why = cause(error)
         what = f"has no room for {context} tokens" if context and "memory" in why.lower() else "cannot load it here"
         raise QtoolError(f"{path}: vLLM {what}: {why}.", exit_code=3) from error

@@ -113,7 +113,7 @@ class Line(Sides):
 
     def perform(self, operation: str, target: Any, args: Any, kwargs: Any) -> Any:
         """What this side does for the other. Each of the two sides says it; there is no line without a side."""
-        raise NotImplementedError
+        raise NotImplementedError  # both classes of sides say it: never reached
 
     def exception(self, value: Any) -> BaseException:
         if not isinstance(value, BaseException):

@@ -54,7 +54,7 @@ def plan(
     import qtool
     from qtool.report import memory_figure
     from qtool.report import plan as plan_report
-    from qtool.sizing.plan import as_json as to_json
+    from qtool.sizing.plan_json import as_json as to_json
 
     if model.endswith((".yaml", ".yml")):
         _plan_job(Path(model), runs, as_json)

@@ -196,14 +196,10 @@ def load_run(folder: Path) -> RunRecord:
         folders={name: there for name, there in folders.items() if there is not None},
         manifests=manifests,
         checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
-        scores=scores,
-        summary=summary_of(folder, lock, manifests, scores),
-        verdicts=result.verdicts,
-        finished=result.finished,
-        seconds=result.seconds,
-        stages=result.stages,
+        scores=scores, summary=summary_of(folder, lock, manifests, scores),
+        verdicts=result.verdicts, finished=result.finished, seconds=result.seconds, stages=result.stages,
         peaks=result.peaks,
-    )
+    )  # fmt: skip
 
 
 def summary_of(folder: Path, lock: Lock, manifests: Mapping[str, Manifest], scores: Scores) -> Summary:

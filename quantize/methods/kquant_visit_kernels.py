@@ -186,6 +186,8 @@ def _spread_change(state, spread, change, begin, width, row, out, size: tl.const
         tl.store(state + place, tl.dot(lines, change, total, input_precision="tf32x3"), mask=inside)
 
 
+# Long, because it is one launch: every sub-block needs what the one before it changed. What stands alone is a function
+# above; a loop's body taken out would hand over twenty names.
 @triton.jit
 def _settle_kernel(
     codes, scale, shift, d, dmin, state, own, sums, inverse, spread, work, ratios, tried,

@@ -22,6 +22,7 @@ from qtool.convert.formats.format import Format
 from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed, Matrix
 from qtool.quantize.routed import RoutedStatistics
+from qtool.quantize.scaling import AT_ONCE
 from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
 
@@ -155,6 +156,19 @@ class UnfoldedWork(LayerWork):
         source = self.layer.source
         aims = [torch.cat([source(matrix).float() for matrix in problem]) for problem in stack.problems]
         return torch.stack(aims) if stack.routed else aims[0]
+
+    def round(self, stack: Stack, stats: Statistics) -> None:
+        """As `LayerWork.round`: some experts at a time."""
+        if isinstance(stats, InputStatistics):
+            self._round(stack, stats, [{}])
+            return
+        for start in range(0, len(stack.problems), AT_ONCE):
+            part = stats.part(slice(start, start + AT_ONCE))
+            self._round(stack.part(slice(start, start + AT_ONCE)), part, part.figures())
+
+    @abstractmethod
+    def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
+        """Of a plain stack, or of experts worked at once; ``figures``: what each problem's records hold, too."""
 
     def left(self) -> Iterator[tuple[str, Tensor]]:
         """As `LayerWork.left`."""

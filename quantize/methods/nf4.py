@@ -36,9 +36,8 @@ from qtool.quantize.methods.method import (
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.rounding import damped, factorize, propagated_target
-from qtool.quantize.scaling import AT_ONCE, output_error
+from qtool.quantize.scaling import output_error
 from qtool.quantize.stacks import Stack, stacks_of
-from qtool.quantize.statistics import InputStatistics
 
 INSTALL = "pip install 'qtool-llm[nf4]'"
 
@@ -115,16 +114,6 @@ class Nf4Work(UnfoldedWork):
     def __init__(self, method: Nf4Method, layer: Layer) -> None:
         super().__init__(layer)
         self._method = method
-
-    def round(self, stack: Stack, stats: Statistics) -> None:
-        """As `LayerWork.round`."""
-        if isinstance(stats, InputStatistics):
-            self._round(stack, stats, [{}])
-            return
-        for start in range(0, len(stack.problems), AT_ONCE):
-            some = slice(start, start + AT_ONCE)
-            part = stats.part(some)
-            self._round(stack.part(some), part, part.figures())
 
     def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
         chosen = self._choose(stack, stats)
