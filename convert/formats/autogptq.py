@@ -42,8 +42,8 @@ QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ looks for it
 # auto_gptq/modeling/_const.py (0.7.1), with a transformers from 4.38 on
 AUTOGPTQ_MODELS = {
     "Yi", "baichuan", "bloom", "codegen", "deci", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
-    "internlm", "llama", "longllama", "mistral", "mixtral", "moss", "opt", "qwen", "qwen2", "RefinedWeb", "RefinedWebModel",
-    "stablelm_epoch", "xverse",
+    "internlm", "llama", "longllama", "mistral", "mixtral", "moss", "opt", "qwen", "qwen2", "RefinedWeb",
+    "RefinedWebModel", "stablelm_epoch", "xverse",
 }  # fmt: skip
 COPIES: tuple[str, ...] = (QUANTIZE_CONFIG,)
 KEYS = frozenset(
