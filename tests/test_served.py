@@ -180,7 +180,7 @@ def test_the_model_must_be_there(server: Server) -> None:
     with pytest.raises(QtoolError, match="does not serve 'other'; it has coder"):
         connect(server.url, "other")
     server.models = ["a", "b"]
-    with pytest.raises(QtoolError, match="serves a, b; name one as MODEL"):
+    with pytest.raises(QtoolError, match="serves a, b; name one: MODEL of `qtool evaluate`, --name of `qtool measure`"):
         connect(server.url, None)
     assert connect(server.url, "b").version.startswith("fakeserver, BaseHTTP")
 

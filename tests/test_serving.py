@@ -204,6 +204,8 @@ def test_a_missing_engine_names_its_install_line(
     assert "QTOOL_VLLM_PYTHON" in one_line(result)
     other = call("serve", artifact, "--card", "cpu", "--python", sys.executable)
     assert (other.exit_code, "has no vllm. Run there: pip install vllm" in one_line(other)) == (3, True)
+    never = call("serve", artifact, "--patience", "nan")
+    assert (never.exit_code, "nan is no finite number" in one_line(never)) == (2, True)
     nowhere = call("serve", artifact, "--card", "cpu", "--python", "nowhere/python")
     assert (nowhere.exit_code, "nowhere/python: no Python is there" in one_line(nowhere)) == (2, True)
 

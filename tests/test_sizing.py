@@ -247,6 +247,17 @@ def test_the_largest_that_fits_is_the_largest(engine: EngineFacts) -> None:
     assert cell.step.best < cell.step.slow
 
 
+def test_vllm_on_a_processor_keeps_embedding_and_head_once_more() -> None:
+    headers, fixed = iquest("14B"), {}
+    assert VLLM.processor is not None
+    for tied in (True, False):
+        geometry = replace(headers.geometry, tied=tied)
+        setting = Setting(geometry, weights_of(headers, "awq"), VLLM.processor, CARDS["H100"], 1, "bf16")
+        fixed[tied] = estimate_of(setting, 1024, 1).overhead.fixed
+    packed = headers.geometry.vocab * headers.geometry.hidden * 2
+    assert fixed == {True: 2 * GIB + packed, False: 2 * GIB + 2 * packed}
+
+
 def test_tensor_parallel_rules() -> None:
     headers = iquest("40B")
     awq, source = weights_of(headers, "awq"), weights_of(headers, "source")

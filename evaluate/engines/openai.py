@@ -42,7 +42,10 @@ def connect(base_url: str, model: str | None) -> ServedModel:
         raise QtoolError(f"{base_url}/models: not an OpenAI-compatible answer. Does the address end in /v1?") from error
     names = [name for name, _ in listed]
     if model is None and len(names) != 1:
-        raise QtoolError(f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one as MODEL.")
+        raise QtoolError(
+            f"{base_url}: serves {', '.join(names[:8]) or 'nothing'}; name one: MODEL of `qtool evaluate`, --name of "
+            "`qtool measure`."
+        )
     if model is not None and names and model not in names:
         raise QtoolError(f"{base_url}: does not serve {model!r}; it has {', '.join(names[:8])}.")
     owner = next((owner for name, owner in listed if name == (model or names[0])), "")

@@ -160,7 +160,9 @@ class ServedModel:
             made, cached = int(usage.get("completion_tokens") or len(times)), details.get("cached_tokens")
         except urllib.error.HTTPError as error:
             said = hide(error.read(500).decode(errors="replace"), self.api_key)
-            raise _refusal(url, said or f"answered {error.code}") from error
+            if error.code == 404 and not self.base_url.rstrip("/").endswith("/v1"):
+                said += " Does the address end in /v1?"
+            raise _refusal(url, said.strip() or f"answered {error.code}") from error
         except OSError as error:
             raise QtoolError(f"{url}: cannot be reached ({error}). Is the server running?", exit_code=3) from error
         except (http.client.HTTPException, ValueError, TypeError, AttributeError) as error:

@@ -97,8 +97,11 @@ def split_faults(geometry: Geometry, group: int, cards: int) -> list[str]:
 
 
 def processor_overhead(load: Load) -> Overhead:
-    """A forward of the largest batch, and the processes themselves."""
-    return replace(overhead(load), fixed=PROCESSES)
+    """A forward of the largest batch, the processes themselves, and what they keep beside the weights: embedding and
+    head once more, packed for oneDNN (vocab_parallel_embedding.py packs both and removes neither)."""
+    g = load.geometry
+    packed = g.vocab * g.hidden * g.width * (1 if g.tied else 2)
+    return replace(overhead(load), fixed=PROCESSES + packed)
 
 
 def _dtype(serving: Serving) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qtool import QtoolError
-from qtool.cli.options import device_option, runs_option
+from qtool.cli.options import Number, device_option, runs_option
 from qtool.evaluate.engines.table import ENGINES
 
 _DAY = click.DateTime(["%Y-%m-%d"])
@@ -43,8 +43,8 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True, type=click.IntRange(min=1))
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Answers a problem (pass@k).")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: greedy.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
+@click.option("--temperature", default=0.0, show_default=True, type=Number(min=0), help="0: greedy.")
+@click.option("--top-p", default=1.0, show_default=True, type=Number(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True, help="Of the sampled answers.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Or requests at a time.")
 @click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)

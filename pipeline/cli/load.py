@@ -10,7 +10,7 @@ import click
 from click.decorators import FC
 
 from qtool import QtoolError
-from qtool.cli.options import FAILED, numbers, write_text
+from qtool.cli.options import FAILED, Number, numbers, write_text
 
 if TYPE_CHECKING:
     from qtool.sizing.accelerators import Accelerator
@@ -25,8 +25,8 @@ def load_options(command: FC) -> FC:
                      help="Under load: whether prompts begin alike."),
         click.option("--prefix-tokens", type=click.IntRange(min=1), help="How many are shared (default: half)."),
         click.option("--requests", default=64, show_default=True, type=click.IntRange(min=1), help="Of each load."),
-        click.option("--ttft", type=click.FloatRange(min=0, min_open=True), help="Objective: ms to the first token."),
-        click.option("--tpot", type=click.FloatRange(min=0, min_open=True), help="Objective: ms to each further one."),
+        click.option("--ttft", type=Number(min=0, min_open=True), help="Objective: ms to the first token."),
+        click.option("--tpot", type=Number(min=0, min_open=True), help="Objective: ms to each further one."),
         click.option("--seed", default=0, show_default=True, help="Of prompts and arrivals."),
         click.option("--svg", type=click.Path(path_type=Path), help="Draw the load."),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import FAILED, card_options, planned_server
+from qtool.cli.options import FAILED, Number, card_options, planned_server
 
 if TYPE_CHECKING:
     from qtool.evaluate.engines.scrape import Page
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @click.argument("url")
 @click.option("--artifact", help="What it serves (a folder or config.json): the plan and its bounds stand beside.")
 @card_options
-@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds to a reading.")
+@click.option("--every", default=2.0, show_default=True, type=Number(min=0.1), help="Seconds to a reading.")
 @click.option("--once", is_flag=True, help="Two readings and the table, then stop; exit 1 where the cache binds.")
-@click.option("--for", "length", type=click.FloatRange(min=0.1), help="Stop after so many seconds.")
+@click.option("--for", "length", type=Number(min=0.1), help="Stop after so many seconds.")
 def watch(
     url: str, artifact: str | None, every: float, once: bool, length: float | None, **asked: Any
 ) -> None:  # fmt: skip

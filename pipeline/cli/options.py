@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.decorators import FC
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 FAILED = 1  # the exit code where a gate or a check failed
 RUNS = "Folder of run logs and scores."
+
+
+class Number(click.FloatRange):
+    """A number that a comparison can hold against a limit: ``nan`` and ``inf`` are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def runs_option(command: FC) -> FC:

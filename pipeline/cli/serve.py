@@ -10,7 +10,7 @@ import click
 from click.decorators import FC
 
 from qtool import Interrupted
-from qtool.cli.options import FAILED, one_number
+from qtool.cli.options import FAILED, Number, one_number
 from qtool.evaluate.engines.table import PROBES, SERVERS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _planned_options(command: FC) -> FC:
         click.option("--kv-dtype", default="", help="The cache's type: bf16, f16, fp8, q8_0, q4_0."),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), help="Default: as the files say."),
         click.option("--python", help="Of an environment that has the engine (default: PATH, then qtool's own)."),
-        click.option("--patience", default=900.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
+        click.option("--patience", default=900.0, show_default=True, type=Number(min=0, min_open=True),
                      help="Seconds in which it must answer."),
     )):  # fmt: skip
         command = option(command)

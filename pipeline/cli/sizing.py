@@ -10,7 +10,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.load import load_options, measure_load
-from qtool.cli.options import FAILED, numbers, one_number, write_text
+from qtool.cli.options import FAILED, Number, numbers, one_number, write_text
 from qtool.evaluate.engines.table import planned
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--engine", type=click.Choice(list(planned())), help="Default: each format's own.")
 @click.option("--format", "formats", default="", help="Default: source,awq,gptq,nf4,Q4_K_M,Q8_0.")
 @click.option("--cards", type=click.Path(path_type=Path), help="A YAML file of cards of your own.")
-@click.option("--host-bandwidth", type=click.FloatRange(min=1), help="GB/s of host memory, for layers left there.")
+@click.option("--host-bandwidth", type=Number(min=1), help="GB/s of host memory, for layers left there.")
 @click.option("--shared-prefix", default="", help="Tokens that all prompts begin with: what sharing them saves.")
 @click.option("--revision", help="The Hub model's revision.")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Log of past runs.")
@@ -108,7 +108,7 @@ def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="For transformers.")
 @click.option("--gpu", help="The card, for prediction and bounds (default: this machine's, where qtool knows it).")
-@click.option("--price", type=click.FloatRange(min=0), help="Of an hour of the machine: cost of a million tokens.")
+@click.option("--price", type=Number(min=0), help="Of an hour of the machine: cost of a million tokens.")
 @click.option("--shape", help="Of a URL: folder or config.json of its model, for prediction.")
 @click.option("--name", help="Of a URL: what the server calls its model (default: its only one).")
 @load_options

@@ -88,9 +88,7 @@ def _look(
     numbers: dict[str, float] = {}
     name = planned.serving.name
     text, numbers["smoke_seconds"] = smoke(planned, server)
-    say(f"{planned.facts.name}: answers ({text[:40]!r}); log-probabilities of {len(rows)} prompts")
-    told = [probe.forced(server.url, name, row, parity.COUNT) for row in rows]
-    say(f"{planned.facts.name}: templates, stops, length, cache, speed")
+    say(f"{planned.facts.name}: answers ({text[:40]!r}); templates, stops, length, cache, speed")
     served = ServedModel(f"{server.url}/v1", name)
     found = [*look.templates(planned, server, probe, tokenizer)]
     found.append(look.stops(planned, server, end_tokens(artifact), rows[0]))
@@ -101,6 +99,8 @@ def _look(
     found.append(quantities.chunked(planned, server, probe, numbers))
     found.append(quantities.preempted(server, probe, numbers))
     found.append(quantities.memory(planned, quantities.held(planned, server, taken), numbers))
+    say(f"{planned.facts.name}: log-probabilities of {len(rows)} prompts")  # last: each takes a row of the vocabulary
+    told = [probe.forced(server.url, name, row, parity.COUNT) for row in rows]
     lines = server.log()
     return _Seen(probe.version(server.url, lines), probe.kernels(lines), told, found, numbers)
 
