@@ -115,7 +115,7 @@ def main() -> None:
     size = options.group_size
     methods = _gguf() if options.gguf else _uniform(size)
     plain = AwqMethod(method="awq", name="rtn", group_size=size, scaling="none", rounding="rtn", clip=False)
-    cost = _cost(subject, subject.quantized([plain], sets[0], ExpertSettings()), windows, expected)["rtn"]
+    cost = cost_of(subject, subject.quantized([plain], sets[0], ExpertSettings()), windows, expected)["rtn"]
     print(
         f"{options.seeds} x {sets[0].numel()} tokens of calibration, {windows.numel()} held out; KL in nats a token\n"
     )
@@ -128,7 +128,7 @@ def main() -> None:
         for tokens in sets:
             with _blind() if name == NONE else nullcontext():
                 states = subject.quantized(methods, tokens, settings)
-            costs.append(_cost(subject, states, windows, expected))
+            costs.append(cost_of(subject, states, windows, expected))
             records += [
                 record for _, held in states[methods[0].name].values() for record in held.values() if "tokens" in record
             ]
@@ -170,7 +170,7 @@ def _blind() -> Iterator[None]:
         RoutedStatistics.finish = original  # type: ignore[method-assign]
 
 
-def _cost(
+def cost_of(
     subject: Subject, states: Mapping[str, Mapping[str, Any]], windows: Tensor, expected: Tensor
 ) -> dict[str, float]:
     """Mean KL of the next-token distributions to the source's."""

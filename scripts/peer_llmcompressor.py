@@ -1,0 +1,45 @@
+"""llm-compressor quantizes a model on given tokens; run by compare_llmcompressor.py in llm-compressor's own environment.
+
+    python peer_llmcompressor.py MODEL TOKENS.pt OUT gptq|awq GROUP
+
+GPTQ is symmetric, AWQ asymmetric, as qtool's defaults are; routers and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    """Quantize and save, packed."""
+    folder, saved, out, kind, group = sys.argv[1:6]
+    IntermediatesCache.pin_memory = lambda *_, **__: None  # it needs an accelerator
+    tokens = torch.load(saved)
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=kind == "gptq", strategy="group", group_size=int(group)
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    recipe = [GPTQModifier(config_groups=groups, ignore=ignore)]
+    if kind == "awq":
+        recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=ignore)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    oneshot(
+        model=model, dataset=Dataset.from_dict(rows), recipe=recipe, tokenizer=AutoTokenizer.from_pretrained(folder),
+        max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens),
+    )  # fmt: skip
+    model.save_pretrained(out, save_compressed=True)
+
+
+if __name__ == "__main__":
+    main()
