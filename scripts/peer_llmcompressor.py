@@ -1,4 +1,4 @@
-"""llm-compressor quantizes a model on given tokens; run by compare_llmcompressor.py in llm-compressor's own environment.
+"""llm-compressor quantizes a model on given tokens; compare_llmcompressor.py runs it in an environment of its own.
 
     python peer_llmcompressor.py MODEL TOKENS.pt OUT gptq|awq GROUP
 
