@@ -82,6 +82,13 @@ def sha256_file(path: Path) -> str:
     return _digest_file(path, hashlib.sha256(), _known)
 
 
+def take_digest(path: Path, stamp: Stamp, digest: str) -> None:
+    """``digest`` is the file's as long as its stamp is ``stamp``: what `sha256_file` says of it then."""
+    found = path.stat()
+    if stamp_of(path) == stamp and time.time_ns() - stamp[2] > SETTLED:
+        _known[found.st_dev, stamp] = digest
+
+
 def sha256_files(paths: Iterable[Path]) -> list[str]:
     """`sha256_file` of each, several side by side: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:

@@ -102,8 +102,8 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     if "weight_zero_point" in tensors:
         zero = packing.unpack(tensors["weight_zero_point"].t().contiguous(), bits).t().contiguous()
     else:
-        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    ordered = ordered_groups(columns, size)
+        zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+    ordered = ordered_groups(columns, size, codes.device)
     g_idx = tensors["weight_g_idx"].long() if "weight_g_idx" in tensors else ordered
     in_order = columns % size == 0 and torch.equal(g_idx, ordered)
     return UniformCodes(codes, scale, zero, bits, size, None if in_order else g_idx)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.formats.codes import Codes, check_codes
+from qtool.convert.formats.codes import CPU, Codes, check_codes
 from qtool.convert.formats.table import Container, container_of
 from qtool.convert.runtimes.rule import Observed
 
@@ -33,9 +35,9 @@ class Linears:
         """Suffixes of the tensors that the folder holds for a linear."""
         return [suffix for suffix in self.container.SUFFIXES if f"{linear}.{suffix}" in self.checkpoint.tensors]
 
-    def codes(self, linear: str) -> Codes:
-        """One linear as codes and scales. Raises QtoolError where its tensors do not fit together or config.json."""
-        tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}") for suffix in self.parts(linear)}
+    def codes(self, linear: str, device: torch.device = CPU) -> Codes:
+        """One linear as codes and scales, unpacked on ``device``. Raises QtoolError where its tensors do not fit together or config.json."""
+        tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}").to(device) for suffix in self.parts(linear)}
         try:
             codes = self.container.unpack(tensors, self.section)
             check_codes(codes)
