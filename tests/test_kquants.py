@@ -155,7 +155,11 @@ def test_odd_numbers_of_blocks() -> None:
     """Rows that fill no whole program of threads."""
     for type_name in kquants.TYPES:
         weight = torch.randn(3, 256)
-        assert kquants.quantize(weight.cuda(), type_name).to(torch.device("cpu")).equals(kquants.quantize(weight, type_name))
+        assert (
+            kquants.quantize(weight.cuda(), type_name)
+            .to(torch.device("cpu"))
+            .equals(kquants.quantize(weight, type_name))
+        )
 
 
 def test_layers_that_do_not_fit_are_named() -> None:

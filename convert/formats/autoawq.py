@@ -98,9 +98,11 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     )
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
-    columns, words = tensor("qweight").shape
+    columns, words = sizes("qweight")
     return words * 8, columns
 
 

@@ -136,9 +136,11 @@ def scattered(g_idx: torch.Tensor, section: Mapping[str, Any]) -> bool:
     return not torch.equal(g_idx.long(), ordered_groups(columns, group_size_of(section.get("group_size"), columns)))
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
-    words, out = tensor("qweight").shape
+    words, out = sizes("qweight")
     return out, words * 32 // _bits(section)
 
 

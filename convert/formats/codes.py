@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -118,12 +119,10 @@ class Nf4Blocks:
         return self.packed.device
 
     def pieces(self, weights: int) -> Iterator[Nf4Blocks]:
-        """Its rows, as many at a time as hold ``weights`` weights; all at once where rows do not end with blocks."""
+        """Its rows, about as many at a time as hold ``weights`` weights: so many that they end with a block."""
         rows, columns = self.shape
-        step = max(1, weights // columns)
-        if step * columns % (2 * self.block):
-            yield self
-            return
+        unit = 2 * self.block // math.gcd(columns, 2 * self.block)
+        step = unit * max(1, weights // columns // unit)
         flat, maxima = self.packed.flatten(), self.block_maxima()
         for first in range(0, rows, step):
             count = min(step, rows - first)

@@ -109,7 +109,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     return UniformCodes(codes, scale, zero, bits, size, None if in_order else g_idx)
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
     said = tensor("weight_shape")
     if said.dtype != torch.int64 or said.shape != (2,) or not bool((said > 0).all()):

@@ -51,7 +51,12 @@ class Linears:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """``(out, in)``."""
-        return self.container.shape(lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
+        tensors = self.checkpoint.tensors
+
+        def sizes(suffix: str) -> tuple[int, ...]:
+            return tensors[f"{linear}.{suffix}"].shape
+
+        return self.container.shape(sizes, lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
 
     def observed(self, linear: str) -> Observed:
         """What the container's loading rules ask of a linear's numbers."""

@@ -195,13 +195,15 @@ def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: Calibratio
     start = min(writer.layers_done for writer in writers.values())
     columns = [writer.column for writer in writers.values()]
     walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
-    with progress_bar() as bar:
-        with writing(writers, job.device, job.require_unchanged, lambda: bar.advance(task)) as written:
-            for result in _timed(walk.outside()):
-                written.give(result)
-            task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
-            for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
-                written.give(result)
+    with (
+        progress_bar() as bar,
+        writing(writers, job.device, job.require_unchanged, lambda: bar.advance(task)) as written,
+    ):
+        for result in _timed(walk.outside()):
+            written.give(result)
+        task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
+        for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
+            written.give(result)
 
 
 def _timed(results: Iterator[LayerResult]) -> Iterator[LayerResult]:
