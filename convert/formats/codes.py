@@ -127,10 +127,8 @@ class Nf4Blocks:
         for first in range(0, rows, step):
             count = min(step, rows - first)
             begin, end = first * columns, (first + count) * columns
-            yield replace(
-                self, packed=flat[begin // 2 : -(-end // 2)], absmax=maxima[begin // self.block : -(-end // self.block)],
-                shape=(count, columns), nested=None,
-            )  # fmt: skip
+            packed, absmax = flat[begin // 2 : -(-end // 2)], maxima[begin // self.block : -(-end // self.block)]
+            yield replace(self, packed=packed, absmax=absmax, shape=(count, columns), nested=None)
 
     def equals(self, other: object) -> bool:
         """Bit for bit."""

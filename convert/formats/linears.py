@@ -36,8 +36,10 @@ class Linears:
         return [suffix for suffix in self.container.SUFFIXES if f"{linear}.{suffix}" in self.checkpoint.tensors]
 
     def codes(self, linear: str, device: torch.device = CPU) -> Codes:
-        """One linear as codes and scales, unpacked on ``device``. Raises QtoolError where its tensors do not fit together or config.json."""
-        tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}").to(device) for suffix in self.parts(linear)}
+        """One linear as codes and scales, unpacked on ``device``. Raises QtoolError where its tensors do not fit
+        together or config.json."""
+        names = {suffix: f"{linear}.{suffix}" for suffix in self.parts(linear)}
+        tensors = {suffix: self.checkpoint.tensor(name).to(device) for suffix, name in names.items()}
         try:
             codes = self.container.unpack(tensors, self.section)
             check_codes(codes)

@@ -54,7 +54,8 @@ def check_tensors(artifact: Artifact) -> Result:
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)
     parts = {f"{linear}.{suffix}" for linear in linears for suffix in packed.parts(linear)}
     with workers("verifying", AT_ONCE) as pool:
-        seen = dict(zip(tensors, pool.map(lambda name: _look(artifact.checkpoint, name, name in parts), tensors)))
+        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts), tensors)
+        seen = dict(zip(tensors, looked, strict=True))
         faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype), linears))
     plain: list[str] = []
     family = find_family(artifact.config)
