@@ -63,6 +63,8 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
+    if may_write:  # the key of what is made asks for it, after everything that can go on beside
+        source.read_behind()
     job = _with_enough_text(open_job(recipe, source, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
@@ -134,6 +136,8 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
         record.begin(folder, text)
+    with stage("reading the source"):  # what is left of it
+        _ = job.source.commit
     artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
     if recipe.serve is not None:
