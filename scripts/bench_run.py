@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 
 from qtool.convert.files.source import shipped
 
+GROUPS = Path("/sys/fs/cgroup")
 GEOMETRIES = {"8b": (4096, 14336, 32), "40b": (5120, 27648, 40), "small": (1024, 3072, 16)}
 OUTPUTS = [
     {"method": "awq", "rounding": "rtn", "scaling": "none", "clip": False},
@@ -79,6 +82,24 @@ def digest(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+@contextmanager
+def limited(gib: float | None) -> Iterator[Callable[[], None] | None]:
+    """A control group with so much memory, removed at the end; what a child calls to join it."""
+    if gib is None:
+        yield None
+        return
+    group = GROUPS / ("memory" if (GROUPS / "memory").is_dir() else "") / f"qtool-bench-{os.getpid()}"
+    group.mkdir()
+    first = (group / "memory.limit_in_bytes").exists()  # version 1 of the kernel's interface
+    (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(int(gib * 2**30)))
+    try:
+        yield lambda: (group / "cgroup.procs").write_text("0") and None
+        peak = (group / ("memory.max_usage_in_bytes" if first else "memory.peak")).read_text()
+        print(f"the group's peak {int(peak) / 1e9:.2f} GB of {gib * 2**30 / 1e9:.2f}, files read included")
+    finally:
+        group.rmdir()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the model is made in it once; the artifacts are removed again")
@@ -86,7 +107,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--outputs", default="awq,nf4,gguf")
     parser.add_argument("--python", default=sys.executable, help="of the tree that runs")
-    parser.add_argument("--data-limit", type=float, help="GiB of anonymous memory that the run may take (RLIMIT_DATA)")
+    parser.add_argument("--limit", type=float, help="GiB of a control group of its own (as root), files read included")
     options = parser.parse_args()
     model = options.folder / f"{options.geometry}-{options.layers}"
     if not model.exists():
@@ -100,12 +121,15 @@ def main() -> None:
         "output_dir": "artifacts",
     }  # fmt: skip
     (work / "recipe.yaml").write_text(json.dumps(recipe))
-    if options.data_limit:
-        limit = int(options.data_limit * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    print(f"weights {sum(path.stat().st_size for path in model.glob('*.safetensors')) / 1e9:.2f} GB", flush=True)
+    command = [options.python, "-P", "-m", "qtool", "plan", "recipe.yaml", "--json"]
+    planned = subprocess.run(command, cwd=work, check=True, capture_output=True, text=True).stdout
+    print(f"planned host memory {json.loads(planned)['host_bytes'] / 1e9:.2f} GB", flush=True)
     began, before = time.monotonic(), os.times()
     command = [options.python, "-P", "-m", "qtool", "run", "recipe.yaml", "--device", "cpu"]
-    done = subprocess.run(command, cwd=work, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    with limited(options.limit) as join:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=work, check=False, env=environment, preexec_fn=join)
     seconds, after = time.monotonic() - began, os.times()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
