@@ -100,11 +100,16 @@ class Nf4Blocks:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Weight ``[out, in]`` as bitsandbytes' dequantize_4bit gives it (rounded to the source's dtype), in
         ``dtype``."""
-        flat = self.packed.flatten()
-        values = self.table[torch.stack((flat >> 4, flat & 15), dim=-1).flatten().int()]
-        count = self.shape[0] * self.shape[1]
-        scales = self.block_maxima().repeat_interleave(self.block)[:count]
-        return values[:count].mul_(scales).to(self.dtype).view(self.shape).to(dtype)
+        codes = torch.arange(256, device=self.packed.device)
+        pairs = torch.stack((self.table[codes >> 4], self.table[codes & 15]), dim=-1)  # a byte's two weights
+        both = pairs.float().view(torch.int64).flatten()  # looked up as one number: a third of the time
+        values = both.index_select(0, self.packed.flatten().int()).view(torch.float32)
+        count, maxima = self.shape[0] * self.shape[1], self.block_maxima()
+        if count % self.block == 0:
+            values = values.view(-1, self.block).mul_(maxima[:, None])
+        else:
+            values = values[:count].mul_(maxima.repeat_interleave(self.block)[:count])
+        return values.to(self.dtype).view(self.shape).to(dtype)
 
     def block_maxima(self) -> torch.Tensor:
         """float32 ``[blocks]``."""
