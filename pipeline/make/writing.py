@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +12,20 @@ import torch
 from qtool.convert.files.workers import workers
 from qtool.make.behind import Behind
 from qtool.make.lane import Lane
+from qtool.make.output import Output
 from qtool.make.writer import OutputWriter
 from qtool.quantize.walk import LayerResult
 from qtool.runs.stages import stage
 
-AT_ONCE = 8  # matrices that are packed and compared: each takes up to three bytes a weight
+AT_ONCE = 8  # matrices that are packed and compared
+TAKEN = 2  # bytes a weight of each: what was read back, put in order, and its codes
+
+
+def memory(outputs: Sequence[Output], device: torch.device) -> int:
+    """Bytes, where the codes lie, while the largest matrices are packed, read back and compared."""
+    largest = max((linear.out * linear.columns for output in outputs for linear in output.plan.linears), default=0)
+    count = min(AT_ONCE, torch.get_num_threads()) if device.type == "cpu" else 1
+    return count * TAKEN * largest
 
 
 @dataclass(frozen=True)
