@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
+from qtool.make.rehearsing import rehearsing
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
@@ -63,6 +65,8 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
     source = resolve(recipe.model.id, recipe.model.revision)
+    if may_write:  # the key of what is made asks for it, after everything that can go on beside
+        source.read_behind()
     job = _with_enough_text(open_job(recipe, source, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
@@ -105,15 +109,15 @@ def run(
     stages, written however the run ends."""
     if profile is not None:
         require_writable(profile.parent, "--profile")
-    with recording() as spans:
+    with recording() as spans, ExitStack() as held:
         try:
-            return _run(path, runs, device, only, spans)
+            return _run(path, runs, device, only, spans, held)
         finally:
             if profile is not None:
                 write_trace(profile, spans)
 
 
-def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span]) -> RunRecord:
+def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span], held: ExitStack) -> RunRecord:
     started = time.monotonic()
     text = read_text(path) if path.is_file() else ""
     with stage("opening"):
@@ -121,6 +125,7 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
     recipe = job.recipe
     for note in job.notes:
         click.echo(note, err=True)
+    held.enter_context(rehearsing(job))
     folder = runs / recipe.digest[:16]
     with stage("opening"):
         evaluation = _evaluation(job, runs, folder)
@@ -134,7 +139,10 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
         record.begin(folder, text)
+    with stage("reading the source"):  # what is left of it
+        _ = job.source.commit
     artifacts = make_artifacts(job, calibration)
+    held.close()
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
@@ -164,7 +172,8 @@ def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
         click.echo(note, err=True)
-    return make_artifacts(job, _calibrate(job))
+    with rehearsing(job):
+        return make_artifacts(job, _calibrate(job))
 
 
 def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:

@@ -40,7 +40,11 @@ def rounded(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[st
         assert isinstance(method, GridMethod)
         writer = OutputWriter(job, output)
         for result in _layers(job, method):
-            writer.write(result, result.outputs[method.name])
+            codes = result.outputs[method.name]
+            writer.put_tensors(result.prefix, codes)
+            for matrix, chosen in codes.codes.items():
+                writer.put_matrix(result.prefix + matrix, chosen)
+            writer.commit(result, codes)
         writer.seal(CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), "none"))
     return {output.name: output.folder for output in job.outputs}
 

@@ -32,7 +32,7 @@ def pack(codes, section): return {"weight_int8": codes.codes, "weight_step": cod
 def unpack(tensors, section):
     values, step = tensors["weight_int8"], tensors["weight_step"]
     return UniformCodes(values, step, torch.full(step.shape, 128, dtype=torch.uint8), 8, values.shape[1])
-def shape(tensor, section): return tuple(tensor("weight_int8").shape)
+def shape(sizes, tensor, section): return tuple(sizes("weight_int8"))
 def stores(made): return made["method"] == "int8"
 def section_of(made): return {"quant_method": "int8"}
 def _bytes(subject, cards):

@@ -220,7 +220,7 @@ def test_a_mixture_continues_with_the_same_bytes(
     (tmp_path / "whole").mkdir()
     (tmp_path / "begun").mkdir()
     whole = converted(model, outputs, tmp_path / "whole")
-    write = OutputWriter.write
+    write = OutputWriter.commit
 
     def interrupted(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
         if result.index == 1:
@@ -228,7 +228,7 @@ def test_a_mixture_continues_with_the_same_bytes(
         write(self, result, codes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputWriter, "write", interrupted)
+        patch.setattr(OutputWriter, "commit", interrupted)
         with pytest.raises(Interrupted, match="it continues at layer 2 of 2"):
             converted(model, outputs, tmp_path / "begun")
     again = converted(model, outputs, tmp_path / "begun")

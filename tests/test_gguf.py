@@ -237,13 +237,13 @@ def test_a_stopped_run_goes_on_in_its_own_stream(
     text = f"model: {model}\noutputs: [{{method: gguf, type: Q5_K_M}}]\noutput_dir: "
     files, writes = [], []
     tokens = CalibrationSet(torch.randint(3, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
-    write = OutputWriter.write
+    commit = OutputWriter.commit
 
     def stopping(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
         writes.append(result.index)
         if result.index == 1:
             raise KeyboardInterrupt
-        write(self, result, codes)
+        commit(self, result, codes)
 
     for name in ("whole", "stopped"):
         (tmp_path / "recipe.yaml").write_text(f"{text}{tmp_path}/{name}\n")
@@ -251,7 +251,7 @@ def test_a_stopped_run_goes_on_in_its_own_stream(
         job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
         if name == "stopped":
             with monkeypatch.context() as patch:
-                patch.setattr(OutputWriter, "write", stopping)
+                patch.setattr(OutputWriter, "commit", stopping)
                 with pytest.raises(KeyboardInterrupt):
                     make_artifacts(job, tokens)
             assert writes[-2:] == [0, 1]

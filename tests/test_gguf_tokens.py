@@ -159,7 +159,6 @@ def stopped(output: GgufTensors) -> set[int]:
         kind, shape = output.plan.types[name].type, output.plan.shapes[name]
         count = int(torch.tensor(shape).prod()) * (4 if kind == "F32" else 2)
         output.writer.write(name, torch.zeros(count, dtype=torch.uint8))
-    output.writer.flush()
     with serve(output.place, 128, repack=False) as url:
         for number in output.tokenizer.added_tokens_decoder:
             body = {"prompt": [5, 6], "n_predict": 3, "temperature": 0, "logit_bias": [[number, 1000]]}

@@ -437,13 +437,13 @@ def test_what_a_kill_left_after_the_rename_is_tidied(write_recipe: Callable[...,
 
 
 def test_ctrl_c_says_where_it_goes_on(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = OutputWriter.write
+    commit = OutputWriter.commit
 
     def interrupted(self: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
         if result.index == 1:
             raise KeyboardInterrupt
-        write(self, result, codes)
+        commit(self, result, codes)
 
-    monkeypatch.setattr(OutputWriter, "write", interrupted)
+    monkeypatch.setattr(OutputWriter, "commit", interrupted)
     with pytest.raises(Interrupted, match="it continues at layer 2 of 2"):
         make(write_recipe(outputs=[{"method": "nf4"}]))

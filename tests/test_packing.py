@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qtool.convert.formats import autoawq
 from qtool.convert.formats.codes import UniformCodes
-from qtool.convert.formats.packing import AWQ_ORDER, SEQUENTIAL, pack_nibbles, unpack_nibbles
+from qtool.convert.formats.packing import AWQ_ORDER, pack, pack_rows, unpack, unpack_rows
 
 
 def words(tensor: torch.Tensor) -> list[int]:
@@ -14,28 +15,49 @@ def words(tensor: torch.Tensor) -> list[int]:
 
 
 def test_awq_order_as_literal_words() -> None:
-    row = torch.arange(8, dtype=torch.uint8).unsqueeze(0)
-    # nibble i holds column [0, 2, 4, 6, 1, 3, 5, 7][i]; nibble 0 is the lowest
-    assert words(pack_nibbles(row, AWQ_ORDER)) == [0x75316420]
+    column = torch.arange(8, dtype=torch.uint8).unsqueeze(1)
+    # nibble i holds row [0, 2, 4, 6, 1, 3, 5, 7][i]; nibble 0 is the lowest
+    assert words(pack_rows(column, AWQ_ORDER)) == [0x75316420]
 
 
 def test_sequential_order_as_literal_words() -> None:
     row = torch.arange(8, dtype=torch.uint8).unsqueeze(0)
-    assert words(pack_nibbles(row, SEQUENTIAL)) == [0x76543210]
+    assert words(pack(row, 4)) == [0x76543210]
+    assert words(pack(row + 0xF0, 8)) == [0xF3F2F1F0, 0xF7F6F5F4]
 
 
-def test_unpacking_is_the_inverse() -> None:
-    values = torch.randint(0, 16, (7, 64), dtype=torch.uint8)
-    for order in (AWQ_ORDER, SEQUENTIAL):
-        assert torch.equal(unpack_nibbles(pack_nibbles(values, order), order), values)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_value_by_value(bits: int) -> None:
+    """A plain loop over words says the same, of rows that are a slice and of rows that lie apart, too."""
+    values = torch.randint(0, 2**bits, (9, 64), dtype=torch.uint8)
+    for rows in (values, values[3:7], values[::2], values.view(64, 9).t()):
+        packed = pack(rows, bits)
+        expected = [
+            sum(int(value) << bits * i for i, value in enumerate(row[at : at + 32 // bits]))
+            for row in rows.tolist()
+            for at in range(0, 64, 32 // bits)
+        ]
+        assert words(packed) == expected
+        assert torch.equal(unpack(packed, bits), rows)
+        assert torch.equal(unpack(packed.t().contiguous().t(), bits), rows)
 
 
 def test_unpacked_by_shifts_in_autoawqs_reverse_order() -> None:
     """AutoAWQ shifts out nibbles 0..7 and then takes them in the order [0, 4, 1, 5, 2, 6, 3, 7]."""
-    values = torch.randint(0, 16, (5, 24), dtype=torch.uint8)
-    packed = pack_nibbles(values, AWQ_ORDER)
+    values = torch.randint(0, 16, (24, 5), dtype=torch.uint8)
+    packed = pack_rows(values, AWQ_ORDER)
+    assert packed.shape == (5, 3)
     shifted = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
-    assert torch.equal(shifted[..., [0, 4, 1, 5, 2, 6, 3, 7]].reshape(5, 24).to(torch.uint8), values)
+    assert torch.equal(shifted[..., [0, 4, 1, 5, 2, 6, 3, 7]].reshape(5, 24).t().to(torch.uint8), values)
+    assert torch.equal(unpack_rows(packed, AWQ_ORDER), values)
+
+
+def test_what_does_not_fill_words_is_refused() -> None:
+    for bits, columns in ((4, 12), (8, 6)):
+        with pytest.raises(ValueError, match=f"{columns} columns"):
+            pack(torch.zeros(8, columns, dtype=torch.uint8), bits)
+    with pytest.raises(ValueError, match="12 rows"):
+        pack_rows(torch.zeros(12, 8, dtype=torch.uint8), AWQ_ORDER)
 
 
 def test_gemm_container_shapes_and_values() -> None:

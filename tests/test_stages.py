@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from qtool.runs import stages
 from qtool.runs.evidence import spent_text
-from qtool.runs.stages import Span, recording, seconds_of, stage, write_trace
+from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
 
 SPANS = [
     Span("rounding", "layer 0", "MainThread", 10.0, 12.0),
@@ -35,6 +37,23 @@ def test_stages_of_threads_add_up_and_faults_end_them() -> None:
     with stage("later"):
         pass
     assert len(spans) == 2
+
+
+def test_memory_of_ones_own_is_stated_apart(tmp_path: Path) -> None:
+    """A mapped file is resident, and not the process's own."""
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(200 * 2**20)
+    with recording(), path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        begun = peaks()["resident"]
+        assert sum(mapped[at] for at in range(0, len(mapped), 4096)) == 0
+        taken = bytearray(50 * 2**20)
+        taken[::4096] = bytes([1]) * len(taken[::4096])
+        time.sleep(3 * stages.SAMPLED)
+        found = peaks()
+    assert found["anonymous"] >= 50 * 2**20
+    assert found["resident"] >= begun + 50 * 2**20
+    assert found["resident"] - found["anonymous"] > 100 * 2**20
 
 
 def test_the_sums() -> None:

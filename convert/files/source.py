@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from qtool import QtoolError
 from qtool.convert.files.reading import hub_cache, named, shown
-from qtool.convert.files.watch import Watched, require_unchanged, watch_all, watch_blob
+from qtool.convert.files.watch import Watched, digests, require_unchanged, watch_blob, watch_later
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -30,16 +31,31 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as files on this machine. ``commit`` is the Hub commit, or ``sha256:…`` over a local folder's files;
-    ``files``: those that decide what it is, as they were then."""
+    """A model as files on this machine. ``revision``: the Hub's commit, empty for a local folder; ``files``: those that
+    decide what it is, as they were when it was found."""
 
     name: str
     path: Path
-    commit: str
+    revision: str = ""
     files: tuple[Watched, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def commit(self) -> str:
+        """The Hub commit, or ``sha256:…`` over a local folder's files, which are read for it once. Raises QtoolError
+        where one has changed since the model was found, or cannot be read."""
+        return self.revision or "sha256:" + _digest_of(self.files)
+
+    def read_behind(self) -> None:
+        """Begin to read the files for `commit` in threads, while the caller does something else."""
+        if not self.revision:
+            threading.Thread(target=self._read, name="source", daemon=True).start()
+
+    def _read(self) -> None:
+        with suppress(QtoolError):  # raised again where the commit is asked for
+            _ = self.commit
+
     def require_unchanged(self) -> None:
-        """Raises QtoolError naming a file that changed, came or went since ``commit`` was made of them."""
+        """Raises QtoolError naming a file that changed, came or went since the model was found."""
         require_unchanged(self.files)
         known = {file.path for file in self.files}
         if new := [path for path in deciding_files(self.path) if path not in known and self.files]:
@@ -69,8 +85,7 @@ def shipped(model: str) -> Path:
 
 
 def _local(name: str, path: Path) -> ModelSource:
-    seen = watch_all(deciding_files(path))
-    return ModelSource(name, path, "sha256:" + _digest_of(seen), seen)
+    return ModelSource(name, path, files=tuple(watch_later(file) for file in deciding_files(path)))
 
 
 def name_of(folder: Path) -> str:
@@ -149,11 +164,11 @@ def deciding_files(folder: Path) -> list[Path]:
 
 def digest_folder(folder: Path) -> str:
     """sha256 over names and contents of the files that decide what the model is."""
-    return _digest_of(watch_all(deciding_files(folder)))
+    return _digest_of([watch_later(file) for file in deciding_files(folder)])
 
 
 def _digest_of(files: Sequence[Watched]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.path.name.encode() + b"\0" + str(file.digest).encode())
+    for file, found in zip(files, digests(files), strict=True):
+        digest.update(file.path.name.encode() + b"\0" + str(found).encode())
     return digest.hexdigest()

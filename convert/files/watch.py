@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,31 @@ _BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # the Hub's cache names its fi
 
 @dataclass
 class Watched:
-    """A file as it was read first. ``digest`` is looked at only where the stamp has changed: a copy in its place, or
-    one that was touched, may hold the same bytes. None: nobody knows what the file has to hold."""
+    """A file as it was seen first. ``digest`` is compared only where the stamp has changed: a copy in its place, or one
+    that was touched, may hold the same bytes. None: nobody knows what the file has to hold."""
 
     path: Path
     stamp: Stamp
-    digest: str | None
     digest_of: Callable[[Path], str] = field(default=lambda path: sha256_file(path))
+    known: bool = True
+    _digest: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def digest(self) -> str | None:
+        """Read when it is first asked for. Raises QtoolError where the file has changed before that: what was read of
+        it until then, and this, would be of two files."""
+        with self._lock:
+            if self.known and self._digest is None:
+                try:
+                    found = self.digest_of(self.path)
+                    same = stamp_of(self.path) == self.stamp
+                except OSError as error:
+                    raise QtoolError(f"{self.path}: cannot be read any more ({error.strerror}). {_RESTORE}") from error
+                if not same:
+                    raise QtoolError(f"{self.path}: changed while the model was being read. Run again.")
+                self._digest = found
+            return self._digest
 
     def require_unchanged(self) -> None:
         """Raises QtoolError naming the file where it has changed or is gone."""
@@ -37,7 +56,7 @@ class Watched:
             now = stamp_of(self.path)
             if now == self.stamp:
                 return
-            same = self.digest is not None and self.digest_of(self.path) == self.digest
+            same = self._digest is not None and self.digest_of(self.path) == self._digest
         except (OSError, QtoolError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise QtoolError(f"{self.path}: cannot be read any more ({why}). {_RESTORE}") from error
@@ -55,13 +74,22 @@ _RESTORE = (
 def watch(path: Path) -> Watched:
     """A file with its sha256. Raises QtoolError where it cannot be read, OSError where it is gone."""
     stamp = stamp_of(path)  # before it is read: what changes in between is seen
-    return Watched(path, stamp, sha256_file(path))
+    return Watched(path, stamp, _digest=sha256_file(path))
+
+
+def watch_later(path: Path) -> Watched:
+    """A file whose sha256 is read when it is asked for. Raises QtoolError where it is gone."""
+    try:
+        return Watched(path, stamp_of(path))
+    except OSError as error:
+        raise QtoolError(f"{path}: {error.strerror}.") from error
 
 
 def watch_blob(path: Path) -> Watched:
     """A file of the Hub's cache, which nobody digests: its name says what it holds."""
     name = Path(os.path.realpath(path)).name
-    return Watched(path, stamp_of(path), name if _BLOB.fullmatch(name) else None, _blob_name)
+    digest = name if _BLOB.fullmatch(name) else None
+    return Watched(path, stamp_of(path), _blob_name, digest is not None, digest)
 
 
 def require_unchanged(files: Sequence[Watched]) -> None:
@@ -82,16 +110,23 @@ def sha256_file(path: Path) -> str:
     return _digest_file(path, hashlib.sha256(), _known)
 
 
+def take_digest(path: Path, stamp: Stamp, digest: str) -> None:
+    """``digest`` is the file's as long as its stamp is ``stamp``: what `sha256_file` says of it then."""
+    found = path.stat()
+    if stamp_of(path) == stamp and time.time_ns() - stamp[2] > SETTLED:
+        _known[found.st_dev, stamp] = digest
+
+
 def sha256_files(paths: Iterable[Path]) -> list[str]:
     """`sha256_file` of each, several side by side: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         return list(pool.map(sha256_file, paths))
 
 
-def watch_all(paths: Iterable[Path]) -> tuple[Watched, ...]:
-    """`watch` of each, several side by side."""
+def digests(files: Sequence[Watched]) -> list[str | None]:
+    """Of each, several read side by side."""
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        return tuple(pool.map(watch, paths))
+        return list(pool.map(lambda file: file.digest, files))
 
 
 def _blob_name(path: Path) -> str:

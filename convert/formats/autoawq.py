@@ -14,7 +14,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in
-from qtool.convert.formats.packing import AWQ_ORDER, pack_nibbles, unpack_nibbles
+from qtool.convert.formats.packing import AWQ_ORDER, pack_rows, unpack_rows
 from qtool.convert.runtimes import sglang, vllm
 from qtool.convert.runtimes.rule import (
     HEAD,
@@ -79,8 +79,8 @@ def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Suffix -> tensor for one linear."""
     assert isinstance(codes, UniformCodes)
     return {
-        "qweight": pack_nibbles(codes.codes.t().contiguous(), AWQ_ORDER),
-        "qzeros": pack_nibbles(codes.zero.t().contiguous(), AWQ_ORDER),
+        "qweight": pack_rows(codes.codes, AWQ_ORDER),
+        "qzeros": pack_rows(codes.zero, AWQ_ORDER),
         "scales": codes.scale.t().contiguous(),
     }
 
@@ -90,17 +90,19 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     if section.get("bits", 4) != 4 or section.get("version", "gemm") != "gemm":
         raise QtoolError("quantization_config: qtool reads AWQ with bits 4 in version 'gemm'.")
     return UniformCodes(
-        codes=unpack_nibbles(tensors["qweight"], AWQ_ORDER).t().contiguous(),
+        codes=unpack_rows(tensors["qweight"], AWQ_ORDER),
         scale=tensors["scales"].t().contiguous(),
-        zero=unpack_nibbles(tensors["qzeros"], AWQ_ORDER).t().contiguous(),
+        zero=unpack_rows(tensors["qzeros"], AWQ_ORDER),
         bits=4,
         group_size=group_size_of(section["group_size"], tensors["qweight"].shape[0]),
     )
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
-    columns, words = tensor("qweight").shape
+    columns, words = sizes("qweight")
     return words * 8, columns
 
 

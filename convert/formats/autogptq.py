@@ -99,7 +99,7 @@ def pack(codes: Codes, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     assert isinstance(codes, UniformCodes)
     bits = codes.bits
     zeros = packing.pack(codes.zero.t().contiguous(), bits)
-    g_idx = ordered_groups(codes.codes.shape[1], codes.group_size) if codes.g_idx is None else codes.g_idx
+    g_idx = ordered_groups(codes.codes.shape[1], codes.group_size, codes.device) if codes.g_idx is None else codes.g_idx
     return {
         "qweight": packing.pack(codes.codes, bits).t().contiguous(),
         "qzeros": zeros if checkpoint_format(section) == V2 else zeros - ONES[bits],
@@ -117,7 +117,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     groups = tensors["scales"].shape[0]
     if groups != -(-columns // size):
         raise ValueError(f"{groups} groups of {size} are not {columns} columns")
-    ordered = ordered_groups(columns, size)
+    ordered = ordered_groups(columns, size, codes.device)
     g_idx = tensors["g_idx"].long() if "g_idx" in tensors else ordered
     in_order = columns % size == 0 and torch.equal(g_idx, ordered)
     return UniformCodes(
@@ -136,9 +136,11 @@ def scattered(g_idx: torch.Tensor, section: Mapping[str, Any]) -> bool:
     return not torch.equal(g_idx.long(), ordered_groups(columns, group_size_of(section.get("group_size"), columns)))
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
-    words, out = tensor("qweight").shape
+    words, out = sizes("qweight")
     return out, words * 32 // _bits(section)
 
 

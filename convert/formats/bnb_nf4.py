@@ -139,7 +139,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> N
     )
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
     out, columns = _read_state(tensor(MARK))["shape"]
     return out, columns

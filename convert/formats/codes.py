@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.formats.gguf.ggml import GgmlBlocks
+from qtool.convert.formats.gguf.ggml import GgmlBlocks, same_bits
 
+CPU = torch.device("cpu")
 MAX_BLOCK = 4096  # bitsandbytes' largest
 
 
@@ -39,17 +42,24 @@ class UniformCodes:
         weight = (grouped - self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1))
         return weight.view(out, columns).to(dtype)
 
-    def cpu(self) -> UniformCodes:
-        """The same codes in host memory."""
-        g_idx = None if self.g_idx is None else self.g_idx.cpu()
-        return replace(self, codes=self.codes.cpu(), scale=self.scale.cpu(), zero=self.zero.cpu(), g_idx=g_idx)
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.codes.device
+
+    def pieces(self, weights: int) -> Iterator[UniformCodes]:
+        """Its rows, as many at a time as hold ``weights`` weights."""
+        step = max(1, weights // self.codes.shape[1])
+        for first in range(0, self.codes.shape[0], step):
+            codes, scale, zero = (t[first : first + step] for t in (self.codes, self.scale, self.zero))
+            yield replace(self, codes=codes, scale=scale, zero=zero)
 
     def equals(self, other: object) -> bool:
         """Bit for bit: codes, scales, zeros and geometry."""
         return (
             isinstance(other, UniformCodes)
             and (self.bits, self.group_size) == (other.bits, other.group_size)
-            and torch.equal(self.codes, other.codes)
+            and same_bits(self.codes, other.codes)
             and self.scale.dtype == other.scale.dtype
             and torch.equal(self.scale, other.scale)
             and torch.equal(self.zero, other.zero)
@@ -90,11 +100,16 @@ class Nf4Blocks:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Weight ``[out, in]`` as bitsandbytes' dequantize_4bit gives it (rounded to the source's dtype), in
         ``dtype``."""
-        flat = self.packed.flatten()
-        values = self.table[torch.stack((flat >> 4, flat & 15), dim=-1).flatten().int()]
-        count = self.shape[0] * self.shape[1]
-        scales = self.block_maxima().repeat_interleave(self.block)[:count]
-        return values[:count].mul_(scales).to(self.dtype).view(self.shape).to(dtype)
+        codes = torch.arange(256, device=self.packed.device)
+        pairs = torch.stack((self.table[codes >> 4], self.table[codes & 15]), dim=-1)  # a byte's two weights
+        both = pairs.float().view(torch.int64).flatten()  # looked up as one number: a third of the time
+        values = both.index_select(0, self.packed.flatten().int()).view(torch.float32)
+        count, maxima = self.shape[0] * self.shape[1], self.block_maxima()
+        if count % self.block == 0:
+            values = values.view(-1, self.block).mul_(maxima[:, None])
+        else:
+            values = values[:count].mul_(maxima.repeat_interleave(self.block)[:count])
+        return values.to(self.dtype).view(self.shape).to(dtype)
 
     def block_maxima(self) -> torch.Tensor:
         """float32 ``[blocks]``."""
@@ -103,12 +118,22 @@ class Nf4Blocks:
         scales = self.nested.scale.repeat_interleave(self.nested.block)[: self.absmax.numel()]
         return self.nested.table[self.absmax.int()].mul_(scales).add_(self.nested.offset)
 
-    def cpu(self) -> Nf4Blocks:
-        """The same blocks in host memory."""
-        nested = self.nested
-        if nested is not None:
-            nested = replace(nested, scale=nested.scale.cpu(), table=nested.table.cpu())
-        return replace(self, packed=self.packed.cpu(), absmax=self.absmax.cpu(), table=self.table.cpu(), nested=nested)
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.packed.device
+
+    def pieces(self, weights: int) -> Iterator[Nf4Blocks]:
+        """Its rows, about as many at a time as hold ``weights`` weights: so many that they end with a block."""
+        rows, columns = self.shape
+        unit = 2 * self.block // math.gcd(columns, 2 * self.block)
+        step = unit * max(1, weights // columns // unit)
+        flat, maxima = self.packed.flatten(), self.block_maxima()
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            begin, end = first * columns, (first + count) * columns
+            packed, absmax = flat[begin // 2 : -(-end // 2)], maxima[begin // self.block : -(-end // self.block)]
+            yield replace(self, packed=packed, absmax=absmax, shape=(count, columns), nested=None)
 
     def equals(self, other: object) -> bool:
         """Bit for bit."""
@@ -121,7 +146,7 @@ class Nf4Blocks:
             pairs += [(self.nested.scale, other.nested.scale), (self.nested.table, other.nested.table)]
             if (self.nested.block, self.nested.offset) != (other.nested.block, other.nested.offset):
                 return False
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+        return all(a.dtype == b.dtype and same_bits(a, b) for a, b in pairs)
 
 
 Codes = UniformCodes | Nf4Blocks | GgmlBlocks
@@ -166,9 +191,9 @@ def names_in(said: object, key: str) -> list[str]:
     return said
 
 
-def ordered_groups(columns: int, group_size: int) -> torch.Tensor:
+def ordered_groups(columns: int, group_size: int, device: torch.device = CPU) -> torch.Tensor:
     """``i // group_size`` for every column: int64 ``[columns]``."""
-    return torch.arange(columns) // group_size
+    return torch.arange(columns, device=device) // group_size
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -102,14 +102,16 @@ def unpack(tensors: Mapping[str, torch.Tensor], section: Mapping[str, Any]) -> U
     if "weight_zero_point" in tensors:
         zero = packing.unpack(tensors["weight_zero_point"].t().contiguous(), bits).t().contiguous()
     else:
-        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    ordered = ordered_groups(columns, size)
+        zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+    ordered = ordered_groups(columns, size, codes.device)
     g_idx = tensors["weight_g_idx"].long() if "weight_g_idx" in tensors else ordered
     in_order = columns % size == 0 and torch.equal(g_idx, ordered)
     return UniformCodes(codes, scale, zero, bits, size, None if in_order else g_idx)
 
 
-def shape(tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]) -> tuple[int, int]:
+def shape(
+    sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Mapping[str, Any]
+) -> tuple[int, int]:
     """``(out, in)``."""
     said = tensor("weight_shape")
     if said.dtype != torch.int64 or said.shape != (2,) or not bool((said > 0).all()):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.models.shape import Decoder
 
@@ -51,7 +51,8 @@ class TokenQuestion:
 
 
 class TensorFile(Protocol):
-    """What is written of one output: tensors by their names in the source, in any order, a layer at a time."""
+    """What is written of one output: tensors by their names in the source, in any order, a layer at a time. Several
+    threads may write and read."""
 
     place: Path
     """How messages name it."""
@@ -68,21 +69,21 @@ class TensorFile(Protocol):
     def write_codes(self, matrix: str, codes: Codes) -> None:
         """Put a quantized matrix."""
 
-    def codes(self, matrix: str) -> Codes:
-        """Read a quantized matrix back, after `flush`."""
+    def codes(self, matrix: str, device: torch.device = CPU) -> Codes:
+        """Read a quantized matrix back, unpacked on ``device``."""
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         """What was written below ``prefix`` and is not the source's own, as a reader of the artifact gets it; names
         without the prefix."""
 
-    def flush(self) -> None:
-        """Let readers of the same files see what was written."""
-
     def commit(self, step: dict[str, Any]) -> None:
         """Make everything written so far durable, then note the step in the journal. Raises QtoolError (exit 3)."""
 
     def close(self) -> None:
-        """All tensors are written."""
+        """All tensors are written; a thread makes the files' digests. May be called again."""
+
+    def wait(self) -> None:
+        """Until the digests of the closed files are known."""
 
     def release(self) -> None:
         """Close what is open, finished or not."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.formats.codes import Codes, check_codes
+from qtool.convert.formats.codes import CPU, Codes, check_codes
 from qtool.convert.formats.table import Container, container_of
 from qtool.convert.runtimes.rule import Observed
 
@@ -33,9 +35,11 @@ class Linears:
         """Suffixes of the tensors that the folder holds for a linear."""
         return [suffix for suffix in self.container.SUFFIXES if f"{linear}.{suffix}" in self.checkpoint.tensors]
 
-    def codes(self, linear: str) -> Codes:
-        """One linear as codes and scales. Raises QtoolError where its tensors do not fit together or config.json."""
-        tensors = {suffix: self.checkpoint.tensor(f"{linear}.{suffix}") for suffix in self.parts(linear)}
+    def codes(self, linear: str, device: torch.device = CPU) -> Codes:
+        """One linear as codes and scales, unpacked on ``device``. Raises QtoolError where its tensors do not fit
+        together or config.json."""
+        names = {suffix: f"{linear}.{suffix}" for suffix in self.parts(linear)}
+        tensors = {suffix: self.checkpoint.tensor(name).to(device) for suffix, name in names.items()}
         try:
             codes = self.container.unpack(tensors, self.section)
             check_codes(codes)
@@ -49,7 +53,12 @@ class Linears:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """``(out, in)``."""
-        return self.container.shape(lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
+        tensors = self.checkpoint.tensors
+
+        def sizes(suffix: str) -> tuple[int, ...]:
+            return tensors[f"{linear}.{suffix}"].shape
+
+        return self.container.shape(sizes, lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
 
     def observed(self, linear: str) -> Observed:
         """What the container's loading rules ask of a linear's numbers."""

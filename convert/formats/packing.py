@@ -16,43 +16,53 @@ from __future__ import annotations
 import torch
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i holds logical column AWQ_ORDER[i]
-SEQUENTIAL = (0, 1, 2, 3, 4, 5, 6, 7)
 WIDTHS = (4, 8)  # bits that can be packed
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 ``[rows, columns]`` -> int32 ``[rows, columns * bits / 32]``, lowest bits first."""
-    if bits == 4:
-        return pack_nibbles(values)
     rows, columns = values.shape
-    if columns % 4:
-        raise ValueError(f"{columns} columns do not pack into 32-bit words of four")
-    return values.contiguous().view(-1).view(torch.int32).view(rows, columns // 4)
+    count = 32 // bits
+    if columns % count:
+        raise ValueError(f"{columns} columns do not pack into 32-bit words of {count}")
+    if bits == 4:  # two neighbours as one number of 16 bits: its low byte takes both
+        pairs = values.contiguous().view(-1).view(torch.int16)
+        values = (pairs | pairs >> 4).to(torch.uint8)
+    return values.contiguous().view(-1).view(torch.int32).view(rows, columns // count)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `pack`."""
-    if bits == 4:
-        return unpack_nibbles(words)
-    return words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], 4 * words.shape[1])
-
-
-def pack_nibbles(values: torch.Tensor, order: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
-    """uint8 ``[rows, columns]`` in 0..15 -> int32 ``[rows, columns / 8]``: nibble i of a word is column
-    ``order[i]``."""
-    rows, columns = values.shape
-    if columns % 8:
-        raise ValueError(f"{columns} columns do not pack into 32-bit words of eight")
-    nibbles = values.view(rows, columns // 8, 8)[..., list(order)]
-    # two nibbles to a byte, four bytes to a little-endian word: never wider than the result
-    pairs = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    return pairs.contiguous().view(torch.int32).view(rows, columns // 8)
-
-
-def unpack_nibbles(words: torch.Tensor, order: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
-    """Inverse of `pack_nibbles`: int32 ``[rows, words]`` -> uint8 ``[rows, 8 * words]``."""
     rows, columns = words.shape
-    pairs = words.contiguous().view(torch.uint8).view(rows, columns, 4)
-    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(rows, columns, 8)
-    inverse = [order.index(column) for column in range(8)]
-    return nibbles[..., inverse].reshape(rows, columns * 8)
+    octets = words.contiguous().view(-1).view(torch.uint8)
+    if bits == 8:
+        return octets.view(rows, 4 * columns)
+    values = octets.new_empty((octets.numel(), 2))
+    values[:, 0] = octets & 15
+    values[:, 1] = octets >> 4
+    return values.view(rows, 8 * columns)
+
+
+def pack_rows(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """uint8 ``[rows, columns]`` in 0..15 -> int32 ``[columns, rows / 8]``: nibble i of a word is row ``order[i]`` of
+    its eight. Rows are put together while they lie in a line; what is transposed is an eighth of the numbers."""
+    rows, columns = values.shape
+    if rows % 8:
+        raise ValueError(f"{rows} rows do not pack into 32-bit words of eight")
+    eights = values.contiguous().view(rows // 8, 8, columns)
+    octets = values.new_empty((rows // 8, columns, 4))  # little-endian words
+    for i in range(4):
+        octets[..., i] = eights[:, order[2 * i]] | eights[:, order[2 * i + 1]] << 4
+    return octets.view(torch.int32).squeeze(-1).t().contiguous()
+
+
+def unpack_rows(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of `pack_rows`: int32 ``[columns, words]`` -> uint8 ``[8 * words, columns]``."""
+    columns, count = words.shape
+    octets = words.t().contiguous().view(torch.uint8).view(count, columns, 4)
+    eights = octets.new_empty((count, 8, columns))
+    for i in range(4):
+        both = octets[..., i].contiguous()
+        eights[:, order[2 * i]] = both & 15
+        eights[:, order[2 * i + 1]] = both >> 4
+    return eights.view(8 * count, columns)

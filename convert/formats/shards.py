@@ -14,7 +14,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.shards import file_sizes, open_shards
 from qtool.convert.files.writer import Spec, nbytes
-from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
@@ -130,8 +130,8 @@ class ShardTensors:
         self._writer = open_shards(folder, plan.specs, key)
         self._written = Checkpoint.open(folder)
         self._linears = Linears(self._written, form.section)
-        self.flush, self.commit = self._writer.flush, self._writer.commit
-        self.close, self.release = self._writer.close, self._writer.release
+        self.commit, self.close = self._writer.commit, self._writer.close
+        self.wait, self.release = self._writer.wait, self._writer.release
 
     @property
     def steps(self) -> Sequence[Mapping[str, Any]]:
@@ -147,9 +147,9 @@ class ShardTensors:
         for suffix, tensor in self._form.container.pack(codes, self._form.section).items():
             self._writer.write(f"{matrix}.{suffix}", tensor)
 
-    def codes(self, matrix: str) -> Codes:
+    def codes(self, matrix: str, device: torch.device = CPU) -> Codes:
         """Read back."""
-        return self._linears.codes(matrix)
+        return self._linears.codes(matrix, device)
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         """Names without ``prefix``; matrices dequantized."""

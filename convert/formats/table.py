@@ -88,8 +88,11 @@ class Container(Stored, Protocol):
     def unpack(self, tensors: Mapping[str, torch.Tensor], section: Section) -> Codes:
         """Inverse of `pack`."""
 
-    def shape(self, tensor: Callable[[str], torch.Tensor], section: Section) -> tuple[int, int]:
-        """``(out, in)`` of a linear; ``tensor(suffix)`` reads one of its tensors."""
+    def shape(
+        self, sizes: Callable[[str], tuple[int, ...]], tensor: Callable[[str], torch.Tensor], section: Section
+    ) -> tuple[int, int]:
+        """``(out, in)`` of a linear; ``sizes(suffix)``: the shape of one of its tensors, which need not be read for
+        it; ``tensor(suffix)`` reads one."""
 
     def observed(self, tensor: Callable[[str], torch.Tensor], parts: Collection[str], section: Section) -> Observed:
         """What the container's loading rules ask of a linear's numbers; ``parts``: the suffixes that it has."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.reading import read_bytes, read_json, shown
+from qtool.convert.files.workers import workers
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
@@ -25,11 +26,12 @@ from qtool.convert.models.table import gguf_facts
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.implied import Implied, Shapes
-from qtool.convert.verify.tensors import Check, Result, hollow
+from qtool.convert.verify.tensors import Check, Result, Seen, hollow, see_codes
 
 KEYS = "keys of the file"
 TOKENIZER = "tokenizer."
 FLOAT32 = 1e-6  # relative: what a key of 32 bits leaves of a number
+AT_ONCE = 1 << 23  # weights that are read at a time
 TABLE_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
 
 
@@ -42,19 +44,19 @@ def check_tensors(artifact: Artifact) -> Result:
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
-    for name, typed in tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts).items():
+    typed = tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts)
+    seen = _seen(file, [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type])
+    for name in shapes:
         found = file.layout[name][0]
-        if name != ROPE_FREQS and found != typed.type:
-            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed.type}")
+        if name not in seen:
+            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed[name].type}")
             continue
-        experts = range(shapes[name][0]) if name.endswith(STACKED) and len(shapes[name]) == 3 else (None,)
-        for expert in experts:
-            values, told = file.blocks(name, expert).dequantize(), piece(name, expert)
-            if not bool(values.isfinite().all()):
+        for told, one in seen[name]:
+            if not one.finite:
                 reasons.append(f"{told} holds NaN or Inf")
             elif len(shapes[name]) >= 2:
-                reasons += hollow(told, values)
-            elif name.endswith("norm.weight") and not bool(values.any()):
+                reasons += hollow(told, one)
+            elif name.endswith("norm.weight") and one.zeros == one.count:
                 reasons.append(f"{told} is all zero")
     reasons += [f"the key {key} is missing" for key in required_keys(facts) if file.metadata(key) is None]
     reasons += _unlike_config(file, config)
@@ -64,6 +66,26 @@ def check_tensors(artifact: Artifact) -> Result:
     if len(tokens) != rows:
         reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")
     return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
+
+
+def _seen(file: GgufFile, names: Sequence[str]) -> dict[str, list[tuple[str, Seen]]]:
+    """Tensor -> (its name, what is seen of it), of a stack for each expert. All processors look at parts of rows; each
+    holds `AT_ONCE` weights in blocks, and a `PIECE` of them dequantized."""
+    parts: list[tuple[str, int | None, int, int]] = []
+    for name in names:
+        *stack, rows, columns = (1, *file.layout[name][1])[-3:]
+        experts = range(stack[0]) if name.endswith(STACKED) and len(file.layout[name][1]) == 3 else (None,)
+        step = max(1, AT_ONCE // columns)
+        parts += [
+            (name, expert, first, min(first + step, rows)) for expert in experts for first in range(0, rows, step)
+        ]
+    with workers("verifying") as pool:
+        looked = list(pool.map(lambda part: see_codes(file.blocks(part[0], part[1], part[2:])), parts))
+    found: dict[str, dict[str, Seen]] = {name: {} for name in names}
+    for (name, expert, *_), one in zip(parts, looked, strict=True):
+        told = piece(name, expert)
+        found[name][told] = found[name].get(told, Seen()).with_(one)
+    return {name: list(by_expert.items()) for name, by_expert in found.items()}
 
 
 def _unlike_config(file: GgufFile, config: Mapping[str, Any]) -> Iterator[str]:

@@ -9,17 +9,30 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.files.checkpoint import Checkpoint, TensorInfo
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
+from qtool.convert.files.workers import workers
 from qtool.convert.files.writer import Spec
 from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.verify.implied import Implied, Shapes
-from qtool.convert.verify.tensors import FLOATS, PLAIN_TOLERANCE, Check, Result, hollow, plain_faults
+from qtool.convert.verify.tensors import (
+    FLOATS,
+    PIECE,
+    PLAIN_TOLERANCE,
+    Check,
+    Result,
+    Seen,
+    hollow,
+    plain_faults,
+    see,
+    see_codes,
+)
 
 FURTHER: tuple[tuple[str, Check], ...] = ()
 TABLE_TOLERANCE = PLAIN_TOLERANCE
+AT_ONCE = 8  # linears: of each two bytes a weight are in memory, and a `PIECE` dequantized
 
 
 def check_tensors(artifact: Artifact) -> Result:
@@ -40,21 +53,34 @@ def check_tensors(artifact: Artifact) -> Result:
             reasons.append(f"config.json says {key} {said}, the artifact was made with {made[key]}")
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)
     parts = {f"{linear}.{suffix}" for linear in linears for suffix in packed.parts(linear)}
+    with workers("verifying", AT_ONCE) as pool:
+        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts), tensors)
+        seen = dict(zip(tensors, looked, strict=True))
+        faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype), linears))
     plain: list[str] = []
     family = find_family(artifact.config)
     for name, info in tensors.items():
-        tensor = artifact.checkpoint.tensor(name)
-        if info.dtype.is_floating_point and not bool(tensor.isfinite().all()):
+        if info.dtype.is_floating_point and not seen[name].finite:
             reasons.append(f"{name} holds NaN or Inf")
         if name not in parts:
-            plain += plain_faults(name, tensor, artifact.config)
+            plain += plain_faults(name, info.dtype, len(info.shape), seen[name], artifact.config)
             if "dtype" in made and info.dtype != dtype and (family is None or family.casts(name)):
                 plain.append(f"{name} is {info.dtype}, expected {dtype}")
-    for linear in linears:
-        reasons += _linear_faults(artifact, linear, dtype)
+    reasons += [fault for found in faults for fault in found]
     reasons += plain
     count = len(tensors)
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
+
+
+def _look(checkpoint: Checkpoint, name: str, part: bool) -> Seen:
+    """A tensor, some rows at a time. Integers that are part of a linear are looked at with that."""
+    info = checkpoint.tensors[name]
+    if not info.dtype.is_floating_point and part:
+        return Seen()
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, PIECE * rows * info.dtype.itemsize // max(1, info.nbytes))
+    wide = torch.float32 if info.dtype in FLOATS.values() else torch.float64
+    return see(checkpoint.part(name, first, first + step).to(wide) for first in range(0, rows, step))
 
 
 def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[str]:
@@ -80,7 +106,7 @@ def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[
         return [error.message]
     if getattr(codes, "g_idx", None) is not None and packed.section.get("desc_act") is False:
         reasons.append(f"{linear}.g_idx is out of order, and desc_act is false: kernels do not look at it")
-    return reasons + list(hollow(linear, codes.dequantize()))
+    return reasons + list(hollow(linear, see_codes(codes)))
 
 
 def _misfits(linear: str, expected: Mapping[str, Spec], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -3,12 +3,15 @@ too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qtool.convert.artifact import Artifact
+from qtool.convert.formats.codes import Codes
 from qtool.convert.models.table import find_family
 
 Result = tuple[str, list[str], str]
@@ -16,13 +19,51 @@ Check = Callable[[Artifact], Result]
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 65504.0  # beyond it, kernels that compute in float16 see infinity
 PLAIN_TOLERANCE = 0.02  # of what is not quantized, rounded to 16 bits once or twice
+PIECE = 1 << 19  # weights that are dequantized at a time
 ZEROS = 0.99  # of a matrix's weights: nothing is left of it
 
 
-def hollow(name: str, weight: torch.Tensor) -> Iterator[str]:
+@dataclass(frozen=True)
+class Seen:
+    """Of a tensor's numbers: how many, how many zeros, the smallest and the largest (NaN where one is)."""
+
+    count: int = 0
+    zeros: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    @property
+    def finite(self) -> bool:
+        return self.count == 0 or (math.isfinite(self.low) and math.isfinite(self.high))
+
+    def with_(self, other: Seen) -> Seen:
+        """Of both."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        if any(map(math.isnan, (self.low, self.high, other.low, other.high))):  # which compares with nothing
+            low = high = math.nan
+        return Seen(self.count + other.count, self.zeros + other.zeros, low, high)
+
+
+def see(pieces: Iterable[torch.Tensor]) -> Seen:
+    """A tensor that comes in pieces."""
+    seen = Seen()
+    for piece in pieces:
+        if piece.numel():
+            low, high = (float(value) for value in piece.aminmax())
+            seen = seen.with_(Seen(piece.numel(), piece.numel() - int(piece.count_nonzero()), low, high))
+    return seen
+
+
+def see_codes(codes: Codes) -> Seen:
+    """The weights that codes stand for, in pieces that stay in a processor's cache: a third of the time, and little
+    memory."""
+    return see(piece.dequantize() for piece in codes.pieces(PIECE))
+
+
+def hollow(name: str, seen: Seen) -> Iterator[str]:
     """Ways in which a matrix, dequantized, holds nothing of a model."""
-    low, high = (float(value) for value in weight.aminmax()) if weight.numel() else (0.0, 0.0)
-    zeros = float((weight == 0).float().mean()) if weight.numel() else 1.0
+    low, high = (seen.low, seen.high) if seen.count else (0.0, 0.0)
+    zeros = seen.zeros / seen.count if seen.count else 1.0
     if not (abs(low) <= LARGEST and abs(high) <= LARGEST):  # NaN too
         yield f"{name} has weights from {low:.4g} to {high:.4g}: float16 ends at {LARGEST:.0f}"
     elif low == high == 0:
@@ -33,13 +74,15 @@ def hollow(name: str, weight: torch.Tensor) -> Iterator[str]:
         yield f"{name} is zero but for {1 - zeros:.2%} of its weights"
 
 
-def plain_faults(name: str, tensor: torch.Tensor, config: Mapping[str, Any]) -> Iterator[str]:
+def plain_faults(
+    name: str, dtype: torch.dtype, dimensions: int, seen: Seen, config: Mapping[str, Any]
+) -> Iterator[str]:
     """Of a tensor that is not quantized."""
-    if tensor.dtype not in FLOATS.values():
-        yield f"{name} is {tensor.dtype}, which is no model's weight"
-    elif tensor.ndim >= 2:
-        yield from hollow(name, tensor.float())
-    elif name.endswith("norm.weight") and not norm_offset(name, config) and not bool(tensor.any()):
+    if dtype not in FLOATS.values():
+        yield f"{name} is {dtype}, which is no model's weight"
+    elif dimensions >= 2:
+        yield from hollow(name, seen)
+    elif name.endswith("norm.weight") and not norm_offset(name, config) and seen.zeros == seen.count:
         yield f"{name} is all zero"
 
 

@@ -37,10 +37,20 @@ def reset_resident_peak() -> None:
 
 
 def resident_peak() -> int | None:
-    """Bytes of this process's resident peak."""
+    """Bytes of this process's resident peak: with the pages of files that it has mapped, which the kernel takes back
+    whenever somebody asks for memory."""
+    return _status("VmHWM")
+
+
+def anonymous_memory() -> int | None:
+    """Bytes that are this process's own now: no file holds them, so no one can take them back."""
+    return _status("RssAnon")
+
+
+def _status(key: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
     except (OSError, StopIteration):
         return None
 

@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.make.job import Job, device_kind
 from qtool.make.output import Output
+from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.runs import ledger
 
@@ -68,7 +69,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         device="host" if on_host else device_kind(job.device),
         device_bytes=0 if on_host else peak,
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=(peak if on_host else 0) + 2 * layer + (LIBRARIES if outputs else 0),
+        host_bytes=(peak + memory(outputs, job.device) if on_host else 0) + 2 * layer + (LIBRARIES if outputs else 0),
         host_free=host_memory(),
         disk_bytes=disk,
         disk_free=shutil.disk_usage(parent).free,

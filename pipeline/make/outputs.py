@@ -21,12 +21,12 @@ from qtool.convert.files.journal import journal_key
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify.files import check_files
-from qtool.make.behind import Behind
 from qtool.make.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.make.needs import refuse_what_cannot_finish
 from qtool.make.output import Output
 from qtool.make.progress import progress_bar
 from qtool.make.writer import OutputWriter
+from qtool.make.writing import writing
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.walk import LayerResult, Walk
 from qtool.runs.stages import stage
@@ -144,6 +144,8 @@ def _saying_where(writers: Mapping[str, OutputWriter], layers: int) -> Iterator[
 def _seal(writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> None:
     """Every output that can be; then raises QtoolError for those that cannot."""
     faults: dict[str, QtoolError] = {}
+    for writer in writers.values():
+        writer.close()  # all files are hashed side by side
     for name, writer in writers.items():
         try:
             with stage("sealing", name):
@@ -193,21 +195,15 @@ def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: Calibratio
     start = min(writer.layers_done for writer in writers.values())
     columns = [writer.column for writer in writers.values()]
     walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
-    with progress_bar() as bar:
-
-        def write(result: LayerResult) -> None:
-            if result.index is not None:
-                job.require_unchanged()  # before any layer is noted as done
-            _write(writers, result)
-            if result.index is not None:
-                bar.advance(task)
-
-        with Behind(write, "writer") as writer:  # packs, compares and writes a layer while the next one is rounded
-            for result in _timed(walk.outside()):
-                writer.give(result)
-            task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
-            for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
-                writer.give(result)
+    with (
+        progress_bar() as bar,
+        writing(writers, job.device, job.require_unchanged, lambda: bar.advance(task)) as written,
+    ):
+        for result in _timed(walk.outside()):
+            written.give(result)
+        task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)
+        for result in _timed(walk.run(start) if start < len(walk.layers) else iter(())):
+            written.give(result)
 
 
 def _timed(results: Iterator[LayerResult]) -> Iterator[LayerResult]:
@@ -217,9 +213,3 @@ def _timed(results: Iterator[LayerResult]) -> Iterator[LayerResult]:
         if result is None:
             return
         yield result
-
-
-def _write(writers: Mapping[str, OutputWriter], result: LayerResult) -> None:
-    for name, codes in result.outputs.items():
-        with stage("writing", f"{name}: {result.prefix.rstrip('.') or 'outside the layers'}"):
-            writers[name].write(result, codes)

@@ -14,6 +14,7 @@ from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.shards import open_shards
 from qtool.convert.files.writer import TensorWriter
+from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.output import Output
@@ -61,29 +62,36 @@ class OutputWriter:
         steps = len(self.file.steps)
         return steps if self.kept is None else min(steps, len(self.kept.steps))
 
-    def write(self, result: LayerResult, codes: LayerCodes) -> None:
-        """Write, make durable, read back and compare bit for bit, then note a layer as done; tensors outside the layers
-        are not noted, and written again by every run."""
-        prefix = result.prefix
+    def put_tensors(self, prefix: str, codes: LayerCodes) -> None:
+        """Write what is not quantized, and what the method keeps."""
         for name, tensor in codes.tensors.items():
             self.file.write(prefix + name, tensor)
-        for matrix, chosen in codes.codes.items():
-            self.file.write_codes(prefix + matrix, chosen)
         if self.kept is not None:
             for name, tensor in codes.kept.items():
                 self.kept.write(prefix + name, tensor)
-        if codes.codes:
-            self.file.flush()
-        for matrix, chosen in codes.codes.items():
-            if not self.file.codes(prefix + matrix).equals(chosen.cpu()):
-                raise QtoolError(f"{self.file.place}: {prefix}{matrix} does not read back as it was written.", 3)
+
+    def put_matrix(self, name: str, codes: Codes) -> None:
+        """Write, read back and compare bit for bit, where the codes lie. Several threads may."""
+        self.file.write_codes(name, codes)
+        if not self.file.codes(name, codes.device).equals(codes):
+            raise QtoolError(f"{self.file.place}: {name} does not read back as it was written.", 3)
+
+    def commit(self, result: LayerResult, codes: LayerCodes) -> None:
+        """Make a layer durable whose every part was put, then note it as done; tensors outside the layers are not
+        noted, and written again by every run."""
         if result.index is None:
             return
         if self.kept is not None and result.index >= len(self.kept.steps):
             self.kept.commit({"layer": result.index})
         if result.index >= len(self.file.steps):
-            records = {prefix + matrix: record for matrix, record in codes.records.items()}
+            records = {result.prefix + matrix: record for matrix, record in codes.records.items()}
             self.file.commit({"layer": result.index, "records": records})
+
+    def close(self) -> None:
+        """All layers are written. Threads make the files' digests from here on."""
+        self.file.close()
+        if self.kept is not None:
+            self.kept.close()
 
     def release(self) -> None:
         """Close what is open, finished or not."""
@@ -94,11 +102,8 @@ class OutputWriter:
     def seal(self, calibration: CalibrationSet) -> None:
         """Close the files, carry the sidecars along, describe everything in the manifest, rename."""
         job, output = self.job, self.output
-        self.file.close()
-        kept = None
-        if self.kept is not None:
-            self.kept.close()
-            kept = Checkpoint.open(self.kept.folder)
+        self.close()
+        kept = None if self.kept is None else Checkpoint.open(self.kept.folder)
         ledger = {matrix: record for step in self.file.steps for matrix, record in step["records"].items()}
         notes = [*output.notes, *output.method.remarks(ledger)]
         if (reached := coverage(ledger)) and reached.unseen:
@@ -113,6 +118,9 @@ class OutputWriter:
         # the file may be published: where the text lay on this machine is nobody's business
         told = CalibrationText(text.samples, text.length, without_folders(text.text))
         notes += self.file.finish(proof, kept, told)
+        for file in (self.file, self.kept):
+            if file is not None:
+                file.wait()
         manifest = manifest_of(job, output, calibration, ledger, notes)
         seal(output.partial, output.folder, manifest, job.require_unchanged)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.convert.files.durable import write_whole
-from qtool.evaluate.engines.machine import resident_peak
+from qtool.evaluate.engines.machine import anonymous_memory, resident_peak
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,31 @@ class Span:
     ended: float
 
 
+SAMPLED = 0.05
+_anonymous = [0]
 _spans: list[Span] | None = None  # of the run that this process records; appended to by any thread
 
 
 @contextmanager
 def recording() -> Iterator[list[Span]]:
-    """The spans of the block, as they end."""
+    """The spans of the block, as they end. Meanwhile a thread looks at the process's own memory."""
     global _spans
     before, _spans = _spans, []
+    _anonymous[0], ended = 0, threading.Event()
+    watching = threading.Thread(target=_watch, args=(ended,), name="memory", daemon=True)
+    watching.start()
     try:
         yield _spans
     finally:
+        ended.set()
+        watching.join()
         _spans = before
+
+
+def _watch(ended: threading.Event) -> None:
+    """No kernel counts this peak."""
+    while not ended.wait(SAMPLED):
+        _anonymous[0] = max(_anonymous[0], anonymous_memory() or 0)
 
 
 @contextmanager
@@ -66,8 +79,9 @@ def seconds_of(spans: Sequence[Span]) -> dict[str, float]:
 
 
 def peaks() -> dict[str, int]:
-    """Bytes: the largest resident memory of this process, and what torch took of an accelerator at most."""
-    found = {"resident": resident_peak() or 0}
+    """Bytes: the largest resident memory of this process; the largest that was its own, looked at `SAMPLED` seconds
+    apart while a run is recorded; and what torch took of an accelerator at most."""
+    found = {"resident": resident_peak() or 0, "anonymous": _anonymous[0]}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         found["device"] = torch.cuda.max_memory_allocated()

@@ -120,15 +120,19 @@ class GgufFile:
         """A key's value, None where the file does not have it."""
         return read_value(self.path, self._header, key)
 
-    def blocks(self, name: str, expert: int | None = None) -> GgmlBlocks:
+    def blocks(self, name: str, expert: int | None = None, part: tuple[int, int] | None = None) -> GgmlBlocks:
         """A tensor as stored, in llama.cpp's row order; vectors become one row. Of a stack one ``expert``'s matrix, or
-        all below each other."""
+        all below each other. ``part``: the first of its rows, and the row behind the last."""
         place = self.tensors[name]
+        rows, columns = math.prod(place.shape[:-1]), place.shape[-1]
+        width, begin = place.nbytes // rows, 0
         if expert is not None:
-            size = place.nbytes // place.shape[0]
-            place = replace(place, shape=place.shape[1:], nbytes=size, data_offset=place.data_offset + expert * size)
-        rows = math.prod(place.shape[:-1])
-        return GgmlBlocks(read_tensor(self.path, place).view(rows, -1), place.type, (rows, place.shape[-1]))
+            rows //= place.shape[0]
+            begin = expert * rows
+        first, last = part or (0, rows)
+        rows, begin = last - first, begin + first
+        place = replace(place, nbytes=rows * width, data_offset=place.data_offset + begin * width)
+        return GgmlBlocks(read_tensor(self.path, place).view(rows, -1), place.type, (rows, columns))
 
     def hf_names(self) -> dict[str, str]:
         """HF name -> GGUF name of every tensor that the model has."""

@@ -13,7 +13,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.writer import TensorWriter
-from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, gguf_layout
@@ -133,8 +133,8 @@ class GgufTensors:
         self.question: TokenQuestion | None = TokenQuestion(
             self.place, self.tokenizer, self._beyond, prompts, form.rules
         )
-        self.flush, self.commit = self.writer.flush, self.writer.commit
-        self.close, self.release = self.writer.close, self.writer.release
+        self.commit, self.close = self.writer.commit, self.writer.close
+        self.wait, self.release = self.writer.wait, self.writer.release
         if (factors := rope_factors(self.config)) is not None:  # of config.json, no tensor of the checkpoint
             self.writer.write(ROPE_FREQS, factors.view(torch.uint8))
 
@@ -163,11 +163,11 @@ class GgufTensors:
     def write_codes(self, matrix: str, codes: Codes) -> None:
         """In llama.cpp's row order."""
         assert isinstance(codes, GgmlBlocks)
-        self._put(f"{matrix}.weight", codes.cpu().data)
+        self._put(f"{matrix}.weight", codes.data)
 
-    def codes(self, matrix: str) -> GgmlBlocks:
+    def codes(self, matrix: str, device: torch.device = CPU) -> GgmlBlocks:
         """In the source's row order."""
-        return self._written.codes(matrix)
+        return self._written.codes(matrix).to(device)
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         """Names without ``prefix``; dequantized, float32. Without norms that the file holds with 1 added: taking it
