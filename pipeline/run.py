@@ -31,6 +31,8 @@ from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
+from qtool.recipe.checking import read
+from qtool.recipe.overrides import NONE, Overrides, text_of
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
@@ -42,10 +44,12 @@ from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
 
-def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
+def prepare(
+    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, overrides: Overrides = NONE
+) -> Job:
     """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
     (None: nothing will be written)."""
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, overrides)
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
@@ -99,25 +103,28 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 
 def run(
-    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None
-) -> RunRecord:
-    """Run a recipe. Raises QtoolError; gate results are returned, not raised. ``profile``: a file for the trace of the
-    stages, written however the run ends."""
+    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None,
+    overrides: Overrides = NONE,
+) -> RunRecord:  # fmt: skip
+    """Run a recipe, with ``overrides`` in it. Raises QtoolError; gate results are returned, not raised. ``profile``: a
+    file for the trace of the stages, written however the run ends."""
     if profile is not None:
         require_writable(profile.parent, "--profile")
     with recording() as spans:
         try:
-            return _run(path, runs, device, only, spans)
+            return _run(path, runs, device, only, overrides, spans)
         finally:
             if profile is not None:
                 write_trace(profile, spans)
 
 
-def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span]) -> RunRecord:
+def _run(
+    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, spans: list[Span]
+) -> RunRecord:  # fmt: skip
     started = time.monotonic()
     text = read_text(path) if path.is_file() else ""
     with stage("opening"):
-        job = prepare(path, device, only, runs)
+        job = prepare(path, device, only, runs, overrides)
     recipe = job.recipe
     for note in job.notes:
         click.echo(note, err=True)
@@ -133,14 +140,14 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
     if read_text(path) != text:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
-        record.begin(folder, text)
+        record.begin(folder, text_of(text, overrides, read(path, overrides) if overrides else None))
     artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
-        lock = _lock(folder, job, calibration, artifacts)
+        lock = _lock(folder, job, calibration, artifacts, overrides)
         record.write_lock(folder, lock)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
@@ -207,12 +214,15 @@ def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:
     return [source_subject(job.checkpoint, job.source.commit), *(artifact_subject(n, a) for n, a in artifacts.items())]
 
 
-def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> record.Lock:
+def _lock(
+    folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact], overrides: Overrides
+) -> record.Lock:
     """What the recipe's names resolved to."""
     nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
     parameters = job.outputs[0].plan.parameters
     return record.Lock(
         recipe=job.recipe.digest,
+        overrides=dict(overrides),
         source=record.LockedSource(
             model=job.recipe.model.id, name=job.source.name, commit=job.source.commit,
             bytes=nbytes, bits_per_weight=8 * nbytes / parameters,

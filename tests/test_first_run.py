@@ -47,7 +47,7 @@ def test_help_names_every_recipe_that_ships_and_a_run_says_which_it_took(
     shown = CliRunner().invoke(main, ["run", "--help"]).output
     assert ", ".join(sorted(SHIPPED)) in " ".join(shown.split())
     result = CliRunner().invoke(main, ["run", "smoke", "--dry-run"])
-    assert (result.exit_code, "smoke.yaml (copy it to change it)" in result.stderr) == (0, True), result.output
+    assert (result.exit_code, "`qtool recipes smoke` prints it" in result.stderr) == (0, True), result.output
     assert "files that stay behind" in result.stdout
 
 

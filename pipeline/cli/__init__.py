@@ -11,11 +11,12 @@ from qtool.cli import bundle as cli_bundle
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
+from qtool.cli import recipes as cli_recipes
 from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
-from qtool.cli.options import FAILED, device_option, runs_option
+from qtool.cli.options import FAILED, device_option, runs_option, set_option
 from qtool.cli.processors import share_processors
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
@@ -29,6 +30,7 @@ def main() -> None:
     \b
     Examples:
       qtool run demo                           convert, verify, score, judge a model that ships here
+      qtool init ./My-Model                    a recipe for your model, each choice explained
       qtool run my-recipe.yaml --dry-run       the plan: sizes, bits per weight, memory, disk
       qtool verify artifacts/My-Model-awq      re-open an artifact and check it
       qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
@@ -44,24 +46,28 @@ def main() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
+@set_option
 @runs_option
 @device_option
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
-    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, profile: Path | None
+    recipe: Path, dry_run: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
+    profile: Path | None,
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4,
-    qwen3-coder-30b-a3b, smoke. Run again after an interruption and it continues after the last finished layer; what is
+    qwen3-coder-30b-a3b, smoke (`qtool recipes` says what each is). Run again after an interruption and it continues after the last finished layer; what is
     finished is reused.
 
     \b
     Examples:
       qtool run demo
       qtool run awq --dry-run
+      qtool run awq --set model=./My-Model --set outputs.0.group_size=64
       qtool run my-recipe.yaml --only awq --device cuda
     """
+    from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
     from qtool.report import job as job_report
     from qtool.report import terminal as report
@@ -70,11 +76,12 @@ def run(
 
     found = locate(recipe)
     if found != recipe:
-        click.echo(f"recipe: {found} (copy it to change it)", err=True)
+        click.echo(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)", err=True)
+    overrides = parse_overrides(changes)
     if dry_run:
-        job_report.print_plan(prepare(found, device, only))
+        job_report.print_plan(prepare(found, device, only, overrides=overrides))
         return
-    result = run_recipe(found, runs, device, only, profile)
+    result = run_recipe(found, runs, device, only, profile, overrides)
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)
@@ -102,6 +109,8 @@ def verify(artifact: Path, source: Path | None) -> None:
         raise SystemExit(FAILED)
 
 
+main.add_command(cli_recipes.init)
+main.add_command(cli_recipes.recipes)
 main.add_command(cli_evaluate.evaluate)
 main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)

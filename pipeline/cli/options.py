@@ -30,6 +30,12 @@ def device_option(command: FC) -> FC:
     )(command)
 
 
+def set_option(command: FC) -> FC:
+    """`--set`."""
+    said = "A value of the recipe, by path: outputs.0.group_size=64 (repeatable)."
+    return click.option("--set", "changes", multiple=True, metavar="PATH=VALUE", help=said)(command)
+
+
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """``2k,8k,131072`` -> (2048, 8192, 131072). Raises QtoolError naming what is no number."""
     found = []

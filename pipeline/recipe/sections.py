@@ -22,6 +22,7 @@ from qtool.recipe.judging import (
     ServeSection,
     Text,
 )
+from qtool.recipe.overrides import NONE, Overrides
 
 if TYPE_CHECKING:
     OutputSection = Method
@@ -88,9 +89,9 @@ class Recipe(Section):
         return digest_of(self.model_dump(mode="json", exclude={"measure", "serve", "gates", "publish"}))
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises QtoolError listing every fault with its path in the file."""
-    return load(path, Recipe)
+def load_recipe(path: Path, overrides: Overrides = NONE) -> Recipe:
+    """Read a recipe, with ``overrides`` in it. Raises QtoolError listing every fault with its path in the file."""
+    return load(path, Recipe, overrides)
 
 
 def checked_recipe(data: dict[str, Any], where: str) -> Recipe:

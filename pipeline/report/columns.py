@@ -34,3 +34,13 @@ def print_table(
         for row in rows:
             table.add_row(*(escape(row.get(head, "")) for head in shown))
         console.print(table)
+
+
+def print_list(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names, and beside each what it is, in lines that end with the terminal's."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, said in pairs:
+        table.add_row(escape(name), escape(said))
+    console.print(table)

@@ -52,9 +52,10 @@ class LockedArtifact(_File):
 
 
 class Lock(_File):
-    """`lock.json`: what the recipe's names resolved to."""
+    """`lock.json`: what the recipe's names resolved to. ``overrides``: what `--set` put into it, by path."""
 
     recipe: str
+    overrides: dict[str, Any] = {}
     source: LockedSource
     calibration: str
     device: str
