@@ -1,4 +1,4 @@
-"""`qtool init`: a first recipe for a model, this machine and a card, from headers alone; a reason beside every choice."""
+"""`qtool init`: a first recipe for a model, this machine and a card, from headers alone, and why it is so."""
 
 from __future__ import annotations
 
@@ -94,23 +94,27 @@ def write_starter(seen: Seen, formats: Sequence[str]) -> Starter:
 
 def _aligned(part: str) -> str:
     """Comments behind values begin in one column of a section."""
-    lines = [line.partition("  # ") if not line.lstrip().startswith("#") else (line, "", "") for line in part.split("\n")]
+    lines = [
+        line.partition("  # ") if not line.lstrip().startswith("#") else (line, "", "") for line in part.split("\n")
+    ]
     at = max((len(code.rstrip()) for code, mark, _ in lines if mark), default=0)
     return "\n".join(f"{code.rstrip():{at}}  # {said.strip()}" if mark else code for code, mark, said in lines)
 
 
 def _head(seen: Seen, formats: Sequence[str], missing: Sequence[str]) -> str:
     geometry, source = seen.headers.geometry, weights_of(seen.headers, SOURCE)
-    number = source.parameters / (1e9 if source.parameters >= 1e9 else 1e6)
+    unit, word = (1e9, "billion") if source.parameters >= 1e9 else (1e6, "million")
+    context = f"{geometry.max_context or 0:,} tokens of context"
+    free = " of memory free" if seen.card.processor else ""
     told = [
         f"Written by `qtool init` (qtool {version('qtool-llm')}). Every key: `qtool recipes --keys`.",
         "  qtool run THIS-FILE --dry-run     the plan: no weight is read",
         "  qtool run THIS-FILE               convert, verify, score, judge, report",
         *(f"First: {line}" for line in missing),
         "",
-        f"Model: {geometry.architecture}, {number:.1f} {'billion' if source.parameters >= 1e9 else 'million'} parameters,",
-        f"  {geometry.layers} layers, {geometry.max_context or 0:,} tokens of context; {size_text(source.nbytes)} ({source.format}).",
-        f"Served on: {seen.card.name}, {seen.card.memory / GIB:.1f} GiB{' of memory free' if seen.card.processor else ''}.",
+        f"Model: {geometry.architecture}, {source.parameters / unit:.1f} {word} parameters,",
+        f"  {geometry.layers} layers, {context}; {size_text(source.nbytes)} ({source.format}).",
+        f"Served on: {seen.card.name}, {seen.card.memory / GIB:.1f} GiB{free}.",
         *_planned(seen, formats),
         f"Converted on: {_device(seen)}.",
     ]
@@ -149,7 +153,8 @@ def _model(headers: Headers) -> str:
     name = headers.name if headers.name in SHIPPED else headers.place or headers.name
     if headers.revision is None and (name in SHIPPED or "/" not in name or name.startswith((".", "/", "~"))):
         return f"model: {_scalar(name)}"
-    return f"model:\n  id: {_scalar(name)}\n  revision: {_scalar(headers.revision or 'main')}    # the run's lock.json has the commit"
+    revision = f"  revision: {_scalar(headers.revision or 'main')}  # the run's lock.json has the commit"
+    return f"model:\n  id: {_scalar(name)}\n{revision}"
 
 
 def _calibration(samples: int, length: int, memory: str) -> str:
@@ -166,7 +171,9 @@ def _outputs(seen: Seen, methods: Sequence[Method], formats: Sequence[str]) -> s
     for method, name in zip(methods, formats, strict=True):
         section = str(method.container.of_model(decoder_of(seen.headers.config)).section["quant_method"])
         readers = ", ".join(dict.fromkeys(runtime.engine for runtime in runs_in(section)))
-        why = f"read by {readers}" + (f"; the usual choice for {seen.card.name}" if name == default_format(seen.card) else "")
+        why = f"read by {readers}" + (
+            f"; the usual choice for {seen.card.name}" if name == default_format(seen.card) else ""
+        )
         lines.append(f"  - method: {method.model_dump()['method']}    # {why}")
         lines += [f"    {key}: {value}" + (f"    # {said}" if said else "") for key, value, said in _keys(seen, method)]
     return "\n".join(lines)
@@ -192,7 +199,11 @@ def _fitting(headers: Headers, name: str) -> Method:
     asked = method_of(name)
     assert asked is not None
     family, chosen = find_family(headers.config), None
-    sizes = [""] if "-g" in name or "group_size" not in type(asked).model_fields else [f"-g{n}" for n in sorted(GROUPS)[::-1]]
+    sizes = (
+        [""]
+        if "-g" in name or "group_size" not in type(asked).model_fields
+        else [f"-g{n}" for n in sorted(GROUPS)[::-1]]
+    )
     for number, size in enumerate(sizes):
         try:
             weights_of(headers, name + size)

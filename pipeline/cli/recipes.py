@@ -13,7 +13,9 @@ from qtool.cli.options import write_text
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--method", "methods", default="", help="awq, gptq, nf4, gguf, or formats such as Q5_K_M; comma-separated.")
+@click.option(
+    "--method", "methods", default="", help="awq, gptq, nf4, gguf, or formats such as Q5_K_M; comma-separated."
+)
 @click.option("--card", help="Where it will be served, or `cpu` (default: this machine's card, else its processor).")
 @click.option("--revision", help="The Hub model's revision.")
 @click.option("--out", default="recipe.yaml", show_default=True, help="The file to write; - prints it.")
@@ -73,7 +75,7 @@ def recipes(name: str | None, keys: bool, schema: bool) -> None:
       qtool recipes --schema > recipe.schema.json
     """
     if keys or schema:
-        from qtool.recipe.reference import SCHEMA, markdown, schema_text
+        from qtool.recipe.reference import markdown, schema_text
 
         click.echo(schema_text() if schema else markdown(), nl=False)
         return

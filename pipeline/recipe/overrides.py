@@ -36,7 +36,9 @@ def apply_overrides(data: Any, overrides: Overrides) -> None:
         *way, last = path.split(".")
         here = data
         for number, part in enumerate(way):
-            here = _section(here, part, path, ".".join(way[: number + 1]), index_next=_is_index([*way, last][number + 1]))
+            here = _section(
+                here, part, path, ".".join(way[: number + 1]), index_next=_is_index([*way, last][number + 1])
+            )
         _put(here, last, path, value)
 
 
