@@ -45,13 +45,14 @@ def main() -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
+@click.option("--full", is_flag=True, help="With --dry-run: what becomes of every linear.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
 @set_option
 @runs_option
 @device_option
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
-    recipe: Path, dry_run: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
+    recipe: Path, dry_run: bool, full: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
     profile: Path | None,
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
@@ -67,6 +68,7 @@ def run(
       qtool run awq --set model=./My-Model --set outputs.0.group_size=64
       qtool run my-recipe.yaml --only awq --device cuda
     """
+    from qtool.make.needs import needs_of
     from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
     from qtool.report import job as job_report
@@ -79,7 +81,8 @@ def run(
         click.echo(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)", err=True)
     overrides = parse_overrides(changes)
     if dry_run:
-        job_report.print_plan(prepare(found, device, only, overrides=overrides))
+        job = prepare(found, device, only, overrides=overrides)
+        job_report.print_plan(job, needs_of(job, runs), full)
         return
     result = run_recipe(found, runs, device, only, profile, overrides)
     report.print_run(result)

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 @click.option("--shared-prefix", default="", help="Tokens that all prompts begin with: what sharing them saves.")
 @click.option("--revision", help="The Hub model's revision.")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Log of past runs.")
+@click.option("--full", is_flag=True, help="Every answer in words, every command, memory by context and users.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw memory by context against each card's line.")
 @set_option
 def plan(
     model: str, gpu: str | None, gpus: int, contexts: str, concurrency: str, kv_dtype: str, engine: str | None,
     formats: str, cards: Path | None, host_bandwidth: float | None, shared_prefix: str, revision: str | None,
-    runs: Path, as_json: bool, svg: Path | None, changes: tuple[str, ...],
+    runs: Path, full: bool, as_json: bool, svg: Path | None, changes: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Does MODEL fit, in which format, with how long a context and how many users? Weights are never downloaded.
 
@@ -71,7 +72,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(to_json(answer), indent=2))
     else:
-        plan_report.print_plan(answer)
+        (plan_report.print_full_plan if full else plan_report.print_plan)(answer)
     if svg is not None:
         write_text(svg, memory_figure.memory_by_context(answer))
         click.echo(f"picture: {svg}", err=True)

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from qtool.report.tables import Row, columns
 
@@ -34,6 +35,18 @@ def print_table(
         for row in rows:
             table.add_row(*(escape(row.get(head, "")) for head in shown))
         console.print(table)
+
+
+def say(text: str, hang: int = 2) -> None:
+    """One line of markup. A terminal breaks it between words, further lines ``hang`` to the right; a file gets one."""
+    line = Text.from_markup(text)
+    if not console.is_terminal:
+        console.print(line, soft_wrap=True, highlight=False)
+        return
+    first, *rest = line.wrap(console, console.width) or [Text()]
+    console.print(first)
+    for part in Text(" ").join(rest).wrap(console, console.width - hang) if rest else []:
+        console.print(Text(" " * hang) + part)
 
 
 def print_list(pairs: Sequence[tuple[str, str]]) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from qtool.report import figures, maps
 from qtool.report.figures import Point
-from qtool.report.tables import moved
 from qtool.runs.coverage import by_expert, by_kind, coverage
-from qtool.runs.evidence import p_text, size_text, task_label
+from qtool.runs.evidence import moved, p_text, size_text, task_label
+from qtool.runs.informative import of_task
 from qtool.runs.measurements import one_machine
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import Summary
@@ -64,7 +64,9 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
         if model.text is not None:
             said.append(f"KL {model.text.kl.estimate:.4f}")
         for task, result in model.tasks.items():
-            if (loss := result.loss) is not None:
+            if why := of_task(run.summary, task):
+                said.append(f"{task_label(task)} is {why}")
+            elif (loss := result.loss) is not None:
                 worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
                 shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
                 said.append(f"{moved(loss.difference.loss)} on {task_label(task)} ({shown})")
