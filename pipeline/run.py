@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import click
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
@@ -35,11 +32,13 @@ from qtool.recipe.checking import read
 from qtool.recipe.overrides import NONE, Overrides, text_of
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
-from qtool.runs import ledger, record
+from qtool.runs import ledger, log, record
 from qtool.runs.coverage import coverage
+from qtool.runs.evidence import size_text
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
+from qtool.runs.sessions import Working, working
+from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
@@ -83,10 +82,9 @@ def _with_enough_text(job: Job) -> Job:
         return job
     shape = job.decoder.shape
     mean = number * text.length * shape.active // shape.experts
-    click.echo(
+    log.say(
         f"calibration: {number} windows, not {text.samples}, so that the mean expert sees {mean:,} tokens "
-        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)",
-        err=True,
+        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)"
     )
     drawn = text.model_copy(update={"samples": number})
     return replace(job, recipe=recipe.model_copy(update={"calibration": drawn}))
@@ -110,25 +108,25 @@ def run(
     file for the trace of the stages, written however the run ends."""
     if profile is not None:
         require_writable(profile.parent, "--profile")
-    with recording() as spans:
+    with working() as session:
         try:
-            return _run(path, runs, device, only, overrides, spans)
+            return _run(path, runs, device, only, overrides, session)
         finally:
             if profile is not None:
-                write_trace(profile, spans)
+                write_trace(profile, session.spans)
 
 
 def _run(
-    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, spans: list[Span]
+    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, session: Working
 ) -> RunRecord:  # fmt: skip
-    started = time.monotonic()
     text = read_text(path) if path.is_file() else ""
     with stage("opening"):
         job = prepare(path, device, only, runs, overrides)
     recipe = job.recipe
     for note in job.notes:
-        click.echo(note, err=True)
-    folder = runs / recipe.digest[:16]
+        log.say(note)
+    folder = session.folder = runs / recipe.digest[:16]
+    _announce(job, folder)
     with stage("opening"):
         evaluation = _evaluation(job, runs, folder)
     if recipe.serve is not None:
@@ -136,6 +134,7 @@ def _run(
             recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
         )
     with stage("tokenizing"):
+        log.say("drawing calibration text", event="stage")
         calibration = _calibrate(job)
     if read_text(path) != text:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
@@ -153,24 +152,39 @@ def _run(
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
+        whole = session.whole()
         result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - started, 1),
-            stages=seconds_of(spans),
-            peaks=peaks(),
+            seconds=whole.seconds,
+            stages=whole.stages,
+            peaks=whole.peaks,
             checks={name: found.checks for name, found in checks.items()},
             verdicts=judge(summary, recipe.gates),
         )
         record.write_result(folder, result)
         finished = record.load_run(folder)
-    ledger.append(runs, _entry(finished))
+    ledger.append(runs, _entry(finished) | {"made": whole.made})
+    if not session.so_far().worked:
+        log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
     return finished
+
+
+def _announce(job: Job, folder: Path) -> None:
+    """The head of a run's log: model, device, outputs, the run's id."""
+    nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
+    names = [output.name for output in job.outputs]
+    size, device = size_text(nbytes), device_kind(job.device)
+    log.say(
+        f"{job.source.name} ({size}) on {device}: {', '.join(names)}; run {folder.name} in {folder}",
+        event="begin", run=folder.name, folder=str(folder), model=job.recipe.model.id, bytes=nbytes, device=device,
+        outputs=names,
+    )  # fmt: skip
 
 
 def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
-        click.echo(note, err=True)
+        log.say(note)
     return make_artifacts(job, _calibrate(job))
 
 

@@ -16,8 +16,9 @@ from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
-from qtool.cli.options import FAILED, device_option, runs_option, set_option
+from qtool.cli.options import FAILED, device_option, log_options, runs_option, set_option
 from qtool.cli.processors import share_processors
+from qtool.runs import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
@@ -50,6 +51,7 @@ def main() -> None:
 @set_option
 @runs_option
 @device_option
+@log_options
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
     recipe: Path, dry_run: bool, full: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
@@ -68,19 +70,22 @@ def run(
       qtool run awq --set model=./My-Model --set outputs.0.group_size=64
       qtool run my-recipe.yaml --only awq --device cuda
     """
-    from qtool.make.needs import needs_of
     from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
+
+    found = locate(recipe)
+    if found != recipe:
+        log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
+    log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
     from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
 
-    found = locate(recipe)
-    if found != recipe:
-        click.echo(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)", err=True)
     overrides = parse_overrides(changes)
     if dry_run:
+        from qtool.make.needs import needs_of
+
         job = prepare(found, device, only, overrides=overrides)
         job_report.print_plan(job, needs_of(job, runs), full)
         return

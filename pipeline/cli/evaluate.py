@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qtool import QtoolError
-from qtool.cli.options import device_option, runs_option
+from qtool.cli.options import device_option, log_options, runs_option
 from qtool.evaluate.engines.table import ENGINES
 
 _DAY = click.DateTime(["%Y-%m-%d"])
@@ -52,6 +52,7 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
 @runs_option
 @device_option
+@log_options
 def evaluate(
     model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
     limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,

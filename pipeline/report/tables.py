@@ -53,9 +53,10 @@ def footnote(summary: Summary) -> str:
     """What brackets, p and the measured columns mean in this table."""
     models = summary.models.values()
     tasks = [task for model in models for task in model.tasks.values()]
+    telling = [task for m in models for label, task in m.tasks.items() if not of_task(summary, label)]
     bracketed = bool(tasks) or sum(bool(model.texts) for model in models) > 1
     parts = ["Brackets: 95 % intervals."] if bracketed else []
-    if compared := [task.loss for task in tasks if task.loss is not None]:
+    if compared := [task.loss for task in telling if task.loss is not None]:
         test = "paired permutation test" if any(task.samples > 1 for task in tasks) else "McNemar test"
         among = summary.comparisons
         many = f", Holm-adjusted over the {among} comparisons of the run" if among > 1 else ""
