@@ -23,6 +23,7 @@ from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
+from qtool.make.replacing import replacing
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
@@ -38,6 +39,7 @@ from qtool.runs.evidence import size_text
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
 from qtool.runs.sessions import Working, working
+from qtool.runs.shelf import give_name
 from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
@@ -102,22 +104,24 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 def run(
     path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None,
-    overrides: Overrides = NONE,
+    overrides: Overrides = NONE, name: str = "", force: bool = False,
 ) -> RunRecord:  # fmt: skip
     """Run a recipe, with ``overrides`` in it. Raises QtoolError; gate results are returned, not raised. ``profile``: a
-    file for the trace of the stages, written however the run ends."""
+    file for the trace of the stages, written however the run ends. ``name``: what the run is called. ``force``:
+    artifacts of other recipes give way where they lie in the way."""
     if profile is not None:
         require_writable(profile.parent, "--profile")
     with working() as session:
         try:
-            return _run(path, runs, device, only, overrides, session)
+            return _run(path, runs, device, only, overrides, session, name, force)
         finally:
             if profile is not None:
                 write_trace(profile, session.spans)
 
 
 def _run(
-    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, session: Working
+    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, session: Working,
+    name: str, force: bool,
 ) -> RunRecord:  # fmt: skip
     text = read_text(path) if path.is_file() else ""
     with stage("opening"):
@@ -140,7 +144,10 @@ def _run(
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
         record.begin(folder, text_of(text, overrides, read(path, overrides) if overrides else None))
-    artifacts = make_artifacts(job, calibration)
+    for other in give_name(folder, name) if name else ():
+        log.say(f"{other} was called {name} before")
+    with replacing(job, calibration, force):
+        artifacts = make_artifacts(job, calibration)
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)

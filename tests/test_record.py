@@ -12,7 +12,8 @@ import pytest
 
 from qtool import QtoolError
 from qtool.runs import ledger, record
-from qtool.runs.record import RunRecord, find_run, load_run
+from qtool.runs.record import RunRecord, load_run
+from qtool.runs.shelf import find_run
 from qtool.runs.summary import stored_summary
 
 

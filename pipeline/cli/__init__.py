@@ -12,6 +12,7 @@ from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
 from qtool.cli import recipes as cli_recipes
+from qtool.cli import runs as cli_runs
 from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
@@ -52,10 +53,12 @@ def main() -> None:
 @runs_option
 @device_option
 @log_options
+@click.option("--name", default="", help="What the run is called, in the place of its id (`qtool runs`).")
+@click.option("--force", is_flag=True, help="Replace artifacts of another recipe that lie where these go.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
     recipe: Path, dry_run: bool, full: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
-    profile: Path | None,
+    name: str, force: bool, profile: Path | None,
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
@@ -81,7 +84,10 @@ def run(
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
+    from qtool.runs.shelf import check_name
 
+    if name:
+        check_name(name)
     overrides = parse_overrides(changes)
     if dry_run:
         from qtool.make.needs import needs_of
@@ -89,7 +95,7 @@ def run(
         job = prepare(found, device, only, overrides=overrides)
         job_report.print_plan(job, needs_of(job, runs), full)
         return
-    result = run_recipe(found, runs, device, only, profile, overrides)
+    result = run_recipe(found, runs, device, only, profile, overrides, name, force)
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)
@@ -124,6 +130,7 @@ main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)
 main.add_command(cli_judge.baseline)
 main.add_command(cli_judge.report)
+main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)

@@ -62,7 +62,8 @@ def check(
     from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
     from qtool.runs.check import as_json, check_run
-    from qtool.runs.record import find_run, load_run
+    from qtool.runs.record import load_run
+    from qtool.runs.shelf import find_run
 
     record = load_run(find_run(run, runs))
     gates = record.recipe.gates
@@ -103,7 +104,7 @@ def save(run: str, file: Path, runs: Path) -> None:
       qtool baseline save latest baseline.json
     """
     from qtool.runs.baseline import measured, save_baseline
-    from qtool.runs.record import find_run
+    from qtool.runs.shelf import find_run
 
     found = measured(find_run(run, runs))
     save_baseline(found, file)
@@ -123,7 +124,8 @@ def report(run: str, out: Path | None, runs: Path) -> None:
       qtool report 6443ead6 --out public
     """
     from qtool.report.terminal import write_report
-    from qtool.runs.record import find_run, load_run
+    from qtool.runs.record import load_run
+    from qtool.runs.shelf import find_run
 
     record = load_run(find_run(run, runs))
     click.echo(f"report: {write_report(record, out or record.folder)}")

@@ -43,8 +43,8 @@ def finished(folder: Path, key: str) -> bool:
     manifest = read_manifest(folder)
     if manifest.key != key:
         raise QtoolError(
-            f"{folder}: holds an artifact of another recipe, source or version of qtool. Move it away, rename this "
-            "output (`name:`), or change `output_dir:`."
+            f"{folder}: holds an artifact of another recipe, source or version of qtool. --force replaces it; or move "
+            "it away, rename this output (`name:`), or change `output_dir:`."
         )
     _, reasons, _ = check_files(folder, manifest)
     if reasons:

@@ -34,7 +34,17 @@ def print_table(
             table.add_column(head, justify="left" if head in (heads[0], *left) else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(escape(row.get(head, "")) for head in shown))
+        show(table, console)
+
+
+def show(table: Table, console: Console) -> None:
+    """A table; without the blanks that fill its lines where it goes into a file."""
+    if console.is_terminal:
         console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def say(text: str, hang: int = 2) -> None:
@@ -56,4 +66,4 @@ def print_list(pairs: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, said in pairs:
         table.add_row(escape(name), escape(said))
-    console.print(table)
+    show(table, console)

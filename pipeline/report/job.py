@@ -11,7 +11,7 @@ from qtool.convert.models.expert_names import stacked
 from qtool.make.job import Job
 from qtool.make.needs import Resources
 from qtool.make.output import Output
-from qtool.report.columns import console, print_table, say
+from qtool.report.columns import console, print_table, say, show
 from qtool.report.tables import Row
 from qtool.runs.evidence import size_text
 
@@ -21,7 +21,7 @@ def print_plan(job: Job, needs: Resources, full: bool) -> None:
     for note in job.remarks:
         say(escape(note))
     for output in job.outputs if full else ():
-        console.print(_linears(job, output))
+        show(_linears(job, output), console)
     rows, name = [_row(output) for output in job.outputs], job.source.name
     print_table(
         console,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qtool.convert.verify.verification import Verification
 from qtool.report import loading
-from qtool.report.columns import console, print_table, say
+from qtool.report.columns import console, print_table, say, show
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.measured import measured_faults
@@ -132,7 +132,7 @@ def print_verification(result: Verification) -> None:
         table.add_column(column, overflow="fold")
     for line in loading.lines(result.checks):
         table.add_row(escape(line.name), MARKS[line.result], escape(line.detail))
-    console.print(table)
+    show(table, console)
     console.print("sound" if result.sound else "[red]NOT sound[/]: a required check failed")
     if loads := loading.what_loads_it(result.checks):
         say(escape(loads))
