@@ -137,20 +137,19 @@ def test_force_touches_nothing_that_qtool_did_not_write(write_recipe: Callable[.
 def test_an_interrupted_force_keeps_the_old_until_the_new_is_there(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qtool.run
+    from qtool.make.outputs import make_artifacts as made
 
     runs, artifact = tmp_path / "runs", tmp_path / "artifacts" / "tiny-awq"
     assert call("run", write_recipe(), "--runs", runs).exit_code == 0
-    made = qtool.run.make_artifacts
 
     def fails(*_: object) -> None:
         raise QtoolError("the disk is full", exit_code=3)
 
-    monkeypatch.setattr(qtool.run, "make_artifacts", fails)
+    monkeypatch.setattr("qtool.run.make_artifacts", fails)
     changed = ["run", write_recipe(), "--set", "outputs.0.group_size=64", "--runs", runs]
     assert call(*changed, "--force").exit_code == 3
     aside = artifact.with_name(artifact.name + ASIDE)
     assert read_manifest(aside).output["group_size"] == 32
-    monkeypatch.setattr(qtool.run, "make_artifacts", made)
+    monkeypatch.setattr("qtool.run.make_artifacts", made)
     assert call(*changed).exit_code == 0, "goes on without --force"
     assert (aside.exists(), read_manifest(artifact).output["group_size"]) == (False, 64)

@@ -19,6 +19,7 @@ from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
 from qtool.cli.options import FAILED, device_option, log_options, runs_option, set_option
 from qtool.cli.processors import share_processors
+from qtool.cli.recipes import complete_recipe
 from qtool.runs import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipe)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
 @click.option("--full", is_flag=True, help="With --dry-run: what becomes of every linear.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")

@@ -45,20 +45,25 @@ def compare(a: str, b: str, runs: Path) -> None:
 @click.option("--recipe", type=click.Path(path_type=Path), help="Judge by the gates of this recipe instead.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the results as JUnit XML.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results as JSON.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write them for a CI job's summary or a comment.")
 @runs_option
 def check(
-    run: str, baseline: Path | None, recipe: Path | None, junit: Path | None, json_file: Path | None, runs: Path
-) -> None:
+    run: str, baseline: Path | None, recipe: Path | None, junit: Path | None, json_file: Path | None,
+    markdown: Path | None, runs: Path,
+) -> None:  # fmt: skip
     """Judge RUN again from its stored scores: the recipe's gates, and regressions against a baseline.
 
-    RUN is the beginning of a run's id, its folder, or latest. Exit code 1 when a check fails.
+    RUN is a name, the beginning of a run's id, its folder, or latest. Exit code 1 when a check fails. The files'
+    folders are made where they are missing.
 
     \b
     Examples:
       qtool check latest
       qtool check latest --baseline baseline.json --junit qtool.xml
+      qtool check nightly --markdown "$GITHUB_STEP_SUMMARY"
     """
     from qtool.report import terminal as report
+    from qtool.report.check_markdown import check_markdown
     from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
     from qtool.runs.check import as_json, check_run
@@ -78,6 +83,8 @@ def check(
         write_text(junit, as_junit(record, results))
     if json_file:
         write_text(json_file, json.dumps(as_json(record, results), indent=2) + "\n")
+    if markdown:
+        write_text(markdown, check_markdown(record, results))
     if any(result.failed for result in results):
         raise SystemExit(FAILED)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from qtool import QtoolError
 from qtool.cli.options import write_text
@@ -60,8 +61,16 @@ def init(model: str | None, methods: str, card: str | None, revision: str | None
     click.echo(f"next: qtool run {path} --dry-run")
 
 
+def complete_recipe(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of recipes that ship; the shell adds files."""
+    from qtool.recipe.paths import about, shipped_recipes
+
+    found = [(name, path) for name, path in shipped_recipes().items() if name.startswith(begun)]
+    return [CompletionItem(name, help=about(path)) for name, path in found] + [CompletionItem(begun, type="file")]
+
+
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_recipe)
 @click.option("--keys", is_flag=True, help="Every key of a recipe: type, default, meaning.")
 @click.option("--schema", is_flag=True, help="The JSON schema of recipes, for editors.")
 def recipes(name: str | None, keys: bool, schema: bool) -> None:
