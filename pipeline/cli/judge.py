@@ -13,8 +13,9 @@ from qtool.cli.options import FAILED, runs_option, write_text
 @click.command()
 @click.argument("a")
 @click.argument("b")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as one HTML file, too.")
 @runs_option
-def compare(a: str, b: str, runs: Path) -> None:
+def compare(a: str, b: str, html: Path | None, runs: Path) -> None:
     """Is B worse than A? Stored scores, paired problem by problem; scores of other engines or prompts are refused.
 
     A and B: a run (the beginning of its id, its folder, or latest), one of its models as RUN:NAME, an artifact's
@@ -23,10 +24,11 @@ def compare(a: str, b: str, runs: Path) -> None:
     \b
     Examples:
       qtool compare artifacts/My-Model-awq artifacts/My-Model-gptq
-      qtool compare baseline.json latest
+      qtool compare baseline.json latest --html compared.html
       qtool compare 6443ead6:awq latest:awq
     """
     from qtool.report import terminal as report
+    from qtool.report.compared import compared_page
     from qtool.runs.baseline import resolve_side
     from qtool.runs.compare import compare as compare_scores
     from qtool.runs.compare import pair_up
@@ -35,6 +37,9 @@ def compare(a: str, b: str, runs: Path) -> None:
     pairs, notes = pair_up(one, other)
     changes = compare_scores(pairs, one[0].source == other[0].source)
     report.print_changes(changes, notes)
+    if html is not None:
+        write_text(html, compared_page((a, b), pairs, changes, notes))
+        click.echo(f"report: {html}")
     if any(change.shown == "worse" for change in changes):
         raise SystemExit(FAILED)
 

@@ -47,7 +47,7 @@ th:first-child,td:first-child{text-align:left}tbody tr:last-child>*{border-botto
 .scores td{white-space:nowrap}.scores td,.scores th{padding:7px 9px}.scores thead th{white-space:normal}
 .scores th:first-child{position:sticky;left:0;background:var(--card)}
 .words td{text-align:left}.words th{text-align:left}
-.words td,.words th{overflow-wrap:anywhere;min-width:7em}
+.words td,.words th{overflow-wrap:anywhere;min-width:7em;white-space:normal}
 .matrix{font-size:.8rem}.matrix td,.matrix th{padding:3px 10px;text-align:center}.matrix th:first-child{text-align:left}
 .matrix tbody th{font-weight:400}
 .yes{background:var(--yes);color:var(--pass)}.no{background:var(--no);color:var(--fail)}
