@@ -32,12 +32,12 @@ def main() -> None:
 
     \b
     Examples:
-      qtool run demo                           convert, verify, score, judge a model that ships here
-      qtool init ./My-Model                    a recipe for your model, each choice explained
-      qtool run my-recipe.yaml --dry-run       the plan: sizes, bits per weight, memory, disk
-      qtool verify artifacts/My-Model-awq      re-open an artifact and check it
-      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
-      qtool check latest --baseline FILE       judge a stored run again, in CI
+      qtool run demo                       make and judge a model that ships
+      qtool init ./My-Model                a recipe for yours, with its reasons
+      qtool run recipe.yaml --dry-run      the plan: sizes, bits, memory, disk
+      qtool verify artifacts/My-Model-awq  re-open an artifact and check it
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task mbpp+
+      qtool check latest --baseline FILE   judge a stored run again, in CI
 
     Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
     130 interrupted.
