@@ -31,7 +31,8 @@ def print_plan(plan: Plan) -> None:
     served = [answer for answer in plan.answers if answer.fits]
     for answer in [a for a in served if a.setting.weights.family != SOURCE][:1] or served[:1]:
         s = answer.setting
-        say(f"serve {s.weights.format} on {s.card.key}: {escape(answer.command)}")
+        typed = escape(f"serve {s.weights.format} on {s.card.key}: {answer.command}")
+        console.print(typed, soft_wrap=True, highlight=False)  # one line, so that it can be copied
     say(
         f"[dim]GiB: of weights (2**30 bytes). longest text: tokens that one user can have. users: at once, with "
         f"{min(plan.contexts):,} tokens each. tokens/s: of one user, from the slowest expected to the bound that no "
