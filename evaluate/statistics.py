@@ -97,7 +97,7 @@ def paired_difference(source: Sequence[bool], quantized: Sequence[bool], confide
     both = pairs.count((True, True))
     low, high = _newcombe(both, lost, gained, n - both - lost - gained, confidence)
     loss = Interval(100 * (lost - gained) / n, 100 * low, 100 * high, confidence)
-    detectable = _detectable(lost + gained, n, confidence)
+    detectable = detectable_loss(lost + gained, n, confidence)
     return Difference(n, loss, lost, gained, mcnemar_exact(lost, gained), detectable)
 
 
@@ -184,7 +184,7 @@ def _newcombe(both: int, lost: int, gained: int, neither: int, confidence: float
     return max(-1.0, theta - delta), min(1.0, theta + epsilon)
 
 
-def _detectable(discordant: int, n: int, confidence: float, power: float = 0.8) -> float | None:
+def detectable_loss(discordant: int, n: int, confidence: float, power: float = 0.8) -> float | None:
     """Points. Connor's difference d solves n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2.
 
     psi, the share of discordant pairs, is the one seen, but at least what makes any loss detectable at all:
@@ -200,6 +200,17 @@ def _detectable(discordant: int, n: int, confidence: float, power: float = 0.8) 
         else:
             high = middle
     return 100 * high if high < 1.0 else None
+
+
+def problems_needed(points: float, discordance: float, confidence: float = 0.95, power: float = 0.8) -> int:
+    """How many problems show a loss of ``points`` where this share of outcomes changes (at least the loss itself):
+    Connor's formula, solved for n. ValueError for what is no loss or no share."""
+    loss = points / 100
+    if not 0 < loss <= 1 or not 0 <= discordance <= 1:
+        raise ValueError(f"a loss of {points} points with {discordance} of the outcomes changed cannot be")
+    psi = max(discordance, loss)
+    z_alpha, z_beta = _z(confidence), NormalDist().inv_cdf(power)
+    return math.ceil(((z_alpha * math.sqrt(psi) + z_beta * math.sqrt(psi - loss * loss)) / loss) ** 2)
 
 
 def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import click
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
@@ -28,26 +25,34 @@ from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
+from qtool.make.replacing import replacing
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
+from qtool.recipe.checking import read
+from qtool.recipe.overrides import NONE, Overrides, text_of
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
-from qtool.runs import ledger, record
+from qtool.runs import ledger, log, record
 from qtool.runs.coverage import coverage
+from qtool.runs.evidence import size_text
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
+from qtool.runs.sessions import Working, working
+from qtool.runs.shelf import give_name
+from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
 
-def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
+def prepare(
+    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, overrides: Overrides = NONE
+) -> Job:
     """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
     (None: nothing will be written)."""
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, overrides)
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
@@ -83,10 +88,9 @@ def _with_enough_text(job: Job) -> Job:
         return job
     shape = job.decoder.shape
     mean = number * text.length * shape.active // shape.experts
-    click.echo(
+    log.say(
         f"calibration: {number} windows, not {text.samples}, so that the mean expert sees {mean:,} tokens "
-        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)",
-        err=True,
+        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)"
     )
     drawn = text.model_copy(update={"samples": number})
     return replace(job, recipe=recipe.model_copy(update={"calibration": drawn}))
@@ -103,30 +107,35 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 
 def run(
-    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None
-) -> RunRecord:
-    """Run a recipe. Raises QtoolError; gate results are returned, not raised. ``profile``: a file for the trace of the
-    stages, written however the run ends."""
+    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None,
+    overrides: Overrides = NONE, name: str = "", force: bool = False,
+) -> RunRecord:  # fmt: skip
+    """Run a recipe, with ``overrides`` in it. Raises QtoolError; gate results are returned, not raised. ``profile``: a
+    file for the trace of the stages, written however the run ends. ``name``: what the run is called. ``force``:
+    artifacts of other recipes give way where they lie in the way."""
     if profile is not None:
         require_writable(profile.parent, "--profile")
-    with recording() as spans, ExitStack() as held:
+    with working() as session, ExitStack() as held:
         try:
-            return _run(path, runs, device, only, spans, held)
+            return _run(path, runs, device, only, overrides, session, held, name, force)
         finally:
             if profile is not None:
-                write_trace(profile, spans)
+                write_trace(profile, session.spans)
 
 
-def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span], held: ExitStack) -> RunRecord:
-    started = time.monotonic()
+def _run(
+    path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, session: Working,
+    held: ExitStack, name: str, force: bool,
+) -> RunRecord:  # fmt: skip
     text = read_text(path) if path.is_file() else ""
     with stage("opening"):
-        job = prepare(path, device, only, runs)
+        job = prepare(path, device, only, runs, overrides)
     recipe = job.recipe
     for note in job.notes:
-        click.echo(note, err=True)
+        log.say(note)
     held.enter_context(rehearsing(job))
-    folder = runs / recipe.digest[:16]
+    folder = session.folder = runs / recipe.digest[:16]
+    _announce(job, folder)
     with stage("opening"):
         evaluation = _evaluation(job, runs, folder)
     if recipe.serve is not None:
@@ -134,44 +143,63 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
             recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
         )
     with stage("tokenizing"):
+        log.say("drawing calibration text", event="stage")
         calibration = _calibrate(job)
     if read_text(path) != text:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     with record.alone(folder):
-        record.begin(folder, text)
+        record.begin(folder, text_of(text, overrides, read(path, overrides) if overrides else None))
+    for other in give_name(folder, name) if name else ():
+        log.say(f"{other} was called {name} before")
     with stage("reading the source"):  # what is left of it
         _ = job.source.commit
-    artifacts = make_artifacts(job, calibration)
+    with replacing(job, calibration, force):
+        artifacts = make_artifacts(job, calibration)
     held.close()
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
     with record.alone(folder):
         record.write_questions(folder, evaluation.questions())
-        lock = _lock(folder, job, calibration, artifacts)
+        lock = _lock(folder, job, calibration, artifacts, overrides)
         record.write_lock(folder, lock)
         scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
+        whole = session.whole()
         result = record.Result(
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - started, 1),
-            stages=seconds_of(spans),
-            peaks=peaks(),
+            seconds=whole.seconds,
+            stages=whole.stages,
+            peaks=whole.peaks,
             checks={name: found.checks for name, found in checks.items()},
             verdicts=judge(summary, recipe.gates),
         )
         record.write_result(folder, result)
         finished = record.load_run(folder)
-    ledger.append(runs, _entry(finished))
+    ledger.append(runs, _entry(finished) | {"made": whole.made})
+    if not session.so_far().worked:
+        log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
     return finished
+
+
+def _announce(job: Job, folder: Path) -> None:
+    """The head of a run's log: model, device, outputs, the run's id."""
+    nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
+    names = [output.name for output in job.outputs]
+    size, device = size_text(nbytes), device_kind(job.device)
+    log.say(
+        f"{job.source.name} ({size}) on {device}: {', '.join(names)}; run {folder.name} in {folder}",
+        event="begin", run=folder.name, folder=str(folder), model=job.recipe.model.id, bytes=nbytes, device=device,
+        outputs=names,
+    )  # fmt: skip
 
 
 def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
-        click.echo(note, err=True)
+        log.say(note)
     with rehearsing(job):
         return make_artifacts(job, _calibrate(job))
 
@@ -216,12 +244,15 @@ def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:
     return [source_subject(job.checkpoint, job.source.commit), *(artifact_subject(n, a) for n, a in artifacts.items())]
 
 
-def _lock(folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact]) -> record.Lock:
+def _lock(
+    folder: Path, job: Job, calibration: CalibrationSet, artifacts: dict[str, Artifact], overrides: Overrides
+) -> record.Lock:
     """What the recipe's names resolved to."""
     nbytes = sum(info.nbytes for info in job.checkpoint.tensors.values())
     parameters = job.outputs[0].plan.parameters
     return record.Lock(
         recipe=job.recipe.digest,
+        overrides=dict(overrides),
         source=record.LockedSource(
             model=job.recipe.model.id, name=job.source.name, commit=job.source.commit,
             bytes=nbytes, bits_per_weight=8 * nbytes / parameters,

@@ -29,19 +29,18 @@ SAMPLE = 8192  # tokens at most that rare experts are shown, wherever the router
 
 
 class ExpertSettings(BaseModel):
-    """Of a recipe: how the experts of a mixture are calibrated.
+    """How the experts of a mixture are calibrated."""
 
-    exponent: a token counts its router's weight to this power. blend: an expert with n tokens takes the share
-    1 - n / (blend · input width) of its statistics from tokens of all experts, none from that many tokens on; 0: only
-    an expert that no token reached does. min_tokens: so many tokens the mean expert shall see; more windows of text are
-    drawn than `calibration.samples` until then, at most MOST_TEXT times as many.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     exponent: Annotated[int, Field(ge=0, le=2)] = 0  # docs/benchmarks.md: no worse than 1 or 2
+    """A token counts its router's weight to this power."""
     blend: Annotated[float, Field(ge=0, le=64, allow_inf_nan=False)] = 1.0
+    """An expert with n tokens takes the share 1 - n / (blend · input width) of its statistics from tokens of all
+    experts, none from that many tokens on; 0: only an expert that no token reached does."""
     min_tokens: Annotated[int, Field(ge=0, le=10**7)] = 0
+    """So many tokens the mean expert shall see: more windows than `calibration.samples` are drawn until then, at most
+    eight times as many."""
 
     def samples(self, shape: Geometry, samples: int, length: int) -> int:
         """How many windows of ``length`` tokens are drawn where a recipe asks for ``samples``."""

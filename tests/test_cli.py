@@ -95,11 +95,13 @@ def test_undecided_fails_only_where_the_gate_says_so(
 
 
 def test_dry_run_reads_no_weight_and_writes_nothing(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    result = call("run", write_recipe(), "--dry-run")
-    assert result.exit_code == 0, result.output
-    assert "self_attn.q_proj" in result.output
-    assert "bpw" in result.output
-    assert "peak memory" in result.output
+    short = call("run", write_recipe(), "--dry-run")
+    result = call("run", write_recipe(), "--dry-run", "--full")
+    assert (short.exit_code, result.exit_code) == (0, 0), result.output
+    assert ("self_attn.q_proj" in short.output, "self_attn.q_proj" in result.output) == (False, True)
+    assert "bits a weight" in short.output
+    assert "host memory: about " in short.output
+    assert "this job fits" in short.output
     assert not (tmp_path / "artifacts").exists()
 
 

@@ -72,7 +72,9 @@ def test_min_recovery(interval: Interval, result: str, words: str) -> None:
 def test_max_size_is_exact() -> None:
     assert result_of(Evidence("size", 10**9, 10**9)) == "pass"
     assert result_of(Evidence("size", 10**9 + 1, 10**9)) == "fail"
-    assert reason(Evidence("size", 2 * 10**9, 10**9)) == "2.000 GB is above max_size 1.000 GB"
+    assert reason(Evidence("size", 2 * 10**9, 10**9)) == "2.00 GB is above max_size 1.00 GB"
+    near = reason(Evidence("size", 10**9 + 1, 10**9))
+    assert near == "1.00 GB (1,000,000,001 bytes) is above max_size 1.00 GB"
 
 
 def test_bits_saved_are_exact() -> None:
@@ -87,7 +89,7 @@ def test_a_change_in_words() -> None:
     assert change(Evidence("KL", 0.01, 0.1, rise, n=8)) == "rose by 0.0100 [-0.0200, 0.0300] nats a token on 8 windows"
     loss = Interval(-0.04, -1.0, 1.0)
     said = change(Evidence("loss", -0.04, interval=loss, n=40, lost=1, gained=2, detectable=9.5))
-    assert said == "lost 0.0 [-1.0, 1.0] points on 40 problems (1 lost, 2 gained); losses from 9.5 points on would show"
+    assert said == "lost 0.0 points [-1.0, 1.0] on 40 problems (1 lost, 2 gained); losses from 9.5 points on would show"
 
 
 def test_an_adjusted_p_never_stands_without_its_family() -> None:

@@ -149,7 +149,7 @@ def test_a_dry_run_has_one_row_for_all_experts_alike(tmp_path: Path) -> None:
     outputs = [{"method": "gptq", "group_size": 32}]
     recipe = {"model": str(model), "calibration": {"text": "qtool-code", "length": 64}, "outputs": outputs}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    said = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["run", str(tmp_path / "r.yaml"), "--dry-run"])
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["run", str(tmp_path / "r.yaml"), "--dry-run", "--full"])
     assert said.exit_code == 0, said.output
     (row,) = [line for line in said.output.splitlines() if "experts" in line and "up_proj" in line]
     assert " 12 " in row  # six experts in two layers; the third is dense

@@ -101,3 +101,22 @@ def test_a_map_of_tokens_marks_experts_that_saw_none() -> None:
     marked = [rect for rect in ET.fromstring(picture).iter() if rect.get("stroke") == "#c0392b"]
     assert len(marked) == 1
     assert "from 0 to 1,200; largest in layer 0, expert 0" in picture
+
+
+def test_every_picture_is_drawn_for_a_telephone_too_and_maps_share_their_colours() -> None:
+    """What a browser shows at 390 pixels is looked at by scripts/check_report.py; here that no picture is wider."""
+    from pathlib import Path
+
+    from qtool.report.figures import NARROW
+    from qtool.report.pictures import pictures
+    from qtool.runs.record import load_run
+
+    run = load_run(Path(__file__).parent / "data" / "stored_run" / "00265698")
+    drawn = pictures(run)
+    assert drawn
+    for picture in drawn:
+        wide, narrow = (int(re.search(r'width="(\d+)"', svg)[1]) for svg in (picture.svg, picture.narrow))  # type: ignore[index]  # each has one
+        assert narrow <= NARROW < wide, picture.name
+    keys = [re.findall(r'class="soft"[^>]*>(0\.\d{4})<', p.svg) for p in drawn if p.name.startswith("errors")]
+    assert len(keys) > 1
+    assert len({tuple(key) for key in keys}) == 1, "the ends of the scale are those of all artifacts"

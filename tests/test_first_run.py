@@ -47,7 +47,7 @@ def test_help_names_every_recipe_that_ships_and_a_run_says_which_it_took(
     shown = CliRunner().invoke(main, ["run", "--help"]).output
     assert ", ".join(sorted(SHIPPED)) in " ".join(shown.split())
     result = CliRunner().invoke(main, ["run", "smoke", "--dry-run"])
-    assert (result.exit_code, "smoke.yaml (copy it to change it)" in result.stderr) == (0, True), result.output
+    assert (result.exit_code, "`qtool recipes smoke` prints it" in result.stderr) == (0, True), result.output
     assert "files that stay behind" in result.stdout
 
 
@@ -149,16 +149,17 @@ def test_files_are_written_into_folders_that_are_not_there_yet(tmp_path: Path) -
 
 def test_a_gain_is_called_a_gain() -> None:
     from qtool.evaluate.rates import rate_difference
-    from qtool.report.tables import moved
+    from qtool.runs.evidence import moved
 
     better = rate_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10, 1)
-    assert moved(better.loss).startswith("25.0 points gained [")
-    assert moved(rate_difference([1, 0, 1, 1] * 10, [0, 0, 1, 1] * 10, 1).loss).startswith("25.0 points lost [")
+    assert moved(better.loss).startswith("gained 25.0 points [")
+    assert moved(rate_difference([1, 0, 1, 1] * 10, [0, 0, 1, 1] * 10, 1).loss).startswith("lost 25.0 points [")
 
 
 def test_plans_have_plain_numbers_and_stop_where_nothing_fits() -> None:
     b40 = Path(__file__).parent / "data" / "iquest" / "IQuest-Coder-V1-40B"
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(main, ["plan", str(b40), "--gpu", "RTX3090", "--gpus", "3"])
+    typed = ["plan", str(b40), "--gpu", "RTX3090", "--gpus", "3", "--full"]
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(main, typed)
     lines = result.output.splitlines()
     assert "e+0" not in result.output
     assert sum("cannot be served" in line for line in lines) == 2, "awq and gptq are refused for one reason"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -46,3 +49,37 @@ def test_pins_satisfy_the_lower_bounds() -> None:
     for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
+
+
+def test_the_source_archive_is_the_whole_project() -> None:
+    """Every folder and file of the project's root is packed, or is named here."""
+    packed = (ROOT / "MANIFEST.in").read_text().split()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    tops = {line.split("/")[0] for line in tracked.splitlines()}
+    packages = {"pipeline", "convert", "quantize", "evaluate", "recipes"}  # setuptools packs these, README and LICENSE
+    left_out = {".gitignore", ".dockerignore", "MANIFEST.in", "LICENSE", "README.md", "pyproject.toml", *packages}
+    assert tops - left_out <= set(packed)
+
+
+def test_extras_of_ended_projects_are_refused_beside_qtool() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = next(Requirement(text) for text in project["dependencies"] if text.startswith("transformers"))
+    for extra, pinned in (("autoawq", "autoawq==0.2.9"), ("auto-gptq", "auto-gptq==0.7.1")):
+        needs = [Requirement(text) for text in project["optional-dependencies"][extra]]
+        assert str(needs[0]) == pinned
+        theirs = next(need for need in needs if need.name == "transformers").specifier
+        versions = ["4.40.0", "4.51.3", "5.17.0", "5.23.0"]
+        assert not [v for v in versions if v in theirs and v in own.specifier]
+        assert [v for v in versions if v in theirs]
+
+
+def test_shells_complete_commands_and_recipes() -> None:
+    for words, begun, expected in (("qtool ru", 1, "run"), ("qtool run aw", 2, "awq"), ("qtool recipes de", 2, "demo")):
+        environment = os.environ | {
+            "_QTOOL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(begun),
+        }  # fmt: skip
+        command = [sys.executable, "-P", "-c", "from qtool.cli import main; main(prog_name='qtool')"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert f"plain,{expected}" in done.stdout.splitlines(), done.stderr

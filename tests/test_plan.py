@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ def call(*arguments: object) -> Result:
 
 
 def test_the_answer_comes_first() -> None:
-    result = call("plan", B40, "--gpu", "rtx-4090,H100", "--format", "awq,Q4_K_M", "--context", "2k,32k,128k")
+    result = call("plan", B40, "--full", "--gpu", "rtx-4090,H100", "--format", "awq,Q4_K_M", "--context", "2k,32k,128k")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].startswith("does not fit  awq (4.39 bpw, 20.34 GiB) on RTX4090 with vllm")
@@ -61,6 +62,23 @@ def test_the_answer_comes_first() -> None:
     assert "llama-server -m IQuest-Coder-V1-40B-Q4_K_M/IQuest-Coder-V1-40B-Q4_K_M.gguf -c 131072" in result.output
     assert "assumed: no weights are here" in result.output
     assert "IQuest-Coder-V1-40B on 1 x H100" in result.output
+
+
+def test_one_screen_by_default() -> None:
+    """At eighty columns: a table for each card, no cell torn, no line longer, what does not fit with what would."""
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["plan", str(B40), "--gpu", "RTX4090,H100"])
+    lines = result.output.splitlines()
+    tables = [line for line in lines if line.startswith("  ")]
+    assert (result.exit_code, max(map(len, tables)) <= 80, len(lines) < 40) == (0, True, True), result.output
+    assert [line.split()[0] for line in tables if line.split()] == 2 * ["format", *FORMATS]
+    assert "  awq      20.34   vllm                  131,072      79      44 - 154" in result.output
+    assert "bf16: more than the 72.8 GiB that vllm takes; what does: 2 x H100" in lines
+    assert "awq, gptq: more than the 21.7 GiB that vllm takes; what does: 2 x RTX4090" in lines
+    assert not re.search(r"\de[+-]?\d", result.output)
+    assert result.output.count("serve ") == 1
+
+
+FORMATS = ["bf16", "awq", "gptq", "nf4", "Q4_K_M", "Q8_0"]
 
 
 def test_json_has_every_cell_and_the_picture_is_svg(tmp_path: Path) -> None:
@@ -84,17 +102,17 @@ def test_json_has_every_cell_and_the_picture_is_svg(tmp_path: Path) -> None:
 
 
 def test_unified_memory_is_for_llama_cpp() -> None:
-    result = call("plan", B40, "--gpu", "M4-Max-128", "--format", "awq,Q4_K_M", "--context", "32k")
+    result = call("plan", B40, "--gpu", "M4-Max-128", "--format", "awq,Q4_K_M", "--context", "32k", "--full")
     assert result.exit_code == 0, result.output
     assert "awq: vLLM does not run on M4-Max-128; take a GGUF format" in result.output
     assert "fits  Q4_K_M (4.83 bpw, 22.38 GiB) on M4-Max-128 with llama.cpp" in result.output
 
 
 def test_several_cards_share() -> None:
-    result = call("plan", B40, "--gpu", "H100", "--gpus", 2, "--format", "source", "--context", "32k")
+    result = call("plan", B40, "--gpu", "H100", "--gpus", 2, "--format", "source", "--context", "32k", "--full")
     assert "fits  bf16 (16.00 bpw, 74.12 GiB) on 2 x H100 with vllm" in result.output
     assert "--tensor-parallel-size 2" in result.output
-    result = call("plan", B40, "--gpu", "H100", "--gpus", 3, "--format", "source", "--context", "32k")
+    result = call("plan", B40, "--gpu", "H100", "--gpus", 3, "--format", "source", "--context", "32k", "--full")
     assert "cannot be served" in result.output
     assert "40 heads do not divide by 3" in result.output
 
@@ -179,7 +197,7 @@ def test_a_recipe_is_planned_as_a_job(
         "artifacts": {"awq": {"bytes": plan.nbytes, "bpw": plan.bits_per_weight}},
     }  # fmt: skip
     ledger.append(runs, entry)
-    assert "time: 8 to 8 s" in call("plan", recipe, "--runs", runs).output
+    assert "time: about 8 s" in call("plan", recipe, "--runs", runs).output
     needs = job_needs.needs_of(job)
     made = make_artifacts(job, _calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
@@ -357,7 +375,7 @@ def test_the_command_works_where_it_was_typed(tiny: Path, tmp_path: Path, monkey
 )
 def test_no_command_for_what_vllm_refuses(section: dict[str, object], said: str, tiny: Path, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "a", tiny, section)
-    result = call("plan", folder, "--gpu", "H100")
+    result = call("plan", folder, "--gpu", "H100", "--full")
     assert result.exit_code == 0, result.output
     assert "vllm serve" not in result.output
     assert said in result.output.splitlines()[0]

@@ -34,7 +34,7 @@ gates:
     assert error.value.exit_code == 2
     for expected in (
         "model.revison: unknown key", "calibration.samples:", "outputs[0].group_size:",
-        "outputs[1].groupsize: unknown key", "gates[0]:", "exactly one of", "5 error(s)",
+        "outputs[1].groupsize: unknown key", "gates[0]:", "exactly one of", "5 errors",
     ):  # fmt: skip
         assert expected in message, message
 

@@ -12,7 +12,8 @@ import pytest
 
 from qtool import QtoolError
 from qtool.runs import ledger, record
-from qtool.runs.record import RunRecord, find_run, load_run
+from qtool.runs.record import RunRecord, load_run
+from qtool.runs.shelf import find_run
 from qtool.runs.summary import stored_summary
 
 
@@ -108,13 +109,10 @@ def test_a_missing_score_is_named(copied: Path) -> None:
         load_run(copied)
 
 
-def test_running_again_withdraws_the_old_end(finished: RunRecord) -> None:
-    folder = finished.folder
-    saved = (folder / "result.json").read_bytes()
-    record.begin(folder, finished.recipe_text)
+def test_running_again_withdraws_the_old_end(copied: Path, finished: RunRecord) -> None:
+    record.begin(copied, finished.recipe_text)
     with pytest.raises(QtoolError, match="did not reach its end"):
-        load_run(folder)
-    (folder / "result.json").write_bytes(saved)
+        load_run(copied)
 
 
 def test_a_line_that_a_power_cut_tore_costs_no_other(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_card_of_one_model_shows_the_runs_p() -> None:
     assert score_rows(alone) == [row for row in score_rows(run.summary) if row["model"] != "rtn"]
     assert "Holm-adjusted over the 4 comparisons of the run" in footnote(alone)
     said = dict(cost_lines(run))
-    assert "10.0 points lost [-3.5, 21.5] on sampled (no loss is shown, p=0.056, Holm over 4)" in said["awq"]
+    assert "lost 10.0 points [-3.5, 21.5] on sampled (no loss is shown, p=0.056, Holm over 4)" in said["awq"]
 
 
 def test_speeds_are_the_ledgers_and_outlive_it(stored: Path) -> None:

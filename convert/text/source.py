@@ -8,15 +8,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class TextSource(BaseModel):
-    """``text``: a name in SHIPPED, a file of text or of rows, or a Hub data set with its ``split`` and
-    ``revision``."""
+    """A text, and the windows that are drawn of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     text: Annotated[str, Field(min_length=1)]
+    """`qtool-code`, which ships; a file of text or of rows; or a data set of the Hub."""
     split: str = "train"
+    """Of a data set of the Hub."""
     revision: str | None = None
+    """Of a data set of the Hub: a commit, a tag, a branch."""
     column: str | None = None
+    """The key of a row that holds its text or messages, where it has another name than usual."""
     samples: Annotated[int, Field(gt=0, le=10**6, strict=True)] = 128
+    """Windows of text."""
     length: Annotated[int, Field(ge=8, le=10**7, strict=True)] = 512
+    """Tokens of a window."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
+    """Which windows are drawn."""

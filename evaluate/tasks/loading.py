@@ -139,6 +139,12 @@ def _stem(path: Path) -> str:
     return next((name.removesuffix(end) for end in (".jsonl", ".json", ".parquet") if name.endswith(end)), name)
 
 
+def task_sizes() -> dict[str, int]:
+    """Name -> number of problems of every task that has a name; of benchmarks as published."""
+    own = {name: sum(1 for _ in parse_rows(SHIPPED[name], _shipped(name))) for name in SHIPPED}
+    return own | {name: data_set.problems for name, (_, data_set) in data_sets().items()}
+
+
 def _shipped(name: str) -> bytes:
     resource = importlib.resources.files("qtool.evaluate").joinpath(f"data/{SHIPPED[name]}")
     if not resource.is_file():

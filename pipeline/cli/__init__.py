@@ -11,12 +11,16 @@ from qtool.cli import bundle as cli_bundle
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
+from qtool.cli import recipes as cli_recipes
+from qtool.cli import runs as cli_runs
 from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
-from qtool.cli.options import FAILED, device_option, runs_option
+from qtool.cli.options import FAILED, device_option, log_options, runs_option, set_option
 from qtool.cli.processors import share_processors
+from qtool.cli.recipes import complete_recipe
+from qtool.runs import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
@@ -28,11 +32,12 @@ def main() -> None:
 
     \b
     Examples:
-      qtool run demo                           convert, verify, score, judge a model that ships here
-      qtool run my-recipe.yaml --dry-run       the plan: sizes, bits per weight, memory, disk
-      qtool verify artifacts/My-Model-awq      re-open an artifact and check it
-      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task handwritten
-      qtool check latest --baseline FILE       judge a stored run again, in CI
+      qtool run demo                       make and judge a model that ships
+      qtool init ./My-Model                a recipe for yours, with its reasons
+      qtool run recipe.yaml --dry-run      the plan: sizes, bits, memory, disk
+      qtool verify artifacts/My-Model-awq  re-open an artifact and check it
+      qtool evaluate artifacts/My-Model-awq --source ./My-Model --task mbpp+
+      qtool check latest --baseline FILE   judge a stored run again, in CI
 
     Exit codes: 0 fine, 1 a gate or a check failed, 2 the input is wrong, 3 the machine lacks something,
     130 interrupted.
@@ -41,40 +46,57 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipe)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop: no weight is read, nothing is written.")
+@click.option("--full", is_flag=True, help="With --dry-run: what becomes of every linear.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
+@set_option
 @runs_option
 @device_option
+@log_options
+@click.option("--name", default="", help="What the run is called, in the place of its id (`qtool runs`).")
+@click.option("--force", is_flag=True, help="Replace artifacts of another recipe that lie where these go.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
-    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, profile: Path | None
+    recipe: Path, dry_run: bool, full: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
+    name: str, force: bool, profile: Path | None,
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4,
-    qwen3-coder-30b-a3b, smoke. Run again after an interruption and it continues after the last finished layer; what is
-    finished is reused.
+    qwen3-coder-30b-a3b, smoke (`qtool recipes` says what each is). Run again after an interruption and it continues
+    after the last finished layer; what is finished is reused.
 
     \b
     Examples:
       qtool run demo
       qtool run awq --dry-run
+      qtool run awq --set model=./My-Model --set outputs.0.group_size=64
       qtool run my-recipe.yaml --only awq --device cuda
     """
+    from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
+
+    found = locate(recipe)
+    if found != recipe:
+        log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
+    log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
     from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
+    from qtool.runs.shelf import check_name
 
-    found = locate(recipe)
-    if found != recipe:
-        click.echo(f"recipe: {found} (copy it to change it)", err=True)
+    if name:
+        check_name(name)
+    overrides = parse_overrides(changes)
     if dry_run:
-        job_report.print_plan(prepare(found, device, only))
+        from qtool.make.needs import needs_of
+
+        job = prepare(found, device, only, overrides=overrides)
+        job_report.print_plan(job, needs_of(job, runs), full)
         return
-    result = run_recipe(found, runs, device, only, profile)
+    result = run_recipe(found, runs, device, only, profile, overrides, name, force)
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)
@@ -102,11 +124,14 @@ def verify(artifact: Path, source: Path | None) -> None:
         raise SystemExit(FAILED)
 
 
+main.add_command(cli_recipes.init)
+main.add_command(cli_recipes.recipes)
 main.add_command(cli_evaluate.evaluate)
 main.add_command(cli_judge.compare)
 main.add_command(cli_judge.check)
 main.add_command(cli_judge.baseline)
 main.add_command(cli_judge.report)
+main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from qtool import Interrupted, QtoolError
+from qtool.runs import log
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _received: list[int] = []
@@ -38,7 +39,7 @@ class Boundary(click.Group):
             with _ended_orderly():
                 code = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
-            error.show()
+            _show(error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort) as error:
             signum = _received[-1] if _received else signal.SIGINT
@@ -50,9 +51,17 @@ class Boundary(click.Group):
             if os.environ.get(TRACEBACK):
                 raise
             line = explain(error)
-            line.show()
+            _show(line)
             sys.exit(line.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException) -> None:
+    """One line; for programs a JSON line, where the command was asked for such."""
+    if log.voice.as_json:
+        log.say(error.format_message(), "error", log.QUIET, exit_code=error.exit_code)
+    else:
+        error.show()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qtool import QtoolError
-from qtool.cli.options import Number, device_option, runs_option
+from qtool.cli.options import Number, device_option, log_options, runs_option
 from qtool.evaluate.engines.table import ENGINES
 
 _DAY = click.DateTime(["%Y-%m-%d"])
@@ -49,13 +49,28 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Or requests at a time.")
 @click.option("--sandbox", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option("--self-check", "check", is_flag=True, help="Only judge the harness: known answers, right and wrong.")
+@click.option("--plan", "plans", is_flag=True, help="Only say how many problems show a loss of --detect points.")
+@click.option(
+    "--detect",
+    default=1.0,
+    show_default=True,
+    type=Number(min=0, max=100, min_open=True),
+    help="Points of loss, for --plan.",
+)
+@click.option(
+    "--discordance",
+    type=Number(min=0, max=1),
+    help="For --plan: share of outcomes that change (default: as seen in --runs).",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own code run.")
 @runs_option
 @device_option
+@log_options
 def evaluate(
     model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
     limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
-    base_url: str | None, prompt: str, check: bool, trust_remote_code: bool, runs: Path, device: str, **asked: Any,
+    base_url: str | None, prompt: str, check: bool, plans: bool, detect: float, discordance: float | None,
+    trust_remote_code: bool, runs: Path, device: str, **asked: Any,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, any unquantized model's folder, or a Hub id) on coding tasks and held-out text.
 
@@ -71,7 +86,11 @@ def evaluate(
       qtool evaluate --engine openai --base-url http://127.0.0.1:8000/v1 --task humaneval --prompt chat
       qtool evaluate ./My-Model --task mbpp+ --task livecodebench --after 2025-01-01
       qtool evaluate --self-check --task humaneval
+      qtool evaluate --plan --detect 1
     """
+    if plans:
+        _plan(tasks, limit, detect, discordance, runs)
+        return
     import qtool
     from qtool.measure.scoring import check_harness, evaluate_served
     from qtool.report import terminal as report
@@ -99,3 +118,18 @@ def evaluate(
         return
     found = qtool.score(model, source, runs=runs, device=device, trust_remote_code=trust_remote_code, **asked)
     report.print_scores(found)
+
+
+def _plan(tasks: tuple[str, ...], limit: int | None, detect: float, discordance: float | None, runs: Path) -> None:
+    """What each task (default: all that have names) would show."""
+    from qtool.evaluate.tasks.loading import load_task, task_sizes
+    from qtool.report.power import print_power
+    from qtool.runs.power import power_of, seen_in
+
+    sizes = task_sizes()
+    if tasks:
+        sizes = {task: sizes[task] if task in sizes else len(load_task(task).problems) for task in tasks}
+    if limit:
+        sizes = {task: min(limit, problems) for task, problems in sizes.items()}
+    seen = seen_in(runs)
+    print_power(detect, power_of(sizes, seen, discordance), seen, discordance)

@@ -13,8 +13,9 @@ from qtool.cli.options import FAILED, runs_option, write_text
 @click.command()
 @click.argument("a")
 @click.argument("b")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as one HTML file, too.")
 @runs_option
-def compare(a: str, b: str, runs: Path) -> None:
+def compare(a: str, b: str, html: Path | None, runs: Path) -> None:
     """Is B worse than A? Stored scores, paired problem by problem; scores of other engines or prompts are refused.
 
     A and B: a run (the beginning of its id, its folder, or latest), one of its models as RUN:NAME, an artifact's
@@ -23,10 +24,11 @@ def compare(a: str, b: str, runs: Path) -> None:
     \b
     Examples:
       qtool compare artifacts/My-Model-awq artifacts/My-Model-gptq
-      qtool compare baseline.json latest
+      qtool compare baseline.json latest --html compared.html
       qtool compare 6443ead6:awq latest:awq
     """
     from qtool.report import terminal as report
+    from qtool.report.compared import compared_page
     from qtool.runs.baseline import resolve_side
     from qtool.runs.compare import compare as compare_scores
     from qtool.runs.compare import pair_up
@@ -35,6 +37,9 @@ def compare(a: str, b: str, runs: Path) -> None:
     pairs, notes = pair_up(one, other)
     changes = compare_scores(pairs, one[0].source == other[0].source)
     report.print_changes(changes, notes)
+    if html is not None:
+        write_text(html, compared_page((a, b), pairs, changes, notes))
+        click.echo(f"report: {html}")
     if any(change.shown == "worse" for change in changes):
         raise SystemExit(FAILED)
 
@@ -45,24 +50,30 @@ def compare(a: str, b: str, runs: Path) -> None:
 @click.option("--recipe", type=click.Path(path_type=Path), help="Judge by the gates of this recipe instead.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the results as JUnit XML.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results as JSON.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write them for a CI job's summary or a comment.")
 @runs_option
 def check(
-    run: str, baseline: Path | None, recipe: Path | None, junit: Path | None, json_file: Path | None, runs: Path
-) -> None:
+    run: str, baseline: Path | None, recipe: Path | None, junit: Path | None, json_file: Path | None,
+    markdown: Path | None, runs: Path,
+) -> None:  # fmt: skip
     """Judge RUN again from its stored scores: the recipe's gates, and regressions against a baseline.
 
-    RUN is the beginning of a run's id, its folder, or latest. Exit code 1 when a check fails.
+    RUN is a name, the beginning of a run's id, its folder, or latest. Exit code 1 when a check fails. The files'
+    folders are made where they are missing.
 
     \b
     Examples:
       qtool check latest
       qtool check latest --baseline baseline.json --junit qtool.xml
+      qtool check nightly --markdown "$GITHUB_STEP_SUMMARY"
     """
     from qtool.report import terminal as report
+    from qtool.report.check_markdown import check_markdown
     from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
     from qtool.runs.check import as_json, check_run
-    from qtool.runs.record import find_run, load_run
+    from qtool.runs.record import load_run
+    from qtool.runs.shelf import find_run
 
     record = load_run(find_run(run, runs))
     gates = record.recipe.gates
@@ -77,6 +88,8 @@ def check(
         write_text(junit, as_junit(record, results))
     if json_file:
         write_text(json_file, json.dumps(as_json(record, results), indent=2) + "\n")
+    if markdown:
+        write_text(markdown, check_markdown(record, results))
     if any(result.failed for result in results):
         raise SystemExit(FAILED)
 
@@ -103,7 +116,7 @@ def save(run: str, file: Path, runs: Path) -> None:
       qtool baseline save latest baseline.json
     """
     from qtool.runs.baseline import measured, save_baseline
-    from qtool.runs.record import find_run
+    from qtool.runs.shelf import find_run
 
     found = measured(find_run(run, runs))
     save_baseline(found, file)
@@ -123,7 +136,8 @@ def report(run: str, out: Path | None, runs: Path) -> None:
       qtool report 6443ead6 --out public
     """
     from qtool.report.terminal import write_report
-    from qtool.runs.record import find_run, load_run
+    from qtool.runs.record import load_run
+    from qtool.runs.shelf import find_run
 
     record = load_run(find_run(run, runs))
     click.echo(f"report: {write_report(record, out or record.folder)}")

@@ -10,6 +10,7 @@ import click
 from click.decorators import FC
 
 from qtool import QtoolError
+from qtool.runs import log
 
 if TYPE_CHECKING:
     from qtool.sizing.serving import PlannedServer
@@ -39,6 +40,32 @@ def device_option(command: FC) -> FC:
     return click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
     )(command)
+
+
+def log_options(command: FC) -> FC:
+    """`-v`, `-q`, `--log-json`: what is said on stderr while the command works."""
+
+    def speak(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        told = context.meta.setdefault("qtool.log", {})
+        told[parameter.name] = value
+        level = log.QUIET if told.get("quiet") else log.VERBOSE if told.get("verbose") else log.NORMAL
+        log.speak(level, told.get("log_json", False))
+
+    options = [
+        click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=speak, help="Every step's seconds."),
+        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=speak, help="Results alone."),
+        click.option("--log-json", is_flag=True, expose_value=False, callback=speak,
+                     help="Progress as JSON lines, on stderr."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def set_option(command: FC) -> FC:
+    """`--set`."""
+    said = "A value of the recipe, by path: outputs.0.group_size=64 (repeatable)."
+    return click.option("--set", "changes", multiple=True, metavar="PATH=VALUE", help=said)(command)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.load import load_options, measure_load
-from qtool.cli.options import FAILED, Number, numbers, one_number, write_text
+from qtool.cli.options import FAILED, Number, numbers, one_number, set_option, write_text
 from qtool.evaluate.engines.table import planned
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 @click.option("--shared-prefix", default="", help="Tokens that all prompts begin with: what sharing them saves.")
 @click.option("--revision", help="The Hub model's revision.")
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path), help="Log of past runs.")
+@click.option("--full", is_flag=True, help="Every answer in words, every command, memory by context and users.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw memory by context against each card's line.")
+@set_option
 def plan(
     model: str, gpu: str | None, gpus: int, contexts: str, concurrency: str, kv_dtype: str, engine: str | None,
     formats: str, cards: Path | None, host_bandwidth: float | None, shared_prefix: str, revision: str | None,
-    runs: Path, as_json: bool, svg: Path | None,
+    runs: Path, full: bool, as_json: bool, svg: Path | None, changes: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Does MODEL fit, in which format, with how long a context and how many users? Weights are never downloaded.
 
@@ -57,8 +59,10 @@ def plan(
     from qtool.sizing.plan_json import as_json as to_json
 
     if model.endswith((".yaml", ".yml")):
-        _plan_job(Path(model), runs, as_json)
+        _plan_job(Path(model), runs, as_json, changes)
         return
+    if changes:
+        raise QtoolError("--set changes a recipe; name one (.yaml).")
     answer = qtool.plan(
         model, gpu, gpus=gpus, contexts=numbers(contexts, "--context"),
         sequences=numbers(concurrency, "--concurrency"), kv_dtypes=_kv_dtypes(kv_dtype), engine=engine,
@@ -68,7 +72,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(to_json(answer), indent=2))
     else:
-        plan_report.print_plan(answer)
+        (plan_report.print_full_plan if full else plan_report.print_plan)(answer)
     if svg is not None:
         write_text(svg, memory_figure.memory_by_context(answer))
         click.echo(f"picture: {svg}", err=True)
@@ -83,13 +87,14 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
     return names
 
 
-def _plan_job(recipe: Path, runs: Path, as_json: bool) -> None:
+def _plan_job(recipe: Path, runs: Path, as_json: bool, changes: tuple[str, ...]) -> None:
     from qtool.make.needs import needs_of
+    from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
     from qtool.report.job import print_needs
     from qtool.run import prepare
 
-    needs = needs_of(prepare(locate(recipe), "auto"), runs)
+    needs = needs_of(prepare(locate(recipe), "auto", overrides=parse_overrides(changes)), runs)
     if as_json:
         click.echo(json.dumps(needs.as_json(), indent=2))
     else:

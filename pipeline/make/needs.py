@@ -141,6 +141,8 @@ def _seconds(job: Job, outputs: Sequence[Output], runs: Path) -> tuple[float, fl
         made = entry.get("artifacts") or {}
         if entry.get("device") != device_kind(job.device) or not made or not entry.get("seconds"):
             continue
+        if set(made) - set(entry.get("made", made)):  # some were made by another run, in its seconds
+            continue
         work = sum(8 * artifact["bytes"] / artifact["bpw"] for artifact in made.values() if artifact.get("bpw"))
         if work:
             rates.append(entry["seconds"] / work)

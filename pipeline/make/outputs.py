@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import click
 import torch
 
 from qtool import Interrupted, QtoolError
@@ -29,6 +28,7 @@ from qtool.make.writer import OutputWriter
 from qtool.make.writing import writing
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.walk import LayerResult, Walk
+from qtool.runs import log
 from qtool.runs.stages import stage
 
 MOST_THREADS = 512  # that an artifact is looked for with
@@ -43,8 +43,8 @@ def finished(folder: Path, key: str) -> bool:
     manifest = read_manifest(folder)
     if manifest.key != key:
         raise QtoolError(
-            f"{folder}: holds an artifact of another recipe, source or version of qtool. Move it away, rename this "
-            "output (`name:`), or change `output_dir:`."
+            f"{folder}: holds an artifact of another recipe, source or version of qtool. --force replaces it; or move "
+            "it away, rename this output (`name:`), or change `output_dir:`."
         )
     _, reasons, _ = check_files(folder, manifest)
     if reasons:
@@ -64,7 +64,7 @@ def make_artifacts(job: Job, calibration: CalibrationSet, threads: int | None = 
         pending = [replace(output, key=artifact_key(job, output, calibration, number)) for output in unmade]
         names = [output.name for output in unmade]
         if made := [output.name for output in job.outputs if output.name not in names]:
-            click.echo(f"finished before and unchanged, used again: {', '.join(made)}", err=True)
+            log.say(f"finished before and unchanged, used again: {', '.join(made)}", event="reused", outputs=made)
         for output in pending:
             _discard_other_work(output)
         refuse_what_cannot_finish(job, pending)

@@ -1,20 +1,25 @@
-"""How far the work is: a bar where somebody watches; elsewhere (a file, a CI log) a line now and then."""
+"""How far the work is: a bar where somebody watches; elsewhere (a file, a CI log) a line now and then, at least one a
+minute however slow a step is."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.text import Text
 
+from qtool.runs import log
+
 BEGUN = "begun"  # of a task: the steps that were done before this run
 PAUSE = 10.0  # seconds between two lines of one stage
+LOOK = 5.0  # seconds between two looks at what is slow
+BEAT = 30.0  # seconds after which a stage is told of in which no step ended
 
 
 def seconds_to_go(task: Task) -> float | None:
@@ -45,10 +50,32 @@ class Stages(Progress):
     """A bar a stage; ``lines``: no bars, but a line when a stage begins, one in `PAUSE` seconds while it lasts, and one
     when it ends, where it lasted that long."""
 
-    def __init__(self, *columns: ProgressColumn, lines: bool, **settings: Any) -> None:
-        super().__init__(*columns, disable=lines, **settings)
+    def __init__(self, *columns: ProgressColumn, lines: bool, disable: bool = False, **settings: Any) -> None:
+        super().__init__(*columns, disable=lines or disable, **settings)
         self._lines = lines
         self._said: dict[TaskID, float] = {}
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        """As rich's; lines come even where nothing advances."""
+        if self._lines:
+            threading.Thread(target=self._beat, name="progress", daemon=True).start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._ended.set()
+        super().__exit__(*raised)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(LOOK):
+            self.say_slow_ones()
+
+    def say_slow_ones(self) -> None:
+        """A line for the stage in work, where it has not been told of for `BEAT` seconds."""
+        for task in list(self.tasks)[-2:]:  # answering and judging go on side by side, each with a row of its own
+            if not task.finished and self.get_time() - self._said[task.id] >= BEAT:
+                self._say(task)
 
     def add_task(
         self, description: str, start: bool = True, total: float | None = 100.0, completed: int = 0,
@@ -78,14 +105,17 @@ class Stages(Progress):
 
     def _say(self, task: Task) -> None:
         self._said[task.id] = self.get_time()
-        click.echo(line(task), err=True)
+        log.say(
+            line(task), event="progress", stage=task.description, done=task.completed, total=task.total,
+            seconds=round(task.elapsed or 0, 1), to_go=seconds_to_go(task),
+        )  # fmt: skip
 
 
 def line(task: Task) -> str:
     """`quantizing layers: 3 of 28 after 1:36, about 13:20 to go`."""
     total = task.total or 0
     counted = "" if total <= 1 else f": {task.completed:.0f} of {total:.0f}"
-    if task.completed <= task.fields.get(BEGUN, 0) or task.elapsed is None:
+    if task.elapsed is None or (task.elapsed < 1 and task.completed <= task.fields.get(BEGUN, 0)):
         return f"{task.description}{counted}"
     left = seconds_to_go(task)
     to_go = "" if left is None else f", about {duration(left)} to go"
@@ -97,5 +127,6 @@ def progress_bar() -> Iterator[Progress]:
     """The one progress display: written to stderr; lines where nobody watches."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed(), ToGo())
     console = Console(stderr=True)
-    with Stages(*columns, console=console, lines=not console.is_terminal) as stages:
+    lines = log.voice.as_json or not console.is_terminal
+    with Stages(*columns, console=console, lines=lines, disable=log.voice.level < log.NORMAL) as stages:
         yield stages

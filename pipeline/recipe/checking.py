@@ -11,20 +11,29 @@ from pydantic import BaseModel, ValidationError
 
 from qtool import QtoolError
 from qtool.recipe.faults import other_case, sentences
+from qtool.recipe.overrides import NONE, Overrides, apply_overrides
 from qtool.recipe.yaml_file import read_yaml
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def load(path: Path, section: type[Checked]) -> Checked:
-    """Read a recipe as ``section``. Raises QtoolError listing every fault with its path in the file."""
+def load(path: Path, section: type[Checked], overrides: Overrides = NONE) -> Checked:
+    """Read a recipe as ``section``, with ``overrides`` in it. Raises QtoolError listing every fault with its path in
+    the file."""
+    where = f"{path.name} with --set {', '.join(overrides)}" if overrides else str(path)
+    return checked(read(path, overrides), where, section)
+
+
+def read(path: Path, overrides: Overrides = NONE) -> dict[str, Any]:
+    """What a recipe's file says, with ``overrides`` in it, not yet checked. Raises QtoolError."""
     if not path.exists():
-        raise QtoolError(f"{path}: No such file or directory. Check the path; the folder recipes/ has examples.")
+        raise QtoolError(f"{path}: No such file or directory. Check the path; `qtool recipes` lists examples.")
     data = read_yaml(path)
     if not isinstance(data, dict):
         there = {type(None): "it is empty", list: "it is a list"}.get(type(data), "it is one value")
         raise QtoolError(f"{path}: a recipe is a mapping with `model:` and `outputs:`; {there}.")
-    return checked(data, str(path), section)
+    apply_overrides(data, overrides)
+    return data
 
 
 def checked(data: dict[str, Any], where: str, section: type[Checked]) -> Checked:
@@ -37,7 +46,9 @@ def checked(data: dict[str, Any], where: str, section: type[Checked]) -> Checked
             written_otherwise = other_case(error, section)
             if not written_otherwise:
                 faults = sentences(error, section)
-                raise QtoolError(f"{where}: {len(faults)} error(s) in the recipe\n" + "\n".join(faults)) from error
+                if len(faults) == 1:
+                    raise QtoolError(f"{where}: {faults[0].strip()}") from error
+                raise QtoolError(f"{where}: {len(faults)} errors in the recipe\n" + "\n".join(faults)) from error
             for loc, value in written_otherwise:
                 _put(data, loc, value)
 

@@ -30,36 +30,45 @@ else:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TaskSection(Section):
-    """One coding task: a name (a shipped one or a benchmark's) or a file; ``limit`` picks evenly over levels.
-
-    ``file`` is a local copy of a benchmark in its published format, ``revision`` another commit of its data set;
-    ``after`` and ``before`` (both days included) are LiveCodeBench's window of contest dates."""
+    """One coding task."""
 
     task: Text
+    """A task that ships (`handwritten`, `heldout`), a benchmark (`humaneval+`, `mbpp+`, …), or a file of problems."""
     file: Text | None = None
+    """A local copy of a benchmark, in the format in which it is published."""
     revision: str | None = None
+    """Another commit of the benchmark's data set."""
     after: date | None = None
+    """LiveCodeBench: contests from this day on, `2025-01-31`."""
     before: date | None = None
+    """LiveCodeBench: contests up to this day."""
     limit: Positive | None = None
+    """At most so many problems, evenly over levels of difficulty."""
 
 
 class FidelitySection(Section):
-    """`text:` held-out text for perplexity and KL: as for calibration, but ``length`` may list several window lengths;
-    gates judge the first. ``samples`` windows of the shortest, and of a longer one as many as hold no more tokens.
-    ``by_layer``: also the KL of each layer alone (one more pass over the first length for every layer)."""
+    """`text:` held-out text for perplexity and KL."""
 
     text: Text
+    """Held-out text: `heldout-code`, a file, or a data set of the Hub. Not the calibration text."""
     split: str = "train"
+    """Of a data set of the Hub."""
     revision: str | None = None
+    """Of a data set of the Hub: a commit, a tag, a branch."""
     column: str | None = None
+    """The key of a row that holds its text, where it has another name than usual."""
     samples: Positive = 128
+    """Windows of the shortest length; of a longer one as many as hold no more tokens."""
     length: Length | Annotated[tuple[Length, ...], Field(min_length=1)] = 512
+    """Tokens of a window, or a list of lengths; gates judge the first."""
     seed: Seed = 0
+    """Which windows are drawn."""
     by_layer: bool = False
+    """Also the KL of each layer alone: one more pass for every layer."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -75,26 +84,36 @@ class FidelitySection(Section):
 
 
 class EvaluateSection(Section):
-    """`evaluate:` what source and artifacts are asked, identically.
-
-    Greedy unless ``temperature`` is given; ``samples`` answers a problem then estimate pass@k. ``base_url`` and
-    ``models`` (source or output -> name there) belong to engine openai; its key is OPENAI_API_KEY's.
-    """
+    """`evaluate:` what source and artifacts are asked, identically."""
 
     tasks: tuple[TaskSection, ...] = ()
+    """Coding tasks."""
     text: FidelitySection | None = None
+    """Held-out text for perplexity and KL."""
     engine: EngineName = "reference"
+    """What computes the answers."""
     base_url: str | None = None
+    """Engine `openai`: the server's address, which ends in /v1. Its key is OPENAI_API_KEY's."""
     models: dict[str, str] = {}
+    """Engine `openai`: `source` or an output's name -> what the server calls it."""
     samples: Positive = 1
+    """Answers to a problem; with several, pass@k is estimated."""
     temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """0 takes the likeliest token."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the likeliest that together are so probable."""
     seed: Seed = 0
+    """Of drawn answers."""
     prompt: Literal["auto", "completion", "chat"] = "auto"
+    """How a problem is put: `auto` takes the chat template where the model has one."""
     max_new_tokens: Positive = 384
+    """Of an answer, at most."""
     batch_size: Positive = 32
+    """Problems answered at once, or requests to a server."""
     timeout: Annotated[Number, Field(gt=0, le=HOUR)] = 5.0  # seconds of one program
+    """Seconds a judged program may take."""
     sandbox: Literal["auto", "none"] = "auto"
+    """`none` runs judged programs unprotected."""
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateSection:
@@ -115,19 +134,26 @@ class EvaluateSection(Section):
 
 
 class GateSection(Section):
-    """One condition an output must meet; ``output`` and ``task`` omitted mean every one. max_drop in points (1 % of the
-    problems), max_kld in nats per token, max_size in GB, min_bits_saved in bits per weight against the
-    source; served: a server that it was proved in."""
+    """One condition that an output must meet."""
 
     output: str | None = None
+    """The output that must keep it; left out: each."""
     task: str | None = None
+    """The task it is about, for `max_drop` and `min_recovery`; left out: each."""
     max_drop: Annotated[Number, Field(ge=0, le=100)] | None = None
+    """Points that the score may fall below the source's; 1 point is 1 % of the problems."""
     min_recovery: Annotated[Number, Field(gt=0, le=2)] | None = None
+    """Score as a part of the source's, 0.98."""
     max_kld: Annotated[Number, Field(gt=0)] | None = None
+    """Mean KL to the source, nats a token."""
     max_size: Annotated[Number, Field(gt=0)] | None = None
+    """GB (1e9 bytes) of the artifact's files."""
     min_bits_saved: Annotated[Number, Field(gt=0, lt=64)] | None = None
+    """Bits a weight below the source's."""
     served: ServerName | None = None
+    """A server that the artifact was proved in (`serve:`)."""
     on_undecided: Literal["warn", "fail"] = "warn"
+    """What an interval that includes the limit is: a warning, or a failure."""
 
     @model_validator(mode="after")
     def _one_condition(self) -> GateSection:
@@ -140,14 +166,18 @@ class GateSection(Section):
 
 
 class MeasureSection(Section):
-    """`measure:` memory and speed of source and outputs on this machine, each in a process of its own. ``context``:
-    tokens of a prompt; ``batch``: requests at once; ``tokens`` are generated for each; ``price``: of an hour."""
+    """`measure:` memory and speed of source and outputs on this machine, each in a process of its own."""
 
     context: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 2048
+    """Tokens of a prompt, or a list."""
     batch: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1
+    """Requests at once, or a list."""
     tokens: Annotated[int, Field(ge=2, le=10**6)] = 64
+    """Generated for each request."""
     repeats: Positive = 3
+    """Medians are taken of so many."""
     price: Annotated[Number, Field(ge=0)] | None = None
+    """Of an hour of this machine: a million tokens' cost."""
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -161,37 +191,51 @@ class MeasureSection(Section):
 
 
 class ServeSection(Section):
-    """`serve:` real servers that each output is started in and proved, those that read its format; with ``users`` at
-    once of ``context`` tokens (None: the most that fits), in ``dtype`` (None: as its files say)."""
+    """`serve:` real servers that each output is started in and proved, those that read its format."""
 
     prove: Annotated[tuple[ServerName, ...], Field(min_length=1)]
+    """Servers in which each output is started and held against the reference."""
     context: Positive | None = None
+    """Tokens of each user; left out: the most that fits."""
     users: Annotated[int, Field(gt=0, le=4096, strict=True)] = 4
+    """At once."""
     dtype: Literal["float16", "bfloat16"] | None = None
+    """What the server computes in; left out: as the files say."""
 
 
 class BenchmarkSection(Section):
     """A data set that the Hub registers as a benchmark, and the task's id there."""
 
     dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """The data set that the Hub registers as a benchmark, ORG/NAME."""
     task: str
+    """The task's id there."""
 
 
 class PublishSection(Section):
-    """`publish:` where finished outputs go. ``to``: an organization, or a repository's name with {model}, {output},
-    {format}; ``layout``: a repository for each output, or one with a folder for each. The licence and ``base_model``
-    are the source's own; name them only where its card does not."""
+    """`publish:` where finished outputs go. Licence and base model are the source's own; name them only where its card
+    does not."""
 
     to: Annotated[str, Field(pattern=r"^[\w{][\w.{}-]*(/[\w{][\w.{}-]*)?$")]
+    """An organization, or a repository's name with {model}, {output}, {format}."""
     layout: Literal["repository", "folders"] = "repository"
+    """A repository for each output, or one with a folder for each."""
     private: bool = False
+    """Whether new repositories are private."""
     revision: str | None = None
+    """A branch of the repository."""
     pr: bool = False
+    """Open a pull request."""
     license: str | None = None
+    """Of the source, where its card names none."""
     license_name: str | None = None
+    """Of a licence that the Hub does not know."""
     license_link: str | None = None
+    """Where that licence stands."""
     base_model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """The source's name on the Hub, where it is a folder here."""
     benchmarks: dict[str, BenchmarkSection] = {}
+    """Task -> the benchmark of the Hub that it is."""
 
 
 class Judging(Section):

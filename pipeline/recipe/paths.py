@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from qtool.convert.files.source import SHIPPED
 if TYPE_CHECKING:
     from qtool.recipe.sections import Recipe
 
+EDITORS = "# yaml-language-server:"  # how a line begins that tells an editor which schema holds
 RECIPE_ENDS = (".yaml", ".yml")
 
 
@@ -57,6 +59,22 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "imatrix", imatrix
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with qtool, by name."""
+    entries = [Path(str(entry)) for entry in files("qtool.recipes").iterdir()]
+    return {path.stem: path for path in sorted(entries) if path.suffix in RECIPE_ENDS}
+
+
+def about(path: Path) -> str:
+    """What a recipe says of itself: the first sentence of its first comment; the line for editors is none."""
+    said = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or line.startswith("#   "):
+            break
+        said += [] if line.startswith(EDITORS) else [line[1:].strip()]
+    return re.split(r"(?<=[^.])\.(?: |$)", " ".join(said))[0]
+
+
 def locate(typed: Path) -> Path:
     """The recipe's file: as typed, or of those that ship with qtool the one of that name (`demo`, `recipes/demo.yaml`).
 
@@ -64,12 +82,11 @@ def locate(typed: Path) -> Path:
     """
     if os.path.lexists(typed) and not typed.is_dir():
         return typed
-    entries = [Path(str(entry)) for entry in files("qtool.recipes").iterdir()]
-    shipped = {path.stem: path for path in entries if path.suffix in RECIPE_ENDS}
+    shipped = shipped_recipes()
     named_so = typed.parent in (Path("."), Path("recipes")) and typed.suffix in ("", *RECIPE_ENDS)
     if named_so and typed.stem in shipped:
         return shipped[typed.stem]
     there = "a folder, not a recipe" if typed.is_dir() else "No such file or directory"
     raise QtoolError(
-        f"{typed}: {there}. Check the path. Recipes that ship with qtool go by name: {', '.join(sorted(shipped))}."
+        f"{typed}: {there}. Check the path. Recipes that ship with qtool go by name: {', '.join(shipped)}."
     )

@@ -22,6 +22,7 @@ from qtool.recipe.judging import (
     ServeSection,
     Text,
 )
+from qtool.recipe.overrides import NONE, Overrides
 
 if TYPE_CHECKING:
     OutputSection = Method
@@ -33,23 +34,36 @@ class ModelSection(Section):
     """`model:` a local folder or Hub id; as a string, or with a revision and leave to run the model's own code."""
 
     id: Text
+    """A folder of safetensors, a Hub id (org/name), or `qtool-demo`, which ships. `model: NAME` is short for it."""
     revision: str | None = None
+    """Of the Hub: a commit, a tag, a branch. The run's lock.json has the commit."""
     trust_remote_code: bool = False
+    """Let Python code that the model brings along run here."""
 
 
 class Recipe(Section):
     """One conversion: source, calibration, outputs, evaluation, measurement, servers, gates, where it is published."""
 
     model: ModelSection
+    """The unquantized source."""
     calibration: TextSource = TextSource(text="qtool-code")
+    """The text that methods look at."""
     experts: ExpertSettings = ExpertSettings()
+    """How the experts of a mixture are calibrated."""
     outputs: tuple[OutputSection, ...]
+    """What is made, all of it from one read of the weights."""
     evaluate: EvaluateSection = EvaluateSection()
+    """What source and outputs are asked, alike."""
     measure: MeasureSection | None = None
+    """Memory and speed of source and outputs on this machine."""
     serve: ServeSection | None = None
+    """Real servers that each output is proved in."""
     gates: tuple[GateSection, ...] = ()
+    """What outputs must keep; `qtool run` and `qtool check` end with 1 where one fails."""
     publish: PublishSection | None = None
+    """Where `qtool publish` takes what passed."""
     output_dir: Text = "artifacts"
+    """The folder in which artifacts are made, each called MODEL-OUTPUT."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -88,9 +102,9 @@ class Recipe(Section):
         return digest_of(self.model_dump(mode="json", exclude={"measure", "serve", "gates", "publish"}))
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises QtoolError listing every fault with its path in the file."""
-    return load(path, Recipe)
+def load_recipe(path: Path, overrides: Overrides = NONE) -> Recipe:
+    """Read a recipe, with ``overrides`` in it. Raises QtoolError listing every fault with its path in the file."""
+    return load(path, Recipe, overrides)
 
 
 def checked_recipe(data: dict[str, Any], where: str) -> Recipe:

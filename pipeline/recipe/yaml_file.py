@@ -28,7 +28,11 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file says. Raises QtoolError naming file and line."""
-    text = read_text(path, SIZE)
+    return parse_yaml(read_text(path, SIZE), path)
+
+
+def parse_yaml(text: str, path: Path | str) -> Any:
+    """What a YAML text says. Raises QtoolError naming ``path``, where it is from, and the line."""
     _check_brackets(path, text)
     try:
         loader = _Loader(text)
@@ -58,7 +62,7 @@ def read_yaml(path: Path) -> Any:
         loader.dispose()
 
 
-def _check_brackets(path: Path, text: str) -> None:
+def _check_brackets(path: Path | str, text: str) -> None:
     """The scanner looks at every open bracket for every token: thousands would take minutes."""
     depth = 0
     for mark in text:
@@ -67,7 +71,7 @@ def _check_brackets(path: Path, text: str) -> None:
             raise QtoolError(f"{path}: not valid YAML: nested too deeply.")
 
 
-def _check(path: Path, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+def _check(path: Path | str, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """How many nodes there are with every alias written out. Raises QtoolError for too many, and for keys that come
     twice."""
     where = f"{path}:{node.start_mark.line + 1}"

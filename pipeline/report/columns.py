@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from qtool.report.tables import Row, columns
 
@@ -33,4 +34,36 @@ def print_table(
             table.add_column(head, justify="left" if head in (heads[0], *left) else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(escape(row.get(head, "")) for head in shown))
+        show(table, console)
+
+
+def show(table: Table, console: Console) -> None:
+    """A table; without the blanks that fill its lines where it goes into a file."""
+    if console.is_terminal:
         console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+def say(text: str, hang: int = 2) -> None:
+    """One line of markup. A terminal breaks it between words, further lines ``hang`` to the right; a file gets one."""
+    line = Text.from_markup(text)
+    if not console.is_terminal:
+        console.print(line, soft_wrap=True, highlight=False)
+        return
+    first, *rest = line.wrap(console, console.width) or [Text()]
+    console.print(first)
+    for part in Text(" ").join(rest).wrap(console, console.width - hang) if rest else []:
+        console.print(Text(" " * hang) + part)
+
+
+def print_list(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names, and beside each what it is, in lines that end with the terminal's."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, said in pairs:
+        table.add_row(escape(name), escape(said))
+    show(table, console)

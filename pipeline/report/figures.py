@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qtool.report.markup import visible
+from qtool.runs.evidence import plain
 
-WIDTH = 640
+WIDTH, NARROW = 640, 346  # of a screen, and of a telephone: each chart is drawn for both
 _LIGHT = ("#4b5563", "#2563b0", "#b45309", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#5b5b12")  # grey: the source
 _DARK = ("#b6bfcc", "#7fb2f0", "#f0a95a", "#6fce8e", "#c79bf2", "#f58ba3", "#5fcbe0", "#cfcf6a")
 _HEAT = ("#f7f1e3", "#f2b66d", "#d9573f", "#8a1c4a", "#2b0b2f")  # light to dark, evenly spaced
@@ -56,6 +57,11 @@ class _Frame:
     width: float = WIDTH - 62 - 24
     height: float = 250
 
+    @classmethod
+    def of(cls, width: int, xs: tuple[float, float], ys: tuple[float, float], top: float = 34) -> _Frame:
+        """In a picture so wide."""
+        return cls(xs, ys, top=top, width=width - 62 - (24 if width == WIDTH else 12))
+
     def x(self, value: float) -> float:
         return self.left + self.width * (value - self.xs[0]) / (self.xs[1] - self.xs[0])
 
@@ -97,13 +103,13 @@ def shade(share: float) -> str:
     return "#" + bytes(mixed).hex()
 
 
-def size_against(points: Sequence[Point], axis: str, higher_is_better: bool) -> str:
+def size_against(points: Sequence[Point], axis: str, higher_is_better: bool, width: int = WIDTH) -> str:
     """Size against a score, each with its interval; models that none beats are joined: the Pareto front."""
     unit, scale = ("GB", 1e9) if max(p.nbytes for p in points) >= 1e9 else ("MB", 1e6)
     across = ticks(0, max(p.nbytes for p in points) / scale)
     lows = [x for p in points for x in (p.low, p.high, p.score) if math.isfinite(x)]
     up = ticks(min(lows) if higher_is_better else 0, max(lows))
-    frame = _Frame((0, across[-1]), (up[0], up[-1]))
+    frame = _Frame.of(width, (0, across[-1]), (up[0], up[-1]))
     front = pareto(points, higher_is_better=higher_is_better)
     places = _spread({i: frame.x(p.nbytes / scale) for i, p in enumerate(points)})
     path = " ".join(f"{places[points.index(p)]:.1f},{frame.y(p.score):.1f}" for p in front)
@@ -120,36 +126,38 @@ def size_against(points: Sequence[Point], axis: str, higher_is_better: bool) -> 
     for i, point in enumerate(points):
         x, y = _label_place(places[i], frame.y(point.score), len(point.name), taken, frame)
         parts.append(f'<text class="{marks[i]} name" x="{x:.1f}" y="{y:.1f}">{visible(point.name)}</text>')
-    note = "filled, joined: Pareto front (none is both smaller and better)"
+    note = "filled, joined: Pareto front" + (" (none is both smaller and better)" if width == WIDTH else "")
     parts.append(f'<text class="soft" x="{frame.left}" y="20">{note}</text>')
     told = "; ".join(
-        f"{p.name}: {p.nbytes / scale:.3g} {unit}, {p.score:.4g} [{p.low:.4g}, {p.high:.4g}]" for p in points
+        f"{p.name}: {plain(p.nbytes / scale, 3)} {unit}, {plain(p.score)} [{plain(p.low)}, {plain(p.high)}]"
+        for p in points
     )
     why = f"{told}. Pareto front: {', '.join(p.name for p in front)}. Models of nearly one size are drawn side by side."
-    return svg(f"Size against {axis}", why, frame.bottom + 52, parts)
+    return svg(f"Size against {axis}", why, frame.bottom + 52, parts, width)
 
 
-def kl_by_position(series: Mapping[str, Sequence[float]], position_bin: int) -> str:
+def kl_by_position(series: Mapping[str, Sequence[float]], position_bin: int, width: int = WIDTH) -> str:
     """Mean KL divergence to the source along the window, one line a model; ``position_bin`` tokens to a value."""
     longest = max(len(values) for values in series.values())
     at = [(i + 0.5) * position_bin for i in range(longest)]
     across = [tick for tick in ticks(0, longest * position_bin) if tick <= longest * position_bin]
-    return _lines(series, at, across, "position in the window, tokens", "KL by token position")
+    return _lines(series, at, across, "position in the window, tokens", "KL by token position", width)
 
 
-def kl_by_layer(series: Mapping[str, Sequence[float]]) -> str:
+def kl_by_layer(series: Mapping[str, Sequence[float]], width: int = WIDTH) -> str:
     """Mean KL divergence to the source when only that layer is the quantized one, one line a model."""
     longest = max(len(values) for values in series.values())
     across = [tick for tick in ticks(0, max(longest - 1, 1)) if tick == int(tick)]
-    return _lines(series, list(range(longest)), across, "the one quantized layer", "KL by layer")
+    return _lines(series, list(range(longest)), across, "the one quantized layer", "KL by layer", width)
 
 
 def _lines(
-    series: Mapping[str, Sequence[float]], at: Sequence[float], across: Sequence[float], label: str, title: str
-) -> str:
+    series: Mapping[str, Sequence[float]], at: Sequence[float], across: Sequence[float], label: str, title: str,
+    width: int,
+) -> str:  # fmt: skip
     up = ticks(0, max(value for values in series.values() for value in values))
-    legend, rows = _legend(list(series))
-    frame = _Frame((min(0, across[0]), max(across[-1], at[-1])), (up[0], up[-1]), top=20 + 18 * rows)
+    legend, rows = _legend(list(series), width)
+    frame = _Frame.of(width, (min(0, across[0]), max(across[-1], at[-1])), (up[0], up[-1]), 20 + 18 * rows)
     parts = [_axes(frame, across, up, label, "KL to source, nats a token"), *legend]
     marks = _marks(list(series))
     for i, values in enumerate(series.values()):
@@ -160,16 +168,16 @@ def _lines(
             if len(values) <= 32
         )
         parts.append(f'<g class="{marks[i]}"><polyline class="line"{_dash(i)} points="{path}"/>{dots}</g>')
-    told = "; ".join(f"{name}: {values[0]:.4g} to {values[-1]:.4g}" for name, values in series.items() if values)
-    return svg(title, f"First and last value of each: {told}.", frame.bottom + 52, parts)
+    told = "; ".join(f"{name}: {plain(values[0])} to {plain(values[-1])}" for name, values in series.items() if values)
+    return svg(title, f"First and last value of each: {told}.", frame.bottom + 52, parts, width)
 
 
-def _legend(names: Sequence[str]) -> tuple[list[str], int]:
+def _legend(names: Sequence[str], width: int) -> tuple[list[str], int]:
     """Swatch and name for each series, wrapped; and the number of rows."""
     parts, x, row, marks = [], 62.0, 0, _marks(names)
     for i, name in enumerate(names):
         wide = 42 + _text_width(len(name))
-        if x + wide > WIDTH - 10 and x > 62:
+        if x + wide > width - 10 and x > 62:
             x, row = 62.0, row + 1
         y = 20 + 18 * row
         swatch = f'<line class="line"{_dash(i)} x1="{x:.0f}" x2="{x + 24:.0f}" y1="{y - 4}" y2="{y - 4}"/>'
@@ -195,11 +203,13 @@ def _axes(frame: _Frame, across: Sequence[float], up: Sequence[float], x_label: 
         y = frame.y(value)
         line = f'<line class="grid" x1="{frame.left}" x2="{frame.left + frame.width}" y1="{y:.1f}" y2="{y:.1f}"/>'
         place = f'text-anchor="end" x="{frame.left - 8}" y="{y + 4:.1f}"'
-        parts.append(f'{line}<text class="soft" {place}>{value:g}</text>')
+        parts.append(f'{line}<text class="soft" {place}>{plain(value)}</text>')
     for value in across:
         x = frame.x(value)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.bottom}" y2="{frame.bottom + 4}"/>')
-        parts.append(f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 18}">{value:g}</text>')
+        parts.append(
+            f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 18}">{plain(value)}</text>'
+        )
     end = frame.left + frame.width
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{end}" y1="{frame.bottom}" y2="{frame.bottom}"/>')
     middle = frame.left + frame.width / 2

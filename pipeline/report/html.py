@@ -30,7 +30,7 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
         ("kl", "Where the distribution moved"),
         ("errors", "Error of every linear"),
     ):
-        shown = [figure(p.svg, p.caption, p.title) for p in drawn if p.section == anchor]
+        shown = [figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == anchor]
         if shown:
             sections.append((anchor, heading, f'<div class="grid">{"".join(shown)}</div>'))
     if run.summary.tasks:
@@ -61,7 +61,7 @@ def _measured(run: RunRecord, drawn: list[Picture]) -> str:
     rows = table(measured_rows(run.summary.measured), "scores", "memory and speed of the source and every artifact")
     ways = visible(" ".join(measured_ways(run.summary.measured)))
     faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.summary.measured))
-    shown = "".join(figure(p.svg, p.caption, p.title) for p in drawn if p.section == "measured")
+    shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "measured")
     return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
 
 

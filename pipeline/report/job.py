@@ -3,44 +3,67 @@ RECIPE`)."""
 
 from __future__ import annotations
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from qtool.convert.models.expert_names import stacked
 from qtool.make.job import Job
-from qtool.make.needs import Resources, peak_of
-from qtool.report.columns import console
+from qtool.make.needs import Resources
+from qtool.make.output import Output
+from qtool.report.columns import console, print_table, say, show
+from qtool.report.tables import Row
+from qtool.runs.evidence import size_text
 
 
-def print_plan(job: Job) -> None:
-    """`--dry-run`: what each linear becomes, then totals, memory and disk."""
+def print_plan(job: Job, needs: Resources, full: bool) -> None:
+    """`--dry-run`: a row for each output (``full``: for each kind of linear, too), then what the work takes."""
     for note in job.remarks:
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
-    for output in job.outputs:
-        title, plan = output.name, output.plan
-        table = Table(title=f"{job.source.name} -> {title}", title_justify="left")
-        grouped = "type" if any(linear.type for linear in plan.linears) else "group size"
-        for column in ("linear", "of them", "shape [out, in]", grouped, "bytes each"):
-            table.add_column(column, justify="left" if column == "linear" else "right")
-        kinds: dict[tuple[str, int, int, str, int], int] = {}
-        for linear in plan.linears:
-            name = stacked(linear.name)  # a row for all experts that are alike: there may be 128
-            part = name[len(job.decoder.prefix) :].split(".", 1)[1]
-            key = (part, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
-            kinds[key] = kinds.get(key, 0) + 1
-        for (part, out, across, group, nbytes), count in kinds.items():
-            table.add_row(part, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
-        console.print(table)
-        for note in output.notes:
-            console.print(f"{title}: {note}", highlight=False, soft_wrap=True)
-        console.print(
-            f"{title}: {plan.nbytes / 1e9:.3f} GB ({plan.nbytes / 2**30:.3f} GiB), {plan.bits_per_weight:.3f} bpw over "
-            f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
-            highlight=False,
-        )
-    memory = peak_of(job, job.outputs)
-    console.print(
-        f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
+        say(escape(note))
+    for output in job.outputs if full else ():
+        show(_linears(job, output), console)
+    rows, name = [_row(output) for output in job.outputs], job.source.name
+    print_table(
+        console,
+        rows,
+        f"{name} -> {job.recipe.output_dir}/{name}-OUTPUT",
+        left=("groups of, or types",),
     )
+    for output in job.outputs:
+        for note in output.notes:
+            say(escape(f"{output.name}: {note}"))
+    print_needs(needs)
+    if not full:
+        console.print("--full: what becomes of every linear.", style="dim")
+
+
+def _row(output: Output) -> Row:
+    """Size, bits, how many linears, in which groups or types."""
+    plan = output.plan
+    kinds = dict.fromkeys(linear.type or str(linear.group_size) for linear in plan.linears)
+    return {
+        "output": output.name, "size": size_text(plan.nbytes), "bits a weight": f"{plan.bits_per_weight:.2f}",
+        "linears": str(len(plan.linears)), "groups of, or types": ", ".join(kinds)
+    }  # fmt: skip
+
+
+def _linears(job: Job, output: Output) -> Table:
+    """A row for each kind of linear: how many, shape, group or type, bytes."""
+    plan = output.plan
+    title = f"{output.name}: {plan.nbytes:,} bytes, {plan.bits_per_weight:.3f} bpw over {plan.parameters:,} parameters"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    grouped = "type" if any(linear.type for linear in plan.linears) else "group size"
+    for column in ("linear", "of them", "shape [out, in]", grouped, "bytes each"):
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    kinds: dict[tuple[str, int, int, str, int], int] = {}
+    for linear in plan.linears:
+        name = stacked(linear.name)  # a row for all experts that are alike: there may be 128
+        part = name[len(job.decoder.prefix) :].split(".", 1)[1]
+        key = (part, linear.out, linear.columns, linear.type or str(linear.group_size), linear.nbytes)
+        kinds[key] = kinds.get(key, 0) + 1
+    for (part, out, across, group, nbytes), count in kinds.items():
+        table.add_row(part, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
+    return table
 
 
 def print_needs(needs: Resources) -> None:
@@ -53,11 +76,12 @@ def print_needs(needs: Resources) -> None:
         rows.insert(0, (f"{needs.device} memory", needs.device_bytes, needs.device_free))
     for what, need, free in rows:
         there = "" if free is None else f", {free / 1e9:.2f} GB free"
-        console.print(f"{what}: {need / 1e9:.2f} GB{there}", highlight=False, soft_wrap=True)
+        console.print(f"{what}: about {need / 1e9:.2f} GB{there}", highlight=False, soft_wrap=True)
     if needs.seconds is None:
         console.print("time: not known; no earlier run on this kind of machine is in the ledger", highlight=False)
     else:
         low, high = needs.seconds
-        console.print(f"time: {low:.0f} to {high:.0f} s, as earlier runs on this kind of machine took", highlight=False)
+        took = f"{low:.0f} to {high:.0f} s" if round(low) != round(high) else f"about {low:.0f} s"
+        console.print(f"time: {took}, as earlier runs on this kind of machine", highlight=False)
     for line in short:
         console.print(f"short of {line}", highlight=False, soft_wrap=True)

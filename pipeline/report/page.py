@@ -47,14 +47,14 @@ th:first-child,td:first-child{text-align:left}tbody tr:last-child>*{border-botto
 .scores td{white-space:nowrap}.scores td,.scores th{padding:7px 9px}.scores thead th{white-space:normal}
 .scores th:first-child{position:sticky;left:0;background:var(--card)}
 .words td{text-align:left}.words th{text-align:left}
-.words td,.words th{overflow-wrap:anywhere;min-width:7em}
+.words td,.words th{overflow-wrap:anywhere;min-width:7em;white-space:normal}
 .matrix{font-size:.8rem}.matrix td,.matrix th{padding:3px 10px;text-align:center}.matrix th:first-child{text-align:left}
 .matrix tbody th{font-weight:400}
 .yes{background:var(--yes);color:var(--pass)}.no{background:var(--no);color:var(--fail)}
 .part{background:var(--part);color:var(--wait)}
 h5 span{padding:1px 7px;border-radius:9px}
 figure{margin:16px 0}figure .scroll{padding:6px}figcaption{margin-top:2px}
-figure svg{display:block;max-width:100%;min-width:470px;height:auto}
+figure svg{display:block;max-width:100%;height:auto}.narrow{display:none}.wide svg{min-width:470px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:0 20px}
 .grid>*{min-width:0}
 details{margin:8px 0}summary{cursor:pointer}
@@ -69,7 +69,14 @@ code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 mark{background:var(--mark);color:inherit}
 .detail{font-size:.8rem;color:var(--soft)}
 footer{margin-top:48px;padding-bottom:32px}
-@media(max-width:600px){main,header,footer{padding-left:14px;padding-right:14px}h1{font-size:1.35rem}}
+@media(max-width:600px){main,header,footer{padding-left:14px;padding-right:14px}h1{font-size:1.35rem}
+.wide{display:none}.narrow{display:block}.narrow svg{max-width:none}
+.scores thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.scores,.scores tbody,.scores tr,.scores th,.scores td{display:block;text-align:left}
+.scores tr{border-bottom:1px solid var(--line);padding:8px 0}
+.scores td,.scores th{border:0;padding:2px 10px;white-space:normal}.scores td:empty{display:none}
+.scores td{display:flex;justify-content:space-between;gap:16px}
+.scores td::before{content:attr(data-label);color:var(--soft)}.scores td>span{text-align:right}}
 @media print{.tall,pre{max-height:none}body{background:#fff}}
 """
 
@@ -108,18 +115,28 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
 def table(rows: Sequence[Row], style: str, label: str) -> str:
     """Rows of text as a table that scrolls in its own box. ``style``: scores (numbers) or words."""
     heads = columns(list(rows))
-    top = "".join(f'<th scope="col">{visible(head)}</th>' for head in heads)
+    top = "".join(f'<th scope="col" role="columnheader">{visible(head)}</th>' for head in heads)
     lines = []
     for row in rows:
-        first, *rest = (visible(row.get(head, "")) for head in heads)
-        lines.append(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>')
-    body = f'<table class="{style}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        cells = "".join(_cell(head, row.get(head, "")) for head in heads[1:])
+        first = visible(row.get(heads[0], ""))
+        lines.append(f'<tr role="row"><th scope="row" role="rowheader">{first}</th>{cells}</tr>')
+    head = f'<thead role="rowgroup"><tr role="row">{top}</tr></thead>'
+    rest = f'<tbody role="rowgroup">{"".join(lines)}</tbody>'
+    body = f'<table class="{style}" role="table">{head}{rest}</table>'  # roles: on a telephone rows are no table's
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{visible(label)}">{body}</div>'
 
 
-def figure(svg: str, caption: str, label: str) -> str:
-    """A picture in a box of its own; narrow screens scroll it sideways, so that its words stay legible."""
-    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{visible(label)}">{svg}</div>'
+def _cell(head: str, text: str) -> str:
+    """A telephone shows a row's cells below each other, each behind its column's name."""
+    said = f"<span>{visible(text)}</span>" if text else ""
+    return f'<td role="cell" data-label="{visible(head)}">{said}</td>'
+
+
+def figure(svg: str, narrow: str, caption: str, label: str) -> str:
+    """A picture in a box of its own, drawn for a screen and for a telephone; what is wider still scrolls sideways."""
+    drawn = f'<div class="wide">{svg}</div><div class="narrow">{narrow}</div>'
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{visible(label)}">{drawn}</div>'
     return f"<figure>{box}<figcaption>{visible(caption)}</figcaption></figure>"
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from qtool.convert.files.manifest import Manifest
 from qtool.report import figures, maps
 from qtool.report.figures import Point
-from qtool.report.tables import moved
 from qtool.runs.coverage import by_expert, by_kind, coverage
-from qtool.runs.evidence import p_text, size_text, task_label
+from qtool.runs.evidence import moved, p_text, size_text, task_label
+from qtool.runs.informative import of_task
 from qtool.runs.measurements import one_machine
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import Summary
@@ -27,13 +29,20 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors; ``narrow``: the same for
+    a telephone."""
 
     name: str
     section: str
     title: str
     caption: str
     svg: str
+    narrow: str
+
+
+def _drawn(name: str, section: str, title: str, caption: str, draw: Callable[[int], str]) -> Picture:
+    """``draw`` at both widths."""
+    return Picture(name, section, title, caption, draw(figures.WIDTH), draw(figures.NARROW))
 
 
 def verdict_of(run: RunRecord) -> tuple[str, str]:
@@ -64,7 +73,9 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
         if model.text is not None:
             said.append(f"KL {model.text.kl.estimate:.4f}")
         for task, result in model.tasks.items():
-            if (loss := result.loss) is not None:
+            if why := of_task(run.summary, task):
+                said.append(f"{task_label(task)} is {why}")
+            elif (loss := result.loss) is not None:
                 worse = loss.p_holm < 0.05 and loss.difference.loss.estimate > 0
                 shown = f"{'a' if worse else 'no'} loss is shown, {p_text(loss.p_holm, loss.comparisons)}"
                 said.append(f"{moved(loss.difference.loss)} on {task_label(task)} ({shown})")
@@ -88,9 +99,9 @@ def _speeds(summary: Summary) -> list[Picture]:
             engines.append(f"{name} by {measurement.engine}")
     if len(marks) < 2:
         return []
-    svg = figures.size_against(marks, "tokens/s, decoding", True)
+    draw = partial(figures.size_against, marks, "tokens/s, decoding", True)
     caption = f"One request's tokens after the first, medians: {', '.join(engines)}."
-    return [Picture("size-speed", "measured", "Size against speed", caption, svg)]
+    return [_drawn("size-speed", "measured", "Size against speed", caption, draw)]
 
 
 def rate_points(summary: Summary, task: str) -> list[Point]:
@@ -124,14 +135,14 @@ def _sizes(summary: Summary) -> list[Picture]:
         if not marks:
             continue
         label = task_label(task)
-        svg = figures.size_against(marks, f"{label}, % passed", True)
+        draw = partial(figures.size_against, marks, f"{label}, % passed", True)
         caption = f"Bars are 95 % intervals of each score alone; the table's paired losses are sharper. {aside}"
-        pictures.append(Picture(f"size-score-{number}", "size", f"Size against {label}", caption, svg))
+        pictures.append(_drawn(f"size-score-{number}", "size", f"Size against {label}", caption, draw))
     marks = [replace(p, low=max(0.0, p.low)) for p in kl_points(summary)]
     if len(marks) > 1:
-        svg = figures.size_against(marks, "KL to source, nats a token", False)
+        draw = partial(figures.size_against, marks, "KL to source, nats a token", False)
         caption = f"Bars are 95 % bootstrap intervals over windows of held-out text. {aside}"
-        pictures.append(Picture("size-kl", "size", "Size against KL divergence", caption, svg))
+        pictures.append(_drawn("size-kl", "size", "Size against KL divergence", caption, draw))
     return pictures
 
 
@@ -143,45 +154,69 @@ def _kls(summary: Summary) -> list[Picture]:
         by_position = {name: text.kl_by_position for name, text in texts.items() if _drawable(text.kl_by_position)}
         if by_position:
             width = next(texts[name].position_bin for name in by_position)
-            svg = figures.kl_by_position(by_position, width)
+            draw = partial(figures.kl_by_position, by_position, width)
             caption = f"Windows of {length} tokens; each point is the mean over all windows and {width} positions."
-            pictures.append(Picture(f"kl-by-position-{length}", "kl", "KL by token position", caption, svg))
+            pictures.append(_drawn(f"kl-by-position-{length}", "kl", "KL by token position", caption, draw))
     first = {name: next(iter(by_length.values())) for name, by_length in measured.items()}
     by_layer = {name: text.kl_by_layer for name, text in first.items() if _drawable(text.kl_by_layer)}
     if by_layer:
         caption = "Each layer in turn is the quantized one; all others are the source's."
-        pictures.append(Picture("kl-by-layer", "kl", "KL by layer", caption, figures.kl_by_layer(by_layer)))
+        pictures.append(_drawn("kl-by-layer", "kl", "KL by layer", caption, partial(figures.kl_by_layer, by_layer)))
     return pictures
 
 
 def _errors(run: RunRecord) -> list[Picture]:
-    pictures = []
+    pictures, spans = [], _spans(run)
     for number, (name, manifest) in enumerate(run.manifests.items()):
         ledger = manifest.ledger
-        key = next((key for key in _ERRORS if any(key in record for record in ledger.values())), None)
+        key = _measure(manifest)
         if key is None:
             continue
         label, stem = _ERRORS[key], f"errors-{number}-{_file(name)}"
-        values = {}
-        for matrix, value in by_kind(ledger, key).items():
-            if place := _LAYER.search(matrix):
-                values[int(place[1]), place[2]] = value
+        values = _by_place(manifest, key)
         experts, reached = by_expert(ledger, key), coverage(ledger)
+        title = f"{name}: {label}"
         if values:
-            svg = maps.heat_map(values, f"{name}: {label}")
             whole = f"Every linear of {name}{', of experts the mean of a layer' if experts else ''}: {label}."
-            caption = f"{whole} The colours span this artifact's own range."
-            pictures.append(Picture(stem, "errors", f"{name}: {label}", caption, svg))
+            caption = f"{whole} All artifacts with this measure share one scale of colours."
+            draw = partial(maps.heat_map, values, title, spans[key])
+            pictures.append(_drawn(stem, "errors", title, caption, draw))
         if experts:
-            svg = maps.expert_map(experts, f"{name}: {label}")
             caption = f"Every expert of {name}, the mean of its matrices: {label}."
-            pictures.append(Picture(f"{stem}-experts", "errors", f"{name}: {label} by expert", caption, svg))
+            draw = partial(maps.expert_map, experts, title, 4)
+            pictures.append(_drawn(f"{stem}-experts", "errors", f"{title} by expert", caption, draw))
         if reached:
             title = f"{name}: calibration tokens by expert"
-            svg = maps.expert_map(reached.tokens, title, digits=0)
             caption = f"{reached.sentence} Experts that saw none have a red edge."
-            pictures.append(Picture(f"tokens-{number}-{_file(name)}", "errors", title, caption, svg))
+            draw = partial(maps.expert_map, reached.tokens, title, 0)
+            pictures.append(_drawn(f"tokens-{number}-{_file(name)}", "errors", title, caption, draw))
     return pictures
+
+
+def _measure(manifest: Manifest) -> str | None:
+    """Which error its ledger has, the one that tells most."""
+    return next((key for key in _ERRORS if any(key in record for record in manifest.ledger.values())), None)
+
+
+def _by_place(manifest: Manifest, key: str) -> dict[tuple[int, str], float]:
+    """(layer, linear) -> its error."""
+    found = {}
+    for matrix, value in by_kind(manifest.ledger, key).items():
+        if place := _LAYER.search(matrix):
+            found[int(place[1]), place[2]] = value
+    return found
+
+
+def _spans(run: RunRecord) -> dict[str, tuple[float, float]]:
+    """Of each measure the least and the largest error of all artifacts."""
+    spans: dict[str, tuple[float, float]] = {}
+    for manifest in run.manifests.values():
+        key = _measure(manifest)
+        values = _by_place(manifest, key).values() if key else ()
+        if key and values:
+            low, high = spans.get(key, (math.inf, -math.inf))
+            spans[key] = min(low, *values), max(high, *values)
+    return spans
 
 
 def _drawable(values: Sequence[float]) -> bool:

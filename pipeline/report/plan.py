@@ -1,13 +1,16 @@
-"""What `qtool plan` prints: an answer for each format, then the grid."""
+"""What `qtool plan` prints: one screen, a row for each format; with --full each answer in words, then the grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qtool.report.columns import print_table, wide
+from rich.markup import escape
+
+from qtool.report.columns import console, print_table, say, wide
 from qtool.report.tables import Row, rate_text
 from qtool.sizing.bounds import Range
-from qtool.sizing.fit import Estimate
+from qtool.sizing.fit import GIB, Estimate
+from qtool.sizing.formats import SOURCE
 from qtool.sizing.plan import Answer, Plan, gib
 from qtool.sizing.sharing import Shared
 
@@ -15,13 +18,78 @@ MIB = 2**20
 
 
 def print_plan(plan: Plan) -> None:
+    """One table for each kind of card, what to change where nothing fits, one command."""
+    for card, number in _cards(plan):
+        answers = [answer for answer in plan.answers if answer.setting.card.key == card]
+        memory = answers[0].setting.card.memory / GIB
+        print_table(console, short_rows(plan, answers), f"{plan.headers.name} on {number} x {card} ({memory:.1f} GiB)",
+                    left=("engine",))  # fmt: skip
+        for line in _changes(answers):
+            say(line)
+    for note in plan.notes:
+        say(f"[dim]{escape(note)}[/]")
+    served = [answer for answer in plan.answers if answer.fits]
+    for answer in [a for a in served if a.setting.weights.family != SOURCE][:1] or served[:1]:
+        s = answer.setting
+        typed = escape(f"serve {s.weights.format} on {s.card.key}: {answer.command}")
+        console.print(typed, soft_wrap=True, highlight=False)  # one line, so that it can be copied
+    say(
+        f"[dim]GiB: of weights (2**30 bytes). longest text: tokens that one user can have. users: at once, with "
+        f"{min(plan.contexts):,} tokens each. tokens/s: of one user, from the slowest expected to the bound that no "
+        "machine beats. --full: every command, memory and speed by context and users; --json: all of it.[/]"
+    )
+
+
+def short_rows(plan: Plan, answers: Sequence[Answer]) -> list[Row]:
+    """For each format: GiB of weights, what serves it, how much text of how many users fits, tokens a second."""
+    several = len({(a.setting.weights.format, a.setting.engine) for a in answers}) < len(answers)
+    rows = []
+    for answer in answers:
+        s, cell = answer.setting, answer.smallest
+        row = {"format": s.weights.format} | ({"cache": s.kv_dtype} if several else {})
+        row |= {"GiB": gib(s.weights.nbytes) if s.weights.nbytes > 1e7 else "<0.01", "engine": s.engine}
+        if answer.faults:
+            row |= {"longest text": "refused"}
+        elif not answer.fits:
+            row |= {"longest text": f"needs {cell.total / GIB:.1f} GiB"}
+        else:
+            row |= {
+                "longest text": f"{answer.context:,}",
+                "users": f"{answer.sequences:,}",
+            }
+            row |= {"tokens/s": _speed(cell.step, cell.sequences)}
+        rows.append(row)
+    return rows
+
+
+def _changes(answers: Sequence[Answer]) -> list[str]:
+    """Why formats are refused, and what would hold those that do not fit; one line for all that are alike."""
+    said: dict[str, list[str]] = {}
+    for answer in answers:
+        s = answer.setting
+        if answer.faults:
+            why = f"cannot be served: {'; '.join(answer.faults)}"
+        elif not answer.fits and answer.least_changes:
+            why = f"more than the {answer.smallest.limit / GIB:.1f} GiB that {s.engine} takes; what does: "
+            why += answer.least_changes[-1]
+        else:
+            continue
+        said.setdefault(why, []).append(s.weights.format)
+    return [escape(f"{', '.join(names)}: {why}") for why, names in said.items()]
+
+
+def _cards(plan: Plan) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((a.setting.card.key, a.setting.cards) for a in plan.answers))
+
+
+def print_full_plan(plan: Plan) -> None:
     """Answers, notes, then one table for each kind of card."""
     for answers in _alike(plan):
         for line in answer_lines(plan, *answers):
             wide.print(line, highlight=False, soft_wrap=True)
     for note in plan.notes:
         wide.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
-    for card, number in dict.fromkeys((a.setting.card.key, a.setting.cards) for a in plan.answers):
+    for card, number in _cards(plan):
         title = f"{plan.headers.name} on {number} x {card}"
         print_table(wide, grid_rows(plan, card), title, lead=3, left=("format", "cache"))
     wide.print(

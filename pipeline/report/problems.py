@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from qtool.evaluate.outcomes import KINDS, MEANINGS, counts
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
 from qtool.report.markup import spelt, visible
+from qtool.report.page import table
 from qtool.report.tables import count_of
 from qtool.runs.evidence import task_label
 
 LONGEST = 12_000  # characters of an answer that are shown
 MANY_LINES = 1000
+LONG_LINE = 400  # characters of a line that is compared letter by letter
+ALIKE = 0.5  # of two lines' letters, that it is worth while
 
 
 def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[str, str], number: int) -> str:
@@ -26,6 +30,7 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
     places = {problem: f"t{number}-{rank}" for rank, problem in enumerate(problems)}
     changed = [p for p in differing if _changed(p, rates)]
     parts = [f"<h3>{visible(task_label(task))}</h3><p>{said}</p>"]
+    parts.append(_outcomes(scores))
     if differing:
         parts.append(_matrix(differing, rates, places, set(changed)))
     whole = _matrix(problems, rates, {}, set())
@@ -39,6 +44,17 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
         missing = count_of(len(left_out), "problem")
         parts.append(f"<details><summary>Not asked: {missing}</summary><ul>{rows}</ul></details>")
     return "\n".join(parts)
+
+
+def _outcomes(scores: Mapping[str, TaskScore]) -> str:
+    """How each model's answers ended, a row each; what each word means."""
+    found = {
+        name: counts(a for problem in score.outcomes for a in score.answers(problem)) for name, score in scores.items()
+    }
+    kinds = [kind for kind in KINDS if any(kind in row for row in found.values())]
+    rows = [{"model": name} | {kind: str(row.get(kind, 0)) for kind in kinds} for name, row in found.items()]
+    said = "; ".join(f"{kind}: {MEANINGS[kind]}" for kind in kinds)
+    return f'{table(rows, "scores", "how the answers ended")}<p class="soft">{visible(said)}.</p>'
 
 
 def _changed(problem: str, rates: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -102,17 +118,39 @@ def _card(name: str, score: TaskScore, problem: str, answer: ProblemOutcome, ref
 
 
 def _marked(text: str, reference: str) -> str:
-    """The answer, with the lines marked that the reference does not have."""
+    """The answer; marked are the lines that the reference does not have, of one that changed the characters."""
     # spelt first: what merely looks like the end of a line is shown as what it is
     lines, other = (spelt(words[:LONGEST]).removesuffix("\n").split("\n") for words in (text, reference))
     many = len(lines) > MANY_LINES  # a model that repeats one line would take minutes otherwise
-    kept = {
-        i
-        for block in difflib.SequenceMatcher(None, other, lines, autojunk=many).get_matching_blocks()
-        for i in range(block.b, block.b + block.size)
-    }
-    rows = [visible(line) if i in kept else f"<mark>{visible(line) or ' '}</mark>" for i, line in enumerate(lines)]
+    rows = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, other, lines, autojunk=many).get_opcodes():
+        if kind == "replace" and b - a == d - c:
+            rows += [_line(line, before) for line, before in zip(lines[c:d], other[a:b], strict=True)]
+        else:
+            rows += [visible(line) if kind == "equal" else _mark(line) for line in lines[c:d]]
     return "\n".join(rows) + _rest(text)
+
+
+def _mark(text: str) -> str:
+    return f"<mark>{visible(text) or ' '}</mark>"
+
+
+def _line(line: str, before: str) -> str:
+    """A line in the place of another: marked is what differs, or all of it where little is the same."""
+    if max(len(line), len(before)) > LONG_LINE:
+        return _mark(line)
+    matcher = difflib.SequenceMatcher(None, before, line, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return _mark(line)
+    parts = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            parts.append(visible(line[c:d]))
+        else:  # what is gone leaves a mark, too
+            parts.append(
+                _mark(line[c:d]) if d > c else f'<mark title="{visible(before[a:b])}">\N{ZERO WIDTH SPACE}</mark>'
+            )
+    return "".join(parts)
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 
 from qtool.evaluate.statistics import Interval
-from qtool.runs.evidence import points, size_text, task_label
+from qtool.runs.evidence import p_number, points, size_text, task_label
+from qtool.runs.informative import WORD, of_task
 from qtool.runs.measurements import Measurement, one_machine
 from qtool.runs.summary import Summary, TaskSummary, TextSummary
 
@@ -27,18 +28,19 @@ def score_rows(summary: Summary) -> list[Row]:
         for length, text in model.texts.items():
             row |= _text_cells(name, text, "" if text is model.text else f", {length} tokens")
         for task, found in model.tasks.items():
-            row |= _task_cells(task_label(task), found)
+            row |= _task_cells(task_label(task), found, of_task(summary, task))
         rows.append(row | (_speed_cells(speeds[name]) if name in speeds else {}))
     return rows
 
 
-def _task_cells(name: str, task: TaskSummary) -> Row:
+def _task_cells(name: str, task: TaskSummary, uninformative: str) -> Row:
     label = name if task.samples == 1 else f"{name}, pass@1 of {task.samples}"
     row = {label: _percent(task.rate)}
     row |= {f"{name}, pass@{k}": _percent(several) for k, several in task.pass_at.items() if k > 1}
     if (loss := task.loss) is not None:
-        row[f"{label}: points lost"] = f"{points(loss.difference.loss)}, p={loss.p_holm:.2g}"
-        if loss.recovery is not None:
+        lost = f"{points(loss.difference.loss)}, {p_number(loss.p_holm)}"
+        row[f"{label}: points lost"] = WORD if uninformative else lost
+        if loss.recovery is not None and not uninformative:
             row[f"{label}: recovery"] = _percent(loss.recovery)
     return row
 
@@ -47,21 +49,14 @@ def _percent(interval: Interval) -> str:
     return f"{interval.estimate:.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def moved(loss: Interval) -> str:
-    """`1.8 points lost [-1.1, 4.6]`, or `1.0 points gained [-2.0, 4.0]`."""
-    if round(loss.estimate, 1) >= 0:
-        return points(loss).replace(" [", " points lost [")
-    estimate, low, high = (round(-x, 1) + 0.0 for x in (loss.estimate, loss.high, loss.low))
-    return f"{estimate:.1f} points gained [{low:.1f}, {high:.1f}]"
-
-
 def footnote(summary: Summary) -> str:
     """What brackets, p and the measured columns mean in this table."""
     models = summary.models.values()
     tasks = [task for model in models for task in model.tasks.values()]
+    telling = [task for m in models for label, task in m.tasks.items() if not of_task(summary, label)]
     bracketed = bool(tasks) or sum(bool(model.texts) for model in models) > 1
     parts = ["Brackets: 95 % intervals."] if bracketed else []
-    if compared := [task.loss for task in tasks if task.loss is not None]:
+    if compared := [task.loss for task in telling if task.loss is not None]:
         test = "paired permutation test" if any(task.samples > 1 for task in tasks) else "McNemar test"
         among = summary.comparisons
         many = f", Holm-adjusted over the {among} comparisons of the run" if among > 1 else ""
@@ -78,7 +73,8 @@ def footnote(summary: Summary) -> str:
 
 def caveats(summary: Summary) -> list[str]:
     """What a score does not cover, or could not exclude; one sentence each."""
-    said = []
+    told = {task: of_task(summary, task) for task in summary.tasks}
+    said = [f"{task_label(task)} is {why}: it cannot show a loss." for task, why in told.items() if why]
     for task, found in next((model.tasks for model in summary.models.values() if model.tasks), {}).items():
         if found.left_out:
             missing = count_of(len(found.left_out), "problem")

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from qtool.convert.verify.verification import Verification
 from qtool.report import loading
-from qtool.report.columns import console, print_table
+from qtool.report.columns import console, print_table, say, show
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.measured import measured_faults
 from qtool.report.pictures import pictures
 from qtool.report.served import proof_line
 from qtool.report.tables import Row, footnote, score_rows
-from qtool.runs.evidence import spent_text
+from qtool.runs.evidence import p_number, spent_text
 
 if TYPE_CHECKING:
     from qtool.evaluate.selfcheck import SelfCheck
@@ -45,16 +45,16 @@ def print_run(run: RunRecord) -> None:
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     _print_footnote(footnote(run.summary))
     for note in measured_faults(run.summary.measured):
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
+        say(escape(note))
     for name, checked in run.checks.items():
         _print_summary(name, checked)
         for note in run.manifests[name].notes:
-            console.print(f"  {note}", highlight=False, soft_wrap=True)
+            say(f"  {escape(note)}", 4)
     for name, found in run.summary.proofs.items():
         for proof in found:
-            console.print(f"{name}: {proof_line(proof)}", highlight=False, soft_wrap=True, markup=False)
+            say(escape(f"{name}: {proof_line(proof)}"))
     print_results(run.verdicts)
-    console.print(spent_text(run.seconds, run.stages, run.peaks), highlight=False, soft_wrap=True)
+    say(escape(spent_text(run.seconds, run.stages, run.peaks)))
     for name, folder in run.folders.items():
         console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
     console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
@@ -104,23 +104,25 @@ def print_results(results: Sequence[GateResult]) -> None:
     """One line a gate, with its reason."""
     for result in results:
         line = f"{MARKS[result.verdict]}  {escape(f'{result.output}: {result.gate}: {result.reason}')}"
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line, 6)
 
 
 def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
     """`qtool compare`: a line a measurement, then the answer."""
     for change in changes:
-        p = "" if change.p is None else f", p={change.p:.2g}"
+        p = "" if change.p is None else f", {p_number(change.p)}"
         said = escape(f"{change.model}: {change.what}: {change.before} -> {change.after}: {change.change}{p}")
         mark = SHOWN.get(change.shown, change.shown)
-        console.print(f"{mark}  {said}" if mark else said, highlight=False, soft_wrap=True)
+        say(f"{mark}  {said}" if mark else said)
     console.print("\n".join(map(escape, notes)), end="\n" if notes else "")
     worse = [change for change in changes if change.shown == "worse"]
     tests = sum(change.p is not None for change in changes)
     if tests > 1:
         console.print(f"p is Holm-adjusted over {tests} tests; brackets are 95 % intervals.", highlight=False)
     found = ", ".join(f"{change.model} on {change.what}" for change in worse)
-    console.print(f"[red]B is worse[/]: {escape(found)}" if worse else "No loss from A to B is shown.", highlight=False)
+    told = any(change.shown in ("better", "no loss shown") for change in changes)
+    none = "No loss from A to B is shown." if told else "Nothing here can show a loss: no measurement that tells."
+    console.print(f"[red]B is worse[/]: {escape(found)}" if worse else none, highlight=False)
 
 
 def print_verification(result: Verification) -> None:
@@ -130,14 +132,14 @@ def print_verification(result: Verification) -> None:
         table.add_column(column, overflow="fold")
     for line in loading.lines(result.checks):
         table.add_row(escape(line.name), MARKS[line.result], escape(line.detail))
-    console.print(table)
+    show(table, console)
     console.print("sound" if result.sound else "[red]NOT sound[/]: a required check failed")
     if loads := loading.what_loads_it(result.checks):
-        console.print(loads, highlight=False, soft_wrap=True, markup=False)
+        say(escape(loads))
 
 
 def _print_summary(name: str, result: Verification) -> None:
     state = "verified" if result.sound else f"[red]NOT sound[/] (`qtool verify {escape(str(result.path))}` says why)"
     loads = loading.what_loads_it(result.checks)
     said = escape(f"; by the rules it {loads}" if loads.startswith("loads") else f"; {loads}" if loads else "")
-    console.print(f"{name}: {state}{said}", highlight=False, soft_wrap=True)
+    say(f"{name}: {state}{said}")

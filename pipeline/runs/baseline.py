@@ -16,7 +16,8 @@ from qtool.convert.files.folder import key_of
 from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
 from qtool.recipe.judging import EvaluateSection
-from qtool.runs.record import LOCK, find_run, load_index, load_run, load_summary
+from qtool.runs.record import LOCK, load_index, load_run, load_summary
+from qtool.runs.shelf import find_run
 from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
 
 

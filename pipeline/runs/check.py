@@ -74,13 +74,15 @@ def _result(change: Change) -> GateResult:
     verdict: Result = "fail" if change.shown == "worse" else "pass"
     if change.shown == "not compared":  # what this run alone has is new; what the baseline alone has is missing
         verdict = "pass" if change.only == "B" else "fail"
+    if change.shown == "uninformative":
+        verdict = "undecided"
     numbers = change.numbers
     p = f", {p_text(numbers.p_holm, numbers.comparisons)}" if numbers and numbers.p_holm is not None else ""
     values = f"{change.before} -> {change.after}: " if change.before else ""
     words = {"worse": "worse than the baseline", "better": "better than the baseline"}.get(change.shown, change.shown)
     return GateResult(
-        change.model, f"no regression: {change.what}", verdict, f"{words}: {values}{change.change}{p}", "fail",
-        numbers,
+        change.model, f"no regression: {change.what}", verdict, f"{words}: {values}{change.change}{p}",
+        "warn" if change.shown == "uninformative" else "fail", numbers,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from qtool.evaluate.statistics import Interval, bootstrap_mean, holm
 from qtool.runs import evidence
 from qtool.runs.baseline import Baseline, Measured, TaskResult, TextResult
 from qtool.runs.evidence import Evidence, task_label
+from qtool.runs.informative import uninformative
 from qtool.runs.summary import perplexity
 
 ALPHA = 0.05
@@ -22,14 +23,14 @@ NLL_RISE = 0.01  # nats a token, about 1 % of perplexity; judged where no KL can
 
 ANSWERING = ("prompt", "max_new_tokens", "temperature", "top_p")  # play no part in perplexity and KL
 
-Shown = Literal["worse", "better", "no loss shown", "not compared", "not judged"]
+Shown = Literal["worse", "better", "no loss shown", "uninformative", "not compared", "not judged"]
 
 
 @dataclass(frozen=True)
 class Change:
     """One measurement of two models, A and B. ``shown`` is "worse" only where the data show it, "not judged" where it
-    only informs. ``numbers``: None where there is nothing to compare; ``note`` then says why, and ``only`` which side
-    alone was measured."""
+    only informs. ``numbers``: None where there is nothing to compare; ``note`` then says why, as it does of what is
+    uninformative, and ``only`` which side alone was measured."""
 
     model: str
     what: str
@@ -56,7 +57,7 @@ class Change:
     @property
     def change(self) -> str:
         """What became of it, for people."""
-        return evidence.change(self.numbers) if self.numbers else self.note
+        return self.note or (evidence.change(self.numbers) if self.numbers else "")
 
 
 def pair_up(
@@ -166,6 +167,11 @@ def _task(label: str, name: str, a: TaskResult, b: TaskResult) -> Change:
         "loss", difference.loss.estimate, interval=difference.loss, before=before, after=after, n=difference.problems,
         lost=difference.lost, gained=difference.gained, detectable=difference.detectable, p=difference.p, alpha=ALPHA,
     )  # fmt: skip
+    told_apart = any(other) and not any(one)
+    if not told_apart and (why := uninformative([one, other], a.samples)):
+        return Change(
+            label, name, "uninformative", replace(numbers, p=None), why.replace("the source solves", "both solve")
+        )
     return Change(label, name, "worse" if difference.loss.estimate > 0 else "better", numbers)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -81,23 +82,25 @@ def reason(evidence: Evidence) -> str:
     limit = e.limit or 0.0
     if e.measure == "size":
         compared = "at most" if result == "pass" else "above"
-        return f"{e.value / 1e9:.3f} GB is {compared} {gate} {limit / 1e9:.3f} GB"
+        said, most = size_text(e.value), size_text(limit)
+        exact = f" ({e.value:,.0f} bytes)" if said == most and result == "fail" else ""
+        return f"{said}{exact} is {compared} {gate} {most}"
     if e.measure == "bits saved":
         return f"{e.value:.2f} bpw saved is {'at least' if result == 'pass' else 'below'} {limit:g}"
     assert e.interval is not None
     low, high = e.interval.low, e.interval.high
     if e.measure == "loss":
-        seen = f"lost {e.value:.1f} points [{low:.1f}, {high:.1f}] on {e.n} problems"
+        seen = f"{moved(e.interval)} on {e.n} problems"
     else:
         name = "mean KL" if e.measure == "KL" else e.measure
-        seen = f"{name} {e.value:.4g} [{low:.4g}, {high:.4g}]"
+        seen = f"{name} {plain(e.value)} [{plain(low)}, {plain(high)}]"
     if math.isnan(low) or math.isnan(high):
         return f"{seen}: not a number"
     if result != "undecided":
         where = "within" if result == "pass" else "beyond"
-        return f"{seen}: {where} {gate} {limit:g} ({100 * e.interval.confidence:g} % sure)"
+        return f"{seen}: {where} {gate} {plain(limit)} ({100 * e.interval.confidence:g} % sure)"
     power = f"; {e.n} problems show losses from {e.detectable:.1f} points on" if e.detectable is not None else ""
-    return f"{seen}: the interval includes {gate} {limit:g}{power if e.measure == 'loss' else ''}"
+    return f"{seen}: the interval includes {gate} {plain(limit)}{power if e.measure == 'loss' else ''}"
 
 
 def side(evidence: Evidence, value: float | None) -> str:
@@ -116,7 +119,7 @@ def change(evidence: Evidence) -> str:
         return f"{100 * ((e.after or 0) / (e.before or 1) - 1):+.1f} %"
     assert e.interval is not None
     if e.measure == "loss":
-        said = f"lost {points(e.interval)} points on {e.n} problems ({e.lost} lost, {e.gained} gained)"
+        said = f"{moved(e.interval)} on {e.n} problems ({e.lost} lost, {e.gained} gained)"
         return said + (f"; losses from {e.detectable:.1f} points on would show" if e.detectable is not None else "")
     low, high = e.interval.low, e.interval.high
     if e.measure == "nll":
@@ -127,7 +130,28 @@ def change(evidence: Evidence) -> str:
 
 def p_text(p: float, comparisons: int | None) -> str:
     """`p=0.12, Holm over 5`: an adjusted p never stands without its family."""
-    return f"p={p:.2g}" + (f", Holm over {comparisons}" if comparisons and comparisons > 1 else "")
+    return p_number(p) + (f", Holm over {comparisons}" if comparisons and comparisons > 1 else "")
+
+
+def p_number(p: float) -> str:
+    """`p=0.12`, `p<0.0001`."""
+    return f"p={plain(p, 2)}" if p >= 1e-4 else "p<0.0001"
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """So many significant digits, never an exponent: 0.0000052, 1180."""
+    if not math.isfinite(value):
+        return f"{value}"
+    said = f"{Decimal(f'{value:.{digits}g}'):f}"
+    return said.rstrip("0").rstrip(".") if "." in said else said
+
+
+def moved(loss: Interval) -> str:
+    """`lost 1.8 points [-1.1, 4.6]`; a gain in its own words, its interval turned: `gained 1.0 points [-2.0, 4.0]`."""
+    if round(loss.estimate, 1) >= 0:
+        return f"lost {points(loss)}".replace(" [", " points [")
+    turned = Interval(-loss.estimate, -loss.high, -loss.low, loss.confidence)
+    return f"gained {points(turned)}".replace(" [", " points [")
 
 
 def points(loss: Interval) -> str:

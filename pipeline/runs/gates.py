@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.recipe.judging import GateSection
-from qtool.runs.evidence import Evidence, Result, of_interval, of_loss, reason, result_of
+from qtool.runs.evidence import Evidence, Result, of_interval, of_loss, plain, reason, result_of
+from qtool.runs.informative import of_task, too_low_for
 from qtool.runs.summary import Loss, ModelSummary, Summary
 
 
@@ -74,13 +75,13 @@ def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str
 
 def _label(gate: GateSection) -> str:
     if gate.max_size is not None:
-        return f"max_size {gate.max_size:g} GB"
+        return f"max_size {plain(gate.max_size)} GB"
     if gate.min_bits_saved is not None:
         return f"min_bits_saved {gate.min_bits_saved:g} bpw"
     if gate.served is not None:
         return f"served {gate.served}"
     if gate.max_kld is not None:
-        return f"max_kld {gate.max_kld:g}"
+        return f"max_kld {plain(gate.max_kld)}"
     return f"max_drop {gate.max_drop:g} points" if gate.max_drop is not None else f"min_recovery {gate.min_recovery:g}"
 
 
@@ -127,7 +128,9 @@ def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterat
             who = name if task in source else "the source"
             yield label, _Plain(f"{who} has no score on {Path(task).name}")
         else:
-            yield label, _loss(gate, loss)
+            why = of_task(summary, task) if not any(source[task].solved.values()) else ""
+            why = why or (too_low_for(source[task], gate.max_drop) if gate.max_drop is not None else "")
+            yield label, _Plain(why) if why else _loss(gate, loss)
 
 
 def _loss(gate: GateSection, loss: Loss) -> Evidence | _Plain:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
@@ -18,7 +18,6 @@ from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
 from qtool.recipe.judging import Judging, load_judging
-from qtool.runs import ledger
 from qtool.runs.gates import GateResult
 from qtool.runs.measurements import measured_models
 from qtool.runs.places import as_typed, path_from
@@ -52,9 +51,10 @@ class LockedArtifact(_File):
 
 
 class Lock(_File):
-    """`lock.json`: what the recipe's names resolved to."""
+    """`lock.json`: what the recipe's names resolved to. ``overrides``: what `--set` put into it, by path."""
 
     recipe: str
+    overrides: dict[str, Any] = {}
     source: LockedSource
     calibration: str
     device: str
@@ -176,11 +176,11 @@ def _write(path: Path, data: Any) -> None:
 def load_run(folder: Path) -> RunRecord:
     """Raises QtoolError for a folder that is no run, or one that did not reach its end."""
     if not (folder / RECIPE).exists():
-        raise QtoolError(f"{folder}: not a run; `qtool run` makes one, and `runs/ledger.jsonl` lists them.")
+        raise QtoolError(f"{folder}: not a run; `qtool run` makes one, and `qtool runs` lists them.")
     if not (folder / RESULT).exists():
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
-    lock = _read(Lock, folder / LOCK)
-    result = _read(Result, folder / RESULT)
+    lock = read_part(Lock, folder / LOCK)
+    result = read_part(Result, folder / RESULT)
     folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
@@ -224,7 +224,7 @@ def load_index(folder: Path) -> ScoreIndex:
     """`scores.json` of a run or of an evaluation. Raises QtoolError where there is none."""
     if not (folder / INDEX).exists():
         raise QtoolError(f"{folder}: holds no scores; `qtool run` and `qtool evaluate` write them.")
-    return _read(ScoreIndex, folder / INDEX)
+    return read_part(ScoreIndex, folder / INDEX)
 
 
 def load_scores(folder: Path) -> Scores:
@@ -234,37 +234,15 @@ def load_scores(folder: Path) -> Scores:
     for name, keys in index.tasks.items():
         for label, key in keys.items():
             path = _score_file(folder, key)
-            task = _read(TaskScore, path)
+            task = read_part(TaskScore, path)
             if fault := task.fault(list(task.outcomes)):
                 raise QtoolError(f"{path}: {fault}. Run the recipe again: it is made anew.")
             scores.tasks.setdefault(name, {})[label] = task.model_copy(update={"subject": name})
     for name, first in index.fidelity.items():
         for key in index.contexts.get(name, [first]):
-            fidelity = _read(FidelityScore, _score_file(folder, key))
+            fidelity = read_part(FidelityScore, _score_file(folder, key))
             scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
     return scores
-
-
-def find_run(text: str, runs: Path, marker: Literal["result.json", "scores.json"] = "result.json") -> Path:
-    """`latest`, a folder, or the beginning of a run's id in ``runs`` -> its folder.
-
-    ``marker`` is the file that makes a folder eligible. Raises QtoolError when none or several fit.
-    """
-    if text == "latest":
-        names = [str(entry["run"]) for entry in reversed(ledger.read(runs)) if "run" in entry]
-        for name in names:
-            if (runs / name / marker).exists():
-                return runs / name
-        raise QtoolError(f"latest: {runs} has no finished run. Make one with `qtool run RECIPE`.")
-    if Path(text).is_dir():
-        return Path(text)
-    folders = sorted(path.parent for path in runs.glob(f"*/{marker}") if path.parent.name.startswith(text))
-    if len(folders) != 1 or not text:
-        there = sorted(path.parent.name for path in runs.glob(f"*/{marker}"))
-        what = "several runs begin so" if len(folders) > 1 else "no such run"
-        few = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-        raise QtoolError(f"{text}: {what}; {runs} has {few or 'none'} (a beginning is enough), or say latest.")
-    return folders[0]
 
 
 def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
@@ -274,7 +252,7 @@ def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
 
 
 def _manifest(path: Path) -> Manifest:
-    found = _read(Manifest, path)
+    found = read_part(Manifest, path)
     if not (found.tensor_bytes > 0 and found.bits_per_weight > 0):
         raise QtoolError(f"{path}: tensor_bytes, bits_per_weight: not those of a model. Run the recipe again.")
     return found
@@ -284,7 +262,8 @@ def _score_file(folder: Path, key: str) -> Path:
     return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
 
 
-def _read(model: type[File], path: Path) -> File:
+def read_part(model: type[File], path: Path) -> File:
+    """A file of a run. Raises QtoolError naming one that is missing or damaged."""
     return _checked(TypeAdapter(model), path)
 
 

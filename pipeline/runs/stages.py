@@ -19,6 +19,7 @@ from typing import Any
 
 from qtool.convert.files.durable import write_whole
 from qtool.evaluate.engines.machine import anonymous_memory, resident_peak
+from qtool.runs import log
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,13 @@ def stage(name: str, detail: str = "") -> Iterator[None]:
     try:
         yield
     finally:
+        ended = time.monotonic()
         if _spans is not None:
-            _spans.append(Span(name, detail, threading.current_thread().name, begun, time.monotonic()))
+            _spans.append(Span(name, detail, threading.current_thread().name, begun, ended))
+        said = f"{name} {detail}".strip()
+        log.say(
+            f"  {said}: {ended - begun:.1f} s", "step", log.VERBOSE, stage=name, detail=detail, seconds=ended - begun
+        )
 
 
 def seconds_of(spans: Sequence[Span]) -> dict[str, float]:

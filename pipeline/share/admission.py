@@ -14,7 +14,8 @@ from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 from qtool.recipe.judging import PublishSection
-from qtool.runs.record import RESULT, RunRecord, find_run, load_run
+from qtool.runs.record import RESULT, RunRecord, load_run
+from qtool.runs.shelf import find_run
 
 
 @dataclass(frozen=True)

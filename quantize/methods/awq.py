@@ -22,12 +22,19 @@ class AwqMethod(GridMethod):
     grouped: ClassVar[bool] = True
 
     method: Literal["awq"]
+    """AWQ, in AutoAWQ's container."""
     name: Name = "awq"
+    """Of the output: its folder's name ends so."""
     bits: Literal[4] = 4
+    """Of a weight."""
     group_size: Literal[32, 64, 128] = 128
+    """Weights that share a scale."""
     zero_point: Literal[True] = True
+    """The grid is asymmetric."""
     scaling: Literal["none", "awq"] = "awq"
+    """`awq` searches scales of the inputs; `none` leaves them."""
     rounding: Literal["rtn", "gptq"] = "gptq"
+    """`gptq` compensates errors; `rtn` takes the nearest code."""
 
     @property
     def spec(self) -> GridSpec:

@@ -56,14 +56,23 @@ class GgufMethod(Method):
     }
 
     method: Literal["gguf"]
+    """A .gguf file for llama.cpp and Ollama."""
     name: Name = "gguf"
+    """Of the output: its folder's name ends so."""
     type: FileType = "Q4_K_M"
+    """Of the file, in llama.cpp's words."""
     imatrix: bool | Annotated[str, Field(min_length=1)] = True
+    """Weigh errors by the text (true), by nothing (false), or by a file of llama-imatrix (its path)."""
     rounding: Literal["descent", "ggml"] | None = None
+    """`descent` lets blocks make up for each other; `ggml` is llama.cpp's own search. Left out: as `imatrix` allows."""
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """Part of the Gram matrix's mean diagonal that is added to it."""
     propagate_error: bool = True
+    """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """How much of the prefix's error a matrix makes up for."""
     pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
+    """llama.cpp's name of the rules that split text, where qtool cannot tell it."""
 
     @model_validator(mode="after")
     def _text_for_descent(self) -> GgufMethod:

@@ -31,15 +31,25 @@ class GptqMethod(GridMethod):
     grouped: ClassVar[bool] = True
 
     method: Literal["gptq"]
+    """GPTQ."""
     name: Name = "gptq"
+    """Of the output: its folder's name ends so."""
     format: Literal["gptq", "compressed-tensors"] = "gptq"
+    """The container: AutoGPTQ's, or compressed-tensors."""
     bits: Literal[4, 8] = 4
+    """Of a weight."""
     group_size: Literal[-1, 32, 64, 128] = 128
+    """Weights that share a scale; -1: a row."""
     sym: bool = True
+    """A symmetric grid, without zero points; Marlin kernels want it."""
     signed: bool = True
+    """Scales of symmetric grids may be negative, with `descent`."""
     desc_act: bool = False
+    """Round the columns with the largest inputs first."""
     static_groups: Literal[True] = True
+    """Groups are neighbouring columns all the same."""
     scaling: Literal["none", "awq"] = "none"
+    """`awq` folds AWQ's scales first."""
 
     @property
     def rounding(self) -> Literal["gptq"]:

@@ -51,13 +51,21 @@ class Nf4Method(Method):
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nf4": {}}
 
     method: Literal["nf4"]
+    """NF4, bitsandbytes' format."""
     name: Name = "nf4"
+    """Of the output: its folder's name ends so."""
     double_quant: bool = True
+    """Scales are quantized, too."""
     blocksize: Literal[64] = 64
+    """Weights that share a scale."""
     rounding: Literal["descent", "absmax"] = "descent"
+    """`descent` chooses on the text; `absmax` is bitsandbytes' own, without calibration."""
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """Part of the Gram matrix's mean diagonal that is added to it."""
     propagate_error: bool = True
+    """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """How much of the prefix's error a matrix makes up for."""
 
     @property
     def needs(self) -> Needs:

@@ -26,11 +26,17 @@ class GridMethod(Method):
     """What AWQ and GPTQ outputs have in common."""
 
     clip: bool = True
+    """Search how far the range of each group is cut."""
     descent: bool = True
+    """Improve codes one by one after rounding."""
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """Part of the Gram matrix's mean diagonal that is added to it."""
     propagate_error: bool = True
+    """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5  # of three: docs/benchmarks.md
+    """How much of the prefix's error a matrix makes up for."""
     dtype: Literal["float16", "bfloat16"] = "float16"
+    """Of scales and of all that stays in 16 bits."""
 
     @property
     def needs(self: OnGrid) -> Needs:

@@ -1,0 +1,78 @@
+"""How many problems show a loss, before they are asked: from the share of outcomes that earlier runs saw change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool import QtoolError
+from qtool.evaluate.statistics import detectable_loss, problems_needed
+from qtool.runs.record import load_summary
+from qtool.runs.shelf import entries
+
+ASSUMED = 0.1  # of outcomes that a 4-bit artifact changes, where no run tells; the demo: 7 % of 2,000
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Outcomes of artifacts that differed from the source's, of all that were asked, one answer to a problem."""
+
+    changed: int = 0
+    asked: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """None where nothing was seen."""
+        return self.changed / self.asked if self.asked else None
+
+
+@dataclass(frozen=True)
+class TaskPower:
+    """A task of so many problems. ``discordance``: the share taken; ``seen``: whether runs on this very task gave it.
+    ``shown``: the smallest loss, in points, that all its problems show with 80 % power; None where none."""
+
+    task: str
+    problems: int
+    discordance: float
+    seen: bool
+    shown: float | None
+
+
+def seen_in(runs: Path) -> dict[str, Seen]:
+    """Task -> what the finished runs and evaluations in ``runs`` saw of it. Damaged ones are passed over."""
+    found: dict[str, Seen] = {}
+    for entry in entries(runs):
+        try:
+            summary = load_summary(entry.folder)
+        except QtoolError:
+            continue
+        for model in summary.models.values():
+            for task, score in model.tasks.items():
+                if score.loss is not None and score.samples == 1:
+                    before, d = found.get(task, Seen()), score.loss.difference
+                    found[task] = Seen(before.changed + d.lost + d.gained, before.asked + d.problems)
+    return found
+
+
+def pooled(seen: Mapping[str, Seen]) -> float | None:
+    """The share over all tasks; None where nothing was seen, or nothing changed."""
+    asked = sum(one.asked for one in seen.values())
+    return sum(one.changed for one in seen.values()) / asked if asked else None
+
+
+def power_of(sizes: Mapping[str, int], seen: Mapping[str, Seen], given: float | None) -> list[TaskPower]:
+    """Of each task. ``given``: the share to take for all of them."""
+    other = pooled(seen) or ASSUMED
+    found = []
+    for task, problems in sizes.items():
+        own = seen[task].share if task in seen and given is None else None
+        share = given if given is not None else own or other
+        shown = detectable_loss(round(share * problems), problems, 0.95)
+        found.append(TaskPower(task, problems, share, own is not None and own > 0, shown))
+    return found
+
+
+def needed(points: float, discordances: Sequence[float]) -> list[tuple[float, int]]:
+    """(discordance, problems that show a loss of ``points``)."""
+    return [(share, problems_needed(points, share)) for share in sorted(set(discordances))]
