@@ -62,7 +62,8 @@ def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_
     assert all(outcome["outcome"] == "failed" for score in tasks for outcome in score["outcomes"].values())
     assert tasks[0]["sandbox"] != "none"
     (entry,) = map(json.loads, (runs / "ledger.jsonl").read_text().splitlines())
-    stages = {"opening", "tokenizing", "rounding", "writing", "sealing", "verifying", "self-check", "fidelity", "tasks"}
+    stages = {"opening", "tokenizing", "reading the source", "rounding", "packing", "writing", "sealing", "verifying"}
+    stages |= {"self-check", "fidelity", "tasks"}
     assert set(entry["stages"]) == stages
     assert entry["peaks"]["resident"] > entry["peaks"]["anonymous"] > 2**26  # torch alone takes more
     assert json.loads((folder / "result.json").read_text())["stages"] == entry["stages"]
