@@ -2,7 +2,7 @@
 
 A hidden-state stream is a column of the walk. The source's stream passes through source weights; an output that rounds
 with compensation has its own, passing through its quantized layers, so that its statistics are of the inputs it will
-see.
+see. Several ranks share the batches of every stream; each output is made by one of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,27 +22,29 @@ from qtool.convert.models.feeds import whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, Recorder, advance
-from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics
+from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics, spread
 from qtool.quantize.experts import prepare
 from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Statistics
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.quantize.routed import ExpertSettings
 from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound, refuse_unsound_values
 from qtool.quantize.stacks import Stack, stacks_of
-from qtool.quantize.streams import Passage, Stream
+from qtool.quantize.streams import Passage, Stream, told
 
 
 @dataclass(frozen=True)
 class Column:
     """An output as the walk sees it. importance: matrix -> mean square of its input channels, where a file says so;
     restore: prefix of a finished layer -> its state dict as the artifact holds it, as far as it is not the
-    source's, when a run resumes."""
+    source's, when a run resumes; owner: the rank that makes it (importance and restore are asked there alone)."""
 
     method: Method
     plan: OutputPlan
     importance: Mapping[str, Tensor] | None = None
     restore: Callable[[str], Mapping[str, Tensor]] | None = None
+    owner: int = 0
 
     @property
     def own_stream(self) -> bool:
@@ -51,7 +54,8 @@ class Column:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Layer ``index`` (None: a tensor outside the layers) as every output will store it. ``prefix``: of its names."""
+    """Layer ``index`` (None: a tensor outside the layers) as every output of this rank will store it. ``prefix``: of
+    its names."""
 
     index: int | None
     prefix: str
@@ -61,7 +65,7 @@ class LayerResult:
 @dataclass
 class Walk:
     """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens, the
-    outputs to make, and how experts are calibrated."""
+    outputs to make, how experts are calibrated, and who else walks along: every rank has the same outputs."""
 
     model: nn.Module
     decoder: Decoder
@@ -70,6 +74,7 @@ class Walk:
     outputs: Sequence[Column]
     device: torch.device
     experts: ExpertSettings = field(default_factory=ExpertSettings)
+    ranks: Ranks = ALONE
     on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
     dtype: torch.dtype = field(init=False)
@@ -96,15 +101,24 @@ class Walk:
             if self.decoder.layer_of(name) is not None:
                 continue
             tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
-            outputs = {}
-            for output in self.outputs:
-                plans = {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module}
+            planned = {
+                output.method.name: plans
+                for output in self.outputs
+                if (plans := {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module})
+            }
+            outputs: dict[str, LayerCodes] = {}
+            if planned:
+                self.ranks.own([(0, partial(refuse_unsound_values, name, tensors[name]))])
+
+            def store(output: Column) -> None:
+                plans = planned.get(output.method.name)  # noqa: B023  # called before the next name
                 if plans:
-                    refuse_unsound_values(name, tensors[name])
-                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)
-                    outputs[output.method.name] = output.method.quantize(layer, Inputs())
-                elif name in output.plan.specs:
-                    outputs[output.method.name] = LayerCodes(tensors=tensors)
+                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)  # noqa: B023
+                    outputs[output.method.name] = output.method.quantize(layer, Inputs())  # noqa: B023
+                elif name in output.plan.specs:  # noqa: B023
+                    outputs[output.method.name] = LayerCodes(tensors=tensors)  # noqa: B023
+
+            self._each(store, self.outputs)
             yield LayerResult(None, "", outputs)
 
     @torch.inference_mode()
@@ -133,11 +147,9 @@ class Walk:
                 layer = Layer(index, feeds, matrices, {}, tensors, self.decoder.in_files(held), self.device)
                 last = number == len(visits) - 1
                 results, seen = self._visit(layer, held, hidden, streams, calls, last) if calibrated else ({}, Inputs())
-                for output in self.outputs:
-                    if not output.method.needs.gram:
-                        inputs = self._weighing(index, output, seen)
-                        results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
-                ordered = {output.method.name: results[output.method.name] for output in self.outputs}
+                self._quantize_others(layer, seen, results)
+                names = [output.method.name for output in self.outputs]
+                ordered = {name: results[name] for name in names if name in results}
                 yield LayerResult(index, self.decoder.at(index), ordered)
                 del layer, held, tensors, results, ordered
 
@@ -156,32 +168,82 @@ class Walk:
         assert index is not None
         module = self._fill(index, held)
         shared = self._collect(module, stacks, hidden, calls, last)
-        own, results = [], {}
-        for output in self.on_grams:
-            if output.own_stream:
-                work = output.method.begin(self._planned(layer, output), Inputs(shared))
-                own.append(Stream(output.method, streams[output.method.name], work))
-        seen = mean_squares(self._named(index), stacks, shared) if self.weighing else Inputs()
+        works: dict[str, LayerWork] = {}
+        results: dict[str, LayerCodes] = {}
+
+        def begin(output: Column) -> None:
+            works[output.method.name] = output.method.begin(self._planned(layer, output), Inputs(shared))
+
+        streaming = [output for output in self.on_grams if output.own_stream]
+        self._each(begin, streaming)
+        own = [
+            Stream(output.method, streams[output.method.name], Home(self.ranks, output.owner),
+                   works.get(output.method.name), dict(held)) for output in streaming
+        ]  # fmt: skip
+        seen = self._seen(index, stacks, shared)
         sharing = [output for output in self.on_grams if not output.own_stream]
-        for number, output in enumerate(sharing):
+        last_here = [output for output in sharing if output.owner == self.ranks.rank][-1:]
+
+        def quantize(output: Column) -> None:
             refuse_inputs(self._named(index), output.method, [(stack, shared[stack.name]) for stack in stacks])
-            owned = number == len(sharing) - 1
-            results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
-        del shared
+            inputs = Inputs(shared, output in last_here)
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+
+        self._each(quantize, sharing)
+        shared.clear()
         passage = Passage(
-            self._named(index), layer, module, held, hidden, calls, self.dtype, self.decoder, self.experts
-        )
+            self._named(index), layer, module, held, hidden, calls, self.dtype, self.decoder, self.experts,
+            self.calibration.tokens.numel(),
+        )  # fmt: skip
         if own:
             passage.round(own)
-        for output in self.on_grams:
-            largest = torch.stack([states.abs().amax() for states in hidden]).amax()
-            refuse_range(self._named(index), output.method, "its output", largest)
+        self._refuse_outputs(index, hidden)
         for stream in own:
-            results[stream.method.name] = stream.work.finish()
+            if stream.work is not None:
+                results[stream.method.name] = stream.work.finish()
             if not last:
                 passage.advance(stream)
         module.to("meta")
         return results, seen
+
+    def _each(self, work: Callable[[Column], None], outputs: Sequence[Column]) -> None:
+        """Every output's work, at its owner; a fault is raised on all ranks."""
+        self.ranks.own([(output.owner, partial(work, output)) for output in outputs])
+
+    def _seen(self, index: int, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
+        """Each matrix's mean squares, on the ranks that weigh by them."""
+        found = [Inputs()]
+
+        def ask() -> None:
+            found[0] = mean_squares(self._named(index), stacks, shared)
+
+        owners = dict.fromkeys(output.owner for output in self.outputs if output.method.needs is Needs.CHANNELS)
+        self.ranks.own([(owner, ask) for owner in owners])
+        return found[0]
+
+    def _quantize_others(self, layer: Layer, seen: Inputs, results: dict[str, LayerCodes]) -> None:
+        """The versions of outputs that take no Gram matrices."""
+        index = layer.index
+        assert index is not None
+
+        def quantize(output: Column) -> None:
+            inputs = self._weighing(index, output, seen)
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+
+        self._each(quantize, [output for output in self.outputs if not output.method.needs.gram])
+
+    def _refuse_outputs(self, index: int, hidden: Hidden) -> None:
+        """Refuse what a layer makes of the source's stream, where an output cannot hold it."""
+        if not self.on_grams:
+            return
+        peaks = [states.abs().amax() for states in hidden if len(states)] or [torch.zeros((), device=self.device)]
+        largest = self.ranks.largest(torch.stack(peaks).amax().float())
+
+        def refuse() -> None:
+            for output in self.on_grams:
+                refuse_range(self._named(index), output.method, "its output", largest)
+
+        self.ranks.own([(0, refuse)])
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""
@@ -205,11 +267,16 @@ class Walk:
         outputs, unless streams of outputs are still to be held against it; after the last layer only the float16 range
         of outputs that take Gram matrices asks for it."""
         streams = any(output.own_stream for output in self.on_grams)
-        grams = any(not output.own_stream or output.method.asks_source for output in self.on_grams)
+        grams = [output for output in self.on_grams if not output.own_stream or output.method.asks_source]
+        takers = [output.owner for output in self.outputs if output.method.needs is Needs.CHANNELS]
+        takers = list(dict.fromkeys([output.owner for output in grams] + takers))
+        home = Home(self.ranks, takers[0] if takers else 0)
         if streams and not grams and not self.weighing:
             return empty_statistics(module, stacks, self.experts, channels_only=True)
-        stay = streams or (last and not self.on_grams)
-        return source_statistics(module, stacks, hidden, calls, self.experts, not grams, stay)
+        stay, tokens = streams or (last and not self.on_grams), self.calibration.tokens.numel()
+        shared = source_statistics(module, stacks, hidden, calls, self.experts, not grams, stay, tokens, home)
+        spread(shared, home, takers)
+        return shared
 
     def _named(self, index: int) -> str:
         """A layer in messages."""
@@ -230,7 +297,8 @@ class Walk:
             name: tensor.to(self.device, self._dtype_of(name, tensor), non_blocking=True)
             for name, tensor in tensors.items()
         }
-        refuse_unsound(weights, f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset)
+        where, offset = f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset
+        self.ranks.own([(0, partial(refuse_unsound, weights, where, offset))])
         return self.decoder.in_memory(weights)
 
     def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -248,10 +316,16 @@ class Walk:
         advance(layer, hidden, calls)
         for name, states in streams.items():
             (output,) = (output for output in self.outputs if output.method.name == name)
-            assert output.restore is not None
-            restored = output.restore(self.decoder.at(index))
-            read = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
-            self._fill(index, self.decoder.in_memory(self.decoder.in_files(weights) | read))
+            read: dict[str, Tensor] = {}
+
+            def restore(output: Column) -> None:
+                assert output.restore is not None
+                restored = output.restore(self.decoder.at(index))
+                found = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
+                read.update(self.decoder.in_memory(self.decoder.in_files(weights) | found))  # noqa: B023  # called now
+
+            self._each(restore, [output])
+            self._fill(index, told(Home(self.ranks, output.owner), read, dict(weights)))
             advance(layer, states, calls)
         layer.to("meta")
 
@@ -273,12 +347,16 @@ class Walk:
                 module.to(self.device)
         size = max(1, BATCH_TOKENS[self.device.type] // self.calibration.tokens.shape[1])
         hidden: Hidden = []
+        batches = self.calibration.batches(size)
         try:
-            for tokens in self.calibration.batches(size):
+            for tokens in self.ranks.dealt(batches):
                 decoder(input_ids=tokens.to(self.device), use_cache=False)
                 hidden.append(recorders[0].hidden)
         finally:
             decoder.layers, decoder.norm = layers, norm
             decoder.embed_tokens.to("meta")
+        if len(hidden) < self.ranks.rounds(len(batches)):
+            shape = (0, self.calibration.tokens.shape[1], self.decoder.shape.hidden)
+            hidden.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
         calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
         return hidden, calls
