@@ -15,7 +15,7 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.reading import named, read_text
-from qtool.convert.files.source import resolve
+from qtool.convert.files.source import ModelSource, resolve
 from qtool.convert.formats.table import in_safetensors
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
@@ -26,11 +26,13 @@ from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
+from qtool.make.seat import ONE, Seat
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
+from qtool.quantize.ranks import Home, Ranks
 from qtool.recipe.paths import require_paths
 from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, record
@@ -42,17 +44,25 @@ from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
 
-def prepare(path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None) -> Job:
+def prepare(
+    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, source: ModelSource | None = None
+) -> Job:
     """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
-    (None: nothing will be written)."""
+    (None: nothing will be written); ``source``: as another rank resolved it."""
     recipe = load_recipe(path)
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
-    return prepare_recipe(recipe, device, only, may_write=runs is not None)
+    return prepare_recipe(recipe, device, only, runs is not None, source)
 
 
-def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False) -> Job:
+def prepare_recipe(
+    recipe: Recipe,
+    device: str,
+    only: tuple[str, ...] = (),
+    may_write: bool = False,
+    source: ModelSource | None = None,
+) -> Job:
     """`prepare` for a recipe that is no file."""
     if may_write:
         made = named(recipe.output_dir)
@@ -62,16 +72,17 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
     unknown = [name for name in only if name not in names]
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
-    source = resolve(recipe.model.id, recipe.model.revision)
-    job = _with_enough_text(open_job(recipe, source, choose_device(device), _chosen(recipe, only)))
+    found = source or resolve(recipe.model.id, recipe.model.revision)
+    job = open_job(recipe, found, choose_device(device), _chosen(recipe, only))
+    job = _with_enough_text(job, silent=source is not None)
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
     if (asked := recipe.measure) is not None:
-        check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
+        check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
     return job
 
 
-def _with_enough_text(job: Job) -> Job:
+def _with_enough_text(job: Job, silent: bool) -> Job:
     """More windows of calibration where the recipe wants more tokens for an expert."""
     recipe, text = job.recipe, job.recipe.calibration
     number = recipe.experts.samples(job.decoder.shape, text.samples, text.length)
@@ -79,11 +90,12 @@ def _with_enough_text(job: Job) -> Job:
         return job
     shape = job.decoder.shape
     mean = number * text.length * shape.active // shape.experts
-    click.echo(
+    said = (
         f"calibration: {number} windows, not {text.samples}, so that the mean expert sees {mean:,} tokens "
-        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)",
-        err=True,
+        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)"
     )
+    if not silent:
+        click.echo(said, err=True)
     drawn = text.model_copy(update={"samples": number})
     return replace(job, recipe=recipe.model_copy(update={"calibration": drawn}))
 
@@ -99,42 +111,54 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 
 def run(
-    path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None
-) -> RunRecord:
+    path: Path,
+    runs: Path,
+    device: str = "auto",
+    only: tuple[str, ...] = (),
+    profile: Path | None = None,
+    seat: Seat = ONE,
+) -> RunRecord | None:
     """Run a recipe. Raises QtoolError; gate results are returned, not raised. ``profile``: a file for the trace of the
-    stages, written however the run ends."""
+    stages, written however the run ends. ``seat``: this process's among several that make the artifacts together; all
+    but the first leave then, without a record."""
+    if seat.rank:
+        with seat.taken(device) as (ranks, own_device):
+            _assist(path, own_device, only, ranks)
+        return None
     if profile is not None:
         require_writable(profile.parent, "--profile")
     with recording() as spans:
         try:
-            return _run(path, runs, device, only, spans)
+            return _run(path, runs, device, only, spans, seat)
         finally:
             if profile is not None:
                 write_trace(profile, spans)
 
 
-def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span]) -> RunRecord:
+def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list[Span], seat: Seat) -> RunRecord:
     started = time.monotonic()
     text = read_text(path) if path.is_file() else ""
-    with stage("opening"):
-        job = prepare(path, device, only, runs)
-    recipe = job.recipe
-    for note in job.notes:
-        click.echo(note, err=True)
-    folder = runs / recipe.digest[:16]
-    with stage("opening"):
-        evaluation = _evaluation(job, runs, folder)
-    if recipe.serve is not None:
-        require_servers(
-            recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
-        )
-    with stage("tokenizing"):
-        calibration = _calibrate(job)
-    if read_text(path) != text:
-        raise QtoolError(f"{path}: changed while it was read. Run again.")
-    with record.alone(folder):
-        record.begin(folder, text)
-    artifacts = make_artifacts(job, calibration)
+    with seat.taken(device) as (ranks, own_device):
+        with stage("opening"):
+            job = prepare(path, own_device, only, runs)
+        recipe = job.recipe
+        for note in job.notes:
+            click.echo(note, err=True)
+        folder = runs / recipe.digest[:16]
+        with stage("opening"):
+            evaluation = _evaluation(job, runs, folder)
+        if recipe.serve is not None:
+            kinds = [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
+            require_servers(recipe.serve, kinds)
+        with stage("tokenizing"):
+            calibration = _calibrate(job)
+        if read_text(path) != text:
+            raise QtoolError(f"{path}: changed while it was read. Run again.")
+        with record.alone(folder):
+            record.begin(folder, text)
+        ranks.tell([recipe.digest, *job.source.told()])
+        Home(ranks).share({"tokens": calibration.tokens})
+        artifacts = make_artifacts(job, calibration, ranks=ranks)
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
@@ -158,6 +182,16 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
         finished = record.load_run(folder)
     ledger.append(runs, _entry(finished))
     return finished
+
+
+def _assist(path: Path, device: str, only: tuple[str, ...], ranks: Ranks) -> None:
+    """Make the artifacts with rank 0, which opens the source and tokenizes first: what it refuses, it says alone."""
+    digest, *told = ranks.tell(None)[0]
+    tokens = Home(ranks).share({})["tokens"]
+    job = prepare(path, device, only, source=ModelSource.heard(told))
+    if job.recipe.digest != digest:
+        raise QtoolError(f"{path}: changed while it was read. Run again.")
+    make_artifacts(job, CalibrationSet(tokens, job.recipe.calibration.text), ranks=ranks)
 
 
 def make(job: Job) -> dict[str, Artifact]:

@@ -130,7 +130,7 @@ class Fed:
 def nothing(layer: nn.Module, stacks: Sequence[Stack], states: Tensor) -> Fed:
     """Of a batch without rows: inputs of no tokens."""
     plain = [stack.name for stack in stacks if not stack.routed]
-    inputs = {name: states.new_zeros(0, layer.get_submodule(name).weight.shape[1]) for name in plain}
+    inputs = {name: states.new_zeros(0, layer.get_parameter(f"{name}.weight").shape[1]) for name in plain}
     if not any(stack.routed or stack.gate for stack in stacks):
         return Fed(inputs, None, states)
     hidden, number = states.flatten(0, -2), mixture_of(layer).num_experts

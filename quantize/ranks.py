@@ -105,7 +105,11 @@ class Ranks:
         found = [said for said in self.tell(fault) if said is not None] if self.number > 1 else []
         if found:
             _, message, code = min(found)
-            raise (Elsewhere if self.rank else QtoolError)(message, code)
+            raise self.fault(message, code)
+
+    def fault(self, message: str, exit_code: int) -> QtoolError:
+        """To be raised by all ranks."""
+        return (Elsewhere if self.rank else QtoolError)(message, exit_code)
 
 
 ALONE = Ranks()
@@ -180,7 +184,8 @@ class Home:
         """Of no more numbers than are received at once."""
         if tensor.ndim < 2 or not tensor.numel():
             return [tensor]
-        return tensor.split(max(1, AT_ONCE // self.ranks.number * len(tensor) // tensor.numel()))
+        pieces: tuple[Tensor, ...] = tensor.split(max(1, AT_ONCE // self.ranks.number * len(tensor) // tensor.numel()))
+        return pieces
 
 
 HERE = Home()
@@ -201,6 +206,8 @@ def joined(rank: int, number: int, device: torch.device) -> Iterator[Ranks]:
     if number == 1:
         yield Ranks(device=device)
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels start where this says
     kinds = "cpu:gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     with _heard():
         dist.init_process_group(kinds, rank=rank, world_size=number, timeout=PATIENCE)

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.reading import hub_cache, named, shown
-from qtool.convert.files.watch import Watched, require_unchanged, watch_all, watch_blob
+from qtool.convert.files.watch import Watched, require_unchanged, watch_all, watch_blob, watched_blob
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -22,6 +23,7 @@ HUB_PATTERNS = [
 # What the model is, and its tokens.
 DECIDING = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 NAME_BYTES = 120  # a file's name ends at 255 bytes, and an output's name follows
+LOCAL = "sha256:"  # begins the commit of a folder
 BESIDE = 8  # names in an error at most
 _UNFIT = r"[\s/\\:*?\"<>|'`$&;!()\[\]{}#%]+"  # for a shell, or for another system's files
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
@@ -44,6 +46,18 @@ class ModelSource:
         known = {file.path for file in self.files}
         if new := [path for path in deciding_files(self.path) if path not in known and self.files]:
             raise QtoolError(f"{new[0]}: was put there while the model was being converted. Remove it, or run again.")
+
+    def told(self) -> list[Any]:
+        """As JSON holds it: for another process on this machine, which need not hash the files."""
+        files = [[str(file.path), file.stamp, file.digest] for file in self.files]
+        return [self.name, str(self.path), self.commit, files]
+
+    @classmethod
+    def heard(cls, told: list[Any]) -> ModelSource:
+        """Inverse of `told`."""
+        name, path, commit, files = told
+        make = Watched if commit.startswith(LOCAL) else watched_blob
+        return cls(name, Path(path), commit, tuple(make(Path(file), tuple(stamp), seen) for file, stamp, seen in files))
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:
@@ -70,7 +84,7 @@ def shipped(model: str) -> Path:
 
 def _local(name: str, path: Path) -> ModelSource:
     seen = watch_all(deciding_files(path))
-    return ModelSource(name, path, "sha256:" + _digest_of(seen), seen)
+    return ModelSource(name, path, LOCAL + _digest_of(seen), seen)
 
 
 def name_of(folder: Path) -> str:

@@ -61,7 +61,12 @@ def watch(path: Path) -> Watched:
 def watch_blob(path: Path) -> Watched:
     """A file of the Hub's cache, which nobody digests: its name says what it holds."""
     name = Path(os.path.realpath(path)).name
-    return Watched(path, stamp_of(path), name if _BLOB.fullmatch(name) else None, _blob_name)
+    return watched_blob(path, stamp_of(path), name if _BLOB.fullmatch(name) else None)
+
+
+def watched_blob(path: Path, stamp: Stamp, digest: str | None) -> Watched:
+    """One that was looked at before."""
+    return Watched(path, stamp, digest, _blob_name)
 
 
 def require_unchanged(files: Sequence[Watched]) -> None:

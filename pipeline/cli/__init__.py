@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qtool.cli import bundle as cli_bundle
+from qtool.cli import cards as cli_cards
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
@@ -46,9 +47,16 @@ def main() -> None:
 @click.option("--only", multiple=True, metavar="NAME", help="Make and judge only this output (repeatable).")
 @runs_option
 @device_option
+@click.option(
+    "--gpus",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1, max=64),
+    help="Cards that make the artifacts together: the same bytes, sooner.",
+)
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
-    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, profile: Path | None
+    recipe: Path, dry_run: bool, only: tuple[str, ...], runs: Path, device: str, gpus: int, profile: Path | None
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
@@ -61,20 +69,29 @@ def run(
       qtool run demo
       qtool run awq --dry-run
       qtool run my-recipe.yaml --only awq --device cuda
+      qtool run my-recipe.yaml --gpus 4     (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
+    if gpus > 1 and not dry_run:
+        raise SystemExit(cli_cards.on_cards(recipe, only, runs, device, gpus, profile, os.environ))
+    from qtool.make.seat import Seat
     from qtool.recipe.paths import locate
     from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
 
+    cli_cards.follow(os.environ)
+    seat = Seat.of(os.environ)
     found = locate(recipe)
-    if found != recipe:
+    if found != recipe and not seat.rank:
         click.echo(f"recipe: {found} (copy it to change it)", err=True)
     if dry_run:
-        job_report.print_plan(prepare(found, device, only))
+        job_report.print_plan(prepare(found, device, only), gpus)
         return
-    result = run_recipe(found, runs, device, only, profile)
+    with cli_cards.named(seat.rank, seat.number):
+        result = run_recipe(found, runs, device, only, profile, seat)
+    if result is None:
+        return
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)

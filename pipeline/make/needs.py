@@ -14,8 +14,9 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.make.job import Job, device_kind
-from qtool.make.output import Output
+from qtool.make.output import Output, owners_of
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.ranks import ALONE, Ranks
 from qtool.runs import ledger
 
 GIB = 2**30
@@ -55,11 +56,14 @@ class Resources:
         return asdict(self) | {"short": self.short()}
 
 
-def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None) -> Resources:
+def needs_of(
+    job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None, ranks: Ranks = ALONE
+) -> Resources:
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
-    there."""
+    there. Of several ``ranks`` each has its own device; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-    peak = peak_of(job, outputs) if outputs else 0
+    peaks = [peak_of(job, outputs, ranks.number, rank) for rank in range(ranks.number)] if outputs else [0]
+    peak = peaks[ranks.rank]
     layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
     on_host = job.device.type == "cpu"
     disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
@@ -68,7 +72,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         device="host" if on_host else device_kind(job.device),
         device_bytes=0 if on_host else peak,
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=(peak if on_host else 0) + 2 * layer + (LIBRARIES if outputs else 0),
+        host_bytes=(sum(peaks) if on_host else 0) + ranks.number * (2 * layer + (LIBRARIES if outputs else 0)),
         host_free=host_memory(),
         disk_bytes=disk,
         disk_free=shutil.disk_usage(parent).free,
@@ -77,18 +81,22 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     )
 
 
-def peak_of(job: Job, outputs: Sequence[Output]) -> int:
-    """Bytes on the computing device while these outputs are made."""
+def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int | None = None) -> int:
+    """Bytes on the computing device of a rank while these outputs are made; ``rank`` None: of the one that takes
+    most."""
+    if rank is None:
+        return max(peak_of(job, outputs, ranks, one) for one in range(ranks))
     text, device = job.recipe.calibration, job.device.type
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
     scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
     methods = [output.method for output in outputs]
-    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores)
+    mine = [method for method, owner in zip(methods, owners_of(outputs, ranks), strict=True) if owner == rank]
+    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
 
-def refuse_what_cannot_finish(job: Job, pending: Sequence[Output]) -> None:
+def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], ranks: Ranks = ALONE) -> None:
     """Raises QtoolError (exit 3) saying all that is short, before anything is written."""
-    short = needs_of(job, pending=pending).short()
+    short = needs_of(job, pending=pending, ranks=ranks).short()
     if short:
         raise QtoolError(
             f"this job cannot finish here: {'; '.join(short)}. Free some, set `output_dir:` to another disk, take "

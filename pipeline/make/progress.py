@@ -45,8 +45,8 @@ class Stages(Progress):
     """A bar a stage; ``lines``: no bars, but a line when a stage begins, one in `PAUSE` seconds while it lasts, and one
     when it ends, where it lasted that long."""
 
-    def __init__(self, *columns: ProgressColumn, lines: bool, **settings: Any) -> None:
-        super().__init__(*columns, disable=lines, **settings)
+    def __init__(self, *columns: ProgressColumn, lines: bool, silent: bool = False, **settings: Any) -> None:
+        super().__init__(*columns, disable=lines or silent, **settings)
         self._lines = lines
         self._said: dict[TaskID, float] = {}
 
@@ -93,9 +93,9 @@ def line(task: Task) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """The one progress display: written to stderr; lines where nobody watches."""
+def progress_bar(silent: bool = False) -> Iterator[Progress]:
+    """The one progress display: written to stderr; lines where nobody watches; ``silent``: nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed(), ToGo())
     console = Console(stderr=True)
-    with Stages(*columns, console=console, lines=not console.is_terminal) as stages:
+    with Stages(*columns, console=console, lines=not (silent or console.is_terminal), silent=silent) as stages:
         yield stages

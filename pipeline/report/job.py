@@ -11,8 +11,8 @@ from qtool.make.needs import Resources, peak_of
 from qtool.report.columns import console
 
 
-def print_plan(job: Job) -> None:
-    """`--dry-run`: what each linear becomes, then totals, memory and disk."""
+def print_plan(job: Job, cards: int = 1) -> None:
+    """`--dry-run`: what each linear becomes, then totals, memory (of one of ``cards``) and disk."""
     for note in job.remarks:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     for output in job.outputs:
@@ -37,10 +37,9 @@ def print_plan(job: Job) -> None:
             f"{plan.parameters:,} parameters; disk {plan.nbytes / 1e9:.3f} GB",
             highlight=False,
         )
-    memory = peak_of(job, job.outputs)
-    console.print(
-        f"peak memory of the conversion on {job.device.type}: about {memory / 2**30:.2f} GiB", highlight=False
-    )
+    memory = peak_of(job, job.outputs, cards)
+    where = job.device.type if cards == 1 else f"each of {cards} cards, at most"
+    console.print(f"peak memory of the conversion on {where}: about {memory / 2**30:.2f} GiB", highlight=False)
 
 
 def print_needs(needs: Resources) -> None:
