@@ -11,25 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.formats.plan import OutputPlan, walk_order
+from qtool.convert.formats.plan import LinearPlan, OutputPlan, walk_order
 from qtool.convert.models.feeds import whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Hidden, Recorder, advance
+from qtool.quantize.capture import Calls, Hidden, advance
 from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics, spread
 from qtool.quantize.experts import prepare
-from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
-from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.quantize.routed import ExpertSettings
-from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound, refuse_unsound_values
+from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound_values
+from qtool.quantize.source_model import SourceModel
 from qtool.quantize.stacks import Stack, stacks_of
 from qtool.quantize.streams import Passage, Stream, told
 
@@ -77,22 +75,19 @@ class Walk:
     ranks: Ranks = ALONE
     on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
-    dtype: torch.dtype = field(init=False)
+    source: SourceModel = field(init=False)
 
     def __post_init__(self) -> None:
         self.on_grams = [output for output in self.outputs if output.method.needs.gram]
         self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
         if self.decoder.family.mixture is not None and (self.on_grams or self.weighing):
             prepare(self.model)
-        embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
-        self.dtype = embedding.dtype
-        if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
-            self.dtype = torch.float32
+        self.source = SourceModel(self.model, self.decoder, self.checkpoint, self.device, self.ranks)
 
     @property
     def layers(self) -> nn.ModuleList:
-        layers: Any = self.model.get_submodule(self.decoder.prefix.rstrip("."))
-        return layers  # type: ignore[no-any-return]  # get_submodule is typed as Module
+        """Of the skeleton."""
+        return self.source.layers
 
     @torch.inference_mode()
     def outside(self) -> Iterator[LayerResult]:
@@ -100,26 +95,24 @@ class Walk:
         for name in walk_order(self.checkpoint.tensors, self.decoder):
             if self.decoder.layer_of(name) is not None:
                 continue
-            tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
-            planned = {
-                output.method.name: plans
-                for output in self.outputs
-                if (plans := {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module})
-            }
-            outputs: dict[str, LayerCodes] = {}
-            if planned:
-                self.ranks.own([(0, partial(refuse_unsound_values, name, tensors[name]))])
-
-            def store(output: Column) -> None:
-                plans = planned.get(output.method.name)  # noqa: B023  # called before the next name
-                if plans:
-                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)  # noqa: B023
-                    outputs[output.method.name] = output.method.quantize(layer, Inputs())  # noqa: B023
-                elif name in output.plan.specs:  # noqa: B023
-                    outputs[output.method.name] = LayerCodes(tensors=tensors)  # noqa: B023
-
-            self._each(store, self.outputs)
+            tensor, outputs = self.checkpoint.tensor(name), dict[str, LayerCodes]()
+            if any(self._plans_outside(output, name) for output in self.outputs):
+                self.ranks.own([(0, partial(refuse_unsound_values, name, tensor))])
+            self._each(partial(self._store_outside, name, tensor, outputs), self.outputs)
             yield LayerResult(None, "", outputs)
+
+    def _plans_outside(self, output: Column, name: str) -> dict[str, LinearPlan]:
+        module = name.removesuffix(".weight")
+        return {plan.name: plan for plan in output.plan.outside if plan.name == module}
+
+    def _store_outside(self, name: str, tensor: Tensor, outputs: dict[str, LayerCodes], output: Column) -> None:
+        """A tensor outside the layers as an output holds it, where it does."""
+        tensors = {name: tensor}
+        if plans := self._plans_outside(output, name):
+            layer = Layer(None, (), (whole(name.removesuffix(".weight")),), plans, tensors, {}, self.device)
+            outputs[output.method.name] = output.method.quantize(layer, Inputs())
+        elif name in output.plan.specs:
+            outputs[output.method.name] = LayerCodes(tensors=tensors)
 
     @torch.inference_mode()
     def run(self, start: int = 0) -> Iterator[LayerResult]:
@@ -130,16 +123,16 @@ class Walk:
         """
         # outputs that need no calibration cause no forward
         calibrated = bool(self.on_grams) or self.weighing
-        hidden, calls = self._record_inputs() if calibrated else ([], {})
+        hidden, calls = self.source.record(self.calibration) if calibrated else ([], {})
         streams = {output.method.name: list(hidden) for output in self.outputs if output.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
             visits = self.decoder.visits()
-            following = reader.submit(self._read, visits[0].layer)
+            following = reader.submit(self.source.read, visits[0].layer)
             for number, visit in enumerate(visits):
                 index, tensors = visit.layer, following.result()
-                held = self._place(index, tensors)
+                held = self.source.place(index, tensors)
                 if number + 1 < len(visits):
-                    following = reader.submit(self._read, visits[number + 1].layer)
+                    following = reader.submit(self.source.read, visits[number + 1].layer)
                 if number < start:
                     self._replay(index, held, hidden, streams, calls)
                     continue
@@ -166,7 +159,7 @@ class Walk:
         output that takes Gram matrices, and each matrix's mean squares of the source's inputs."""
         index, stacks = layer.index, stacks_of(layer.feeds)
         assert index is not None
-        module = self._fill(index, held)
+        module = self.source.fill(index, held)
         shared = self._collect(module, stacks, hidden, calls, last)
         works: dict[str, LayerWork] = {}
         results: dict[str, LayerCodes] = {}
@@ -192,7 +185,7 @@ class Walk:
         self._each(quantize, sharing)
         shared.clear()
         passage = Passage(
-            self._named(index), layer, module, held, hidden, calls, self.dtype, self.decoder, self.experts,
+            self._named(index), layer, module, held, hidden, calls, self.source.dtype, self.decoder, self.experts,
             self.calibration.tokens.numel(),
         )  # fmt: skip
         if own:
@@ -282,81 +275,22 @@ class Walk:
         """A layer in messages."""
         return f"{self.decoder.prefix}{index}"
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
-        prefix = self.decoder.at(index)
-        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
-        return (
-            {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
-        )
-
-    def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The layer on the device, as transformers holds it."""
-        weights = {
-            name: tensor.to(self.device, self._dtype_of(name, tensor), non_blocking=True)
-            for name, tensor in tensors.items()
-        }
-        where, offset = f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset
-        self.ranks.own([(0, partial(refuse_unsound, weights, where, offset))])
-        return self.decoder.in_memory(weights)
-
-    def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
-        return self.dtype if self.decoder.family.casts(name) else tensor.dtype
-
-    def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-        layer = self.layers[index]
-        layer.load_state_dict(dict(state), assign=True)
-        return layer
-
     def _replay(
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> None:
-        layer = self._fill(index, weights)
+        layer = self.source.fill(index, weights)
         advance(layer, hidden, calls)
         for name, states in streams.items():
             (output,) = (output for output in self.outputs if output.method.name == name)
             read: dict[str, Tensor] = {}
-
-            def restore(output: Column) -> None:
-                assert output.restore is not None
-                restored = output.restore(self.decoder.at(index))
-                found = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
-                read.update(self.decoder.in_memory(self.decoder.in_files(weights) | found))  # noqa: B023  # called now
-
-            self._each(restore, [output])
-            self._fill(index, told(Home(self.ranks, output.owner), read, dict(weights)))
+            self._each(partial(self._restore, index, weights, read), [output])
+            self.source.fill(index, told(Home(self.ranks, output.owner), read, dict(weights)))
             advance(layer, states, calls)
         layer.to("meta")
 
-    def _record_inputs(self) -> tuple[Hidden, Calls]:
-        """Run the model's own forward with recorders in place of the layers: what the first layer is fed, and the other
-        arguments (masks, positions, rotary tables) of every layer."""
-        decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
-        layers, norm = decoder.layers, decoder.norm
-        recorders = [Recorder(layer) for layer in layers]
-        decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
-        state = {}
-        for name, tensor in decoder.state_dict().items():
-            if not name.startswith("layers.") and tensor.is_meta:
-                full = self.decoder.prefix.removesuffix("layers.") + name
-                state[name] = self.checkpoint.tensor(full).to(self.device, self.dtype)
-        decoder.load_state_dict(state, assign=True, strict=False)
-        for module in decoder.children():
-            if module is not decoder.layers:
-                module.to(self.device)
-        size = max(1, BATCH_TOKENS[self.device.type] // self.calibration.tokens.shape[1])
-        hidden: Hidden = []
-        batches = self.calibration.batches(size)
-        try:
-            for tokens in self.ranks.dealt(batches):
-                decoder(input_ids=tokens.to(self.device), use_cache=False)
-                hidden.append(recorders[0].hidden)
-        finally:
-            decoder.layers, decoder.norm = layers, norm
-            decoder.embed_tokens.to("meta")
-        if len(hidden) < self.ranks.rounds(len(batches)):
-            shape = (0, self.calibration.tokens.shape[1], self.decoder.shape.hidden)
-            hidden.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
-        calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
-        return hidden, calls
+    def _restore(self, index: int, weights: dict[str, Tensor], read: dict[str, Tensor], output: Column) -> None:
+        """A finished layer as its artifact holds it, into ``read``."""
+        assert output.restore is not None
+        restored = output.restore(self.decoder.at(index))
+        found = {key: t.to(self.device, self.source.dtype_of(key, t)) for key, t in restored.items()}
+        read.update(self.decoder.in_memory(self.decoder.in_files(weights) | found))
