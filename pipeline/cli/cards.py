@@ -115,6 +115,8 @@ def launch(words: Sequence[str], number: int, environment: Mapping[str, str]) ->
             for one in ranks:
                 one.end(signal.SIGKILL)
                 one.process.wait()
+            if sys.stderr.isatty():
+                click.echo("\x1b[?25h", err=True, nl=False)  # the cursor, which a bar that was killed has hidden
 
 
 def _start(words: Sequence[str], rank: int, number: int, port: int, environment: Mapping[str, str]) -> Rank:
@@ -181,8 +183,10 @@ def _told(failed: Sequence[Rank], number: int) -> int:
     rank = begun[0]
     cause, name = rank.cause(), f"rank {rank.number} of {number}"
     said = cause if cause.startswith(name) else f"{name}: {cause}"
-    go_on = "The other ranks were ended. Run the same command again: it continues after the last finished layer."
-    click.echo(f"Error: {said.rstrip('.')}. {go_on}", err=True)
+    said = f"{said.rstrip('.')}. The other ranks were ended."
+    if "Run the same command again" not in said:
+        said += " Run the same command again: it continues after the last finished layer."
+    click.echo(f"Error: {said}", err=True)
     return rank.code if (rank.code or 0) > 0 and rank.code != LOST and rank.code is not None else 3
 
 
