@@ -70,10 +70,11 @@ class Ranks:
         """The largest over all ranks, known to all; NaN where any is."""
         if self.number == 1:
             return values
-        found = [torch.empty_like(values) for _ in range(self.number)]
+        flat = values.reshape(-1).contiguous()
+        found = [torch.empty_like(flat) for _ in range(self.number)]
         with _heard():
-            dist.all_gather(found, values.contiguous())
-        return torch.stack(found).amax(0)
+            dist.all_gather(found, flat)
+        return torch.stack(found).amax(0).view_as(values)
 
     def tell(self, value: Any) -> list[Any]:
         """What every rank says, as JSON holds it, in their order."""
@@ -144,10 +145,11 @@ class Home:
         """At home every rank's part, all of one shape, in their order; elsewhere nothing."""
         if self.ranks.number == 1:
             return [part]
-        found = [torch.empty_like(part) for _ in range(self.ranks.number)] if self.mine else None
+        flat = part.reshape(-1).contiguous()
+        found = [torch.empty_like(flat) for _ in range(self.ranks.number)] if self.mine else None
         with _heard():
-            dist.gather(part.contiguous(), found, dst=self.owner)
-        return found or []
+            dist.gather(flat, found, dst=self.owner)
+        return [one.view_as(part) for one in found or []]
 
     def rows(self, part: Tensor) -> list[Tensor]:
         """As `parts`, but each may have its own number of rows."""
