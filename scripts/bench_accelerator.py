@@ -98,7 +98,10 @@ def make_checkpoint(folder: Path, geometry: str, layers: int) -> Path:
     return folder
 
 
-def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor, ranks: Ranks) -> Walk:
+ONE = Ranks(device=torch.device("cuda"))
+
+
+def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor, ranks: Ranks = ONE) -> Walk:
     """A walk over the checkpoint in ``folder``."""
     model = build_skeleton(load_config(folder))
     config, checkpoint = read_config(folder), Checkpoint.open(folder)
@@ -138,7 +141,7 @@ def profile(folder: Path, methods: Methods, tokens: torch.Tensor) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
 
-    walk = walk_of(folder, methods, tokens, Ranks(device=torch.device("cuda")))
+    walk = walk_of(folder, methods, tokens)
     results = walk.run()
     next(results)
     with trace(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:

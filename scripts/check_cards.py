@@ -164,6 +164,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=("dense", "experts"), default=["dense", "experts"])
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
+    if options.device == "cpu":  # where the number of threads decides the bytes, ranks and one alone must have as many
+        os.environ["OMP_NUM_THREADS"] = "1"
     from small_models import TEXT, make_model  # the tests' small models
 
     work = Path(tempfile.mkdtemp(prefix="qtool-cards-"))

@@ -24,6 +24,7 @@ import click
 
 from qtool import QtoolError
 from qtool.cli.boundary import TRACEBACK, explain
+from qtool.cli.processors import share_of
 
 LAUNCHED = "QTOOL_LAUNCHED"  # in the environment of a rank: its standard input is the pipe to who started it
 LOST = 70  # as quantize/ranks.py: the rank says that others are gone, they say why
@@ -132,7 +133,10 @@ def _start(words: Sequence[str], rank: int, number: int, port: int, environment:
         stdin=subprocess.PIPE,
         stdout=None if rank == 0 else subprocess.PIPE,
         stderr=None if rank == 0 else subprocess.STDOUT,
-        env=own | dict(environment) | {name: str(value) for name, value in told.items()},
+        env=own
+        | dict(environment)
+        | share_of(number, environment)
+        | {name: str(value) for name, value in told.items()},
         start_new_session=True,
     )
     started = Rank(rank, process)
