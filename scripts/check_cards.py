@@ -122,7 +122,7 @@ class Recipe:
         line = next((line for line in words.splitlines() if line.startswith("Error:")), "ended before it was killed")
         left = ranks_of(running.pid)
         said = f"exit code {running.returncode} after {time.monotonic() - killed:.1f} s: {line}"
-        good = running.returncode == 3 and f"rank {number - 1} of {number}: was killed" in line and not left
+        good = running.returncode == 3 and f"rank {number - 1} of {number}: was ended by SIGKILL" in line and not left
         return Row(self.model, f"{number}, one killed", killed - begun, 0, said + f" left: {left}" * bool(left), good)
 
 

@@ -23,7 +23,7 @@ from moe_models import MIXTURES
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, make_model
 
-from qtool.cli import main
+from qtool.cli import cards, main
 from qtool.cli.cards import LAUNCHED
 from qtool.make.output import owners_of
 from qtool.quantize.memory import peak_bytes
@@ -192,7 +192,7 @@ def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> Non
     assert running.returncode == 3
     lines = [line for line in words_said.splitlines() if line.startswith("Error:")]
     assert lines == [
-        "Error: rank 1 of 2: was killed (SIGKILL). The other ranks were ended. Run the same command again: it "
+        "Error: rank 1 of 2: was ended by SIGKILL. The other ranks were ended. Run the same command again: it "
         "continues after the last finished layer."
     ]
     assert "Traceback" not in words_said
@@ -241,6 +241,63 @@ def test_more_cards_than_there_are(recipe: Path) -> None:
     assert done.stderr.count(f"{number} ranks take a card each, and torch sees") == 1
     assert not (recipe.parent / "runs").exists()
     assert not (recipe.parent / "artifacts").exists()
+
+
+def test_the_plan_says_what_a_card_takes(recipe: Path) -> None:
+    alone, four = (
+        CliRunner().invoke(main, ["run", str(recipe), "--dry-run", "--device", "cpu", *more])
+        for more in ([], ["--gpus", "4"])
+    )
+    assert alone.exit_code == four.exit_code == 0
+    assert "peak memory of the conversion on cpu: about" in alone.output
+    assert "peak memory of the conversion on each of 4 cards, at most: about" in four.output
+
+
+# ---- what the starter makes of it
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "line"),
+    [
+        # a fault of one rank alone, while the others wait for it
+        (
+            "1) echo 'Error: rank 1 of 3: disk full.' >&2; exit 3;; *) sleep 60;;",
+            3,
+            "rank 1 of 3: disk full. The other",
+        ),
+        # what all refuse: rank 0 has said it
+        ("0) sleep .2; echo 'Error: no' >&2; exit 2;; *) exit 2;;", 2, "no"),
+        # those that lost another say nothing
+        ("2) kill -9 $$;; *) sleep .1; exit 70;;", 3, "rank 2 of 3: was ended by SIGKILL. The other ranks were ended."),
+        (
+            "0) kill -9 $$;; *) echo 'Error: rank: gone' >&2; sleep .2; exit 3;;",
+            3,
+            "rank 0 of 3: was ended by SIGKILL.",
+        ),
+        ("0) exit 70;; 1) echo Warning; exit 1;; *) exit 0;;", 3, "rank 1 of 3: ended with exit code 1."),
+        ("0) sleep .1; exit 1;; *) exit 0;;", 1, ""),  # a gate failed, long after the others left
+        ("*) exit 0;;", 0, ""),
+    ],
+)
+def test_one_line_tells_what_began_it(
+    script: str,
+    code: int,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ncase $RANK in {script} esac\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(cards, "GRACE", 0.5)
+    begun = time.monotonic()
+    assert cards.launch(["run"], 3, os.environ) == code
+    assert time.monotonic() - begun < 10
+    told = capfd.readouterr().err
+    assert told.count("Error: ") == bool(line)
+    assert f"Error: {line}" in told or not line
 
 
 # ---- the parts

@@ -53,15 +53,27 @@ class Rank:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signum)
 
-    def cause(self) -> str:
-        """Why it ended, in a line."""
-        code = self.process.returncode
-        if code < 0:
-            return f"was killed ({signal.Signals(-code).name})"
+    def close(self) -> None:
+        """Nothing of it is left."""
+        self.end(signal.SIGKILL)
+        self.process.wait()
         if self.reader is not None:
-            self.reader.join(1)
-        words = bytes(self.said).decode(errors="replace").rpartition("Error: ")[2].strip()
-        return " ".join(words.split()) or f"ended with exit code {code}"
+            self.reader.join(GRACE)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def cause(self) -> str:
+        """Why it ended, in a line; empty where it said nothing, or said it itself."""
+        code = self.process.returncode
+        ended = -code if code < 0 else code - 128
+        if ended > 0:
+            return f"was ended by {signal.Signals(ended).name}."
+        if self.reader is None:
+            return ""
+        self.reader.join(1)
+        said = bytes(self.said).decode(errors="replace")
+        return " ".join(said.rpartition("Error: ")[2].split()) if "Error: " in said else ""
 
 
 def on_cards(
@@ -114,8 +126,7 @@ def launch(words: Sequence[str], number: int, environment: Mapping[str, str]) ->
             return _watch(ranks, received)
         finally:
             for one in ranks:
-                one.end(signal.SIGKILL)
-                one.process.wait()
+                one.close()
             if sys.stderr.isatty():
                 click.echo("\x1b[?25h", err=True, nl=False)  # the cursor, which a bar that was killed has hidden
 
@@ -179,19 +190,23 @@ def _watch(ranks: Sequence[Rank], received: list[int]) -> int:
 
 
 def _told(failed: Sequence[Rank], number: int) -> int:
-    """One line of what began it, where rank 0 has not said it; the exit code."""
+    """One line of what began it, where rank 0 has not said it; the exit code. ``failed``: as they ended."""
     begun = [rank for rank in failed if rank.code != LOST] or list(failed)
-    speaking = [rank for rank in begun if rank.number == 0 and (rank.code or 0) > 0 and rank.code != LOST]
-    if speaking:
-        return speaking[0].code or 0
-    rank = begun[0]
-    cause, name = rank.cause(), f"rank {rank.number} of {number}"
-    said = cause if cause.startswith(name) else f"{name}: {cause}"
-    said = f"{said.rstrip('.')}. The other ranks were ended."
+    for rank in begun:
+        code, cause = rank.process.returncode, rank.cause()
+        if cause:
+            break
+        if rank.number == 0 and code != LOST:
+            return int(code)  # it has said so
+    else:
+        rank, cause = begun[0], f"ended with exit code {begun[0].process.returncode}."
+        code = 3
+    name = f"rank {rank.number} of {number}"
+    said = f"{cause if cause.startswith(name) else f'{name}: {cause}'} The other ranks were ended."
     if "Run the same command again" not in said:
         said += " Run the same command again: it continues after the last finished layer."
     click.echo(f"Error: {said}", err=True)
-    return rank.code if (rank.code or 0) > 0 and rank.code != LOST and rank.code is not None else 3
+    return int(code) if 0 < code < LOST else 3
 
 
 @contextmanager

@@ -48,6 +48,10 @@ class Seat:
                 raise ranks.fault(f"the ranks' devices are of several kinds, which round differently: {kinds}.", 3)
             yield ranks, own
 
+    def _fault(self, message: str, exit_code: int = 2) -> QtoolError:
+        """What every rank finds by itself."""
+        return Ranks(self.rank, self.number).fault(message, exit_code)
+
     def _device(self, asked: str) -> str:
         if self.number == 1:
             return asked
@@ -56,9 +60,9 @@ class Seat:
             asked = "cuda" if there else "cpu"
         if asked == "cuda" and there < self.number:
             seen = f"{there} accelerator{'s' if there > 1 else ''}" if there else "no accelerator"
-            raise QtoolError(f"{self.number} ranks take a card each, and torch sees {seen} here.", exit_code=3)
+            raise self._fault(f"{self.number} ranks take a card each, and torch sees {seen} here.", 3)
         if asked not in ("cpu", "cuda"):
-            raise QtoolError(f"--device {asked}: {self.number} ranks take cuda:0 to cuda:{self.number - 1} (`cuda`).")
+            raise self._fault(f"--device {asked}: {self.number} ranks take cuda:0 to cuda:{self.number - 1} (`cuda`).")
         return "cpu" if asked == "cpu" else f"cuda:{self.rank}"
 
 
