@@ -109,7 +109,8 @@ def walk_of(folder: Path, methods: Methods, tokens: torch.Tensor, ranks: Ranks =
     shape = ModelShape(checkpoint.tensors, decoder, config)
     owners = dealt_out([method.cost for method in methods], ranks.number)
     columns = [
-        Column(method, method.container.plan(shape), owner=owner) for method, owner in zip(methods, owners, strict=True)
+        Column(method, method.container.of_model(decoder).plan(shape), owner=owner)
+        for method, owner in zip(methods, owners, strict=True)
     ]
     text = CalibrationSet(tokens, "random")
     return Walk(model, decoder, checkpoint, text, columns, ranks.device, ranks=ranks)
