@@ -39,7 +39,7 @@ from qtool.runs import ledger, record
 from qtool.runs.coverage import coverage
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
+from qtool.runs.stages import Span, largest, peaks, recording, seconds_of, stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
 
@@ -159,6 +159,7 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
         ranks.tell([recipe.digest, *job.source.told()])
         Home(ranks).share({"tokens": calibration.tokens})
         artifacts = make_artifacts(job, calibration, ranks=ranks)
+        while_making = ranks.tell(peaks())
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
@@ -174,7 +175,7 @@ def _run(path: Path, runs: Path, device: str, only: tuple[str, ...], spans: list
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             stages=seconds_of(spans),
-            peaks=peaks(),
+            peaks=largest([*while_making, peaks()]),
             checks={name: found.checks for name, found in checks.items()},
             verdicts=judge(summary, recipe.gates),
         )
@@ -192,6 +193,7 @@ def _assist(path: Path, device: str, only: tuple[str, ...], ranks: Ranks) -> Non
     if job.recipe.digest != digest:
         raise QtoolError(f"{path}: changed while it was read. Run again.")
     make_artifacts(job, CalibrationSet(tokens, job.recipe.calibration.text), ranks=ranks)
+    ranks.tell(peaks())
 
 
 def make(job: Job) -> dict[str, Artifact]:
