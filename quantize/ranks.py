@@ -233,5 +233,5 @@ def _heard() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if isinstance(error, dist.DistError) or any(word in said for word in ("gloo", "onnection", "TCPStore", "NCCL")):
-            raise Lost(f"lost touch with the other ranks: {' '.join(said.split())[:200]}") from error
+            raise Lost(f"lost touch with the other ranks: {' '.join(said.split())[:400]}") from error
         raise
