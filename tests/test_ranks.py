@@ -23,9 +23,11 @@ from moe_models import MIXTURES
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, make_model
 
+from qtool import QtoolError
 from qtool.cli import cards, main
 from qtool.cli.cards import LAUNCHED
 from qtool.make.output import owners_of
+from qtool.make.seat import ONE, Seat
 from qtool.quantize.memory import peak_bytes
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
@@ -222,8 +224,8 @@ def test_gpus_are_cards(recipe: Path, device: str) -> None:
 
 
 def test_gpus_inside_torchrun(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     result = CliRunner().invoke(main, ["run", str(recipe), "--gpus", "2"])
     assert result.exit_code == 2
     assert "torchrun has started several processes already" in result.output
@@ -301,6 +303,15 @@ def test_one_line_tells_what_began_it(
 
 
 # ---- the parts
+
+
+def test_a_seat_is_what_torchrun_says() -> None:
+    """One process, or what only looks like a group, walks alone; several machines are refused."""
+    told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert Seat.of(told | {"LOCAL_WORLD_SIZE": "4"}) == Seat(1, 4)
+    assert Seat.of({}) == Seat.of({"RANK": "1", "WORLD_SIZE": "4"}) == Seat.of(told | {"WORLD_SIZE": "1"}) == ONE
+    with pytest.raises(QtoolError, match="one machine"):
+        Seat.of(told | {"LOCAL_WORLD_SIZE": "2"})
 
 
 def test_outputs_are_dealt_by_cost() -> None:

@@ -86,7 +86,7 @@ def on_cards(
     environment: Mapping[str, str],
 ) -> int:
     """`qtool run` with these options on so many cards; the exit code. Raises QtoolError for what is no set of cards."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys():
         raise QtoolError("--gpus: torchrun has started several processes already. Give one of the two.")
     if device not in ("auto", "cuda"):
         raise QtoolError(

@@ -28,7 +28,8 @@ class Seat:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Seat:
         """As the environment says. Raises QtoolError for ranks on several machines."""
-        number = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+        told = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()  # others' jobs set some of them
+        number = int(environment["WORLD_SIZE"]) if told else 1
         if number == 1:
             return ONE
         if int(environment.get("LOCAL_WORLD_SIZE", number)) != number:
