@@ -13,7 +13,7 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import require_writable
 from qtool.convert.files.manifest import MANIFEST
 from qtool.convert.files.reading import named, read_text
-from qtool.convert.files.source import resolve
+from qtool.convert.files.source import ModelSource, resolve
 from qtool.convert.formats.table import in_safetensors
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
@@ -26,11 +26,13 @@ from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
 from qtool.make.replacing import replacing
+from qtool.make.seat import ONE, Seat
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
+from qtool.quantize.ranks import Home, Ranks
 from qtool.recipe.checking import read
 from qtool.recipe.overrides import NONE, Overrides, text_of
 from qtool.recipe.paths import require_paths
@@ -40,7 +42,7 @@ from qtool.runs.coverage import coverage
 from qtool.runs.evidence import size_text
 from qtool.runs.gates import judge
 from qtool.runs.record import RunRecord
-from qtool.runs.sessions import Working, working
+from qtool.runs.sessions import Working, heard, working
 from qtool.runs.shelf import give_name
 from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
@@ -48,18 +50,21 @@ from qtool.serve.outputs import prove_artifacts, require_servers
 
 
 def prepare(
-    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, overrides: Overrides = NONE
-) -> Job:
+    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, overrides: Overrides = NONE,
+    source: ModelSource | None = None,
+) -> Job:  # fmt: skip
     """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
-    (None: nothing will be written)."""
+    (None: nothing will be written); ``source``: as another rank resolved it."""
     recipe = load_recipe(path, overrides)
     require_paths(recipe, path)
     if runs is not None:
         require_writable(runs, "--runs")
-    return prepare_recipe(recipe, device, only, may_write=runs is not None)
+    return prepare_recipe(recipe, device, only, runs is not None, source)
 
 
-def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False) -> Job:
+def prepare_recipe(
+    recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False, source: ModelSource | None = None
+) -> Job:
     """`prepare` for a recipe that is no file."""
     if may_write:
         made = named(recipe.output_dir)
@@ -69,14 +74,14 @@ def prepare_recipe(recipe: Recipe, device: str, only: tuple[str, ...] = (), may_
     unknown = [name for name in only if name not in names]
     if unknown:
         raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
-    source = resolve(recipe.model.id, recipe.model.revision)
+    found = source or resolve(recipe.model.id, recipe.model.revision)
     if may_write:  # the key of what is made asks for it, after everything that can go on beside
-        source.read_behind()
-    job = _with_enough_text(open_job(recipe, source, choose_device(device), _chosen(recipe, only)))
+        found.read_behind()
+    job = _with_enough_text(open_job(recipe, found, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
     if (asked := recipe.measure) is not None:
-        check_contexts("measure", asked.contexts, asked.tokens, most, source.name)
+        check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
     return job
 
 
@@ -108,16 +113,21 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 def run(
     path: Path, runs: Path, device: str = "auto", only: tuple[str, ...] = (), profile: Path | None = None,
-    overrides: Overrides = NONE, name: str = "", force: bool = False,
-) -> RunRecord:  # fmt: skip
+    overrides: Overrides = NONE, name: str = "", force: bool = False, seat: Seat = ONE,
+) -> RunRecord | None:  # fmt: skip
     """Run a recipe, with ``overrides`` in it. Raises QtoolError; gate results are returned, not raised. ``profile``: a
     file for the trace of the stages, written however the run ends. ``name``: what the run is called. ``force``:
-    artifacts of other recipes give way where they lie in the way."""
+    artifacts of other recipes give way where they lie in the way. ``seat``: this process's among several that make the
+    artifacts together; all but the first leave then, without a record."""
+    if seat.rank:
+        with seat.taken(device) as (ranks, own_device):
+            _assist(path, own_device, only, overrides, ranks)
+        return None
     if profile is not None:
         require_writable(profile.parent, "--profile")
     with working() as session, ExitStack() as held:
         try:
-            return _run(path, runs, device, only, overrides, session, held, name, force)
+            return _run(path, runs, device, only, overrides, session, held, name, force, seat)
         finally:
             if profile is not None:
                 write_trace(profile, session.spans)
@@ -125,37 +135,41 @@ def run(
 
 def _run(
     path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, session: Working,
-    held: ExitStack, name: str, force: bool,
+    held: ExitStack, name: str, force: bool, seat: Seat,
 ) -> RunRecord:  # fmt: skip
     text = read_text(path) if path.is_file() else ""
-    with stage("opening"):
-        job = prepare(path, device, only, runs, overrides)
-    recipe = job.recipe
-    for note in job.notes:
-        log.say(note)
-    held.enter_context(rehearsing(job))
-    folder = session.folder = runs / recipe.digest[:16]
-    _announce(job, folder)
-    with stage("opening"):
-        evaluation = _evaluation(job, runs, folder)
-    if recipe.serve is not None:
-        require_servers(
-            recipe.serve, [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
-        )
-    with stage("tokenizing"):
-        log.say("drawing calibration text", event="stage")
-        calibration = _calibrate(job)
-    if read_text(path) != text:
-        raise QtoolError(f"{path}: changed while it was read. Run again.")
-    with record.alone(folder):
-        record.begin(folder, text_of(text, overrides, read(path, overrides) if overrides else None))
-    for other in give_name(folder, name) if name else ():
-        log.say(f"{other} was called {name} before")
-    with stage("reading the source"):  # what is left of it
-        _ = job.source.commit
-    with replacing(job, calibration, force):
-        artifacts = make_artifacts(job, calibration)
-    held.close()
+    with seat.taken(device) as (ranks, own_device):
+        with stage("opening"):
+            job = prepare(path, own_device, only, runs, overrides)
+        recipe = job.recipe
+        for note in job.notes:
+            log.say(note)
+        held.enter_context(rehearsing(job))
+        folder = session.folder = runs / recipe.digest[:16]
+        _announce(job, folder)
+        with stage("opening"):
+            evaluation = _evaluation(job, runs, folder)
+        if recipe.serve is not None:
+            kinds = [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
+            require_servers(recipe.serve, kinds)
+        with stage("tokenizing"):
+            log.say("drawing calibration text", event="stage")
+            calibration = _calibrate(job)
+        if read_text(path) != text:
+            raise QtoolError(f"{path}: changed while it was read. Run again.")
+        with record.alone(folder):
+            record.begin(folder, text_of(text, overrides, read(path, overrides) if overrides else None))
+        for other in give_name(folder, name) if name else ():
+            log.say(f"{other} was called {name} before")
+        with stage("reading the source"):  # what is left of it
+            _ = job.source.commit
+        with replacing(job, calibration, force):
+            if ranks.number > 1:
+                ranks.tell([recipe.digest, *job.source.told()])
+                Home(ranks).share({"tokens": calibration.tokens})
+            artifacts = make_artifacts(job, calibration, ranks=ranks)
+            session.beside = heard(ranks.tell(None))
+        held.close()
     checks = _verified(artifacts)
     if recipe.serve is not None:
         artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
@@ -194,6 +208,18 @@ def _announce(job: Job, folder: Path) -> None:
         event="begin", run=folder.name, folder=str(folder), model=job.recipe.model.id, bytes=nbytes, device=device,
         outputs=names,
     )  # fmt: skip
+
+
+def _assist(path: Path, device: str, only: tuple[str, ...], overrides: Overrides, ranks: Ranks) -> None:
+    """Make the artifacts with rank 0, which opens the source and tokenizes first: what it refuses, it says alone."""
+    with working() as session:
+        digest, *told = ranks.tell(None)[0]
+        tokens = Home(ranks).share({})["tokens"]
+        job = prepare(path, device, only, overrides=overrides, source=ModelSource.heard(told))
+        if job.recipe.digest != digest:
+            raise QtoolError(f"{path}: changed while it was read. Run again.")
+        make_artifacts(job, CalibrationSet(tokens, job.recipe.calibration.text), ranks=ranks)
+        ranks.tell(session.so_far().model_dump())
 
 
 def make(job: Job) -> dict[str, Artifact]:

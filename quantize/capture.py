@@ -14,7 +14,9 @@ from qtool.convert.models.feeds import Norm, Producer
 from qtool.quantize.experts import Routed, Taker, Watch, mixture_of, watched
 from qtool.quantize.stacks import Stack, Step
 
-Hidden = list[Tensor]  # one tensor [batch, length, hidden] for each calibration batch
+# One tensor [batch, length, hidden] for each calibration batch that lies on this rank. All ranks have as many: where
+# the batches do not divide, the last is of no rows; no forward is run for it, and its inputs are of no tokens.
+Hidden = list[Tensor]
 Calls = dict[int, dict[int, dict[str, Any]]]  # id(layer) -> batch size -> keyword arguments
 
 
@@ -125,6 +127,17 @@ class Fed:
     ended: Tensor
 
 
+def nothing(layer: nn.Module, stacks: Sequence[Stack], states: Tensor) -> Fed:
+    """Of a batch without rows: inputs of no tokens."""
+    plain = [stack.name for stack in stacks if not stack.routed]
+    inputs = {name: states.new_zeros(0, layer.get_parameter(f"{name}.weight").shape[1]) for name in plain}
+    if not any(stack.routed or stack.gate for stack in stacks):
+        return Fed(inputs, None, states)
+    hidden, number = states.flatten(0, -2), mixture_of(layer).num_experts
+    index = torch.zeros(0, 1, dtype=torch.int64, device=states.device)
+    return Fed(inputs, Routed(hidden, index, index.flatten(), states.new_zeros(0), (0,) * number), states)
+
+
 class Silent(nn.Module):
     """Stands in for a child of a layer whose outputs are in the hidden states already: adds nothing to them."""
 
@@ -156,6 +169,8 @@ class Parted:
             ended = given[0]
             raise Enough
 
+        if not len(states):
+            return nothing(self.layer, step.stacks if step else (), states)
         layer, kept = self.layer, {name: self.layer.get_submodule(name) for name in part.silent}
         with ExitStack() as hooks:
             if step is not None:
@@ -180,6 +195,8 @@ class Parted:
 
 def run_layer(layer: nn.Module, states: Tensor, calls: Calls) -> Tensor:
     """One batch through a layer, called as the model itself calls it."""
+    if not len(states):
+        return states
     output = layer(states, **calls[id(layer)][states.shape[0]])
     states = output[0] if isinstance(output, tuple) else output
     return states

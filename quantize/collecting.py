@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,30 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from qtool import QtoolError
-from qtool.quantize.capture import Calls, Enough, Hidden, captured, run_layer
+from qtool.quantize.capture import Calls, Enough, Hidden, captured, nothing, run_layer
 from qtool.quantize.experts import Routed, Taker, gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Inputs, Statistics
+from qtool.quantize.ranks import HERE, Home
 from qtool.quantize.routed import SAMPLE, ExpertSettings, RoutedStatistics
 from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
+
+SUMS = ("gram", "abs_sum", "absmax", "square_sum", "mass", "power")  # fields of statistics in the source's stream
 
 
 @dataclass
 class Sample:
     """Some tokens' inputs of a mixture, evenly from all batches: what a rare expert would see of any token.
 
-    tokens: of all batches together.
+    tokens: of all batches together, whichever rank they lie on; home: where the sample is.
     """
 
     tokens: int
+    home: Home = HERE
     _parts: list[Tensor] = field(default_factory=list)
 
     def take(self, call: Routed) -> None:
         """Of one batch."""
-        self._parts.append(call.hidden[:: max(1, self.tokens // SAMPLE)].clone())
+        self._parts += self.home.rows(call.hidden[:: max(1, self.tokens // SAMPLE)].clone())
 
     def typical(self, stack: Stack, mixture: Any) -> Callable[[int], Tensor]:
         """As `RoutedStatistics.finish` asks. ``mixture``: the module that computes the experts, with its weights."""
+        if not self._parts:  # they are not here
+            return lambda _: torch.empty(0)
         hidden = torch.cat(self._parts)
         if not stack.inner:
             return lambda _: hidden
@@ -49,16 +55,20 @@ def source_statistics(
     settings: ExpertSettings,
     channels_only: bool,
     stay: bool,
+    tokens: int,
+    home: Home = HERE,
 ) -> dict[str, Statistics]:
-    """A stack's name -> the statistics of its input in the source's stream. ``hidden`` moves on to the layer's outputs,
-    unless it shall ``stay``."""
-    shared = empty_statistics(layer, stacks, settings, channels_only)
+    """A stack's name -> the statistics of its input in the source's stream, at ``home``. ``hidden`` moves on to the
+    layer's outputs, unless it shall ``stay``. ``tokens``: as `Sample`'s."""
+    shared = empty_statistics(layer, stacks, settings, channels_only, home)
     routed = {stack.inner: shared[stack.name] for stack in stacks if stack.routed}
-    sample = Sample(sum(states.shape[:-1].numel() for states in hidden))
+    sample = Sample(tokens, home)
     for number, states in enumerate(hidden):
         inputs: dict[str, Tensor] = {}
         enough = stay and not routed
         watched = _Watched(routed, sample)
+        if not len(states):
+            inputs |= watched.none(layer, stacks, states)
         with suppress(Enough), captured(layer, stacks, inputs.__setitem__, watched.take, enough):
             output = run_layer(layer, states, calls)
             if not stay:
@@ -73,16 +83,29 @@ def source_statistics(
 
 
 def empty_statistics(
-    layer: nn.Module, stacks: Sequence[Stack], settings: ExpertSettings, channels_only: bool
+    layer: nn.Module, stacks: Sequence[Stack], settings: ExpertSettings, channels_only: bool, home: Home = HERE
 ) -> dict[str, Statistics]:
     """Before any batch, in the source's stream."""
     shared: dict[str, Statistics] = {}
     for stack in stacks:
         if stack.routed:
-            shared[stack.name] = RoutedStatistics(mixture_of(layer).num_experts, settings, channels_only)
+            number = mixture_of(layer).num_experts
+            shared[stack.name] = RoutedStatistics(number, settings, channels_only, home=home)
         else:
-            shared[stack.name] = InputStatistics(channels_only=channels_only, exponent=settings.exponent)
+            exponent = settings.exponent
+            shared[stack.name] = InputStatistics(channels_only=channels_only, exponent=exponent, home=home)
     return shared
+
+
+def spread(found: Mapping[str, Statistics], home: Home, takers: Collection[int]) -> None:
+    """Whole statistics, from their home to all ranks that take them."""
+    if set(takers) <= {home.owner}:
+        return
+    for stats in found.values():
+        held = {name: getattr(stats, name) for name in SUMS} if home.mine else {}
+        sums = {name: tensor for name, tensor in held.items() if tensor is not None}
+        for name, tensor in home.share(sums, home.ranks.rank in takers).items():
+            setattr(stats, name, tensor)
 
 
 def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
@@ -123,6 +146,13 @@ class _Watched:
     routed: Mapping[bool, Statistics]
     sample: Sample
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def none(self, layer: nn.Module, stacks: Sequence[Stack], states: Tensor) -> dict[str, Tensor]:
+        """Of a batch without rows: the plain stacks' inputs."""
+        fed = nothing(layer, stacks, states)
+        if self.routed and fed.routed is not None:
+            self.take(fed.routed)(states.new_zeros(0, mixture_of(layer).down_proj.shape[-1]))
+        return fed.inputs
 
     def take(self, call: Routed) -> Taker:
         """The experts' inputs now; the inputs of their down matrices when they are made."""

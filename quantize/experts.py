@@ -135,6 +135,8 @@ def inner(module: Any, gate_up: Tensor, inputs: Tensor, counts: Sequence[int]) -
 
 def products(matrices: Tensor, inputs: Tensor, counts: Sequence[int]) -> Tensor:
     """``x Wᵀ`` with each slot's own expert: ``matrices [E, out, in]``, ``inputs [slots, in]`` -> ``[slots, out]``."""
+    if not len(inputs):
+        return inputs.new_zeros(0, matrices.shape[1])
     if inputs.is_cuda and inputs.dtype == torch.bfloat16 and hasattr(functional, "grouped_mm"):
         ends = torch.tensor(counts, device=inputs.device).cumsum(0, dtype=torch.int32)
         grouped: Tensor = functional.grouped_mm(inputs, matrices.mT, offs=ends)

@@ -9,9 +9,11 @@ from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.methods.method import Method, Needs
 from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.ranks import AT_ONCE as AT_ONCE_RECEIVED
 from qtool.quantize.routed import SAMPLE
 from qtool.quantize.scaling import AT_ONCE, SEARCHED
 from qtool.quantize.stacks import Stack, steps_of
+from qtool.quantize.statistics import GRAM_BLOCK
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
@@ -23,30 +25,42 @@ def peak_bytes(
     tokens: int,
     device: str,
     scores: int = 0,
+    ranks: int = 1,
+    mine: Sequence[Method] | None = None,
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
+    ``ranks``: processes that walk together, ``mine``: the outputs that this one makes (None: all).
     Bytes on the computing device: hidden states of every stream, one layer, the codes of the layer before, and the
     largest of what is alive while statistics are collected or codes chosen. Within 5 % of what an accelerator's
-    allocator reports (docs/benchmarks.md)."""
+    allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and not measured yet."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer, parameters = _largest_layer(decoder, shapes)
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
-    calibrated = [method for method in methods if method.calibrated]
-    if not calibrated:
+    if not any(method.calibrated for method in methods):
         return max(parameters * (width + 4), embedding)
     steps = [
         [_Fed.of(stack, decoder.at(layer), shapes) for stack in step.stacks] for step in steps_of(decoder.feeds(layer))
     ]
-    own = [method for method in calibrated if method.needs is Needs.OWN_STREAM]
-    sharing = [method for method in calibrated if method.needs is Needs.GRAM]
+    streams = sum(method.needs is Needs.OWN_STREAM for method in methods)
+    made = methods if mine is None else mine
+    own = [method for method in made if method.needs is Needs.OWN_STREAM]
+    sharing = [method for method in made if method.needs is Needs.GRAM]
+    tokens = min(tokens, -(-tokens // (BATCH_TOKENS[device] * ranks)) * BATCH_TOKENS[device])  # this rank's
     hidden = steps[0][0].columns
     batch = width * min(tokens, BATCH_TOKENS[device])
     phases = [_of_source([fed for step in steps for fed in step], own, sharing, parameters, width, batch) + scores]
-    if own:
-        phases.append(_of_streams(steps, own, len(sharing), parameters, width, batch, scores))
-    states = width * tokens * hidden * (1 + len(own))
+    if streams:
+        asking = any(method.asks_source for method in methods)
+        phases.append(_of_streams(steps, own, len(sharing), parameters, width, batch, scores, streams, asking, ranks))
+    states = width * tokens * hidden * (1 + streams)
     codes = parameters * (len(own) + len(sharing))  # of the layer before: a byte a weight
-    return states + max(parameters * width + codes + max(phases), embedding)
+    told = 0
+    if ranks > 1:  # the layer as each stream's home told it, a stack's sums of a batch, and those received
+        told = streams * parameters * width + 8 * GRAM_BLOCK[device] * max(
+            fed.columns for step in steps for fed in step
+        )
+        told += 4 * AT_ONCE_RECEIVED
+    return states + told + max(parameters * width + codes + max(phases), embedding)
 
 
 @dataclass(frozen=True)
@@ -122,23 +136,26 @@ def _of_streams(
     width: int,
     batch: int,
     scores: int,
+    streams: int,
+    asking: bool,
+    ranks: int,
 ) -> int:
     """Bytes while one step's statistics are collected in every stream, or its codes chosen in one."""
     fed = [one for step in steps for one in step]
     widest, hidden = max(one.columns for one in fed), fed[0].columns
     # three of the widest in its MLP, an input of the batch before; or two inputs and their difference, in float32 and
     # twice where one of them is divided by a scale; in either case the hidden states on both sides
-    gap = 8 * widest // width if any(method.asks_source for method in own) else widest
+    gap = 8 * widest // width if asking else widest
     forward = max(batch * (4 * widest + 7 * hidden) + scores, batch * (2 * widest + 4 * hidden + gap))
     forward += _mixed(fed, width, batch)
     mixed = any(one.routed for one in fed)
     most, done = 0, 0
     for step in steps:
-        together = 1 if any(one.routed for one in step) else len(own)  # as streams.together
-        copies = together + mixed  # of the layer, for each stream; experts, as they are put together
-        collecting = copies * parameters * width + forward
-        choosing = 4 * max(one.workspace(method) for method in own for one in step)
-        statistics = together * sum(one.statistics(width) for one in step)
+        routed = any(one.routed for one in step)  # as streams.together
+        copies = (1 if routed else streams) + mixed  # of the layer, for each stream; experts, as they are put together
+        collecting = (copies if ranks == 1 else mixed) * parameters * width + forward
+        choosing = 4 * max((one.workspace(method) for method in own for one in step), default=0)
+        statistics = min(len(own), 1 if routed else len(own)) * sum(one.statistics(width) for one in step)
         most = max(most, len(own) * done + statistics + max(collecting, choosing))
         done += sum(one.weights for one in step)
     return sharing * parameters + most

@@ -21,8 +21,9 @@ from torch import Tensor
 from qtool.convert.models.geometry import Geometry
 from qtool.quantize.experts import products
 from qtool.quantize.precision import bfloat16_products
+from qtool.quantize.ranks import HERE, Home
 from qtool.quantize.scaling import AT_ONCE
-from qtool.quantize.statistics import accumulate, accumulate_gram, blocks_of, gap_of
+from qtool.quantize.statistics import add_gram, fill_below, gap_of, magnitudes, product
 
 MOST_TEXT = 8  # times the windows that a recipe asks for, at most, for the sake of experts
 SAMPLE = 8192  # tokens at most that rare experts are shown, wherever the router sends them
@@ -62,7 +63,8 @@ class RoutedStatistics:
 
     counts: tokens of each; mass: the sum of their p**exponent, float32 ``[E]``; power: of p² of all; shares: what part
     came from all tokens, known once finished; agreed: of the tokens that the source sends to each expert, how many this
-    stream sends there too, and of how many (its own stream alone); ``absmax`` is one row for all experts.
+    stream sends there too, and of how many (its own stream alone); ``absmax`` is one row for all experts. Every rank
+    knows the counts of all; the sums are at ``home`` alone.
     """
 
     experts: int
@@ -80,20 +82,21 @@ class RoutedStatistics:
     absmax: Tensor = field(default_factory=lambda: torch.empty(0))
     square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
     agreed: tuple[Tensor, Tensor] | None = None
+    home: Home = HERE
 
     def _open(self, x: Tensor) -> None:
-        number, columns, device = self.experts, x.shape[1], x.device
-        self.counts, self.mass = [0] * number, torch.zeros(number, device=device)
-        self.power = torch.zeros((), device=device)
-        self.square_sum = torch.zeros(number, columns, device=device)
-        self.absmax = torch.zeros(columns, device=device)
+        number, columns, device, zeros = self.experts, x.shape[1], x.device, self.home.zeros
+        self.counts, self.mass = [0] * number, zeros(number, device=device)
+        self.power = zeros(device=device)
+        self.square_sum = zeros(number, columns, device=device)
+        self.absmax = zeros(columns, device=device)
         if self.channels_only:
             return
-        self.gram = torch.zeros(number, columns, columns, device=device)
-        self.abs_sum = torch.zeros(number, columns, device=device)
+        self.gram = zeros(number, columns, columns, device=device)
+        self.abs_sum = zeros(number, columns, device=device)
         if self.drifting:
             rows = columns if self.through is None else self.through.shape[1]
-            self.drift = torch.zeros(number, rows, columns, device=device)
+            self.drift = zeros(number, rows, columns, device=device)
 
     def add(
         self,
@@ -109,42 +112,54 @@ class RoutedStatistics:
         `InputStatistics.add`, for streams that drift."""
         if not self.counts:
             self._open(x)
-        self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
-        low, high = x.aminmax(dim=0)
-        torch.maximum(self.absmax, torch.maximum(high, -low), out=self.absmax)
+        everywhere = self.home.ranks.count(counts)
+        self.counts = [before + more for before, more in zip(self.counts, everywhere, strict=True)]
+        for largest in self.home.parts(magnitudes(x)):
+            self.absmax = torch.maximum(self.absmax, largest)
         first = 0
         for start in range(0, self.experts, AT_ONCE):  # so many experts' slots at a time
             some, own = slice(start, start + AT_ONCE), list(counts[start : start + AT_ONCE])
             slots = slice(first, first + sum(own))
             first = slots.stop
-            if sum(own):
+            reached = [count > 0 for count in everywhere[some]]
+            if any(reached):
                 given = [None if part is None else part[slots] for part in (source, behind)]
-                self._add(some, own, x[slots], weights[slots], given[0], divisor, given[1])
+                self._add(some, own, reached, x[slots], weights[slots], given[0], divisor, given[1])
+
+    def agree(self, both: Tensor, sent: Tensor) -> None:
+        """Count what `Routed.agreement` says of a batch."""
+        if self.agreed is None:
+            begun = [self.home.zeros(self.experts, device=part.device) for part in (both, sent)]
+            self.agreed = begun[0], begun[1]
+        for total, part in zip(self.agreed, (both, sent), strict=True):
+            self.home.add(total, part)
 
     def _add(
         self,
         some: slice,
         counts: list[int],
+        reached: Sequence[bool],
         x: Tensor,
         weights: Tensor,
         source: Tensor | None,
         divisor: Tensor | None,
         behind: Tensor | None,
     ) -> None:
-        """Of some experts."""
+        """Of some experts. ``reached``: whether any rank's tokens did reach each."""
+        add = self.home.add
         if not self.drifting:
             self._add_channels(some, counts, x, weights)
         if self.channels_only:
             return
         counted = weights.float() ** self.settings.exponent
-        self.mass[some] += torch.stack([part.sum() for part in counted.split(counts)])
-        self.power += weights.float().square().sum()
+        add(self.mass[some], torch.stack([part.sum() for part in counted.split(counts)]))
+        add(self.power, weights.float().square().sum())
         root = counted.sqrt().to(x.dtype).unsqueeze(1)
         with bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext():
             weighed = x * root if x.is_cuda else (x * root).float()
-            for gram, part in zip(self.gram[some], weighed.split(counts), strict=True):
-                if len(part):
-                    accumulate_gram(gram, part)
+            for gram, part, told in zip(self.gram[some], weighed.split(counts), reached, strict=True):
+                if told:
+                    add_gram(self.home, gram, part)
             if self.drift is None or source is None:
                 return
             if divisor is not None and divisor.ndim == 2:
@@ -155,30 +170,32 @@ class RoutedStatistics:
                 gap = products(self.through[some].to(gap.dtype), gap, counts)
             gap = gap if behind is None else gap + behind
             gap = gap * root if x.is_cuda else (gap * root).float()
-            for drift, lost, part in zip(self.drift[some], gap.split(counts), weighed.split(counts), strict=True):
-                if len(part):
-                    accumulate(drift, lost, part)
+            parts = zip(self.drift[some], gap.split(counts), weighed.split(counts), reached, strict=True)
+            for drift, lost, part, told in parts:
+                if told:
+                    add(drift, product(lost, part))
 
     def _add_channels(self, some: slice, counts: list[int], x: Tensor, weights: Tensor) -> None:
         """What only the source's stream is asked for."""
-        ones = torch.ones(len(x), device=x.device)
+        ones = torch.ones(len(x), device=x.device).split(counts)
         wide = x.float()
-        squares = zip(self.square_sum[some], ones.split(counts), wide.square().split(counts), strict=True)
-        for total, one, part in squares:
-            total += one @ part  # faster than a norm
+        squares = [one @ part for one, part in zip(ones, wide.square().split(counts), strict=True)]  # faster than norms
+        self.home.add(self.square_sum[some], torch.stack(squares))
         if not self.channels_only:
             counted = (weights.float() ** self.settings.exponent).split(counts)
-            for total, weight, part in zip(self.abs_sum[some], counted, wide.abs().split(counts), strict=True):
-                total += weight @ part
+            sums = [weight @ part for weight, part in zip(counted, wide.abs().split(counts), strict=True)]
+            self.home.add(self.abs_sum[some], torch.stack(sums))
 
     def finish(self, typical: Callable[[int], Tensor]) -> None:
         """Make the Gram matrices whole, and blend those of rare experts. ``typical``: the inputs ``[tokens, in]`` that
         an expert would have if a sample of all tokens were sent to it."""
         columns = self.absmax.shape[0]
         self.shares = [self.settings.share(tokens, columns) for tokens in self.counts]
+        if not self.home.mine:
+            return
         one = self.mass.sum() / max(1, sum(self.counts))  # what a token counts, in the mean
-        for start, stop in [] if self.channels_only else blocks_of(self.gram[0]):
-            self.gram[:, stop:, start:stop] = self.gram[:, start:stop, stop:].mT
+        if not self.channels_only:
+            fill_below(self.gram)
         for expert, share in enumerate(self.shares):
             if not share or (self.channels_only and self.counts[expert]):
                 continue
@@ -189,8 +206,8 @@ class RoutedStatistics:
             if self.channels_only:
                 continue
             mass = torch.maximum(self.mass[expert], one)
-            moment = torch.zeros_like(self.gram[expert])
-            accumulate(moment, inputs if inputs.is_cuda else wide, inputs if inputs.is_cuda else wide)
+            seen = inputs if inputs.is_cuda else wide
+            moment = product(seen, seen)
             self.gram[expert].mul_(1 - share).add_(moment * mass, alpha=share / len(inputs))
             self.abs_sum[expert].mul_(1 - share).add_(wide.abs().mean(0) * mass, alpha=share)
             self.mass[expert] = self.mass[expert] * (1 - share) + mass * share
@@ -238,7 +255,7 @@ class RoutedStatistics:
             len(self.counts[some]), self.settings, False, None if self.through is None else self.through[some],
             self.drifting, self.counts[some], self.shares[some], self.mass[some], self.power, self.gram[some],
             None if self.drift is None else self.drift[some], self.abs_sum[some], self.absmax, self.square_sum[some],
-            agreed,
+            agreed, self.home,
         )  # fmt: skip
 
     def output_drift(self, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A hidden-state stream is a column of the walk. The source's stream passes through source weights; an output that rounds
 with compensation has its own, passing through its quantized layers, so that its statistics are of the inputs it will
-see.
+see. Several ranks share the batches of every stream; each output is made by one of them.
 """
 
 from __future__ import annotations
@@ -10,38 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.formats.plan import OutputPlan, walk_order
+from qtool.convert.formats.plan import LinearPlan, OutputPlan, walk_order
 from qtool.convert.models.feeds import whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Hidden, Recorder, advance
-from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics
+from qtool.quantize.capture import Calls, Hidden, advance
+from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics, spread
 from qtool.quantize.experts import prepare
-from qtool.quantize.memory import BATCH_TOKENS
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, Method, Needs, Statistics
-from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
+from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.quantize.routed import ExpertSettings
-from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound, refuse_unsound_values
+from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound_values
+from qtool.quantize.source_model import SourceModel
 from qtool.quantize.stacks import Stack, stacks_of
-from qtool.quantize.streams import Passage, Stream
+from qtool.quantize.streams import Passage, Stream, told
 
 
 @dataclass(frozen=True)
 class Column:
     """An output as the walk sees it. importance: matrix -> mean square of its input channels, where a file says so;
     restore: prefix of a finished layer -> its state dict as the artifact holds it, as far as it is not the
-    source's, when a run resumes."""
+    source's, when a run resumes; owner: the rank that makes it (importance and restore are asked there alone)."""
 
     method: Method
     plan: OutputPlan
     importance: Mapping[str, Tensor] | None = None
     restore: Callable[[str], Mapping[str, Tensor]] | None = None
+    owner: int = 0
 
     @property
     def own_stream(self) -> bool:
@@ -51,7 +52,8 @@ class Column:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Layer ``index`` (None: a tensor outside the layers) as every output will store it. ``prefix``: of its names."""
+    """Layer ``index`` (None: a tensor outside the layers) as every output of this rank will store it. ``prefix``: of
+    its names."""
 
     index: int | None
     prefix: str
@@ -61,7 +63,7 @@ class LayerResult:
 @dataclass
 class Walk:
     """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens, the
-    outputs to make, and how experts are calibrated."""
+    outputs to make, how experts are calibrated, and who else walks along: every rank has the same outputs."""
 
     model: nn.Module
     decoder: Decoder
@@ -70,24 +72,22 @@ class Walk:
     outputs: Sequence[Column]
     device: torch.device
     experts: ExpertSettings = field(default_factory=ExpertSettings)
+    ranks: Ranks = ALONE
     on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
-    dtype: torch.dtype = field(init=False)
+    source: SourceModel = field(init=False)
 
     def __post_init__(self) -> None:
         self.on_grams = [output for output in self.outputs if output.method.needs.gram]
         self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
         if self.decoder.family.mixture is not None and (self.on_grams or self.weighing):
             prepare(self.model)
-        embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
-        self.dtype = embedding.dtype
-        if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
-            self.dtype = torch.float32
+        self.source = SourceModel(self.model, self.decoder, self.checkpoint, self.device, self.ranks)
 
     @property
     def layers(self) -> nn.ModuleList:
-        layers: Any = self.model.get_submodule(self.decoder.prefix.rstrip("."))
-        return layers  # type: ignore[no-any-return]  # get_submodule is typed as Module
+        """Of the skeleton."""
+        return self.source.layers
 
     @torch.inference_mode()
     def outside(self) -> Iterator[LayerResult]:
@@ -95,17 +95,24 @@ class Walk:
         for name in walk_order(self.checkpoint.tensors, self.decoder):
             if self.decoder.layer_of(name) is not None:
                 continue
-            tensors, matrix = {name: self.checkpoint.tensor(name)}, whole(name.removesuffix(".weight"))
-            outputs = {}
-            for output in self.outputs:
-                plans = {plan.name: plan for plan in output.plan.outside if plan.name == matrix.module}
-                if plans:
-                    refuse_unsound_values(name, tensors[name])
-                    layer = Layer(None, (), (matrix,), plans, tensors, {}, self.device)
-                    outputs[output.method.name] = output.method.quantize(layer, Inputs())
-                elif name in output.plan.specs:
-                    outputs[output.method.name] = LayerCodes(tensors=tensors)
+            tensor, outputs = self.checkpoint.tensor(name), dict[str, LayerCodes]()
+            if any(self._plans_outside(output, name) for output in self.outputs):
+                self.ranks.own([(0, partial(refuse_unsound_values, name, tensor))])
+            self._each(partial(self._store_outside, name, tensor, outputs), self.outputs)
             yield LayerResult(None, "", outputs)
+
+    def _plans_outside(self, output: Column, name: str) -> dict[str, LinearPlan]:
+        module = name.removesuffix(".weight")
+        return {plan.name: plan for plan in output.plan.outside if plan.name == module}
+
+    def _store_outside(self, name: str, tensor: Tensor, outputs: dict[str, LayerCodes], output: Column) -> None:
+        """A tensor outside the layers as an output holds it, where it does."""
+        tensors = {name: tensor}
+        if plans := self._plans_outside(output, name):
+            layer = Layer(None, (), (whole(name.removesuffix(".weight")),), plans, tensors, {}, self.device)
+            outputs[output.method.name] = output.method.quantize(layer, Inputs())
+        elif name in output.plan.specs:
+            outputs[output.method.name] = LayerCodes(tensors=tensors)
 
     @torch.inference_mode()
     def run(self, start: int = 0) -> Iterator[LayerResult]:
@@ -116,16 +123,16 @@ class Walk:
         """
         # outputs that need no calibration cause no forward
         calibrated = bool(self.on_grams) or self.weighing
-        hidden, calls = self._record_inputs() if calibrated else ([], {})
+        hidden, calls = self.source.record(self.calibration) if calibrated else ([], {})
         streams = {output.method.name: list(hidden) for output in self.outputs if output.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
             visits = self.decoder.visits()
-            following = reader.submit(self._read, visits[0].layer)
+            following = reader.submit(self.source.read, visits[0].layer)
             for number, visit in enumerate(visits):
                 index, tensors = visit.layer, following.result()
-                held = self._place(index, tensors)
+                held = self.source.place(index, tensors)
                 if number + 1 < len(visits):
-                    following = reader.submit(self._read, visits[number + 1].layer)
+                    following = reader.submit(self.source.read, visits[number + 1].layer)
                 if number < start:
                     self._replay(index, held, hidden, streams, calls)
                     continue
@@ -133,11 +140,9 @@ class Walk:
                 layer = Layer(index, feeds, matrices, {}, tensors, self.decoder.in_files(held), self.device)
                 last = number == len(visits) - 1
                 results, seen = self._visit(layer, held, hidden, streams, calls, last) if calibrated else ({}, Inputs())
-                for output in self.outputs:
-                    if not output.method.needs.gram:
-                        inputs = self._weighing(index, output, seen)
-                        results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
-                ordered = {output.method.name: results[output.method.name] for output in self.outputs}
+                self._quantize_others(layer, seen, results)
+                names = [output.method.name for output in self.outputs]
+                ordered = {name: results[name] for name in names if name in results}
                 yield LayerResult(index, self.decoder.at(index), ordered)
                 del layer, held, tensors, results, ordered
 
@@ -154,34 +159,84 @@ class Walk:
         output that takes Gram matrices, and each matrix's mean squares of the source's inputs."""
         index, stacks = layer.index, stacks_of(layer.feeds)
         assert index is not None
-        module = self._fill(index, held)
+        module = self.source.fill(index, held)
         shared = self._collect(module, stacks, hidden, calls, last)
-        own, results = [], {}
-        for output in self.on_grams:
-            if output.own_stream:
-                work = output.method.begin(self._planned(layer, output), Inputs(shared))
-                own.append(Stream(output.method, streams[output.method.name], work))
-        seen = mean_squares(self._named(index), stacks, shared) if self.weighing else Inputs()
+        works: dict[str, LayerWork] = {}
+        results: dict[str, LayerCodes] = {}
+
+        def begin(output: Column) -> None:
+            works[output.method.name] = output.method.begin(self._planned(layer, output), Inputs(shared))
+
+        streaming = [output for output in self.on_grams if output.own_stream]
+        self._each(begin, streaming)
+        own = [
+            Stream(output.method, streams[output.method.name], Home(self.ranks, output.owner),
+                   works.get(output.method.name), dict(held)) for output in streaming
+        ]  # fmt: skip
+        seen = self._seen(index, stacks, shared)
         sharing = [output for output in self.on_grams if not output.own_stream]
-        for number, output in enumerate(sharing):
+        last_here = [output for output in sharing if output.owner == self.ranks.rank][-1:]
+
+        def quantize(output: Column) -> None:
             refuse_inputs(self._named(index), output.method, [(stack, shared[stack.name]) for stack in stacks])
-            owned = number == len(sharing) - 1
-            results[output.method.name] = output.method.quantize(self._planned(layer, output), Inputs(shared, owned))
-        del shared
+            inputs = Inputs(shared, output in last_here)
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+
+        self._each(quantize, sharing)
+        shared.clear()
         passage = Passage(
-            self._named(index), layer, module, held, hidden, calls, self.dtype, self.decoder, self.experts
-        )
+            self._named(index), layer, module, held, hidden, calls, self.source.dtype, self.decoder, self.experts,
+            self.calibration.tokens.numel(),
+        )  # fmt: skip
         if own:
             passage.round(own)
-        for output in self.on_grams:
-            largest = torch.stack([states.abs().amax() for states in hidden]).amax()
-            refuse_range(self._named(index), output.method, "its output", largest)
+        self._refuse_outputs(index, hidden)
         for stream in own:
-            results[stream.method.name] = stream.work.finish()
+            if stream.work is not None:
+                results[stream.method.name] = stream.work.finish()
             if not last:
                 passage.advance(stream)
         module.to("meta")
         return results, seen
+
+    def _each(self, work: Callable[[Column], None], outputs: Sequence[Column]) -> None:
+        """Every output's work, at its owner; a fault is raised on all ranks."""
+        self.ranks.own([(output.owner, partial(work, output)) for output in outputs])
+
+    def _seen(self, index: int, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
+        """Each matrix's mean squares, on the ranks that weigh by them."""
+        found = [Inputs()]
+
+        def ask() -> None:
+            found[0] = mean_squares(self._named(index), stacks, shared)
+
+        owners = dict.fromkeys(output.owner for output in self.outputs if output.method.needs is Needs.CHANNELS)
+        self.ranks.own([(owner, ask) for owner in owners])
+        return found[0]
+
+    def _quantize_others(self, layer: Layer, seen: Inputs, results: dict[str, LayerCodes]) -> None:
+        """The versions of outputs that take no Gram matrices."""
+        index = layer.index
+        assert index is not None
+
+        def quantize(output: Column) -> None:
+            inputs = self._weighing(index, output, seen)
+            results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+
+        self._each(quantize, [output for output in self.outputs if not output.method.needs.gram])
+
+    def _refuse_outputs(self, index: int, hidden: Hidden) -> None:
+        """Refuse what a layer makes of the source's stream, where an output cannot hold it."""
+        if not self.on_grams:
+            return
+        peaks = [states.abs().amax() for states in hidden if len(states)] or [torch.zeros((), device=self.device)]
+        largest = self.ranks.largest(torch.stack(peaks).amax().float())
+
+        def refuse() -> None:
+            for output in self.on_grams:
+                refuse_range(self._named(index), output.method, "its output", largest)
+
+        self.ranks.own([(0, refuse)])
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
         """A layer with an output's plans of its matrices."""
@@ -205,80 +260,37 @@ class Walk:
         outputs, unless streams of outputs are still to be held against it; after the last layer only the float16 range
         of outputs that take Gram matrices asks for it."""
         streams = any(output.own_stream for output in self.on_grams)
-        grams = any(not output.own_stream or output.method.asks_source for output in self.on_grams)
+        grams = [output for output in self.on_grams if not output.own_stream or output.method.asks_source]
+        takers = [output.owner for output in self.outputs if output.method.needs is Needs.CHANNELS]
+        takers = list(dict.fromkeys([output.owner for output in grams] + takers))
+        home = Home(self.ranks, takers[0] if takers else 0)
         if streams and not grams and not self.weighing:
             return empty_statistics(module, stacks, self.experts, channels_only=True)
-        stay = streams or (last and not self.on_grams)
-        return source_statistics(module, stacks, hidden, calls, self.experts, not grams, stay)
+        stay, tokens = streams or (last and not self.on_grams), self.calibration.tokens.numel()
+        shared = source_statistics(module, stacks, hidden, calls, self.experts, not grams, stay, tokens, home)
+        spread(shared, home, takers)
+        return shared
 
     def _named(self, index: int) -> str:
         """A layer in messages."""
         return f"{self.decoder.prefix}{index}"
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
-        prefix = self.decoder.at(index)
-        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
-        return (
-            {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
-        )
-
-    def _place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The layer on the device, as transformers holds it."""
-        weights = {
-            name: tensor.to(self.device, self._dtype_of(name, tensor), non_blocking=True)
-            for name, tensor in tensors.items()
-        }
-        refuse_unsound(weights, f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset)
-        return self.decoder.in_memory(weights)
-
-    def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
-        return self.dtype if self.decoder.family.casts(name) else tensor.dtype
-
-    def _fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-        layer = self.layers[index]
-        layer.load_state_dict(dict(state), assign=True)
-        return layer
-
     def _replay(
         self, index: int, weights: dict[str, Tensor], hidden: Hidden, streams: dict[str, Hidden], calls: Calls
     ) -> None:
-        layer = self._fill(index, weights)
+        layer = self.source.fill(index, weights)
         advance(layer, hidden, calls)
         for name, states in streams.items():
             (output,) = (output for output in self.outputs if output.method.name == name)
-            assert output.restore is not None
-            restored = output.restore(self.decoder.at(index))
-            read = {key: t.to(self.device, self._dtype_of(key, t)) for key, t in restored.items()}
-            self._fill(index, self.decoder.in_memory(self.decoder.in_files(weights) | read))
+            read: dict[str, Tensor] = {}
+            self._each(partial(self._restore, index, weights, read), [output])
+            self.source.fill(index, told(Home(self.ranks, output.owner), read, dict(weights)))
             advance(layer, states, calls)
         layer.to("meta")
 
-    def _record_inputs(self) -> tuple[Hidden, Calls]:
-        """Run the model's own forward with recorders in place of the layers: what the first layer is fed, and the other
-        arguments (masks, positions, rotary tables) of every layer."""
-        decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
-        layers, norm = decoder.layers, decoder.norm
-        recorders = [Recorder(layer) for layer in layers]
-        decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
-        state = {}
-        for name, tensor in decoder.state_dict().items():
-            if not name.startswith("layers.") and tensor.is_meta:
-                full = self.decoder.prefix.removesuffix("layers.") + name
-                state[name] = self.checkpoint.tensor(full).to(self.device, self.dtype)
-        decoder.load_state_dict(state, assign=True, strict=False)
-        for module in decoder.children():
-            if module is not decoder.layers:
-                module.to(self.device)
-        size = max(1, BATCH_TOKENS[self.device.type] // self.calibration.tokens.shape[1])
-        hidden: Hidden = []
-        try:
-            for tokens in self.calibration.batches(size):
-                decoder(input_ids=tokens.to(self.device), use_cache=False)
-                hidden.append(recorders[0].hidden)
-        finally:
-            decoder.layers, decoder.norm = layers, norm
-            decoder.embed_tokens.to("meta")
-        calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
-        return hidden, calls
+    def _restore(self, index: int, weights: dict[str, Tensor], read: dict[str, Tensor], output: Column) -> None:
+        """A finished layer as its artifact holds it, into ``read``."""
+        assert output.restore is not None
+        restored = output.restore(self.decoder.at(index))
+        found = {key: t.to(self.device, self.source.dtype_of(key, t)) for key, t in restored.items()}
+        read.update(self.decoder.in_memory(self.decoder.in_files(weights) | found))

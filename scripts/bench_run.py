@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ from qtool.convert.files.source import shipped
 
 GROUPS = Path("/sys/fs/cgroup")
 GEOMETRIES = {"8b": (4096, 14336, 32), "40b": (5120, 27648, 40), "small": (1024, 3072, 16)}
-OUTPUTS = [
+OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "rounding": "rtn", "scaling": "none", "clip": False},
     {"method": "nf4", "rounding": "absmax"},
     {"method": "gguf", "type": "Q4_K_M", "rounding": "ggml"},
@@ -93,7 +94,11 @@ def limited(gib: float | None) -> Iterator[Callable[[], None] | None]:
     first = (group / "memory.limit_in_bytes").exists()  # version 1 of the kernel's interface
     (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(int(gib * 2**30)))
     try:
-        yield lambda: (group / "cgroup.procs").write_text("0") and None
+
+        def join() -> None:
+            (group / "cgroup.procs").write_text("0")
+
+        yield join
         peak = (group / ("memory.max_usage_in_bytes" if first else "memory.peak")).read_text()
         print(f"the group's peak {int(peak) / 1e9:.2f} GB of {gib * 2**30 / 1e9:.2f}, files read included")
     finally:

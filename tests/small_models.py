@@ -60,18 +60,20 @@ def make_model(
     return folder
 
 
-def converted(model: Path, outputs: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
-    """Output name -> its sealed artifact in ``folder``, calibrated on fixed random tokens."""
+def converted(model: Path, outputs: list[dict[str, Any]], folder: Path, ranks: Any = None) -> dict[str, Path]:
+    """Output name -> its sealed artifact in ``folder``, calibrated on fixed random tokens. ``ranks``: who makes them
+    together (None: this process alone)."""
     from qtool.convert.files.source import resolve
     from qtool.make.job import open_job
     from qtool.make.outputs import make_artifacts
     from qtool.quantize.calibration import CalibrationSet
+    from qtool.quantize.ranks import ALONE
     from qtool.recipe.sections import load_recipe
 
-    path = folder / "recipe.yaml"
+    path = folder / f"recipe-{ranks.rank if ranks else 0}.yaml"
     path.write_text(json.dumps({"model": str(model), "outputs": outputs, "output_dir": f"{folder}/artifacts"}))
     recipe = load_recipe(path)
     job = open_job(recipe, resolve(recipe.model.id), torch.device("cpu"), recipe.outputs)
     tokens = torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0))
-    made = make_artifacts(job, CalibrationSet(tokens, "test"))
+    made = make_artifacts(job, CalibrationSet(tokens, "test"), ranks=ranks or ALONE)
     return {name: artifact.path for name, artifact in made.items()}

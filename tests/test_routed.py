@@ -18,8 +18,8 @@ from torch.nn import functional
 from qtool import QtoolError
 from qtool.convert.models.feeds import Norm
 from qtool.convert.models.shape import decoder_of
-from qtool.quantize import descent, experts, grid, rounding, scaling
-from qtool.quantize import walk as layers
+from qtool.quantize import descent, experts, grid, rounding, scaling, source_model
+from qtool.quantize.capture import advance
 from qtool.quantize.collecting import mean_squares
 from qtool.quantize.descent import Levels
 from qtool.quantize.experts import Routed
@@ -53,7 +53,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(source_model, "fast_bfloat16", lambda: False)
 
 
 def grams(problems: int, columns: int, seed: int = 0) -> Tensor:
@@ -324,7 +324,7 @@ def test_every_consumer_of_a_norm_is_compensated(folder: Path, monkeypatch: pyte
 def test_the_walk_sees_what_each_expert_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics of the source's stream, in two batches, against the whole model."""
     seen = seen_statistics(monkeypatch)
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(source_model.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(folder, [AwqMethod(**AWQ, rounding="rtn")])
     walk.experts = ExpertSettings(exponent=1, blend=0)
     results = list(walk.run())
@@ -362,7 +362,7 @@ def test_streams_route_anew(shared: Path, monkeypatch: pytest.MonkeyPatch) -> No
         original(work, stack, stats)
 
     monkeypatch.setattr(GridWork, "round", spy)
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(source_model.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(shared, [AwqMethod(**AWQ)])
     walk.experts = ExpertSettings(exponent=0, blend=0)
     results = list(walk.run())
@@ -453,12 +453,12 @@ def test_importance_rows_of_experts(folder: Path) -> None:
     seen: dict[str, Tensor] = {}
     walk.outputs = ()
     walk.weighing = True
-    hidden, calls = walk._record_inputs()
+    hidden, calls = walk.source.record(walk.calibration)
     first = walk.decoder.shape.sparse.index(True)
     for index in range(first + 1):
-        module = walk._fill(index, walk._place(index, walk._read(index)))
+        module = walk.source.fill(index, walk.source.place(index, walk.source.read(index)))
         if index < first:
-            layers.advance(module, hidden, calls)
+            advance(module, hidden, calls)
     stacks = stacks_of(walk.decoder.feeds(first))
     experts.prepare(walk.model)
     inputs = mean_squares("layer 0", stacks, walk._collect(module, stacks, hidden, calls, False))
@@ -515,7 +515,7 @@ def test_settings_are_keys_of_a_recipe_and_of_the_work(folder: Path, tmp_path: P
 def test_streams_take_turns_at_experts(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three outputs with streams of their own hold one stream's statistics of experts at a time, and each has the codes
     that it has alone: the source, which waits for the last, moves on once."""
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(source_model.BATCH_TOKENS, "cpu", 4 * 48)
     monkeypatch.setattr(gguf, "quantize_ggml", kquants.quantize)  # needs no package
     held: set[int] = set()
     most = 0

@@ -15,7 +15,7 @@ from test_walk import walk_of, whole_model
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.quantize import walk as layers
+from qtool.quantize import source_model
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.grid_work import GridWork
 from qtool.quantize.routed import ExpertSettings
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(source_model, "fast_bfloat16", lambda: False)
 
 
 def shared_inputs(model: Any, index: int, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -79,7 +79,7 @@ def test_the_source_shows_a_shared_expert_what_its_gate_lets_through(
 ) -> None:
     """In two batches, against the whole model."""
     seen = seen_statistics(monkeypatch)
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(source_model.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(folder, [AwqMethod(**AWQ, rounding="rtn")])
     walk.experts = ExpertSettings(exponent=2)
     list(walk.run())
@@ -104,7 +104,7 @@ def test_a_stream_has_its_own_gate(folder: Path, monkeypatch: pytest.MonkeyPatch
         original(work, stack, stats)
 
     monkeypatch.setattr(GridWork, "round", spy)
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(source_model.BATCH_TOKENS, "cpu", 4 * 48)
     walk = walk_of(folder, [AwqMethod(**AWQ)])
     walk.experts = ExpertSettings(exponent=1)
     made = next(iter(walk.run())).outputs["awq"]
@@ -158,9 +158,9 @@ def test_a_router_that_is_computed_in_float32_stays_so(
         return made
 
     monkeypatch.setattr(Glm4MoeTopkRouter, "forward", spy)
-    monkeypatch.setattr(layers, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(source_model, "fast_bfloat16", lambda: True)
     walk = walk_of(folder, [AwqMethod(**AWQ)])
-    assert walk.dtype == torch.bfloat16
+    assert walk.source.dtype == torch.bfloat16
     results = list(walk.run())
     exchanged = 0
     for hidden, weight, (_, weights, index), bias in seen:

@@ -12,7 +12,7 @@ import pytest
 
 from qtool.runs import stages
 from qtool.runs.evidence import spent_text
-from qtool.runs.stages import Span, peaks, recording, seconds_of, stage, write_trace
+from qtool.runs.stages import Span, largest, peaks, recording, seconds_of, stage, write_trace
 
 SPANS = [
     Span("rounding", "layer 0", "MainThread", 10.0, 12.0),
@@ -73,3 +73,10 @@ def test_the_trace(tmp_path: Path) -> None:
         ("writing", 1, 2_000_000, 500_000, "awq: layer 0"),
         ("rounding", 0, 2_000_000, 3_000_000, "layer 1"),
     ]
+
+
+def test_of_several_processes_the_largest_peak_counts() -> None:
+    assert largest([{"resident": 3, "device": 1}, {"resident": 2, "device": 5}, {"resident": 4}]) == {
+        "resident": 4,
+        "device": 5,
+    }

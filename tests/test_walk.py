@@ -17,7 +17,7 @@ from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import family_of
 from qtool.convert.skeleton import build_skeleton, load_config
-from qtool.quantize import walk as layers
+from qtool.quantize import source_model as walked
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods import on_grid
 from qtool.quantize.methods.awq import AwqMethod
@@ -90,7 +90,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, InputStatistics]]
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without bfloat16 products, so that the walk's numbers are the float32 model's."""
-    monkeypatch.setattr(layers, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(walked, "fast_bfloat16", lambda: False)
 
 
 @pytest.mark.usefixtures("float32")
@@ -102,7 +102,7 @@ def test_streamed_inputs_equal_the_whole_models(
     monkeypatch: pytest.MonkeyPatch,
     model_maker: Callable[..., Path],
 ) -> None:
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)  # two batches, the last one smaller
+    monkeypatch.setitem(walked.BATCH_TOKENS, "cpu", 4 * 48)  # two batches, the last one smaller
     folder = model_maker(tmp_path / "model", architecture, **ARCHITECTURES[architecture])
     results = list(walk_of(folder, [AwqMethod(method="awq", group_size=32, rounding="rtn")]).run())
     assert [result.index for result in results] == [0, 1]
@@ -120,7 +120,7 @@ def test_streamed_inputs_equal_the_whole_models(
 def test_processors_with_bfloat16_walk_in_it(
     tiny: Path, seen: list[Mapping[str, InputStatistics]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(walked, "fast_bfloat16", lambda: True)
     list(walk_of(tiny, [AwqMethod(method="awq", group_size=32, rounding="rtn")]).run())
     for (index, group), x in inputs_of(whole_model(tiny)).items():
         expected = x.t() @ x
@@ -180,7 +180,7 @@ def test_own_stream_sees_what_is_rounded_by_then(
     """Each feed's statistics are of the inputs that the layers before, and the feeds before it in the layer, produce as
     stored; the drift is from the source's inputs by the folded scale, and where the output is added to the hidden
     states, from the source's hidden states too. Against whole models with those weights."""
-    monkeypatch.setitem(layers.BATCH_TOKENS, "cpu", 4 * 48)
+    monkeypatch.setitem(walked.BATCH_TOKENS, "cpu", 4 * 48)
     results = list(walk_of(tiny, [AwqMethod(method="awq", group_size=32)]).run())
     source_model = whole_model(tiny)
     source = inputs_of(source_model)
@@ -247,7 +247,7 @@ def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
 
 
 def test_largest_magnitudes_run_no_forward(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Walk, "_record_inputs", lambda _: pytest.fail("a forward was run"))
+    monkeypatch.setattr(walked.SourceModel, "record", lambda *_: pytest.fail("a forward was run"))
     results = list(walk_of(tiny, [Nf4Method(method="nf4", rounding="absmax")]).run())
     assert [list(result.outputs) for result in results] == [["nf4"], ["nf4"]]
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.reading import hub_cache, named, shown
-from qtool.convert.files.watch import Watched, digests, require_unchanged, watch_blob, watch_later
+from qtool.convert.files.watch import Watched, digests, known_file, require_unchanged, watch_blob, watch_later
 
 # Everything but other frameworks' weights: tokenizer files are carried into the artifacts byte for byte.
 HUB_PATTERNS = [
@@ -60,6 +61,19 @@ class ModelSource:
         known = {file.path for file in self.files}
         if new := [path for path in deciding_files(self.path) if path not in known and self.files]:
             raise QtoolError(f"{new[0]}: was put there while the model was being converted. Remove it, or run again.")
+
+    def told(self) -> list[Any]:
+        """As JSON holds it: for another process on this machine, which need not read the files. Raises as `commit`."""
+        _ = self.commit
+        files = [[str(file.path), file.stamp, file.digest] for file in self.files]
+        return [self.name, str(self.path), self.revision, files]
+
+    @classmethod
+    def heard(cls, told: list[Any]) -> ModelSource:
+        """Inverse of `told`."""
+        name, path, revision, files = told
+        known = [known_file(Path(file), tuple(stamp), digest, bool(revision)) for file, stamp, digest in files]
+        return cls(name, Path(path), revision, tuple(known))
 
 
 def resolve(model: str, revision: str | None = None) -> ModelSource:

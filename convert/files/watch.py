@@ -88,8 +88,12 @@ def watch_later(path: Path) -> Watched:
 def watch_blob(path: Path) -> Watched:
     """A file of the Hub's cache, which nobody digests: its name says what it holds."""
     name = Path(os.path.realpath(path)).name
-    digest = name if _BLOB.fullmatch(name) else None
-    return Watched(path, stamp_of(path), _blob_name, digest is not None, digest)
+    return known_file(path, stamp_of(path), name if _BLOB.fullmatch(name) else None, blob=True)
+
+
+def known_file(path: Path, stamp: Stamp, digest: str | None, blob: bool) -> Watched:
+    """One that was looked at before, by this process or another. ``blob``: of the Hub's cache."""
+    return Watched(path, stamp, _blob_name if blob else sha256_file, digest is not None, digest)
 
 
 def require_unchanged(files: Sequence[Watched]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qtool.cli import bundle as cli_bundle
+from qtool.cli import cards as cli_cards
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
@@ -54,12 +55,19 @@ def main() -> None:
 @runs_option
 @device_option
 @log_options
+@click.option(
+    "--gpus",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1, max=64),
+    help="Cards that make the artifacts together: the same bytes, sooner.",
+)
 @click.option("--name", default="", help="What the run is called, in the place of its id (`qtool runs`).")
 @click.option("--force", is_flag=True, help="Replace artifacts of another recipe that lie where these go.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of the stages (chrome://tracing).")
 def run(
     recipe: Path, dry_run: bool, full: bool, only: tuple[str, ...], changes: tuple[str, ...], runs: Path, device: str,
-    name: str, force: bool, profile: Path | None,
+    gpus: int, name: str, force: bool, profile: Path | None,
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
@@ -73,20 +81,28 @@ def run(
       qtool run awq --dry-run
       qtool run awq --set model=./My-Model --set outputs.0.group_size=64
       qtool run my-recipe.yaml --only awq --device cuda
+      qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
+    if gpus > 1 and not dry_run:
+        words = cli_cards.words_of(recipe, only, changes, runs, name, force, profile)
+        raise SystemExit(cli_cards.on_cards(words, device, gpus, os.environ))
     from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
 
+    cli_cards.hush(os.environ)
     found = locate(recipe)
     if found != recipe:
         log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
     log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
+    from qtool.make.seat import Seat
     from qtool.report import job as job_report
     from qtool.report import terminal as report
     from qtool.run import prepare
     from qtool.run import run as run_recipe
     from qtool.runs.shelf import check_name
 
+    cli_cards.follow(os.environ)
+    seat = Seat.of(os.environ)
     if name:
         check_name(name)
     overrides = parse_overrides(changes)
@@ -94,9 +110,12 @@ def run(
         from qtool.make.needs import needs_of
 
         job = prepare(found, device, only, overrides=overrides)
-        job_report.print_plan(job, needs_of(job, runs), full)
+        job_report.print_plan(job, needs_of(job, runs, cards=gpus), full)
         return
-    result = run_recipe(found, runs, device, only, profile, overrides, name, force)
+    with cli_cards.named(seat.rank, seat.number):
+        result = run_recipe(found, runs, device, only, profile, overrides, name, force, seat)
+    if result is None:
+        return
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)

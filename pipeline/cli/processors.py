@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 POLICY, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
@@ -24,9 +24,19 @@ def share_processors(environment: MutableMapping[str, str], system: Path = Path(
     if POLICY not in environment:
         for name, value in WAITING.items():
             environment.setdefault(name, value)
-    there, granted = _allowed(), _quota(system)
-    if granted < there:  # libgomp counts those that are allowed itself
-        environment.setdefault(THREADS, str(max(1, math.ceil(granted))))
+    if _quota(system) < _allowed():  # libgomp counts those that are allowed itself
+        environment.setdefault(THREADS, str(granted(system)))
+
+
+def granted(system: Path = Path("/")) -> int:
+    """Processors that this process may keep busy."""
+    return max(1, math.ceil(min(_allowed(), _quota(system))))
+
+
+def share_of(number: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What each of ``number`` processes is told to take of the processors, where the user has said nothing else."""
+    said = environment.get(THREADS)
+    return {} if said not in (None, str(granted())) else {THREADS: str(max(1, granted() // number))}
 
 
 def _allowed() -> int:

@@ -14,7 +14,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.make.job import Job, device_kind
-from qtool.make.output import Output
+from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.runs import ledger
@@ -56,20 +56,21 @@ class Resources:
         return asdict(self) | {"short": self.short()}
 
 
-def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None) -> Resources:
+def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | None = None, cards: int = 1) -> Resources:
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
-    there."""
+    there. Of several ``cards`` the one that takes most is told; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-    peak = peak_of(job, outputs) if outputs else 0
+    peaks = [peak_of(job, outputs, cards, rank) for rank in range(cards)] if outputs else [0]
     layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
     on_host = job.device.type == "cpu"
     disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
     parent = _existing(named(job.recipe.output_dir))
     return Resources(
-        device="host" if on_host else device_kind(job.device),
-        device_bytes=0 if on_host else peak,
+        device="host" if on_host else device_kind(job.device) + (f" (each of {cards})" if cards > 1 else ""),
+        device_bytes=0 if on_host else max(peaks),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=(peak + memory(outputs, job.device) if on_host else 0) + 2 * layer + (LIBRARIES if outputs else 0),
+        host_bytes=(sum(peaks) + cards * memory(outputs, job.device) if on_host else 0)
+        + cards * (2 * layer + (LIBRARIES if outputs else 0)),
         host_free=host_memory(),
         disk_bytes=disk,
         disk_free=shutil.disk_usage(parent).free,
@@ -78,18 +79,19 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     )
 
 
-def peak_of(job: Job, outputs: Sequence[Output]) -> int:
-    """Bytes on the computing device while these outputs are made."""
+def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:
+    """Bytes on the computing device of a rank while these outputs are made."""
     text, device = job.recipe.calibration, job.device.type
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
     scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
     methods = [output.method for output in outputs]
-    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores)
+    mine = [method for method, owner in zip(methods, owners_of(outputs, ranks), strict=True) if owner == rank]
+    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
 
-def refuse_what_cannot_finish(job: Job, pending: Sequence[Output]) -> None:
+def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], cards: int = 1) -> None:
     """Raises QtoolError (exit 3) saying all that is short, before anything is written."""
-    short = needs_of(job, pending=pending).short()
+    short = needs_of(job, pending=pending, cards=cards).short()
     if short:
         raise QtoolError(
             f"this job cannot finish here: {'; '.join(short)}. Free some, set `output_dir:` to another disk, take "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from qtool.convert.formats.format import Format
 from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.quantize.methods.method import Method
+from qtool.quantize.ranks import dealt_out
 
 TOKENIZER_AND_CONFIG = 32 * 2**20  # sidecars carried along, the manifest
 
@@ -67,6 +69,11 @@ def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
     read."""
     container = method.container.of_model(shape.decoder)
     return Output(method, container, container.plan(shape), folder, _imatrix(method))
+
+
+def owners_of(outputs: Sequence[Output], ranks: int) -> list[int]:
+    """The rank that makes each: it holds the folder, rounds and writes."""
+    return dealt_out([output.method.cost for output in outputs], ranks)
 
 
 def _imatrix(method: Method) -> Watched | None:

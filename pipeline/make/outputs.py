@@ -7,7 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from qtool.convert.skeleton import build_skeleton
 from qtool.convert.verify.files import check_files
 from qtool.make.job import Job, artifact_key, keys_by_threads, threads_matter
 from qtool.make.needs import refuse_what_cannot_finish
-from qtool.make.output import Output
+from qtool.make.output import Output, owners_of
 from qtool.make.progress import progress_bar
 from qtool.make.writer import OutputWriter
 from qtool.make.writing import writing
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.walk import LayerResult, Walk
+from qtool.quantize.ranks import ALONE, Ranks
+from qtool.quantize.walk import Column, LayerResult, Walk
 from qtool.runs import log
 from qtool.runs.stages import stage
 
@@ -52,45 +54,70 @@ def finished(folder: Path, key: str) -> bool:
     return True
 
 
-def make_artifacts(job: Job, calibration: CalibrationSet, threads: int | None = None) -> dict[str, Artifact]:
+def make_artifacts(
+    job: Job, calibration: CalibrationSet, threads: int | None = None, ranks: Ranks = ALONE
+) -> dict[str, Artifact]:
     """Every output as a sealed artifact; those finished before are reused, those begun are continued.
 
     ``threads``: of the processor, as the key has them. None: what unfinished work was begun with, else as many as torch
-    uses; a finished artifact is then reused whatever number it was made with.
+    uses; a finished artifact is then reused whatever number it was made with. ``ranks``: who makes them together; an
+    output's owner alone holds its folder.
     """
     with ExitStack() as held:
-        unmade = [output for output in job.outputs if not _done(job, output, calibration, threads, held)]
-        number = threads or _begun_with(job, unmade, calibration) or torch.get_num_threads()
+        unmade = _unmade(job, calibration, threads, ranks, held)
+        number = ranks.tell(threads or _begun_with(job, unmade, calibration) or torch.get_num_threads())[0]
         pending = [replace(output, key=artifact_key(job, output, calibration, number)) for output in unmade]
         names = [output.name for output in unmade]
         if made := [output.name for output in job.outputs if output.name not in names]:
             log.say(f"finished before and unchanged, used again: {', '.join(made)}", event="reused", outputs=made)
-        for output in pending:
+        owners = owners_of(pending, ranks.number)
+        for output in (one for one, owner in zip(pending, owners, strict=True) if owner == ranks.rank):
             _discard_other_work(output)
-        refuse_what_cannot_finish(job, pending)
-        for output in pending:
-            _ = output.importance  # read now: a matrix made for another model is named before any work
+        ranks.own(
+            [(rank, partial(refuse_what_cannot_finish, job, pending, ranks.number)) for rank in range(ranks.number)]
+        )
         writers: dict[str, OutputWriter] = {}
-        for output in pending:
+
+        def look(output: Output) -> None:
+            _ = output.importance  # read now: a matrix made for another model is named before any work
+
+        def begin(output: Output) -> None:
             writers[output.name] = OutputWriter(job, output)
             held.callback(writers[output.name].release)
-        with _threads(number), _saying_where(writers, job.config.num_hidden_layers):
-            if writers:
-                _walk(job, writers, calibration)
-            _seal(writers, calibration)
+
+        for step in (look, begin):
+            ranks.own([(owner, partial(step, output)) for output, owner in zip(pending, owners, strict=True)])
+        pairs = zip(pending, owners, strict=True)
+        columns = [Column(output.method, output.plan, owner=owner) for output, owner in pairs]
+        reached = Reached(job.decoder.shape.layers)
+        with _threads(number), _saying_where(reached):
+            if pending:
+                _walk(job, writers, columns, calibration, ranks, reached)
+            _seal(writers, names, calibration, ranks)
     return {output.name: Artifact.open(output.folder) for output in job.outputs}
 
 
-def _done(job: Job, output: Output, calibration: CalibrationSet, threads: int | None, held: ExitStack) -> bool:
-    """Whether the output is finished; where it is not, its unfinished folder is ``held`` from here on."""
+def _unmade(job: Job, calibration: CalibrationSet, threads: int | None, ranks: Ranks, held: ExitStack) -> list[Output]:
+    """The outputs that are not finished; their unfinished folders are ``held`` by their owners from here on."""
     numbers = [threads] if threads else [torch.get_num_threads(), *range(1, MOST_THREADS + 1)]
-    keys = keys_by_threads(job, output, calibration, numbers)
-    if output.folder.exists():
-        return _reusable(output, keys)
-    with naming(output.partial):
-        held.enter_context(_alone(output.partial))
-    # looked at again: whoever held it may have finished it in the meantime
-    return output.folder.exists() and _reusable(output, keys)
+    made: list[str] = []
+
+    def look(output: Output) -> None:
+        if output.folder.exists() and _reusable(output, keys_by_threads(job, output, calibration, numbers)):
+            made.append(output.name)
+
+    def hold(output: Output) -> None:
+        with naming(output.partial):
+            held.enter_context(_alone(output.partial))
+        look(output)  # again: whoever held it may have finished it in the meantime
+
+    ranks.own([(0, partial(look, output)) for output in job.outputs])
+    found = ranks.tell(made)[0]
+    left = [output for output in job.outputs if output.name not in found]
+    made.clear()
+    ranks.own([(owner, partial(hold, one)) for one, owner in zip(left, owners_of(left, ranks.number), strict=True)])
+    since = {name for names in ranks.tell(made) for name in names}
+    return [output for output in left if output.name not in since]
 
 
 def _reusable(output: Output, keys: Sequence[str]) -> bool:
@@ -130,20 +157,28 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass
+class Reached:
+    """How far the walk is: layers that are noted as done, of all."""
+
+    layers: int
+    done: int = 0
+
+
 @contextmanager
-def _saying_where(writers: Mapping[str, OutputWriter], layers: int) -> Iterator[None]:
+def _saying_where(reached: Reached) -> Iterator[None]:
     """Ctrl-C says where the next run goes on."""
     try:
         yield
     except KeyboardInterrupt as error:
-        done = min((writer.layers_done for writer in writers.values()), default=layers)
+        done, layers = reached.done, reached.layers
         where = f"at layer {done + 1} of {layers}" if done < layers else f"after the last of {layers} layers"
         raise Interrupted(f"Run the same command again: it continues {where}.") from error
 
 
-def _seal(writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> None:
-    """Every output that can be; then raises QtoolError for those that cannot."""
-    faults: dict[str, QtoolError] = {}
+def _seal(writers: Mapping[str, OutputWriter], names: Sequence[str], calibration: CalibrationSet, ranks: Ranks) -> None:
+    """Every output that can be; then raises QtoolError for those that cannot. ``names``: of all ranks' outputs."""
+    mine: dict[str, tuple[str, int]] = {}
     for writer in writers.values():
         writer.close()  # all files are hashed side by side
     for name, writer in writers.items():
@@ -151,12 +186,14 @@ def _seal(writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> N
             with stage("sealing", name):
                 writer.seal(calibration)
         except QtoolError as error:
-            faults[name] = error
+            mine[name] = error.message, error.exit_code
+    told = {name: fault for said in ranks.tell(mine) for name, fault in said.items()}
+    faults = {name: told[name] for name in names if name in told}
     if faults:
-        said = "\n".join(f"{name}: {error.message}" for name, error in faults.items())
-        done = [name for name in writers if name not in faults]
+        said = "\n".join(f"{name}: {message}" for name, (message, _) in faults.items())
+        done = [name for name in names if name not in faults]
         rest = f"\nFinished all the same: {', '.join(done)} (`--only {done[0]}` goes on with one)." if done else ""
-        raise QtoolError(said + rest, exit_code=next(iter(faults.values())).exit_code)
+        raise ranks.fault(said + rest, next(iter(faults.values()))[1])
 
 
 @contextmanager
@@ -190,15 +227,27 @@ def _discard_other_work(output: Output) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _walk(job: Job, writers: Mapping[str, OutputWriter], calibration: CalibrationSet) -> None:
+def _walk(
+    job: Job,
+    writers: Mapping[str, OutputWriter],
+    columns: Sequence[Column],
+    calibration: CalibrationSet,
+    ranks: Ranks,
+    reached: Reached,
+) -> None:
+    """``writers``: of this rank's outputs; ``columns``: all."""
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
-    start = min(writer.layers_done for writer in writers.values())
-    columns = [writer.column for writer in writers.values()]
-    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts)
-    with (
-        progress_bar() as bar,
-        writing(writers, job.device, job.require_unchanged, lambda: bar.advance(task)) as written,
-    ):
+    start = min(ranks.tell(min((writer.layers_done for writer in writers.values()), default=reached.layers)))
+    reached.done = start
+    mine = {name: writer.column for name, writer in writers.items()}
+    columns = [replace(mine.get(column.method.name, column), owner=column.owner) for column in columns]
+    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts, ranks)
+
+    def done() -> None:
+        reached.done += 1
+        bar.advance(task)
+
+    with progress_bar() as bar, writing(writers, job.device, job.require_unchanged, done) as written:
         for result in _timed(walk.outside()):
             written.give(result)
         task = bar.add_task("quantizing layers", total=len(walk.layers), completed=start)

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtool.convert.files.reading import read_text
-from qtool.runs.stages import Span, peaks, recording, seconds_of
+from qtool.runs.stages import Span, largest, peaks, recording, seconds_of
 
 SESSIONS = "sessions.jsonl"
 
@@ -38,21 +39,25 @@ class Session(BaseModel):
 
 @dataclass
 class Working:
-    """The session of this process, from its beginning. ``folder``: the run's, once it is known."""
+    """The session of this process, from its beginning. ``folder``: the run's, once it is known; ``beside``: what other
+    processes, which made artifacts with this one, did."""
 
     spans: list[Span]
     folder: Path | None = None
     told: Session | None = None  # as the run's result has it
+    beside: Sequence[Session] = ()
     began: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     started: float = field(default_factory=time.monotonic)
 
     def so_far(self) -> Session:
         """What it took and did until now."""
         made = [span.detail.partition(": ")[0] for span in self.spans if span.stage in ("writing", "sealing")]
+        made += [name for other in self.beside for name in other.made]
         asked = [span.detail.partition(": ")[0] for span in self.spans if span.stage in ("fidelity", "tasks")]
+        most = largest([peaks(), *(other.peaks for other in self.beside)])
         return Session(
             began=self.began, seconds=round(time.monotonic() - self.started, 1), stages=seconds_of(self.spans),
-            peaks=peaks(), made=list(dict.fromkeys(made)), scored=list(dict.fromkeys(asked)),
+            peaks=most, made=list(dict.fromkeys(made)), scored=list(dict.fromkeys(asked)),
         )  # fmt: skip
 
     def whole(self) -> Session:
@@ -60,6 +65,11 @@ class Working:
         now = self.told = self.so_far()
         before = [session for session in stored(self.folder) if session.worked] if self.folder else []
         return added([*before, now] if now.worked or not before else before)
+
+
+def heard(told: Sequence[Any]) -> list[Session]:
+    """Sessions that other processes told; None of one that did not."""
+    return [Session.model_validate(session) for session in told if session is not None]
 
 
 @contextmanager

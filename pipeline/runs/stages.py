@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,11 @@ def peaks() -> dict[str, int]:
     if torch is not None and torch.cuda.is_initialized():
         found["device"] = torch.cuda.max_memory_allocated()
     return {name: peak for name, peak in found.items() if peak}
+
+
+def largest(found: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Of several processes' peaks: what the one that took most took."""
+    return {name: max(peak[name] for peak in found if name in peak) for one in found for name in one}
 
 
 def write_trace(path: Path, spans: Sequence[Span]) -> None:

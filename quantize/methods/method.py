@@ -218,6 +218,12 @@ class Method(BaseModel, ABC):
         return False
 
     @property
+    def cost(self) -> int:
+        """About what a layer takes, beside other outputs: ranks are dealt outputs by it."""
+        costs = {Needs.NOTHING: 1, Needs.CHANNELS: 2, Needs.GRAM: 4, Needs.OWN_STREAM: 6}
+        return costs[self.needs] + (2 if self.asks_source else 0)
+
+    @property
     def calibrated(self) -> bool:
         """Whether the output depends on the calibration set."""
         return self.needs is not Needs.NOTHING

@@ -1,0 +1,105 @@
+"""The source as the walk meets it: a skeleton whose layers are filled one at a time, from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.models.shape import Decoder
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.capture import Calls, Hidden, Recorder
+from qtool.quantize.memory import BATCH_TOKENS
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.ranks import Ranks
+from qtool.quantize.soundness import refuse_unsound
+
+
+@dataclass
+class SourceModel:
+    """``model``: on the meta device but for what is filled; ``dtype``: of computing."""
+
+    model: nn.Module
+    decoder: Decoder
+    checkpoint: Checkpoint
+    device: torch.device
+    ranks: Ranks
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        embedding = next(info for name, info in self.checkpoint.tensors.items() if "embed_tokens" in name)
+        self.dtype = embedding.dtype
+        if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
+            self.dtype = torch.float32
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Of the skeleton."""
+        layers: Any = self.model.get_submodule(self.decoder.prefix.rstrip("."))
+        return layers  # type: ignore[no-any-return]  # get_submodule is typed as Module
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors in host memory, page-locked where they go on to an accelerator."""
+        prefix = self.decoder.at(index)
+        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
+        return (
+            {name: tensor.pin_memory() for name, tensor in tensors.items()} if self.device.type == "cuda" else tensors
+        )
+
+    def place(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layer on the device, as transformers holds it."""
+        weights = {
+            name: tensor.to(self.device, self.dtype_of(name, tensor), non_blocking=True)
+            for name, tensor in tensors.items()
+        }
+        where, offset = f"{self.checkpoint.path}: {self.decoder.at(index)}", self.decoder.family.norm_offset
+        self.ranks.own([(0, partial(refuse_unsound, weights, where, offset))])
+        return self.decoder.in_memory(weights)
+
+    def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
+        """Of computing with a layer's tensor of that name."""
+        return self.dtype if self.decoder.family.casts(name) else tensor.dtype
+
+    def fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+        """The skeleton's layer with these tensors, named as in memory."""
+        layer = self.layers[index]
+        layer.load_state_dict(dict(state), assign=True)
+        return layer
+
+    def record(self, calibration: CalibrationSet) -> tuple[Hidden, Calls]:
+        """Run the model's own forward with recorders in place of the layers: what the first layer is fed by this rank's
+        batches, and the other arguments (masks, positions, rotary tables) of every layer."""
+        decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
+        layers, norm = decoder.layers, decoder.norm
+        recorders = [Recorder(layer) for layer in layers]
+        decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
+        state = {}
+        for name, tensor in decoder.state_dict().items():
+            if not name.startswith("layers.") and tensor.is_meta:
+                full = self.decoder.prefix.removesuffix("layers.") + name
+                state[name] = self.checkpoint.tensor(full).to(self.device, self.dtype)
+        decoder.load_state_dict(state, assign=True, strict=False)
+        for module in decoder.children():
+            if module is not decoder.layers:
+                module.to(self.device)
+        size = max(1, BATCH_TOKENS[self.device.type] // calibration.tokens.shape[1])
+        hidden: Hidden = []
+        batches = calibration.batches(size)
+        try:
+            for tokens in self.ranks.dealt(batches):
+                decoder(input_ids=tokens.to(self.device), use_cache=False)
+                hidden.append(recorders[0].hidden)
+        finally:
+            decoder.layers, decoder.norm = layers, norm
+            decoder.embed_tokens.to("meta")
+        if len(hidden) < self.ranks.rounds(len(batches)):
+            shape = (0, calibration.tokens.shape[1], self.decoder.shape.hidden)
+            hidden.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
+        return hidden, calls
