@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import click
 import pytest
@@ -57,6 +58,7 @@ def test_a_signal_ends_orderly(signum: signal.Signals, capsys: pytest.CaptureFix
     def command() -> None:
         try:
             os.kill(os.getpid(), signum)
+            time.sleep(10)  # another thread may be the one that is told
         finally:
             closed.append(signum)
 

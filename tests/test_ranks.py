@@ -251,8 +251,8 @@ def test_the_plan_says_what_a_card_takes(recipe: Path) -> None:
         for more in ([], ["--gpus", "4"])
     )
     assert alone.exit_code == four.exit_code == 0
-    assert "peak memory of the conversion on cpu: about" in alone.output
-    assert "peak memory of the conversion on each of 4 cards, at most: about" in four.output
+    host, of_four = (float(found.output.split("host memory: about ")[1].split()[0]) for found in (alone, four))
+    assert host < of_four  # each has its own libraries
 
 
 # ---- what the starter makes of it

@@ -31,6 +31,8 @@ def print_plan(plan: Plan) -> None:
     served = [answer for answer in plan.answers if answer.fits]
     for answer in [a for a in served if a.setting.weights.family != SOURCE][:1] or served[:1]:
         s = answer.setting
+        if answer.shared:
+            say(escape(f"{s.weights.format}: {shared_line(answer.shared)}"))
         typed = escape(f"serve {s.weights.format} on {s.card.key}: {answer.command}")
         console.print(typed, soft_wrap=True, highlight=False)  # one line, so that it can be copied
     say(
