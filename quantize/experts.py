@@ -79,7 +79,7 @@ class Routed:
         ``[E]``."""
         both = (self.index.unsqueeze(2) == source.index.unsqueeze(1)).any(1)
         sent = source.index.flatten()
-        hits = torch.zeros(len(self.counts), device=sent.device).index_add_(0, sent, both.flatten().float())
+        hits = torch.bincount(sent[both.flatten()], minlength=len(self.counts)).float()
         return hits, torch.tensor(source.counts, dtype=torch.float32, device=sent.device)
 
 

@@ -101,7 +101,7 @@ def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie
         mean_abs = _pool(mean_abs, tie)
     candidates = candidate_scales(mean_abs, relative)
     if tie is not None:
-        candidates = torch.stack([_pool(c, tie) for c in candidates])
+        candidates = _pool(candidates, tie)
     with _ranking(mean_abs.is_cuda):
         ranks = _losses(parts, candidates, spec, PREVIEW_ROWS).argsort()
     finalists = candidates[ranks[:FINALISTS]]
@@ -201,11 +201,11 @@ def _group_max(weight: Tensor, group_size: int) -> Tensor:
 
 
 def _pool(values: Tensor, tie: Tensor) -> Tensor:
-    """Mean over the columns that share a number, put back on every one of them."""
-    count = int(tie.max()) + 1
-    sums = torch.zeros(count, device=values.device).index_add_(0, tie, values)
-    sizes = torch.zeros(count, device=values.device).index_add_(0, tie, torch.ones_like(values))
-    return (sums / sizes)[tie]
+    """Of ``[..., in]`` the mean over the columns that share a number, as many of each, put back on every one of them.
+    Sorted, and not added where they belong: an accelerator would do that in an order that changes from run to run."""
+    each = int((tie == 0).sum())
+    together = values[..., tie.argsort(stable=True)].unflatten(-1, (-1, each))
+    return together.mean(-1)[..., tie]
 
 
 def scale_gram(gram: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:

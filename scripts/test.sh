@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything CI checks: ruff (lint, format), mypy --strict, pytest. Arguments go to pytest: scripts/test.sh tests/test_gptq.py -x
+# Lint, types and tests: ruff (lint, format), mypy --strict, pytest without the slow ones. --all: with them, as CI does.
+# Other arguments go to pytest: scripts/test.sh tests/test_gptq.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -9,7 +10,8 @@ make_environment
 .venv/bin/mypy
 .venv/bin/mypy scripts
 # the whole suite on two cores: files side by side by name, each file's tests in order
-if [ $# -eq 0 ]; then
-    set -- -n 2 --dist loadfile --no-loadscope-reorder
-fi
+case "${1:-}" in
+    "") set -- -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" ;;
+    --all) set -- -n 2 --dist loadfile --no-loadscope-reorder ;;
+esac
 exec .venv/bin/python -m pytest -q "$@"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from qtool.convert.files.checkpoint import Checkpoint
@@ -83,6 +84,7 @@ json.dump([(result.exit_code, result.output) for result in results], sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_a_method_and_a_container_are_two_modules_and_two_rows(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     """`qtool run`, `verify` and `plan` know them at once, beside a method that walks with a stream of its own."""
     for name, text in (("container", CONTAINER), ("method", METHOD), ("rows", ROWS)):

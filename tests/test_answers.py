@@ -67,6 +67,7 @@ def test_samples_are_kept_and_judged(tmp_path: Path) -> None:
     assert max(seeds) < 2**31
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """A process that answers one problem in 50 ms is killed; the next asks only for the rest."""
     path = tmp_path / "j.jsonl"
@@ -130,6 +131,7 @@ def check(task: Task, style: prompts.Style, folder: Path) -> selfcheck.SelfCheck
     return selfcheck.check_task(task, Asking(style, Decoding(64, 4), samples=3), None, "here", folder / "check")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["completion", "chat"])
 def test_a_sound_harness_passes_its_self_check(style: prompts.Style, tmp_path: Path) -> None:
     found = check(load_task("handwritten"), style, tmp_path)
@@ -151,6 +153,7 @@ def test_a_test_that_passes_everything_is_found(tmp_path: Path) -> None:
     assert e.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_a_broken_stop_rule_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers cut too early: what a model pays for, no test of the extraction alone would show."""
     monkeypatch.setattr(prompts, "finished", lambda text, *_: len(text) > 24)
@@ -190,6 +193,7 @@ def test_mutants_are_wrong_whatever_the_function_does(style: prompts.Style, tmp_
     assert check(Task(name="t", problems=problems), style, tmp_path).faults == {}
 
 
+@pytest.mark.slow
 def test_a_harness_that_fails_scores_nothing(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +281,7 @@ def test_native_engine_says_what_it_lacks(tiny: Path, tmp_path: Path) -> None:
         load_native(tmp_path, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_native_engine_runs_bitsandbytes_kernels(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """The kernels' own answers on the CPU are close to the dequantized ones, and are not the same arithmetic."""
     from qtool.run import run

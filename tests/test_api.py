@@ -36,6 +36,7 @@ def run_example(text: str, name: str) -> int:
     return results.attempted
 
 
+@pytest.mark.slow
 def test_every_verb_has_an_example_that_runs(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     for verb in VERBS:
@@ -43,6 +44,7 @@ def test_every_verb_has_an_example_that_runs(work: Path, monkeypatch: pytest.Mon
         assert run_example(text or "", verb) >= 1, verb
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_is_printed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     page = PAGE.read_text(encoding="utf-8")

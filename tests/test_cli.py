@@ -41,6 +41,7 @@ def evaluation(problems: Path, text_file: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_file: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     recipe = write_recipe(evaluate=evaluation(problems, text_file), gates=[{"max_kld": 5.0}, {"max_size": 1.0}])
@@ -83,6 +84,7 @@ def test_run_end_to_end(write_recipe: Callable[..., Path], problems: Path, text_
     assert len((runs / "ledger.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_undecided_fails_only_where_the_gate_says_so(
     write_recipe: Callable[..., Path], problems: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +129,7 @@ def test_only_one_output(write_recipe: Callable[..., Path], tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["tiny-rtn"]
 
 
+@pytest.mark.slow
 def test_verify_and_evaluate_commands(
     write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, text_file: Path
 ) -> None:

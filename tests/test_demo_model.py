@@ -219,6 +219,7 @@ def test_paired_test_against_a_known_value(scripts):
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_smoke_training_resumes_to_the_same_bytes(scripts, tmp_path, capsys):
     """A run that was stopped and went on exports what an uninterrupted one exports, and that loads."""
     train = scripts["train_demo_model"].main

@@ -534,6 +534,7 @@ def among_calm(jobs: list[Job], calm: Job, tier: str, endless: set[str], timeout
     return [outcome for one, outcome in outcomes if one is not calm]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", HERE)
 def test_attacks_in_process_are_held(tier: str, free: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -549,6 +550,7 @@ def test_attacks_in_process_are_held(tier: str, free: Path) -> None:
     assert run_programs([replace(job(NAMES), run="in_process")], sandbox=tier)[0].passed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 @pytest.mark.parametrize("tier", sorted({*HERE[:1], *HERE[-1:]}))
 def test_attacks_in_javascript_are_held_and_never_pass(tier: str, free: Path) -> None:
@@ -657,6 +659,7 @@ def test_a_job_may_have_limits_of_its_own() -> None:
     assert outcomes[1].detail == "no answer to a call after 0.05 s"
 
 
+@pytest.mark.slow
 def test_a_large_job_is_handed_over() -> None:
     text = json.dumps(list(range(3 * 10**6)))
     test = f"import json\nVALUES = json.loads({text!r})\n"
@@ -665,6 +668,7 @@ def test_a_large_job_is_handed_over() -> None:
     assert judge("def f(x):\n    return 2 * x", test).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", HERE)
 def test_attacks_are_held_and_never_pass(tier: str, free: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -74,6 +74,7 @@ def test_an_expert_too_many(model: Path, tmp_path: Path) -> None:
     assert f"holds {name} (1 such), which config.json does not imply" in said(changed(model, tmp_path, more), [AWQ])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [[AWQ], [GPTQ], [Q8]])
 def test_nan_in_one_expert(outputs: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
     """Of files that hold it alone, and of fused ones: the expert is named, not the tensor of all."""
@@ -111,6 +112,7 @@ def test_an_expert_whose_work_is_no_number(outputs: list[dict[str, Any]], model:
     assert f"model.layers.2: the input of {EXPERT[15:]}.down_proj is NaN or Inf on the calibration text" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [AWQ, GPTQ, {"method": "gguf", "type": "Q4_K_M"}])
 def test_an_expert_that_no_token_reached(output: dict[str, Any], tmp_path: Path) -> None:
     """A router that never chooses it: it is quantized all the same, and the artifact says which it was."""

@@ -154,6 +154,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         check_gguf(json.loads((model / "config.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Qwen2Moe", "Mixtral"])
 def test_experts_go_into_k_quants_by_descent(architecture: str, tmp_path: Path) -> None:
     """By default in the output's own stream, or on the source's inputs, where logits are closer to its than with
@@ -208,6 +209,7 @@ def is_first_up(matrix: str) -> bool:
     return matrix.startswith("model.layers.0.") and matrix.endswith((".up_proj", ".w3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Qwen2Moe", "Glm4Moe"])
 def test_a_mixture_continues_with_the_same_bytes(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

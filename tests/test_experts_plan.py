@@ -53,6 +53,7 @@ def headers(tmp_path: Path, config: dict[str, Any]) -> Headers:
     return read_headers(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "gigabytes"),
     [(QWEN3_30B, 16.80), (QWEN3_235B, 124.05), (OLMOE, 3.90), (QWEN15, 8.36), (MIXTRAL, 24.65)],
@@ -94,6 +95,7 @@ def test_eight_experts_are_taken_for_mixtral() -> None:
     assert large["blk.0.attn_output.weight"] == "Q6_K"
 
 
+@pytest.mark.slow
 def test_a_token_reads_its_own_experts(tmp_path: Path) -> None:
     """3.35 of 30.53 billion weights; a step of many sequences reads more of them, at most all."""
     found = headers(tmp_path, QWEN3_30B)

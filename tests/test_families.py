@@ -152,6 +152,7 @@ def starcoder2(monkeypatch: pytest.MonkeyPatch, model_maker: Callable[..., Path]
     return model_maker(tmp_path / "model", "Starcoder2", hidden_act="gelu_pytorch_tanh")
 
 
+@pytest.mark.slow
 def test_a_family_is_added_in_one_file(starcoder2: Path, tmp_path: Path) -> None:
     """Planned, converted, verified against its source and loaded; and refused where it is not known how."""
     config = json.loads((starcoder2 / "config.json").read_text())

@@ -48,6 +48,7 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return {"alone": alone, "fused": fused, "transposed": fused_copy(alone, folder / "turned" / "model", True)}
 
 
+@pytest.mark.slow
 def test_one_model_has_the_same_artifacts_in_every_layout(layouts: dict[str, Path]) -> None:
     """Weights, fold scales and figures byte for byte; each verifies against a source of any layout."""
     made = {name: converted(model, OUTPUTS, model.parent) for name, model in layouts.items()}

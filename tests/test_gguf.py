@@ -122,6 +122,7 @@ def opened(file: Path, tokenizer: Any) -> AbstractContextManager[Running]:
     return llama_cpp.ENGINE.open(Model("m", gguf=file, tokenizer=tokenizer), Use("cpu", 2, lambda: 64))
 
 
+@pytest.mark.slow
 def test_demo_model_verifies_and_generates(demo: tuple[Job, dict[str, Artifact]]) -> None:
     _, artifacts = demo
     for artifact in artifacts.values():
@@ -153,6 +154,7 @@ with llama_cpp.serve(Path(sys.argv[1]), 64) as url:
 """
 
 
+@pytest.mark.slow
 def test_a_server_ends_at_once(demo: tuple[Job, dict[str, Artifact]]) -> None:
     """Unused, with its loop not yet running; and with half a request that nobody completes. A proxy is not asked."""
     file = demo[1]["q8"].gguf
@@ -227,6 +229,7 @@ def test_llama_cpp_computes_with_the_weights_that_qtool_reads(name: str, demo: t
     assert sum(divergences) / len(divergences) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma"])
 def test_a_stopped_run_goes_on_in_its_own_stream(
     architecture: str, model_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -283,6 +286,7 @@ def test_descent_loses_less_than_ggmls_own_blocks(demo: tuple[Job, dict[str, Art
     assert torch.equal(*(file.codes(outside).data for file in files))
 
 
+@pytest.mark.slow
 def test_an_imatrix_file_is_used_and_a_wrong_one_refused(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
     _, artifacts = demo
     file = artifacts["ggml"].path / "imatrix.gguf"
@@ -479,6 +483,7 @@ def test_sealed_manifest_reads_back(demo: tuple[Job, dict[str, Artifact]]) -> No
     assert "gguf" in manifest.versions
 
 
+@pytest.mark.slow
 def test_llama_cpp_scores_a_file_beside_another(demo: tuple[Job, dict[str, Artifact]], tmp_path: Path) -> None:
     from qtool.measure.scoring import evaluate_folders
     from qtool.recipe.judging import EvaluateSection

@@ -124,6 +124,7 @@ def test_a_token_that_changes_a_prompt_of_the_model_is_refused(start: Start) -> 
         start([{"content": "<|end|>", "rstrip": True}], files={"tokenizer_config.json": settings})
 
 
+@pytest.mark.slow
 def test_a_thousand_added_tokens_are_proved_in_seconds(start: Start) -> None:
     begun = time.process_time()
     output, note = start([{"content": f"<|token_{number}|>"} for number in range(1000)], size=1400)

@@ -296,6 +296,7 @@ def test_a_model_without_numbers_is_worse(planted: dict[str, Path], tmp_path: Pa
     assert result.exit_code == 0
 
 
+@pytest.mark.slow
 def test_scores_are_of_these_files_against_this_source(planted: dict[str, Path], tmp_path: Path) -> None:
     """Another source, other weights at the same place, another template: nothing measured before is taken for it."""
     foreign = tmp_path / "foreign"

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_kills.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_a_kill_before_an_operation_costs_no_finished_layer() -> None:
     for package in ("gguf", "bitsandbytes"):

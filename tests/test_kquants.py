@@ -111,6 +111,7 @@ def test_columns_must_fill_blocks() -> None:
         kquants.quantize(torch.zeros(2, 40), "Q6_K")
 
 
+@pytest.mark.slow
 def test_rows_may_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, row = weights("normal"), importance()
     for type_name in ("Q4_K", "Q5_1"):

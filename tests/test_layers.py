@@ -254,6 +254,7 @@ def declared(*extras: str) -> set[str]:
     return {normal(requirement.name) for requirement in found}
 
 
+@pytest.mark.slow
 def test_everything_imported_is_declared() -> None:
     package = declared("gguf", "vllm", "nf4", "cuda")
     assert undeclared(list(modules(packages()).values()), package, set()) == set()

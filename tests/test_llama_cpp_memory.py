@@ -122,6 +122,7 @@ def empty_file(path: Path, config: dict[str, Any]) -> Geometry:
     return geometry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [

@@ -72,6 +72,7 @@ def test_the_thread_that_looks_ends_with_its_stages(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_log_names_the_run_and_its_stages(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     result = call("run", write_recipe(), "--runs", tmp_path / "runs")
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/lock.json"))
@@ -85,6 +86,7 @@ def test_a_log_names_the_run_and_its_stages(write_recipe: Callable[..., Path], t
     assert again.stderr.splitlines()[-1].startswith("nothing was left to do")
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_verbose_every_step(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     quiet = call("run", write_recipe(), "--runs", tmp_path / "runs", "-q")
     assert (quiet.exit_code, quiet.stderr) == (0, "")
@@ -111,6 +113,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(write_recipe: Callable[...
 # --- sessions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sessions_add_up_and_one_that_reused_everything_changes_nothing(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_machine_has_a_name() -> None:
     assert len(machine_name("cpu")) > len("8 cores")
 
 
+@pytest.mark.slow
 def test_a_recipe_has_every_model_measured_once(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_recipe_has_every_model_measured_once(
     assert again.summary.measured["source"] == done.summary.measured["source"]
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
     subject = source_subject(Checkpoint.open(tiny), "commit")
     with Progress(disable=True) as bar:

@@ -183,6 +183,7 @@ def test_stops_that_would_break_out_of_their_line_are_left_out_and_said() -> Non
     assert len(made.notes) == 3
 
 
+@pytest.mark.slow
 def test_a_template_without_end_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qtool.convert.text import templates
 

@@ -96,6 +96,7 @@ def test_notices_are_carried_and_indices_of_other_weights_are_not(
     assert any(fnmatch("NOTICE", pattern) for pattern in HUB_PATTERNS)  # or it would never arrive from the Hub
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_is_written(write_recipe: Callable[..., Path]) -> None:
     job = job_of(write_recipe(outputs=EVERY))
     artifacts = make_artifacts(job, CALIBRATION)
@@ -297,6 +298,7 @@ def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: contents(artifact.path) for name, artifact in make(folder / "recipe.yaml").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number", "layers_done"),
     # 8 writes outside the layers; each layer: 37 writes for awq, 44 for gptq, 37 for rtn, 44 for nf4, and two
@@ -329,6 +331,7 @@ Q4, Q8 = ({"method": "gguf", "name": "x", "type": kind} for kind in ("Q4_K_M", "
 AWQ, NF4 = {"method": "awq", "name": "x", "group_size": 32}, {"method": "nf4", "name": "x"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(Q4, Q8), (AWQ, NF4), (AWQ, Q8), (Q4, AWQ)])
 def test_nothing_of_another_recipes_unfinished_work_is_sealed(
     before: dict[str, Any], after: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path
@@ -344,6 +347,7 @@ def test_nothing_of_another_recipes_unfinished_work_is_sealed(
     assert contents(made.path) == contents(expected.path)
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_is_not_sealed_under_the_old_ones_key(
     write_recipe: Callable[..., Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

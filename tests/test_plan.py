@@ -266,6 +266,7 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_planned_from_headers_alone(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import json, sys\nfrom qtool.sizing.headers import read_headers\nfrom qtool.sizing.formats import weights_of\n"

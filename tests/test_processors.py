@@ -35,12 +35,14 @@ def of_process(**settings: str) -> tuple[str, str]:
     return done.stdout.strip(), spin
 
 
+@pytest.mark.slow
 def test_openmp_has_read_it() -> None:
     said, spin = of_process()
     assert said == f"1000 1 {HERE}"
     assert spin == "1000"
 
 
+@pytest.mark.slow
 def test_what_the_user_set_stays() -> None:
     assert of_process(GOMP_SPINCOUNT="77", OMP_NUM_THREADS="1") == ("77 1 1", "77")
     said, spin = of_process(OMP_WAIT_POLICY="PASSIVE")

@@ -280,6 +280,7 @@ def test_a_recipe_that_holds_the_token_is_not_published(hub_server: Any, work: P
     assert hub_server.repos == {}
 
 
+@pytest.mark.slow
 def test_the_command_itself_through_the_environment(hub_server: Any, work: Path) -> None:
     """Another process, HF_ENDPOINT and HF_TOKEN as a user sets them."""
     command = [

@@ -125,6 +125,7 @@ def test_a_revision(published: Any, tmp_path: Path) -> None:
     assert pull(tmp_path, tmp_path / "runs", "--revision", head).exit_code == 0
 
 
+@pytest.mark.slow
 def test_reproduce_fetches_what_is_not_a_folder(published: Any, finished: Any) -> None:
     recipe = finished.recipe
     text = {"text": recipe.calibration} if isinstance(recipe.calibration, str) else recipe.calibration
@@ -162,6 +163,7 @@ def asked(hub_server: Any, elsewhere: RunRecord) -> Any:
     return hub_server
 
 
+@pytest.mark.slow
 def test_scored_here_and_compared(asked: Any, tiny: Path, tmp_path: Path) -> None:
     result = pull(tmp_path, tmp_path / "mine", "--score", "--source", str(tiny), "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -172,6 +174,7 @@ def test_scored_here_and_compared(asked: Any, tiny: Path, tmp_path: Path) -> Non
     assert list((tmp_path / "mine").glob("*/scores/handwritten*.json"))
 
 
+@pytest.mark.slow
 def test_without_its_source_there_is_no_kl(asked: Any, tmp_path: Path) -> None:
     result = pull(tmp_path, tmp_path / "mine", "--score", "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -102,6 +102,7 @@ def said(folder: Path, case: str, number: int) -> set[str]:
     return {json.loads(path.read_text()) for path in folder.glob(f"said-{case}-{number}-*.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dense", "experts", "fewer"])
 def test_bytes_do_not_depend_on_the_number_of_ranks(made: Path, case: str) -> None:
     """Every file of every artifact, the manifest among them. `fewer`: two batches for three ranks."""
@@ -114,6 +115,7 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(made: Path, case: str) -> No
         assert sums(made / f"{case}-{number}") == alone
 
 
+@pytest.mark.slow
 def test_what_one_number_of_ranks_began_another_finishes(made: Path) -> None:
     assert said(made, "resumed", 2) == {"stopped"}
     assert said(made, "resumed", 3) == {""}
@@ -121,6 +123,7 @@ def test_what_one_number_of_ranks_began_another_finishes(made: Path) -> None:
     assert sums(made / "resumed") == alone != {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"), [("nan", "layers.1.mlp.up_proj.weight: the source weight holds NaN"), ("loud", "float16 holds")]
 )
@@ -171,6 +174,7 @@ def begun(folder: Path) -> Iterator[int]:
         yield path.read_text().count("\n") - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> None:
     """Within seconds, in one line, with no process left; torchrun, with three, ends in the bytes of one alone."""
@@ -231,6 +235,7 @@ def test_gpus_inside_torchrun(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "torchrun has started several processes already" in result.output
 
 
+@pytest.mark.slow
 def test_more_cards_than_there_are(recipe: Path) -> None:
     """Said once, before any work. As torch sees none on this machine, or fewer."""
     number = (torch.cuda.device_count() if torch.cuda.is_available() else 0) + 2

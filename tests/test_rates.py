@@ -74,6 +74,7 @@ def test_interval_is_scipys_on_many_problems() -> None:
     assert found.high == pytest.approx(100 * theirs.confidence_interval.high, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problems", "samples", "moved"), [(30, 5, 0.3), (164, 10, 0.1), (100, 4, 0.02)])
 def test_intervals_cover_at_their_level(problems: int, samples: int, moved: float) -> None:
     generator = np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_the_tiny_models_matrices_are_of_the_real_ones_forms(name: str, output: 
     assert small.intermediate <= 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3", "Gemma"])
 def test_every_output_of_every_dense_family_is_rehearsed(architecture: str, model_maker: Callable[..., Path],
                                                          tmp_path: Path) -> None:  # fmt: skip
@@ -89,6 +90,7 @@ def test_every_output_of_every_dense_family_is_rehearsed(architecture: str, mode
         assert all(len(codes.codes) == 7 for codes in result.outputs.values())
 
 
+@pytest.mark.slow
 def test_the_process_marks_that_it_came_to_its_end(tmp_path: Path) -> None:
     wanted = Wanted(config=BASE | REAL["SmolLM2-135M"], dtype="bfloat16", outputs=[OUTPUTS[2]], device="cpu")
     process = rehearsing._start(wanted, tmp_path / "done")

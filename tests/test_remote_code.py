@@ -67,6 +67,7 @@ def test_refused_without_leave(iquest: Path, write_recipe: Callable[..., Path]) 
         job_of(write_recipe(model=str(iquest)))
 
 
+@pytest.mark.slow
 def test_converted_with_leave_and_the_code_goes_along(
     iquest: Path, tiny: Path, write_recipe: Callable[..., Path]
 ) -> None:

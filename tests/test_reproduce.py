@@ -28,6 +28,7 @@ def folder(finished: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "awq"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["awq", "nf4"])
 def test_the_same_bits_again(finished: Any, name: str) -> None:
     (path,) = finished.folder.parents[1].glob(f"artifacts/*-{name}")

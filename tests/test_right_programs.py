@@ -42,6 +42,7 @@ def javascript_jobs() -> tuple[list[Job], list[Job]]:
     return right, wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["call", "stdin", "javascript"])
 def test_right_programs_pass_and_wrong_ones_fail(mode: str) -> None:
     if mode == "javascript" and shutil.which("node") is None:

@@ -421,6 +421,7 @@ def _target(made: LayerCodes, walk: Any, index: int, matrix: Any) -> Tensor:
     return weight / made.kept[f"{matrix.module}.rows"].unsqueeze(1)
 
 
+@pytest.mark.slow
 def test_an_expert_that_no_token_reaches_gets_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its router's row says 0 where at least two others of opposite pairs say more; every method quantizes it by what
     all tokens would be to it."""
@@ -512,6 +513,7 @@ def test_settings_are_keys_of_a_recipe_and_of_the_work(folder: Path, tmp_path: P
             recipe(**wrong)
 
 
+@pytest.mark.slow
 def test_streams_take_turns_at_experts(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three outputs with streams of their own hold one stream's statistics of experts at a time, and each has the codes
     that it has alone: the source, which waits for the last, moves on once."""

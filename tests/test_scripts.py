@@ -56,6 +56,7 @@ def faults(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_script_starts() -> None:
     assert len(SCRIPTS) > 20
     assert faults(FOLDER) == []

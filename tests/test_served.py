@@ -185,6 +185,7 @@ def test_the_model_must_be_there(server: Server) -> None:
     assert connect(server.url, "b").version.startswith("fakeserver, BaseHTTP")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["completion", "chat"])
 def test_evaluate_a_served_model(server: Server, tmp_path: Any, style: str) -> None:
     """Every second problem is answered right."""

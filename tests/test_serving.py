@@ -243,6 +243,7 @@ def test_a_model_too_large(artifact: Path, tmp_path: Path) -> None:
         plan_server(read_headers(str(artifact)), Wish(cards["H100"], context=257))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -288,6 +289,7 @@ def served(artifact: Path, tmp_path: Path, **environment: str) -> tuple[subproce
     raise AssertionError("it did not start")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake")
 def test_ctrl_c_ends_the_whole_group(artifact: Path, tmp_path: Path) -> None:
     child = tmp_path / "child"
@@ -301,6 +303,7 @@ def test_ctrl_c_ends_the_whole_group(artifact: Path, tmp_path: Path) -> None:
     assert gone(child)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake")
 def test_an_engine_that_dies_in_the_middle(artifact: Path, tmp_path: Path) -> None:
     front, port = served(artifact, tmp_path, QTOOL_FAKE="dies later")
@@ -339,6 +342,7 @@ def findings(result: Result) -> dict[str, dict[str, str]]:
     return {finding["what"]: finding for finding in json.loads(result.stdout)["findings"]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_proof(artifact: Path) -> None:
     result = call("prove", artifact, "--engine", "vllm", "--card", "cpu", "--chunk", 64, "--users", 2, "--json")
@@ -365,6 +369,7 @@ def test_a_proof(artifact: Path) -> None:
     assert call("verify", artifact).exit_code == 0  # the manifest names no other file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "planted",
     [
@@ -404,6 +409,7 @@ def test_faults_that_a_proof_finds(
     assert (artifact / "qtool.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_server_that_dies_under_proof(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_FAKE", "dies later")
@@ -540,6 +546,7 @@ def test_reports_show_it() -> None:
     assert proof_line(proof()).startswith("proved in vllm 0.32.0 (float16 with CPUWNA16LinearKernel) on a processor")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake", "few_prompts")
 def test_a_recipe_has_its_outputs_proved(write_recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.serve.here.own_card", lambda known: "RTX4090,H100")

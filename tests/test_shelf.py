@@ -105,6 +105,7 @@ def test_several_that_begin_so_are_not_guessed(runs: Path) -> None:
     assert find_any("latest", runs).id in {entry.id for entry in entries(runs)}
 
 
+@pytest.mark.slow
 def test_a_run_is_named_when_it_is_made_and_force_replaces_anothers_work(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_force_touches_nothing_that_qtool_did_not_write(write_recipe: Callable[.
     assert (result.exit_code, (foreign / "model.safetensors").read_bytes()) == (2, b"somebody's"), result.output
 
 
+@pytest.mark.slow
 def test_an_interrupted_force_keeps_the_old_until_the_new_is_there(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_architectures_are_a_list() -> None:
         read_geometry(dict(iquest("40B").config) | {"architectures": "LlamaForCausalLM"})
 
 
+@pytest.mark.slow
 def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     outputs = [
         {"method": "awq", "name": "awq-g32", "group_size": 32},

@@ -62,6 +62,7 @@ def test_init_replaces_no_file_and_asks_nothing_without_a_terminal(here: Path) -
     assert yaml.safe_load(printed.output) == yaml.safe_load((here / "recipe.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_init_asks_on_a_terminal(here: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(

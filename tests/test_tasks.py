@@ -343,6 +343,7 @@ json.dump(outcomes, sys.__stdout__)
 """
 
 
+@pytest.mark.slow
 def test_every_mutated_solution_fails() -> None:
     """All of them as plain Python, and one of each problem as a model's answer is judged."""
     jobs, sandboxed = [], []

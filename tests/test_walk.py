@@ -227,6 +227,7 @@ def test_hidden_states_that_fell_behind_join_the_target() -> None:
     torch.testing.assert_close(aimed, goal, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_output_does_not_depend_on_its_neighbours(tiny: Path) -> None:
     """Several outputs in one walk: each the same, bit for bit, as alone."""
     methods: list[Method] = [
