@@ -205,7 +205,8 @@ def _pool(values: Tensor, tie: Tensor) -> Tensor:
     Sorted, and not added where they belong: an accelerator would do that in an order that changes from run to run."""
     each = int((tie == 0).sum())
     together = values[..., tie.argsort(stable=True)].unflatten(-1, (-1, each))
-    return together.mean(-1)[..., tie]
+    pooled: Tensor = together.mean(-1)[..., tie]
+    return pooled
 
 
 def scale_gram(gram: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
