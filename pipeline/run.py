@@ -22,6 +22,7 @@ from qtool.convert.verify.verification import Verification
 from qtool.evaluate.scorecard import Scores
 from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
+from qtool.make.needs import like
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
@@ -192,7 +193,7 @@ def _run(
         )
         record.write_result(folder, result)
         finished = record.load_run(folder)
-    ledger.append(runs, _entry(finished) | {"made": whole.made})
+    ledger.append(runs, _entry(finished) | {"made": whole.made, "like": like(recipe)})
     if not session.so_far().worked:
         log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
     return finished

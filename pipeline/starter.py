@@ -75,8 +75,13 @@ def formats_of(names: Sequence[str], card: Accelerator) -> list[str]:
         by_case = {short.lower(): short for method in METHODS.values() for short in method.short}
         plain = by_case.get(name.lower(), name)
         found.append(ELSEWHERE if plain.lower() == "gguf" else plain)
-        if method_of(found[-1]) is None:
-            raise QtoolError(f"--method {name}: is no method; they are {', '.join(METHODS)}.")
+        try:
+            known = method_of(found[-1]) is not None
+        except QtoolError:
+            known = False
+        if not known:
+            formats = ", ".join(sorted({short for method in METHODS.values() for short in method.short}))
+            raise QtoolError(f"--method {name}: is no method ({', '.join(METHODS)}) and no format ({formats}).")
     return list(dict.fromkeys(found))
 
 

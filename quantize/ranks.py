@@ -35,15 +35,10 @@ class Elsewhere(QtoolError):
 
 
 class Lost(Elsewhere):
-    """Another rank is gone."""
+    """Another rank is gone, which says why, or whoever watches the ranks does."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, LOST)
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Not beside the line of whoever watches the ranks, which says why."""
-        if dist.is_initialized() and dist.get_rank():
-            QtoolError.show(self, file)
 
 
 @dataclass(frozen=True)

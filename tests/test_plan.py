@@ -193,11 +193,13 @@ def test_a_recipe_is_planned_as_a_job(
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
     plan = job.output("awq").plan
     entry = {
-        "device": device_kind(job.device), "seconds": 8.0,
+        "device": device_kind(job.device), "seconds": 8.0, "like": job_needs.like(loaded),
         "artifacts": {"awq": {"bytes": plan.nbytes, "bpw": plan.bits_per_weight}},
     }  # fmt: skip
     ledger.append(runs, entry)
     assert "time: about 8 s" in call("plan", recipe, "--runs", runs).output
+    more = call("plan", recipe, "--runs", runs, "--set", "calibration.samples=999")
+    assert "time: not known" in more.output
     needs = job_needs.needs_of(job)
     made = make_artifacts(job, _calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())

@@ -110,7 +110,7 @@ def test_groups_divide_every_matrix_and_gemma_is_not_put_into_float16(
     ("arguments", "said"),
     [
         (["no-such-model"], "no such folder"),
-        (["qtool-demo", "--method", "awk"], "awk: not a format"),
+        (["qtool-demo", "--method", "awk"], "awk: is no method"),
         (["qtool-demo", "--card", "H1000"], "--card H1000"),
     ],
 )

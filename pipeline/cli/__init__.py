@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qtool import QtoolError
 from qtool.cli import bundle as cli_bundle
 from qtool.cli import cards as cli_cards
 from qtool.cli import evaluate as cli_evaluate
@@ -83,34 +84,41 @@ def run(
       qtool run my-recipe.yaml --only awq --device cuda
       qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
+    if full and not dry_run:
+        raise QtoolError("--full: goes with --dry-run, and makes nothing.")
+    if gpus > 1:
+        cli_cards.require_cards(gpus, device, os.environ)
     if gpus > 1 and not dry_run:
         words = cli_cards.words_of(recipe, only, changes, runs, name, force, profile)
-        raise SystemExit(cli_cards.on_cards(words, device, gpus, os.environ))
-    from qtool.recipe.overrides import parse_overrides
-    from qtool.recipe.paths import locate
+        raise SystemExit(cli_cards.launch(words, gpus, os.environ))
+    with cli_cards.alike(os.environ):
+        from qtool.recipe.overrides import parse_overrides
+        from qtool.recipe.paths import locate
 
-    cli_cards.hush(os.environ)
-    found = locate(recipe)
-    if found != recipe:
-        log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
-    log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
-    from qtool.make.seat import Seat
-    from qtool.report import job as job_report
-    from qtool.report import terminal as report
-    from qtool.run import prepare
-    from qtool.run import run as run_recipe
-    from qtool.runs.shelf import check_name
+        found = locate(recipe)
+        if found != recipe:
+            log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
+        log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
+        from qtool.make.seat import Seat
+        from qtool.report import job as job_report
+        from qtool.report import terminal as report
+        from qtool.run import prepare
+        from qtool.run import run as run_recipe
+        from qtool.runs.shelf import check_name
 
-    cli_cards.follow(os.environ)
-    seat = Seat.of(os.environ)
-    if name:
-        check_name(name)
-    overrides = parse_overrides(changes)
+        cli_cards.follow(os.environ)
+        seat = Seat.of(os.environ)
+        if name:
+            check_name(name)
+        overrides = parse_overrides(changes)
     if dry_run:
         from qtool.make.needs import needs_of
 
-        job = prepare(found, device, only, overrides=overrides)
-        job_report.print_plan(job, needs_of(job, runs, cards=gpus), full)
+        if seat.rank:
+            return
+        own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
+        job = prepare(found, own, only, overrides=overrides)
+        job_report.print_plan(job, needs_of(job, runs, cards=max(gpus, seat.number)), full)
         return
     with cli_cards.named(seat.rank, seat.number):
         result = run_recipe(found, runs, device, only, profile, overrides, name, force, seat)

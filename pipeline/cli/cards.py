@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO, Any
 
 import click
 
@@ -91,9 +92,8 @@ def words_of(
     return words + (["--log-json"] if log.voice.as_json else [])
 
 
-def on_cards(words: Sequence[str], device: str, gpus: int, environment: Mapping[str, str]) -> int:
-    """`qtool` with these words on so many cards; the exit code. ``device``: as a user named it. Raises QtoolError for
-    what is no set of cards."""
+def require_cards(gpus: int, device: str, environment: Mapping[str, str]) -> None:
+    """Raises QtoolError for what is no set of cards. ``device``: as a user named it."""
     if seated(environment):
         raise QtoolError("--gpus: torchrun has started several processes already. Give one of the two.")
     if device not in ("auto", "cuda"):
@@ -101,7 +101,6 @@ def on_cards(words: Sequence[str], device: str, gpus: int, environment: Mapping[
             f"--gpus {gpus} --device {device}: --gpus takes the cards cuda:0 to cuda:{gpus - 1}, a process each, and "
             "no processor. Leave one of the two out."
         )
-    return launch(words, gpus, environment)
 
 
 def seated(environment: Mapping[str, str]) -> bool:
@@ -109,10 +108,24 @@ def seated(environment: Mapping[str, str]) -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
 
 
-def hush(environment: Mapping[str, str]) -> None:
-    """Of several ranks the first one speaks."""
-    if seated(environment) and environment["RANK"] != "0":
-        log.speak(log.QUIET, log.voice.as_json)
+class Unsaid(QtoolError):
+    """What rank 0 finds too, and says."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Once is enough."""
+
+
+@contextmanager
+def alike(environment: Mapping[str, str]) -> Iterator[None]:
+    """Around what all ranks do by themselves, each the same: the first one speaks."""
+    if not seated(environment) or environment["RANK"] == "0":
+        yield
+        return
+    log.speak(log.QUIET, log.voice.as_json)
+    try:
+        yield
+    except QtoolError as error:
+        raise Unsaid(error.message, error.exit_code) from error
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def init(model: str | None, methods: str, card: str | None, revision: str | None
             raise QtoolError("name a model: `qtool init ./My-Model`, or `qtool init qtool-demo`, which ships here.")
         model = str(click.prompt("Model (a folder or a Hub id)", default="qtool-demo"))
     path = None if out == "-" else Path(out)
+    if path is not None and path.is_dir():
+        raise QtoolError(f"--out {path}: is a folder; name a file in it: {path / 'recipe.yaml'}.")
     if path is not None and path.exists() and not force:
         raise QtoolError(f"{path}: is there already. --out names another file, --force replaces it.")
     from qtool.recipe.sections import checked_recipe
@@ -46,6 +48,8 @@ def init(model: str | None, methods: str, card: str | None, revision: str | None
 
     seen = look(model, card, revision)
     named = [name.strip() for name in methods.split(",") if name.strip()]
+    if methods and not named:
+        raise QtoolError(f"--method {methods!r}: names none.")
     if asks and not named:
         taken = default_format(seen.card)
         named = [str(click.prompt(f"Format (awq, gptq, nf4, Q4_K_M, …) for {seen.card.name}", default=taken))]

@@ -17,6 +17,8 @@ from qtool.make.job import Job, device_kind
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.recipe.checking import digest_of
+from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
 
 GIB = 2**30
@@ -134,6 +136,11 @@ def _largest(job: Job) -> int:
     return max(info.nbytes for info in job.checkpoint.tensors.values())
 
 
+def like(recipe: Recipe) -> str:
+    """A digest of what decides, beside model and outputs, how long a run takes: text, tasks, measurements, servers."""
+    return digest_of(recipe.model_dump(mode="json", include={"calibration", "experts", "evaluate", "measure", "serve"}))
+
+
 def _seconds(job: Job, outputs: Sequence[Output], runs: Path) -> tuple[float, float] | None:
     if not outputs:
         return None
@@ -141,6 +148,8 @@ def _seconds(job: Job, outputs: Sequence[Output], runs: Path) -> tuple[float, fl
     rates = []
     for entry in ledger.read(runs):
         made = entry.get("artifacts") or {}
+        if entry.get("like") != like(job.recipe):
+            continue
         if entry.get("device") != device_kind(job.device) or not made or not entry.get("seconds"):
             continue
         if set(made) - set(entry.get("made", made)):  # some were made by another run, in its seconds

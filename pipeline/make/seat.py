@@ -40,7 +40,7 @@ class Seat:
     def taken(self, device: str) -> Iterator[tuple[Ranks, str]]:
         """(who works together, this rank's device), until all leave. ``device``: as a user names it; rank r takes
         cuda:r. Raises QtoolError where there are fewer, or where they are not of one kind."""
-        own = self._device(device)
+        own = self.device(device)
         with joined(self.rank, self.number, choose_device(own)) as ranks:
             for name in GROUP if self.number > 1 else ():
                 os.environ.pop(name, None)
@@ -53,7 +53,8 @@ class Seat:
         """What every rank finds by itself."""
         return Ranks(self.rank, self.number).fault(message, exit_code)
 
-    def _device(self, asked: str) -> str:
+    def device(self, asked: str) -> str:
+        """This rank's. Raises QtoolError as `taken`."""
         if self.number == 1:
             return asked
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0

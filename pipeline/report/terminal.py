@@ -134,12 +134,12 @@ def print_verification(result: Verification) -> None:
         table.add_row(escape(line.name), MARKS[line.result], escape(line.detail))
     show(table, console)
     console.print("sound" if result.sound else "[red]NOT sound[/]: a required check failed")
-    if loads := loading.what_loads_it(result.checks):
+    if result.sound and (loads := loading.what_loads_it(result.checks)):
         say(escape(loads))
 
 
 def _print_summary(name: str, result: Verification) -> None:
     state = "verified" if result.sound else f"[red]NOT sound[/] (`qtool verify {escape(str(result.path))}` says why)"
-    loads = loading.what_loads_it(result.checks)
+    loads = loading.what_loads_it(result.checks) if result.sound else ""
     said = escape(f"; by the rules it {loads}" if loads.startswith("loads") else f"; {loads}" if loads else "")
     say(f"{name}: {state}{said}")

@@ -14,6 +14,7 @@ from typing import Literal
 from qtool import QtoolError
 from qtool.convert.files.durable import naming, write_whole
 from qtool.convert.files.reading import read_text
+from qtool.recipe.yaml_file import parse_yaml
 from qtool.runs import ledger
 from qtool.runs.record import INDEX, LOCK, RECIPE, RESULT, Lock, Result, alone, load_index, read_part
 
@@ -66,7 +67,7 @@ def _entry(folder: Path) -> Entry:
             when = datetime.datetime.fromtimestamp(_touched(folder), datetime.UTC)
             return Entry(folder, name, subjects[0] if subjects else "", subjects, "evaluation", when, None)
         lock = read_part(Lock, folder / LOCK) if (folder / LOCK).is_file() else None
-        model, models = (lock.source.name, tuple(lock.artifacts)) if lock else ("", ())
+        model, models = (lock.source.name, tuple(lock.artifacts)) if lock else _asked(folder)
         if lock is None or not (folder / RESULT).is_file():
             return Entry(folder, name, model, models, "not finished", None, None)
         result = read_part(Result, folder / RESULT)
@@ -74,6 +75,15 @@ def _entry(folder: Path) -> Entry:
         return Entry(folder, name, model, models, _state(result), when, result.seconds)
     except (QtoolError, ValueError):
         return Entry(folder, name, "", (), "unreadable", None, None)
+
+
+def _asked(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Model and outputs of a run's recipe: of one that was not finished."""
+    asked = parse_yaml(read_text(folder / RECIPE), str(folder / RECIPE))
+    model, outputs = asked.get("model"), asked.get("outputs") or []
+    name = str(model.get("id", "") if isinstance(model, dict) else model or "")
+    made = [one for one in outputs if isinstance(one, dict)] if isinstance(outputs, list) else []
+    return Path(name).name, tuple(str(one.get("name") or one.get("method") or "") for one in made)
 
 
 def _state(result: Result) -> State:
