@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from qtool.cli import main
 from qtool.make import progress
 from qtool.make.job import device_kind
+from qtool.make.needs import like
+from qtool.recipe.sections import load_recipe
 from qtool.runs import ledger, log
 from qtool.runs.record import load_run
 from qtool.runs.sessions import SESSIONS, Session, added, stored, working
@@ -171,6 +173,7 @@ def test_the_planner_learns_from_runs_that_made_what_they_have(
     recipe, runs = write_recipe(), tmp_path / "runs"
     device = device_kind(torch.device("cpu"))
     entry = {"device": device, "artifacts": {"awq": {"bytes": 10**6, "bpw": 8.0}}, "seconds": 4.0, "made": []}
+    entry["like"] = like(load_recipe(recipe))
     ledger.append(runs, entry)
     assert "time: not known" in call("plan", recipe, "--runs", runs).output
     ledger.append(runs, entry | {"made": ["awq"]})

@@ -79,12 +79,12 @@ def print_needs(needs: Resources) -> None:
         console.print(f"{what}: about {need / 1e9:.2f} GB{there}", highlight=False, soft_wrap=True)
     if needs.seconds is None:
         console.print(
-            "time: not known; the ledger has no run of this text and these tasks on such a machine",
+            "time: not known; the ledger has no run of this text and tasks on such hardware",
             highlight=False,
         )
     else:
         low, high = needs.seconds
         took = f"{low:.0f} to {high:.0f} s" if round(low) != round(high) else f"about {low:.0f} s"
-        console.print(f"time: {took}, as earlier runs of this text and these tasks on such a machine", highlight=False)
+        console.print(f"time: {took}, as earlier runs of this text and tasks on such hardware", highlight=False)
     for line in short:
         console.print(f"short of {line}", highlight=False, soft_wrap=True)
