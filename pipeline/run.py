@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +42,9 @@ from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, log, record
 from qtool.runs.coverage import coverage
 from qtool.runs.evidence import size_text
-from qtool.runs.gates import judge
+from qtool.runs.gates import GateResult, judge
 from qtool.runs.record import RunRecord
-from qtool.runs.sessions import Working, heard, working
+from qtool.runs.sessions import Session, Working, heard, working
 from qtool.runs.shelf import give_name
 from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
@@ -183,20 +184,23 @@ def _run(
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
         whole = session.whole()
-        result = record.Result(
-            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            seconds=whole.seconds,
-            stages=whole.stages,
-            peaks=whole.peaks,
-            checks={name: found.checks for name, found in checks.items()},
-            verdicts=judge(summary, recipe.gates),
-        )
-        record.write_result(folder, result)
+        record.write_result(folder, _result(whole, checks, judge(summary, recipe.gates)))
         finished = record.load_run(folder)
     ledger.append(runs, _entry(finished) | {"made": whole.made, "like": like(recipe)})
     if not session.so_far().worked:
         log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
     return finished
+
+
+def _result(whole: Session, checks: Mapping[str, Verification], verdicts: list[GateResult]) -> record.Result:
+    return record.Result(
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=whole.seconds,
+        stages=whole.stages,
+        peaks=whole.peaks,
+        checks={name: found.checks for name, found in checks.items()},
+        verdicts=verdicts,
+    )
 
 
 def _announce(job: Job, folder: Path) -> None:

@@ -61,7 +61,7 @@ def attempt(folder: Path, case: str, number: int, rank: int) -> str:
         except QtoolError as error:
             return error.message
         finally:
-            Walk.run = RUN  # type: ignore[method-assign]
+            Walk.run = RUN  # type: ignore[method-assign]  # as it was
 
 
 def main() -> None:

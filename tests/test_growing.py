@@ -177,7 +177,7 @@ def test_a_stopped_writer_ends_its_thread(tmp_path: Path, monkeypatch: pytest.Mo
     def slow(*args: object) -> int:
         begun.set()
         go.wait(0.01)
-        return whole(*args)  # type: ignore[arg-type]
+        return whole(*args)  # type: ignore[arg-type]  # passed on as they came
 
     monkeypatch.setattr(growing, "CHUNK", 1)
     monkeypatch.setattr(growing.os, "preadv", slow)

@@ -66,7 +66,7 @@ def writer(folder: Path, before: Callable[[str], None] = lambda name: None) -> W
             linears.append(LinearPlan(name, 16, 64, 32, 1))
             specs |= {f"{name}.{key}": spec for key, spec in autoawq.specs(16, 64, SECTION, torch.float16).items()}
     form = Shards(SECTION, torch.float16, 32)
-    return Writer(ShardTensors(form, folder, OutputPlan(specs, linears, 1, 1), "k"), before=before)  # type: ignore[call-arg]
+    return Writer(ShardTensors(form, folder, OutputPlan(specs, linears, 1, 1), "k"), before=before)  # type: ignore[call-arg]  # a class of this test
 
 
 def layer(index: int, names: list[str]) -> LayerResult:
@@ -143,7 +143,7 @@ def test_what_does_not_read_back_is_refused(tmp_path: Path) -> None:
     def flipped(name: str, tensor: torch.Tensor) -> None:
         put(name, tensor ^ 1 if name == "l.1.m2.qweight" else tensor)
 
-    one.file._writer.write = flipped  # type: ignore[method-assign]
+    one.file._writer.write = flipped  # type: ignore[method-assign]  # a disk that errs
     with pytest.raises(QtoolError, match=r"l.1.m2 does not read back as it was written"):
         write({"a": one})
     assert [step["layer"] for step in one.file.steps] == [0]

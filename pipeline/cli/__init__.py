@@ -86,8 +86,7 @@ def run(
     """
     if full and not dry_run:
         raise QtoolError("--full: goes with --dry-run, and makes nothing.")
-    if gpus > 1:
-        cli_cards.require_cards(gpus, device, os.environ)
+    cli_cards.require_cards(gpus, device, os.environ)
     if gpus > 1 and not dry_run:
         words = cli_cards.words_of(recipe, only, changes, runs, name, force, profile)
         raise SystemExit(cli_cards.launch(words, gpus, os.environ))

@@ -94,6 +94,8 @@ def words_of(
 
 def require_cards(gpus: int, device: str, environment: Mapping[str, str]) -> None:
     """Raises QtoolError for what is no set of cards. ``device``: as a user named it."""
+    if gpus == 1:
+        return
     if seated(environment):
         raise QtoolError("--gpus: torchrun has started several processes already. Give one of the two.")
     if device not in ("auto", "cuda"):
@@ -137,7 +139,7 @@ def named(rank: int, number: int) -> Iterator[None]:
         if rank and type(error) is QtoolError:
             raise QtoolError(f"rank {rank} of {number}: {error.message}", error.exit_code) from error
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a library raises: here it is still known in which rank
         if number == 1 or os.environ.get(TRACEBACK):
             raise
         line = explain(error)
