@@ -26,6 +26,7 @@ import click
 from qtool import QtoolError
 from qtool.cli.boundary import TRACEBACK, explain
 from qtool.cli.processors import share_of
+from qtool.make.group import seated
 from qtool.runs import log
 
 LAUNCHED = "QTOOL_LAUNCHED"  # in the environment of a rank: its standard input is the pipe to who started it
@@ -103,11 +104,6 @@ def require_cards(gpus: int, device: str, environment: Mapping[str, str]) -> Non
             f"--gpus {gpus} --device {device}: --gpus takes the cards cuda:0 to cuda:{gpus - 1}, a process each, and "
             "no processor. Leave one of the two out."
         )
-
-
-def seated(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several that torchrun, or `launch`, has started."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
 
 
 class Unsaid(QtoolError):

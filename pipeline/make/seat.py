@@ -11,11 +11,9 @@ import torch
 
 from qtool import QtoolError
 from qtool.make.device import choose_device
+from qtool.make.group import GROUP, seated
 from qtool.make.job import device_kind
 from qtool.quantize.ranks import Ranks, joined
-
-# What torchrun tells a process of its group. Engines started later must not take it for theirs.
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class Seat:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Seat:
         """As the environment says. Raises QtoolError for ranks on several machines."""
-        told = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()  # others' jobs set some of them
-        number = int(environment["WORLD_SIZE"]) if told else 1
+        number = int(environment["WORLD_SIZE"]) if seated(environment) else 1
         if number == 1:
             return ONE
         if int(environment.get("LOCAL_WORLD_SIZE", number)) != number:
