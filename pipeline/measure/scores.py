@@ -99,39 +99,52 @@ class Evaluation:
     def score(self, subjects: list[Subject], bar: Progress) -> Scores:
         """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
         QtoolError (exit 3) where the harness fails its self-check."""
+        wanted, scores = self.begin(subjects), Scores()
+        for subject in subjects:
+            self.add(scores, subject, subjects[0], wanted, bar)
+        return scores
+
+    def begin(self, subjects: list[Subject]) -> set[int]:
+        """Tidy up after killed runs; the lengths of text at which a subject is still to be compared with the source."""
         for folder in (self.run / "scores", self.runs / "references"):
             sweep(folder)
-        scores = Scores()
-        wanted = {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
-        for number, subject in enumerate(subjects):
-            source = subjects[0]
-            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
-            texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
-            lengths = [length for length in self.windows if length not in texts]
-            if number == 0:  # artifacts that are still to come need its distribution
-                lost = {length for length in wanted if self._reference(source, length) is None}
-                lengths = [length for length in self.windows if length in lengths or length in lost]
-            if pending:
-                for check in self.self_check(bar).values():
-                    check.require()
-            measured: dict[int, fidelity.Divergence] = {}
-            if pending or lengths:
-                with ExitStack() as stack:
-                    running = stack.enter_context(self._engine(subject, pending))
-                    for length in lengths:
-                        with stage("fidelity", subject.name):
-                            measured[length] = self._diverge(running, subject, source, length, bar)
-                    for label in pending:
-                        with stage("tasks", f"{subject.name}: {label}"):
-                            found_here = self._task(running, subject, label, bar)
-                        scores.tasks.setdefault(subject.name, {})[label] = found_here
-                    del running
-            for length, found in measured.items():
-                layers = self._by_layer(subject, source, length, bar) if number else []
-                texts[length] = self._save_fidelity(subject, source, length, found, layers)
-            for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
-                scores.add_fidelity(texts[length])
-        return scores
+        return {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
+
+    def add(
+        self, scores: Scores, subject: Subject, source: Subject, wanted: set[int], bar: Progress,
+        compared: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """One subject's scores, made as far as they are not known. ``wanted``: what `begin` said; ``compared``: called
+        after the text, of which the source's distribution is then there, and before the tasks."""
+        pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
+        texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
+        lengths = [length for length in self.windows if length not in texts]
+        if subject is source:  # artifacts that are still to come need its distribution
+            lost = {length for length in wanted if self._reference(source, length) is None}
+            lengths = [length for length in self.windows if length in lengths or length in lost]
+        if pending:
+            for check in self.self_check(bar).values():
+                check.require()
+        measured: dict[int, fidelity.Divergence] = {}
+        with ExitStack() as stack:
+            running = stack.enter_context(self._engine(subject, pending)) if pending or lengths else None
+            for length in lengths:
+                assert running is not None
+                with stage("fidelity", subject.name):
+                    measured[length] = self._diverge(running, subject, source, length, bar)
+            if compared is not None:
+                compared()
+            for label in pending:
+                assert running is not None
+                with stage("tasks", f"{subject.name}: {label}"):
+                    found_here = self._task(running, subject, label, bar)
+                scores.tasks.setdefault(subject.name, {})[label] = found_here
+            del running
+        for length, found in measured.items():
+            layers = self._by_layer(subject, source, length, bar) if subject is not source else []
+            texts[length] = self._save_fidelity(subject, source, length, found, layers)
+        for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
+            scores.add_fidelity(texts[length])
 
     def _prompts(self, task: Task) -> list[str]:
         """What the model is asked, word for word; nothing where a server applies its own template."""
