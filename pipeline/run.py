@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import require_writable
@@ -175,7 +177,7 @@ def _run(
         together = ranks if divisible(recipe.evaluate) else ALONE
         if together is ALONE:  # the others leave
             session.beside = heard(ranks.tell(None))
-        checks = _verified(artifacts)
+        checks = _verified(artifacts, job.device)
         if recipe.serve is not None:
             artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
         with record.alone(folder):
@@ -265,13 +267,13 @@ def _measured(job: Job, subjects: list[Subject], runs: Path) -> None:
         measure_subjects(asked, subjects, job.device, job.recipe.model.trust_remote_code, runs, bar)
 
 
-def _verified(artifacts: dict[str, Artifact]) -> dict[str, Verification]:
+def _verified(artifacts: dict[str, Artifact], device: torch.device) -> dict[str, Verification]:
     with progress_bar() as bar:
         task = bar.add_task("verifying artifacts", total=len(artifacts))
         checks = {}
         for name, artifact in artifacts.items():
             with stage("verifying", name):
-                checks[name] = verify(artifact.path)
+                checks[name] = verify(artifact.path, device=device)
             bar.advance(task)
     return checks
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.workers import workers
@@ -26,7 +28,7 @@ from qtool.convert.models.table import gguf_facts
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.implied import Implied, Shapes
-from qtool.convert.verify.tensors import Check, Result, Seen, hollow, see_codes
+from qtool.convert.verify.tensors import CPU, Check, Result, Seen, hollow, see_codes
 
 KEYS = "keys of the file"
 TOKENIZER = "tokenizer."
@@ -35,7 +37,7 @@ AT_ONCE = 1 << 23  # weights that are read at a time
 TABLE_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
 
 
-def check_tensors(artifact: Artifact) -> Result:
+def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     """Every tensor that the linears of the manifest imply, with the type of llama.cpp's rule, finite and no matrix of
     zeros; the keys that llama.cpp cannot do without."""
     assert artifact.manifest is not None
@@ -45,7 +47,8 @@ def check_tensors(artifact: Artifact) -> Result:
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
     typed = tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts)
-    seen = _seen(file, [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type])
+    known = [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type]
+    seen = _seen(file, known, device)
     for name in shapes:
         found = file.layout[name][0]
         if name not in seen:
@@ -68,7 +71,7 @@ def check_tensors(artifact: Artifact) -> Result:
     return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
 
 
-def _seen(file: GgufFile, names: Sequence[str]) -> dict[str, list[tuple[str, Seen]]]:
+def _seen(file: GgufFile, names: Sequence[str], device: torch.device) -> dict[str, list[tuple[str, Seen]]]:
     """Tensor -> (its name, what is seen of it), of a stack for each expert. All processors look at parts of rows; each
     holds `AT_ONCE` weights in blocks, and a `PIECE` of them dequantized."""
     parts: list[tuple[str, int | None, int, int]] = []
@@ -80,7 +83,7 @@ def _seen(file: GgufFile, names: Sequence[str]) -> dict[str, list[tuple[str, See
             (name, expert, first, min(first + step, rows)) for expert in experts for first in range(0, rows, step)
         ]
     with workers("verifying") as pool:
-        looked = list(pool.map(lambda part: see_codes(file.blocks(part[0], part[1], part[2:])), parts))
+        looked = list(pool.map(lambda part: see_codes(file.blocks(part[0], part[1], part[2:]).to(device)), parts))
     found: dict[str, dict[str, Seen]] = {name: {} for name in names}
     for (name, expert, *_), one in zip(parts, looked, strict=True):
         told = piece(name, expert)

@@ -18,6 +18,7 @@ from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import (
+    CPU,
     FLOATS,
     PIECE,
     PLAIN_TOLERANCE,
@@ -35,7 +36,7 @@ TABLE_TOLERANCE = PLAIN_TOLERANCE
 AT_ONCE = 8  # linears: of each two bytes a weight are in memory, and a `PIECE` dequantized
 
 
-def check_tensors(artifact: Artifact) -> Result:
+def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     """Every linear of the manifest unpacks to its shape with scales that are finite and not zero, and is no matrix of
     zeros; every other tensor is finite and of a type that models are stored in."""
     assert artifact.manifest is not None
@@ -54,9 +55,9 @@ def check_tensors(artifact: Artifact) -> Result:
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)
     parts = {f"{linear}.{suffix}" for linear in linears for suffix in packed.parts(linear)}
     with workers("verifying", AT_ONCE) as pool:
-        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts), tensors)
+        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts, device), tensors)
         seen = dict(zip(tensors, looked, strict=True))
-        faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype), linears))
+        faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype, device), linears))
     plain: list[str] = []
     family = find_family(artifact.config)
     for name, info in tensors.items():
@@ -72,18 +73,19 @@ def check_tensors(artifact: Artifact) -> Result:
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
 
 
-def _look(checkpoint: Checkpoint, name: str, part: bool) -> Seen:
+def _look(checkpoint: Checkpoint, name: str, part: bool, device: torch.device) -> Seen:
     """A tensor, some rows at a time. Integers that are part of a linear are looked at with that."""
     info = checkpoint.tensors[name]
     if not info.dtype.is_floating_point and part:
         return Seen()
     rows = info.shape[0] if info.shape else 1
-    step = max(1, PIECE * rows * info.dtype.itemsize // max(1, info.nbytes))
+    step = max(1, PIECE[device.type] * rows * info.dtype.itemsize // max(1, info.nbytes))
     wide = torch.float32 if info.dtype in FLOATS.values() else torch.float64
-    return see(checkpoint.part(name, first, first + step).to(wide) for first in range(0, rows, step))
+    pieces = (checkpoint.part(name, first, first + step) for first in range(0, rows, step))
+    return see(piece.to(device).to(wide) for piece in pieces)
 
 
-def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[str]:
+def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype, device: torch.device) -> list[str]:
     packed, tensors = artifact.packed, artifact.checkpoint.tensors
     try:
         expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
@@ -101,7 +103,7 @@ def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[
     if reasons:
         return reasons
     try:
-        codes = packed.codes(linear)
+        codes = packed.codes(linear, device)
     except QtoolError as error:
         return [error.message]
     if getattr(codes, "g_idx", None) is not None and packed.section.get("desc_act") is False:
