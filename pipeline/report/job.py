@@ -43,7 +43,7 @@ def _row(output: Output) -> Row:
     kinds = dict.fromkeys(linear.type or str(linear.group_size) for linear in plan.linears)
     return {
         "output": output.name, "size": size_text(plan.nbytes), "bits a weight": f"{plan.bits_per_weight:.2f}",
-        "linears": str(len(plan.linears)), "groups of, or types": ", ".join(kinds)
+        "linears": f"{len(plan.linears)}{f', {len(plan.plain)} in 16 bits' if plan.plain else ''}", "groups of, or types": ", ".join(kinds)
     }  # fmt: skip
 
 
