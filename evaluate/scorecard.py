@@ -68,6 +68,7 @@ class TaskScore(_Record):
     outcomes: dict[str, ProblemOutcome]
     samples: int = 1
     more: dict[str, tuple[ProblemOutcome, ...]] = {}
+    groups: dict[str, dict[str, str]] = {}  # problem -> what the task says of it: its difficulty, its category
 
     @model_validator(mode="after")
     def _whole(self) -> TaskScore:

@@ -239,11 +239,12 @@ class Walk:
         self.ranks.own([(0, refuse)])
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
-        """A layer with an output's plans of its matrices."""
+        """A layer with an output's plans of its matrices, those that it leaves in 16 bits not among them."""
         assert layer.index is not None
         at = self.decoder.at(layer.index)
         plans = {plan.name: plan for plan in output.plan.linears if plan.name.startswith(at)}
-        return replace(layer, plans={matrix.module: plans[at + matrix.module] for matrix in layer.matrices})
+        planned = tuple(matrix for matrix in layer.matrices if at + matrix.module in plans)
+        return replace(layer, matrices=planned, plans={one.module: plans[at + one.module] for one in planned})
 
     def _weighing(self, index: int, output: Column, seen: Inputs) -> Inputs:
         """Mean squares: those that a file says, those of the text where the method needs them, or none."""

@@ -15,6 +15,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
+from qtool.convert.formats.apart import Apart
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.gguf import stored as gguf
 from qtool.convert.runtimes.rule import Observed, Runtime, RuntimeRule
@@ -71,6 +72,14 @@ class Container(Stored, Protocol):
     def with_experts(self, section: Section, plain: Sequence[str]) -> dict[str, Any]:
         """The section for a model with experts, beside which the modules of ``plain`` stay unquantized. Raises
         QtoolError where no runtime reads experts from such files."""
+
+    def with_apart(self, section: Section, apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+        """The section of an output that stores some of its ``linears`` otherwise, so that every loader is told of each.
+        Raises QtoolError where loaders cannot be told."""
+
+    def own(self, section: Section, linear: str) -> Section:
+        """The section as it is for one linear: with its own settings, where it has some. Raises QtoolError for rules
+        that qtool does not read."""
 
     def geometry(self, section: Section) -> dict[str, Any]:
         """What the section says of all linears, under the names recipes use (``group_size``, ``bits``, ``sym`` …); None

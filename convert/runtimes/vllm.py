@@ -9,10 +9,11 @@ with zeros, with a warning. Marlin and Machete themselves ran with vLLM 0.26, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import find_family
 from qtool.convert.runtimes.rule import Runtime, RuntimeRule, Subject, has_experts, heads, shards
@@ -21,6 +22,8 @@ VERSION = "0.32"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
 EXPERTS_HIDDEN = 128
+JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+          "up_proj": "gate_up_proj"}  # fmt: skip
 FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
 Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
@@ -31,6 +34,21 @@ def runtime(refuses: Refuses, package: str = "", install: str = "") -> Runtime:
     """What a container needs in vLLM. ``package``: a plugin."""
     note = f"vLLM loads it with {package} only ({install}, in vLLM's environment)" if package else ""
     return Runtime("vllm", "vLLM", package, install, refuses, note)
+
+
+def joined(linear: str) -> str | None:
+    """The module that holds a linear together with others, which have to be stored alike: q, k and v; gate and up; all
+    experts of a layer. None: it stands alone."""
+    if expert_of(linear) is not None:
+        return linear.partition(".experts.")[0] + ".experts"
+    before, _, kind = linear.rpartition(".")
+    return f"{before}.{JOINED[kind]}" if kind in JOINED else None
+
+
+def named(linears: Iterable[str]) -> list[str]:
+    """These linears, and what holds them in vLLM: what a list has to name that vLLM looks a module up in."""
+    found = [name for linear in linears for name in (linear, joined(linear)) if name is not None]
+    return list(dict.fromkeys(found))
 
 
 def lacking(section: Mapping[str, Any], *keys: str) -> Iterator[str]:
@@ -47,13 +65,13 @@ def dtype_flag(config: Mapping[str, Any]) -> str | None:
 
 
 def _marlin(subject: Subject, tp: int) -> Iterator[str]:
-    said = subject.geometry
-    if said["group_size"] not in MARLIN_GROUPS:
-        yield f"group_size {said['group_size']} is not one of -1, 32, 64, 128"
-    if said["bits"] not in (4, 8):
-        yield f"bits is {said['bits']}; Marlin takes 4 and 8"
-    if said.get("sym") is False and said["bits"] == 8:
-        yield "the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
+    for whose, said in subject.geometries():
+        if said["group_size"] not in MARLIN_GROUPS:
+            yield f"{whose}group_size {said['group_size']} is not one of -1, 32, 64, 128"
+        if said["bits"] not in (4, 8):
+            yield f"{whose}bits is {said['bits']}; Marlin takes 4 and 8"
+        if said.get("sym") is False and said["bits"] == 8:
+            yield f"{whose}the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
     yield from heads(subject, tp)
     yield from shards(subject, tp, multiple_out=1, multiple_in=1)
 
@@ -78,11 +96,11 @@ def _experts(subject: Subject, tp: int) -> Iterator[str]:
 
 
 def _cpu(subject: Subject, tp: int) -> Iterator[str]:
-    said = subject.geometry
-    if said["bits"] != 4:
-        yield f"bits is {said['bits']}; vLLM on a CPU takes 4 only"
-    if (said["group_size"] or 0) > 0 and said["group_size"] % 2:
-        yield f"group_size {said['group_size']} is odd"
+    for whose, said in subject.geometries():
+        if said["bits"] != 4:
+            yield f"{whose}bits is {said['bits']}; vLLM on a CPU takes 4 only"
+        if (said["group_size"] or 0) > 0 and said["group_size"] % 2:
+            yield f"{whose}group_size {said['group_size']} is odd"
     yield from heads(subject, tp)
     yield from shards(subject, tp, CPU_MULTIPLE, CPU_MULTIPLE)
 

@@ -105,6 +105,7 @@ def subject_of(artifact: Artifact) -> Subject:
     return Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(sides[0]) if sides else None,
         frozenset(scattered), decoder_of(artifact.config).by_columns(), geometry_of(packed.section),
+        {name: own for name in shapes if (own := geometry_of(packed.own(name))) != geometry_of(packed.section)},
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.workers import workers
+from qtool.convert.formats.apart import find_apart
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
@@ -21,7 +22,7 @@ from qtool.convert.formats.gguf.metadata import add_metadata, required_keys
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
 from qtool.convert.formats.gguf.names import ROPE_FREQS, STACKED, piece, possible_names
 from qtool.convert.formats.gguf.stops import find_stops
-from qtool.convert.formats.gguf.types import PLAIN, tensor_types
+from qtool.convert.formats.gguf.types import PLAIN, plain_type, tensor_types, types_apart
 from qtool.convert.formats.gguf.vocab import add_vocabulary
 from qtool.convert.models.config_keys import window_limits
 from qtool.convert.models.table import gguf_facts
@@ -47,12 +48,15 @@ def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
     typed = tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts)
+    typed = types_apart(typed, shapes, file.hf_names(), artifact.manifest.output, plain_type(config))
     known = [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type]
     seen = _seen(file, known, device)
     for name in shapes:
         found = file.layout[name][0]
         if name not in seen:
-            reasons.append(f"{name} is {found}, llama.cpp's rule for {made} says {typed[name].type}")
+            reasons.append(
+                f"{name} is {found}, by llama.cpp's rules for {made} and its recipe it is {typed[name].type}"
+            )
             continue
         for told, one in seen[name]:
             if not one.finite:
@@ -197,7 +201,10 @@ def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str]
         return None
     file = artifact.file
     plain = {hf for hf, name in file.hf_names().items() if file.layout[name][0] in PLAIN}
-    return [name for name in shapes if name in model.matrices or name in (EMBEDDING, HEAD)], plain
+    meant = [name for name in shapes if name in model.matrices or name in (EMBEDDING, HEAD)]
+    apart = find_apart(artifact.manifest.output, [name.removesuffix(".weight") for name in meant])
+    asked = {linear for linear, own in apart.items() if own is None or own.get("type") in PLAIN}
+    return [name for name in meant if name.removesuffix(".weight") not in asked], plain
 
 
 FURTHER: tuple[tuple[str, Check], ...] = ((KEYS, check_keys),)

@@ -14,8 +14,11 @@ from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.files.workers import workers
 from qtool.convert.files.writer import Spec
+from qtool.convert.formats.shards import section_for
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.convert.runtimes import vllm
 from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import (
     CPU,
@@ -88,7 +91,7 @@ def _look(checkpoint: Checkpoint, name: str, part: bool, device: torch.device) -
 def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype, device: torch.device) -> list[str]:
     packed, tensors = artifact.packed, artifact.checkpoint.tensors
     try:
-        expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
+        expected = packed.container.specs(*packed.shape(linear), packed.own(linear), dtype)
     except (KeyError, ValueError, TypeError, ArithmeticError, QtoolError) as error:
         return [f"{linear} cannot be read: {error}"]
     reasons = [*_misfits(linear, expected, tensors)]
@@ -150,8 +153,16 @@ def config_faults(artifact: Artifact, model: Implied) -> Iterator[str]:
 
 def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str], set[str]]:
     """(what is to be quantized, what of it is not)."""
-    planned = [name for name in model.matrices if name in shapes]
+    plain = _asked_plain(artifact)
+    planned = [name for name in model.matrices if name in shapes and name.removesuffix(".weight") not in plain]
     return planned, set(planned) - {f"{linear}.weight" for linear in artifact.packed.names()}
+
+
+def _asked_plain(artifact: Artifact) -> set[str]:
+    """Linears that stay in 16 bits because the manifest says that they were asked to."""
+    assert artifact.manifest is not None
+    _, apart = section_for(artifact.quantization, artifact.manifest.output, decoder_of(artifact.config))
+    return {linear for linear, own in apart.items() if own is None}
 
 
 def _section_faults(artifact: Artifact) -> Iterator[str]:
@@ -165,10 +176,15 @@ def _section_faults(artifact: Artifact) -> Iterator[str]:
     except QtoolError as error:
         yield error.message
         return
-    known = {name.removesuffix(".weight") for name in artifact.weights.shapes()} | {"lm_head"}
+    known = {"lm_head", *vllm.named(name.removesuffix(".weight") for name in artifact.weights.shapes())}
     for said in skipped:
         if not said.startswith("re:") and not any(said in module for module in known):
             yield f"quantization_config leaves {shown(said)} unquantized, and the model has no such module"
+    plain = _asked_plain(artifact)
+    for linear in plain - set(skipped):
+        yield f"{shown(linear)} stays in 16 bits, and quantization_config does not say so"
+    for linear in plain & set(packed.names()):
+        yield f"{shown(linear)} is quantized, and the artifact was made with it in 16 bits"
     for linear in packed.names():
         pattern = next((said for said in skipped if _skips(said, linear)), None)
         if pattern is not None:

@@ -61,7 +61,7 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
         elif not math.isfinite(error) or not abs(error - said) <= FROBENIUS_TOLERANCE * max(said, 1e-6):
             reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {said:.4g}")
     if not reasons:  # else it is another model's source
-        reasons = [*_fold_faults(scales, linears, decoder), *_plain_faults(artifact, source, scales, decoder)]
+        reasons = [*_fold_faults(scales, list(held), decoder), *_plain_faults(artifact, source, scales, decoder)]
     return AGAINST_SOURCE, reasons, f"{len(linears)} linears as recorded"
 
 
@@ -129,6 +129,8 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         was, now = source.tensor(name).float() + offset, tensor.float() + offset
         if name in absorbed:
             now = now * absorbed[name]
+        if (own := _scales_of(scales, name.removesuffix(".weight"))) is not None:  # a linear that stays in 16 bits
+            now = now / own[0] * own[1].unsqueeze(1)
         limit = tables if now.ndim >= 2 else PLAIN_TOLERANCE
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):

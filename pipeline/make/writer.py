@@ -38,8 +38,7 @@ class OutputWriter:
         self.file = output.container.open(partial, output.plan, output.key, source)
         self.kept: TensorWriter | None = None
         if method.kept_as is not None:
-            specs = method.kept_specs(output.plan.linears)
-            self.kept = open_shards(partial / EXTRAS, specs, output.key, method.kept_as)
+            self.kept = open_shards(partial / EXTRAS, output.kept_specs, output.key, method.kept_as)
         if self.layers_done == 0:  # a vocabulary that a runtime reads otherwise is known before any work
             try:
                 prove(self.file.question)

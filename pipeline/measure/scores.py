@@ -289,6 +289,7 @@ class Evaluation:
             seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
             outcomes={problem: answers[0] for problem, answers in found.items()},
             more={problem: answers[1:] for problem, answers in found.items()} if several else {},
+            groups={problem.task_id: problem.groups for problem in task.problems if problem.groups},
         )  # fmt: skip
         save(self.run / "scores" / f"{name}.json", score)
         journal.close()

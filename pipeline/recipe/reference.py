@@ -20,7 +20,10 @@ EXAMPLES: dict[str, Any] = {  # of keys whose values cannot be listed; by sectio
     "TextSource.text": "tickets.jsonl", "FidelitySection.text": "heldout-code", "split": "train", "revision": "v1.0",
     "column": "prompt", "samples": 64, "TextSource.length": 1024, "FidelitySection.length": [512, 4096], "seed": 7,
     "exponent": 1, "blend": 2.0, "min_tokens": 4096, "damp_percent": 0.05, "propagate_strength": 0.25, "name": "mine",
-    "imatrix": "imatrix.gguf", "pre_tokenizer": "qwen2", "file": "HumanEvalPlus.jsonl.gz", "after": "2025-01-31",
+    "imatrix": "imatrix.gguf", "ignore": ["down_proj", "model.layers.0.*"],
+    "GptqMethod.modules": {"down_proj": {"group_size": 32}}, "GgufMethod.modules": {"v_proj": {"type": "Q8_0"}},
+    "LinearSettings.bits": 8, "LinearSettings.group_size": 32,
+    "pre_tokenizer": "qwen2", "file": "HumanEvalPlus.jsonl.gz", "after": "2025-01-31",
     "before": "2025-06-30", "limit": 100, "base_url": "http://127.0.0.1:8000/v1", "models": {"awq": "my-model-awq"},
     "EvaluateSection.samples": 10, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1024, "batch_size": 64,
     "timeout": 10.0, "output": "awq", "max_drop": 2, "min_recovery": 0.98, "max_kld": 0.05, "max_size": 5.5,
@@ -34,6 +37,7 @@ EVERYWHERE = 2**40  # limits beyond it are those of the machine's numbers, and n
 SECTIONS = {
     "The recipe": "Recipe", "model": "ModelSection", "calibration": "TextSource", "experts": "ExpertSettings",
     **{f"outputs, method {name}": method.__name__ for name, method in METHODS.items()},
+    "outputs.modules, method gptq": "LinearSettings", "outputs.modules, method gguf": "TensorSettings",
     "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
     "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "publish": "PublishSection",
     "publish.benchmarks": "BenchmarkSection",
@@ -118,7 +122,7 @@ def example(section: str, key: str, about: Mapping[str, Any]) -> Any:
 
 def _example(section: str, key: str, about: Mapping[str, Any]) -> str:
     value = example(section, key, about)
-    if value is None or (isinstance(value, dict) and key not in EXAMPLES):
+    if value is None or (isinstance(value, dict) and not {key, f"{section}.{key}"} & set(EXAMPLES)):
         return ""
     said = str(value) if isinstance(value, str) else json.dumps(value)
     return f"`{key}: {_cell(said)}`"

@@ -40,10 +40,11 @@ def print_plan(job: Job, needs: Resources, full: bool) -> None:
 def _row(output: Output) -> Row:
     """Size, bits, how many linears, in which groups or types."""
     plan = output.plan
+    plain = f", {len(plan.plain)} in 16 bits" if plan.plain else ""
     kinds = dict.fromkeys(linear.type or str(linear.group_size) for linear in plan.linears)
     return {
         "output": output.name, "size": size_text(plan.nbytes), "bits a weight": f"{plan.bits_per_weight:.2f}",
-        "linears": str(len(plan.linears)), "groups of, or types": ", ".join(kinds)
+        "linears": f"{len(plan.linears)}{plain}", "groups of, or types": ", ".join(kinds)
     }  # fmt: skip
 
 

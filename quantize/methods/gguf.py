@@ -8,7 +8,7 @@ from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from qtool import QtoolError
@@ -27,6 +27,7 @@ from qtool.quantize.methods.method import (
     Method,
     Name,
     Needs,
+    Pattern,
     Statistics,
     UnfoldedWork,
 )
@@ -39,7 +40,17 @@ from qtool.quantize.stacks import Stack, stacks_of
 IMPORTANCE = "importance"
 TINY = 1e-12  # its square times a weight's is still a normal float32
 UNWEIGHED = ("Q8_0", *FLOATS)  # types whose blocks no importance changes
+TensorType = Literal["Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"]
 FileType = Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"]
+
+
+class TensorSettings(BaseModel):
+    """Of the tensors that a pattern names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: TensorType
+    """In llama.cpp's words."""
 
 
 class GgufMethod(Method):
@@ -71,6 +82,8 @@ class GgufMethod(Method):
     """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """How much of the prefix's error a matrix makes up for."""
+    modules: dict[Pattern, TensorSettings] = Field(default_factory=dict)
+    """Tensors with a type of their own, by name or pattern; of several that name one the last counts."""
     pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
     """llama.cpp's name of the rules that split text, where qtool cannot tell it."""
 
@@ -103,7 +116,7 @@ class GgufMethod(Method):
     @property
     def container(self) -> Gguf:
         """llama.cpp's file."""
-        return Gguf(self.type, self.pre_tokenizer)
+        return Gguf(self.type, self.pre_tokenizer, self.asked)
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -127,7 +140,7 @@ class GgufMethod(Method):
     def require(self, device: torch.device) -> None:
         """Raises QtoolError (exit 3)."""
         load_gguf()
-        if self.type not in FLOATS and device.type == "cpu":
+        if (self.type not in FLOATS or self.modules) and device.type == "cpu":
             load_library()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
@@ -194,15 +207,18 @@ class GgufWork(UnfoldedWork):
         """Of each problem its matrices' blocks, those of one type together; experts have the same types."""
         sizes, kinds = [source.shape[0] for _, source, _ in sources[0]], [kind for _, _, kind in sources[0]]
         goal, gram, problems = self.target(stack), stats.gram, len(sources)
+        source = goal
         factor = factorize(gram, self._method.damp_percent)
         if stats.drift is not None:
             with tensor_float32():
                 goal = propagated_target(goal, stats.output_drift(goal), factor, self._method.propagate_strength)
-        goals, found = goal.split(sizes, -2), dict[tuple[int, int], GgmlBlocks]()
+        found = dict[tuple[int, int], GgmlBlocks]()
+        goal_or_source = goal.split(sizes, -2), source.split(sizes, -2)  # what stays in 16 bits makes up for nothing
         with damped(gram, factor):
             for kind in dict.fromkeys(kinds):
                 places = [place for place, one in enumerate(kinds) if one == kind]
-                wanted = torch.cat([goals[place] for place in places], -2)
+                aims = goal_or_source[kind in FLOATS]
+                wanted = torch.cat([aims[place] for place in places], -2)
                 data = kquant_rounding.quantize(wanted, factor, gram, kind).data
                 parts = iter(data.split([sizes[place] for place in places] * problems))
                 for number, place in product(range(problems), places):

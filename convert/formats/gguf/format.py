@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ from qtool.convert.text.tokenizer import load_tokenizer
 @dataclass(frozen=True)
 class Gguf:
     """``type``: the file's type, as llama-quantize names it; ``rules``: llama.cpp's name of the tokenizer's split
-    rules, where the recipe says it."""
+    rules, where the recipe says it; ``asked``: what the output wants otherwise of some tensors, as `find_apart` takes
+    it."""
 
     type: str
     rules: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def section(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class Gguf:
 
     def plan(self, shape: ModelShape) -> GgufPlan:
         """As `plan_gguf`."""
-        return plan_gguf(shape, self.type)
+        return plan_gguf(shape, self.type, self.asked)
 
     def prove(self, skeleton: Any, config: Mapping[str, Any]) -> None:
         """Every key of config.json that the model reads can be said in the file."""

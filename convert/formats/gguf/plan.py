@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.ggml import BLOCKS, FLOATS, load_gguf, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names, stored_shape
-from qtool.convert.formats.gguf.types import PLAIN, Typed, tensor_types
+from qtool.convert.formats.gguf.types import PLAIN, Typed, plain_type, tensor_types, types_apart
 from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.expert_names import expert_of
@@ -47,9 +48,10 @@ class GgufPlan(OutputPlan):
         ]
 
 
-def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
+def plan_gguf(shape: ModelShape, file_type: str, asked: Mapping[str, Any] | None = None) -> GgufPlan:
     """Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
-    config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
+    config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type. ``asked``: as
+    `find_apart` takes it."""
     load_gguf()  # said first, whatever the model is
     tensors, config = shape.tensors, shape.config
     limits = tuple(check_gguf(config))
@@ -65,6 +67,7 @@ def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
     types = tensor_types(shapes, file_type, decoder.shape.layers, like_70b, experts)
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
+    types = types_apart(types, shapes, names, asked or {}, plain_type(config))
     _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
     plans, outside, held = list[LinearPlan](), list[LinearPlan](), decoder.held()
@@ -82,7 +85,7 @@ def plan_gguf(shape: ModelShape, file_type: str) -> GgufPlan:
     tied = [name for name in tensors if name not in names]
     parameters = sum(info.nbytes // info.dtype.itemsize for name, info in tensors.items() if name not in tied)
     total = sum(sizes.values())
-    return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits)
+    return GgufPlan(specs, plans, parameters, total, outside, names=names, types=types, shapes=shapes, limits=limits)
 
 
 def _require_share(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Typed], file_type: str) -> None:
