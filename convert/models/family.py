@@ -75,6 +75,8 @@ class GgufFacts:
     windows: its sliding layers slide.
     biases: it loads biases of attention.
     factors: it loads llama-3's rotary factors.
+    own_yarn: it reads yarn's betas, and by a logarithm what cosines and sines are multiplied by.
+    epsilon: the key of config.json that norms add to what they divide by, and its own.
     keys: its own keys, from the completed config.json, the shape, and the rotary keys of each kind of layer. Raises
         QtoolError for what no key can say.
     required: those of them without which it loads a file wrongly.
@@ -88,6 +90,8 @@ class GgufFacts:
     windows: bool = False
     biases: bool = False
     factors: bool = False
+    own_yarn: bool = False
+    epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
     keys: Callable[[Settings, Geometry, Ropes], dict[str, Value]] = _no_keys
     required: tuple[str, ...] = ()
     refuse: Callable[[Settings, Ropes], None] = _takes_all
