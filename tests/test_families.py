@@ -69,13 +69,12 @@ def test_feeds_are_of_tensors_that_are_there(name: str) -> None:
     matrices = {name for name, shape in tensors.items() if len(shape) >= 2 and name.startswith(decoder.prefix)}
     also = {decoder.at(layer) + name for layer in range(3) for feed in decoder.feeds(layer) for name in feed.also}
     assert set(decoder.held()) | also == matrices
+    beside = decoder.family.unlike_layers
+    assert not any(part in module for part in beside for module in decoder.held())
     assert not set(decoder.held()) & also
 
 
-def test_a_looped_model_visits_its_layers_twice() -> None:
-    decoder = decoder_of(SIZES | {"architectures": ["IQuestLoopCoderForCausalLM"]})
-    assert [(visit.layer, visit.turn) for visit in decoder.visits()] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
-    assert len(decoder_of(SIZES | {"architectures": ["LlamaForCausalLM"]}).visits()) == 3
+def test_a_looped_model_is_no_gguf() -> None:
     with pytest.raises(QtoolError, match=r"cannot be written as GGUF: llama\.cpp has no looped decoder"):
         gguf_facts({"architectures": ["IQuestLoopCoderForCausalLM"]})
 

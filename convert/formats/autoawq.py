@@ -53,6 +53,11 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     return {**section, "modules_to_not_convert": [*skipped(section), *plain]}
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *parts]}
+
+
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """group_size."""
     return {"group_size": section.get("group_size")}

@@ -49,7 +49,8 @@ COPIES: tuple[str, ...] = (QUANTIZE_CONFIG,)
 KEYS = frozenset(
     {
         "quant_method", "bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential", "static_groups",
-        "lm_head", "checkpoint_format", "method", "format", "pack_dtype", "meta",
+        "lm_head", "checkpoint_format", "method", "format", "pack_dtype", "meta", "modules_in_block_to_quantize",
+        "dynamic",
     }
 )  # fmt: skip
 V1, V2 = "gptq", "gptq_v2"
@@ -68,6 +69,13 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
 def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
     """The same: readers see from the tensors' names what is quantized, and never quantize routers."""
     return dict(section)
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What is quantized is named, for vLLM, which looks for a name anywhere in a module's; of a model without a list of
+    fused matrices it takes the names as its own modules have them. What is not is named for SGLang."""
+    named = [[*names, *vllm.fused(names)] for names in matrices]
+    return {**section, "modules_in_block_to_quantize": named, "dynamic": {f"-:.*{part}.*": {} for part in parts}}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:

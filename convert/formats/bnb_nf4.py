@@ -68,6 +68,11 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     )
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "llm_int8_skip_modules": [*skipped(section), *parts]}
+
+
 LONGEST_FLOAT = "-2.2250738585072014e-308"
 
 

@@ -49,6 +49,11 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     return {**section, "ignore": [*section["ignore"], *plain]}
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A pattern for each: names are compared whole."""
+    return {**section, "ignore": [*section["ignore"], *(f"re:.*{part}.*" for part in parts)]}
+
+
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """bits, group_size, sym."""
     groups = section.get("config_groups")

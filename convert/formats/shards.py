@@ -18,7 +18,7 @@ from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
-from qtool.convert.formats.table import Container, container_of
+from qtool.convert.formats.table import Container, container_of, of_model
 from qtool.convert.models.shape import Decoder
 
 GROUP_SIZES = (128, 64, 32)
@@ -60,8 +60,7 @@ class Shards:
 
     def of_model(self, decoder: Decoder) -> Shards:
         """As the container says it. Raises QtoolError where that holds no experts."""
-        plain = decoder.beside_experts()
-        return replace(self, section=self.container.with_experts(self.section, plain)) if plain else self
+        return replace(self, section=of_model(self.container, self.section, decoder))
 
     def plan(self, shape: ModelShape) -> OutputPlan:
         """Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qtool.convert.models.experts import Mixture
-from qtool.convert.models.feeds import Feed, Shape, Visit
+from qtool.convert.models.feeds import Feed, Shape
 from qtool.convert.models.geometry import Geometry
 
 Value = int | float | str  # a bool is an int
@@ -99,11 +99,6 @@ class GgufFacts:
     like_70b: Callable[[Geometry], bool] = _never
 
 
-def one_pass(shape: Geometry) -> tuple[Visit, ...]:
-    """Every layer once, in order."""
-    return tuple(Visit(layer) for layer in range(shape.layers))
-
-
 @dataclass(frozen=True)
 class Family:
     """All that qtool knows of a family of models.
@@ -117,7 +112,6 @@ class Family:
     aliases: other names that transformers reads and writes for a key -> the key.
     shape: what keys of the family's own change in the geometry.
     mixture: what its mixtures of experts are called in its files; None for a family without.
-    visits: the order in which a token passes through the layers.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
@@ -127,7 +121,9 @@ class Family:
     whole_scores: as in `Geometry`.
     float16: whether vLLM runs it in float16.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
-    planned_only: why no output quantizes it yet; empty where all do.
+    unlike_layers: parts of the names of modules beside the layers that hold matrices, stay as they are, and that a
+        runtime may take for such as are quantized.
+    register: makes its class known to transformers, which has none; such a model's own code is not run.
     """
 
     name: str
@@ -139,7 +135,6 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     mixture: Mixture | None = None
-    visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
@@ -150,7 +145,8 @@ class Family:
     float16: bool = True
     gguf: GgufFacts | None = None
     no_gguf: str = "cannot be written as GGUF yet"
-    planned_only: str = ""
+    unlike_layers: tuple[str, ...] = ()
+    register: Callable[[], Any] | None = None
 
     def norm_offset(self, name: str) -> float:
         """What the norm of a weight adds to it before it applies it."""

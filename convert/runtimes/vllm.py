@@ -9,7 +9,7 @@ with zeros, with a warning. Marlin and Machete themselves ran with vLLM 0.26, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ CPU_MULTIPLE = 32
 EXPERTS_HIDDEN = 128
 FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
 """quantization_config -> why vLLM loads such a file on no platform."""
 
@@ -31,6 +32,13 @@ def runtime(refuses: Refuses, package: str = "", install: str = "") -> Runtime:
     """What a container needs in vLLM. ``package``: a plugin."""
     note = f"vLLM loads it with {package} only ({install}, in vLLM's environment)" if package else ""
     return Runtime("vllm", "vLLM", package, install, refuses, note)
+
+
+def fused(names: Sequence[str]) -> tuple[str, ...]:
+    """What vLLM's modules call matrices that it keeps as one, of those that share an input."""
+    last = [name.rpartition(".")[2] for name in names]
+    own = next((module for module, parts in FUSED.items() if parts == tuple(last)), None)
+    return () if own is None else (names[0].removesuffix(last[0]) + own,)
 
 
 def lacking(section: Mapping[str, Any], *keys: str) -> Iterator[str]:

@@ -164,8 +164,6 @@ def _weights(headers: Headers, question: Question) -> tuple[list[Weights], list[
             notes.append(f"{name}: {error.message}")
     if not weights:
         raise QtoolError("; ".join(notes))
-    if headers.geometry.loops > 1 and any(each.family != SOURCE for each in weights):
-        notes.append("looped models are planned, but qtool quantizes none of them yet")
     return weights, notes
 
 
