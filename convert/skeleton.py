@@ -31,7 +31,9 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     raw = read_config(path)
     check_config(raw)
     family = find_family(raw)
-    if family is not None and family.register is not None:  # the class that the walk knows, whatever came with the model
+    if (
+        family is not None and family.register is not None
+    ):  # the class that the walk knows, whatever came with the model
         family.register()
         raw, trust_remote_code = {}, False
     if "auto_map" in raw and not trust_remote_code:

@@ -29,10 +29,11 @@ def peak_bytes(
     mine: Sequence[Method] | None = None,
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
-    A looped model's turns lie side by side. ``ranks``: processes that walk together, ``mine``: the outputs that this one makes (None: all).
-    Bytes on the computing device: hidden states of every stream, one layer, the codes of the layer before, and the
-    largest of what is alive while statistics are collected or codes chosen. Within 5 % of what an accelerator's
-    allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and not measured yet."""
+    ``ranks``: processes that walk together, ``mine``: the outputs that this one makes (None: all).
+    Bytes on the computing device: hidden states of every stream (of a looped model the turns' side by side), one layer,
+    the codes of the layer before, and the largest of what is alive while statistics are collected or codes chosen.
+    Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and
+    not measured yet."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer, parameters = _largest_layer(decoder, shapes)
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width

@@ -70,25 +70,32 @@ def unrounded(made: LayerCodes, tensors: dict[str, torch.Tensor], decoder: Decod
         held.mul_(made.kept[f"{matrix.module}.columns"]).div_(made.kept[f"{matrix.module}.rows"].unsqueeze(1))
 
 
-def test_scales_change_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folded source, not rounded, computes the logits that transformers' own model does."""
-    monkeypatch.setattr(walked, "fast_bfloat16", lambda: False)
+def folded_source(source: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors (float32) with AWQ's scales in matrices and producers, and no rounding."""
     config, checkpoint = read_config(source), Checkpoint.open(source)
     decoder = decoder_of(config)
-    assert {name: info.shape for name, info in checkpoint.tensors.items()} == tensor_shapes(config)
     method = AwqMethod(method="awq", group_size=32, rounding="rtn", dtype="bfloat16")
     columns = [Column(method, method.container.plan(ModelShape(checkpoint.tensors, decoder, config)))]
     model = build_skeleton(load_config(source))
     walk = Walk(model, decoder, checkpoint, CalibrationSet(TOKENS, "test"), columns, CPU)
     tensors = {name: tensor.float() for name, tensor in checkpoint.read()}
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
     for result in walk.run():
         assert result.index is not None
         unrounded(result.outputs["awq"], tensors, decoder, result.index)
-    scaled = [name for name in before if not torch.equal(before[name], tensors[name])]
+    return tensors
+
+
+def test_scales_change_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folded source, not rounded, computes the logits that transformers' own model does."""
+    monkeypatch.setattr(walked, "fast_bfloat16", lambda: False)
+    checkpoint = Checkpoint.open(source)
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == tensor_shapes(read_config(source))
+    before = {name: tensor.float() for name, tensor in checkpoint.read()}
+    after = folded_source(source)
+    scaled = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(scaled) > 2 * 4
     expected, found = (
-        load_model(iter(each.items()), load_config(source), CPU)(input_ids=TOKENS).logits for each in (before, tensors)
+        load_model(iter(each.items()), load_config(source), CPU)(input_ids=TOKENS).logits for each in (before, after)
     )
     assert float((expected - found).abs().max() / expected.abs().max()) < 1e-5
 

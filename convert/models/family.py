@@ -120,6 +120,7 @@ class Family:
     drafts: its checkpoints hold layers beyond the last, which guess further tokens and which artifacts leave out.
     whole_scores: as in `Geometry`.
     float16: whether vLLM runs it in float16.
+    vllm_names_fused: whether vLLM's class of it says which matrices it keeps as one.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
     unlike_layers: parts of the names of modules beside the layers that hold matrices, stay as they are, and that a
         runtime may take for such as are quantized.
@@ -143,6 +144,7 @@ class Family:
     drafts: bool = False
     whole_scores: bool = False
     float16: bool = True
+    vllm_names_fused: bool = True
     gguf: GgufFacts | None = None
     no_gguf: str = "cannot be written as GGUF yet"
     unlike_layers: tuple[str, ...] = ()

@@ -45,5 +45,6 @@ IQUEST_LOOP_CODER = Family(
     shape=_shape,
     unlike_layers=("gate_projections",),
     register=_register,
+    vllm_names_fused=False,
     no_gguf="cannot be written as GGUF: llama.cpp has no looped decoder",
 )
