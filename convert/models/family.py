@@ -124,6 +124,7 @@ class Family:
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
     unlike_layers: parts of the names of modules beside the layers that hold matrices, stay as they are, and that a
         runtime may take for such as are quantized.
+    built_as: the class of another name that transformers builds for its model_type, and that computes the same.
     register: makes its class known to transformers, which has none; such a model's own code is not run.
     """
 
@@ -147,6 +148,7 @@ class Family:
     vllm_names_fused: bool = True
     gguf: GgufFacts | None = None
     no_gguf: str = "cannot be written as GGUF yet"
+    built_as: str = ""
     unlike_layers: tuple[str, ...] = ()
     register: Callable[[], Any] | None = None
 
