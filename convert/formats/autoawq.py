@@ -64,6 +64,11 @@ def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
     return section
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *parts]}
+
+
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """group_size."""
     return {"group_size": section.get("group_size")}

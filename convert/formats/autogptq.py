@@ -21,6 +21,7 @@ from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, orde
 from qtool.convert.formats.gptq_dynamic import DYNAMIC, QUANTIZED
 from qtool.convert.formats.gptq_rules import RULES as RULES
 from qtool.convert.formats.gptq_rules import RUNS_IN as RUNS_IN
+from qtool.convert.runtimes import vllm
 from qtool.convert.runtimes.rule import Observed
 
 SAFETENSORS: Literal[True] = True
@@ -63,6 +64,13 @@ def with_apart(section: Mapping[str, Any], apart: Apart, linears: Sequence[str])
 def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
     """As `dynamic` has it."""
     return gptq_dynamic.changed(section, linear)
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What is quantized is named, for vLLM, which looks for a name anywhere in a module's; of a model without a list of
+    fused matrices it takes the names as its own modules have them. What is not is named for SGLang."""
+    named = [vllm.named(names) for names in matrices]
+    return {**section, QUANTIZED: named, DYNAMIC: {f"-:.*{part}.*": {} for part in parts}}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,11 @@ def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
     return section
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "llm_int8_skip_modules": [*skipped(section), *parts]}
+
+
 LONGEST_FLOAT = "-2.2250738585072014e-308"
 
 
@@ -257,11 +262,11 @@ observed = nothing_observed
 PLUGIN, PLUGIN_VERSION = "vllm-bnb-plugin", "0.0.3"
 RUNS_IN: tuple[Runtime, ...] = (
     Runtime("transformers", "transformers", "bitsandbytes", "pip install 'qtool-llm[nf4]'"),
-    vllm.runtime(_vllm, PLUGIN, f"pip install {PLUGIN}"),
+    vllm.runtime(_vllm, PLUGIN, f"pip install {PLUGIN}", vllm.fuses_unnamed),
 )
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (BitsAndBytesConfig)", _keys, required=True),
     HEAD,
     RuntimeRule("CPU and GEMV kernels", "bitsandbytes", "0.50.2", "bitsandbytes/functional.py", _shapes),
-    vllm.loading(_vllm, "vllm_bnb_plugin", f"{PLUGIN} {PLUGIN_VERSION} in vLLM"),
+    vllm.loading(_vllm, "vllm_bnb_plugin", f"{PLUGIN} {PLUGIN_VERSION} in vLLM", vllm.fuses_unnamed),
 )

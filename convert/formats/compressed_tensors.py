@@ -84,6 +84,11 @@ def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
     return {**section, "config_groups": {chosen: groups[chosen]}}
 
 
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A pattern for each: names are compared whole."""
+    return {**section, "ignore": [*section["ignore"], *(f"re:.*{part}.*" for part in parts)]}
+
+
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
     """bits, group_size, sym; of several groups what the first one says, that of all linears which no other names."""
     groups = section.get("config_groups")

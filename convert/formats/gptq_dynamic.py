@@ -23,21 +23,25 @@ _ONE = re.compile(r"[+-]:\^((?:[\w-]|\\\.|\\-)+)\$")
 def with_rules(section: Mapping[str, Any], apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
     """A rule for each linear, and one for what holds it in vLLM; where some stay in 16 bits, the list of those that do
     not."""
-    rules: dict[str, dict[str, Any]] = {}
+    rules: dict[str, dict[str, Any]] = dict(section.get(DYNAMIC) or {})
     for linear, settings in apart.items():
         for name in vllm.named([linear]):
             rules[_rule(name, settings is not None)] = dict(settings or {})
     kept = [linear for linear in linears if apart.get(linear, {}) is not None]
-    listed = {QUANTIZED: [kept]} if len(kept) < len(linears) else {}
+    if QUANTIZED in section:  # for vLLM, too, which keeps some of them as one
+        kept = vllm.named(kept)
+    listed = {QUANTIZED: [kept]} if len(kept) < len(linears) or QUANTIZED in section else {}
     return {**section, DYNAMIC: rules, **listed}
 
 
 def changed(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
-    """The section with the values of a rule that names the linear. Raises QtoolError for rules that are patterns."""
+    """The section with the values of a rule that names the linear. Raises QtoolError for rules that are patterns, but
+    for what stays in 16 bits: a linear that is stored with codes is none of these."""
     rules = section.get(DYNAMIC)
     if not rules:
         return section
-    if not isinstance(rules, Mapping) or not all(_named(rule) and isinstance(rules[rule], Mapping) for rule in rules):
+    known = isinstance(rules, Mapping) and all(str(rule).startswith("-:") or _named(str(rule)) for rule in rules)
+    if not known or not all(isinstance(said, Mapping) for said in rules.values()):
         raise QtoolError(f"quantization_config: {DYNAMIC} holds a pattern; qtool reads rules that name one module.")
     return {**section, **rules.get(_rule(linear, True), {})}
 

@@ -19,7 +19,7 @@ from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
-from qtool.convert.formats.table import Container, container_of, geometry_of
+from qtool.convert.formats.table import Container, container_of, geometry_of, of_model
 from qtool.convert.models.shape import Decoder
 from qtool.convert.runtimes import vllm
 
@@ -198,8 +198,8 @@ def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def section_for(section: Mapping[str, Any], asked: Mapping[str, Any], decoder: Decoder) -> tuple[dict[str, Any], Apart]:
     """(``section`` as it is for a model, which of its linears are stored otherwise). ``asked``: as `find_apart` takes
     it. Raises QtoolError where the container holds no experts, or some linears cannot be stored as asked."""
-    container, plain = container_of(section), decoder.beside_experts()
-    section = container.with_experts(section, plain) if plain else dict(section)
+    container = container_of(section)
+    section = of_model(container, section, decoder)
     linears = [module for held in decoder.held().values() for module, _ in held]
     usual = container.geometry(section)
     apart = {

@@ -136,11 +136,3 @@ class Feed:
     def name(self) -> str:
         """The first consumer's module: where the input is seen, and the key of its statistics."""
         return self.consumers[0].module
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A decoder layer in one pass of a token through the model. A looped model has several passes."""
-
-    layer: int
-    turn: int = 0

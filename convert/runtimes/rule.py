@@ -67,7 +67,7 @@ class Runtime:
     that the loading rules have for what reads the file there; ``package``: what must be installed beside the engine,
     ``install``: how; ``refuses(quantization_config)`` yields why such a file is loaded on no platform; ``note``: what
     whoever makes such a file should hear; ``refuses_experts(quantization_config)``: why it does not load experts from
-    such a file."""
+    such a file; ``refuses_model(config.json)``: why it does not load this model from it."""
 
     engine: str
     title: str
@@ -76,6 +76,7 @@ class Runtime:
     refuses: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
     note: str = ""
     refuses_experts: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
+    refuses_model: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,27 @@ VERSION = "0.32"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_MULTIPLE = 32
 EXPERTS_HIDDEN = 128
-JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-          "up_proj": "gate_up_proj"}  # fmt: skip
 FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
+JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+          "up_proj": "gate_up_proj"}  # fmt: skip
 Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
-"""quantization_config -> why vLLM loads such a file on no platform."""
+"""quantization_config, or all of config.json -> why vLLM loads such a file on no platform."""
 
 
-def runtime(refuses: Refuses, package: str = "", install: str = "") -> Runtime:
+def runtime(
+    refuses: Refuses, package: str = "", install: str = "", refuses_model: Refuses = lambda _: iter(())
+) -> Runtime:
     """What a container needs in vLLM. ``package``: a plugin."""
     note = f"vLLM loads it with {package} only ({install}, in vLLM's environment)" if package else ""
-    return Runtime("vllm", "vLLM", package, install, refuses, note)
+    return Runtime("vllm", "vLLM", package, install, refuses, note, refuses_model=refuses_model)
+
+
+def fuses_unnamed(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of its reader of bitsandbytes files, which asks the model's class what it keeps as one."""
+    family = find_family(config)
+    if family is not None and not family.vllm_names_fused:
+        yield f"vLLM's class of {family.name} does not name its fused matrices, which its reader of NF4 asks for"
 
 
 def joined(linear: str) -> str | None:
@@ -105,11 +114,14 @@ def _cpu(subject: Subject, tp: int) -> Iterator[str]:
     yield from shards(subject, tp, CPU_MULTIPLE, CPU_MULTIPLE)
 
 
-def loading(refuses: Refuses, source: str, title: str = "vLLM") -> RuntimeRule:
+def loading(
+    refuses: Refuses, source: str, title: str = "vLLM", refuses_model: Refuses = lambda _: iter(())
+) -> RuntimeRule:
     """The rule that vLLM takes the file at all."""
 
     def broken(subject: Subject, _: int) -> Iterator[str]:
         yield from refuses(subject.quantization)
+        yield from refuses_model(subject.config)
 
     return RuntimeRule("loading", title, VERSION, source, broken, proof="run")
 

@@ -195,6 +195,8 @@ def _section_faults(artifact: Artifact) -> Iterator[str]:
 def _skips(said: str, module: str) -> bool:
     """Whether some loader takes ``said`` for ``module``: transformers and vLLM look for part of a name, for a whole
     name, or for a pattern."""
+    if part := re.fullmatch(r"re:\.\*(\w+)\.\*", said):
+        return part[1] in module
     if said.startswith("re:"):
         return said != "re:lm_head" and not re.fullmatch(r"re:[\w.*\\$^]{0,8}lm_head\$?", said)
     return said in module

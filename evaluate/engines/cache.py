@@ -47,5 +47,7 @@ def _grown(old: Tensor, new: Tensor, start: int, end: int) -> Tensor:
 def make_cache(config: Any) -> DynamicCache:
     """transformers' cache for this model; its plain layers (no sliding window, no state of their own) get room."""
     cache = DynamicCache(config=config)
+    if (loops := getattr(config, "loop_num", 1)) > 1:  # each turn keeps its own; the model masks what lies out of it
+        cache.layers = [DynamicLayer() for _ in range(loops * config.num_hidden_layers)]
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -137,7 +137,7 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
     runtime = runtime_of(section, FACTS.name)
     if runtime is None:
         return [f"vLLM knows no quant_method {section.get('quant_method')!r}"] if section else []
-    return list(runtime.refuses(section))
+    return [*runtime.refuses(section), *runtime.refuses_model(config)]
 
 
 def _plugin(config: Mapping[str, Any]) -> str:
