@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from qtool import QtoolError
+from qtool.cli import main
 from qtool.convert.artifact import Artifact
 from qtool.convert.text.long_text import long_text
 from qtool.convert.text.source import TextSource
@@ -196,3 +199,21 @@ def test_blocks_that_do_not_divide_heads_are_refused(
     path = write_recipe(model=str(folder), evaluate={"long": long, "conditions": [{"cache": "q4_0"}]})
     with pytest.raises(QtoolError, match="heads of 16 do not divide into blocks of 32; bf16, f16, fp8 are kept"):
         run(path, tmp_path / "runs", device="cpu")
+
+
+def test_the_plan_knows_bytes_of_every_condition(
+    write_recipe: Callable[..., Path], model: Path, repository: Path
+) -> None:
+    conditions = [{"cache": "q8_0"}, {"window": {"recent": 124}}]
+    path = recipe_for(write_recipe, model, repository, conditions=conditions)
+    result = CliRunner().invoke(main, ["plan", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    numbers = 2 * 2 * 64
+    assert told["caches"] == {
+        "own": LENGTH * numbers * 2, "q8_0": LENGTH * numbers * 34 // 32, "window 4+124": 128 * numbers * 2
+    }  # fmt: skip
+    assert told["long"][0] == LENGTH
+    shown = CliRunner().invoke(main, ["plan", str(path)]).output
+    assert "long text: 1,024 tokens a layer at a time" in shown
+    assert "cache, window 4+124: 0.000 GB a sequence" in shown

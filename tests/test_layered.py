@@ -16,10 +16,11 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.models.shape import shape_of
 from qtool.convert.skeleton import load_config
-from qtool.evaluate.engines import layered, reference
+from qtool.evaluate.engines import reference
 from qtool.evaluate.engines.condition import PLAIN, Condition
-from qtool.evaluate.engines.layered import Sweep, peak_bytes, queries_of, require_memory
+from qtool.evaluate.engines.layered import Sweep
 from qtool.evaluate.engines.streamed import StreamedModel, open_streamed
+from qtool.evaluate.engines.sweep_memory import peak_bytes, queries_of, require_memory
 
 LENGTH = 640
 LONG = {"max_position_embeddings": 1024}
@@ -131,4 +132,4 @@ def test_bytes_are_foretold_and_refused_with_what_fits(tmp_path: Path) -> None:
         require_memory(shape_of(eight), 2**17, 2, 7 * 2**30)
     with pytest.raises(QtoolError, match="larger card"):
         require_memory(shape_of(eight), 2**17, 2, 2**30)
-    assert layered.queries_of(shape_of(eight | {"architectures": ["Gemma2ForCausalLM"]}), 2**17) < 128
+    assert queries_of(shape_of(eight | {"architectures": ["Gemma2ForCausalLM"]}), 2**17) < 128

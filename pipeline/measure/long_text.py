@@ -21,14 +21,16 @@ from qtool.evaluate import fidelity, positions
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import CHUNK, package_versions
-from qtool.evaluate.engines.layered import Sweep, queries_of, require_memory
+from qtool.evaluate.engines.layered import Sweep
 from qtool.evaluate.engines.reference import FACTS
 from qtool.evaluate.engines.streamed import open_streamed
+from qtool.evaluate.engines.sweep_memory import queries_of, require_memory
 from qtool.evaluate.engines.torch_model import compute_dtype
 from qtool.evaluate.scorecard import PositionScore, Scores, Settings
 from qtool.measure import stored
 from qtool.measure.subjects import Subject
 from qtool.recipe.checking import digest_of
+from qtool.recipe.judging import EvaluateSection
 from qtool.recipe.long import LongSection
 from qtool.runs.stages import stage
 from qtool.sizing.conditions import cache_bytes, require_condition
@@ -53,16 +55,6 @@ class Along:
     def __post_init__(self) -> None:
         """Raises QtoolError for all that cannot be done, before anything is."""
         self.shape: Geometry = shape_of(self.config.to_dict())
-        most = self.shape.max_context
-        if most is not None and self.section.length > most:
-            raise QtoolError(
-                f"long: {self.section.length:,} tokens are more than the {most:,} that the model was made for "
-                f"(max_position_embeddings in config.json). Set `length: {most}` or less."
-            )
-        if self.shape.loops > 1:
-            raise QtoolError("long: a looped model passes its layers more than once; leave out `long:`.")
-        for condition in self.conditions:
-            require_condition(self.shape, condition)
         width = compute_dtype(self.device).itemsize
         require_memory(self.shape, self.section.length, width, machine.free_memory(str(self.device)))
         self.text: LongText = long_text(self.section.source, self.tokenizer, getattr(self.config, "vocab_size", None))
@@ -137,6 +129,20 @@ class Along:
             set_aside(path, fault)
             return None
         return found
+
+
+def require_possible(asked: EvaluateSection, shape: Geometry) -> None:
+    """Raises QtoolError for a long text, or a condition, that a model of this shape cannot be put under."""
+    for one in asked.conditions:
+        require_condition(shape, one.condition)
+    most, long = shape.max_context, asked.long
+    if long is not None and most is not None and long.length > most:
+        raise QtoolError(
+            f"long: {long.length:,} tokens are more than the {most:,} that the model was made for "
+            f"(max_position_embeddings in config.json). Set `length: {most}` or less."
+        )
+    if long is not None and shape.loops > 1:
+        raise QtoolError("long: a looped model passes its layers more than once; leave out `long:`.")
 
 
 def _name(key: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
+from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import prefix_of
 from qtool.convert.skeleton import expected_shapes
 from qtool.convert.text.tokenizer import load_tokenizer
@@ -32,7 +33,7 @@ from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.problems import Task
 from qtool.make.job import PACKAGES
 from qtool.measure import stored
-from qtool.measure.long_text import Along
+from qtool.measure.long_text import Along, require_possible
 from qtool.measure.questions import tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.stored import Score
@@ -150,7 +151,9 @@ class Evaluation:
 
     def _along(self) -> Along | None:
         """The long text that is asked for. Raises QtoolError where it cannot be read, or the model takes no such."""
-        if self.section.long is None or self.config is None:
+        if self.config is not None and (self.section.long or self.section.conditions):
+            require_possible(self.section, shape_of(self.config.to_dict()))
+        if self.config is None or self.section.long is None:
             return None
         return Along(
             self.section.long, self.conditions, self.config, self.tokenizer, self.device, self.runs, self.run,
