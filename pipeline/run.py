@@ -31,6 +31,7 @@ from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
 from qtool.make.replacing import replacing
 from qtool.make.seat import ONE, Seat
+from qtool.measure.long_text import require_possible
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
@@ -85,6 +86,7 @@ def prepare_recipe(
     job = _with_enough_text(open_job(recipe, found, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
+    require_possible(recipe.evaluate, job.decoder.shape)
     if (asked := recipe.measure) is not None:
         check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
     return job

@@ -18,8 +18,9 @@ from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import fidelity
 from qtool.evaluate.engines import cache, reference, torch_model
+from qtool.evaluate.engines.decoding import sample
 from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of, sample
+from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.problems import Problem
 
@@ -214,7 +215,7 @@ def test_a_sliding_window_keeps_its_own_cache(model_maker: Any, tmp_path: Path) 
     folder = model_maker(tmp_path / "mistral", "Mistral", sliding_window=8)
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(Checkpoint.open(folder).read(), load_config(folder), torch.device("cpu"))
-    assert not any(isinstance(layer, cache.RoomyLayer) for layer in cache.make_cache(model.config).layers)
+    assert not any(isinstance(layer, cache.RoomyLayer) for layer in cache.make_cache(model).layers)
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

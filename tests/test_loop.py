@@ -115,7 +115,7 @@ def test_the_model_computes_what_a_slow_one_does(loop: Path) -> None:
 def test_tokens_one_by_one_and_rows_filled_up_on_the_left(loop: Path) -> None:
     model = loaded(loop)
     expected = model(TOKENS).logits
-    cache = make_cache(model.config)
+    cache = make_cache(model)
     assert len(cache.layers) == 2 * LAYERS
     parts = [model(TOKENS[:, :20], past_key_values=cache, use_cache=True).logits]
     parts += [model(TOKENS[:, n : n + 1], past_key_values=cache, use_cache=True).logits for n in range(20, 48)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.reading import named
+from qtool.evaluate.engines import sweep_memory as sweep
+from qtool.evaluate.engines.condition import PLAIN
 from qtool.make.job import Job, device_kind
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
@@ -20,6 +22,7 @@ from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
+from qtool.sizing.conditions import cache_bytes
 
 GIB = 2**30
 GROUP = Path("/sys/fs/cgroup")
@@ -29,7 +32,9 @@ LIBRARIES = GIB  # torch, transformers and the rest in host memory
 @dataclass(frozen=True)
 class Resources:
     """Bytes needed and there (None: cannot be told here). ``seconds``: shortest and longest that this kind of machine
-    took for as many parameters and outputs, evaluation included; None where it never did."""
+    took for as many parameters and outputs, evaluation included; None where it never did. ``long``: of the long text
+    that is asked for, if any: its tokens, and bytes of the device for one layer at a time; ``caches``: condition ("own"
+    for none) -> bytes that one sequence of so many tokens keeps in it."""
 
     device: str
     device_bytes: int
@@ -40,6 +45,8 @@ class Resources:
     disk_free: int
     disk_path: str
     seconds: tuple[float, float] | None
+    long: tuple[int, int] | None = None
+    caches: Mapping[str, int] = field(default_factory=dict)
 
     def short(self) -> list[str]:
         """What is short, a sentence each."""
@@ -78,7 +85,27 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         disk_free=shutil.disk_usage(parent).free,
         disk_path=str(parent),
         seconds=_seconds(job, outputs, runs) if runs is not None else None,
+        long=_long(job),
+        caches=_caches(job),
     )
+
+
+def _long(job: Job) -> tuple[int, int] | None:
+    asked, shape = job.recipe.evaluate.long, job.decoder.shape
+    if asked is None:
+        return None
+    width = 4 if job.device.type == "cpu" else 2
+    return asked.length, sweep.peak_bytes(shape, asked.length, sweep.queries_of(shape, asked.length), width)
+
+
+def _caches(job: Job) -> dict[str, int]:
+    """At the long text's length, else at the longest that the model was made for."""
+    asked, shape = job.recipe.evaluate, job.decoder.shape
+    length = asked.long.length if asked.long else shape.max_context
+    if not length or not (asked.long or asked.conditions):
+        return {}
+    conditions = [PLAIN, *(one.condition for one in asked.conditions)]
+    return {one.name or "own": cache_bytes(shape, one, length) for one in conditions}
 
 
 def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:

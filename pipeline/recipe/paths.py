@@ -52,6 +52,8 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "calibration.text", recipe.calibration.text
     if recipe.evaluate.text is not None:
         yield "evaluate.text", recipe.evaluate.text.text
+    if recipe.evaluate.long is not None:
+        yield "evaluate.long", recipe.evaluate.long.text
     for task in recipe.evaluate.tasks:
         yield "evaluate.tasks", task.file or task.task
     for output in recipe.outputs:

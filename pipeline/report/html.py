@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qtool.report import loading
+from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.markup import visible
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.page import figure, page, table
@@ -28,6 +29,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
         sections.append(("measured", "Memory and speed", _measured(run, drawn)))
     if run.summary.proofs:
         sections.append(("served", "In real servers", _served(run)))
+    if run.summary.along:
+        sections.append(("along", TITLE, _along(run, drawn)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -71,6 +74,12 @@ def _measured(run: RunRecord, drawn: list[Picture]) -> str:
     faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.summary.measured))
     shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "measured")
     return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
+
+
+def _along(run: RunRecord, drawn: list[Picture]) -> str:
+    rows = table(along_rows(run.summary), "scores", "the source and every artifact along a long text")
+    shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "along")
+    return f'{rows}<p class="soft">{visible(along_note(run.summary))}</p><div class="grid">{shown}</div>'
 
 
 def _served(run: RunRecord) -> str:

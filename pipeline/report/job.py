@@ -87,5 +87,11 @@ def print_needs(needs: Resources) -> None:
         low, high = needs.seconds
         took = f"{low:.0f} to {high:.0f} s" if round(low) != round(high) else f"about {low:.0f} s"
         console.print(f"time: {took}, as earlier runs of this text and tasks on such hardware", highlight=False)
+    if needs.long is not None:
+        tokens, nbytes = needs.long
+        said = f"long text: {tokens:,} tokens a layer at a time, about {nbytes / 1e9:.2f} GB of the device"
+        console.print(said, highlight=False, soft_wrap=True)
+    for condition, nbytes in needs.caches.items():
+        console.print(f"cache, {condition}: {nbytes / 1e9:.3f} GB a sequence", highlight=False, soft_wrap=True)
     for line in short:
         console.print(f"short of {line}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from qtool.convert.files.manifest import Manifest
 from qtool.report import figures, maps
+from qtool.report.along import along_pictures
 from qtool.report.figures import Point
 from qtool.runs.coverage import Coverage, by_expert, by_kind, coverage
 from qtool.runs.evidence import moved, p_text, size_text, task_label
@@ -31,8 +32,8 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors; ``narrow``: the same for
-    a telephone."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, errors; ``narrow``: the
+    same for a telephone."""
 
     name: str
     section: str
@@ -88,7 +89,8 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
 def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
     summary = run.summary
-    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *_errors(run)]
+    along = [_drawn(name, "along", title, caption, draw) for name, title, caption, draw in along_pictures(summary)]
+    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *along, *_errors(run)]
 
 
 def _speeds(summary: Summary) -> list[Picture]:
