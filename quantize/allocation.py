@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -165,9 +166,7 @@ def _hull(item: int, own: Sequence[tuple[int, int]]) -> list[_Step]:
                 break
             corners.pop()
         corners.append(place)
-    return [
-        _Step(item, b, own[b][0] - own[a][0], own[a][1] - own[b][1]) for a, b in zip(corners, corners[1:], strict=False)
-    ]
+    return [_Step(item, b, own[b][0] - own[a][0], own[a][1] - own[b][1]) for a, b in pairwise(corners)]
 
 
 def _begun(rows: Rows, limit: int) -> tuple[int, float]:

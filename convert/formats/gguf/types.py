@@ -6,21 +6,29 @@ match `llama-quantize --dry-run` (see tests).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import BLOCKS
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
-    "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
+    "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14,
+    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
+MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # what a file of that type is called, else as the type
 PLAIN = ("F16", "BF16", "F32")
 BASE = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where 256 does not divide a row
 ROUTER = "ffn_gate_inp.weight"  # never quantized
 DOWN = ("ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor -> (type, shape in torch order)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,28 @@ def tensor_types(
         wanted = wanted or _rule(name, file_type, layers, tied, like_70b)
         found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
     return found
+
+
+def mixed_types(shapes: Mapping[str, tuple[int, ...]], mix: Mapping[str, str]) -> dict[str, Typed]:
+    """As `tensor_types`, where ``mix`` names the type of every tensor that a rule would quantize. Raises
+    QtoolError where it names none."""
+    ruled = tensor_types(shapes, "F16", 0)
+    if lacking := [name for name, typed in ruled.items() if typed.type != "F32" and name not in mix]:
+        raise QtoolError(f"mix: gives {lacking[0]} no type.")
+    for name, kind in mix.items():
+        if kind in BLOCKS and shapes[name][-1] % BLOCKS[kind][0]:
+            raise QtoolError(f"mix: {name} has rows of {shapes[name][-1]} weights, which {kind} does not take.")
+    return {name: typed if typed.type == "F32" else Typed(mix[name], mix[name]) for name, typed in ruled.items()}
+
+
+def file_type_of(layout: Layout) -> str:
+    """What a file of mixed types calls itself: by the type that most of its weights have."""
+    weights: dict[str, int] = {}
+    for kind, shape in layout.values():
+        if kind != "F32":
+            weights[kind] = weights.get(kind, 0) + math.prod(shape)
+    kind = max(sorted(weights), key=lambda one: weights[one], default="F16")
+    return MOSTLY.get(kind, kind)
 
 
 def _rule(name: str, file_type: str, layers: int, tied: bool, like_70b: bool) -> str:
