@@ -1,5 +1,5 @@
-"""`budget.json`, beside an artifact whose types were chosen for a budget: what every type of every matrix was expected to
-cost the model, what was chosen, and what other sizes would have given."""
+"""`budget.json`, beside an artifact whose types were chosen for a budget: what every type of every matrix was expected
+to cost the model, what was chosen, and what other sizes would have given."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Cost = Annotated[float, Field(ge=0)]
 
 
 class Chosen(BaseModel):
-    """``budget``: as the recipe has it; ``mix``: module -> type; ``sizes, costs``: module -> type -> bytes, nats a token;
-    ``beside``: bytes of tensors that have no choice; ``parameters``: of the source; ``curve``: (bytes of all tensors,
-    expected KL) of the best mixes, the smallest first."""
+    """``budget``: as the recipe has it; ``mix``: module -> type; ``sizes, costs``: module -> type -> bytes, nats a
+    token; ``beside``: bytes of tensors that have no choice; ``parameters``: of the source; ``curve``: (bytes of all
+    tensors, expected KL) of the best mixes, the smallest first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -45,7 +45,7 @@ def check_tensors(artifact: Artifact) -> Result:
     wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {EMBEDDING}
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
-    made, facts, shape = artifact.manifest.output, gguf_facts(config), file.decoder.shape
+    made, facts = artifact.manifest.output, gguf_facts(config)
     typed, rule = _typed(file, made, shapes)
     seen = _seen(file, [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type])
     for name in shapes:

@@ -42,7 +42,7 @@ IMPORTANCE = "importance"
 TINY = 1e-12  # its square times a weight's is still a normal float32
 UNWEIGHED = ("Q8_0", *FLOATS)  # types whose blocks no importance changes
 # By bits a weight; those that some row's length is too short for come last.
-OFFERED = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1")
+OFFERED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
 FileType = Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"]
 MixedType = Literal["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"]
 
@@ -176,7 +176,7 @@ class GgufMethod(Method):
     def require(self, device: torch.device) -> None:
         """Raises QtoolError (exit 3)."""
         load_gguf()
-        if (self._mixed or self.type not in FLOATS) and device.type == "cpu":
+        if self._mixed or (self.type not in FLOATS and device.type == "cpu"):
             load_library()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
