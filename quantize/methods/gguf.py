@@ -41,8 +41,9 @@ from qtool.quantize.stacks import Stack, stacks_of
 IMPORTANCE = "importance"
 TINY = 1e-12  # its square times a weight's is still a normal float32
 UNWEIGHED = ("Q8_0", *FLOATS)  # types whose blocks no importance changes
-# By bits a weight; those that some row's length is too short for come last.
-OFFERED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+# What a budget chooses from, beside eight and sixteen bits: where 256 divides a row, and where it does not.
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+SHORT_BLOCKS = ("IQ4_NL", "Q5_0", "Q5_1")
 FileType = Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"]
 MixedType = Literal["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"]
 
@@ -123,7 +124,7 @@ class GgufMethod(Method):
     def offers(self, shape: ModelShape) -> dict[str, dict[str, int]]:
         """As `Method.offers`: block types, and the 16 bits that lose nothing."""
         whole = "BF16" if all(info.dtype == torch.bfloat16 for info in shape.tensors.values()) else "F16"
-        return offers(shape, [*OFFERED, whole])
+        return offers(shape, [*SUPER_BLOCKS, "Q8_0", whole], [*SHORT_BLOCKS, "Q8_0", whole])
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""

@@ -92,15 +92,16 @@ def plan_gguf(shape: ModelShape, file_type: str, mix: Mapping[str, str] | None =
     return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits, file_type)
 
 
-def offers(shape: ModelShape, types: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Module -> type -> bytes: what every matrix, embeddings and head among them, can be stored in. ``types``: those
-    looked at; a type whose blocks do not divide a row is left out."""
+def offers(shape: ModelShape, types: Sequence[str], others: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Module -> type -> bytes: what every matrix, embeddings and head among them, can be stored in: ``types``, or where
+    the blocks of some of them do not divide its rows ``others``, as far as they do."""
     plan = plan_gguf(shape, "F16")
     found = {}
     for hf, name in plan.names.items():
         size = plan.shapes[name]
         if plan.types[name].type == "F16":
-            fitting = [kind for kind in types if size[-1] % BLOCKS[kind][0] == 0]
+            whole = all(size[-1] % BLOCKS[kind][0] == 0 for kind in types)
+            fitting = [kind for kind in (types if whole else others) if size[-1] % BLOCKS[kind][0] == 0]
             found[module_of(hf)] = {kind: _rows(size) * row_bytes(kind, size[-1]) for kind in fitting}
     return found
 
