@@ -180,8 +180,8 @@ class Survey:
             window += len(states)
         layer.to("meta")
         at = decoder.at(index)
-        wanted = {module: one for module, one in seen.items() if at + module in self.types}
-        return {at + module: self._of_matrix(at, matrices[module], tensors, one) for module, one in wanted.items()}
+        asked = {module: one for module, one in seen.items() if at + module in self.types}
+        return {at + module: self._of_matrix(at, matrices[module], tensors, one) for module, one in asked.items()}
 
     def _parts(self, window: int) -> tuple[bool, bool]:
         """Whether a window tells how to round, and what that costs: the only one both."""

@@ -6,11 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qtool.convert.files.durable import load
+from qtool import QtoolError
+from qtool.convert.files.reading import MB, read_bytes, shown
 
 CHOSEN = "budget.json"
+LIMIT = 64 * MB  # a mixture of 340 stacks with eight types each takes 100 KB
 Cost = Annotated[float, Field(ge=0)]
 
 
@@ -28,6 +30,21 @@ class Chosen(BaseModel):
     beside: int
     parameters: Annotated[int, Field(gt=0)]
     curve: list[tuple[int, Cost]]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Chosen:
+        for module, kind in self.mix.items():
+            if kind not in self.sizes.get(module, {}) or kind not in self.costs.get(module, {}):
+                raise ValueError(f"{module} has a type without a size or a cost")
+        return self
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """Module -> bits of a weight; the largest type that each was offered has sixteen."""
+        return {
+            module: 16 * self.sizes[module][kind] / max(1, *self.sizes[module].values())
+            for module, kind in self.mix.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -48,5 +65,13 @@ class Chosen(BaseModel):
 
 
 def read_chosen(folder: Path) -> Chosen | None:
-    """Of an artifact; None where its types were not chosen for a budget."""
-    return load(Chosen, folder / CHOSEN)
+    """Of an artifact; None where its types were not chosen for a budget. Raises QtoolError for what is no such file."""
+    path = folder / CHOSEN
+    if not path.is_file():
+        return None
+    try:
+        return Chosen.model_validate_json(read_bytes(path, LIMIT))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = shown(".".join(map(str, fault["loc"])))
+        raise QtoolError(f"{path}: does not say how types were chosen ({place}: {fault['msg']}).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qtool import QtoolError
+from qtool.convert.files.chosen import Chosen
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.quantize import allocation
 from qtool.quantize.allocation import Choice, Offers
@@ -85,6 +86,24 @@ def offers_of(sizes: Sizes, costs: Mapping[str, Mapping[str, float]]) -> Offers:
     return {
         module: [Choice(kind, size, costs[module][kind]) for kind, size in own.items()] for module, own in sizes.items()
     }
+
+
+def more(chosen: Chosen, step: int | None = None) -> str:
+    """What further bytes would buy: a GB, or of a small file a twentieth of it."""
+    offers = offers_of(chosen.sizes, chosen.costs)
+    step = step or min(10**9, max(1, chosen.nbytes // 20))
+    mix = allocation.cheapest(offers, chosen.nbytes - chosen.beside + step)
+    assert mix is not None
+    moved = [module for module, choice in mix.items() if choice.nbytes > chosen.sizes[module][chosen.mix[module]]]
+    if not moved:
+        return "nothing more is gained by a larger file"
+    gains = {module: chosen.costs[module][chosen.mix[module]] - mix[module].cost for module in moved}
+    most = max(moved, key=lambda module: (gains[module], module))
+    expected = allocation.cost_of(mix)
+    return (
+        f"{_size(step)} more would buy: expected KL {expected:.2g} for {chosen.expected:.2g}, by larger types for "
+        f"{len(moved)} of {len(mix)} matrices ({most} first, {chosen.mix[most]} -> {mix[most].type})"
+    )
 
 
 def _nearest(budget: Budget, short: int, least: int, parameters: int) -> str:
