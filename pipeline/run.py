@@ -23,6 +23,7 @@ from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 from qtool.evaluate.scorecard import Scores
+from qtool.make.budgets import decided
 from qtool.make.device import choose_device
 from qtool.make.job import Job, device_kind, open_job, versions
 from qtool.make.needs import like
@@ -170,10 +171,11 @@ def _run(
             log.say(f"{other} was called {name} before")
         with stage("reading the source"):  # what is left of it
             _ = job.source.commit
+        if ranks.number > 1:
+            ranks.tell([recipe.digest, *job.source.told()])
+            Home(ranks).share({"tokens": calibration.tokens})
+        job = decided(job, calibration, ranks)
         with replacing(job, calibration, force):
-            if ranks.number > 1:
-                ranks.tell([recipe.digest, *job.source.told()])
-                Home(ranks).share({"tokens": calibration.tokens})
             artifacts = make_artifacts(job, calibration, ranks=ranks)
         held.close()
         together = ranks if divisible(recipe.evaluate) else ALONE
@@ -237,7 +239,8 @@ def _assist(path: Path, runs: Path, device: str, only: tuple[str, ...], override
         job = prepare(path, device, only, overrides=overrides, source=ModelSource.heard(told))
         if job.recipe.digest != digest:
             raise QtoolError(f"{path}: changed while it was read. Run again.")
-        artifacts = make_artifacts(job, CalibrationSet(tokens, job.recipe.calibration.text), ranks=ranks)
+        calibration = CalibrationSet(tokens, job.recipe.calibration.text)
+        artifacts = make_artifacts(decided(job, calibration, ranks), calibration, ranks=ranks)
         if divisible(job.recipe.evaluate):
             ranks.tell(None)  # rank 0 has verified the artifacts and proved them, which writes into their manifests
             _scored(job, _evaluation(job, runs, runs / digest[:16]), _subjects(job, artifacts), ranks)
@@ -249,7 +252,8 @@ def make(job: Job) -> dict[str, Artifact]:
     for note in job.remarks:
         log.say(note)
     with rehearsing(job):
-        return make_artifacts(job, _calibrate(job))
+        calibration = _calibrate(job)
+        return make_artifacts(decided(job, calibration), calibration)
 
 
 def _scored(job: Job, evaluation: Evaluation, subjects: list[Subject], ranks: Ranks) -> Scores:

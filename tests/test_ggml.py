@@ -56,6 +56,21 @@ def test_chunks_change_nothing(type_name: str, weighed: bool, monkeypatch: pytes
         assert torch.equal(whole.data, torch.from_numpy(theirs))
 
 
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL"])
+def test_types_that_only_a_budget_takes(type_name: str) -> None:
+    """Their bytes are ggml's; what qtool reads from them is what the gguf package reads."""
+    pytest.importorskip("xllamacpp")
+    weight, row = torch.randn(9, 512), torch.rand(512)
+    found = ggml.quantize_ggml(weight, type_name, row)
+    theirs = gguf.quants.dequantize(found.data.numpy(), gguf.GGMLQuantizationType[type_name])
+    assert torch.equal(found.dequantize(), torch.from_numpy(theirs))
+    assert (
+        0.05
+        < float((found.dequantize() - weight).norm() / weight.norm())
+        < {"Q2_K": 0.35, "Q3_K": 0.2}.get(type_name, 0.1)
+    )
+
+
 def test_importance_lowers_the_weighed_error() -> None:
     pytest.importorskip("xllamacpp")
     weight, row = torch.randn(64, 512), torch.rand(512) ** 8

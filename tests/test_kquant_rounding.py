@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
 from qtool.convert.formats.gguf.ggml_fields import Fields, dequantize, pack, unpack
-from qtool.quantize.methods import kquant_rounding, kquants
+from qtool.quantize.methods import ggml, kquant_rounding, kquants
 from qtool.quantize.methods.kquant_blocks import KINDS, ChosenBlocks, of_blocks
 from qtool.quantize.methods.kquant_rounding import begin, descend, quantize
 from qtool.quantize.rounding import factorize
@@ -20,8 +20,15 @@ DAMP = 0.05
 
 @pytest.fixture(autouse=True)
 def ggml_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain twin, whose bytes are ggml's (test_kquants.py): these tests need no package."""
-    monkeypatch.setattr(kquant_rounding, "quantize_ggml", kquants.quantize)
+    """The plain twin, whose bytes are ggml's (test_kquants.py): these tests need no package, where there is a twin."""
+    monkeypatch.setattr(kquant_rounding, "quantize_ggml", search)
+
+
+def search(weight: Tensor, type_name: str, importance: Tensor | None = None) -> GgmlBlocks:
+    if type_name in kquants.TYPES:
+        return kquants.quantize(weight, type_name, importance)
+    pytest.importorskip("xllamacpp")
+    return ggml.quantize_ggml(weight, type_name, importance)
 
 
 def correlated(columns: int, tokens: int = 600) -> Tensor:
@@ -47,7 +54,7 @@ def test_each_stage_loses_less_than_the_one_before(type_name: str) -> None:
     ggml's own search loses."""
     gram, target = correlated(512), torch.randn(12, 512) * 0.02
     factor, metric = factorize(gram.clone(), DAMP), damped(gram)
-    plain = loss(kquants.quantize(target, type_name, gram.diagonal()).dequantize(), target, metric)
+    plain = loss(search(target, type_name, gram.diagonal()).dequantize(), target, metric)
     begun = begin(target, factor, type_name)
     last = loss(begun.weights(), target, metric)
     assert float(last.sum()) < 0.8 * float(plain.sum())
@@ -55,7 +62,7 @@ def test_each_stage_loses_less_than_the_one_before(type_name: str) -> None:
         now = loss(descend(target, begun, metric, sweeps).weights(), target, metric)
         assert bool((now <= last * (1 + 1e-4)).all())
         last = now
-    from_ggml = descend(target, of_blocks(kquants.quantize(target, type_name)), metric, 2)
+    from_ggml = descend(target, of_blocks(search(target, type_name)), metric, 2)
     assert bool((loss(from_ggml.weights(), target, metric) < plain).all())
 
 
@@ -95,7 +102,7 @@ def test_no_row_loses_more_than_ggmls() -> None:
     target = torch.randn(8, 256) * torch.tensor([1e-9, 1e-7, 1e-6, 1e-4, 1, 1e3, 3e4, 0]).unsqueeze(1)
     for type_name in KINDS:
         found = quantize(target, factorize(gram.clone(), DAMP), damped(gram), type_name)
-        plain = kquants.quantize(target, type_name, damped(gram).diagonal())
+        plain = search(target, type_name, damped(gram).diagonal())
         assert bool(found.dequantize().isfinite().all())
         ours, theirs = (loss(one.dequantize(), target, damped(gram)) for one in (found, plain))
         assert bool((ours <= theirs * (1 + 1e-5)).all())
@@ -183,6 +190,8 @@ def block(type_name: str) -> tuple[Fields, list[int]]:
             *scales,
             *half[:2],
         ]
+    if type_name in ("Q2_K", "Q3_K"):
+        return block_of_two_bits(type_name)
     top = 15 if type_name == "Q4_K" else 31
     codes = torch.zeros(1, 256)
     codes[0, 0], codes[0, 33], codes[0, 255] = top, 3, top
@@ -194,6 +203,25 @@ def block(type_name: str) -> tuple[Fields, list[int]]:
     fifth[0], fifth[31] = 1, 128
     between = fifth if type_name == "Q5_K" else []
     return Fields(torch.ones(1), torch.tensor([2.0]), steps, minima, codes), [*half, *scales, *between, *nibbles]
+
+
+def block_of_two_bits(type_name: str) -> tuple[Fields, list[int]]:
+    steps, low = torch.zeros(1, 16), [0] * 64
+    low[0], low[1], low[32], low[3] = 3, 1 << 2, 3, 3 << 6  # elements 0, 33, 128 and 99
+    if type_name == "Q2_K":
+        low[2] = 2 << 4  # element 66
+        codes, minima = torch.zeros(1, 256), torch.zeros(1, 16)
+        codes[0, 0], codes[0, 33], codes[0, 66], codes[0, 99], codes[0, 128] = 3, 1, 2, 3, 3
+        steps[0, 0], steps[0, 15], minima[0, 0], minima[0, 15] = 15, 2, 1, 14
+        both = [15 | 1 << 4, *[0] * 14, 2 | 14 << 4]
+        return Fields(torch.ones(1), torch.tensor([2.0]), steps, minima, codes), [*both, *low, 0x00, 0x3C, 0x00, 0x40]
+    codes, high = torch.full((1, 256), -4.0), [0] * 32
+    codes[0, 0], codes[0, 33], codes[0, 66], codes[0, 99], codes[0, 128] = 3, -3, 0, -1, 3
+    high[0], high[2] = 1 | 1 << 4, 1 << 2  # the third bits of elements 0 and 128, and of 66
+    steps -= 32
+    steps[0, 0], steps[0, 15] = 31, -15
+    scales = [15, *[0] * 6, 1 << 4, 3, 0, 0, 1 << 6]
+    return Fields(torch.ones(1), torch.zeros(1), steps, torch.zeros(1, 16), codes), [*high, *low, *scales, 0x00, 0x3C]
 
 
 @pytest.mark.parametrize("type_name", KINDS)
@@ -213,7 +241,9 @@ def test_blocks_are_these_bytes(type_name: str) -> None:
 @pytest.mark.parametrize("type_name", KINDS)
 def test_any_bytes_come_back(type_name: str) -> None:
     data = torch.randint(0, 256, (9, BLOCKS[type_name][1]), dtype=torch.uint8)
-    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q5_1": (0, 2), "Q6_K": (208,)}.get(type_name, (0,)):
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q5_1": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}.get(
+        type_name, (0,)
+    ):
         data[:, at + 1] &= 0b10111011  # no exponent of all ones
     assert torch.equal(pack(unpack(data, type_name), type_name), data)
 
@@ -236,7 +266,7 @@ def test_an_accelerator_finds_what_the_cpu_finds(type_name: str) -> None:
 def test_kinds_hold_what_the_types_hold() -> None:
     """Every block of ggml's is a setting that may be chosen, weights and all."""
     for type_name, kind in KINDS.items():
-        blocks = kquants.quantize(torch.randn(4, 512), type_name, torch.rand(512))
+        blocks = search(torch.randn(4, 512), type_name, torch.rand(512))
         chosen = of_blocks(blocks)
         assert isinstance(chosen, ChosenBlocks)
         assert int(chosen.codes.min()) >= kind.low

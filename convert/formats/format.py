@@ -132,6 +132,9 @@ class Format(Protocol):
     def file_bytes(self, plan: OutputPlan) -> int | None:
         """On the disk, headers included; None where the header is not known before it is made."""
 
+    def header_bytes(self, plan: OutputPlan, source: ModelFiles) -> int:
+        """Of the file that holds the tensors, whatever is no tensor: keys, vocabulary, padding."""
+
     def beside_bytes(self, kept: int) -> int:
         """Of what `TensorFile.finish` writes, where the method keeps ``kept`` bytes."""
 

@@ -121,6 +121,10 @@ class Shards:
         """Headers included."""
         return sum(file_sizes(plan.specs).values())
 
+    def header_bytes(self, plan: OutputPlan, source: ModelFiles) -> int:
+        """The shards' headers."""
+        return self.file_bytes(plan) - plan.nbytes
+
     def beside_bytes(self, kept: int) -> int:
         """Nothing is written beside the tensors."""
         return 0

@@ -21,8 +21,18 @@ from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata, required_keys
 from qtool.convert.formats.gguf.modelfile import MODELFILE, modelfile_of
 from qtool.convert.formats.gguf.names import ROPE_FREQS, STACKED, piece, possible_names
+from qtool.convert.formats.gguf.plan import typed_tensors
 from qtool.convert.formats.gguf.stops import find_stops
-from qtool.convert.formats.gguf.types import PLAIN, plain_type, tensor_types, types_apart
+from qtool.convert.formats.gguf.stored import mix_of
+from qtool.convert.formats.gguf.types import (
+    PLAIN,
+    Typed,
+    file_type_of,
+    mixed_types,
+    plain_type,
+    tensor_types,
+    types_apart,
+)
 from qtool.convert.formats.gguf.vocab import add_vocabulary
 from qtool.convert.models.config_keys import window_limits
 from qtool.convert.models.table import gguf_facts
@@ -46,17 +56,14 @@ def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     wanted = {f"{linear}.weight" for linear in artifact.manifest.ledger} | {EMBEDDING}
     reasons = [f"{name} is missing" for name in sorted(wanted - set(file.hf_names()))]
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
-    made, facts, shape = artifact.manifest.output["type"], gguf_facts(config), file.decoder.shape
-    typed = tensor_types(shapes, made, shape.layers, facts.like_70b(shape), shape.experts)
-    typed = types_apart(typed, shapes, file.hf_names(), artifact.manifest.output, plain_type(config))
+    made, facts = artifact.manifest.output, gguf_facts(config)
+    typed, rule = _typed(file, made, shapes)
     known = [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type]
     seen = _seen(file, known, device)
     for name in shapes:
         found = file.layout[name][0]
         if name not in seen:
-            reasons.append(
-                f"{name} is {found}, by llama.cpp's rules for {made} and its recipe it is {typed[name].type}"
-            )
+            reasons.append(f"{name} is {found}, {rule} says {typed[name].type}")
             continue
         for told, one in seen[name]:
             if not one.finite:
@@ -72,7 +79,20 @@ def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     rows = shapes.get("token_embd.weight", (len(tokens),))[0]
     if len(tokens) != rows:
         reasons.append(f"{len(tokens)} tokens in the vocabulary, {rows} rows in token_embd.weight")
-    return "tensors", reasons, f"{len(shapes)} tensors as llama.cpp's rules type them, finite; {len(tokens)} tokens"
+    by = "llama.cpp's rules type" if made.get("mix") is None else "the manifest's mix types"
+    return "tensors", reasons, f"{len(shapes)} tensors as {by} them, finite; {len(tokens)} tokens"
+
+
+def _typed(file: GgufFile, made: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Typed], str]:
+    """(the type of every tensor as the manifest's output wants it, what says so in messages)."""
+    mix = mix_of(made)
+    if mix is None:
+        facts, shape = gguf_facts(file.config), file.decoder.shape
+        types = tensor_types(shapes, made["type"], shape.layers, facts.like_70b(shape), shape.experts)
+        types = types_apart(types, shapes, file.hf_names(), made, plain_type(file.config))
+        return types, f"llama.cpp's rule for {made['type']}, or the recipe,"
+    given = typed_tensors(file.hf_names(), mix)
+    return mixed_types(shapes, dict.fromkeys(shapes, "no type") | given), "the manifest's mix"
 
 
 def _seen(file: GgufFile, names: Sequence[str], device: torch.device) -> dict[str, list[tuple[str, Seen]]]:
@@ -124,7 +144,8 @@ def check_keys(artifact: Artifact) -> Result:
     made = manifest.output
 
     def describe(writer: Any) -> None:
-        add_metadata(writer, config, str(manifest.source.get("name")), str(made.get("type")))
+        file_type = file_type_of(file.layout) if made.get("mix") is not None else str(made.get("type"))
+        add_metadata(writer, config, str(manifest.source.get("name")), file_type)
         if tokenizer is not None:
             add_vocabulary(writer, artifact.path, tokenizer, config, made.get("pre_tokenizer"))
 
@@ -197,14 +218,15 @@ def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str]
     """(what is to be quantized, embeddings and head among it; what of it is not). None where the file was to have 16
     bits."""
     assert artifact.manifest is not None
-    if artifact.manifest.output["type"] in PLAIN:
+    made, file = artifact.manifest.output, artifact.file
+    if made.get("type") in PLAIN:
         return None
-    file = artifact.file
+    wished = {f"{module}.weight" for module, kind in (mix_of(made) or {}).items() if kind in PLAIN}
     plain = {hf for hf, name in file.hf_names().items() if file.layout[name][0] in PLAIN}
     meant = [name for name in shapes if name in model.matrices or name in (EMBEDDING, HEAD)]
-    apart = find_apart(artifact.manifest.output, [name.removesuffix(".weight") for name in meant])
-    asked = {linear for linear, own in apart.items() if own is None or own.get("type") in PLAIN}
-    return [name for name in meant if name.removesuffix(".weight") not in asked], plain
+    apart = find_apart(made, [name.removesuffix(".weight") for name in meant])
+    wished |= {f"{linear}.weight" for linear, own in apart.items() if own is None or own.get("type") in PLAIN}
+    return [name for name in meant if name not in wished], plain - wished
 
 
 FURTHER: tuple[tuple[str, Check], ...] = ((KEYS, check_keys),)

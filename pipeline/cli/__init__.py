@@ -111,12 +111,13 @@ def run(
             check_name(name)
         overrides = parse_overrides(changes)
     if dry_run:
+        from qtool.make.budgets import known
         from qtool.make.needs import needs_of
 
         if seat.rank:
             return
         own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
-        job = prepare(found, own, only, overrides=overrides)
+        job = known(prepare(found, own, only, overrides=overrides))
         job_report.print_plan(job, needs_of(job, runs, cards=max(gpus, seat.number)), full)
         return
     with cli_cards.named(seat.rank, seat.number):

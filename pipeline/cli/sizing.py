@@ -88,16 +88,19 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
 
 
 def _plan_job(recipe: Path, runs: Path, as_json: bool, changes: tuple[str, ...]) -> None:
+    from qtool.make.budgets import known
     from qtool.make.needs import needs_of
     from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
-    from qtool.report.job import print_needs
+    from qtool.report.job import print_budgets, print_needs
     from qtool.run import prepare
 
-    needs = needs_of(prepare(locate(recipe), "auto", overrides=parse_overrides(changes)), runs)
+    job = known(prepare(locate(recipe), "auto", overrides=parse_overrides(changes)))
+    needs = needs_of(job, runs)
     if as_json:
         click.echo(json.dumps(needs.as_json(), indent=2))
     else:
+        print_budgets(job)
         print_needs(needs)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qtool import QtoolError
+from qtool.convert.files.chosen import Chosen
 from qtool.convert.files.folder import PARTIAL
 from qtool.convert.files.reading import named, open_file
 from qtool.convert.files.shards import file_sizes
@@ -18,16 +19,19 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.format import Format
 from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
 from qtool.convert.formats.plan import ModelShape, OutputPlan
+from qtool.make.mixes import foreseen
 from qtool.quantize.methods.method import Method
 from qtool.quantize.ranks import dealt_out
 
+UNKNOWN = "until the calibration pass has told what each costs"
 TOKENIZER_AND_CONFIG = 32 * 2**20  # sidecars carried along, the manifest
 
 
 @dataclass(frozen=True)
 class Output:
     """``folder``: where the artifact goes; ``imatrix``: the importance matrix that its recipe names; ``key``: of its
-    bytes, empty before the calibration set is known."""
+    bytes, empty before the calibration set is known; ``chosen``: how the types of its matrices were, where a budget
+    says so and they are."""
 
     method: Method
     container: Format
@@ -35,6 +39,7 @@ class Output:
     folder: Path
     imatrix: Watched | None = None
     key: str = ""
+    chosen: Chosen | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +54,14 @@ class Output:
     @property
     def notes(self) -> list[str]:
         """What is to be said before it is made: fallback types, what a runtime refuses or needs."""
-        return [*self.plan.notes, *self.container.notes()]
+        return [*self.plan.notes, *self.container.notes(), *self._types]
+
+    @property
+    def _types(self) -> list[str]:
+        """How types by budget came about."""
+        if self.method.undecided is not None:
+            return [f"types by budget ({self.method.undecided}): shown as if all matrices counted alike, {UNKNOWN}"]
+        return [] if self.chosen is None else [self.chosen.said]
 
     @property
     def kept_specs(self) -> dict[str, Spec]:
@@ -74,7 +86,8 @@ class Output:
 def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
     """Raises QtoolError where the model cannot be made into it, or the importance matrix that it names cannot be
     read."""
-    container = method.container.of_model(shape.decoder)
+    planned = method if method.undecided is None else method.decided(foreseen(method, method.undecided, shape))
+    container = planned.container.of_model(shape.decoder)
     return Output(method, container, container.plan(shape), folder, _imatrix(method))
 
 

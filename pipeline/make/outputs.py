@@ -63,6 +63,7 @@ def make_artifacts(
     uses; a finished artifact is then reused whatever number it was made with. ``ranks``: who makes them together; an
     output's owner alone holds its folder.
     """
+    assert all(output.method.undecided is None for output in job.outputs)  # `budgets.decided` comes first
     with ExitStack() as held:
         unmade = _unmade(job, calibration, threads, ranks, held)
         number = ranks.tell(threads or _begun_with(job, unmade, calibration) or torch.get_num_threads())[0]

@@ -45,7 +45,8 @@ def rehearsing(job: Job) -> Iterator[None]:
 def _worth(job: Job) -> list[Wanted]:
     """The outputs of dense models that are still to be made on an accelerator with room to spare, where Triton has not
     compiled for such outputs before."""
-    unmade = [output for output in job.outputs if not output.folder.exists()]
+    there = [output for output in job.outputs if output.method.undecided is None]
+    unmade = [output for output in there if not output.folder.exists()]
     if job.device.type != "cuda" or job.decoder.shape.experts or job.recipe.model.trust_remote_code or not unmade:
         return []
     needs = needs_of(job, pending=unmade)

@@ -8,7 +8,9 @@ from importlib.metadata import version
 from qtool import QtoolError
 from qtool.convert.artifact import seal
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.chosen import CHOSEN
 from qtool.convert.files.config_file import read_config
+from qtool.convert.files.durable import save
 from qtool.convert.files.folder import EXTRAS, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
@@ -117,6 +119,8 @@ class OutputWriter:
         # the file may be published: where the text lay on this machine is nobody's business
         told = CalibrationText(text.samples, text.length, without_folders(text.text))
         notes += self.file.finish(proof, kept, told)
+        if output.chosen is not None:
+            save(output.partial / CHOSEN, output.chosen)
         for file in (self.file, self.kept):
             if file is not None:
                 file.wait()

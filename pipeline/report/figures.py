@@ -48,7 +48,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Maps data to the plot's rectangle (pixels; y grows downwards)."""
 
     xs: tuple[float, float]
@@ -59,7 +59,7 @@ class _Frame:
     height: float = 250
 
     @classmethod
-    def of(cls, width: int, xs: tuple[float, float], ys: tuple[float, float], top: float = 34) -> _Frame:
+    def of(cls, width: int, xs: tuple[float, float], ys: tuple[float, float], top: float = 34) -> Frame:
         """In a picture so wide."""
         return cls(xs, ys, top=top, width=width - 62 - (24 if width == WIDTH else 12))
 
@@ -112,11 +112,11 @@ def size_against(
     across = ticks(0, max(p.nbytes for p in points) / scale)
     lows = [x for p in points for x in (p.low, p.high, p.score) if math.isfinite(x)]
     up = ticks(min(lows) if higher_is_better else 0, max(lows))
-    frame = _Frame.of(width, (0, across[-1]), (up[0], up[-1]))
+    frame = Frame.of(width, (0, across[-1]), (up[0], up[-1]))
     front = pareto(points, higher_is_better=higher_is_better)
     places = _spread({i: frame.x(p.nbytes / scale) for i, p in enumerate(points)})
     path = " ".join(f"{places[points.index(p)]:.1f},{frame.y(p.score):.1f}" for p in front)
-    parts = [_axes(frame, across, up, f"size of {of}, {unit}", axis)]
+    parts = [axes(frame, across, up, f"size of {of}, {unit}", axis)]
     parts.append(f'<polyline class="front" points="{path}"/>')
     taken, marks = [], _marks([point.name for point in points])
     for i, point in enumerate(points):
@@ -170,8 +170,8 @@ def _lines(
     highest = [span.high for found in (spans or {}).values() for span in found if math.isfinite(span.high)]
     up = ticks(0, max([value for values in series.values() for value in values] + highest))
     legend, rows = _legend(list(series), width)
-    frame = _Frame.of(width, (min(0, across[0]), max(across[-1], at[-1])), (up[0], up[-1]), 20 + 18 * rows)
-    parts = [_axes(frame, across, up, label, "KL to source, nats a token", names), *legend]
+    frame = Frame.of(width, (min(0, across[0]), max(across[-1], at[-1])), (up[0], up[-1]), 20 + 18 * rows)
+    parts = [axes(frame, across, up, label, "KL to source, nats a token", names), *legend]
     marks = _marks(list(series))
     for i, (name, values) in enumerate(series.items()):
         path = " ".join(f"{frame.x(x):.1f},{frame.y(value):.1f}" for x, value in zip(at, values, strict=False))
@@ -216,8 +216,8 @@ def _dash(i: int) -> str:
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
-def _axes(
-    frame: _Frame, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str, names: Sequence[str] = ()
+def axes(
+    frame: Frame, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str, names: Sequence[str] = ()
 ) -> str:
     parts = []
     for value in up:
@@ -252,7 +252,7 @@ def _spread(places: Mapping[int, float], gap: float = 10) -> dict[int, float]:
 
 
 def _label_place(
-    x: float, y: float, length: int, taken: list[tuple[float, float, float, float]], frame: _Frame
+    x: float, y: float, length: int, taken: list[tuple[float, float, float, float]], frame: Frame
 ) -> tuple[float, float]:
     """Where a name goes: the first place near its point that is free; below all others where none is."""
     wide, tall = _text_width(length), 13.0

@@ -3,12 +3,15 @@ RECIPE`)."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from qtool.convert.models.expert_names import stacked
 from qtool.make.job import Job
+from qtool.make.mixes import more
 from qtool.make.needs import Resources
 from qtool.make.output import Output
 from qtool.report.columns import console, print_table, say, show
@@ -32,6 +35,8 @@ def print_plan(job: Job, needs: Resources, full: bool) -> None:
     for output in job.outputs:
         for note in output.notes:
             say(escape(f"{output.name}: {note}"))
+        if output.chosen is not None:
+            say(escape(f"{output.name}: {more(output.chosen)}"))
     print_needs(needs)
     if not full:
         console.print("--full: what becomes of every linear.", style="dim")
@@ -65,6 +70,20 @@ def _linears(job: Job, output: Output) -> Table:
     for (part, out, across, group, nbytes), count in kinds.items():
         table.add_row(part, str(count), f"[{out}, {across}]", group, f"{nbytes:,}")
     return table
+
+
+def print_budgets(job: Job) -> None:
+    """Of outputs whose types are chosen for a budget: how many matrices have each type, as far as that is known, and
+    what a larger file would buy."""
+    for output in job.outputs:
+        if output.chosen is None and output.method.undecided is None:
+            continue
+        plans = [*output.plan.outside, *output.plan.linears]
+        kinds = Counter(plan.type for plan in plans)
+        say(escape(f"{output.name}: {output.notes[-1]}"))
+        say(escape(f"{output.name}: {', '.join(f'{count} matrices {kind}' for kind, count in sorted(kinds.items()))}"))
+        if output.chosen is not None:
+            say(escape(f"{output.name}: {more(output.chosen)}"))
 
 
 def print_needs(needs: Resources) -> None:

@@ -9,10 +9,11 @@ from qtool.report.markup import visible
 
 
 def heat_map(
-    values: Mapping[tuple[int, str], float], label: str, span: tuple[float, float] | None = None, room: int = WIDTH
-) -> str:
+    values: Mapping[tuple[int, str], float], label: str, span: tuple[float, float] | None = None, room: int = WIDTH,
+    digits: int = 4,
+) -> str:  # fmt: skip
     """Layers down, linears across; a pair that nobody measured stays empty. ``span``: of the colours (None: of these
-    values)."""
+    values); ``digits``: of its numbers, behind the point."""
     layers = sorted({layer for layer, _ in values})
     linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda key: key[0])))
     low, high = span or (min(values.values()), max(values.values()))
@@ -38,13 +39,14 @@ def heat_map(
                         wide,
                         tall,
                         share,
-                        f"{value:.4f}" if room == WIDTH else f"{value:.3f}".removeprefix("0"),
+                        f"{value:.{digits}f}" if room == WIDTH else f"{value:.{digits - 1}f}".removeprefix("0"),
                     )
                 )
     y = top + tall * len(layers) + 18
-    parts += _key(left, y, f"{low:.4f}", f"{high:.4f}", label if room == WIDTH else "")
+    parts += _key(left, y, f"{low:.{digits}f}", f"{high:.{digits}f}", label if room == WIDTH else "")
     worst = max(values, key=lambda key: values[key])
-    told = f"{label}: from {min(values.values()):.4f} to {values[worst]:.4f}; largest in layer {worst[0]}, {worst[1]}."
+    span_text = f"from {min(values.values()):.{digits}f} to {values[worst]:.{digits}f}"
+    told = f"{label}: {span_text}; largest in layer {worst[0]}, {worst[1]}."
     return svg(label, told, y + 24, parts, max(width, left + 206 + 8 * len(label) if room == WIDTH else room))
 
 

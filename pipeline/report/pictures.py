@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from qtool.convert.files.chosen import Chosen, read_chosen
 from qtool.convert.files.manifest import Manifest
-from qtool.report import figures, maps
+from qtool.report import budget_figures, figures, maps
 from qtool.report.along import along_pictures
 from qtool.report.figures import Point
 from qtool.runs.coverage import Coverage, by_expert, by_kind, coverage
@@ -90,7 +91,47 @@ def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
     summary = run.summary
     along = [_drawn(name, "along", title, caption, draw) for name, title, caption, draw in along_pictures(summary)]
-    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *along, *_errors(run)]
+    return [*_speeds(summary), *_sizes(summary), *_curves(run), *_kls(summary), *along, *_bits(run), *_errors(run)]
+
+
+def _chosen(run: RunRecord) -> dict[str, Chosen]:
+    """Of the artifacts whose types were chosen for a budget, and that are still there."""
+    found = {name: read_chosen(folder) for name, folder in run.folders.items()}
+    return {name: chosen for name, chosen in found.items() if chosen is not None}
+
+
+def _curves(run: RunRecord) -> list[Picture]:
+    found = []
+    for number, (name, chosen) in enumerate(_chosen(run).items()):
+        text = run.summary.models[name].text if name in run.summary.models else None
+        measured = text.kl.estimate if text is not None and math.isfinite(text.kl.estimate) else None
+        if len(budget_figures.near(chosen)) > 1:
+            draw = partial(budget_figures.size_against_kl, chosen, measured)
+            caption = (
+                f"{chosen.said}. Expected is a second-order estimate on calibration text, measured is on held-out."
+            )
+            title = f"{name}: what other sizes would give"
+            found.append(_drawn(f"budget-{number}-{_file(name)}", "size", title, caption, draw))
+    return found
+
+
+def _bits(run: RunRecord) -> list[Picture]:
+    found = []
+    for number, (name, chosen) in enumerate(_chosen(run).items()):
+        values = {
+            (int(place[1]), place[2]): bits for module, bits in chosen.bits.items() if (place := _LAYER.search(module))
+        }
+        outside = [f"{module} {chosen.mix[module]}" for module in chosen.mix if not _LAYER.search(module)]
+        if values:
+            title = f"{name}: bits of a weight"
+            caption = f"The type that each matrix got for the budget. Outside the layers: {', '.join(outside)}."
+            draw = partial(_bit_map, values, title)
+            found.append(_drawn(f"bits-{number}-{_file(name)}", "errors", title, caption, draw))
+    return found
+
+
+def _bit_map(values: Mapping[tuple[int, str], float], title: str, room: int) -> str:
+    return maps.heat_map(values, title, (2.0, 9.0), room, digits=2)
 
 
 def _speeds(summary: Summary) -> list[Picture]:

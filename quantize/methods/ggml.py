@@ -31,13 +31,14 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
     """``weight [out, in]`` of any float dtype -> its blocks. ``importance``: float32 ``[in]``, what a squared error in
     each column counts (None: every type's own rule). The result is on the weight's device.
 
-    Raises QtoolError (exit 3) where the weight is on the CPU and no ggml library is installed.
+    On an accelerator the types of kquants.TYPES are made there, others by the same library, through host memory.
+    Raises QtoolError (exit 3) where the library is needed and no ggml library is installed.
     """
     out, columns = weight.shape
     if type_name in FLOATS:
         data = weight.to(FLOATS[type_name]).contiguous().view(torch.uint8)
         return GgmlBlocks(data, type_name, (out, columns))
-    if weight.is_cuda:
+    if weight.is_cuda and type_name in kquants.TYPES:
         return kquants.quantize(weight, type_name, importance)
     library = load_library()
     kind = int(load_gguf().GGMLQuantizationType[type_name])
@@ -46,7 +47,7 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
     data = torch.empty(out, row_bytes(type_name, columns), dtype=torch.uint8)
 
     def quantize(start: int, stop: int) -> None:
-        source = weight[start:stop].float().contiguous()
+        source = weight[start:stop].float().cpu().contiguous()
         library.ggml_quantize_chunk(
             kind, source.data_ptr(), data[start:stop].data_ptr(), 0, stop - start, columns,
             None if row is None else row.data_ptr(),
@@ -57,7 +58,7 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for done in [pool.submit(quantize, *pair) for pair in bounds]:
             done.result()
-    return GgmlBlocks(data, type_name, (out, columns))
+    return GgmlBlocks(data.to(weight.device), type_name, (out, columns))
 
 
 def fits(weight: Tensor, type_name: str) -> bool:

@@ -8,16 +8,25 @@ from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.format import Gguf
 from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks, load_gguf
-from qtool.convert.formats.plan import LinearPlan
+from qtool.convert.formats.gguf.plan import offers
+from qtool.convert.formats.plan import LinearPlan, ModelShape
 from qtool.convert.models.feeds import Matrix
 from qtool.quantize.methods import kquant_rounding
+from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.ggml import fits, load_library, quantize_ggml, quantizer_package
 from qtool.quantize.methods.method import (
     Inputs,
@@ -33,15 +42,18 @@ from qtool.quantize.methods.method import (
 )
 from qtool.quantize.methods.number import Number
 from qtool.quantize.precision import tensor_float32
-from qtool.quantize.rounding import damped, factorize, propagated_target
+from qtool.quantize.rounding import Factor, damped, factorize, propagated_target
 from qtool.quantize.scaling import output_error
 from qtool.quantize.stacks import Stack, stacks_of
 
 IMPORTANCE = "importance"
 TINY = 1e-12  # its square times a weight's is still a normal float32
 UNWEIGHED = ("Q8_0", *FLOATS)  # types whose blocks no importance changes
-TensorType = Literal["Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"]
+# What a budget chooses from, beside eight and sixteen bits: where 256 divides a row, and where it does not.
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+SHORT_BLOCKS = ("IQ4_NL", "Q5_0", "Q5_1")
 FileType = Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"]
+MixedType = Literal["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"]
 
 
 class TensorSettings(BaseModel):
@@ -49,7 +61,7 @@ class TensorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    type: TensorType
+    type: MixedType
     """In llama.cpp's words."""
 
 
@@ -76,6 +88,10 @@ class GgufMethod(Method):
     """Weigh errors by the text (true), by nothing (false), or by a file of llama-imatrix (its path)."""
     rounding: Literal["descent", "ggml"] | None = None
     """`descent` lets blocks make up for each other; `ggml` is llama.cpp's own search. Left out: as `imatrix` allows."""
+    budget: Budget | None = None
+    """How large the file may be, in place of `type`: each matrix gets a type of its own."""
+    mix: dict[str, MixedType] | None = None
+    """Module to type, in place of `type`: what a budget became. `qtool.json` of an artifact has it."""
     damp_percent: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     """Part of the Gram matrix's mean diagonal that is added to it."""
     propagate_error: bool = True
@@ -93,9 +109,51 @@ class GgufMethod(Method):
             raise ValueError(f"descent needs `imatrix: true` and a type other than {', '.join(UNWEIGHED)}")
         return self
 
+    @model_validator(mode="after")
+    def _one_rule(self) -> GgufMethod:
+        mixed = "budget" if self.budget is not None else "mix" if self.mix is not None else None
+        if mixed and "type" in self.model_fields_set:
+            raise ValueError(f"`type` and `{mixed}` both say which types matrices get; leave one out")
+        if mixed and (other := "ignore" if self.ignore else "modules" if self.modules else None):
+            raise ValueError(f"`{other}` and `{mixed}` both say which types matrices get; leave one out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A file of one rule says nothing of mixes, and a mixed one has no type."""
+        without = {"type"} if self.budget or self.mix else set()
+        without |= {name for name in ("budget", "mix") if getattr(self, name) is None}
+        return {name: value for name, value in others(self).items() if name not in without}
+
     @property
     def _weighed_by_text(self) -> bool:
-        return self.imatrix is True and self.type not in UNWEIGHED
+        return self.imatrix is True and (self._mixed or self.type not in UNWEIGHED)
+
+    @property
+    def _mixed(self) -> bool:
+        return self.budget is not None or self.mix is not None
+
+    @property
+    def undecided(self) -> Budget | None:
+        """As `Method.undecided`."""
+        return self.budget if self.mix is None else None
+
+    def decided(self, mix: Mapping[str, str]) -> GgufMethod:
+        """As `Method.decided`."""
+        return self.model_copy(update={"mix": dict(mix)})
+
+    def offers(self, shape: ModelShape) -> dict[str, dict[str, int]]:
+        """As `Method.offers`: block types, and the 16 bits that lose nothing."""
+        whole = "BF16" if all(info.dtype == torch.bfloat16 for info in shape.tensors.values()) else "F16"
+        return offers(shape, [*SUPER_BLOCKS, "Q8_0", whole], [*SHORT_BLOCKS, "Q8_0", whole])
+
+    def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
+        """As `Method.trial`."""
+        if gram is None or factor is None or self.rounding == "ggml":
+            row = None if gram is None else live(gram.diagonal())
+            return quantize_ggml(weight, type_name, row).dequantize()
+        with damped(gram, factor):
+            return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize()
 
     @property
     def needs(self) -> Needs:
@@ -116,7 +174,7 @@ class GgufMethod(Method):
     @property
     def container(self) -> Gguf:
         """llama.cpp's file."""
-        return Gguf(self.type, self.pre_tokenizer, self.asked)
+        return Gguf(self.type, self.pre_tokenizer, self.asked, self.mix)
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -140,7 +198,7 @@ class GgufMethod(Method):
     def require(self, device: torch.device) -> None:
         """Raises QtoolError (exit 3)."""
         load_gguf()
-        if (self.type not in FLOATS or self.modules) and device.type == "cpu":
+        if self._mixed or ((self.type not in FLOATS or self.modules) and device.type == "cpu"):
             load_library()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:

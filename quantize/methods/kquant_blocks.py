@@ -35,6 +35,7 @@ class Kind:
 KINDS = {
     "Q4_K": Kind(32, 0, 15, (0, 63), True), "Q5_K": Kind(32, 0, 31, (0, 63), True),
     "Q6_K": Kind(16, -32, 63, (-128, 127), False), "Q5_1": Kind(32, 0, 31, None, True),
+    "Q2_K": Kind(16, 0, 3, (0, 15), True), "Q3_K": Kind(16, -4, 7, (-32, 31), False),
     "Q5_0": Kind(32, -16, 31, None, False), "Q8_0": Kind(32, -128, 255, None, False),
 }  # fmt: skip
 

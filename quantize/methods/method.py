@@ -19,8 +19,10 @@ from torch import Tensor
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import Format
-from qtool.convert.formats.plan import LinearPlan
+from qtool.convert.formats.plan import LinearPlan, ModelShape
 from qtool.convert.models.feeds import Feed, Matrix
+from qtool.quantize.methods.budget import Budget
+from qtool.quantize.rounding import Factor
 from qtool.quantize.routed import RoutedStatistics
 from qtool.quantize.scaling import AT_ONCE
 from qtool.quantize.stacks import Stack
@@ -261,6 +263,24 @@ class Method(BaseModel, ABC):
     def kept_specs(self, matrices: Sequence[LinearPlan]) -> dict[str, Spec]:
         """Of those tensors."""
         return {}
+
+    @property
+    def undecided(self) -> Budget | None:
+        """What its file may take, as long as its types are still to be chosen for that."""
+        return None
+
+    def decided(self, mix: Mapping[str, str]) -> Method:
+        """With the types that its matrices get: module -> type."""
+        raise NotImplementedError
+
+    def offers(self, shape: ModelShape) -> dict[str, dict[str, int]]:
+        """Module -> type -> bytes, of every matrix that may be given one of several types."""
+        raise NotImplementedError
+
+    def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
+        """``weight [out, in]``, or some rows of it, as a reader of that type gets it: float32. ``gram, factor``: of its
+        inputs, and of the Gram matrix's damped inverse; None outside the layers."""
+        raise NotImplementedError
 
     @property
     def importance_file(self) -> str | None:

@@ -75,6 +75,11 @@ def _header(
     return header, offsets, end
 
 
+def header_size(path: Path, architecture: str, describe: Callable[[Any], None], tensors: Tensors) -> int:
+    """Bytes before the first tensor, as `gguf_layout` would write them; ``path``: of a scratch file."""
+    return len(_header(path, architecture, describe, tensors)[0])
+
+
 def _nbytes(type_name: str, shape: tuple[int, ...]) -> int:
     rows = 1
     for size in shape[:-1]:

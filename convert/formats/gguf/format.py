@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.gguf.chat_form import learn
-from qtool.convert.formats.gguf.file import GgufFile, gguf_layout
+from qtool.convert.formats.gguf.file import GgufFile, gguf_layout, header_size
 from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks
 from qtool.convert.formats.gguf.imatrix import IMATRIX, read_imatrix, write_imatrix
 from qtool.convert.formats.gguf.metadata import add_metadata
@@ -33,16 +34,19 @@ from qtool.convert.models.shape import Decoder
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.text.tokenizer import load_tokenizer
 
+PAD = 31  # bytes behind a tensor, at most
+
 
 @dataclass(frozen=True)
 class Gguf:
     """``type``: the file's type, as llama-quantize names it; ``rules``: llama.cpp's name of the tokenizer's split
     rules, where the recipe says it; ``asked``: what the output wants otherwise of some tensors, as `find_apart` takes
-    it."""
+    it; ``mix``: module -> type, where all matrices were given types of their own."""
 
     type: str
     rules: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
+    mix: Mapping[str, str] | None = None
 
     @property
     def section(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ class Gguf:
 
     def plan(self, shape: ModelShape) -> GgufPlan:
         """As `plan_gguf`."""
-        return plan_gguf(shape, self.type, self.asked)
+        return plan_gguf(shape, self.type, self.asked, self.mix)
 
     def prove(self, skeleton: Any, config: Mapping[str, Any]) -> None:
         """Every key of config.json that the model reads can be said in the file."""
@@ -89,6 +93,20 @@ class Gguf:
     def file_bytes(self, plan: OutputPlan) -> int | None:
         """The header holds the vocabulary, which no plan reads."""
         return None
+
+    def header_bytes(self, plan: OutputPlan, source: ModelFiles) -> int:
+        """Keys, vocabulary, the table of tensors, and what each is padded by at most."""
+        assert isinstance(plan, GgufPlan)
+        tokenizer = load_tokenizer(source.path, source.trusted)
+
+        def describe(writer: object) -> None:
+            add_metadata(writer, source.config, source.name, plan.file_type)
+            add_vocabulary(writer, source.path, tokenizer, source.config, self.rules)
+
+        tensors = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
+        with tempfile.TemporaryDirectory(prefix="qtool-keys-") as folder:
+            path = Path(folder) / "keys.gguf"
+            return header_size(path, gguf_facts(source.config).architecture, describe, tensors) + PAD * len(tensors)
 
     def beside_bytes(self, kept: int) -> int:
         """imatrix.gguf holds the same rows again."""
@@ -122,7 +140,8 @@ class GgufTensors:
         self._form, self._folder, self._source = form, folder, source
         self.plan, self.config = plan, source.config
         self.tokenizer = load_tokenizer(source.path, source.trusted)
-        self.place = folder / f"{source.name}-{form.type}.gguf"
+        kind = form.type if form.mix is None else f"{plan.bits_per_weight:.2f}bpw"
+        self.place = folder / f"{source.name}-{kind}.gguf"
         tensors = {name: (plan.types[name].type, shape) for name, shape in plan.shapes.items()}
         layout = gguf_layout(self.place, gguf_facts(self.config).architecture, self._describe, tensors)
         self.writer = TensorWriter(folder, layout, key)
@@ -141,7 +160,7 @@ class GgufTensors:
             self.writer.write(ROPE_FREQS, factors.view(torch.uint8))
 
     def _describe(self, writer: object) -> None:
-        add_metadata(writer, self.config, self._source.name, self._form.type)
+        add_metadata(writer, self.config, self._source.name, self.plan.file_type)
         add_vocabulary(writer, self._source.path, self.tokenizer, self.config, self._form.rules)
 
     @property

@@ -159,12 +159,47 @@ def _pack_q6_k(f: Fields) -> tuple[Tensor, ...]:
     return low.flatten(1), high, f.steps.to(torch.int32) & 255, _bytes(f.d)
 
 
+def _two_bits(data: Tensor) -> Tensor:
+    """``[blocks, 64]`` -> codes of two bits ``[blocks, 256]``: of 128 elements four fields of 32 bytes."""
+    return _spread(data.reshape(-1, 32), 2, 4).view(-1, 256)
+
+
+def _of_two_bits(codes: Tensor) -> Tensor:
+    """The inverse of `_two_bits`."""
+    return _gather(codes.view(-1, 4, 32), 2).view(-1, 64)
+
+
+def _unpack_q2_k(b: Tensor) -> Fields:
+    steps, minima = (b[:, :16] & 15).float(), (b[:, :16] >> 4).float()
+    return Fields(_half(b[:, 80:82]), _half(b[:, 82:84]), steps, minima, _two_bits(b[:, 16:80]).float())
+
+
+def _pack_q2_k(f: Fields) -> tuple[Tensor, ...]:
+    both = f.steps.to(torch.int32) | f.minima.to(torch.int32) << 4
+    return both, _of_two_bits(f.codes.to(torch.int32)), _bytes(f.d), _bytes(f.dmin)
+
+
+def _unpack_q3_k(b: Tensor) -> Fields:
+    """Bytes 96-107: sixteen scales of six bits, four in a nibble each, then two of each in a byte's fields."""
+    codes = _two_bits(b[:, 32:96]) | (_spread(b[:, :32], 1, 8) << 2).flatten(1)
+    steps = (_nibbles(b[:, 96:104]) | (_spread(b[:, 104:108], 2, 4) << 4).view(-1, 2, 8)).flatten(1).float() - 32
+    d = _half(b[:, 108:110])
+    return Fields(d, torch.zeros_like(d), steps, torch.zeros_like(steps), codes.float() - 4)
+
+
+def _pack_q3_k(f: Fields) -> tuple[Tensor, ...]:
+    q, steps = (f.codes + 4).to(torch.int32), (f.steps + 32).to(torch.int32)
+    low, high = steps & 15, steps >> 4
+    scales = low[:, :8] | low[:, 8:] << 4, _gather(high.view(-1, 4, 4), 2)
+    return _gather((q >> 2).view(-1, 8, 32), 1), _of_two_bits(q & 3), *scales, _bytes(f.d)
+
+
 _UNPACK: dict[str, Callable[[Tensor], Fields]] = {
     "Q8_0": _unpack_q8_0, "Q5_0": _unpack_q5_0, "Q5_1": _unpack_q5_1,
-    "Q4_K": _unpack_q4_k, "Q5_K": _unpack_q5_k, "Q6_K": _unpack_q6_k,
+    "Q4_K": _unpack_q4_k, "Q5_K": _unpack_q5_k, "Q6_K": _unpack_q6_k, "Q2_K": _unpack_q2_k, "Q3_K": _unpack_q3_k,
 }  # fmt: skip
 _PACK: dict[str, Callable[[Fields], tuple[Tensor, ...]]] = {
     "Q8_0": _pack_q8_0, "Q5_0": _pack_q5_0, "Q5_1": _pack_q5_1,
-    "Q4_K": _pack_affine, "Q5_K": _pack_q5_k, "Q6_K": _pack_q6_k,
+    "Q4_K": _pack_affine, "Q5_K": _pack_q5_k, "Q6_K": _pack_q6_k, "Q2_K": _pack_q2_k, "Q3_K": _pack_q3_k,
 }  # fmt: skip
 TYPES = tuple(_UNPACK)

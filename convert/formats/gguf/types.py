@@ -6,6 +6,7 @@ match `llama-quantize --dry-run` (see tests).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +17,20 @@ from qtool.convert.formats.apart import find_apart, require_alike
 from qtool.convert.formats.gguf.ggml import BLOCKS
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
-    "F16": 1, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
+    "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14,
+    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
+MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # what a file of that type is called, else as the type
 PLAIN = ("F16", "BF16", "F32")
 BASE = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where 256 does not divide a row
 ROUTER = "ffn_gate_inp.weight"  # never quantized
 DOWN = ("ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor -> (type, shape in torch order)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,28 @@ def plain_type(config: Mapping[str, Any]) -> str:
     """Of what stays in 16 bits: as the model's own weights are."""
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return "BF16" if said == "bfloat16" else "F16"
+
+
+def mixed_types(shapes: Mapping[str, tuple[int, ...]], mix: Mapping[str, str]) -> dict[str, Typed]:
+    """As `tensor_types`, where ``mix`` names the type of every tensor that a rule would quantize. Raises
+    QtoolError where it names none."""
+    ruled = tensor_types(shapes, "F16", 0)
+    if lacking := [name for name, typed in ruled.items() if typed.type != "F32" and name not in mix]:
+        raise QtoolError(f"mix: gives {lacking[0]} no type.")
+    for name, kind in mix.items():
+        if kind in BLOCKS and shapes[name][-1] % BLOCKS[kind][0]:
+            raise QtoolError(f"mix: {name} has rows of {shapes[name][-1]} weights, which {kind} does not take.")
+    return {name: typed if typed.type == "F32" else Typed(mix[name], mix[name]) for name, typed in ruled.items()}
+
+
+def file_type_of(layout: Layout) -> str:
+    """What a file of mixed types calls itself: by the type that most of its weights have."""
+    weights: dict[str, int] = {}
+    for kind, shape in layout.values():
+        if kind != "F32":
+            weights[kind] = weights.get(kind, 0) + math.prod(shape)
+    kind = max(sorted(weights), key=lambda one: weights[one], default="F16")
+    return MOSTLY.get(kind, kind)
 
 
 def _rule(name: str, file_type: str, layers: int, tied: bool, like_70b: bool) -> str:

@@ -1,0 +1,119 @@
+"""From a budget to a mix: how many bytes it leaves, which types they buy, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qtool import QtoolError
+from qtool.convert.files.chosen import Chosen
+from qtool.convert.formats.plan import ModelShape, OutputPlan
+from qtool.quantize import allocation
+from qtool.quantize.allocation import Choice, Offers
+from qtool.quantize.methods.budget import Budget
+from qtool.quantize.methods.method import Method
+from qtool.sizing.room import room
+
+Sizes = Mapping[str, Mapping[str, int]]
+"""Module -> type -> bytes."""
+BY_KL = 8.5  # bits a weight that are foreseen where only a divergence is asked for
+
+
+def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str]:
+    """A mix within ``budget`` as if all weights counted alike: an error falls to a quarter with every bit. Raises
+    QtoolError for a budget that no mix of this model keeps."""
+    sizes = method.offers(shape)
+    weights = {module: max(own.values()) for module, own in sizes.items()}
+    alike: Offers = {
+        module: [
+            Choice(kind, size, weights[module] * 4.0 ** (-16 * size / weights[module])) for kind, size in own.items()
+        ]
+        for module, own in sizes.items()
+    }
+    start = planned(method, sizes, shape)
+    beside = beside_of(start, sizes)
+    limit = limit_of(budget, start, shape)
+    if limit is None:
+        limit = max(int(BY_KL * start.parameters / 8), beside + allocation.bounds(alike)[0])
+    return within(budget, alike, limit, beside, start.parameters)
+
+
+def planned(method: Method, sizes: Sizes, shape: ModelShape) -> OutputPlan:
+    """With the smallest type of every matrix."""
+    least = {module: min(own, key=lambda kind: own[kind]) for module, own in sizes.items()}
+    return method.decided(least).container.of_model(shape.decoder).plan(shape)
+
+
+def beside_of(smallest: OutputPlan, sizes: Sizes) -> int:
+    """Bytes of the tensors that have no choice. ``smallest``: a plan with the smallest type of every matrix."""
+    return smallest.nbytes - sum(min(own.values()) for own in sizes.values())
+
+
+def limit_of(budget: Budget, smallest: OutputPlan, shape: ModelShape, header: int = 0) -> int | None:
+    """Bytes that all tensors may take; None where a divergence is asked for. ``header``: of the file, beside them."""
+    if budget.target_bpw is not None:
+        return int(budget.target_bpw * smallest.parameters / 8)
+    if budget.max_bytes is not None:
+        return budget.max_bytes - header
+    return None if budget.fits is None else room(shape, smallest.nbytes, budget.fits)
+
+
+def within(budget: Budget, offers: Offers, limit: int, beside: int, parameters: int) -> dict[str, str]:
+    """Module -> type, all tensors within ``limit`` bytes. Raises QtoolError naming the nearest budget that works."""
+    least = beside + allocation.bounds(offers)[0]
+    mix = allocation.cheapest(offers, limit - beside)
+    if mix is None:
+        short = least - limit
+        raise QtoolError(
+            f"budget: {budget} is too small: with the smallest type of every matrix this model takes {_size(least)} "
+            f"({8 * least / parameters:.3f} bits a weight), {_size(short)} more than that leaves. The nearest that "
+            f"works: {_nearest(budget, short, least, parameters)}."
+        )
+    return {module: choice.type for module, choice in mix.items()}
+
+
+def keeping(budget: Budget, offers: Offers, factor: float) -> dict[str, str]:
+    """The smallest mix whose expected divergence, times ``factor``, is at most `max_kld`. Raises QtoolError."""
+    assert budget.max_kld is not None
+    mix = allocation.smallest(offers, budget.max_kld / factor)
+    if mix is None:
+        best = sum(min(choice.cost for choice in own) for own in offers.values()) * factor
+        raise QtoolError(f"budget: {budget} is less than any mix keeps; the nearest that works: max_kld {best:.2g}.")
+    return {module: choice.type for module, choice in mix.items()}
+
+
+def offers_of(sizes: Sizes, costs: Mapping[str, Mapping[str, float]]) -> Offers:
+    """Choices of every module."""
+    return {
+        module: [Choice(kind, size, costs[module][kind]) for kind, size in own.items()] for module, own in sizes.items()
+    }
+
+
+def more(chosen: Chosen, step: int | None = None) -> str:
+    """What further bytes would buy: a GB, or of a small file a twentieth of it."""
+    offers = offers_of(chosen.sizes, chosen.costs)
+    step = step or min(10**9, max(1, chosen.nbytes // 20))
+    mix = allocation.cheapest(offers, chosen.nbytes - chosen.beside + step)
+    assert mix is not None
+    moved = [module for module, choice in mix.items() if choice.nbytes > chosen.sizes[module][chosen.mix[module]]]
+    if not moved:
+        return "nothing more is gained by a larger file"
+    gains = {module: chosen.costs[module][chosen.mix[module]] - mix[module].cost for module in moved}
+    most = max(moved, key=lambda module: (gains[module], module))
+    expected = allocation.cost_of(mix)
+    return (
+        f"{_size(step)} more would buy: expected KL {expected:.2g} for {chosen.expected:.2g}, by larger types for "
+        f"{len(moved)} of {len(mix)} matrices ({most} first, {chosen.mix[most]} -> {mix[most].type})"
+    )
+
+
+def _nearest(budget: Budget, short: int, least: int, parameters: int) -> str:
+    if budget.target_bpw is not None:
+        bits = 8 * least / parameters
+        return f"target_bpw {int(bits * 1000 + 1) / 1000}"
+    if budget.max_bytes is not None:
+        return f"max_size {-(-(budget.max_bytes + short) // 10**4) / 100} MB"
+    return f"a card with {_size(short)} more, a shorter context or fewer users"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.3f} MB"

@@ -1,0 +1,248 @@
+"""What each type of each matrix would cost the model: one pass forward and one back over some of the calibration text.
+
+How far a change E of a weight matrix moves the next-token distribution is told by the gradient g of a loss at the
+matrix's output y = W x, where the loss is that of tokens drawn from the model's own distribution: E[g gᵀ] is Fisher's
+information, and KL ≈ ½ δyᵀ E[g gᵀ] δy to second order. Over T tokens, with errors of several outputs and tokens taken
+for independent,
+
+    KL of a token ≈ 1/2T Σ_t Σ_o g_to² (E x_t)_o²  ≈  1/2T Σ_o f_o (E H Eᵀ)_oo,    H = Σ_t w_t x_t x_tᵀ
+
+with w_t = Σ_o g_to², the weight of a token, and f_o = Σ_t g_to² / Σ_t w_t, the share of an output. So nothing but the
+measured error E of a type is needed, and KLs of matrices add up. How near that comes: docs/budgets.md.
+
+The model is never in memory: layers are read one by one, forward and then backward, and computed again on the way back.
+Tokens of even windows tell a method how to round (their Gram matrix), those of odd windows what it costs (H): a method
+that compensates fits the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool import QtoolError
+from qtool.convert.models.feeds import Matrix
+from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.capture import Calls, Hidden, run_layer
+from qtool.quantize.methods.method import Method
+from qtool.quantize.rounding import factorize
+from qtool.quantize.source_model import SourceModel
+from qtool.quantize.survey_head import Head
+
+TOKENS = 8192  # of the calibration set, which a survey looks at
+ROWS = 256  # of a matrix, evenly spaced, that are rounded to see what a type costs
+DAMP = 0.1
+SEED = 0
+
+Costs = dict[str, dict[str, float]]
+"""Module -> type -> nats a token."""
+Types = Mapping[str, Sequence[str]]
+"""Module -> the types that it may get."""
+
+
+@dataclass
+class _Seen:
+    """Of one matrix: ``gram`` of the windows that tell how to round, ``weighed`` H and ``outputs`` Σ_t g_to² of those
+    that tell what it costs, ``tokens`` of the latter."""
+
+    gram: Tensor
+    weighed: Tensor
+    outputs: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, out: int, columns: int, device: torch.device) -> _Seen:
+        """Nothing yet."""
+        gram, weighed = (torch.zeros(columns, columns, device=device) for _ in range(2))
+        return cls(gram, weighed, torch.zeros(out, device=device))
+
+    def add(self, inputs: Tensor, gradient: Tensor, parts: tuple[bool, bool]) -> None:
+        """A window: ``inputs [tokens, in]``, ``gradient [tokens, out]`` of its loss; what it tells."""
+        x, squares = inputs.float(), gradient.float().square()
+        if parts[0]:
+            self.gram += x.t() @ x
+        if not parts[1]:
+            return
+        self.weighed += (x * squares.sum(1, keepdim=True)).t() @ x
+        self.outputs += squares.sum(0)
+        self.tokens += len(x)
+
+    def cost(self, error: Tensor, rows: Tensor) -> float:
+        """Nats a token of ``error [rows, in]`` in these rows, as a share of all."""
+        share = self.outputs[rows] / self.outputs.sum().clamp_min(1e-30)
+        lost = (share * ((error @ self.weighed) * error).sum(1)).sum()
+        return max(0.0, float(lost)) * len(self.outputs) / len(rows) / (2 * self.tokens)
+
+
+@dataclass
+class Survey:
+    """``source``: of the model; ``method``: which rounds; ``types``: what each module may get; ``step`` is called for
+    every layer, forward and back."""
+
+    source: SourceModel
+    method: Method
+    types: Types
+    step: Callable[[], None] = lambda: None
+    _halves: bool = True
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
+
+    def run(self, calibration: CalibrationSet) -> Costs:
+        """Raises QtoolError for a model whose gradients are no numbers, and for one that has no such pass."""
+        self._refuse()
+        windows = max(2, TOKENS // calibration.tokens.shape[1])
+        text = CalibrationSet(calibration.tokens[:windows], calibration.origin)
+        self._halves = len(text.tokens) > 1
+        with torch.no_grad():
+            hidden, calls = self.source.record(text)
+            entered: list[Hidden] = []
+            for index in range(len(self.source.layers)):
+                entered.append([states.cpu() for states in hidden])
+                layer = self._filled(index)
+                for number, states in enumerate(hidden):
+                    hidden[number] = run_layer(layer, states, calls)
+                layer.to("meta")
+                self.step()
+        costs, gradients = self._head(hidden)
+        for index in reversed(range(len(self.source.layers))):
+            costs = self._back(index, entered.pop(), gradients, calls) | costs
+            self.step()
+        self._embedding(text, gradients, costs)
+        return {module: costs[module] for module in self.types}
+
+    def _refuse(self) -> None:
+        decoder = self.source.decoder
+        if decoder.shape.experts or any(visit.turn for visit in decoder.visits()):
+            what = "a mixture of experts" if decoder.shape.experts else "a model whose layers run twice"
+            raise QtoolError(
+                f"budget: the costs of types are not measured yet for {what}. Name a type (`type: Q4_K_M`), or give "
+                "every module its own (`mix:`)."
+            )
+
+    def _filled(self, index: int) -> nn.Module:
+        layer = self.source.fill(index, self.source.place(index, self.source.read(index)))
+        return layer.requires_grad_(False)
+
+    def _head(self, hidden: Hidden) -> tuple[Costs, Hidden]:
+        """(what the types of the head cost, the loss's gradients at the last layer's outputs)."""
+        with torch.no_grad():
+            head = Head(self.source)
+        gradients, costs = [torch.zeros_like(states) for states in hidden], Costs()
+        for states, gradient in zip(hidden, gradients, strict=True):
+            for window in range(len(states)):
+                leaf = states[window : window + 1].detach().requires_grad_()
+                logits = head.logits(leaf).float()
+                log = logits.detach().log_softmax(-1)[0]
+                drawn = self._drawn(log.exp())
+                loss = nn.functional.cross_entropy(logits[0], drawn, reduction="sum")
+                (gradient[window : window + 1],) = torch.autograd.grad(loss, leaf)
+                head.add(log.exp())
+        if not all(bool(one.isfinite().all()) for one in gradients):
+            raise QtoolError("budget: the gradients of the source model are NaN or Inf on the calibration text.")
+        for module in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")):
+            if module in self.types and (module.startswith("lm_head") or head.tied):
+                costs[module] = self._tried(module, head.weight, head.cost)
+        head.close()
+        return costs, gradients
+
+    def _drawn(self, probabilities: Tensor) -> Tensor:
+        """A token for each position ``[positions, vocabulary]``, from the distribution."""
+        chance = torch.rand(len(probabilities), 1, generator=self._generator).to(probabilities.device)
+        sums = probabilities.double().cumsum(-1)
+        return torch.searchsorted(sums, chance * sums[:, -1:]).clamp_max(probabilities.shape[-1] - 1).squeeze(1)
+
+    def _back(self, index: int, entered: Hidden, gradients: Hidden, calls: Calls) -> Costs:
+        """One layer's types. ``entered``: its inputs; ``gradients``: of its outputs, then of its inputs."""
+        layer, decoder = self._filled(index), self.source.decoder
+        tensors = self.source.read(index)
+        matrices = {matrix.module: matrix for matrix in decoder.matrices(index)}
+        seen: dict[str, _Seen] = {}
+        window = 0
+        for number, states in enumerate(entered):
+            leaf = states.to(gradients[number].device).detach().requires_grad_()
+            met: dict[str, tuple[Tensor, Tensor]] = {}
+            with _watching(layer, matrices, met):
+                output = run_layer(layer, leaf, calls)
+                wanted = [leaf, *(made for _, made in met.values())]
+                found = torch.autograd.grad(output, wanted, gradients[number])
+            gradients[number] = found[0]
+            for module, one in zip(met, found[1:], strict=True):
+                inputs = met[module][0]
+                if module not in seen:
+                    seen[module] = _Seen.of(one.shape[-1], inputs.shape[-1], inputs.device)
+                for row in range(len(inputs)):
+                    seen[module].add(inputs[row], one[row], self._parts(window + row))
+            window += len(states)
+        layer.to("meta")
+        at = decoder.at(index)
+        asked = {module: one for module, one in seen.items() if at + module in self.types}
+        return {at + module: self._of_matrix(at, matrices[module], tensors, one) for module, one in asked.items()}
+
+    def _parts(self, window: int) -> tuple[bool, bool]:
+        """Whether a window tells how to round, and what that costs: the only one both."""
+        return (window % 2 == 0, window % 2 == 1) if self._halves else (True, True)
+
+    def _of_matrix(self, at: str, matrix: Matrix, tensors: Mapping[str, Tensor], seen: _Seen) -> dict[str, float]:
+        factor = factorize(seen.gram, DAMP)
+        weight = matrix.of(tensors[matrix.tensor]).to(seen.gram.device)
+        return self._tried(at + matrix.module, weight, seen.cost, seen.gram, factor)
+
+    def _tried(
+        self, module: str, weight: Tensor, cost: Callable[[Tensor, Tensor], float], gram: Tensor | None = None,
+        factor: Any = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Type -> nats a token, from some rows."""
+        rows = _spaced(len(weight), ROWS if gram is not None else len(weight)).to(weight.device)
+        some = weight[rows].contiguous()
+        found = {}
+        for kind in self.types[module]:
+            error = self.method.trial(some, kind, gram, factor) - some.float()
+            found[kind] = cost(error, rows)
+        return found
+
+    def _embedding(self, text: CalibrationSet, gradients: Hidden, costs: Costs) -> None:
+        """Adds what errors of embedded rows cost: of a row the squared gradients of all its occurrences, spread over
+        the channels as those of all rows are."""
+        module = EMBEDDING.removesuffix(".weight")
+        if module not in self.types:
+            return
+        weight = self.source.checkpoint.tensor(EMBEDDING).to(self.source.device)
+        squares = torch.cat([one.float().square().flatten(0, 1) for one in gradients])
+        tokens = text.tokens.flatten().to(squares.device)
+        rows = torch.zeros(len(weight), device=squares.device).index_add_(0, tokens, squares.sum(1))
+        channels = squares.sum(0) / squares.sum().clamp_min(1e-30)
+
+        def cost(error: Tensor, _: Tensor) -> float:
+            return float((rows * (error.square() @ channels)).sum()) / (2 * len(tokens))
+
+        own = self._tried(module, weight, cost)
+        before = costs.get(module, {})
+        costs[module] = {kind: before.get(kind, 0.0) + one for kind, one in own.items()}
+
+
+@contextmanager
+def _watching(layer: nn.Module, modules: Iterable[str], met: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, ``met`` gets module -> (input, output) of every matrix of a forward."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            met[name] = inputs[0].detach(), output
+
+        return keep
+
+    hooks = [layer.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def _spaced(count: int, most: int) -> Tensor:
+    """At most ``most`` whole numbers below ``count``, evenly."""
+    return torch.arange(count) if count <= most else (torch.arange(most) * count) // most

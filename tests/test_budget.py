@@ -1,0 +1,206 @@
+"""Types by budget, through the whole pipeline on a small model: sizes, keys, what is kept, what is refused; and what a
+survey tells against derivatives that autograd computes on the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import make_model
+
+from qtool import QtoolError
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.chosen import read_chosen
+from qtool.convert.files.manifest import read_manifest
+from qtool.convert.files.source import resolve
+from qtool.convert.skeleton import build_skeleton, load_config
+from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines.llama_cpp import serve
+from qtool.evaluate.engines.torch_model import load_model
+from qtool.make import budgets
+from qtool.make.job import Job, artifact_key, open_job
+from qtool.make.outputs import make_artifacts
+from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.methods.gguf import GgufMethod
+from qtool.quantize.ranks import ALONE
+from qtool.quantize.source_model import SourceModel
+from qtool.quantize.survey import Survey
+from qtool.recipe.sections import checked_recipe
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+TEXT = CalibrationSet(torch.randint(0, 320, (6, 48), generator=torch.Generator().manual_seed(0)), "test")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for super-blocks."""
+    return make_model(tmp_path_factory.mktemp("budget") / "wide", hidden_size=256, intermediate_size=512)
+
+
+def job_of(model: Path, folder: Path, *outputs: dict[str, Any]) -> Job:
+    wanted = [{"method": "gguf", "rounding": "ggml", **output} for output in outputs]
+    recipe = checked_recipe({"model": str(model), "outputs": wanted, "output_dir": str(folder)}, "test")
+    return open_job(recipe, resolve(str(model)), torch.device("cpu"), recipe.outputs)
+
+
+def made(job: Job) -> dict[str, Artifact]:
+    return make_artifacts(budgets.decided(job, TEXT), TEXT)
+
+
+def gguf_of(artifact: Artifact) -> Path:
+    (file,) = (path for path in artifact.path.glob("*.gguf") if path.name != "imatrix.gguf")
+    return file
+
+
+def test_outputs_of_one_rule_are_written_as_ever() -> None:
+    """Keys of artifacts and recipes are digests of this."""
+    assert GgufMethod(method="gguf").model_dump(mode="json") == {
+        "method": "gguf", "name": "gguf", "type": "Q4_K_M", "imatrix": True, "rounding": None, "damp_percent": 0.1,
+        "propagate_error": True, "propagate_strength": 0.5, "pre_tokenizer": None,
+    }  # fmt: skip
+
+
+def test_sizes_are_kept_and_llama_cpp_reads_the_file(model: Path, tmp_path: Path) -> None:
+    outputs = [{"name": "bits", "budget": {"target_bpw": 4.6}}, {"name": "size", "budget": {"max_size": "0.9 MB"}}]
+    artifacts = made(job_of(model, tmp_path, *outputs))
+    bits, size = artifacts["bits"], artifacts["size"]
+    manifest, chosen = read_manifest(bits.path), read_chosen(bits.path)
+    assert chosen is not None
+    assert 0.99 * 4.6 < 8 * manifest.tensor_bytes / manifest.parameters <= 4.6  # 15 matrices leave gaps
+    assert chosen.nbytes == manifest.tensor_bytes
+    assert chosen.mix == manifest.output["mix"]
+    assert len(set(chosen.mix.values())) > 2
+    assert 0.99 * 900_000 < gguf_of(size).stat().st_size <= 900_000
+    for artifact in artifacts.values():
+        assert verify(artifact.path).sound
+        with serve(gguf_of(artifact), 64) as url:
+            assert url
+    layout = bits.file.layout
+    assert layout["blk.0.attn_v.weight"][0] == chosen.mix["model.layers.0.self_attn.v_proj"]
+    assert layout["token_embd.weight"][0] == chosen.mix["model.embed_tokens"]
+
+
+def test_a_mix_that_the_manifest_does_not_tell_fails(model: Path, tmp_path: Path) -> None:
+    (artifact,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 5}})).values()
+    path = artifact.path / "qtool.json"
+    told = json.loads(path.read_text())
+    module = "model.layers.1.mlp.up_proj"
+    told["output"]["mix"][module] = "Q8_0" if told["output"]["mix"][module] != "Q8_0" else "Q4_K"
+    path.write_text(json.dumps(told))
+    found = verify(artifact.path)
+    assert not found.sound
+    assert any("blk.1.ffn_up.weight is " in check.detail for check in found.checks if check.status == "fail")
+
+
+def test_costs_are_measured_once_and_the_mix_is_in_the_key(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = budgets.decided(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}}), TEXT)
+    monkeypatch.setattr(budgets, "_measure", None)  # a second measurement would fail
+    again = budgets.decided(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}}), TEXT)
+    assert again.outputs[0].method == first.outputs[0].method
+    keys = [artifact_key(job, job.outputs[0], TEXT) for job in (first, again)]
+    assert keys[0] == keys[1]
+    other = budgets.decided(job_of(model, tmp_path, {"budget": {"target_bpw": 5.6}}), TEXT)
+    assert artifact_key(other, other.outputs[0], TEXT) != keys[0]
+    planned = budgets.known(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}}))  # neither weights nor text
+    assert planned.outputs[0].plan == first.outputs[0].plan
+    assert "expected KL" in planned.outputs[0].notes[-1]
+
+
+def test_a_finished_artifact_needs_no_measurement(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (artifact,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}})).values()
+    before = (artifact.path / "qtool.json").read_bytes()
+    for kept in (tmp_path / budgets.FOLDER).iterdir():
+        kept.unlink()
+    monkeypatch.setattr(budgets, "_measure", None)
+    (again,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}})).values()
+    assert (again.path / "qtool.json").read_bytes() == before
+
+
+def test_a_mix_by_hand_is_the_same_file(model: Path, tmp_path: Path) -> None:
+    (artifact,) = made(job_of(model, tmp_path / "a", {"budget": {"target_bpw": 4.6}})).values()
+    mix = read_manifest(artifact.path).output["mix"]
+    (other,) = made(job_of(model, tmp_path / "b", {"mix": mix})).values()
+    assert gguf_of(other).read_bytes() == gguf_of(artifact).read_bytes()
+
+
+def test_the_smallest_file_that_keeps_a_divergence(model: Path, tmp_path: Path) -> None:
+    job = budgets.decided(job_of(model, tmp_path, *({"name": f"k{i}", "budget": {"max_kld": kld}}
+                                                    for i, kld in enumerate((0.5, 0.01)))), TEXT)  # fmt: skip
+    loose, tight = (output.chosen for output in job.outputs)
+    assert loose is not None
+    assert tight is not None
+    assert loose.expected * budgets.FACTOR <= 0.5
+    assert tight.expected * budgets.FACTOR <= 0.01
+    assert loose.nbytes < tight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"target_bpw": 1.5}, r"target_bpw 1\.5 is too small.*The nearest that works: target_bpw 2\.\d+\."),
+        ({"max_size": "0.2 MB"}, r"The nearest that works: max_size 0\.\d+ MB"),
+        ({"target_bpw": 17}, "less than or equal to 16"),
+        ({"target_bpw": 4, "max_kld": 1}, "target_bpw and max_kld are given"),
+        ({}, "none is given"),
+        ({"max_size": "22"}, "a size is needed, as `22 GB`"),
+        ({"fits": {"card": "rtx4091", "context": 128}}, "Did you mean RTX4090"),
+        ({"fits": {"card": "RTX4090", "context": "32k"}}, "more than the 256 tokens"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(model: Path, tmp_path: Path, budget: dict[str, Any], said: str) -> None:
+    with pytest.raises(QtoolError, match=said):
+        job_of(model, tmp_path, {"budget": budget})
+
+
+def test_the_nearest_that_is_named_works(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(QtoolError) as caught:
+        job_of(model, tmp_path, {"budget": {"target_bpw": 1}})
+    nearest = float(caught.value.message.rstrip(".").rpartition(" ")[2])
+    assert job_of(model, tmp_path, {"budget": {"target_bpw": nearest}}).outputs[0].plan.bits_per_weight <= nearest
+
+
+def test_type_and_budget_exclude_each_other(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(QtoolError, match="`type` and `budget` both say"):
+        job_of(model, tmp_path, {"type": "Q4_K_M", "budget": {"target_bpw": 5}})
+
+
+@pytest.mark.parametrize("mix", [{"model.layers.9.mlp.up_proj": "Q4_K"}, {"model.embed_tokens": "Q4_K"}])
+def test_mixes_that_are_not_of_the_model(model: Path, tmp_path: Path, mix: dict[str, str]) -> None:
+    with pytest.raises(QtoolError, match=r"mix: (names model.layers.9.mlp.up_proj|gives blk.\d.* no type)"):
+        job_of(model, tmp_path, {"mix": mix})
+
+
+def test_a_card_that_must_hold_it(model: Path, tmp_path: Path) -> None:
+    job = job_of(model, tmp_path, {"budget": {"fits": {"card": "rtx-4090", "context": 128, "users": 2}}})
+    assert job.outputs[0].plan.bits_per_weight == pytest.approx(16, abs=0.2)  # all of it fits as it is
+
+
+def test_what_a_survey_tells_is_the_curvature_of_the_divergence(model: Path) -> None:
+    """A small error of one matrix: KL by two forwards of the whole model against the survey's sum, both on the survey's
+    own text. The survey takes tokens and outputs for independent and draws labels once: 35 % covers it here."""
+    config = load_config(model)
+    job = job_of(model, Path("/nowhere"), {"type": "Q8_0"})
+    whole = load_model(job.checkpoint.read(), config, torch.device("cpu")).float()
+
+    class Noise(GgufMethod):
+        def trial(self, weight: Any, type_name: str, gram: Any, factor: Any) -> Any:
+            return weight.float() * 1.05
+
+    module = "model.layers.0.mlp.up_proj"
+    survey = Survey(
+        SourceModel(build_skeleton(config), job.decoder, job.checkpoint, torch.device("cpu"), ALONE),
+        Noise(method="gguf"), {module: ["Q8_0"]},
+    )  # fmt: skip
+    expected = survey.run(TEXT)[module]["Q8_0"]
+    with torch.inference_mode():
+        source = whole(TEXT.tokens).logits.log_softmax(-1)
+        whole.get_submodule(module).weight.mul_(1.05)
+        other = whole(TEXT.tokens).logits.log_softmax(-1)
+    measured = float((source.exp() * (source - other)).sum(-1).mean())
+    assert expected == pytest.approx(measured, rel=0.35)
