@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,13 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.reading import named
 from qtool.make.job import Job, device_kind
-from qtool.make.output import Output, owners_of
-from qtool.make.writing import memory
-from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.make.output import Output
+from qtool.make.peaks import Work
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
 
-GIB = 2**30
 GROUP = Path("/sys/fs/cgroup")
-LIBRARIES = GIB  # torch, transformers and the rest in host memory
 
 
 @dataclass(frozen=True)
@@ -62,33 +59,20 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
     there. Of several ``cards`` the one that takes most is told; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-    peaks = [peak_of(job, outputs, cards, rank) for rank in range(cards)] if outputs else [0]
-    layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
+    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
     on_host = job.device.type == "cpu"
-    disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
     parent = _existing(named(job.recipe.output_dir))
     return Resources(
         device="host" if on_host else device_kind(job.device) + (f" (each of {cards})" if cards > 1 else ""),
-        device_bytes=0 if on_host else max(peaks),
+        device_bytes=0 if on_host else max(work.device_peaks(cards)),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=(sum(peaks) + cards * memory(outputs, job.device) if on_host else 0)
-        + cards * (2 * layer + (LIBRARIES if outputs else 0)),
+        host_bytes=work.host_peak(cards),
         host_free=host_memory(),
-        disk_bytes=disk,
+        disk_bytes=work.disk_bytes(),
         disk_free=shutil.disk_usage(parent).free,
         disk_path=str(parent),
         seconds=_seconds(job, outputs, runs) if runs is not None else None,
     )
-
-
-def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:
-    """Bytes on the computing device of a rank while these outputs are made."""
-    text, device = job.recipe.calibration, job.device.type
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
-    methods = [output.method for output in outputs]
-    mine = [method for method, owner in zip(methods, owners_of(outputs, ranks), strict=True) if owner == rank]
-    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], cards: int = 1) -> None:
@@ -122,43 +106,35 @@ def host_memory() -> int | None:
         return available
 
 
-def _layer_bytes(job: Job) -> int:
-    """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
-    sizes = dict.fromkeys(range(job.decoder.shape.layers), 0)
-    for name, info in job.checkpoint.tensors.items():
-        layer = job.decoder.layer_of(name)
-        if layer is not None:
-            sizes[layer] += info.nbytes
-    return max(sizes.values())
-
-
-def _largest(job: Job) -> int:
-    return max(info.nbytes for info in job.checkpoint.tensors.values())
-
-
 def like(recipe: Recipe) -> str:
     """A digest of what decides, beside model and outputs, how long a run takes: text, tasks, measurements, servers."""
     return digest_of(recipe.model_dump(mode="json", include={"calibration", "experts", "evaluate", "measure", "serve"}))
 
 
 def _seconds(job: Job, outputs: Sequence[Output], runs: Path) -> tuple[float, float] | None:
-    if not outputs:
-        return None
-    parameters = max(output.plan.parameters for output in job.outputs)
+    kind = device_kind(job.device)
+    return forecast(job.recipe, outputs, runs, lambda device: device == kind)
+
+
+def forecast(
+    recipe: Recipe, outputs: Sequence[Output], runs: Path, alike: Callable[[str], bool]
+) -> tuple[float, float] | None:
+    """Seconds, the shortest and the longest, by runs in the ledger of ``runs`` on a device that is ``alike``, of the
+    same text and tasks; None where there is none."""
     rates = []
     for entry in ledger.read(runs):
         made = entry.get("artifacts") or {}
-        if entry.get("like") != like(job.recipe):
+        if entry.get("like") != like(recipe):
             continue
-        if entry.get("device") != device_kind(job.device) or not made or not entry.get("seconds"):
+        if not alike(str(entry.get("device"))) or not made or not entry.get("seconds"):
             continue
         if set(made) - set(entry.get("made", made)):  # some were made by another run, in its seconds
             continue
         work = sum(8 * artifact["bytes"] / artifact["bpw"] for artifact in made.values() if artifact.get("bpw"))
         if work:
             rates.append(entry["seconds"] / work)
-    work = parameters * len(outputs)
-    return (min(rates) * work, max(rates) * work) if rates else None
+    work = max((output.plan.parameters for output in outputs), default=0) * len(outputs)
+    return (min(rates) * work, max(rates) * work) if rates and work else None
 
 
 def _existing(path: Path) -> Path:
