@@ -42,7 +42,8 @@ class Settings(Section):
     processors: Positive | None = None
     """Processor cores of a job, 8 where nobody says it. On `card: cpu` their number decides bytes."""
     hours: Hours | None = None
-    """After which an engine may end a job; twice what past runs took otherwise, no limit where there are none."""
+    """After which an engine may end a job; twice what past runs took otherwise, an hour at least; no limit where there
+    are none."""
 
 
 class Model(Settings):

@@ -23,8 +23,8 @@ from qtool.sizing.accelerators import PROCESSOR, Accelerator, choose, load_accel
 from qtool.sizing.headers import read_headers
 
 SIDE_BY_SIDE = 8  # models whose headers are read at once: of the Hub it is two requests each
-CORES = 8
-SLACK = 2  # times the longest forecast
+CORES, HOUR = 8, 3600.0
+SLACK = 2  # times the longest forecast, and an hour at least: a limit costs nothing, a job that it ends a new start
 
 
 def tasks_of(asked: Sequence[Asked], runs: Path) -> list[Task]:
@@ -60,7 +60,7 @@ def needs_of(asked: Asked, runs: Path) -> Needs:
     peak = 0 if alone else max(work.device_peaks(cards)) + CUDA_CONTEXT
     card = None if alone else _card(peak, said.card)
     times = forecast(recipe, outputs, runs, lambda device: _alike(device, card))
-    seconds = 3600 * said.hours if said.hours else SLACK * times[1] if times else None
+    seconds = 3600 * said.hours if said.hours else max(HOUR, SLACK * times[1]) if times else None
     return Needs(
         card=card,
         cards=cards,
@@ -69,7 +69,7 @@ def needs_of(asked: Asked, runs: Path) -> Needs:
         device_bytes=peak,
         host_bytes=work.host_peak(cards),
         disk_bytes=sum(output.disk_bytes for output in outputs),
-        seconds=None if seconds is None else max(60, math.ceil(seconds)),
+        seconds=None if seconds is None else math.ceil(seconds),
     )
 
 

@@ -53,7 +53,8 @@ def main():
     running = {}
     for job in jobs["jobs"]:
         needs = {"num_cpus": job["processors"], "num_gpus": job["cards"], "memory": job["memory"]}
-        running[remote.options(name=job["name"], **needs).remote(job["words"], jobs["home"], job["processors"])] = job["name"]
+        task = remote.options(name=job["name"], **needs).remote(job["words"], jobs["home"], job["processors"])
+        running[task] = job["name"]
     failed = 0
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)

@@ -59,7 +59,7 @@ def _array(
     told = [
         "--job-name=qtool", f"--array=0-{len(tasks) - 1}{limit}", "--nodes=1", "--ntasks=1",
         f"--cpus-per-task={processors}", f"--mem={memory}G", *([f"--gres={section.gres}:{cards}"] if cards else []),
-        *([f"--time={math.ceil(seconds / 60)}"] if seconds else []),
+        *([f"--time={math.ceil((seconds + WARNED) / 60)}"] if seconds else []),
         f"--signal=B:TERM@{WARNED}", "--requeue", "--open-mode=append", "--output=slurm-%A_%a.txt",
         *(shlex.quote(option) for option in section.options),
     ]  # fmt: skip
