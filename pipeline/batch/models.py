@@ -26,6 +26,7 @@ from qtool.recipe.yaml_file import read_yaml
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
 Hours = Annotated[Number, Field(gt=0, le=10_000)]
 DEFAULT = "awq"
+RECIPES = ("name", "model", "recipe", "set")  # keys that say what a model's recipe is
 
 
 class Settings(Section):
@@ -130,7 +131,7 @@ def load_batch(path: Path) -> tuple[Models, list[Asked]]:
 
 
 def _readable(data: Mapping[str, Any], found: Models | None) -> list[tuple[int, Model]]:
-    """Models with the settings of all in them; of a file with faults those that have none themselves."""
+    """Models with the settings of all in them; of a file with faults those whose recipe can be told."""
     common = {key: value for key, value in data.items() if key in Settings.model_fields}
     listed = data.get("models")
     models = []
@@ -140,6 +141,8 @@ def _readable(data: Mapping[str, Any], found: Models | None) -> list[tuple[int, 
             continue
         put = [some for some in (common.get("set"), own.get("set")) if isinstance(some, dict)]
         whole = common | own | {"set": {key: value for some in put for key, value in some.items()}}
+        if found is None:
+            whole = {key: value for key, value in whole.items() if key in RECIPES}
         try:
             models.append((number, checked(whole, "", Model)))
         except QtoolError:
