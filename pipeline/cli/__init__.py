@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qtool import QtoolError
+from qtool.cli import batch as cli_batch
 from qtool.cli import bundle as cli_bundle
 from qtool.cli import cards as cli_cards
 from qtool.cli import evaluate as cli_evaluate
@@ -19,6 +20,7 @@ from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
+from qtool.cli.heap import give_back_freed
 from qtool.cli.options import FAILED, device_option, log_options, runs_option, set_option
 from qtool.cli.processors import share_processors
 from qtool.cli.recipes import complete_recipe
@@ -45,6 +47,7 @@ def main() -> None:
     130 interrupted.
     """
     share_processors(os.environ)  # before any command loads torch
+    give_back_freed(os.environ)
 
 
 @main.command()
@@ -162,6 +165,7 @@ main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)
+main.add_command(cli_batch.batch)
 main.add_command(cli_bundle.bundle)
 main.add_command(cli_serve.serve)
 main.add_command(cli_serve.prove)

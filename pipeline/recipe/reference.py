@@ -55,7 +55,7 @@ def schema() -> dict[str, Any]:
     found = Recipe.model_json_schema()
     found["properties"]["model"]["anyOf"] = [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelSection"}]
     found["properties"]["model"].pop("$ref")
-    _tidy(found)
+    tidy(found)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of qtool"}
     return head | {key: value for key, value in found.items() if key != "title"}
 
@@ -65,11 +65,11 @@ def schema_text() -> str:
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _tidy(node: Any) -> None:
+def tidy(node: Any) -> None:
     """Limits under the names that JSON schema has for them, texts in one line, no titles."""
     if isinstance(node, list):
         for part in node:
-            _tidy(part)
+            tidy(part)
     if not isinstance(node, dict):
         return
     for ours, name in LIMITS.items():
@@ -80,7 +80,7 @@ def _tidy(node: Any) -> None:
     if isinstance(node.get("description"), str):
         node["description"] = " ".join(node["description"].replace("``", "`").split())
     for part in node.values():
-        _tidy(part)
+        tidy(part)
 
 
 def markdown() -> str:
