@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--outputs", default="awq,gptq,nf4,gguf")
     options = parser.parse_args()
     recipe = {
-        "model": options.model, "output_dir": "artifacts", "outputs": [{"method": name} for name in options.outputs.split(",")],
+        "model": options.model, "output_dir": "artifacts",
+        "outputs": [{"method": name} for name in options.outputs.split(",")],
         "calibration": {"text": "qtool-code", "samples": options.samples, "length": 128},
     }  # fmt: skip
     ratios = []

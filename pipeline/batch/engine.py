@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.recipe.judging import Section
+from qtool.recipe.section import Section
 from qtool.sizing.accelerators import Accelerator
 
 GIB = 2**30

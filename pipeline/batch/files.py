@@ -13,7 +13,7 @@ from pathlib import Path
 from qtool import QtoolError
 from qtool.batch.engine import Engine, Place, Rendered, Task
 from qtool.convert.files.reading import shown
-from qtool.recipe.judging import Section
+from qtool.recipe.section import Section
 
 INDEX = "batch.json"  # says that the folder is one of ours, and what is in it
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from qtool.batch.engine import Engine, Place, Rendered, Task, here_command
-from qtool.recipe.judging import Section
+from qtool.recipe.section import Section
 
 
 class HereSection(Section):

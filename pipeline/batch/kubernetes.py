@@ -14,7 +14,7 @@ from pydantic import Field
 
 from qtool import QtoolError
 from qtool.batch.engine import SECRET, WORK, Engine, Place, Rendered, Task
-from qtool.recipe.judging import Positive, Section
+from qtool.recipe.section import Positive, Section
 
 CARD = "nvidia.com/gpu"
 FILE = "kubernetes.yaml"

@@ -17,9 +17,9 @@ from qtool.convert.files.reading import named, read_text
 from qtool.convert.files.source import SHIPPED, name_of
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import checked, read
-from qtool.recipe.judging import Positive, Section, Text
 from qtool.recipe.overrides import path_of, text_of
 from qtool.recipe.paths import locate
+from qtool.recipe.section import Positive, Section, Text
 from qtool.recipe.sections import Recipe, checked_recipe
 from qtool.recipe.yaml_file import read_yaml
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtool.batch.engine import Engine, Place, Rendered, Task, here_command
-from qtool.recipe.judging import Positive, Section, Text
+from qtool.recipe.section import Positive, Section, Text
 
 FILE, JOBS = "ray_jobs.py", "ray.json"
 PROGRAM = '''"""Every model of ray.json as a task of a Ray cluster: `python ray_jobs.py`, with a Python that has ray.

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from qtool import QtoolError
 from qtool.batch.engine import RECIPE_VARIABLE, SECRET, WORK, Engine, Place, Rendered, Task, container_script
-from qtool.recipe.judging import Section, Text
+from qtool.recipe.section import Section, Text
 from qtool.sizing.accelerators import load_accelerators
 
 NAMES = {  # of qtool's cards, as SkyPilot's catalog calls them

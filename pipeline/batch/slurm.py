@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from qtool.batch.engine import Engine, Place, Rendered, Task, here_command
-from qtool.recipe.judging import Positive, Section, Text
+from qtool.recipe.section import Positive, Section, Text
 
 WARNED = 120  # seconds between SIGTERM and the end: a layer that is being written is written to its end
 

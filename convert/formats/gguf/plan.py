@@ -102,7 +102,10 @@ def plan_gguf(
     total = sum(sizes.values())
     if mix is not None:
         file_type = file_type_of({name: (types[name].type, shape) for name, shape in shapes.items()})
-    return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits, file_type)
+    return GgufPlan(
+        specs, plans, parameters, total, outside, names=names, types=types, shapes=shapes, limits=limits,
+        file_type=file_type,
+    )  # fmt: skip
 
 
 def offers(shape: ModelShape, types: Sequence[str], others: Sequence[str]) -> dict[str, dict[str, int]]:
