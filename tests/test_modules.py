@@ -208,7 +208,8 @@ def test_folded_scales_change_nothing_but_the_rounding(made: dict[str, Artifact]
         ),
         ("nf4", {"llm_int8_skip_modules": ["lm_head"]}, "stays in 16 bits, and quantization_config does not say so"),
         ("ct", {"ignore": ["lm_head"]}, "self_attn.o_proj stays in 16 bits"),
-        ("gptq", {"dynamic": {r"-:.*down_proj": {}}}, "dynamic holds a pattern"),
+        ("gptq", {"dynamic": {r"-:.*down_proj": {}}}, "quantize_config.json and config.json disagree on dynamic"),
+        ("gptq", {"dynamic": {r"+:.*down_proj": {}}}, "dynamic holds a pattern"),
         ("gptq", {"dynamic": {}}, "mlp.down_proj"),
     ],
 )

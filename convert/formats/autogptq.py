@@ -69,7 +69,7 @@ def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
 def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What is quantized is named, for vLLM, which looks for a name anywhere in a module's; of a model without a list of
     fused matrices it takes the names as its own modules have them. What is not is named for SGLang."""
-    named = [vllm.named(names) for names in matrices]
+    named = [list(dict.fromkeys([*names, *vllm.named(names)])) for names in matrices]
     return {**section, QUANTIZED: named, DYNAMIC: {f"-:.*{part}.*": {} for part in parts}}
 
 

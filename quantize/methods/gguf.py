@@ -8,14 +8,7 @@ from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from qtool import QtoolError
@@ -118,12 +111,10 @@ class GgufMethod(Method):
             raise ValueError(f"`{other}` and `{mixed}` both say which types matrices get; leave one out")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def unsaid(self) -> set[str]:
         """A file of one rule says nothing of mixes, and a mixed one has no type."""
-        without = {"type"} if self.budget or self.mix else set()
-        without |= {name for name in ("budget", "mix") if getattr(self, name) is None}
-        return {name: value for name, value in others(self).items() if name not in without}
+        found = super().unsaid() | {name for name in ("budget", "mix") if getattr(self, name) is None}
+        return found | ({"type"} if self._mixed else set())
 
     @property
     def _weighed_by_text(self) -> bool:

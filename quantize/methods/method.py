@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from qtool.convert.files.writer import Spec
@@ -204,6 +204,16 @@ class Method(BaseModel, ABC):
 
     ignore: Patterns = ()
     """Linears that stay in 16 bits, by name or pattern: `down_proj`, `model.layers.0.*`."""
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what nobody asked for: artifacts are known by this, and those made before a key existed stay so."""
+        unsaid = self.unsaid()
+        return {name: value for name, value in others(self).items() if name not in unsaid}
+
+    def unsaid(self) -> set[str]:
+        """Keys that say nothing as they are."""
+        return {name for name in ("ignore", "modules") if not getattr(self, name, True)}
 
     @property
     def asked(self) -> dict[str, Any]:
