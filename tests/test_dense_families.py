@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("Granite", MULTIPLIERS | {"attention_bias": True}),
     "Starcoder2": ("Starcoder2", {"sliding_window": 24}),
     "Phi3": ("Phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+    "Glm": ("Glm", {}),
     "Glm4": ("Glm4", {}),
     "Loop": ("IQuestLoopCoder", {"loop_window_size": 16, "rope_theta": 5e5}),
     "DeepSeek-Coder": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}),
