@@ -9,6 +9,7 @@ from qtool.convert.models.geometry import Geometry
 
 TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741  # as transformers calls them
+QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"  # of q, k, v below each other; of gate, then up
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
 
@@ -28,6 +29,21 @@ def gated_decoder(
     return feeds
 
 
+def fused_mlp(before_mlp: str, shape: Geometry, adds: bool = True) -> tuple[Feed, Feed]:
+    """Of an MLP whose gate and up are one matrix: its lower half makes what enters down."""
+    inner = shape.intermediate
+    return (
+        Feed(Norm(before_mlp), (whole(GATE_UP),)),
+        Feed(Rows(whole(GATE_UP), inner, inner), (whole(DOWN),), split=True, adds=adds),
+    )
+
+
+def fused_tensors(shape: Geometry, layer: int) -> dict[str, Shape]:
+    """Of such an MLP."""
+    inner, hidden = shape.intermediate, shape.hidden
+    return {f"{GATE_UP}.weight": (2 * inner, hidden), f"{DOWN}.weight": (hidden, inner)}
+
+
 def attention_feeds(shape: Geometry, plus_one: bool = False, adds: bool = True) -> tuple[Feed, Feed]:
     """Of q, k and v behind a norm, and of o behind the values."""
     heads = Heads(whole(V), shape.heads // shape.kv_heads, shape.head_dim)
@@ -44,19 +60,20 @@ def decoder_tensors(
     qkv_bias: bool = False,
     norm_biases: bool = False,
     mlp: Callable[[Geometry, int], dict[str, Shape]] | None = None,
+    attention: Callable[[Geometry], dict[str, Shape]] | None = None,
 ) -> Callable[[Geometry], dict[str, Shape]]:
     """Tensors of an embedding, such layers, a final norm and a head. ``norms``: of a layer's hidden states.
     ``head_norms``: q and k have one each, over a head; ``row_norms``: over all their heads at once. ``qkv_bias``: q, k
     and v have biases and o has none, whatever `attention_bias` says. ``norm_biases``: of norms of hidden states, which
     are LayerNorms then. ``mlp``: of a layer's MLP, where that is not one
-    of gate, up and down in every layer."""
+    of gate, up and down in every layer. ``attention``: of its matrices, where they are not q, k, v and o."""
 
     kinds = ("weight", "bias") if norm_biases else ("weight",)
 
     def tensors(shape: Geometry) -> dict[str, Shape]:
         found: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
         for index in range(shape.layers):
-            layer = _attention(shape, qkv_bias) | (mlp or gated_tensors)(shape, index)
+            layer = (attention(shape) if attention else _attention(shape, qkv_bias)) | (mlp or gated_tensors)(shape, index)
             layer |= {f"{norm}.{kind}": (shape.hidden,) for norm in norms for kind in kinds}
             if head_norms:
                 layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in ("q_norm", "k_norm")}

@@ -11,6 +11,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.float8 import without_float8
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
@@ -29,7 +30,7 @@ def open_source(artifact: Path, source: Path) -> Checkpoint:
     if source.is_dir() and source.resolve() == artifact.resolve():
         raise QtoolError(f"{source}: is the artifact itself. --source wants the model that it was made from.")
     opened = open_model(source)
-    if read_json(source / "config.json").get("quantization_config"):
+    if without_float8(read_json(source / "config.json")).get("quantization_config"):
         raise QtoolError(f"{source}: is quantized itself. --source wants the model that the artifact was made from.")
     return opened
 

@@ -182,14 +182,15 @@ class GridWork(LayerWork):
                 dtype = self._method.spec.dtype
                 folded[weight], own = scaling.fold_norm(folded[weight], own, dtype, 1.0 if plus_one else 0.0)
                 scale = own if tie is None else own[tie]
+                if bias in folded:
+                    folded[bias] = folded[bias] / own
             case Rows(matrix) | Heads(matrix):
-                bias = f"{matrix.module}.bias"
-                own = scaling.untied(scale, tie, self.rows[matrix.module].shape[0])
-                self.rows[matrix.module] = own
+                rows, bias = feed.producer.part(self.rows[matrix.module]), f"{matrix.module}.bias"
+                rows.copy_(scaling.untied(scale, tie, rows.shape[0]))
+                if bias in folded:
+                    folded[bias] = self._weights[bias].float() / self.rows[matrix.module]
             case Nothing():
                 return
-        if bias in folded:
-            folded[bias] = folded[bias] / own
         for name in feed.also:
             folded[name] = folded[name].float() * scale
         for matrix in feed.consumers:

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Looped models against vLLM's own model of them: what they compute, and what becomes of their gates.
+"""Families of models against vLLM's own code: what it computes of a source, of its outputs, and of folded scales.
 
-A small random model and its outputs are made here; vLLM's CPU build, in an environment of its own, answers how likely
-every token of two prompts is (`interop_vllm_loop.py`). Compared with qtool's reference engine:
+Small random models (MODELS of tests/test_dense_families.py) and their outputs are made here; vLLM's CPU build, in an
+environment of its own, answers how likely every token of two prompts is (`interop_vllm_logprobs.py`). Compared with
+qtool's reference engine, of each family:
 
-- the source in float32: the largest difference of a log-probability, against the largest logit;
-- AWQ, GPTQ and compressed-tensors in float16: mean KL, and every gate's numbers against the file's;
-- NF4: refused by vLLM, in the words that `qtool verify` has for it.
-
-With --folded the matrices of the model carry AWQ's scales without any rounding: what vLLM computes of them must be what
-it computes of the source.
+- the source, and the source with AWQ's scales in its matrices and no rounding, in float32: the largest difference of a
+  log-probability from what the reference computes of the source, against the largest logit;
+- AWQ, GPTQ and compressed-tensors in float16: mean KL, of Loop every gate's numbers against the file's;
+- NF4 of Loop: refused by vLLM, in the words that `qtool verify` has for it.
 
 Exit codes: 0 all agrees, 1 something does not, 3 no vLLM.
 
-Example:
-  python scripts/check_loop.py --python vllm-cpu/bin/python
+Examples:
+  python scripts/check_families.py --python vllm-cpu/bin/python
+  python scripts/check_families.py --python vllm-cpu/bin/python --only Loop
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from qtool.evaluate.engines.torch_model import load_model
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 EXACT, PARITY = 1e-5, 1e-3
-WINDOW, LENGTHS = 16, (48, 100)  # prompts longer than the window
+LENGTHS = (48, 100)  # longer than the windows
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 32}, {"method": "gptq", "group_size": 32},
-    {"method": "gptq", "name": "ct", "format": "compressed-tensors", "group_size": 32}, {"method": "nf4"},
+    {"method": "gptq", "name": "ct", "format": "compressed-tensors", "group_size": 32},
 ]  # fmt: skip
 
 
-def make(folder: Path) -> list[dict[str, str]]:
+def make(name: str, folder: Path) -> list[dict[str, str]]:
     """The models that vLLM is asked: the source, the folded source, the outputs."""
     from small_models import converted, make_model
+    from test_dense_families import MODELS
 
-    model = make_model(
-        folder / "model", "IQuestLoopCoder", loop_window_size=WINDOW, rope_theta=5e5, tie_word_embeddings=False
-    )
-    made = converted(model, OUTPUTS, folder)
+    architecture, changes = MODELS[name]
+    model = make_model(folder / "model", architecture, **changes | {"tie_word_embeddings": False})
+    outputs = [*OUTPUTS, {"method": "nf4"}] if name == "Loop" else OUTPUTS
+    made = converted(model, outputs, folder)
     asked = [{"label": "source", "path": str(model), "dtype": "float32"}]
     asked += [{"label": name, "path": str(path), "dtype": "float16"} for name, path in made.items()]
     return [*asked, {"label": "folded", "path": str(folded(model, folder / "folded")), "dtype": "float32"}]
@@ -94,33 +95,41 @@ def compare(asked: dict[str, str], said: dict[str, Any], prompts: list[list[int]
     same = all(torch.equal(value, state[name].float()) for name, value in said["gates"].items())
     count = sum("gate_projections" in name for name in state)
     right = same and len(said["gates"]) == count
-    return f"KL {max(kl):.1e}, {count} tensors of gates {'equal' if right else 'DIFFER'}", max(kl) < PARITY and right
+    gates = f", {count} tensors of gates {'equal' if right else 'DIFFER'}" if count else ""
+    return f"KL {max(kl):.1e}{gates}", max(kl) < PARITY and right
+
+
+def check(name: str, python: Path, prompts: list[list[int]]) -> bool:
+    """One family, a line for each model."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        models = make(name, folder)
+        job, out = folder / "job.json", folder / "out.pt"
+        job.write_text(json.dumps({"models": models, "prompts": prompts}), encoding="utf-8")
+        run = [str(python), str(HERE / "interop_vllm_logprobs.py"), str(job), str(out)]
+        with (folder / "vllm.log").open("w") as log:
+            subprocess.run(run, check=True, stdout=log, stderr=log)
+        said, fine = torch.load(out), True
+        for asked in models:
+            text, right = compare(asked, said[asked["label"]], prompts, folder / "model")
+            fine &= right
+            print(f"{name:14} {asked['label']:6} {asked['dtype']}: {text}{'' if right else '   <- WRONG'}", flush=True)
+    return fine
 
 
 def main() -> int:
+    from test_dense_families import MODELS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, required=True, help="of vLLM's environment")
+    parser.add_argument("--only", default=",".join(MODELS), help="families, comma-separated")
     options = parser.parse_args()
     if not options.python.exists():
         print(f"{options.python}: no such file", file=sys.stderr)
         return 3
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in LENGTHS]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        models = make(folder)
-        job, out = folder / "job.json", folder / "out.pt"
-        job.write_text(json.dumps({"models": models, "prompts": prompts}), encoding="utf-8")
-        run = [str(options.python), str(HERE / "interop_vllm_loop.py"), str(job), str(out)]
-        with (folder / "vllm.log").open("w") as log:
-            subprocess.run(run, check=True, stdout=log, stderr=log)
-        said = torch.load(out)
-        fine = True
-        for asked in models:
-            text, right = compare(asked, said[asked["label"]], prompts, folder / "model")
-            fine &= right
-            print(f"{asked['label']:8} {asked['dtype']}: {text}{'' if right else '   <- WRONG'}", flush=True)
-    return 0 if fine else 1
+    return 0 if all([check(name, options.python, prompts) for name in options.only.split(",")]) else 1  # noqa: C419  # every one is asked
 
 
 if __name__ == "__main__":

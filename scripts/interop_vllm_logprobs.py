@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Log-probabilities of looped models under vLLM, and the gates that it holds; knows nothing of qtool.
+"""Log-probabilities of small models under vLLM, and the gates of looped ones as it holds them; knows nothing of qtool.
 
-    python interop_vllm_loop.py JOB.json OUT.pt
+    python interop_vllm_logprobs.py JOB.json OUT.pt
 
 JOB.json: ``{"models": [{"label", "path", "dtype"}], "prompts": [[token id]]}``. OUT.pt: label -> ``{"logprobs": one
 float32 [length - 1, vocabulary] a prompt, "gates": name -> tensor}``, or ``{"error": what vLLM says}``.
-vLLM has the model and no class for its config.json, which comes with the models; one is made known here.
+vLLM has the looped model and no class for its config.json, which comes with the models; one is made known here.
 """
 
 from __future__ import annotations
