@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtool.evaluate.engines.condition import Condition
 from qtool.evaluate.engines.engine import Completion, Decoding, Request
+from qtool.evaluate.engines.sampling import sample, shared_noise
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it is still running
@@ -38,9 +39,7 @@ class Rows:
         self.cache = make_cache(self.model, condition)
         self.made: list[list[int]] = [[] for _ in rows]
         self.ends = end_tokens(self.model, self.tokenizer)
-        self.draws = torch.empty(0)
-        if decoding.temperature > 0:
-            self.draws = torch.stack([_draws(requests[row].seed, decoding.max_new_tokens) for row in rows]).to(device)
+        self.seeds = torch.tensor([requests[row].seed for row in rows], device=device)
 
     def decode(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Each row's text when it has ended."""
@@ -76,7 +75,8 @@ class Rows:
             )  # fmt: skip
         logits = output.logits[:, -1]
         if self.decoding.temperature > 0:
-            chosen = sample(logits, self.decoding.temperature, self.decoding.top_p, self.draws[:, step])
+            noise = shared_noise(self.seeds, step, logits.shape[-1])
+            chosen = sample(logits, self.decoding.temperature, self.decoding.top_p, noise)
         else:
             chosen = logits.argmax(-1)
         tokens: list[int] = chosen.tolist()
@@ -91,25 +91,10 @@ class Rows:
             keep = torch.tensor(live, device=device)
             self.cache.batch_select_indices(keep)
             self.input, self.positions, self.mask = self.input[keep], self.positions[keep], self.mask[keep]
-            self.draws = self.draws[keep] if len(self.draws) else self.draws
+            self.seeds = self.seeds[keep]
             self.rows = [self.rows[slot] for slot in live]
             self.made = [self.made[slot] for slot in live]
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=1)
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
-    """Tokens ``[n]`` by inverse CDF from uniform ``draws [n]``: the fewest likeliest tokens whose mass reaches
-    ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751) of softmax(``logits [n, vocabulary]`` / temperature)."""
-    probabilities, tokens = torch.softmax(logits.double() / temperature, -1).sort(-1, descending=True)
-    mass = probabilities.cumsum(-1)
-    probabilities = probabilities.masked_fill(mass - probabilities >= top_p, 0)
-    mass = probabilities.cumsum(-1)
-    place = torch.searchsorted(mass, draws.unsqueeze(-1) * mass[:, -1:], right=True)
-    return tokens.gather(-1, place.clamp_max(logits.shape[-1] - 1)).squeeze(-1)
-
-
-def _draws(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
