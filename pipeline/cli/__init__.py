@@ -72,7 +72,7 @@ def run(
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
-    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, gguf, gptq, ladder, nf4,
+    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, gguf, gptq, ladder, nf4,
     qwen3-coder-30b-a3b, smoke (`qtool recipes` says what each is). Run again after an interruption and it continues
     after the last finished layer; what is finished is reused.
 

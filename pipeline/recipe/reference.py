@@ -20,6 +20,9 @@ EXAMPLES: dict[str, Any] = {  # of keys whose values cannot be listed; by sectio
     "TextSource.text": "tickets.jsonl", "FidelitySection.text": "heldout-code", "split": "train", "revision": "v1.0",
     "column": "prompt", "samples": 64, "TextSource.length": 1024, "FidelitySection.length": [512, 4096], "seed": 7,
     "exponent": 1, "blend": 2.0, "min_tokens": 4096, "damp_percent": 0.05, "propagate_strength": 0.25, "name": "mine",
+    "budget": {"target_bpw": 4.5}, "mix": {"model.embed_tokens": "Q6_K", "model.layers.0.mlp.up_proj": "Q4_K"},
+    "target_bpw": 4.5, "Budget.max_size": "22 GB", "card": "RTX4090", "Fits.context": 32768,
+    "fits": {"card": "RTX4090", "context": 32768, "users": 2},
     "imatrix": "imatrix.gguf", "pre_tokenizer": "qwen2", "file": "HumanEvalPlus.jsonl.gz", "after": "2025-01-31",
     "before": "2025-06-30", "limit": 100, "base_url": "http://127.0.0.1:8000/v1", "models": {"awq": "my-model-awq"},
     "EvaluateSection.samples": 10, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1024, "batch_size": 64,
@@ -34,7 +37,7 @@ EVERYWHERE = 2**40  # limits beyond it are those of the machine's numbers, and n
 SECTIONS = {
     "The recipe": "Recipe", "model": "ModelSection", "calibration": "TextSource", "experts": "ExpertSettings",
     **{f"outputs, method {name}": method.__name__ for name, method in METHODS.items()},
-    "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
+    "budget": "Budget", "budget.fits": "Fits", "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
     "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "publish": "PublishSection",
     "publish.benchmarks": "BenchmarkSection",
 }  # fmt: skip
