@@ -37,7 +37,8 @@ EVERYWHERE = 2**40  # limits beyond it are those of the machine's numbers, and n
 SECTIONS = {
     "The recipe": "Recipe", "model": "ModelSection", "calibration": "TextSource", "experts": "ExpertSettings",
     **{f"outputs, method {name}": method.__name__ for name, method in METHODS.items()},
-    "budget": "Budget", "budget.fits": "Fits", "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
+    "budget": "Budget", "budget.fits": "Fits",
+    "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
     "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "publish": "PublishSection",
     "publish.benchmarks": "BenchmarkSection",
 }  # fmt: skip
