@@ -108,11 +108,12 @@ class Survey:
                     hidden[number] = run_layer(layer, states, calls)
                 layer.to("meta")
                 self.step()
+        scale = self._embedded(text, entered[0][0])
         costs, gradients = self._head(hidden)
         for index in reversed(range(len(self.source.layers))):
             costs = self._back(index, entered.pop(), gradients, calls) | costs
             self.step()
-        self._embedding(text, gradients, costs)
+        self._embedding(text, gradients, costs, scale)
         return {module: costs[module] for module in self.types}
 
     def _refuse(self) -> None:
@@ -205,9 +206,15 @@ class Survey:
             found[kind] = cost(error, rows)
         return found
 
-    def _embedding(self, text: CalibrationSet, gradients: Hidden, costs: Costs) -> None:
+    def _embedded(self, text: CalibrationSet, hidden: Tensor) -> float:
+        """What a model multiplies embedded rows by, most by 1. ``hidden``: what the first layer is fed of the first
+        batch."""
+        rows = self.source.checkpoint.tensor(EMBEDDING)[text.tokens[: len(hidden)]].float()
+        return float((rows * hidden.float().cpu()).sum() / rows.square().sum().clamp_min(1e-30))
+
+    def _embedding(self, text: CalibrationSet, gradients: Hidden, costs: Costs, scale: float) -> None:
         """Adds what errors of embedded rows cost: of a row the squared gradients of all its occurrences, spread over
-        the channels as those of all rows are."""
+        the channels as those of all rows are. ``scale``: as `_embedded`."""
         module = EMBEDDING.removesuffix(".weight")
         if module not in self.types:
             return
@@ -218,7 +225,7 @@ class Survey:
         channels = squares.sum(0) / squares.sum().clamp_min(1e-30)
 
         def cost(error: Tensor, _: Tensor) -> float:
-            return float((rows * (error.square() @ channels)).sum()) / (2 * len(tokens))
+            return scale**2 * float((rows * (error.square() @ channels)).sum()) / (2 * len(tokens))
 
         own = self._tried(module, weight, cost)
         before = costs.get(module, {})

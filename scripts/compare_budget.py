@@ -166,7 +166,7 @@ def _asked(url: str, prompt: list[int], vocabulary: int) -> Tensor:
         told = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
     log = torch.full((vocabulary,), -60.0)
     for one in told:
-        log[one["id"]] = max(-60.0, float(one["logprob"] or -60.0))
+        log[one["id"]] = max(-60.0, float(one["logprob"]))  # null never comes: every token has a chance
     return log
 
 

@@ -75,17 +75,17 @@ def run(
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
-    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, demo, devstral, gguf, gptq, iquest-40b,
-    iquest-40b-loop, ladder, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says what each is).
-    Run again after an interruption and it continues after the last finished layer; what is finished is reused.
+        RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, devstral, gguf, gptq,
+    iquest-40b, iquest-40b-loop, ladder, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says what
+    each is). Run again after an interruption and it continues after the last finished layer; what is finished is reused.
 
-    \b
-    Examples:
-      qtool run demo
-      qtool run awq --dry-run
-      qtool run awq --set model=./My-Model --set outputs.0.group_size=64
-      qtool run my-recipe.yaml --only awq --device cuda
-      qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
+        \b
+        Examples:
+          qtool run demo
+          qtool run awq --dry-run
+          qtool run awq --set model=./My-Model --set outputs.0.group_size=64
+          qtool run my-recipe.yaml --only awq --device cuda
+          qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
     if full and not dry_run:
         raise QtoolError("--full: goes with --dry-run, and makes nothing.")

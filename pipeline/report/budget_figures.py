@@ -34,7 +34,10 @@ def size_against_kl(chosen: Chosen, measured: float | None, width: int = WIDTH) 
         if value is not None:
             x, y = frame.x(chosen.nbytes / scale), frame.y(value)
             parts.append(f'<g class="s{number + 1}"><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>')
-            place = f'x="{x + 8:.1f}" y="{y - 6:.1f}"'
+            above = (value, number) >= (max(one for one in marks.values() if one is not None), 0)
+            place = (
+                f'x="{x + 8:.1f}" y="{y - 6:.1f}"' if above else f'text-anchor="end" x="{x - 8:.1f}" y="{y + 16:.1f}"'
+            )
             parts.append(f'<text class="s{number + 1} name" {place}>{visible(name)}</text>')
     parts.append(
         f'<text class="soft" x="{frame.left}" y="20">line: what the best mix of each size is expected to lose</text>'
