@@ -80,13 +80,13 @@ def run(
     each is). Run again after an interruption and it continues after the last finished layer; what is finished is
     reused.
 
-        \b
-        Examples:
-          qtool run demo
-          qtool run awq --dry-run
-          qtool run awq --set model=./My-Model --set outputs.0.group_size=64
-          qtool run my-recipe.yaml --only awq --device cuda
-          qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
+    \b
+    Examples:
+      qtool run demo
+      qtool run awq --dry-run
+      qtool run awq --set model=./My-Model --set outputs.0.group_size=64
+      qtool run my-recipe.yaml --only awq --device cuda
+      qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
     if full and not dry_run:
         raise QtoolError("--full: goes with --dry-run, and makes nothing.")
