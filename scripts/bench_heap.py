@@ -22,13 +22,16 @@ def main() -> None:
     parser.add_argument("--outputs", default="awq,gptq,nf4,gguf")
     options = parser.parse_args()
     recipe = {
-        "model": options.model, "output_dir": "artifacts", "outputs": [{"method": name} for name in options.outputs.split(",")],
+        "model": options.model, "output_dir": "artifacts",
+        "outputs": [{"method": name} for name in options.outputs.split(",")],
         "calibration": {"text": "qtool-code", "samples": options.samples, "length": 128},
     }  # fmt: skip
     ratios = []
     for pair in range(options.pairs):
         ways = [{}, dict([KNOWN])]
-        found = [measure(options.folder / "work", recipe, **way) for way in (ways if pair % 2 else ways[::-1])]
+        found = [
+            measure(options.folder / "work", recipe, plan=False, **way) for way in (ways if pair % 2 else ways[::-1])
+        ]
         ours, glibc = found if pair % 2 else found[::-1]
         ratios.append(ours.seconds / glibc.seconds)
         print(f"{ours.seconds:.1f} s with, {glibc.seconds:.1f} s without: {ratios[-1]:.3f}; own memory at most "
