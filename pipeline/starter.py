@@ -232,7 +232,7 @@ def _samples(seen: Seen, methods: Sequence[Method]) -> tuple[int, str]:
     decoder, shapes = decoder_of(headers.config), {name: info.shape for name, info in headers.tensors.items()}
     need = 0
     for samples in SAMPLES:
-        need = peak_bytes(decoder, shapes, methods, samples * LENGTH, seen.device) + LIBRARIES
+        need = peak_bytes(decoder, shapes, methods, samples * LENGTH, seen.device) + LIBRARIES[seen.device]
         if seen.free is None or need <= seen.free:
             fewer = "" if samples == SAMPLES[0] else f"; {SAMPLES[0]} would not fit"
             return samples, f"about {need / GIB:.1f} GiB while converting{fewer}"

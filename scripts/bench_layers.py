@@ -17,7 +17,7 @@ from measured_run import Measured, load, measure
 
 from qtool.report.figures import ticks
 
-OUTPUTS = [{"method": "awq", "rounding": "gptq", "descent": False}, {"method": "gguf", "rounding": "ggml"}]
+OUTPUTS = [{"method": "gptq", "descent": False}]
 WIDTH, HEIGHT, LEFT, TOP, GAP, FOOT = 720, 200, 60, 44, 80, 46
 STYLE = (
     "svg{font:12px system-ui,-apple-system,'Segoe UI',sans-serif}.bg{fill:#fff}text{fill:#1f2328}.soft{fill:#59636e}"
@@ -87,7 +87,7 @@ def main() -> None:
         if not model.exists():
             make_model(model, options.geometry, count)
         recipe = {
-            "model": str(model.resolve()), "calibration": {"text": "qtool-code", "samples": 16, "length": 256},
+            "model": str(model.resolve()), "calibration": {"text": "qtool-code", "samples": 8, "length": 256},
             "outputs": OUTPUTS, "output_dir": "artifacts",
         }  # fmt: skip
         found = measure(options.folder / "work", recipe)

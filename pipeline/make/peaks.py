@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,9 @@ from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
 
-LIBRARIES = 2**30  # torch, transformers and the rest in host memory
+# torch, transformers and the rest in host memory: of the process's own. Measured without a card (docs/benchmarks.md);
+# beside one the driver and its libraries take more, which nobody measured apart.
+LIBRARIES = {"cpu": 430 * 10**6, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Work:
             return 0
         computing = 0
         if self.device.type == "cpu":
-            computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device)
-        return computing + cards * (2 * max(self._layer_bytes(), self._largest()) + LIBRARIES)
+            computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device) + self._rounded()
+        return computing + cards * (2 * max(self._layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
 
     def disk_bytes(self) -> int:
         """Space that a begun output has reserved already counts as there."""
@@ -53,13 +56,26 @@ class Work:
         mine = [method for method, owner in zip(methods, owners, strict=True) if owner == rank]
         return peak_bytes(self.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
+    def _rounded(self) -> int:
+        """Codes of outputs that no walk of Gram matrices counts: of the layer being rounded and of the one on its way
+        to the disk, about a byte a weight."""
+        count = sum(not output.method.needs.gram for output in self.outputs)
+        return 2 * count * self.layer_parameters()
+
+    def layer_parameters(self) -> int:
+        """Of the largest layer."""
+        return self._of_layer(lambda info: math.prod(info.shape))
+
     def _layer_bytes(self) -> int:
         """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
+        return self._of_layer(lambda info: info.nbytes)
+
+    def _of_layer(self, size: Callable[[TensorInfo], int]) -> int:
         sizes = dict.fromkeys(range(self.decoder.shape.layers), 0)
         for name, info in self.tensors.items():
             layer = self.decoder.layer_of(name)
             if layer is not None:
-                sizes[layer] += info.nbytes
+                sizes[layer] += size(info)
         return max(sizes.values())
 
     def _largest(self) -> int:
