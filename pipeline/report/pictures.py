@@ -11,6 +11,7 @@ from functools import partial
 from qtool.convert.files.manifest import Manifest
 from qtool.report import figures, maps
 from qtool.report.along import along_pictures
+from qtool.report.depths import depth_pictures
 from qtool.report.figures import Point
 from qtool.runs.coverage import by_expert, by_kind, coverage
 from qtool.runs.evidence import moved, p_text, size_text, task_label
@@ -30,8 +31,8 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, errors; ``narrow``: the
-    same for a telephone."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, depths, errors;
+    ``narrow``: the same for a telephone."""
 
     name: str
     section: str
@@ -88,7 +89,8 @@ def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
     summary = run.summary
     along = [_drawn(name, "along", title, caption, draw) for name, title, caption, draw in along_pictures(summary)]
-    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *along, *_errors(run)]
+    depths = [_drawn(name, "depths", title, caption, draw) for name, title, caption, draw in depth_pictures(summary)]
+    return [*_speeds(summary), *_sizes(summary), *_kls(summary), *along, *depths, *_errors(run)]
 
 
 def _speeds(summary: Summary) -> list[Picture]:
