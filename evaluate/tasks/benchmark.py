@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.evaluate.tasks.extract import cut, program_from_chat, without_examples
+from qtool.evaluate.tasks.made import Making
 from qtool.evaluate.tasks.problems import Problem
 from qtool.evaluate.tasks.rows import Row
 
@@ -50,7 +51,8 @@ class Benchmark:
     package. ``finished(problem, text)``: whether nothing that follows in a base model's text can belong to the answer;
     ``from_text`` and ``from_reply``: the program that is judged, out of a base model's text and a chat model's reply.
     ``whole_solutions``: the published solution is a program of its own, not the prompt's end; ``prompt_in_test``: the
-    test may use helper functions that the prompt defines.
+    test may use helper functions that the prompt defines. ``make``: its problems, where they are in no file but made
+    here. ``self_checked``: whether a problem's known answers are put to the harness before a model is.
     """
 
     format: str
@@ -64,3 +66,5 @@ class Benchmark:
     from_reply: Callable[[Problem, str], str] = python_in_reply
     whole_solutions: bool = False
     prompt_in_test: bool = False
+    make: Callable[[Making], list[Problem]] | None = None
+    self_checked: Callable[[Problem], bool] = lambda problem: True

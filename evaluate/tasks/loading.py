@@ -16,9 +16,10 @@ from qtool.convert.files.reading import named
 from qtool.evaluate.sandbox.execute import Job
 from qtool.evaluate.tasks.benchmark import Benchmark
 from qtool.evaluate.tasks.fetching import fetch
+from qtool.evaluate.tasks.made import CHARACTERS, Making, by_characters
 from qtool.evaluate.tasks.problems import Problem, Task
 from qtool.evaluate.tasks.rows import Row, parse_rows, read_rows
-from qtool.evaluate.tasks.table import BENCHMARKS, benchmark_of, data_sets, dated, recognized
+from qtool.evaluate.tasks.table import BENCHMARKS, benchmark_of, data_sets, dated, made, recognized
 
 __all__ = ["SHIPPED", "Problem", "Task", "as_job", "load_task", "subset"]
 
@@ -32,16 +33,23 @@ def load_task(
     revision: str | None = None,
     after: datetime.date | None = None,
     before: datetime.date | None = None,
+    making: Making | None = None,
 ) -> Task:
     """The task of that name, or the problems of that file (its rows say which benchmark's format it is).
 
     ``file`` is a local copy of a named benchmark, ``revision`` a commit of its data set other than the pinned one.
+    ``making``: how a task is made whose problems are in no file (None: as usual).
     ``after`` and ``before`` (inclusive) keep problems whose contest was in that window: LiveCodeBench alone has dates.
     Problems that need what this machine lacks are left out, and listed in the task with the reason.
     Raises QtoolError: exit 2 for a missing, empty or malformed file (naming line and key), exit 3 for a benchmark that
     is not on this machine and cannot be fetched.
     """
     known = data_sets()
+    if name_or_path in made():
+        _refuse_extras(name_or_path, file, revision)
+        if after is not None or before is not None:
+            raise QtoolError(f"task {name_or_path!r} has no contest dates; {_for_dated()}.")
+        return _made(name_or_path, making or Making())
     if name_or_path in SHIPPED or (name_or_path not in known and (file or revision)):
         _refuse_extras(name_or_path, file, revision)
     if name_or_path in SHIPPED:
@@ -61,6 +69,14 @@ def load_task(
     paths, source = fetch(name_or_path, revision)
     rows = (row for path in paths for row in read_rows(path))
     return _task(name_or_path, source, rows, benchmark, after, before, None if revision else data_set.problems)
+
+
+def _made(name: str, making: Making) -> Task:
+    make = BENCHMARKS[name].make
+    assert make is not None
+    counted = f", a token counted as {CHARACTERS} characters" if making.count is by_characters else ""
+    lengths = ", ".join(f"{length:,}" for length in making.lengths)
+    return Task(name=name, problems=tuple(make(making)), source=f"made by qtool: {lengths} tokens{counted}")
 
 
 def as_job(problem: Problem, program: str) -> Job:
@@ -124,7 +140,7 @@ def _refuse_extras(name: str, file: str | None, revision: str | None) -> None:
 def _existing(name: str, path: Path) -> Path:
     if path.is_file():
         return path
-    known = ", ".join([*SHIPPED, *data_sets()])
+    known = ", ".join([*SHIPPED, *data_sets(), *made()])
     what = "is a folder, not a file" if path.is_dir() else "is neither a known task nor a file"
     if name != str(path):
         what = f"({path}) {what}"
@@ -142,7 +158,8 @@ def _stem(path: Path) -> str:
 def task_sizes() -> dict[str, int]:
     """Name -> number of problems of every task that has a name; of benchmarks as published."""
     own = {name: sum(1 for _ in parse_rows(SHIPPED[name], _shipped(name))) for name in SHIPPED}
-    return own | {name: data_set.problems for name, (_, data_set) in data_sets().items()}
+    own |= {name: data_set.problems for name, (_, data_set) in data_sets().items()}
+    return own | dict.fromkeys(made(), Making().problems)
 
 
 def _shipped(name: str) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from qtool import QtoolError
-from qtool.convert.text.bounded import SECONDS, Overrun, bounded
+from qtool.convert.text.bounded import ANSWER, SECONDS, Overrun, bounded
 from qtool.convert.text.windows import require_rows
 from qtool.evaluate.tasks.extract import stop_at_end_of_function
 from qtool.evaluate.tasks.problems import Problem
@@ -21,6 +21,7 @@ from qtool.evaluate.tasks.reply import newlines
 from qtool.evaluate.tasks.table import benchmark_of
 
 Style = Literal["completion", "chat"]
+SPEED = 100_000  # characters a second that any template and tokenizer take
 CHAT = (
     "Complete this {language} function. Answer with the whole function in one {language} code block.\n\n"
     "```{fence}\n{prompt}```"
@@ -62,7 +63,8 @@ def render_all(problems: Sequence[Problem], style: Style, tokenizer: Any, rows: 
             yield [text, max(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, default=-1), ""]
 
     try:
-        made = bounded(work, SECONDS + 0.1 * len(problems))
+        characters = sum(len(problem.prompt) for problem in problems)
+        made = bounded(work, SECONDS + 0.1 * len(problems) + characters / SPEED, answer=ANSWER + 8 * characters)
     except Overrun as error:
         name = problems[min(len(error.done), len(problems) - 1)].task_id
         raise QtoolError(f"{name}: the model's chat template or tokenizer {error.reason}.") from error

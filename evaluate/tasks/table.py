@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from qtool.evaluate.tasks import bigcodebench, humaneval, livecodebench, mbpp, multipl_e
+from qtool.evaluate.tasks import (
+    bigcodebench,
+    humaneval,
+    livecodebench,
+    long_call,
+    long_change,
+    long_combine,
+    mbpp,
+    multipl_e,
+)
 from qtool.evaluate.tasks.benchmark import Benchmark, DataSet
 from qtool.evaluate.tasks.problems import Problem
 from qtool.evaluate.tasks.rows import Row
 
 BENCHMARKS: dict[str, Benchmark] = {
-    module.BENCHMARK.format: module.BENCHMARK for module in (humaneval, mbpp, bigcodebench, livecodebench, multipl_e)
+    module.BENCHMARK.format: module.BENCHMARK
+    for module in (humaneval, mbpp, bigcodebench, livecodebench, multipl_e, long_call, long_combine, long_change)
 }
 
 
@@ -19,6 +29,11 @@ def data_sets() -> dict[str, tuple[Benchmark, DataSet]]:
         for benchmark in BENCHMARKS.values()
         for name, data_set in benchmark.data_sets.items()
     }
+
+
+def made() -> dict[str, Benchmark]:
+    """Name of a task -> the benchmark that makes its problems."""
+    return {name: benchmark for name, benchmark in BENCHMARKS.items() if benchmark.make is not None}
 
 
 def benchmark_of(problem: Problem) -> Benchmark:

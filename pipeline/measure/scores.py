@@ -34,7 +34,7 @@ from qtool.evaluate.tasks.problems import Task
 from qtool.make.job import PACKAGES
 from qtool.measure import stored
 from qtool.measure.long_text import Along, require_possible
-from qtool.measure.questions import tasks_of, windows_of
+from qtool.measure.questions import shown, tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.stored import Score
 from qtool.measure.subjects import Subject
@@ -61,7 +61,7 @@ class Evaluation:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
         self.conditions = (PLAIN, *(asked.condition for asked in self.section.conditions))
-        named = tasks_of(self.section)
+        named = tasks_of(self.section, self.config, self.tokenizer)
         prompts_of = {label: self._prompts(task) for label, task in named.items()}
         self.asked = {stored.label(n, c): (n, c) for c in self.conditions for n in named}  # label -> task, condition
         self.tasks = {label: named[name] for label, (name, _) in self.asked.items()}
@@ -80,7 +80,7 @@ class Evaluation:
 
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt, for readers of the answers."""
-        return {label: {p.task_id: p.prompt for p in task.problems} for label, task in self.tasks.items()}
+        return {label: {p.task_id: shown(p.prompt) for p in task.problems} for label, task in self.tasks.items()}
 
     def self_check(self, bar: Progress) -> dict[str, SelfCheck]:
         """Known answers to every task, judged; found again where task, sandbox and versions are the same."""

@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 
 from qtool.convert.text.source import TextSource
 from qtool.evaluate.engines.table import ENGINES, PROBES
+from qtool.evaluate.tasks.table import made
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
-from qtool.recipe.long import ConditionSection, LongSection
+from qtool.recipe.long import ConditionSection, LongSection, MadeSection
 from qtool.recipe.section import Length, Positive, Section, Seed, Text
 
 HOUR = 3600.0
@@ -41,6 +42,14 @@ class TaskSection(Section):
     """LiveCodeBench: contests up to this day."""
     limit: Positive | None = None
     """At most so many problems, evenly over levels of difficulty."""
+    made: MadeSection | None = None
+    """How the problems of a task are made that are in no file."""
+
+    @model_validator(mode="after")
+    def _made(self) -> TaskSection:
+        if self.made is not None and self.task not in made():
+            raise ValueError(f"`made:` is for the tasks {', '.join(made())}; {self.task} has problems of its own")
+        return self
 
 
 class FidelitySection(Section):

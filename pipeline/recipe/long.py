@@ -21,6 +21,23 @@ else:
     ]
 
 
+class MadeSection(Section):
+    """`made:` of a task whose problems are made here (`long-call`, `long-combine`, `long-change`)."""
+
+    lengths: Annotated[tuple[Annotated[int, Field(ge=512, le=10**7, strict=True)], ...], Field(min_length=1)] = (
+        2048, 8192,
+    )  # fmt: skip
+    """Tokens of a prompt, in the model's own."""
+    depths: Annotated[int, Field(ge=1, le=21, strict=True)] = 3
+    """How many places of a file are tried, from its beginning to its end."""
+    look_alikes: Annotated[int, Field(ge=0, le=100, strict=True)] = 6
+    """Of what is asked for; as many problems are made without any, for control."""
+    each: Annotated[int, Field(ge=1, le=1000, strict=True)] = 2
+    """Problems of each length and depth, with look-alikes and without."""
+    seed: int = 0
+    """Which problems are made."""
+
+
 class LongSection(Section):
     """`long:` one long text, along which KL, agreement and perplexity are told by position."""
 

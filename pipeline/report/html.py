@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from qtool.report import loading
 from qtool.report.along import TITLE, along_note, along_rows
+from qtool.report.depths import NOTE, depth_rows
+from qtool.report.depths import TITLE as DEPTHS
 from qtool.report.markup import visible
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.page import figure, page, table
@@ -31,6 +33,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
         sections.append(("served", "In real servers", _served(run)))
     if run.summary.along:
         sections.append(("along", TITLE, _along(run, drawn)))
+    if depth_rows(run.summary):
+        sections.append(("depths", DEPTHS, _depths(run, drawn)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -80,6 +84,12 @@ def _along(run: RunRecord, drawn: list[Picture]) -> str:
     rows = table(along_rows(run.summary), "scores", "the source and every artifact along a long text")
     shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "along")
     return f'{rows}<p class="soft">{visible(along_note(run.summary))}</p><div class="grid">{shown}</div>'
+
+
+def _depths(run: RunRecord, drawn: list[Picture]) -> str:
+    rows = table(depth_rows(run.summary), "scores", "long tasks by length")
+    shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "depths")
+    return f'{rows}<p class="soft">{visible(NOTE)}</p><div class="grid">{shown}</div>'
 
 
 def _served(run: RunRecord) -> str:

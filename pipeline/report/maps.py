@@ -15,7 +15,7 @@ def heat_map(
     """Layers down, linears across; a pair that nobody measured stays empty. ``span``: of the colours (None: of these
     values); ``digits``: of its numbers, behind the point."""
     layers = sorted({layer for layer, _ in values})
-    linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda key: key[0])))
+    linears = list(dict.fromkeys(linear for _, linear in sorted(values, key=lambda place: place[0])))
     low, high = span or (min(values.values()), max(values.values()))
     left, top, wide, tall = (72, 84, 68, 22) if room == WIDTH else (60, 112, 39, 22)
     width = max(int(left + wide * (place + 0.5) + 7 * len(linear)) for place, linear in enumerate(linears))
@@ -33,7 +33,7 @@ def heat_map(
             if value is not None:
                 share = (value - low) / (high - low) if high > low else 0.5
                 parts.append(
-                    _cell(
+                    cell(
                         left + wide * column,
                         y,
                         wide,
@@ -43,8 +43,8 @@ def heat_map(
                     )
                 )
     y = top + tall * len(layers) + 18
-    parts += _key(left, y, f"{low:.{digits}f}", f"{high:.{digits}f}", label if room == WIDTH else "")
-    worst = max(values, key=lambda key: values[key])
+    parts += key(left, y, f"{low:.{digits}f}", f"{high:.{digits}f}", label if room == WIDTH else "")
+    worst = max(values, key=lambda place: values[place])
     span_text = f"from {min(values.values()):.{digits}f} to {values[worst]:.{digits}f}"
     told = f"{label}: {span_text}; largest in layer {worst[0]}, {worst[1]}."
     return svg(label, told, y + 24, parts, max(width, left + 206 + 8 * len(label) if room == WIDTH else room))
@@ -75,7 +75,7 @@ def expert_map(
                 edge = "" if value else ' stroke="#c0392b"'
                 parts.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{tall}" fill="{colour}"{edge}/>')
     y = top + tall * len(layers) + 18
-    parts += _key(left, y, f"{low:,.{digits}f}", f"{high:,.{digits}f}", label if room == WIDTH else "")
+    parts += key(left, y, f"{low:,.{digits}f}", f"{high:,.{digits}f}", label if room == WIDTH else "")
     most = max(values, key=lambda place: values[place])
     least, place = min(values.values()), f"largest in layer {most[0]}, expert {most[1]}"
     told = f"{label}: from {least:,.{digits}f} to {values[most]:,.{digits}f}; {place}."
@@ -83,7 +83,7 @@ def expert_map(
     return svg(label, told, y + 24, parts, needed if room == WIDTH else max(room, int(left + wide * experts)))
 
 
-def _key(left: int, y: int, low: str, high: str, label: str) -> list[str]:
+def key(left: int, y: int, low: str, high: str, label: str) -> list[str]:
     """What the colours of a map stand for."""
     parts = [
         f'<rect x="{left + 6 * step}" y="{y}" width="6" height="10" fill="{shade(step / 23)}"/>' for step in range(24)
@@ -93,7 +93,8 @@ def _key(left: int, y: int, low: str, high: str, label: str) -> list[str]:
     return [*parts, f'<text class="soft" x="{left + 206}" y="{y + 9}">{visible(label)}</text>']
 
 
-def _cell(x: float, y: float, wide: float, tall: float, share: float, words: str) -> str:
+def cell(x: float, y: float, wide: float, tall: float, share: float, words: str) -> str:
+    """A box with words, as dark as ``share`` says."""
     box = f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" fill="{shade(share)}"/>'
     ink = "ondark" if share > 0.5 else "onlight"
     return f'{box}<text class="{ink}" text-anchor="middle" x="{x + wide / 2}" y="{y + 15}">{words}</text>'

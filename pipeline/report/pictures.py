@@ -13,6 +13,7 @@ from qtool.convert.files.chosen import Chosen, read_chosen
 from qtool.convert.files.manifest import Manifest
 from qtool.report import budget_figures, figures, maps
 from qtool.report.along import along_pictures
+from qtool.report.depths import depth_pictures
 from qtool.report.figures import Point
 from qtool.runs.coverage import Coverage, by_expert, by_kind, coverage
 from qtool.runs.evidence import moved, p_text, size_text, task_label
@@ -33,8 +34,8 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, errors; ``narrow``: the
-    same for a telephone."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, depths, errors;
+    ``narrow``: the same for a telephone."""
 
     name: str
     section: str
@@ -91,7 +92,9 @@ def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
     summary = run.summary
     along = [_drawn(name, "along", title, caption, draw) for name, title, caption, draw in along_pictures(summary)]
-    return [*_speeds(summary), *_sizes(summary), *_curves(run), *_kls(summary), *along, *_bits(run), *_errors(run)]
+    depths = [_drawn(name, "depths", title, caption, draw) for name, title, caption, draw in depth_pictures(summary)]
+    drawn = [*_speeds(summary), *_sizes(summary), *_curves(run), *_kls(summary)]
+    return [*drawn, *along, *depths, *_bits(run), *_errors(run)]
 
 
 def _chosen(run: RunRecord) -> dict[str, Chosen]:

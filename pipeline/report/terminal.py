@@ -14,6 +14,8 @@ from qtool.convert.verify.verification import Verification
 from qtool.report import loading
 from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.columns import console, print_table, say, show
+from qtool.report.depths import NOTE, depth_rows
+from qtool.report.depths import TITLE as DEPTHS
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.measured import measured_faults
@@ -45,7 +47,7 @@ def print_run(run: RunRecord) -> None:
     rows = score_rows(run.summary)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     _print_footnote(footnote(run.summary))
-    _print_along(run.summary)
+    _print_long(run.summary)
     for note in measured_faults(run.summary.measured):
         say(escape(note))
     for name, checked in run.checks.items():
@@ -83,10 +85,13 @@ def print_scores(summary: Summary) -> None:
     """`qtool evaluate`'s table."""
     print_rows(score_rows(summary))
     _print_footnote(footnote(summary))
-    _print_along(summary)
+    _print_long(summary)
 
 
-def _print_along(summary: Summary) -> None:
+def _print_long(summary: Summary) -> None:
+    if rows := depth_rows(summary):
+        print_table(console, rows, DEPTHS, lead=3)
+        _print_footnote(NOTE)
     if rows := along_rows(summary):
         print_table(console, rows, TITLE, lead=2, left=("cache",))
         _print_footnote(along_note(summary))

@@ -1,0 +1,56 @@
+"""long-combine: two or three definitions of a long file, far from one another, are to be used together."""
+
+from __future__ import annotations
+
+import random
+
+from qtool.evaluate.tasks import made
+from qtool.evaluate.tasks.benchmark import Benchmark
+from qtool.evaluate.tasks.depots import INPUTS, check_of, codes, depot
+from qtool.evaluate.tasks.made import Making, Puzzle, make_problems
+from qtool.evaluate.tasks.problems import Problem
+
+NAME = "long-combine"
+
+
+def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
+    """The charge of one depot times the weight of another, and in every second problem the charge of a third added."""
+    taken: set[str] = set()
+    first, second, third = codes(drawn, 3)
+    charged, added = depot(drawn, first, taken), depot(drawn, third, taken)
+    weight, three = drawn.randrange(3, 90), drawn.random() < 0.5
+    name, *names = (f"WEIGHT_{number:04X}" for number in drawn.sample(range(16**4), 1 + look_alikes))
+    asked_for = (first, second, third)
+    others = [depot(drawn, code, taken).block for code in codes(drawn, look_alikes, first, asked_for)]
+    for other, code in zip(names, codes(drawn, look_alikes, second, asked_for), strict=True):
+        others.append(_weight(other, drawn.randrange(3, 90), code))
+    asked = f"The charge of depot {first} for these units at this level, times the weight of depot {second}"
+    needles, answer = [charged.block, _weight(name, weight, second)], f"{charged.call} * {name}"
+    results = [charged.charge(*given) * weight for given in INPUTS]
+    if three:
+        asked += f", and the charge of depot {third} for the same added to it"
+        needles.append(added.block)
+        answer += f" + {added.call}"
+        results = [result + added.charge(*given) for result, given in zip(results, INPUTS, strict=True)]
+    return Puzzle(
+        needles=tuple(needles),
+        others=tuple(others),
+        question=f'def solve(units, level):\n    """{asked}. Uses what is defined above for these depots."""\n',
+        answer=f"    return {answer}\n",
+        test=check_of("solve", [f"{units}, {level}" for units, level in INPUTS], results),
+    )
+
+
+def _weight(name: str, weight: int, code: str) -> str:
+    return f"# The weight of depot {code}.\n{name} = {weight}"
+
+
+def make(making: Making) -> list[Problem]:
+    """At every length and depth (of the first definition), with look-alikes and without."""
+    return make_problems(NAME, making, puzzle)
+
+
+BENCHMARK = Benchmark(
+    format=NAME, data_sets={}, read=made.no_rows, make=make, finished=made.finished, from_text=made.from_text,
+    from_reply=made.from_reply, self_checked=made.checked,
+)  # fmt: skip
