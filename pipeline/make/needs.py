@@ -17,6 +17,8 @@ from qtool.make.job import Job, device_kind
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.survey import survey_bytes
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
@@ -64,6 +66,8 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     outputs = job.outputs if pending is None else pending
     peaks = [peak_of(job, outputs, cards, rank) for rank in range(cards)] if outputs else [0]
     layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
+    measuring, kept = measuring_bytes(job) if any(one.method.undecided for one in outputs) else (0, 0)
+    peaks = [max(peaks[0], measuring), *peaks[1:]]
     on_host = job.device.type == "cpu"
     disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
     parent = _existing(named(job.recipe.output_dir))
@@ -72,13 +76,37 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         device_bytes=0 if on_host else max(peaks),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
         host_bytes=(sum(peaks) + cards * memory(outputs, job.device) if on_host else 0)
-        + cards * (2 * layer + (LIBRARIES if outputs else 0)),
+        + cards * (2 * layer + (LIBRARIES if outputs else 0))
+        + kept,
         host_free=host_memory(),
         disk_bytes=disk,
         disk_free=shutil.disk_usage(parent).free,
         disk_path=str(parent),
         seconds=_seconds(job, outputs, runs) if runs is not None else None,
     )
+
+
+def measuring_bytes(job: Job) -> tuple[int, int]:
+    """(on the computing device, in host memory besides) while it is measured what types cost."""
+    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
+    width = 4 if job.device.type == "cpu" and not fast_bfloat16() else 2
+    return survey_bytes(job.decoder, shapes, job.recipe.calibration.length, width)
+
+
+def refuse_what_cannot_be_measured(job: Job) -> None:
+    """Raises QtoolError (exit 3) saying what is short."""
+    on_device, kept = measuring_bytes(job)
+    on_host = job.device.type == "cpu"
+    wanted = [("host memory", kept + 2 * _layer_bytes(job) + (on_device if on_host else 0), host_memory())]
+    if not on_host:
+        wanted.append((f"{device_kind(job.device)} memory", on_device, torch.cuda.mem_get_info(job.device)[0]))
+    for what, need, free in wanted:
+        if free is not None and need > free:
+            raise QtoolError(
+                f"it cannot be measured here what types cost: {what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB "
+                "free. Free some, take another --device, or name a type (`type: Q4_K_M`) or a `mix:`.",
+                exit_code=3,
+            )
 
 
 def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:
