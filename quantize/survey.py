@@ -17,6 +17,7 @@ that compensates fits the first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.models.feeds import Matrix
+from qtool.convert.models.shape import Decoder
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, run_layer
@@ -248,6 +250,26 @@ def _watching(layer: nn.Module, modules: Iterable[str], met: dict[str, tuple[Ten
     finally:
         for one in hooks:
             one.remove()
+
+
+def survey_bytes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]], length: int, width: int) -> tuple[int, int]:
+    """(on the computing device, in host memory besides) while types are measured, windows being ``length`` tokens:
+    the inputs of every layer on the host; on the device the hidden states and their gradients, a layer, the two sums
+    of each of its matrices with one's factor, or the head with a window's chances. ``width``: of a number computed
+    with."""
+    geometry, tokens = decoder.shape, max(2, TOKENS // length) * length
+    states = tokens * geometry.hidden * width
+    layer = max(range(geometry.layers), key=lambda one: sum(_count(shapes, decoder.at(one))))
+    matrices = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in decoder.matrices(layer)]
+    sums = sum(8 * columns**2 for _, columns in matrices) + 12 * max(columns for _, columns in matrices) ** 2
+    weights = sum(_count(shapes, decoder.at(layer)))
+    activations = TOKENS * sum(out for out, _ in matrices) * width * 3
+    head = geometry.vocab * (geometry.hidden * (width + 4) + length * 24)
+    return 2 * states + max(weights * (width + 4) + sums + activations, head), states * geometry.layers
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Iterator[int]:
+    return (math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 
 def _spaced(count: int, most: int) -> Tensor:

@@ -20,13 +20,14 @@ from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.llama_cpp import serve
 from qtool.evaluate.engines.torch_model import load_model
-from qtool.make import budgets
+from qtool.make import budgets, needs
 from qtool.make.job import Job, artifact_key, open_job
 from qtool.make.outputs import make_artifacts
 from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.method import LayerCodes
+from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.ranks import ALONE
 from qtool.quantize.source_model import SourceModel
 from qtool.quantize.survey import Survey
@@ -211,6 +212,20 @@ def noise(weight: torch.Tensor) -> torch.Tensor:
     """The same for the same shape."""
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     return drawn * 0.03 * weight.float().square().mean().sqrt()
+
+
+def test_memory_that_measuring_takes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the plan before types are known, and refused before the work."""
+    asked = {"budget": {"target_bpw": 4.6}}
+    on_device, kept = needs.measuring_bytes(job_of(model, tmp_path, asked))
+    assert kept == 2 * 2 * 8192 * 256 * (1 if fast_bfloat16() else 2)  # two layers' inputs, 256 channels
+    assert on_device > 6 * 8 * 256**2 + 8 * 512**2
+    plain = needs.needs_of(job_of(model, tmp_path, {"type": "Q8_0"})).host_bytes
+    assert needs.needs_of(job_of(model, tmp_path, asked)).host_bytes > plain + kept
+    monkeypatch.setattr(needs, "host_memory", lambda: 1000)
+    with pytest.raises(QtoolError, match="cannot be measured here what types cost: host memory") as caught:
+        budgets.decided(job_of(model, tmp_path, asked), TEXT)
+    assert caught.value.exit_code == 3
 
 
 class Noisy(GgufMethod):

@@ -24,6 +24,7 @@ from qtool.convert.formats.plan import ModelShape
 from qtool.convert.skeleton import build_skeleton
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.mixes import beside_of, keeping, limit_of, offers_of, planned, within
+from qtool.make.needs import refuse_what_cannot_be_measured
 from qtool.make.output import Output, plan_output
 from qtool.make.progress import progress_bar
 from qtool.quantize import allocation
@@ -145,6 +146,7 @@ def _finished(job: Job, output: Output, calibration: CalibrationSet) -> Chosen |
 
 
 def _measure(job: Job, output: Output, calibration: CalibrationSet) -> Costs:
+    refuse_what_cannot_be_measured(job)
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     source = SourceModel(model, job.decoder, job.checkpoint, job.device, ALONE)
     types = {module: list(own) for module, own in output.method.offers(_shape(job)).items()}

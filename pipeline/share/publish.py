@@ -44,11 +44,13 @@ class PlannedRepository:
 
 
 def format_label(manifest: Manifest) -> str:
-    """`AWQ-4bit`, `GPTQ-8bit`, `NF4`, `Q4_K_M-GGUF`: how people name such repositories."""
+    """`AWQ-4bit`, `GPTQ-8bit`, `NF4`, `Q4_K_M-GGUF`, `4.50bpw-GGUF`: how people name such repositories."""
     output = manifest.output
     method = str(output["method"]).upper()
     if "type" in output:
         return f"{output['type']}-{method}"
+    if "mix" in output:
+        return f"{manifest.bits_per_weight:.2f}bpw-{method}"
     return f"{method}-{output['bits']}bit" if "bits" in output else method
 
 
