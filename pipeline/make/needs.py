@@ -16,16 +16,10 @@ from qtool.convert.files.reading import named
 from qtool.evaluate.engines import sweep_memory as sweep
 from qtool.evaluate.engines.condition import PLAIN
 from qtool.make.job import Job, device_kind
-<<<<<<< HEAD
 from qtool.make.output import Output
-from qtool.make.peaks import Work
-=======
-from qtool.make.output import Output, owners_of
-from qtool.make.writing import memory
-from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.make.peaks import LIBRARIES, Work
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.survey import survey_bytes
->>>>>>> w-budget
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
@@ -74,27 +68,15 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
     there. Of several ``cards`` the one that takes most is told; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-<<<<<<< HEAD
-    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
-=======
-    peaks = [peak_of(job, outputs, cards, rank) for rank in range(cards)] if outputs else [0]
-    layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
-    measuring, kept = measuring_bytes(job) if any(one.method.undecided for one in outputs) else (0, 0)
-    peaks = [max(peaks[0], measuring), *peaks[1:]]
->>>>>>> w-budget
+    work = _work(job, outputs)
+    measuring = measuring_bytes(job, work) if any(one.method.undecided for one in outputs) else (0, 0)
     on_host = job.device.type == "cpu"
     parent = _existing(named(job.recipe.output_dir))
     return Resources(
         device="host" if on_host else device_kind(job.device) + (f" (each of {cards})" if cards > 1 else ""),
-        device_bytes=0 if on_host else max(work.device_peaks(cards)),
+        device_bytes=0 if on_host else max(*work.device_peaks(cards), measuring[0]),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-<<<<<<< HEAD
-        host_bytes=work.host_peak(cards),
-=======
-        host_bytes=(sum(peaks) + cards * memory(outputs, job.device) if on_host else 0)
-        + cards * (2 * layer + (LIBRARIES if outputs else 0))
-        + kept,
->>>>>>> w-budget
+        host_bytes=max(work.host_peak(cards), measuring[1]),
         host_free=host_memory(),
         disk_bytes=work.disk_bytes(),
         disk_free=shutil.disk_usage(parent).free,
@@ -105,7 +87,6 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     )
 
 
-<<<<<<< HEAD
 def _long(job: Job) -> tuple[int, int] | None:
     asked, shape = job.recipe.evaluate.long, job.decoder.shape
     if asked is None:
@@ -122,20 +103,26 @@ def _caches(job: Job) -> dict[str, int]:
         return {}
     conditions = [PLAIN, *(one.condition for one in asked.conditions)]
     return {one.name or "own": cache_bytes(shape, one, length) for one in conditions}
-=======
-def measuring_bytes(job: Job) -> tuple[int, int]:
-    """(on the computing device, in host memory besides) while it is measured what types cost."""
+
+
+def _work(job: Job, outputs: Sequence[Output]) -> Work:
+    return Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
+
+
+def measuring_bytes(job: Job, work: Work) -> tuple[int, int]:
+    """(on the computing device, in host memory) while it is measured what types cost, before anything is made."""
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    width = 4 if job.device.type == "cpu" and not fast_bfloat16() else 2
-    return survey_bytes(job.decoder, shapes, job.recipe.calibration.length, width)
+    on_host = job.device.type == "cpu"
+    width = 4 if on_host and not fast_bfloat16() else 2
+    on_device, kept = survey_bytes(job.decoder, shapes, job.recipe.calibration.length, width)
+    return on_device, kept + 2 * work.layer_bytes() + LIBRARIES[job.device.type] + (on_device if on_host else 0)
 
 
 def refuse_what_cannot_be_measured(job: Job) -> None:
     """Raises QtoolError (exit 3) saying what is short."""
-    on_device, kept = measuring_bytes(job)
-    on_host = job.device.type == "cpu"
-    wanted = [("host memory", kept + 2 * _layer_bytes(job) + (on_device if on_host else 0), host_memory())]
-    if not on_host:
+    on_device, in_host = measuring_bytes(job, _work(job, job.outputs))
+    wanted = [("host memory", in_host - LIBRARIES[job.device.type], host_memory())]  # which this process has
+    if job.device.type != "cpu":
         wanted.append((f"{device_kind(job.device)} memory", on_device, torch.cuda.mem_get_info(job.device)[0]))
     for what, need, free in wanted:
         if free is not None and need > free:
@@ -144,17 +131,6 @@ def refuse_what_cannot_be_measured(job: Job) -> None:
                 "free. Free some, take another --device, or name a type (`type: Q4_K_M`) or a `mix:`.",
                 exit_code=3,
             )
-
-
-def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:
-    """Bytes on the computing device of a rank while these outputs are made."""
-    text, device = job.recipe.calibration, job.device.type
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
-    methods = [output.method for output in outputs]
-    mine = [method for method, owner in zip(methods, owners_of(outputs, ranks), strict=True) if owner == rank]
-    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
->>>>>>> w-budget
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], cards: int = 1) -> None:

@@ -41,7 +41,7 @@ class Work:
         computing = 0
         if self.device.type == "cpu":
             computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device) + self._rounded()
-        return computing + cards * (2 * max(self._layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
+        return computing + cards * (2 * max(self.layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
 
     def disk_bytes(self) -> int:
         """Space that a begun output has reserved already counts as there."""
@@ -66,7 +66,7 @@ class Work:
         """Of the largest layer."""
         return self._of_layer(lambda info: math.prod(info.shape))
 
-    def _layer_bytes(self) -> int:
+    def layer_bytes(self) -> int:
         """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
         return self._of_layer(lambda info: info.nbytes)
 
