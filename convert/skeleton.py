@@ -13,6 +13,7 @@ from qtool import QtoolError
 from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.reading import shown
 from qtool.convert.models.shape import Decoder
+from qtool.convert.models.table import find_family
 
 _UNKNOWN = "{} ({}) holds buffers that cannot be made from config.json alone."
 
@@ -29,6 +30,12 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
 
     raw = read_config(path)
     check_config(raw)
+    family = find_family(raw)
+    if (
+        family is not None and family.register is not None
+    ):  # the class that the walk knows, whatever came with the model
+        family.register()
+        raw, trust_remote_code = {}, False
     if "auto_map" in raw and not trust_remote_code:
         raise QtoolError(
             f"{path}: config.json asks to run the model's own code (auto_map). Read that code, then set "
@@ -72,7 +79,8 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            trusted = trust_remote_code and not _registered(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # a config may hold anything, and so do the exceptions of a model's constructor
         raise _unreadable(Path(getattr(config, "name_or_path", "") or "."), error) from error
     for name, module in list(model.named_modules()):
@@ -83,6 +91,12 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
                 _fill_buffers(name, module, model)
     model.eval()
     return model.requires_grad_(False)
+
+
+def _registered(config: Any) -> bool:
+    """Whether qtool has the class that the config's family is built of."""
+    family = find_family({"architectures": config.architectures})
+    return family is not None and family.register is not None
 
 
 def _rebuild(name: str, module: nn.Module) -> nn.Module:

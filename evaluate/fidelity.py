@@ -101,7 +101,7 @@ def make_reference(
     """Run the source over ``windows`` int64 ``[n, length]``; ``folder`` is whole or absent."""
     with whole_folder(folder) as partial:
         for number, window in enumerate(windows):
-            for start, logs in _logprobs(logits, window):
+            for start, logs in logprobs(logits, window):
                 count = kept or kept_tokens(logs.shape[-1], windows.numel())
                 tensors = {"logprobs": logs.cpu()}
                 if count < logs.shape[-1]:
@@ -130,12 +130,12 @@ def diverge(
     every = torch.empty(windows.shape)
     for number, window in enumerate(windows):
         loss, agreed = 0.0, 0
-        for start, logs in _logprobs(logits, window):
+        for start, logs in logprobs(logits, window):
             end = start + len(logs)
             targets = window[start + 1 : end + 1].to(logs.device).unsqueeze(1)
             loss -= float(logs[: len(targets)].gather(1, targets).sum(dtype=torch.float64))
             tokens, p_log = source.chunk(number, start)
-            every[number, start:end], best = _compare(tokens, p_log, logs)
+            every[number, start:end], best = compare(tokens, p_log, logs)
             agreed += int((logs.argmax(-1).cpu() == best).sum())
             kept = 0 if tokens is None else tokens.shape[1]
         nll.append(loss / (length - 1))
@@ -165,9 +165,9 @@ def diverge_by_layer(
         layer.load_state_dict({n: t.to(original[n].device, original[n].dtype) for n, t in state.items()}, assign=True)
         total = 0.0
         for number, window in enumerate(windows):
-            for start, logs in _logprobs(logits_of(model), window):
+            for start, logs in logprobs(logits_of(model), window):
                 tokens, p_log = source.chunk(number, start)
-                total += float(_compare(tokens, p_log, logs)[0].double().sum())
+                total += float(compare(tokens, p_log, logs)[0].double().sum())
         errors[index] = total / windows.numel()
         layer.load_state_dict(original, assign=True)
         progress()
@@ -187,8 +187,8 @@ def _layers(stream: TensorStream, prefix: str, layers: Any) -> Iterator[tuple[in
             yield number, {name: state[name] for name in layers[number].state_dict()}
 
 
-def _compare(tokens: Tensor | None, p_log: Tensor, q_log: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL at each position, the source's likeliest token), on the CPU."""
+def compare(tokens: Tensor | None, p_log: Tensor, q_log: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL at each position, the source's likeliest token), on the CPU, of `Reference.chunk` and of a model."""
     p_log = p_log.to(q_log.device)
     if tokens is None:
         return (p_log.exp() * (p_log - q_log)).sum(-1).clamp_min(0).cpu(), p_log.argmax(-1).cpu()
@@ -206,7 +206,7 @@ def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return (listed + rest).clamp_min(0)
 
 
-def _logprobs(logits: Logits, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+def logprobs(logits: Logits, window: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it."""
     chunks = logits(window)
     if chunks is None:

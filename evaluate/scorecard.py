@@ -29,6 +29,7 @@ class Settings(_Record):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    condition: str = ""  # of the cache: its type and its window, where it is not the engine's own and whole
 
     def differences(self, other: Settings, but: Collection[str] = ()) -> list[str]:
         """What forbids pairing two scores, in words; empty when they may be paired. Versions, seeds and the settings
@@ -68,6 +69,7 @@ class TaskScore(_Record):
     outcomes: dict[str, ProblemOutcome]
     samples: int = 1
     more: dict[str, tuple[ProblemOutcome, ...]] = {}
+    groups: dict[str, dict[str, str]] = {}  # problem -> what the task says of it: its difficulty, its category
 
     @model_validator(mode="after")
     def _whole(self) -> TaskScore:
@@ -149,19 +151,50 @@ class FidelityScore(_Record):
         return "" if whole else "it has not the text's windows"
 
 
+class PositionScore(_Record):
+    """One model against its source along one text of ``length`` tokens: ``kl`` (to the source with its whole cache),
+    ``nll`` and ``top1`` have one number for each ``block`` positions. ``settings.condition``: how this model kept its
+    keys and values. ``cache_bytes``: of all layers at the text's end, as a cache of that kind stores them."""
+
+    key: str
+    subject: str
+    digest: str
+    settings: Settings
+    length: int
+    block: int
+    kl: list[float]
+    nll: list[float]
+    top1: list[float]
+    kept: int = 0
+    cache_bytes: int
+    seconds: float
+
+    @model_validator(mode="after")
+    def _whole(self) -> PositionScore:
+        blocks = -(-self.length // self.block) if self.block > 0 else 0
+        if not blocks or any(len(values) != blocks for values in (self.kl, self.nll, self.top1)):
+            raise ValueError("`kl`, `nll` and `top1` must hold a number for each block")
+        return self
+
+
 @dataclass
 class Scores:
     """Everything measured: subject name -> task name -> score; subject name -> fidelity at the first window length,
-    which gates judge, and at every length."""
+    which gates judge, and at every length; subject name -> condition -> fidelity along a long text."""
 
     tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)
     fidelity: dict[str, FidelityScore] = field(default_factory=dict)
     contexts: dict[str, dict[int, FidelityScore]] = field(default_factory=dict)
+    positions: dict[str, dict[str, PositionScore]] = field(default_factory=dict)
 
     def add_fidelity(self, score: FidelityScore) -> None:
         """The first that comes is the first length's."""
         self.fidelity.setdefault(score.subject, score)
         self.contexts.setdefault(score.subject, {})[score.context] = score
+
+    def add_positions(self, score: PositionScore) -> None:
+        """Of one model under one condition."""
+        self.positions.setdefault(score.subject, {})[score.settings.condition] = score
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import require_writable
@@ -30,12 +32,14 @@ from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
 from qtool.make.replacing import replacing
 from qtool.make.seat import ONE, Seat
+from qtool.measure.long_text import require_possible
 from qtool.measure.run import check_contexts, measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
+from qtool.measure.together import divisible, score_together
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
-from qtool.quantize.ranks import Home, Ranks
+from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.recipe.checking import read
 from qtool.recipe.overrides import NONE, Overrides, text_of
 from qtool.recipe.paths import require_paths
@@ -83,6 +87,7 @@ def prepare_recipe(
     job = _with_enough_text(open_job(recipe, found, choose_device(device), _chosen(recipe, only)))
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
+    require_possible(recipe.evaluate, job.decoder.shape)
     if (asked := recipe.measure) is not None:
         check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
     return job
@@ -124,7 +129,7 @@ def run(
     artifacts together; all but the first leave then, without a record."""
     if seat.rank:
         with seat.taken(device) as (ranks, own_device):
-            _assist(path, own_device, only, overrides, ranks)
+            _assist(path, runs, own_device, only, overrides, ranks)
         return None
     if profile is not None:
         require_writable(profile.parent, "--profile")
@@ -172,16 +177,24 @@ def _run(
         job = decided(job, calibration, ranks)
         with replacing(job, calibration, force):
             artifacts = make_artifacts(job, calibration, ranks=ranks)
-            session.beside = heard(ranks.tell(None))
         held.close()
-    checks = _verified(artifacts)
-    if recipe.serve is not None:
-        artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
+        together = ranks if divisible(recipe.evaluate) else ALONE
+        if together is ALONE:  # the others leave
+            session.beside = heard(ranks.tell(None))
+        checks = _verified(artifacts, job.device)
+        if recipe.serve is not None:
+            artifacts = prove_artifacts(recipe.serve, artifacts, recipe.model.trust_remote_code)
+        with record.alone(folder):
+            record.write_questions(folder, evaluation.questions())
+            lock = _lock(folder, job, calibration, artifacts, overrides)
+            record.write_lock(folder, lock)
+            if together is not ALONE:
+                together.tell(None)  # the artifacts are as they stay
+            scores = _scored(job, evaluation, _subjects(job, artifacts), together)
+        if together is not ALONE:
+            session.beside = heard(ranks.tell(None))
     with record.alone(folder):
-        record.write_questions(folder, evaluation.questions())
-        lock = _lock(folder, job, calibration, artifacts, overrides)
-        record.write_lock(folder, lock)
-        scores = _measured(job, evaluation, _subjects(job, artifacts), runs)
+        _measured(job, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
@@ -217,8 +230,9 @@ def _announce(job: Job, folder: Path) -> None:
     )  # fmt: skip
 
 
-def _assist(path: Path, device: str, only: tuple[str, ...], overrides: Overrides, ranks: Ranks) -> None:
-    """Make the artifacts with rank 0, which opens the source and tokenizes first: what it refuses, it says alone."""
+def _assist(path: Path, runs: Path, device: str, only: tuple[str, ...], overrides: Overrides, ranks: Ranks) -> None:
+    """Make and score the artifacts with rank 0, which opens the source and tokenizes first: what it refuses, it says
+    alone."""
     with working() as session:
         digest, *told = ranks.tell(None)[0]
         tokens = Home(ranks).share({})["tokens"]
@@ -226,7 +240,10 @@ def _assist(path: Path, device: str, only: tuple[str, ...], overrides: Overrides
         if job.recipe.digest != digest:
             raise QtoolError(f"{path}: changed while it was read. Run again.")
         calibration = CalibrationSet(tokens, job.recipe.calibration.text)
-        make_artifacts(decided(job, calibration, ranks), calibration, ranks=ranks)
+        artifacts = make_artifacts(decided(job, calibration, ranks), calibration, ranks=ranks)
+        if divisible(job.recipe.evaluate):
+            ranks.tell(None)  # rank 0 has verified the artifacts and proved them, which writes into their manifests
+            _scored(job, _evaluation(job, runs, runs / digest[:16]), _subjects(job, artifacts), ranks)
         ranks.tell(session.so_far().model_dump())
 
 
@@ -239,23 +256,30 @@ def make(job: Job) -> dict[str, Artifact]:
         return make_artifacts(decided(job, calibration), calibration)
 
 
-def _measured(job: Job, evaluation: Evaluation, subjects: list[Subject], runs: Path) -> Scores:
-    """Scores, and where the recipe asks for it memory and speed."""
+def _scored(job: Job, evaluation: Evaluation, subjects: list[Subject], ranks: Ranks) -> Scores:
+    """Scores of all subjects, as rank 0 knows them, for whom the others work."""
     with progress_bar() as bar:
-        scores = evaluation.score(subjects, bar)
-        if (asked := job.recipe.measure) is not None:
-            measure_subjects(asked, subjects, job.device, job.recipe.model.trust_remote_code, runs, bar)
-    record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
+        scores = score_together(evaluation, subjects, bar, ranks)
+    if not ranks.rank:
+        record.write_scores(evaluation.run, {subject.name: subject.key for subject in subjects}, scores)
     return scores
 
 
-def _verified(artifacts: dict[str, Artifact]) -> dict[str, Verification]:
+def _measured(job: Job, subjects: list[Subject], runs: Path) -> None:
+    """Where the recipe asks for it memory and speed, by processes of their own."""
+    if (asked := job.recipe.measure) is None:
+        return
+    with progress_bar() as bar:
+        measure_subjects(asked, subjects, job.device, job.recipe.model.trust_remote_code, runs, bar)
+
+
+def _verified(artifacts: dict[str, Artifact], device: torch.device) -> dict[str, Verification]:
     with progress_bar() as bar:
         task = bar.add_task("verifying artifacts", total=len(artifacts))
         checks = {}
         for name, artifact in artifacts.items():
             with stage("verifying", name):
-                checks[name] = verify(artifact.path)
+                checks[name] = verify(artifact.path, device=device)
             bar.advance(task)
     return checks
 

@@ -16,7 +16,8 @@ from qtool.convert.files.source import SHIPPED
 from qtool.convert.formats.table import runs_in
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import find_family
-from qtool.make.needs import LIBRARIES, host_memory
+from qtool.make.needs import host_memory
+from qtool.make.peaks import LIBRARIES
 from qtool.quantize.memory import peak_bytes
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS

@@ -86,7 +86,7 @@ def score(
 
     measured = {"tasks": [_keys(task, "task") for task in _several(tasks)], "text": text and _keys(text, "text")}
     section = evaluate_section({**measured, **settings})
-    if not section.tasks and section.text is None:
+    if not section.tasks and section.text is None and section.long is None:
         raise QtoolError("nothing to measure: name tasks, a text or both, for example tasks=['handwritten'].")
     source = None if against is None else Path(against)
     return score_folders(_path(model), source, section, Path(runs), device, trust_remote_code)

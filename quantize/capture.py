@@ -62,12 +62,14 @@ def captured(
 
 
 class Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it was called with and passes its input on."""
+    """Stands in for a decoder layer: keeps what it was called with and passes its input on. calls: of each pass of a
+    forward (a looped model's has several), by batch size; begun: the first pass's hidden states; passes: so far, to be
+    set to 0 before a forward."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.hidden = torch.empty(0)
+        self.calls: list[dict[int, dict[str, Any]]] = []
+        self.begun, self.passes = torch.empty(0), 0
         # some models ask a layer for its kind before they call it
         for name in ("attention_type", "layer_type", "is_sliding"):
             if hasattr(layer, name):
@@ -75,8 +77,12 @@ class Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Called by the model."""
-        self.hidden = hidden_states
-        self.calls[hidden_states.shape[0]] = kwargs
+        if self.passes == 0:
+            self.begun = hidden_states
+        if self.passes == len(self.calls):
+            self.calls.append({})
+        self.calls[self.passes][hidden_states.shape[0]] = kwargs
+        self.passes += 1
         return hidden_states
 
 

@@ -30,9 +30,10 @@ def peak_bytes(
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
     ``ranks``: processes that walk together, ``mine``: the outputs that this one makes (None: all).
-    Bytes on the computing device: hidden states of every stream, one layer, the codes of the layer before, and the
-    largest of what is alive while statistics are collected or codes chosen. Within 5 % of what an accelerator's
-    allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and not measured yet."""
+    Bytes on the computing device: hidden states of every stream (of a looped model the turns' side by side), one layer,
+    the codes of the layer before, and the largest of what is alive while statistics are collected or codes chosen.
+    Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and
+    not measured yet."""
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
     layer, parameters = _largest_layer(decoder, shapes)
     embedding = max(_count(shape) for name, shape in shapes.items() if "embed" in name) * width
@@ -45,6 +46,7 @@ def peak_bytes(
     made = methods if mine is None else mine
     own = [method for method in made if method.needs is Needs.OWN_STREAM]
     sharing = [method for method in made if method.needs is Needs.GRAM]
+    tokens *= decoder.shape.loops
     tokens = min(tokens, -(-tokens // (BATCH_TOKENS[device] * ranks)) * BATCH_TOKENS[device])  # this rank's
     hidden = steps[0][0].columns
     batch = width * min(tokens, BATCH_TOKENS[device])
@@ -185,7 +187,7 @@ def score_bytes(model: Geometry, samples: int, length: int, device: str) -> int:
     if not model.whole_scores:
         return 0
     width = 4 if device == "cpu" and not fast_bfloat16() else 2
-    sequences = min(samples, max(1, BATCH_TOKENS[device] // length))
+    sequences = min(samples, max(1, BATCH_TOKENS[device] // (length * model.loops)))
     return sequences * length**2 * (model.heads * (2 * width + 4) + 2 * width)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.capture import Calls, Hidden, Recorder
+from qtool.quantize.capture import Calls, Hidden, Recorder, advance
 from qtool.quantize.memory import BATCH_TOKENS
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.ranks import Ranks
@@ -74,7 +74,8 @@ class SourceModel:
 
     def record(self, calibration: CalibrationSet) -> tuple[Hidden, Calls]:
         """Run the model's own forward with recorders in place of the layers: what the first layer is fed by this rank's
-        batches, and the other arguments (masks, positions, rotary tables) of every layer."""
+        batches, and the other arguments (masks, positions, rotary tables) of every layer. The turns of a looped model
+        lie side by side; each begins where the one before ends, so that all layers are read once for it."""
         decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
         layers, norm = decoder.layers, decoder.norm
         recorders = [Recorder(layer) for layer in layers]
@@ -88,18 +89,35 @@ class SourceModel:
         for module in decoder.children():
             if module is not decoder.layers:
                 module.to(self.device)
-        size = max(1, BATCH_TOKENS[self.device.type] // calibration.tokens.shape[1])
+        loops, length = self.decoder.shape.loops, calibration.tokens.shape[1]
+        size = max(1, BATCH_TOKENS[self.device.type] // (length * loops))
+        asked = {"side_by_side": True} if loops > 1 else {}
         hidden: Hidden = []
         batches = calibration.batches(size)
         try:
             for tokens in self.ranks.dealt(batches):
-                decoder(input_ids=tokens.to(self.device), use_cache=False)
-                hidden.append(recorders[0].hidden)
+                for recorder in recorders:
+                    recorder.passes = 0
+                decoder(input_ids=tokens.to(self.device), use_cache=False, **asked)
+                hidden.append(recorders[0].begun)
         finally:
             decoder.layers, decoder.norm = layers, norm
             decoder.embed_tokens.to("meta")
         if len(hidden) < self.ranks.rounds(len(batches)):
-            shape = (0, calibration.tokens.shape[1], self.decoder.shape.hidden)
+            shape = (0, length, self.decoder.shape.hidden)
             hidden.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
-        calls = {id(layer): recorder.calls for layer, recorder in zip(layers, recorders, strict=True)}
-        return hidden, calls
+        last: Calls = {}
+        for turn in range(loops):
+            last = {id(layer): recorder.calls[turn] for layer, recorder in zip(layers, recorders, strict=True)}
+            if turn + 1 < loops:
+                hidden = self._with_next_turn(hidden, last, length)
+        return hidden, last
+
+    def _with_next_turn(self, hidden: Hidden, calls: Calls, length: int) -> Hidden:
+        """A looped model's hidden states before its first layer, with those of one turn more at their end."""
+        ended = list(hidden)
+        for index in range(len(self.layers)):
+            layer = self.fill(index, self.place(index, self.read(index)))
+            advance(layer, ended, calls)
+            layer.to("meta")
+        return [torch.cat([begun, end[:, -length:]], 1) for begun, end in zip(hidden, ended, strict=True)]

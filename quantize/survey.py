@@ -120,7 +120,7 @@ class Survey:
 
     def _refuse(self) -> None:
         decoder = self.source.decoder
-        if decoder.shape.experts or any(visit.turn for visit in decoder.visits()):
+        if decoder.shape.experts or decoder.shape.loops > 1:
             what = "a mixture of experts" if decoder.shape.experts else "a model whose layers run twice"
             raise QtoolError(
                 f"budget: the costs of types are not measured yet for {what}. Name a type (`type: Q4_K_M`), or give "

@@ -116,7 +116,7 @@ class Walk:
 
     @torch.inference_mode()
     def run(self, start: int = 0) -> Iterator[LayerResult]:
-        """Results of visits ``start`` onward; earlier ones are replayed forward without being quantized again.
+        """Results of layers ``start`` onward; earlier ones are replayed forward without being quantized again.
 
         Raises QtoolError naming the layer for NaN/Inf in weights or activations, and for activations that the dtype of
         an output cannot hold.
@@ -126,19 +126,19 @@ class Walk:
         hidden, calls = self.source.record(self.calibration) if calibrated else ([], {})
         streams = {output.method.name: list(hidden) for output in self.outputs if output.own_stream}
         with ThreadPoolExecutor(max_workers=1) as reader:  # the next layer is read while this one is worked on
-            visits = self.decoder.visits()
-            following = reader.submit(self.source.read, visits[0].layer)
-            for number, visit in enumerate(visits):
-                index, tensors = visit.layer, following.result()
+            layers = self.decoder.shape.layers
+            following = reader.submit(self.source.read, 0)
+            for index in range(layers):
+                tensors = following.result()
                 held = self.source.place(index, tensors)
-                if number + 1 < len(visits):
-                    following = reader.submit(self.source.read, visits[number + 1].layer)
-                if number < start:
+                if index + 1 < layers:
+                    following = reader.submit(self.source.read, index + 1)
+                if index < start:
                     self._replay(index, held, hidden, streams, calls)
                     continue
                 feeds, matrices = self.decoder.feeds(index), self.decoder.matrices(index)
                 layer = Layer(index, feeds, matrices, {}, tensors, self.decoder.in_files(held), self.device)
-                last = number == len(visits) - 1
+                last = index == layers - 1
                 results, seen = self._visit(layer, held, hidden, streams, calls, last) if calibrated else ({}, Inputs())
                 self._quantize_others(layer, seen, results)
                 names = [output.method.name for output in self.outputs]
@@ -239,11 +239,12 @@ class Walk:
         self.ranks.own([(0, refuse)])
 
     def _planned(self, layer: Layer, output: Column) -> Layer:
-        """A layer with an output's plans of its matrices."""
+        """A layer with an output's plans of its matrices, those that it leaves in 16 bits not among them."""
         assert layer.index is not None
         at = self.decoder.at(layer.index)
         plans = {plan.name: plan for plan in output.plan.linears if plan.name.startswith(at)}
-        return replace(layer, plans={matrix.module: plans[at + matrix.module] for matrix in layer.matrices})
+        planned = tuple(matrix for matrix in layer.matrices if at + matrix.module in plans)
+        return replace(layer, matrices=planned, plans={one.module: plans[at + one.module] for one in planned})
 
     def _weighing(self, index: int, output: Column, seen: Inputs) -> Inputs:
         """Mean squares: those that a file says, those of the text where the method needs them, or none."""

@@ -157,6 +157,8 @@ def work(rank: int, options: argparse.Namespace, folder: Path, port: int) -> Non
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 4096, (options.samples, options.length), generator=generator)
+    if options.limit:
+        torch.cuda.set_per_process_memory_fraction(options.limit * 2**30 / torch.cuda.mem_get_info(rank)[1], rank)
     with joined(rank, options.gpus, torch.device("cuda", rank)) as ranks:
         for name, methods in CASES.items():
             if options.case and name not in options.case:
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--gpus", type=int, default=1, help="cards that walk together")
+    parser.add_argument("--limit", type=float, help="GiB of each card: more is refused, as on a smaller one")
     parser.add_argument("--profile", action="store_true", help="of one card")
     parser.add_argument("--case", action="append", choices=CASES, help="only this case (repeatable)")
     options = parser.parse_args()

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from qtool.convert.files.source import shipped
 
 GROUPS = Path("/sys/fs/cgroup")
-GEOMETRIES = {"8b": (4096, 14336, 32), "40b": (5120, 27648, 40), "small": (1024, 3072, 16)}
+GEOMETRIES = {"8b": (4096, 14336, 32), "40b": (5120, 27648, 40), "small": (1024, 3072, 16), "tiny": (512, 1536, 8)}
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "rounding": "rtn", "scaling": "none", "clip": False},
     {"method": "nf4", "rounding": "absmax"},

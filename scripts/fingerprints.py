@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
+FAMILIES = (
+    "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Ministral3", "SeedOss", "Granite", "Starcoder2",
+)  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {  # of the models that llama.cpp takes with some values alone
     "Gemma2": {"query_pre_attn_scalar": 32},
     "Gemma3": {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]},

@@ -39,7 +39,7 @@ def make_model(
         "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     torch.manual_seed(0)
-    kind = getattr(transformers, f"{architecture}ForCausalLM")
+    kind = _class_of(f"{architecture}ForCausalLM")
     model = kind(kind.config_class(**(settings | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,6 +58,17 @@ def make_model(
     model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
+
+
+def _class_of(name: str) -> Any:
+    """transformers' own, or the one that qtool makes known to it."""
+    import transformers
+
+    from qtool.convert.models.table import FAMILIES
+
+    family = FAMILIES.get(name)
+    own = family.register() if family is not None and family.register is not None else None
+    return own or getattr(transformers, name)
 
 
 def converted(model: Path, outputs: list[dict[str, Any]], folder: Path, ranks: Any = None) -> dict[str, Path]:

@@ -25,6 +25,7 @@ NONZERO: tuple[str, ...] = ()
 BY_ROW, EXPANDS, COPIES, KEYS = True, False, (), frozenset({"quant_method"})
 
 def skipped(section): return []
+def own(section, linear): return section
 def geometry(section): return {"bits": 8, "group_size": -1}
 def multiples(section): return 1, 1
 def specs(out, columns, section, dtype):

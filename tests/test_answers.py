@@ -24,8 +24,9 @@ from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import selfcheck
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import transformers, vllm, vllm_model
+from qtool.evaluate.engines.decoding import end_tokens
 from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_seed
-from qtool.evaluate.engines.torch_model import TorchModel, end_tokens, load_model
+from qtool.evaluate.engines.torch_model import TorchModel, load_model
 from qtool.evaluate.engines.transformers import load_native
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.scorecard import ProblemOutcome

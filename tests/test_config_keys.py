@@ -57,6 +57,17 @@ def config_of(kind: str = "Llama", **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in full.items() if value is not ...}
 
 
+@pytest.mark.parametrize(("changes", "fault"), [({}, ""), (WINDOW, "does not support `use_sliding_window`")])
+def test_transformers_builds_llama_for_iquest_coder(changes: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    named = {"architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder"}
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | named | changes))
+    if fault:
+        with pytest.raises(QtoolError, match=fault):
+            load_config(tmp_path)
+    else:
+        assert type(build_skeleton(load_config(tmp_path))).__name__ == "LlamaForCausalLM"
+
+
 def skeleton_of(config: dict[str, Any], folder: Path) -> Any:
     (folder / "config.json").write_text(json.dumps(config))
     return build_skeleton(load_config(folder))

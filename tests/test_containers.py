@@ -194,8 +194,13 @@ def test_what_is_not_known_is_named(tmp_path: Path) -> None:
     tensors = autogptq.pack(random_codes(4, 32, True), section)
     with pytest.raises(QtoolError, match="bits is 3"):
         autogptq.unpack(tensors, section | {"bits": 3})
-    with pytest.raises(QtoolError, match="2 config_groups"):
-        compressed_tensors.specs(OUT, IN, {"config_groups": {"a": {}, "b": {}}}, torch.float16)
+    groups = {"a": {"targets": ["Linear"]}, "b": {"targets": ["re:.*down_proj"]}}
+    with pytest.raises(QtoolError, match="targets holds a pattern"):
+        compressed_tensors.own({"config_groups": groups}, "model.layers.0.mlp.down_proj")
+    with pytest.raises(QtoolError, match="two groups have the target 'Linear'"):
+        compressed_tensors.skipped({"config_groups": {"a": groups["a"], "b": groups["a"]}})
+    with pytest.raises(QtoolError, match="config_groups holds no group"):
+        compressed_tensors.specs(OUT, IN, {"config_groups": {}}, torch.float16)
 
 
 def test_the_table_names_every_format() -> None:

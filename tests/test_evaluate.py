@@ -19,7 +19,8 @@ from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import fidelity
 from qtool.evaluate.engines import cache, reference, torch_model
 from qtool.evaluate.engines.engine import Decoding, Request
-from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of, sample
+from qtool.evaluate.engines.sampling import sample, shared_noise
+from qtool.evaluate.engines.torch_model import TorchModel, load_model, logits_of
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.problems import Problem
 
@@ -98,11 +99,38 @@ def test_a_sample_depends_on_its_own_seed_alone(model: Any, tokenizer: Any) -> N
 
 def test_nucleus_sampling_has_the_renormalized_frequencies() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40_000, 4)
-    draws = torch.rand(40_000, dtype=torch.float64)
-    shares = torch.bincount(sample(logits, 1.0, 0.75, draws), minlength=4) / 40_000
+    noise = shared_noise(torch.arange(40_000), 7, 4)
+    shares = torch.bincount(sample(logits, 1.0, 0.75, noise), minlength=4) / 40_000
     assert shares.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)  # 0.5 alone is below 0.75, with 0.3 above
-    cooled = torch.bincount(sample(logits, 0.5, 1.0, draws), minlength=4) / 40_000
+    cooled = torch.bincount(sample(logits, 0.5, 1.0, noise), minlength=4) / 40_000
     assert cooled.tolist() == pytest.approx([v / 0.365 for v in (0.25, 0.09, 0.0225, 0.0025)], abs=0.01)
+
+
+def test_noise_is_gumbel_and_its_own_at_every_place() -> None:
+    noise = shared_noise(torch.arange(600), 3, 500)
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)  # Euler's constant
+    assert float(noise.std()) == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
+    again = shared_noise(torch.tensor([17, 400]), 3, 300)  # whatever the batch and the vocabulary
+    assert torch.equal(again, noise[[17, 400], :300])
+    following = shared_noise(torch.arange(600), 4, 500)
+    for a, b in ((noise, following), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        pairs = torch.stack([a.flatten(), b.flatten()])
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.01
+
+
+def test_models_that_share_noise_differ_no_more_than_their_distributions() -> None:
+    """2 TV / (1 + TV) at most; apart, a model differs from itself at every second token."""
+    generator = torch.Generator().manual_seed(1)
+    p = torch.randn(50, generator=generator)
+    q = p + 0.1 * torch.randn(50, generator=generator)
+    distance = float((p.softmax(-1) - q.softmax(-1)).abs().sum()) / 2
+    shared, own = shared_noise(torch.arange(20_000), 0, 50), shared_noise(torch.arange(20_000, 40_000), 0, 50)
+    first, second, apart = (
+        sample(logits.expand(20_000, 50), 1.0, 1.0, noise) for logits, noise in ((p, shared), (q, shared), (q, own))
+    )
+    differ = float((first != second).double().mean())
+    assert 0 < differ <= 2 * distance / (1 + distance) + 0.005
+    assert float((first != apart).double().mean()) > 10 * differ
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +242,7 @@ def test_a_sliding_window_keeps_its_own_cache(model_maker: Any, tmp_path: Path) 
     folder = model_maker(tmp_path / "mistral", "Mistral", sliding_window=8)
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(Checkpoint.open(folder).read(), load_config(folder), torch.device("cpu"))
-    assert not any(isinstance(layer, cache.RoomyLayer) for layer in cache.make_cache(model.config).layers)
+    assert not any(isinstance(layer, cache.RoomyLayer) for layer in cache.make_cache(model).layers)
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

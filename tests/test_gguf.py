@@ -49,6 +49,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0, "beta_fast": 8.0,
+    "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4,
+}  # fmt: skip
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0,
+}  # fmt: skip
 WINDOWS = {"vocab_size": 384, "query_pre_attn_scalar": 32, "sliding_window": 24}  # shorter than the text
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
@@ -72,6 +79,13 @@ def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
         ("Qwen2", {"vocab_size": 384}),  # more rows than tokens: the vocabulary is padded
         ("Qwen3", {"vocab_size": 384}),
         ("Gemma", {"vocab_size": 384}),
+        ("Ministral3", {"rope_parameters": MINISTRAL3_ROPE}),
+        ("SeedOss", {}),
+        ("Granite", MULTIPLIERS | {"attention_bias": True}),
+        ("Starcoder2", {}),
+        ("Phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+        ("Glm", {}),
+        ("Glm4", {}),
         ("Gemma2", WINDOWS | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
         ("Gemma3", WINDOWS | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
         ("Gemma3", WINDOWS | {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": TWO_ROPES}),

@@ -29,6 +29,7 @@ DOWNHILL: dict[str, tuple[str, ...]] = {
         "run",
         "report",
         "bundle",
+        "batch",
         "serve",
         "measure",
         "observe",

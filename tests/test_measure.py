@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.files.source import resolve
-from qtool.evaluate.engines import transformers, vllm
+from qtool.evaluate.engines import transformers, vllm, vllm_model
 from qtool.evaluate.engines.engine import Batch, Model, OutOfMemory, Reading, TooLong, Use
 from qtool.evaluate.engines.server import ServedModel
 from qtool.evaluate.engines.vllm_model import load
@@ -186,6 +186,7 @@ class FakeVllm(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("vllm")
         self.asked: list[Any] = []
+        self.clock = 0.0
         fake = self
 
         class SamplingParams:
@@ -203,7 +204,7 @@ class FakeVllm(types.ModuleType):
                 if len(prompts) > 2:
                     raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
                 tokens = parameters.settings["max_tokens"]
-                time.sleep(0.01 + 0.001 * tokens)
+                fake.clock += 0.01 + 0.001 * tokens
                 output = types.SimpleNamespace(token_ids=[1] * tokens)
                 return [types.SimpleNamespace(outputs=[output]) for _ in prompts]
 
@@ -217,13 +218,15 @@ def test_vllm_offline_against_a_recorded_interface(monkeypatch: pytest.MonkeyPat
     assert error.value.exit_code == 3
     fake = FakeVllm()
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(vllm_model, "time", types.SimpleNamespace(perf_counter=lambda: fake.clock))  # no busy machine
     running = load(vllm.FACTS, Path("m"), None, 100, timed=2)
     assert {key: fake.asked[0][key] for key in ("max_model_len", "max_num_seqs", "enable_prefix_caching")} == {
         "max_model_len": 100, "max_num_seqs": 2, "enable_prefix_caching": False,
     }  # fmt: skip
     reading = running.time(batch(20, 2, 11))
     assert reading.tokens == 22
-    assert 0.0005 < reading.steps[0] < 1  # a machine may be busy
+    assert reading.first == pytest.approx((0.011, 0.011))
+    assert reading.steps == pytest.approx((0.001, 0.001))
     with pytest.raises(OutOfMemory):
         running.time(batch(20, 3, 4))
     with pytest.raises(QtoolError, match="no room for 2000 tokens"):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from qtool.cli import main
 from qtool.evaluate.statistics import detectable_loss, mcnemar_exact, problems_needed
 from qtool.evaluate.tasks.loading import load_task, task_sizes
+from qtool.report.power import told_by
 from qtool.runs.power import ASSUMED, Seen, pooled, power_of, seen_in
 
 STORED = Path(__file__).parent / "data" / "stored_run" / "00265698"
@@ -43,10 +44,11 @@ def test_needed_and_detectable_are_each_others_inverse() -> None:
 
 def test_shares_come_from_the_task_else_from_all_else_are_assumed() -> None:
     seen = {"a": Seen(10, 100), "b": Seen(0, 300)}
-    assert pooled(seen) == 0.025
+    assert pooled(seen).share == 0.025
     own, none, other = power_of({"a": 100, "b": 100, "c": 100}, seen, None)
     assert (own.discordance, own.seen) == (0.1, True)
-    assert (none.discordance, none.seen) == (0.025, False), "no change in 300 is no proof that there is none"
+    assert none.discordance == pytest.approx(0.0089, abs=1e-4), "no change in 300 is no proof that there is none"
+    assert none.seen
     assert (other.discordance, other.seen) == (0.025, False)
     assert power_of({"a": 100}, {}, None)[0].discordance == ASSUMED
     assert [task.discordance for task in power_of({"a": 9, "b": 9}, seen, 0.3)] == [0.3, 0.3]
@@ -60,6 +62,17 @@ def test_what_runs_saw_is_counted_and_damaged_ones_are_passed_over(tmp_path: Pat
     assert set(seen) == {"heldout"}, "several answers to a problem are another matter"
     assert 0 < seen["heldout"].changed < seen["heldout"].asked
     assert seen_in(tmp_path / "none") == {}
+
+
+def test_what_was_seen_is_said_and_too_little_of_it_is_not_taken() -> None:
+    """0 of 5 tells nothing; 0 of 300 that it is less than 0.9 % (Wilson, 95 % one-sided)."""
+    few, none, some = Seen(0, 5), Seen(0, 300), Seen(12, 100)
+    assert (few.share, some.share) == (None, 0.12)
+    assert none.share == pytest.approx(2.7055 / (300 + 2.7055), rel=1e-3)
+    assert told_by(few) == "assumed: 10%; 0 of 5 outcomes of artifacts in earlier runs changed, too little to tell"
+    assert told_by(none).startswith("at most that (95 % sure): 0 of 300 outcomes")
+    assert told_by(some) == "from 12 of 100 outcomes of artifacts in earlier runs"
+    assert Seen(4, 9).share is None, "many of few: no less than what is assumed"
 
 
 def test_sizes_are_those_of_the_tasks() -> None:
@@ -77,7 +90,7 @@ def test_the_command_answers_before_anything_is_asked(tmp_path: Path) -> None:
 
     said = call("--detect", "1")
     assert "To show a loss of 1 point: 7,847 problems, if 10.0% of the outcomes change." in said
-    assert "assumed: no earlier run tells" in said
+    assert "assumed: 10%; no earlier run tells" in said
     assert "No task alone is enough" in said
     assert max(len(line) for line in said.splitlines() if line.startswith("  ")) <= 80
     enough = call("--detect", "5", "--task", "heldout", "--discordance", "0.03")

@@ -37,6 +37,7 @@ from qtool.quantize.methods.nf4 import Nf4Method
 from qtool.quantize.ranks import ALONE, Home, Ranks, dealt_out
 from qtool.quantize.statistics import InputStatistics
 from qtool.run import prepare, run
+from qtool.runs.record import load_run
 
 HERE = Path(__file__).parent
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -219,6 +220,47 @@ def test_a_killed_rank_stops_all_and_another_number_goes_on(recipe: Path) -> Non
     finally:
         torch.set_num_threads(before)
     assert sums(folder) == sums(folder / "alone") != {}
+
+
+@pytest.mark.slow
+def test_models_are_scored_side_by_side(tmp_path: Path) -> None:
+    """Two ranks score what one would, the same to the digit; each asks its own models alone, of the source's
+    distribution that rank 0 made first."""
+    asked: dict[str, Any] = {
+        "model": "qtool-demo",
+        "calibration": {"text": "qtool-code", "samples": 8, "length": 128},
+        "outputs": [{"method": "awq"}, {"method": "nf4", "rounding": "absmax"}, {"method": "gptq", "descent": False}],
+        "evaluate": {
+            "tasks": [{"task": "heldout", "limit": 6}], "max_new_tokens": 48,
+            "text": {"text": "heldout-code", "samples": 4, "length": 64},
+        },
+    }  # fmt: skip
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asked | {"output_dir": str(tmp_path / name)}))
+    start = "import os, sys; from qtool.cli.cards import launch; sys.exit(launch(sys.argv[1:], 2, os.environ))"
+    words = ["run", str(tmp_path / "two.yaml"), "--device", "cpu", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-c", start, *words, "--profile", str(tmp_path / "trace.json")],
+        env=os.environ | QUIET, capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    spans = [span for span in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if "dur" in span]
+    here = {(span["name"], span["args"]["detail"]) for span in spans if span["name"] in ("fidelity", "tasks")}
+    assert here == {
+        (kind, name + rest) for name in ("source", "nf4") for kind, rest in (("fidelity", ""), ("tasks", ": heldout"))
+    }
+    two = load_run(next(path.parent for path in (tmp_path / "runs").glob("*/result.json")))
+    assert {"source", "awq", "nf4", "gptq"} == set(two.summary.models)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = run(tmp_path / "one.yaml", tmp_path / "apart", "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert one is not None
+    for name, model in one.summary.models.items():
+        other = two.summary.models[name]
+        assert (model.tasks, model.text) == (other.tasks, other.text), name
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import io
 import json
@@ -27,9 +29,11 @@ from qtool.report.markdown import markdown_report
 from qtool.report.markup import visible
 from qtool.report.pictures import pictures, verdict_of
 from qtool.report.problems import LONGEST, _marked
-from qtool.report.tables import footnote, score_rows
+from qtool.report.script import SCRIPT
+from qtool.report.tables import by_task, footnote, score_rows
 from qtool.report.terminal import print_rows, write_report
 from qtool.runs.gates import GateResult
+from qtool.runs.groups import groups_of
 from qtool.runs.measurements import Measurement, Row
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import summarise
@@ -109,7 +113,12 @@ class Page(HTMLParser):
 def test_answers_stay_text_and_nothing_is_loaded(record: RunRecord) -> None:
     text = html_report(record, pictures(record))
     page = Page(text)
-    assert not {"script", "img", "iframe", "link", "object", "form", "base"} & set(page.tags)
+    assert page.tags.count("script") == 1  # its own, whole and last; the policy allows no other text
+    assert text.endswith(f"<script>{SCRIPT}</script>\n</body>\n</html>\n")
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"; script-src 'sha256-{allowed}'; base-uri 'none'" in text
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|fetch|import|XMLHttp|cookie", SCRIPT)
+    assert not {"img", "iframe", "link", "object", "form", "base"} & set(page.tags)
     assert {name for name, _ in page.attributes if name in ("src", "style", "srcset") or name.startswith("on")} == set()
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
     quoted = html.escape('href="https://example.org"')
@@ -124,7 +133,7 @@ def test_answers_stay_text_and_nothing_is_loaded(record: RunRecord) -> None:
 
 def test_the_page_is_whole(record: RunRecord) -> None:
     """Every element that is opened is closed: as XML, void elements aside, it parses."""
-    text = html_report(record, pictures(record))
+    text = html_report(record, pictures(record)).replace(SCRIPT, "")
     text = re.sub(r"<(meta[^>]*)>", r"<\1/>", text).replace("<!doctype html>", "")
     text = re.sub(r"<details open>", '<details open="">', text)
     root = ET.fromstring(text)
@@ -135,7 +144,7 @@ def test_the_page_is_whole(record: RunRecord) -> None:
     headings = [node.text for node in root.iter() if node.tag == "h2"]
     assert headings == [
         "Scores", "Memory and speed", "Size against quality", "Where the distribution moved", "Error of every linear",
-        "Problem by problem", "Checks", "Recipe and versions",
+        "Problem by problem", "Checks", "Time and memory of this run", "Recipe and versions",
     ]  # fmt: skip
 
 
@@ -151,6 +160,61 @@ def test_outcomes_that_changed_are_side_by_side(record: RunRecord) -> None:
     assert "gained by nf4" in gained[:200]
     assert "(1 of 3 samples passed)" in text
     assert "33%" in text
+
+
+def test_problems_say_what_a_filter_asks(record: RunRecord) -> None:
+    text = html_report(record, pictures(record))
+    row = r'<tr data-is="([a-z ]*)"><th scope="row">(?:<a [^>]*>)?t/{}&lt;b&gt;'
+    for number, said in ((0, "every"), (25, "apart lost"), (30, "apart gained"), (33, "none")):
+        found = re.findall(row.format(number), text[: text.index("<h3>sampled")])
+        assert found, number
+        assert set(found) == {said}
+
+
+def test_scores_stand_by_difficulty_and_category(record: RunRecord) -> None:
+    """Counted by hand: of 34 problems the source solves the first 30, awq 22, nf4 31; the last level begins at 30."""
+    about = {
+        f"t/{i}<b>": {"difficulty": "level 10" if i >= 30 else f"level {1 + i % 2}", "category": "one"}
+        for i in range(34)
+    }
+    tasks = {name: found["hostile"].model_copy(update={"groups": about}) for name, found in record.scores.tasks.items()}
+    groups = groups_of(tasks)
+    assert [(group.kind, group.value, group.problems) for group in groups] == [
+        ("difficulty", "level 1", 15), ("difficulty", "level 2", 15), ("difficulty", "level 10", 4),
+    ]  # fmt: skip  # of one category alone there is nothing to tell
+    assert [group.rates["source"].estimate for group in groups] == [1, 1, 0]
+    assert [(group.lost["awq"], group.gained["nf4"]) for group in groups] == [(4, 0), (4, 0), (0, 1)]
+    for name, found in tasks.items():
+        record.scores.tasks[name]["hostile"] = found
+    text = html_report(record, pictures(record))
+    assert re.search(r'level 10</th><td[^>]*><span class="n">4</span></td>', text)
+    assert "1 gained" in text
+
+
+def test_many_columns_are_a_table_for_each_task(record: RunRecord) -> None:
+    rows = score_rows(record.summary)
+    parts = by_task(rows, record.summary, 9)
+    assert [next(iter(part)) for part in (list(rows[0]) for rows in parts)] == ["model"] * 3
+    assert {head for row in parts[1] for head in row} == {
+        "model",
+        "hostile",
+        "hostile: points lost",
+        "hostile: recovery",
+    }
+    cells = [sorted((head, said) for part in parts for row in part for head, said in row.items() if head != "model")]
+    assert cells == [sorted((head, said) for row in rows for head, said in row.items() if head != "model")]
+    assert by_task(rows, record.summary, 99) == [rows]
+
+
+def test_time_and_memory_have_a_box(record: RunRecord) -> None:
+    told = replace(
+        record, seconds=90.0, stages={"opening": 0.01, "rounding": 80.0, "writing": 40.0}, peaks={"resident": 3 * 10**9}
+    )
+    text = html_report(told, [])
+    box = text[text.index('<div class="spent">') :]
+    assert "90 s in all; at most 3.00 GB resident. Stages that ran side by side add up to more." in box
+    assert '<meter min="0" max="80.00" value="40.00" aria-label="writing">' in box
+    assert "opening" not in box[: box.index("</div>")]
 
 
 def test_long_answers_are_cut_and_say_so(record: RunRecord) -> None:
@@ -288,7 +352,7 @@ for (const width of widths) {
     const wide = [...page.querySelectorAll('body *')].filter(node => !boxed(node.parentElement)
       && node.getBoundingClientRect().right > width + 0.5).map(node => node.tagName + '.' + node.className);
     found.push({width, scroll: root.scrollWidth, wide: wide.slice(0, 5), title: page.title,
-      scripts: page.querySelectorAll('script, img').length,
+      scripts: page.querySelectorAll('script, img').length, tools: page.querySelectorAll('.tools').length,
       column: frame.contentWindow.getComputedStyle(page.querySelector('main')).maxWidth,
       ink: frame.contentWindow.getComputedStyle(page.querySelector('svg .front')).strokeDasharray});
     if (found.length == widths.length) document.body.textContent = 'FOUND' + JSON.stringify(found) + 'END';
@@ -300,7 +364,8 @@ for (const width of widths) {
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 def test_nothing_overflows_in_a_browser(record: RunRecord, tmp_path: Path) -> None:
-    """At desktop and phone width, everything unfolded; the style's hash is accepted and no script ran."""
+    """At desktop and phone width, everything unfolded; the hashes of its style and of its script are accepted, and no
+    other script ran."""
     text = html_report(record, pictures(record))
     page = json.dumps(text).replace("</", "<\\/").replace("<!--", "<\\!--")
     (tmp_path / "measure.html").write_text(MEASURE.replace("WIDTHS", "[1280, 390]").replace("PAGE", page))
@@ -318,7 +383,8 @@ def test_nothing_overflows_in_a_browser(record: RunRecord, tmp_path: Path) -> No
         assert view["scroll"] <= view["width"], view
         assert view["wide"] == [], view
         assert view["title"] == "tiny · qtool"
-        assert view["scripts"] == 0
+        assert view["scripts"] == 1
+        assert view["tools"] == 2  # the page's own script made them, one for each task
         assert view["column"] == "1240px"
         assert view["ink"] == "5px, 4px"
 

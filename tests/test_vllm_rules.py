@@ -75,6 +75,13 @@ def test_the_plugin_of_nf4_is_named() -> None:
     assert runtimes == ["vllm-bnb-plugin 0.0.3 in vLLM"]
 
 
+def test_a_class_that_does_not_name_its_fused_matrices_takes_no_nf4() -> None:
+    section = bnb_nf4.quantization_config(True, ["lm_head", "gate_projections"])
+    (reason,) = FACTS.refuses_model({"architectures": ["IQuestLoopCoderForCausalLM"], "quantization_config": section})
+    assert "does not name its fused matrices" in reason
+    assert not FACTS.refuses_model({"architectures": ["LlamaForCausalLM"], "quantization_config": section})
+
+
 def test_gemma_runs_in_bfloat16() -> None:
     config = {"architectures": ["Gemma2ForCausalLM"], "dtype": "float16", "quantization_config": AWQ}
     assert dtype_flag(config) == "bfloat16"

@@ -32,7 +32,8 @@ from qtool.quantize.walk import Column, Walk
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {}, "Mistral": {"sliding_window": 24},
     "Qwen2": {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
-    "Qwen3": {}, "Gemma": {}, "Gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
+    "Qwen3": {}, "Ministral3": {}, "SeedOss": {}, "Granite": {"residual_multiplier": 0.5},
+    "Gemma": {}, "Gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
     "Gemma3": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")

@@ -23,7 +23,7 @@ MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 # Rotary tables that old checkpoints carry and every loader computes anew: not part of the model.
 COMPUTED = ".rotary_emb.inv_freq"
@@ -50,13 +50,36 @@ class Within:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A matrix of 8-bit floats: as what it is stored, and the tensor of its scales, one for each ``block`` of rows and
+    columns, or one alone."""
+
+    dtype: torch.dtype
+    scale: str
+    info: TensorInfo
+    block: tuple[int, int]
+
+    def applied(self, stored: torch.Tensor, scale: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of the matrix from ``first`` on, with their scales."""
+        values = stored.float()
+        if scale.numel() == 1:
+            return values.mul_(scale.float().view(())).to(dtype)
+        (rows, columns), (height, width) = values.shape, self.block
+        places = torch.arange(first, first + rows) // height, torch.arange(columns) // width
+        grid = scale.float().view(scale.shape[0], -1)
+        return values.mul_(grid[places[0]][:, places[1]]).to(dtype)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor. ``within``: where it lies, if it is stored in another."""
+    """What a shard's header says of one tensor. ``within``: where it lies, if it is stored in another; ``scaled``: how
+    it is read, if it is stored in 8 bits."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     within: Within | None = None
+    scaled: Scaled | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +156,14 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise QtoolError(f"{self.path}: no tensor {name}.")
+        if (scaled := info.scaled) is not None:
+            scale = self._part(scaled.scale, scaled.info, 0, None)
+            stored = self._part(name, replace(info, dtype=scaled.dtype), first, last)
+            return scaled.applied(stored, scale, first, info.dtype)
+        return self._part(name, info, first, last)
+
+    def _part(self, name: str, info: TensorInfo, first: int, last: int | None) -> torch.Tensor:
+        """As it is stored."""
         opened = self._open.get(info.file)
         if opened is None:
             try:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from qtool import QtoolError
+from qtool.convert.formats.apart import Apart, only_ignored
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in
 from qtool.convert.formats.packing import AWQ_ORDER, pack_rows, unpack_rows
 from qtool.convert.runtimes import sglang, vllm
@@ -51,6 +52,21 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     """Full names: vLLM looks for a name anywhere in a module's, and `mlp.gate` is part of a dense layer's
     `mlp.gate_up_proj`."""
     return {**section, "modules_to_not_convert": [*skipped(section), *plain]}
+
+
+def with_apart(section: Mapping[str, Any], apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+    """Full names. Raises QtoolError for settings: the section has one group size for all."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *vllm.named(only_ignored(apart, "AutoAWQ's"))]}
+
+
+def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
+    """The same: no linear has settings of its own."""
+    return section
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "modules_to_not_convert": [*skipped(section), *parts]}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:

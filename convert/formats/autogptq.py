@@ -9,27 +9,20 @@ stores zero - 1, version 2 zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from qtool import QtoolError
-from qtool.convert.formats import packing
+from qtool.convert.formats import gptq_dynamic, packing
+from qtool.convert.formats.apart import Apart
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, ordered_groups
-from qtool.convert.runtimes import sglang, vllm
-from qtool.convert.runtimes.rule import (
-    HEAD,
-    QLINEAR,
-    TRANSFORMERS,
-    Observed,
-    Runtime,
-    RuntimeRule,
-    Subject,
-    experts_rule,
-    fused_experts,
-    shards,
-)  # fmt: skip
+from qtool.convert.formats.gptq_dynamic import DYNAMIC, QUANTIZED
+from qtool.convert.formats.gptq_rules import RULES as RULES
+from qtool.convert.formats.gptq_rules import RUNS_IN as RUNS_IN
+from qtool.convert.runtimes import vllm
+from qtool.convert.runtimes.rule import Observed
 
 SAFETENSORS: Literal[True] = True
 MARK = "qweight"
@@ -39,35 +32,45 @@ NONZERO: tuple[str, ...] = ("scales",)  # symmetric grids may run backwards
 BY_ROW = True
 EXPANDS = False
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ looks for it
-# auto_gptq/modeling/_const.py (0.7.1), with a transformers from 4.38 on
-AUTOGPTQ_MODELS = {
-    "Yi", "baichuan", "bloom", "codegen", "deci", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
-    "internlm", "llama", "longllama", "mistral", "mixtral", "moss", "opt", "qwen", "qwen2", "RefinedWeb",
-    "RefinedWebModel", "stablelm_epoch", "xverse",
-}  # fmt: skip
 COPIES: tuple[str, ...] = (QUANTIZE_CONFIG,)
 KEYS = frozenset(
     {
         "quant_method", "bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential", "static_groups",
-        "lm_head", "checkpoint_format", "method", "format", "pack_dtype", "meta",
+        "lm_head", "checkpoint_format", "method", "format", "pack_dtype", "meta", DYNAMIC,
+        QUANTIZED,
     }
 )  # fmt: skip
 V1, V2 = "gptq", "gptq_v2"
-WRITTEN = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
-ASYMMETRIC = "take `format: compressed-tensors` for asymmetric codes, or `method: awq`: vLLM loads both"
 # One in every value of a word. Version 1 is version 2 minus this, as 32-bit words: a zero of 0 borrows from its
 # neighbour when written and gives it back when read, so that GPTQModel's own conversions are undone exactly.
 ONES = {4: 0x11111111, 8: 0x01010101}
 
 
 def skipped(section: Mapping[str, Any]) -> list[str]:
-    """None: GPTQ's section names no modules."""
-    return []
+    """What `dynamic` leaves unquantized."""
+    return gptq_dynamic.left_out(section)
 
 
 def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
     """The same: readers see from the tensors' names what is quantized, and never quantize routers."""
     return dict(section)
+
+
+def with_apart(section: Mapping[str, Any], apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+    """Told in `dynamic`."""
+    return gptq_dynamic.with_rules(section, apart, linears)
+
+
+def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
+    """As `dynamic` has it."""
+    return gptq_dynamic.changed(section, linear)
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What is quantized is named, for vLLM, which looks for a name anywhere in a module's; of a model without a list of
+    fused matrices it takes the names as its own modules have them. What is not is named for SGLang."""
+    named = [list(dict.fromkeys([*names, *vllm.named(names)])) for names in matrices]
+    return {**section, QUANTIZED: named, DYNAMIC: {f"-:.*{part}.*": {} for part in parts}}
 
 
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,106 +208,3 @@ def _bits(section: Mapping[str, Any]) -> int:
     if bits not in packing.WIDTHS:
         raise QtoolError(f"quantization_config: bits is {bits!r}; qtool reads GPTQ with 4 or 8.")
     return int(bits)
-
-
-def _keys(subject: Subject, _: int) -> Iterator[str]:
-    section = subject.quantization
-    for key in WRITTEN:
-        if key not in section:
-            yield f"quantization_config lacks {key!r}"
-    if section.get("bits") not in (4, 8, None):
-        yield f"bits is {section['bits']!r}, expected 4 or 8"
-    if section.get("checkpoint_format") not in ("gptq", "gptq_v2", None):
-        yield f"checkpoint_format is {section['checkpoint_format']!r}, expected 'gptq' or 'gptq_v2'"
-    if section.get("lm_head"):
-        yield "lm_head is true, but the head is not quantized"
-
-
-def _zeros(subject: Subject, _: int) -> Iterator[str]:
-    """Kernels that ignore the zeros of symmetric files (Marlin) never notice; all others print nonsense."""
-    section = subject.quantization
-    middle = 2 ** (int(section.get("bits") or 4) - 1)
-    version = section.get("checkpoint_format")
-    for name, (low, high) in subject.zeros.items():
-        if section.get("sym") and (low, high) != (middle, middle):
-            found = str(low) if low == high else f"{low} to {high}"
-            yield f"{name}: zero points are {found} in checkpoint_format {version!r}, a symmetric grid has {middle}"
-        elif not section.get("sym") and version == "gptq" and low == 0:
-            yield f"{name}: a zero point of 0 cannot be told in version 1; write checkpoint_format 'gptq_v2'"
-
-
-def _groups(subject: Subject, _: int) -> Iterator[str]:
-    """``desc_act: false`` tells kernels that they need no g_idx: what it says is lost then."""
-    if not subject.quantization.get("desc_act"):
-        for name in sorted(subject.scattered):
-            yield f"{name}: g_idx is not i // group_size, and desc_act is false"
-
-
-def _side(subject: Subject, _: int) -> Iterator[str]:
-    side = subject.quantize_config
-    if side is None:
-        yield "quantize_config.json is missing"
-        return
-    keys = sorted(key for key in {*side, *subject.quantization} if side.get(key) != subject.quantization.get(key))
-    if keys:
-        yield f"quantize_config.json and config.json disagree on {', '.join(keys)}"
-
-
-def _autogptq(subject: Subject, _: int) -> Iterator[str]:
-    kind = subject.config.get("model_type")
-    if kind not in AUTOGPTQ_MODELS:
-        yield f"it knows no models of type {kind!r}"
-    if subject.quantization.get("checkpoint_format") != "gptq":
-        yield "it reads version 1 only (checkpoint_format: gptq)"
-    yield from shards(subject, 1, multiple_out=32, multiple_in=32)
-
-
-def _shapes(subject: Subject, _: int) -> Iterator[str]:
-    yield from shards(subject, 1, multiple_out=8, multiple_in=8)
-
-
-def _sglang(subject: Subject, tp: int) -> Iterator[str]:
-    if not subject.geometry["sym"]:
-        yield "the grid is asymmetric (sym: false); Marlin takes symmetric ones"
-    if subject.geometry["bits"] not in (4, 8):
-        yield f"bits is {subject.geometry['bits']}; Marlin takes 4 and 8"
-    yield from sglang.marlin(subject, tp)
-
-
-def _vllm(section: Mapping[str, Any]) -> Iterator[str]:
-    yield from vllm.lacking(section, "bits", "group_size", "sym", "desc_act")
-    bits, size = section.get("bits"), section.get("group_size")
-    if section.get("sym") is False:
-        yield f"sym is false: vLLM's GPTQ takes symmetric files only; {ASYMMETRIC}"
-    if bits not in (4, 8, None):
-        yield f"bits is {bits!r}; vLLM's GPTQ takes 4 and 8"
-    if section.get("desc_act") and size != -1:
-        yield "desc_act is true: vLLM takes no groups of scattered columns from 0.32 on; convert again (static groups)"
-    for pattern, rule in (section.get("dynamic") or {}).items():
-        if pattern.startswith("-:") or not isinstance(rule, Mapping):
-            continue
-        if rule.get("desc_act", section.get("desc_act")) and rule.get("group_size", size) != -1:
-            yield f"desc_act is true in the dynamic rule {pattern!r}: vLLM takes no groups of scattered columns"
-        if rule.get("sym") is False:
-            yield f"sym is false in the dynamic rule {pattern!r}: vLLM's GPTQ takes symmetric files only"
-
-
-RUNS_IN: tuple[Runtime, ...] = (
-    vllm.runtime(_vllm),
-    Runtime(
-        "transformers", "transformers", "gptqmodel", "pip install gptqmodel optimum", refuses_experts=fused_experts
-    ),
-    sglang.RUNTIME,
-)
-RULES: tuple[RuntimeRule, ...] = (
-    RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (GPTQConfig)", _keys, required=True),
-    RuntimeRule("zero points", "GPTQModel", "7.6", "gptqmodel/utils/model.py", _zeros, required=True),
-    RuntimeRule("groups", "all", "kernels", "desc_act and g_idx", _groups, required=True),
-    RuntimeRule("quantize_config.json", "AutoGPTQ", "0.7.1", "auto_gptq/modeling/_base.py", _side, required=True),
-    HEAD,
-    experts_rule(fused_experts),
-    RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
-    RuntimeRule("model, version, shapes", "AutoGPTQ", "0.7.1", "_const.py, qlinear_cuda.py", _autogptq),
-    *vllm.rules("auto_gptq.py", _vllm),
-    sglang.marlin_rule("gptq.py", _sglang),
-)

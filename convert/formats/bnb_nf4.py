@@ -18,6 +18,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import DTYPES
 from qtool.convert.files.reading import strict_json
+from qtool.convert.formats.apart import Apart, only_ignored
 from qtool.convert.formats.codes import Codes, Nested, Nf4Blocks, names_in
 from qtool.convert.runtimes import vllm
 from qtool.convert.runtimes.rule import HEAD, TRANSFORMERS, Runtime, RuntimeRule, Subject, nothing_observed, shards
@@ -66,6 +67,22 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
         "transformers cannot load experts in NF4 (it looks for them as one tensor of 16 bits), and no other "
         "runtime was seen to. Take `method: gptq` with `format: compressed-tensors`, `method: awq`, or `method: gguf`."
     )
+
+
+def with_apart(section: Mapping[str, Any], apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+    """Full names, and those of what vLLM joins: its plugin looks for these alone. Raises QtoolError for settings."""
+    names = vllm.named(only_ignored(apart, "bitsandbytes'"))
+    return {**section, "llm_int8_skip_modules": [*skipped(section), *names]}
+
+
+def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
+    """The same: no linear has settings of its own."""
+    return section
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts themselves: a name that holds one stays as it is."""
+    return {**section, "llm_int8_skip_modules": [*skipped(section), *parts]}
 
 
 LONGEST_FLOAT = "-2.2250738585072014e-308"
@@ -245,11 +262,11 @@ observed = nothing_observed
 PLUGIN, PLUGIN_VERSION = "vllm-bnb-plugin", "0.0.3"
 RUNS_IN: tuple[Runtime, ...] = (
     Runtime("transformers", "transformers", "bitsandbytes", "pip install 'qtool-llm[nf4]'"),
-    vllm.runtime(_vllm, PLUGIN, f"pip install {PLUGIN}"),
+    vllm.runtime(_vllm, PLUGIN, f"pip install {PLUGIN}", vllm.fuses_unnamed),
 )
 RULES: tuple[RuntimeRule, ...] = (
     RuntimeRule("keys", "transformers", "5.23", f"{TRANSFORMERS} (BitsAndBytesConfig)", _keys, required=True),
     HEAD,
     RuntimeRule("CPU and GEMV kernels", "bitsandbytes", "0.50.2", "bitsandbytes/functional.py", _shapes),
-    vllm.loading(_vllm, "vllm_bnb_plugin", f"{PLUGIN} {PLUGIN_VERSION} in vLLM"),
+    vllm.loading(_vllm, "vllm_bnb_plugin", f"{PLUGIN} {PLUGIN_VERSION} in vLLM", vllm.fuses_unnamed),
 )

@@ -16,6 +16,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats import packing
+from qtool.convert.formats.apart import Apart
 from qtool.convert.formats.codes import Codes, UniformCodes, group_size_of, names_in, ordered_groups
 from qtool.convert.runtimes import vllm
 from qtool.convert.runtimes.rule import HEAD, Runtime, RuntimeRule, Subject, experts_rule, nothing_observed
@@ -35,10 +36,13 @@ KEYS = frozenset({"quant_method", "format", "quantization_status", "config_group
 def skipped(section: Mapping[str, Any]) -> list[str]:
     """Names and patterns (`re:…`) of modules that stay unquantized. Raises QtoolError for a scheme that qtool does not
     read: activations, the cache or other modules than all linears."""
-    (group,) = _groups(section).values()
-    if group.get("targets") != ["Linear"]:
-        raise QtoolError(f"quantization_config: targets is {group.get('targets')!r}; qtool reads ['Linear'].")
-    others = [key for key in ("input_activations", "output_activations") if group.get(key) is not None]
+    first, *more = groups = [*_groups(section).values()]
+    if first.get("targets") != ["Linear"]:
+        raise QtoolError(f"quantization_config: targets is {first.get('targets')!r}; qtool reads ['Linear'].")
+    if any("Linear" in names_in(group.get("targets"), "targets") for group in more):
+        raise QtoolError("quantization_config: two groups have the target 'Linear'.")
+    keys = ("input_activations", "output_activations")
+    others = [key for group in groups for key in keys if group.get(key) is not None]
     if section.get("kv_cache_scheme") is not None or others:
         raise QtoolError("quantization_config: quantizes activations or the cache too; qtool reads weights only.")
     return names_in(section.get("ignore"), "ignore")
@@ -49,10 +53,46 @@ def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, 
     return {**section, "ignore": [*section["ignore"], *plain]}
 
 
+def with_apart(section: Mapping[str, Any], apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+    """Full names in `ignore`, and a group of `config_groups` for all linears of the same settings: every reader takes
+    a full name before the class `Linear`."""
+    said = geometry(section)
+    order = bool(_scheme(section)["actorder"])
+    same: dict[tuple[int, int], list[str]] = {}
+    for linear, settings in apart.items():
+        if settings is not None:
+            own = {**said, **settings}
+            same.setdefault((own["bits"], own["group_size"]), []).append(linear)
+    groups = dict(section["config_groups"])
+    for (bits, size), linears in same.items():
+        groups[f"group_{len(groups)}"] = _group(linears, bits, size, said["sym"], order)
+    ignored = [linear for linear, settings in apart.items() if settings is None]
+    return {**section, "config_groups": groups, "ignore": [*section["ignore"], *ignored]}
+
+
+def own(section: Mapping[str, Any], linear: str) -> Mapping[str, Any]:
+    """With the group alone that names it, or the first. Raises QtoolError for groups that name linears by patterns."""
+    groups = _groups(section)
+    if len(groups) == 1:
+        return section
+    chosen, *named = groups
+    for key in named:
+        targets = names_in(groups[key].get("targets"), "targets")
+        if any(target.startswith("re:") for target in targets):
+            raise QtoolError("quantization_config: targets holds a pattern; qtool reads the names of linears.")
+        chosen = key if linear in targets else chosen
+    return {**section, "config_groups": {chosen: groups[chosen]}}
+
+
+def with_parts(section: Mapping[str, Any], parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A pattern for each: names are compared whole."""
+    return {**section, "ignore": [*section["ignore"], *(f"re:.*{part}.*" for part in parts)]}
+
+
 def geometry(section: Mapping[str, Any]) -> dict[str, Any]:
-    """bits, group_size, sym."""
+    """bits, group_size, sym; of several groups what the first one says, that of all linears which no other names."""
     groups = section.get("config_groups")
-    scheme = _scheme(section) if isinstance(groups, dict) and len(groups) == 1 else {}
+    scheme = _scheme(section) if isinstance(groups, dict) and groups else {}
     size = -1 if scheme.get("strategy") == "channel" else scheme.get("group_size")
     return {"bits": scheme.get("num_bits"), "group_size": size, "sym": scheme.get("symmetric")}
 
@@ -122,6 +162,17 @@ def shape(
 
 def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool) -> dict[str, Any]:
     """The section that compressed-tensors' own QuantizationConfig reads."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": _group(["Linear"], bits, group_size, sym, desc_act)},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(targets: list[str], bits: int, group_size: int, sym: bool, desc_act: bool) -> dict[str, Any]:
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -131,15 +182,8 @@ def quantization_config(bits: int, group_size: int, sym: bool, desc_act: bool) -
         "dynamic": False,
         "actorder": "static" if desc_act else None,  # groups are of neighbouring columns all the same
     }
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme | {"format": FORMAT}},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-    }
+    scheme = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    return scheme | {"format": FORMAT}
 
 
 def stores(made: Mapping[str, Any]) -> bool:
@@ -153,8 +197,8 @@ def section_of(made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scheme(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights' arguments of the only group."""
-    (group,) = _groups(section).values()
+    """The weights' arguments of the first group."""
+    group = next(iter(_groups(section).values()))
     scheme: dict[str, Any] = group.get("weights") or {}
     if not isinstance(scheme, dict) or scheme.get("type", "int") != "int" or scheme.get("dynamic"):
         raise QtoolError("quantization_config: weights is no scheme of static integers, which is what qtool reads.")
@@ -163,8 +207,8 @@ def _scheme(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _groups(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     groups = section.get("config_groups") or {}
-    if not isinstance(groups, dict) or len(groups) != 1 or not all(isinstance(g, dict) for g in groups.values()):
-        raise QtoolError(f"quantization_config: {len(groups)} config_groups; qtool reads files with one.")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+        raise QtoolError("quantization_config: config_groups holds no group of settings.")
     return groups
 
 

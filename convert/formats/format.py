@@ -117,7 +117,7 @@ class Format(Protocol):
         """Whether engines expand a whole matrix to 16 bits before they use it."""
 
     def of_model(self, decoder: Decoder) -> Format:
-        """The same, told of what stays unquantized beside the model's experts. Raises QtoolError where no runtime reads
+        """The same, told of what the model leaves unquantized. Raises QtoolError where no runtime reads
         experts in it."""
 
     def plan(self, shape: ModelShape) -> OutputPlan:

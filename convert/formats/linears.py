@@ -26,6 +26,10 @@ class Linears:
     def container(self) -> Container:
         return container_of(self.section)
 
+    def own(self, linear: str) -> Mapping[str, Any]:
+        """The section as it is for a linear. Raises QtoolError for rules that qtool does not read."""
+        return self.container.own(self.section, linear)
+
     def names(self) -> list[str]:
         """In file order."""
         mark = f".{self.container.MARK}"
@@ -41,7 +45,7 @@ class Linears:
         names = {suffix: f"{linear}.{suffix}" for suffix in self.parts(linear)}
         tensors = {suffix: self.checkpoint.tensor(name).to(device) for suffix, name in names.items()}
         try:
-            codes = self.container.unpack(tensors, self.section)
+            codes = self.container.unpack(tensors, self.own(linear))
             check_codes(codes)
         except QtoolError as error:
             raise QtoolError(f"{self.checkpoint.path}: {linear}: {error.message}") from error
@@ -58,10 +62,11 @@ class Linears:
         def sizes(suffix: str) -> tuple[int, ...]:
             return tensors[f"{linear}.{suffix}"].shape
 
-        return self.container.shape(sizes, lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.section)
+        own = self.own(linear)
+        return self.container.shape(sizes, lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), own)
 
     def observed(self, linear: str) -> Observed:
         """What the container's loading rules ask of a linear's numbers."""
         return self.container.observed(
-            lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.parts(linear), self.section
+            lambda suffix: self.checkpoint.tensor(f"{linear}.{suffix}"), self.parts(linear), self.own(linear)
         )

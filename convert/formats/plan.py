@@ -24,8 +24,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One quantized linear: shape ``[out, in]``, its group size, the bytes it will take and, where a file has many
-    types, its type."""
+    """One linear of the layers: shape ``[out, in]``, its group size, the bytes it will take, bits of a code (0 where a
+    type says all) and, where a file has many types, its type."""
 
     name: str
     out: int
@@ -33,18 +33,21 @@ class LinearPlan:
     group_size: int
     nbytes: int
     type: str = ""
+    bits: int = 0
 
 
 @dataclass(frozen=True)
 class OutputPlan:
     """``specs``: every tensor of the artifact in walk order. ``linears``: of the layers; ``outside``: what else is
-    quantized (embeddings, head). ``parameters``: weights of the source model."""
+    quantized (embeddings, head). ``plain``: linears of the layers that stay in 16 bits as they were asked to.
+    ``parameters``: weights of the source model."""
 
     specs: dict[str, Spec]
     linears: list[LinearPlan]
     parameters: int
     nbytes: int
     outside: list[LinearPlan] = field(default_factory=list)
+    plain: list[LinearPlan] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.shards import file_sizes, open_shards
 from qtool.convert.files.writer import Spec, nbytes
+from qtool.convert.formats.apart import Apart, find_apart, require_alike
 from qtool.convert.formats.codes import CPU, Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles, TokenQuestion
 from qtool.convert.formats.linears import Linears
 from qtool.convert.formats.plan import LinearPlan, ModelShape, OutputPlan, walk_order
-from qtool.convert.formats.table import Container, container_of
+from qtool.convert.formats.table import Container, container_of, geometry_of, of_model
 from qtool.convert.models.shape import Decoder
+from qtool.convert.runtimes import vllm
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -27,11 +29,14 @@ GROUP_SIZES = (128, 64, 32)
 @dataclass(frozen=True)
 class Shards:
     """``section``: quantization_config, whose `quant_method` names the container; ``dtype``: of what is not quantized
-    (None: each tensor keeps its own); ``group_size``: weights to a scale, -1 for whole rows."""
+    (None: each tensor keeps its own); ``group_size``: weights to a scale, -1 for whole rows; ``asked``: what the output
+    wants otherwise of some linears, as `find_apart` takes it; ``apart``: which these are, once the model is known."""
 
     section: dict[str, Any]
     dtype: torch.dtype | None
     group_size: int
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    apart: Apart = field(default_factory=dict)
 
     @cached_property
     def container(self) -> Container:
@@ -59,15 +64,16 @@ class Shards:
         return self.container.EXPANDS
 
     def of_model(self, decoder: Decoder) -> Shards:
-        """As the container says it. Raises QtoolError where that holds no experts."""
-        plain = decoder.beside_experts()
-        return replace(self, section=self.container.with_experts(self.section, plain)) if plain else self
+        """As the container says it. Raises QtoolError where that holds no experts, and for linears that cannot be
+        stored as asked."""
+        section, apart = section_for(self.section, self.asked, decoder)
+        return replace(self, section=section, apart=apart)
 
     def plan(self, shape: ModelShape) -> OutputPlan:
         """Raises QtoolError naming the linears whose columns the group size does not divide, and the sizes that fit."""
-        rows_multiple, columns_multiple = self.container.multiples(self.section)
         specs: dict[str, Spec] = {}
         plans: list[LinearPlan] = []
+        plain: list[LinearPlan] = []
         held, casts = shape.decoder.held(), shape.decoder.family.casts
         for name in walk_order(shape.tensors, shape.decoder):
             info = shape.tensors[name]
@@ -76,21 +82,33 @@ class Shards:
                 specs[name] = (stored if casts(name) else info.dtype, info.shape)
             for module, matrix in held.get(name, ()):
                 out, columns = matrix.shape(info.shape)
-                size = columns if self.group_size == -1 else self.group_size
-                fits = (
-                    (not self.container.BY_ROW or columns % size == 0)
-                    and out % rows_multiple == 0
-                    and columns % columns_multiple == 0
-                )
-                packed = self.container.specs(out, columns, self.section, stored) if fits else {}
+                if self.apart.get(module, {}) is None:
+                    specs[f"{module}.weight"] = spec = (stored, (out, columns))
+                    plain.append(LinearPlan(module, out, columns, 1, nbytes(spec)))
+                    continue
+                plan, packed = self._planned(module, out, columns, stored)
+                plans.append(plan)
                 specs |= {f"{module}.{suffix}": spec for suffix, spec in packed.items()}
-                taken = sum(nbytes(spec) for spec in packed.values()) if fits else -1
-                plans.append(LinearPlan(module, out, columns, size, taken))
         unfit = [plan for plan in plans if plan.nbytes < 0]
         if unfit:
-            raise QtoolError(_why_unfit(unfit, plans, self.group_size, rows_multiple, columns_multiple))
+            multiples = self.container.multiples(self.container.own(self.section, unfit[0].name))
+            raise QtoolError(_why_unfit(unfit, plans, *multiples))
         parameters = sum(info.nbytes // info.dtype.itemsize for info in shape.tensors.values())
-        return OutputPlan(specs, plans, parameters, sum(nbytes(spec) for spec in specs.values()))
+        total = sum(nbytes(spec) for spec in specs.values())
+        return OutputPlan(specs, plans, parameters, total, plain=plain)
+
+    def _planned(self, module: str, out: int, columns: int, stored: torch.dtype) -> tuple[LinearPlan, dict[str, Spec]]:
+        """A linear and its tensors' specs by suffix; -1 bytes and none where it does not fit."""
+        container, section = self.container, self.container.own(self.section, module)
+        own = self.apart.get(module) or {}
+        size, bits = own.get("group_size", self.group_size), geometry_of(section)["bits"]
+        size = columns if size == -1 else size
+        rows_multiple, columns_multiple = container.multiples(section)
+        in_groups = not container.BY_ROW or columns % size == 0
+        if not in_groups or out % rows_multiple or columns % columns_multiple:
+            return LinearPlan(module, out, columns, size, -1, bits=bits), {}
+        packed = container.specs(out, columns, section, stored)
+        return LinearPlan(module, out, columns, size, sum(map(nbytes, packed.values())), bits=bits), packed
 
     def prove(self, skeleton: Any, config: Mapping[str, Any]) -> None:
         """config.json is copied: readers follow it themselves."""
@@ -148,7 +166,8 @@ class ShardTensors:
 
     def write_codes(self, matrix: str, codes: Codes) -> None:
         """As the container packs them."""
-        for suffix, tensor in self._form.container.pack(codes, self._form.section).items():
+        container = self._form.container
+        for suffix, tensor in container.pack(codes, container.own(self._form.section, matrix)).items():
             self._writer.write(f"{matrix}.{suffix}", tensor)
 
     def codes(self, matrix: str, device: torch.device = CPU) -> Codes:
@@ -180,9 +199,29 @@ def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
-def _why_unfit(
-    unfit: list[LinearPlan], plans: list[LinearPlan], group_size: int, rows_multiple: int, columns_multiple: int
-) -> str:
+def section_for(section: Mapping[str, Any], asked: Mapping[str, Any], decoder: Decoder) -> tuple[dict[str, Any], Apart]:
+    """(``section`` as it is for a model, which of its linears are stored otherwise). ``asked``: as `find_apart` takes
+    it. Raises QtoolError where the container holds no experts, or some linears cannot be stored as asked."""
+    container = container_of(section)
+    section = of_model(container, section, decoder)
+    linears = [module for held in decoder.held().values() for module, _ in held]
+    usual = container.geometry(section)
+    apart = {
+        linear: own and {key: value for key, value in own.items() if value != usual.get(key)}
+        for linear, own in find_apart(asked, linears).items()
+    }
+    apart = {linear: own for linear, own in apart.items() if own is None or own}
+    if not apart:
+        return section, {}
+    together: dict[str, list[str]] = {}
+    for linear in linears:
+        together.setdefault(vllm.joined(linear) or linear, []).append(linear)
+    require_alike(apart, together.values(), "vLLM holds them in one matrix, which is of one kind")
+    return container.with_apart(section, apart, linears), apart
+
+
+def _why_unfit(unfit: list[LinearPlan], plans: list[LinearPlan], rows_multiple: int, columns_multiple: int) -> str:
+    group_size = unfit[0].group_size
     for plan in unfit:
         if plan.out % rows_multiple:
             return f"{plan.name} has {plan.out} rows; this format packs rows in groups of {rows_multiple}."

@@ -15,8 +15,10 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats import autoawq, autogptq, bnb_nf4, compressed_tensors
+from qtool.convert.formats.apart import Apart
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.gguf import stored as gguf
+from qtool.convert.models.shape import Decoder
 from qtool.convert.runtimes.rule import Observed, Runtime, RuntimeRule
 
 Section = Mapping[str, Any]
@@ -72,6 +74,18 @@ class Container(Stored, Protocol):
         """The section for a model with experts, beside which the modules of ``plain`` stay unquantized. Raises
         QtoolError where no runtime reads experts from such files."""
 
+    def with_apart(self, section: Section, apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
+        """The section of an output that stores some of its ``linears`` otherwise, so that every loader is told of each.
+        Raises QtoolError where loaders cannot be told."""
+
+    def own(self, section: Section, linear: str) -> Section:
+        """The section as it is for one linear: with its own settings, where it has some. Raises QtoolError for rules
+        that qtool does not read."""
+
+    def with_parts(self, section: Section, parts: Sequence[str], matrices: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """The section for a model in which modules stay unquantized whose names have one of ``parts``, so that no
+        loader takes them for others. ``matrices``: a layer's quantized modules, those of one input together."""
+
     def geometry(self, section: Section) -> dict[str, Any]:
         """What the section says of all linears, under the names recipes use (``group_size``, ``bits``, ``sym`` …); None
         where it says nothing."""
@@ -116,6 +130,14 @@ def container_of(section: Section) -> Container:
         known = ", ".join(name for name, row in FORMATS.items() if row.SAFETENSORS)
         raise QtoolError(f"quant_method {section.get('quant_method')!r} cannot be read back; qtool reads {known}.")
     return found
+
+
+def of_model(container: Container, section: Section, decoder: Decoder) -> dict[str, Any]:
+    """The section, told of what a model leaves unquantized. Raises QtoolError where no runtime reads it so."""
+    plain, parts = decoder.beside_experts(), decoder.family.unlike_layers
+    said = container.with_experts(section, plain) if plain else dict(section)
+    matrices = [[matrix.module for matrix in feed.consumers] for feed in decoder.feeds(0)]
+    return container.with_parts(said, parts, matrices) if parts else said
 
 
 def geometry_of(section: Section) -> dict[str, Any]:

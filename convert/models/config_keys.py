@@ -87,7 +87,7 @@ def check_class(config: Any, trust_remote_code: bool = False) -> None:
     chosen = next((name for name in names if name in FAMILIES), "")  # as `find_family`
     built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if built is not None and not own and chosen and built != chosen:
+    if built is not None and not own and chosen and built not in (chosen, FAMILIES[chosen].built_as):
         raise QtoolError(f"config.json: model_type {config.model_type!r} makes transformers build {built}, but "
                          f"architectures names {', '.join(names)}. They are not of one model.")  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qtool.convert.models.experts import Mixture
-from qtool.convert.models.feeds import Feed, Shape, Visit
+from qtool.convert.models.feeds import Feed, Shape
 from qtool.convert.models.geometry import Geometry
 
 Value = int | float | str  # a bool is an int
@@ -75,6 +75,8 @@ class GgufFacts:
     windows: its sliding layers slide.
     biases: it loads biases of attention.
     factors: it loads llama-3's rotary factors.
+    own_yarn: it reads yarn's betas, and by a logarithm what cosines and sines are multiplied by.
+    epsilon: the key of config.json that norms add to what they divide by, and its own.
     keys: its own keys, from the completed config.json, the shape, and the rotary keys of each kind of layer. Raises
         QtoolError for what no key can say.
     required: those of them without which it loads a file wrongly.
@@ -88,16 +90,13 @@ class GgufFacts:
     windows: bool = False
     biases: bool = False
     factors: bool = False
+    own_yarn: bool = False
+    epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
     keys: Callable[[Settings, Geometry, Ropes], dict[str, Value]] = _no_keys
     required: tuple[str, ...] = ()
     refuse: Callable[[Settings, Ropes], None] = _takes_all
     says: frozenset[str] = frozenset()
     like_70b: Callable[[Geometry], bool] = _never
-
-
-def one_pass(shape: Geometry) -> tuple[Visit, ...]:
-    """Every layer once, in order."""
-    return tuple(Visit(layer) for layer in range(shape.layers))
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,6 @@ class Family:
     aliases: other names that transformers reads and writes for a key -> the key.
     shape: what keys of the family's own change in the geometry.
     mixture: what its mixtures of experts are called in its files; None for a family without.
-    visits: the order in which a token passes through the layers.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
@@ -122,8 +120,12 @@ class Family:
     drafts: its checkpoints hold layers beyond the last, which guess further tokens and which artifacts leave out.
     whole_scores: as in `Geometry`.
     float16: whether vLLM runs it in float16.
+    vllm_names_fused: whether vLLM's class of it says which matrices it keeps as one.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
-    planned_only: why no output quantizes it yet; empty where all do.
+    unlike_layers: parts of the names of modules beside the layers that hold matrices, stay as they are, and that a
+        runtime may take for such as are quantized.
+    built_as: the class of another name that transformers builds for its model_type, and that computes the same.
+    register: makes its class known to transformers, which has none; such a model's own code is not run.
     """
 
     name: str
@@ -135,7 +137,6 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     mixture: Mixture | None = None
-    visits: Callable[[Geometry], tuple[Visit, ...]] = one_pass
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS
     plus_one: tuple[str, ...] = ()
@@ -144,9 +145,12 @@ class Family:
     drafts: bool = False
     whole_scores: bool = False
     float16: bool = True
+    vllm_names_fused: bool = True
     gguf: GgufFacts | None = None
     no_gguf: str = "cannot be written as GGUF yet"
-    planned_only: str = ""
+    built_as: str = ""
+    unlike_layers: tuple[str, ...] = ()
+    register: Callable[[], Any] | None = None
 
     def norm_offset(self, name: str) -> float:
         """What the norm of a weight adds to it before it applies it."""

@@ -72,9 +72,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix, row j of which made channel j: its rows, and their biases, are divided by the scale."""
+    """A matrix, row j of which made channel j: its rows, and their biases, are divided by the scale. first, count: which
+    of its rows, where it makes more than this input; all where count is None."""
 
     matrix: Matrix
+    first: int = 0
+    count: int | None = None
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Of one value for each row of the matrix a view of those that make the input."""
+        return rows if self.count is None else rows[self.first : self.first + self.count]
 
     def ties(self, columns: int, device: torch.device) -> Tensor | None:
         """As `Norm.ties`."""
@@ -84,11 +91,15 @@ class Rows:
 @dataclass(frozen=True)
 class Heads:
     """A matrix of values: each of its heads of ``dim`` rows makes the channels of ``repeat`` heads of queries, which
-    share its scales."""
+    share its scales. first, count: as of `Rows`."""
 
     matrix: Matrix
     repeat: int
     dim: int
+    first: int = 0
+    count: int | None = None
+
+    part = Rows.part
 
     def ties(self, columns: int, device: torch.device) -> Tensor | None:
         """As `Norm.ties`."""
@@ -136,11 +147,3 @@ class Feed:
     def name(self) -> str:
         """The first consumer's module: where the input is seen, and the key of its statistics."""
         return self.consumers[0].module
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A decoder layer in one pass of a token through the model. A looped model has several passes."""
-
-    layer: int
-    turn: int = 0

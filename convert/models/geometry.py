@@ -12,6 +12,7 @@ class Geometry:
     """What a config.json says of a model's shape, and what its family adds; `convert.models.shape` reads it.
 
     windows: for each layer the tokens its attention looks back on, None for all.
+    output_bias: attention's last matrix has a bias, where its family says so apart from the others'.
     mlp_matrices: gate, up and down.
     whole_scores: transformers computes attention without SDPA, every head's scores at once.
     llama_cpp_windows: llama.cpp's sliding layers keep their window alone.
@@ -38,6 +39,7 @@ class Geometry:
     max_context: int | None
     dtype: str
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     mlp_matrices: int = 3
     whole_scores: bool = False

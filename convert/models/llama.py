@@ -44,5 +44,6 @@ IQUEST_CODER = Family(
     SILU,
     Windows("some", switched=True),
     _OWN_CODE,
+    built_as="LlamaForCausalLM",
     gguf=_GGUF,
 )

@@ -1,12 +1,17 @@
 """IQuest-Coder's Loop models: Llama's layers, through which every token passes twice. The second pass attends to the
-first one's cache and, through a gate of each layer, to its own window (vLLM models/iquest_loopcoder.py)."""
+first one's cache and, through a gate of each layer, to its own window (`loop_code`).
+
+No scale goes into q or k, whose rotated queries the gate reads. All other folds hold in both passes: the matrices are
+the same, and the gate weighs whole heads, so that values keep their channels.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from qtool.convert.models.family import SILU, Family, Settings, Windows
-from qtool.convert.models.feeds import Shape, Visit
+from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import decoder_tensors, gated_decoder
 
@@ -24,8 +29,10 @@ def _tensors(shape: Geometry) -> dict[str, Shape]:
     return found
 
 
-def _visits(shape: Geometry) -> tuple[Visit, ...]:
-    return tuple(Visit(layer, turn) for turn in range(shape.loops) for layer in range(shape.layers))
+def _register() -> Any:
+    from qtool.convert.models import loop_code  # transformers' models take seconds to import
+
+    return loop_code.register()
 
 
 IQUEST_LOOP_CODER = Family(
@@ -33,9 +40,11 @@ IQUEST_LOOP_CODER = Family(
     _tensors,
     gated_decoder(),
     SILU,
-    Windows("some"),
+    Windows("none"),
+    {"hidden_act": "silu", "rope_theta": 1e4, "loop_num": 2, "loop_window_size": 64},
     shape=_shape,
-    visits=_visits,
+    unlike_layers=("gate_projections",),
+    register=_register,
+    vllm_names_fused=False,
     no_gguf="cannot be written as GGUF: llama.cpp has no looped decoder",
-    planned_only="a looped model, which qtool plans and does not quantize yet: no calibration goes through it twice",
 )

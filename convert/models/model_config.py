@@ -76,7 +76,7 @@ def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, An
     of their own (`Family.rope_kinds`). transformers takes `rope_scaling`, where it says anything, and then leaves out
     `rope_parameters`. Raises QtoolError for settings that are no mapping, or nested where the code reads flat ones."""
     full = completed(config)
-    given, scaling = _mapping(config, "rope_parameters"), _mapping(config, "rope_scaling")
+    given, scaling = _mapping(full, "rope_parameters"), _mapping(config, "rope_scaling")
     theta = full.get("rope_theta", 1e4)
     nested = [key for key in given if isinstance(given[key], Mapping) or key in (FULL, SLIDING)]
     family = find_family(config)

@@ -48,15 +48,13 @@ def why_not_yet(config: Mapping[str, Any]) -> str:
 def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises QtoolError for an architecture that no output can be made of, saying what kind of model it is."""
     family = find_family(config)
-    if family is not None and not family.planned_only:
+    if family is not None:
         return
     names = config.get("architectures") or []
     said = ", ".join(map(shown, names)) or "(none named in config.json)"
     experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
     inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
-    if family is not None:
-        why = family.planned_only
-    elif reason := why_not_yet(config):
+    if reason := why_not_yet(config):
         why = f"not quantized yet: {reason}"
     elif inside:
         why = (

@@ -25,7 +25,8 @@ NUMBERS = {  # what each variant of transformers cannot do without
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
 OPTIONAL = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-BETA_FAST, BETA_SLOW = 32, 1  # llama.cpp's own, which no key of these architectures changes
+BETA_FAST, BETA_SLOW = 32, 1  # llama.cpp's own, which keys of few architectures change (`GgufFacts.own_yarn`)
+LOG_MULTIPLIER = "scaling.yarn_log_multiplier"  # of such: the magnitude is divided by 1 + 0.1 * it * ln(factor)
 
 
 def check_rope(config: Mapping[str, Any], kind: str = FULL) -> None:
@@ -81,8 +82,11 @@ def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
     factor = _positive(rope, "factor") if factor is not None else _longest(config) / original
     if factor < 1:
         raise QtoolError(f"config.json: rotary scaling yarn by {factor:g}, which is below 1: nothing is stretched.")
-    for key, fixed in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)):
-        if (rope.get(key) or fixed) != fixed:
+    family = find_family(config)
+    own = family is not None and family.gguf is not None and family.gguf.own_yarn
+    betas = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW}
+    for key, fixed in betas.items():
+        if (rope.get(key) or fixed) != fixed and not own:
             raise QtoolError(f"config.json: {key} of the rotary scaling is {rope[key]!r}; llama.cpp always takes "
                              f"{fixed} and no key of a GGUF file says otherwise.")  # fmt: skip
     if not rope.get("truncate", True):
@@ -93,6 +97,9 @@ def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
     magnitude = _magnitude(rope, factor)
     usual = 1 + 0.1 * math.log(factor)  # llama.cpp multiplies by it whatever the file says
     keys |= {"scaling.type": "yarn", "scaling.factor": factor, "scaling.original_context_length": int(original)}
+    if own:
+        keys |= {f"scaling.yarn_{key}": float(rope.get(key) or fixed) for key, fixed in betas.items()}
+        return keys | {LOG_MULTIPLIER: (usual / magnitude - 1) / (usual - 1) if factor > 1 else 0.0}
     return keys if math.isclose(magnitude, usual) else keys | {"scaling.attn_factor": magnitude / usual}
 
 
@@ -140,9 +147,12 @@ def rotation(
         length = float(keys["scaling.original_context_length"])
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = max(0.0, math.floor(bound(BETA_FAST))), min(dim - 1.0, math.ceil(bound(BETA_SLOW)))
+    fast, slow = (float(keys.get(f"scaling.yarn_{key}", usual)) for key, usual in
+                  (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW)))  # fmt: skip
+    low, high = max(0.0, math.floor(bound(fast))), min(dim - 1.0, math.ceil(bound(slow)))
     ramp = 1 - ((index - low) / max(0.001, high - low)).clamp(0, 1)
     magnitude = float(keys.get("scaling.attn_factor", 1.0)) * (1 + 0.1 * math.log(factor))
+    magnitude /= 1 + float(keys.get(LOG_MULTIPLIER, 0.0)) * 0.1 * math.log(factor)
     return radians / factor * (1 - ramp) + radians * ramp, magnitude
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qtool import QtoolError
 from qtool.convert.models.experts import in_files, in_memory
 from qtool.convert.models.family import Family
-from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, Shape, Visit
+from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows, Shape
 from qtool.convert.models.geometry import WIDTHS, Geometry
 from qtool.convert.models.model_config import completed, is_tied, layer_windows
 from qtool.convert.models.table import family_of, find_family
@@ -60,10 +60,6 @@ class Decoder:
         layers = range(self.shape.layers)
         also = [self.at(layer) + name for layer in layers for feed in self.feeds(layer) for name in feed.also]
         return tuple(name.removesuffix(".weight") for name in also) if self.shape.experts else ()
-
-    def visits(self) -> tuple[Visit, ...]:
-        """The order in which a token passes through the layers."""
-        return self.family.visits(self.shape)
 
     def held(self) -> dict[str, list[tuple[str, Matrix]]]:
         """Name of a checkpoint's tensor -> (full module, matrix) of every matrix in it that is quantized."""

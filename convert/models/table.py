@@ -8,19 +8,26 @@ from typing import Any
 from qtool import QtoolError
 from qtool.convert.models.family import LAYERS, Family, GgufFacts
 from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
+from qtool.convert.models.glm4 import GLM, GLM4
 from qtool.convert.models.glm4_moe import GLM4_MOE
+from qtool.convert.models.granite import GRANITE
 from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
 from qtool.convert.models.loop import IQUEST_LOOP_CODER
+from qtool.convert.models.ministral3 import MINISTRAL3
 from qtool.convert.models.mixtral import MIXTRAL
 from qtool.convert.models.olmoe import OLMOE
+from qtool.convert.models.phi3 import PHI3
 from qtool.convert.models.qwen2 import QWEN2
 from qtool.convert.models.qwen2_moe import QWEN2_MOE
 from qtool.convert.models.qwen3 import QWEN3
 from qtool.convert.models.qwen3_moe import QWEN3_MOE
+from qtool.convert.models.seed_oss import SEED_OSS
+from qtool.convert.models.starcoder2 import STARCODER2
 
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER, MIXTRAL, QWEN3_MOE,
-    QWEN2_MOE, OLMOE, GLM4_MOE,
+    QWEN2_MOE, OLMOE, GLM4_MOE, MINISTRAL3, SEED_OSS, GRANITE, STARCODER2, PHI3,
+    GLM, GLM4,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
@@ -71,7 +78,7 @@ def names_of(config: Mapping[str, Any]) -> str:
 
 def quantized() -> list[str]:
     """Architectures that outputs can be made of."""
-    return [name for name, family in FAMILIES.items() if not family.planned_only]
+    return list(FAMILIES)
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:

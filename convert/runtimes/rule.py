@@ -20,7 +20,8 @@ class Subject:
     """What rules look at: config.json and the quantized linears' shapes ``name -> (out, in)``; for GPTQ also each
     linear's least and greatest zero point as decoded, and those whose g_idx is not ``i // group_size``; the names of
     all tensors; quantize_config.json; the linears whose columns are split over the cards (of all others the rows
-    are); bits, group_size, sym as the container reads them (AutoAWQ's says no sym)."""
+    are); bits, group_size, sym as the container reads them (AutoAWQ's says no sym); ``own``: those of each linear that
+    has others."""
 
     config: dict[str, Any]
     linears: dict[str, tuple[int, int]]
@@ -30,6 +31,20 @@ class Subject:
     scattered: frozenset[str] = frozenset()
     by_columns: frozenset[str] = frozenset()
     geometry: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def geometry_of(self, linear: str) -> dict[str, Any]:
+        """Of one linear."""
+        return self.own.get(linear, self.geometry)
+
+    def geometries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(how a message begins, bits, group_size, sym): of all linears, and of each kind that has its own."""
+        yield "", self.geometry
+        kinds: dict[str, str] = {}
+        for name in self.own:
+            kinds.setdefault(name.rpartition(".")[2] + str(self.own[name]), name)
+        for name in kinds.values():
+            yield f"{name}: ", self.own[name]
 
     @property
     def experts(self) -> dict[str, tuple[int, int]]:
@@ -52,7 +67,7 @@ class Runtime:
     that the loading rules have for what reads the file there; ``package``: what must be installed beside the engine,
     ``install``: how; ``refuses(quantization_config)`` yields why such a file is loaded on no platform; ``note``: what
     whoever makes such a file should hear; ``refuses_experts(quantization_config)``: why it does not load experts from
-    such a file."""
+    such a file; ``refuses_model(config.json)``: why it does not load this model from it."""
 
     engine: str
     title: str
@@ -61,6 +76,7 @@ class Runtime:
     refuses: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
     note: str = ""
     refuses_experts: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
+    refuses_model: Callable[[Mapping[str, Any]], Iterator[str]] = _nothing
 
 
 @dataclass(frozen=True)
@@ -140,15 +156,15 @@ def heads(subject: Subject, tp: int) -> Iterator[str]:
 
 
 def shards(subject: Subject, tp: int, multiple_out: int, multiple_in: int) -> Iterator[str]:
-    """One reason for each kind of linear (all layers have the same shapes) whose shard breaks a multiple, or whose
+    """One reason for each kind of linear (layers have the same shapes) whose shard breaks a multiple, or whose
     groups lie across two shards."""
-    group = int(subject.geometry.get("group_size") or 0)
-    seen: set[tuple[str, int, int]] = set()
+    seen: set[tuple[str, int, int, int]] = set()
     for name, (out, columns) in subject.linears.items():
         kind = name.rsplit(".", 1)[-1]
-        if (kind, out, columns) in seen:
+        group = int(subject.geometry_of(name).get("group_size") or 0)
+        if (kind, out, columns, group) in seen:
             continue
-        seen.add((kind, out, columns))
+        seen.add((kind, out, columns, group))
         rows_split = name not in subject.by_columns
         share = out if rows_split else columns
         if share % tp:

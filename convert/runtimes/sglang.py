@@ -13,8 +13,9 @@ RUNTIME = Runtime("sglang", "SGLang")
 
 def marlin(subject: Subject, tp: int) -> Iterator[str]:
     """What every container's weights must be; ``tp``: cards."""
-    if subject.geometry["group_size"] not in MARLIN_GROUPS:
-        yield f"group_size {subject.geometry['group_size']} is not one of -1, 32, 64, 128"
+    for whose, said in subject.geometries():
+        if said["group_size"] not in MARLIN_GROUPS:
+            yield f"{whose}group_size {said['group_size']} is not one of -1, 32, 64, 128"
     yield from heads(subject, tp)
     yield from shards(subject, tp, multiple_out=64, multiple_in=128)
 

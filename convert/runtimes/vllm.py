@@ -9,10 +9,11 @@ with zeros, with a warning. Marlin and Machete themselves ran with vLLM 0.26, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qtool.convert.models.expert_names import expert_of
 from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import find_family
 from qtool.convert.runtimes.rule import Runtime, RuntimeRule, Subject, has_experts, heads, shards
@@ -23,14 +24,40 @@ CPU_MULTIPLE = 32
 EXPERTS_HIDDEN = 128
 FOLDER = "vllm/model_executor/layers/quantization"
 _KERNELS = "vllm/model_executor/kernels/linear/mixed_precision"
+JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+          "up_proj": "gate_up_proj"}  # fmt: skip
 Refuses = Callable[[Mapping[str, Any]], Iterator[str]]
-"""quantization_config -> why vLLM loads such a file on no platform."""
+"""quantization_config, or all of config.json -> why vLLM loads such a file on no platform."""
 
 
-def runtime(refuses: Refuses, package: str = "", install: str = "") -> Runtime:
+def runtime(
+    refuses: Refuses, package: str = "", install: str = "", refuses_model: Refuses = lambda _: iter(())
+) -> Runtime:
     """What a container needs in vLLM. ``package``: a plugin."""
     note = f"vLLM loads it with {package} only ({install}, in vLLM's environment)" if package else ""
-    return Runtime("vllm", "vLLM", package, install, refuses, note)
+    return Runtime("vllm", "vLLM", package, install, refuses, note, refuses_model=refuses_model)
+
+
+def fuses_unnamed(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of its reader of bitsandbytes files, which asks the model's class what it keeps as one."""
+    family = find_family(config)
+    if family is not None and not family.vllm_names_fused:
+        yield f"vLLM's class of {family.name} does not name its fused matrices, which its reader of NF4 asks for"
+
+
+def joined(linear: str) -> str | None:
+    """The module that holds a linear together with others, which have to be stored alike: q, k and v; gate and up; all
+    experts of a layer. None: it stands alone."""
+    if expert_of(linear) is not None:
+        return linear.partition(".experts.")[0] + ".experts"
+    before, _, kind = linear.rpartition(".")
+    return f"{before}.{JOINED[kind]}" if kind in JOINED else None
+
+
+def named(linears: Iterable[str]) -> list[str]:
+    """These linears, and what holds them in vLLM: what a list has to name that vLLM looks a module up in."""
+    found = [name for linear in linears for name in (linear, joined(linear)) if name is not None]
+    return list(dict.fromkeys(found))
 
 
 def lacking(section: Mapping[str, Any], *keys: str) -> Iterator[str]:
@@ -47,13 +74,13 @@ def dtype_flag(config: Mapping[str, Any]) -> str | None:
 
 
 def _marlin(subject: Subject, tp: int) -> Iterator[str]:
-    said = subject.geometry
-    if said["group_size"] not in MARLIN_GROUPS:
-        yield f"group_size {said['group_size']} is not one of -1, 32, 64, 128"
-    if said["bits"] not in (4, 8):
-        yield f"bits is {said['bits']}; Marlin takes 4 and 8"
-    if said.get("sym") is False and said["bits"] == 8:
-        yield "the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
+    for whose, said in subject.geometries():
+        if said["group_size"] not in MARLIN_GROUPS:
+            yield f"{whose}group_size {said['group_size']} is not one of -1, 32, 64, 128"
+        if said["bits"] not in (4, 8):
+            yield f"{whose}bits is {said['bits']}; Marlin takes 4 and 8"
+        if said.get("sym") is False and said["bits"] == 8:
+            yield f"{whose}the grid is asymmetric with 8 bits; Marlin takes zero points with 4 bits only"
     yield from heads(subject, tp)
     yield from shards(subject, tp, multiple_out=1, multiple_in=1)
 
@@ -78,20 +105,23 @@ def _experts(subject: Subject, tp: int) -> Iterator[str]:
 
 
 def _cpu(subject: Subject, tp: int) -> Iterator[str]:
-    said = subject.geometry
-    if said["bits"] != 4:
-        yield f"bits is {said['bits']}; vLLM on a CPU takes 4 only"
-    if (said["group_size"] or 0) > 0 and said["group_size"] % 2:
-        yield f"group_size {said['group_size']} is odd"
+    for whose, said in subject.geometries():
+        if said["bits"] != 4:
+            yield f"{whose}bits is {said['bits']}; vLLM on a CPU takes 4 only"
+        if (said["group_size"] or 0) > 0 and said["group_size"] % 2:
+            yield f"{whose}group_size {said['group_size']} is odd"
     yield from heads(subject, tp)
     yield from shards(subject, tp, CPU_MULTIPLE, CPU_MULTIPLE)
 
 
-def loading(refuses: Refuses, source: str, title: str = "vLLM") -> RuntimeRule:
+def loading(
+    refuses: Refuses, source: str, title: str = "vLLM", refuses_model: Refuses = lambda _: iter(())
+) -> RuntimeRule:
     """The rule that vLLM takes the file at all."""
 
     def broken(subject: Subject, _: int) -> Iterator[str]:
         yield from refuses(subject.quantization)
+        yield from refuses_model(subject.config)
 
     return RuntimeRule("loading", title, VERSION, source, broken, proof="run")
 

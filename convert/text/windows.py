@@ -104,12 +104,12 @@ def _windows(source: TextSource, tokenizer: Any, rows: list[tuple[str, Row]]) ->
     for where, row in rows:
         text = row if isinstance(row, str) else None
         if not isinstance(row, str):
-            text, refusal = _rendered(row, tokenizer)
+            text, refusal = rendered(row, tokenizer)
             if refusal:
                 yield f"{where}: the model's chat template refuses this row: {refusal}"
                 return
         tokens = 0
-        for piece in _pieces(text or ""):
+        for piece in pieces(text or ""):
             # rows are longer than a model's window on purpose: they are cut below
             ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
             tokens += len(ids)
@@ -124,14 +124,15 @@ def _windows(source: TextSource, tokenizer: Any, rows: list[tuple[str, Row]]) ->
             buffer += eos
 
 
-def _rendered(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, str]:
+def rendered(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, str]:
+    """(the text of a conversation, why the model's template refuses it)."""
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(text for message in messages if (text := said(message))), ""
     made = render_one(tokenizer, messages)
     return made.text, made.refusal
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
     """A long text in parts that end at a line's end where there is one."""
     at = 0
     while len(text) - at > PIECE:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
@@ -20,13 +22,17 @@ from qtool.convert.verify.files import MISSING, check_files, unfit
 from qtool.convert.verify.implied import implied
 from qtool.convert.verify.settings import SETTINGS, check_settings, section_faults
 from qtool.convert.verify.source import AGAINST_SOURCE, check_against_source, open_source
+from qtool.convert.verify.tensors import CPU
 from qtool.convert.verify.verification import Check, Verification, over
 from qtool.convert.verify.way import way_of
 
 
-def verify(path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Verification:
-    """Run every check that can be made. Raises QtoolError when ``path`` is no artifact or holds no weights that
-    can be opened, or ``source`` is no source."""
+def verify(
+    path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None,
+    device: torch.device = CPU,
+) -> Verification:  # fmt: skip
+    """Run every check that can be made; ``device``: where tensors are dequantized and looked at. Raises QtoolError when
+    ``path`` is no artifact or holds no weights that can be opened, or ``source`` is no source."""
     if path.is_dir() and not (path / MANIFEST).exists() and not path.name.endswith(PARTIAL):
         raise QtoolError(f"{path}: no {MANIFEST}; only artifacts written by qtool can be verified.")
     refuse_unfinished(path)
@@ -38,20 +44,21 @@ def verify(path: Path, source: Path | None = None, progress: Callable[[str], Non
     if dangers := [fault for fault in unfit(path, manifest).values() if not fault.endswith(MISSING)]:
         result.checks.append(Check("tensors", "not made", f"{dangers[0]}: nothing is read from this folder"))
         return result
-    check_weights(Artifact.open(path), original, result, progress)
+    check_weights(Artifact.open(path), original, result, progress, device)
     if original is None:
         result.checks.append(Check(AGAINST_SOURCE, "not made", "no --source given"))
     return result
 
 
 def check_weights(
-    artifact: Artifact, source: Checkpoint | None, result: Verification, progress: Callable[[str], None]
-) -> None:
+    artifact: Artifact, source: Checkpoint | None, result: Verification, progress: Callable[[str], None],
+    device: torch.device = CPU,
+) -> None:  # fmt: skip
     """Every check that opens the tensors; one that breaks off does not keep the next from being made."""
     way = way_of(artifact)
     progress("tensors")
     with result.guarded("tensors"):
-        result.add(*way.check_tensors(artifact))
+        result.add(*way.check_tensors(artifact, device))
     for name, check in way.FURTHER:
         with result.guarded(name):
             result.add(*check(artifact))
@@ -98,6 +105,7 @@ def subject_of(artifact: Artifact) -> Subject:
     return Subject(
         artifact.config, shapes, zeros, frozenset(checkpoint.tensors), read_json(sides[0]) if sides else None,
         frozenset(scattered), decoder_of(artifact.config).by_columns(), geometry_of(packed.section),
+        {name: own for name in shapes if (own := geometry_of(packed.own(name))) != geometry_of(packed.section)},
     )  # fmt: skip
 
 

@@ -76,8 +76,10 @@ def check_share(artifact: Artifact, shapes: Shapes, model: Implied) -> Result | 
     left = [name for name in planned if name in plain]
     total = sum(sizes.values())
     share = 1 - sum(sizes[name] for name in left) / total if total else 0.0
+    asked = sum(name in shapes and name not in sizes for name in model.matrices)
+    told = f"; {asked} linears stay in 16 bits as asked" if asked else ""
     named = f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} stay in 16 bits"
     reasons = []
     if share < QUANTIZED_SHARE:
         reasons = [f"{share:.1%} of what is to be quantized is; {named}" if left else "nothing is to be quantized"]
-    return "quantized share", reasons, f"{share:.1%} of {total:,} weights" + (f"; {named}" if left else "")
+    return "quantized share", reasons, f"{share:.1%} of {total:,} weights{told}" + (f"; {named}" if left else "")

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.reading import read_bytes, read_json, shown
 from qtool.convert.files.workers import workers
+from qtool.convert.formats.apart import find_apart
 from qtool.convert.formats.gguf.chat_form import learn
 from qtool.convert.formats.gguf.file import GgufFile, header_of
 from qtool.convert.formats.gguf.header import read_header, read_value
@@ -21,14 +24,22 @@ from qtool.convert.formats.gguf.names import ROPE_FREQS, STACKED, piece, possibl
 from qtool.convert.formats.gguf.plan import typed_tensors
 from qtool.convert.formats.gguf.stops import find_stops
 from qtool.convert.formats.gguf.stored import mix_of
-from qtool.convert.formats.gguf.types import PLAIN, Typed, file_type_of, mixed_types, tensor_types
+from qtool.convert.formats.gguf.types import (
+    PLAIN,
+    Typed,
+    file_type_of,
+    mixed_types,
+    plain_type,
+    tensor_types,
+    types_apart,
+)
 from qtool.convert.formats.gguf.vocab import add_vocabulary
 from qtool.convert.models.config_keys import window_limits
 from qtool.convert.models.table import gguf_facts
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.verify.implied import Implied, Shapes
-from qtool.convert.verify.tensors import Check, Result, Seen, hollow, see_codes
+from qtool.convert.verify.tensors import CPU, Check, Result, Seen, hollow, see_codes
 
 KEYS = "keys of the file"
 TOKENIZER = "tokenizer."
@@ -37,7 +48,7 @@ AT_ONCE = 1 << 23  # weights that are read at a time
 TABLE_TOLERANCE = 0.15  # of an embedding in a GGUF type; Q4_K's error is below 0.1
 
 
-def check_tensors(artifact: Artifact) -> Result:
+def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     """Every tensor that the linears of the manifest imply, with the type of llama.cpp's rule, finite and no matrix of
     zeros; the keys that llama.cpp cannot do without."""
     assert artifact.manifest is not None
@@ -47,7 +58,8 @@ def check_tensors(artifact: Artifact) -> Result:
     shapes = {name: shape for name, (_, shape) in file.layout.items()}
     made, facts = artifact.manifest.output, gguf_facts(config)
     typed, rule = _typed(file, made, shapes)
-    seen = _seen(file, [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type])
+    known = [name for name in shapes if name == ROPE_FREQS or file.layout[name][0] == typed[name].type]
+    seen = _seen(file, known, device)
     for name in shapes:
         found = file.layout[name][0]
         if name not in seen:
@@ -77,12 +89,13 @@ def _typed(file: GgufFile, made: Mapping[str, Any], shapes: Shapes) -> tuple[dic
     if mix is None:
         facts, shape = gguf_facts(file.config), file.decoder.shape
         types = tensor_types(shapes, made["type"], shape.layers, facts.like_70b(shape), shape.experts)
-        return types, f"llama.cpp's rule for {made['type']}"
+        types = types_apart(types, shapes, file.hf_names(), made, plain_type(file.config))
+        return types, f"llama.cpp's rule for {made['type']}, or the recipe,"
     given = typed_tensors(file.hf_names(), mix)
     return mixed_types(shapes, dict.fromkeys(shapes, "no type") | given), "the manifest's mix"
 
 
-def _seen(file: GgufFile, names: Sequence[str]) -> dict[str, list[tuple[str, Seen]]]:
+def _seen(file: GgufFile, names: Sequence[str], device: torch.device) -> dict[str, list[tuple[str, Seen]]]:
     """Tensor -> (its name, what is seen of it), of a stack for each expert. All processors look at parts of rows; each
     holds `AT_ONCE` weights in blocks, and a `PIECE` of them dequantized."""
     parts: list[tuple[str, int | None, int, int]] = []
@@ -94,7 +107,7 @@ def _seen(file: GgufFile, names: Sequence[str]) -> dict[str, list[tuple[str, See
             (name, expert, first, min(first + step, rows)) for expert in experts for first in range(0, rows, step)
         ]
     with workers("verifying") as pool:
-        looked = list(pool.map(lambda part: see_codes(file.blocks(part[0], part[1], part[2:])), parts))
+        looked = list(pool.map(lambda part: see_codes(file.blocks(part[0], part[1], part[2:]).to(device)), parts))
     found: dict[str, dict[str, Seen]] = {name: {} for name in names}
     for (name, expert, *_), one in zip(parts, looked, strict=True):
         told = piece(name, expert)
@@ -211,6 +224,8 @@ def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str]
     wished = {f"{module}.weight" for module, kind in (mix_of(made) or {}).items() if kind in PLAIN}
     plain = {hf for hf, name in file.hf_names().items() if file.layout[name][0] in PLAIN}
     meant = [name for name in shapes if name in model.matrices or name in (EMBEDDING, HEAD)]
+    apart = find_apart(made, [name.removesuffix(".weight") for name in meant])
+    wished |= {f"{linear}.weight" for linear, own in apart.items() if own is None or own.get("type") in PLAIN}
     return [name for name in meant if name not in wished], plain - wished
 
 

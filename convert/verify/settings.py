@@ -11,6 +11,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.folder import made_config
 from qtool.convert.files.reading import read_bytes, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
+from qtool.convert.formats.shards import section_for
 from qtool.convert.formats.table import format_of
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.verify.tensors import FLOATS, Result
@@ -23,9 +24,8 @@ def section_faults(artifact: Artifact) -> Iterator[str]:
     assert artifact.manifest is not None
     made = format_of(artifact.manifest.output)
     expected = {} if made is None else made.section_of(artifact.manifest.output)
-    plain = decoder_of(artifact.config).beside_experts()
-    if made is not None and made.SAFETENSORS and plain:
-        expected = made.with_experts(expected, plain)
+    if made is not None and made.SAFETENSORS:
+        expected, _ = section_for(expected, artifact.manifest.output, decoder_of(artifact.config))
     for key, value in expected.items():
         found = artifact.quantization.get(key, ...)
         if found != value and key != "desc_act":  # once it told the order of rounding

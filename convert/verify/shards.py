@@ -14,10 +14,14 @@ from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
 from qtool.convert.files.workers import workers
 from qtool.convert.files.writer import Spec
+from qtool.convert.formats.shards import section_for
+from qtool.convert.models.shape import decoder_of
 from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import EMBEDDING, HEAD
+from qtool.convert.runtimes import vllm
 from qtool.convert.verify.implied import Implied, Shapes
 from qtool.convert.verify.tensors import (
+    CPU,
     FLOATS,
     PIECE,
     PLAIN_TOLERANCE,
@@ -35,7 +39,7 @@ TABLE_TOLERANCE = PLAIN_TOLERANCE
 AT_ONCE = 8  # linears: of each two bytes a weight are in memory, and a `PIECE` dequantized
 
 
-def check_tensors(artifact: Artifact) -> Result:
+def check_tensors(artifact: Artifact, device: torch.device = CPU) -> Result:
     """Every linear of the manifest unpacks to its shape with scales that are finite and not zero, and is no matrix of
     zeros; every other tensor is finite and of a type that models are stored in."""
     assert artifact.manifest is not None
@@ -54,9 +58,9 @@ def check_tensors(artifact: Artifact) -> Result:
     dtype = FLOATS.get(str(made.get("dtype")), torch.float32)
     parts = {f"{linear}.{suffix}" for linear in linears for suffix in packed.parts(linear)}
     with workers("verifying", AT_ONCE) as pool:
-        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts), tensors)
+        looked = pool.map(lambda name: _look(artifact.checkpoint, name, name in parts, device), tensors)
         seen = dict(zip(tensors, looked, strict=True))
-        faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype), linears))
+        faults = list(pool.map(lambda linear: _linear_faults(artifact, linear, dtype, device), linears))
     plain: list[str] = []
     family = find_family(artifact.config)
     for name, info in tensors.items():
@@ -72,21 +76,22 @@ def check_tensors(artifact: Artifact) -> Result:
     return "tensors", reasons, f"{count} tensors present and finite, {len(linears)} linears packed"
 
 
-def _look(checkpoint: Checkpoint, name: str, part: bool) -> Seen:
+def _look(checkpoint: Checkpoint, name: str, part: bool, device: torch.device) -> Seen:
     """A tensor, some rows at a time. Integers that are part of a linear are looked at with that."""
     info = checkpoint.tensors[name]
     if not info.dtype.is_floating_point and part:
         return Seen()
     rows = info.shape[0] if info.shape else 1
-    step = max(1, PIECE * rows * info.dtype.itemsize // max(1, info.nbytes))
+    step = max(1, PIECE[device.type] * rows * info.dtype.itemsize // max(1, info.nbytes))
     wide = torch.float32 if info.dtype in FLOATS.values() else torch.float64
-    return see(checkpoint.part(name, first, first + step).to(wide) for first in range(0, rows, step))
+    pieces = (checkpoint.part(name, first, first + step) for first in range(0, rows, step))
+    return see(piece.to(device).to(wide) for piece in pieces)
 
 
-def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[str]:
+def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype, device: torch.device) -> list[str]:
     packed, tensors = artifact.packed, artifact.checkpoint.tensors
     try:
-        expected = packed.container.specs(*packed.shape(linear), packed.section, dtype)
+        expected = packed.container.specs(*packed.shape(linear), packed.own(linear), dtype)
     except (KeyError, ValueError, TypeError, ArithmeticError, QtoolError) as error:
         return [f"{linear} cannot be read: {error}"]
     reasons = [*_misfits(linear, expected, tensors)]
@@ -101,7 +106,7 @@ def _linear_faults(artifact: Artifact, linear: str, dtype: torch.dtype) -> list[
     if reasons:
         return reasons
     try:
-        codes = packed.codes(linear)
+        codes = packed.codes(linear, device)
     except QtoolError as error:
         return [error.message]
     if getattr(codes, "g_idx", None) is not None and packed.section.get("desc_act") is False:
@@ -148,8 +153,16 @@ def config_faults(artifact: Artifact, model: Implied) -> Iterator[str]:
 
 def share(artifact: Artifact, shapes: Shapes, model: Implied) -> tuple[list[str], set[str]]:
     """(what is to be quantized, what of it is not)."""
-    planned = [name for name in model.matrices if name in shapes]
+    plain = _asked_plain(artifact)
+    planned = [name for name in model.matrices if name in shapes and name.removesuffix(".weight") not in plain]
     return planned, set(planned) - {f"{linear}.weight" for linear in artifact.packed.names()}
+
+
+def _asked_plain(artifact: Artifact) -> set[str]:
+    """Linears that stay in 16 bits because the manifest says that they were asked to."""
+    assert artifact.manifest is not None
+    _, apart = section_for(artifact.quantization, artifact.manifest.output, decoder_of(artifact.config))
+    return {linear for linear, own in apart.items() if own is None}
 
 
 def _section_faults(artifact: Artifact) -> Iterator[str]:
@@ -163,10 +176,15 @@ def _section_faults(artifact: Artifact) -> Iterator[str]:
     except QtoolError as error:
         yield error.message
         return
-    known = {name.removesuffix(".weight") for name in artifact.weights.shapes()} | {"lm_head"}
+    known = {"lm_head", *vllm.named(name.removesuffix(".weight") for name in artifact.weights.shapes())}
     for said in skipped:
         if not said.startswith("re:") and not any(said in module for module in known):
             yield f"quantization_config leaves {shown(said)} unquantized, and the model has no such module"
+    plain = _asked_plain(artifact)
+    for linear in plain - set(skipped):
+        yield f"{shown(linear)} stays in 16 bits, and quantization_config does not say so"
+    for linear in plain & set(packed.names()):
+        yield f"{shown(linear)} is quantized, and the artifact was made with it in 16 bits"
     for linear in packed.names():
         pattern = next((said for said in skipped if _skips(said, linear)), None)
         if pattern is not None:
@@ -177,6 +195,8 @@ def _section_faults(artifact: Artifact) -> Iterator[str]:
 def _skips(said: str, module: str) -> bool:
     """Whether some loader takes ``said`` for ``module``: transformers and vLLM look for part of a name, for a whole
     name, or for a pattern."""
+    if part := re.fullmatch(r"re:\.\*(\w+)\.\*", said):
+        return part[1] in module
     if said.startswith("re:"):
         return said != "re:lm_head" and not re.fullmatch(r"re:[\w.*\\$^]{0,8}lm_head\$?", said)
     return said in module

@@ -11,6 +11,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.float8 import without_float8
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
@@ -29,7 +30,7 @@ def open_source(artifact: Path, source: Path) -> Checkpoint:
     if source.is_dir() and source.resolve() == artifact.resolve():
         raise QtoolError(f"{source}: is the artifact itself. --source wants the model that it was made from.")
     opened = open_model(source)
-    if read_json(source / "config.json").get("quantization_config"):
+    if without_float8(read_json(source / "config.json")).get("quantization_config"):
         raise QtoolError(f"{source}: is quantized itself. --source wants the model that the artifact was made from.")
     return opened
 
@@ -61,7 +62,7 @@ def check_against_source(artifact: Artifact, source: Checkpoint) -> Result:
         elif not math.isfinite(error) or not abs(error - said) <= FROBENIUS_TOLERANCE * max(said, 1e-6):
             reasons.append(f"{linear}: |W - Ŵ|/|W| is {error:.4g}, the manifest says {said:.4g}")
     if not reasons:  # else it is another model's source
-        reasons = [*_fold_faults(scales, linears, decoder), *_plain_faults(artifact, source, scales, decoder)]
+        reasons = [*_fold_faults(scales, list(held), decoder), *_plain_faults(artifact, source, scales, decoder)]
     return AGAINST_SOURCE, reasons, f"{len(linears)} linears as recorded"
 
 
@@ -129,6 +130,8 @@ def _plain_faults(artifact: Artifact, source: Checkpoint, scales: Checkpoint | N
         was, now = source.tensor(name).float() + offset, tensor.float() + offset
         if name in absorbed:
             now = now * absorbed[name]
+        if (own := _scales_of(scales, name.removesuffix(".weight"))) is not None:  # a linear that stays in 16 bits
+            now = now / own[0] * own[1].unsqueeze(1)
         limit = tables if now.ndim >= 2 else PLAIN_TOLERANCE
         error = float((now - was).norm() / was.norm().clamp_min(1e-30))
         if not error <= limit and not torch.equal(now, was):

@@ -16,10 +16,12 @@ from qtool.convert.models.table import find_family
 
 Result = tuple[str, list[str], str]
 Check = Callable[[Artifact], Result]
+CPU = torch.device("cpu")
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 65504.0  # beyond it, kernels that compute in float16 see infinity
 PLAIN_TOLERANCE = 0.02  # of what is not quantized, rounded to 16 bits once or twice
-PIECE = 1 << 19  # weights that are dequantized at a time
+# Weights that are dequantized at a time: on a processor as many as stay in its cache, a third of the time.
+PIECE = {"cpu": 1 << 19, "cuda": 1 << 25}
 ZEROS = 0.99  # of a matrix's weights: nothing is left of it
 
 
@@ -55,9 +57,8 @@ def see(pieces: Iterable[torch.Tensor]) -> Seen:
 
 
 def see_codes(codes: Codes) -> Seen:
-    """The weights that codes stand for, in pieces that stay in a processor's cache: a third of the time, and little
-    memory."""
-    return see(piece.dequantize() for piece in codes.pieces(PIECE))
+    """The weights that codes stand for, a piece at a time, where the codes lie."""
+    return see(piece.dequantize() for piece in codes.pieces(PIECE[codes.device.type]))
 
 
 def hollow(name: str, seen: Seen) -> Iterator[str]:

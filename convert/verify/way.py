@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
+
 from qtool.convert.artifact import Artifact
 from qtool.convert.verify import gguf, shards
 from qtool.convert.verify.implied import Implied, Shapes
@@ -19,8 +21,8 @@ class Way(Protocol):
     TABLE_TOLERANCE: float
     """How much of it an embedding or a head may have lost."""
 
-    def check_tensors(self, artifact: Artifact) -> Result:
-        """Every tensor is there, finite, of its type, and no matrix of zeros."""
+    def check_tensors(self, artifact: Artifact, device: torch.device) -> Result:
+        """Every tensor is there, finite, of its type, and no matrix of zeros; looked at on ``device``."""
 
     def expected(self, artifact: Artifact, model: Implied) -> set[str]:
         """Names of the tensors that must be there."""

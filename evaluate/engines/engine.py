@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.facts import EngineFacts
 from qtool.evaluate.engines.machine import machine_name
 
@@ -156,12 +157,13 @@ class Model:
 class Use:
     """What a model is opened for: ``slots`` requests at a time of ``context()`` tokens each (the longest prompt and its
     answer; a function, because few engines must know). ``timed``: in its stored dtype and without a prefix cache.
-    ``device``: ``cpu`` or ``cuda[:N]``, for engines that can be told."""
+    ``device``: ``cpu`` or ``cuda[:N]``, for engines that can be told. ``condition``: one that its facts have."""
 
     device: str
     slots: int
     context: Callable[[], int]
     timed: bool = False
+    condition: Condition = PLAIN
 
 
 @dataclass(frozen=True)

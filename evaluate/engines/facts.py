@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.engines.condition import Condition
 
 MIB, GIB = 2**20, 2**30
 CUDA_CONTEXT = 500 * MIB  # driver context, loaded kernels: 0.4 to 0.6 GiB on Ampere and later
@@ -27,7 +28,9 @@ class CacheType:
     block: int = 1
 
 
-BF16, F16 = CacheType("bf16", Fraction(2)), CacheType("f16", Fraction(2))
+BF16, F16, FP8 = CacheType("bf16", Fraction(2)), CacheType("f16", Fraction(2)), CacheType("fp8", Fraction(1))
+# blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
+Q8_0, Q4_0 = CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,10 @@ class EngineFacts:
     place: str = ""  # where it computes, for the scorecard; empty: on the device that was asked for
     dtype: Callable[[str], str] = lambda device: "as stored"  # device's kind -> what the scorecard says
     logits: bool = False  # gives the logits of all positions, which perplexity and KL need
+    layered: bool = False  # takes a long text through one layer at a time
+    judged_caches: tuple[CacheType, ...] = ()  # that its models can be judged with, beside its own
+    simulates: bool = False  # it rounds numbers to them, and keeps them as wide as ever
+    rolls: bool = False  # can keep the first and the last tokens alone
     served: bool = False  # answers at a base URL
     gguf: bool = False  # runs .gguf files and nothing else
     # Memory: the cache as it lies there, what is taken beside weights and cache, what lies elsewhere.
@@ -277,6 +284,21 @@ class EngineFacts:
     def typed(self, serving: Serving) -> str:
         """What is typed to load or to serve it."""
         return self.launch(serving).text if self.launch else self.command(serving)
+
+    def lacks(self, condition: Condition) -> str:
+        """Why a model cannot be judged under a condition here, with what can be; "" where it can."""
+        known = ", ".join(kind.name for kind in self.judged_caches)
+        if condition.cache and condition.cache not in [kind.name for kind in self.judged_caches]:
+            has = f"it has {known}" if known else "its caches are chosen where it is started"
+            return f"engine {self.name} keeps no cache of {condition.cache}; {has}"
+        if condition.recent and not self.rolls:
+            return f"engine {self.name} rolls no window; take engine reference or transformers"
+        return ""
+
+    def said(self, condition: Condition) -> str:
+        """A condition as scorecards name it."""
+        simulated = ", simulated" if condition.cache and self.simulates else ""
+        return condition.name + simulated
 
     def cache_type(self, name: str) -> CacheType | None:
         """None for a type that it does not have."""

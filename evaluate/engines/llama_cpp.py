@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from qtool.evaluate.engines.facts import (
     CUDA_CONTEXT,
     F16,
     MIB,
-    CacheType,
+    Q4_0,
+    Q8_0,
     Download,
     Efficiency,
     EngineFacts,
@@ -138,8 +138,8 @@ FACTS = EngineFacts(
     install="pip install 'qtool-llm[gguf]'",
     place="cpu",
     gguf=True,
-    # blocks of 32 carry an fp16 scale (ggml/src/ggml-common.h)
-    cache_types=(F16, BF16, CacheType("q8_0", Fraction(34, 32), 32), CacheType("q4_0", Fraction(18, 32), 32)),
+    cache_types=(F16, BF16, Q8_0, Q4_0),
+    judged_caches=(BF16, Q8_0, Q4_0),
     cells=cells,
     slides=lambda geometry: geometry.llama_cpp_windows,
     prefill_tokens=lambda card: BATCH,
@@ -174,12 +174,12 @@ def installed() -> bool:
 
 @contextmanager
 def serve(
-    file: Path, context: int, slots: int = 1, repack: bool = True, metrics: bool = False
+    file: Path, context: int, slots: int = 1, repack: bool = True, metrics: bool = False, cache: str = ""
 ) -> Iterator[str]:  # fmt: skip
     """Load ``file`` and answer under the yielded base URL until the block ends. ``context``: tokens to each of
     ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with;
-    ``metrics``: answer at /metrics, too. Raises QtoolError when llama.cpp is not installed or cannot load the file
-    (exit 3), or cannot read its chat template."""
+    ``metrics``: answer at /metrics, too; ``cache``: the type of keys and values, "" for its own. Raises QtoolError when
+    llama.cpp is not installed or cannot load the file (exit 3), or cannot read its chat template."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -197,6 +197,8 @@ def serve(
     params.n_ctx, params.n_parallel = context * slots, slots
     params.cpuparams.n_threads = os.cpu_count() or 1
     params.endpoint_metrics = metrics
+    if cache:  # values of a quantized type need flash attention, which its automatic choice takes then
+        params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
     params.warmup, params.verbosity = False, 0  # only errors are said
     params.no_extra_bufts = not repack
     params.hostnames, params.port = ["127.0.0.1"], 0
@@ -230,7 +232,7 @@ def serve(
 def _open(model: Model, use: Use) -> Iterator[Running]:
     if model.gguf is None:
         raise QtoolError(f"{model.name}: engine llama.cpp runs .gguf files only; use engine reference.")
-    with serve(model.gguf, use.context(), use.slots) as url:
+    with serve(model.gguf, use.context(), use.slots, cache=use.condition.cache) as url:
         yield server.ServedModel(
             url, model.gguf.stem, name=FACTS.name, version=package_versions(*FACTS.packages), dtype=FACTS.dtype("cpu"),
             device=FACTS.place, tokenizer=model.tokenizer, inside=True,

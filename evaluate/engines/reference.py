@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from qtool import QtoolError
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use
-from qtool.evaluate.engines.facts import EngineFacts
+from qtool.evaluate.engines.facts import BF16, FP8, Q4_0, Q8_0, EngineFacts
 
 
 def _dtype(device: str) -> str:
@@ -19,7 +19,16 @@ def _dtype(device: str) -> str:
     return str(compute_dtype(torch.device(device))).removeprefix("torch.")
 
 
-FACTS = EngineFacts(name="reference", packages=("torch", "transformers"), dtype=_dtype, logits=True)
+FACTS = EngineFacts(
+    name="reference",
+    packages=("torch", "transformers"),
+    dtype=_dtype,
+    logits=True,
+    layered=True,
+    judged_caches=(BF16, FP8, Q8_0, Q4_0),
+    simulates=True,
+    rolls=True,
+)
 
 
 @contextmanager
@@ -34,7 +43,7 @@ def _open(model: Model, use: Use) -> Iterator[Running]:
     device = torch.device(use.device)
     if fits(model.config, device, model.trust_remote_code):
         loaded = load_model(model.stream(""), model.config, device, model.trust_remote_code)
-        yield TorchModel(FACTS, loaded, model.tokenizer)
+        yield TorchModel(FACTS, loaded, model.tokenizer, use.condition)
     else:
         yield open_streamed(FACTS, model.stream, model.config, device, model.trust_remote_code)
 

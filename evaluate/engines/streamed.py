@@ -68,49 +68,63 @@ class StreamedModel(Loaded):
         self.hidden.clear()
         with self._layers_on_demand():
             for part in windows.split(max(1, MOST_TOKENS // windows.shape[1])):
-                states = self._body(input_ids=part.to(self.where), use_cache=False).last_hidden_state
+                states = self.body(input_ids=part.to(self.where), use_cache=False).last_hidden_state
                 self.hidden.update(zip(map(_key, part), states.cpu(), strict=True))
 
     @torch.inference_mode()
     def logits(self, window: Tensor) -> Iterator[Tensor]:
         """The head on what `prepare` kept, chunk by chunk; a window that it was not told of takes a sweep."""
         self.prepare(window.unsqueeze(0)) if _key(window) not in self.hidden else None
-        states = self.hidden[_key(window)]
-        base, body = str(getattr(self.model, "base_model_prefix", "model")), self._body
-        for start in range(0, len(window), CHUNK):
-            part = states[start : start + CHUNK].unsqueeze(0).to(self.where)
-            setattr(self.model, base, _Done(part))
-            try:  # the model's own code does what comes behind the body
-                logits: Tensor = self.model(input_ids=window[:1].unsqueeze(0).to(self.where), use_cache=False).logits[0]
-            finally:
-                setattr(self.model, base, body)
-            yield logits
+        for part in self.hidden[_key(window)].split(CHUNK):
+            yield self.head(part)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits ``[n, vocabulary]`` of last hidden states ``[n, hidden]``, by the model's own code behind its body."""
+        base, body = str(getattr(self.model, "base_model_prefix", "model")), self.body
+        setattr(self.model, base, _Done(states.unsqueeze(0).to(self.where)))
+        try:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.where)
+            logits: Tensor = self.model(input_ids=token, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, base, body)
+        return logits
 
     @property
-    def _body(self) -> Any:
+    def layers(self) -> Any:
+        """Of the skeleton: empty, but for one that is at work."""
+        return self.model.get_submodule(self.prefix.rstrip("."))
+
+    def fill(self, number: int) -> nn.Module:
+        """Read a layer's tensors into it. Raises QtoolError naming one that the model lacks."""
+        layer: nn.Module = self.layers[number]
+        at = f"{self.prefix}{number}."
+        state = {name.removeprefix(at): tensor for name, tensor in _tensors(self, at)}
+        missing = sorted(set(layer.state_dict()) - set(state))
+        if missing:
+            raise QtoolError(f"the model lacks {at}{missing[0]} ({len(missing)} tensors missing).")
+        layer.load_state_dict(state, strict=False, assign=True)
+        return layer
+
+    @property
+    def body(self) -> Any:
+        """Embeddings, layers and the last norm."""
         return getattr(self.model, str(getattr(self.model, "base_model_prefix", "model")))
 
     @contextmanager
     def _layers_on_demand(self) -> Iterator[None]:
         """A layer is filled before its forward and empty after it."""
-        layers: Any = self.model.get_submodule(self.prefix.rstrip("."))
 
         def fill(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def before(layer: nn.Module, _: tuple[Any, ...]) -> None:
-                at = f"{self.prefix}{number}."
-                state = {name.removeprefix(at): tensor for name, tensor in _tensors(self, at)}
-                missing = sorted(set(layer.state_dict()) - set(state))
-                if missing:
-                    raise QtoolError(f"the model lacks {at}{missing[0]} ({len(missing)} tensors missing).")
-                layer.load_state_dict(state, strict=False, assign=True)
+            def before(_: nn.Module, __: tuple[Any, ...]) -> None:
+                self.fill(number)
 
             return before
 
         def empty(layer: nn.Module, _: object, __: object) -> None:
             layer.to("meta")
 
-        hooks = [layer.register_forward_pre_hook(fill(number)) for number, layer in enumerate(layers)]
-        hooks += [layer.register_forward_hook(empty) for layer in layers]
+        hooks = [layer.register_forward_pre_hook(fill(number)) for number, layer in enumerate(self.layers)]
+        hooks += [layer.register_forward_hook(empty) for layer in self.layers]
         try:
             yield
         finally:

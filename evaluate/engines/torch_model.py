@@ -20,6 +20,8 @@ from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import check_equal
 from qtool.convert.skeleton import build_skeleton, expected_shapes
 from qtool.evaluate.engines import machine
+from qtool.evaluate.engines.condition import PLAIN, Condition
+from qtool.evaluate.engines.decoding import Rows
 from qtool.evaluate.engines.engine import (
     CHUNK,
     Batch,
@@ -31,8 +33,7 @@ from qtool.evaluate.engines.engine import (
     Request,
 )
 
-CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
-COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it is still running
+MOST_TOKENS = 2**16  # of the prompts of a batch
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TorchModel(Loaded):
 
     model: nn.Module
     tokenizer: Any
+    condition: Condition = PLAIN
 
     @property
     def dtype(self) -> str:
@@ -60,18 +62,24 @@ class TorchModel(Loaded):
         self, requests: Sequence[Request], decoding: Decoding, done: Collection[int] = ()
     ) -> Iterator[Completion]:
         """Similar lengths are batched together, whatever is done: a batch is repeated whole, so that each row meets
-        the same neighbours (and the same rounding) as in a run that was not interrupted."""
+        the same neighbours (and the same rounding) as in a run that was not interrupted. Long rows meet fewer, and
+        where a window rolls none: its sinks are a row's first tokens, which padding would move."""
         encoded = [self.tokenizer(request.prompt, add_special_tokens=False).input_ids for request in requests]
         order = sorted(range(len(requests)), key=lambda index: len(encoded[index]), reverse=True)
-        for start in range(0, len(order), decoding.batch_size):
-            rows = order[start : start + decoding.batch_size]
+        start = 0
+        while start < len(order):
+            fit = max(1, MOST_TOKENS // max(1, len(encoded[order[start]])))
+            size = 1 if self.condition.recent else min(decoding.batch_size, fit)
+            rows = order[start : start + size]
+            start += size
             if any(row not in done for row in rows):
-                batch = _Rows(self, rows, [encoded[row] for row in rows], requests, decoding)
+                texts = [encoded[row] for row in rows]
+                batch = Rows(self.model, self.tokenizer, self.condition, rows, texts, requests, decoding)
                 yield from (found for found in batch.decode(requests) if found[0] not in done)
 
     def logits(self, window: Tensor) -> Iterator[Tensor]:
         """Chunk by chunk; a window longer than one goes through a key/value cache."""
-        return logits_of(self.model)(window)
+        return logits_of(self.model, self.condition)(window)
 
     def time(self, batch: Batch) -> Reading:
         """A whole prefill, then single steps on the cache that transformers grows. Raises OutOfMemory."""
@@ -163,16 +171,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def logits_of(model: nn.Module) -> Callable[[Tensor], Iterator[Tensor]]:
+def logits_of(model: nn.Module, condition: Condition = PLAIN) -> Callable[[Tensor], Iterator[Tensor]]:
     """What gives the logits of a window int64 ``[length]``: ``[chunk, vocabulary]`` for each `CHUNK` positions."""
 
     def logits(window: Tensor) -> Iterator[Tensor]:
         device = next(model.parameters()).device
         cache = None
-        if len(window) > CHUNK:
+        if len(window) > CHUNK or condition != PLAIN:
             from qtool.evaluate.engines.cache import make_cache  # transformers' caches take seconds to import
 
-            cache = make_cache(model.config)
+            cache = make_cache(model, condition)
         for start in range(0, len(window), CHUNK):
             yield _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
 
@@ -185,108 +193,6 @@ def _chunk_logits(model: nn.Module, part: Tensor, cache: Any) -> Tensor:
     if cache is None:
         logits = model(input_ids=part, use_cache=False).logits[0]
     else:
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+        mask = cache.mask(part.shape[1], next(model.parameters()))
+        logits = model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
     return logits
-
-
-class _Rows:
-    """Rows decoded together, padded on the left; the key/value cache grows by one position a step."""
-
-    def __init__(
-        self, running: TorchModel, rows: list[int], encoded: list[list[int]], requests: Sequence[Request],
-        decoding: Decoding,
-    ) -> None:  # fmt: skip
-        from qtool.evaluate.engines.cache import make_cache
-
-        device = next(running.model.parameters()).device
-        width = max(map(len, encoded))
-        self.model, self.tokenizer, self.rows, self.decoding = running.model, running.tokenizer, rows, decoding
-        self.input = torch.zeros(len(rows), width, dtype=torch.int64)
-        self.mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for row, ids in enumerate(encoded):
-            self.input[row, width - len(ids) :] = torch.tensor(ids)
-            self.mask[row, width - len(ids) :] = 1
-        self.input, self.mask = self.input.to(device), self.mask.to(device)
-        self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        self.cache = make_cache(self.model.config)
-        self.made: list[list[int]] = [[] for _ in rows]
-        self.ends = end_tokens(self.model, self.tokenizer)
-        self.draws = torch.empty(0)
-        if decoding.temperature > 0:
-            self.draws = torch.stack([_draws(requests[row].seed, decoding.max_new_tokens) for row in rows]).to(device)
-
-    def decode(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        limit = self.decoding.max_new_tokens
-        for step in range(limit):
-            following = self._forward(step)
-            live = []
-            for slot, token in enumerate(following):
-                if self.rows[slot] < 0:
-                    continue
-                self.made[slot].append(token)
-                ended = token in self.ends
-                if ended or step + 1 == limit or (step + 1) % CHECK_EVERY == 0:
-                    text = self.tokenizer.decode(self.made[slot][: -1 if ended else None], skip_special_tokens=True)
-                    if ended or step + 1 == limit or requests[self.rows[slot]].finished(text):
-                        yield self.rows[slot], text
-                        self.rows[slot] = -1
-                        continue
-                live.append(slot)
-            if not live:
-                return
-            self._next(following, live)
-
-    @torch.inference_mode()  # not around `decode`: a generator would leave the mode on for its consumer
-    def _forward(self, step: int) -> list[int]:
-        output = self.model(
-            input_ids=self.input, attention_mask=self.mask, position_ids=self.positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits = output.logits[:, -1]
-        if self.decoding.temperature > 0:
-            chosen = sample(logits, self.decoding.temperature, self.decoding.top_p, self.draws[:, step])
-        else:
-            chosen = logits.argmax(-1)
-        tokens: list[int] = chosen.tolist()
-        return tokens
-
-    @torch.inference_mode()
-    def _next(self, following: list[int], live: list[int]) -> None:
-        device = self.mask.device
-        self.input = torch.tensor(following, device=device).unsqueeze(1)
-        self.positions = self.positions[:, -1:] + 1
-        if len(live) < COMPACT_BELOW * len(self.rows):
-            keep = torch.tensor(live, device=device)
-            self.cache.batch_select_indices(keep)
-            self.input, self.positions, self.mask = self.input[keep], self.positions[keep], self.mask[keep]
-            self.draws = self.draws[keep] if len(self.draws) else self.draws
-            self.rows = [self.rows[slot] for slot in live]
-            self.made = [self.made[slot] for slot in live]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=1)
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
-    """Tokens ``[n]`` by inverse CDF from uniform ``draws [n]``: the fewest likeliest tokens whose mass reaches
-    ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751) of softmax(``logits [n, vocabulary]`` / temperature)."""
-    probabilities, tokens = torch.softmax(logits.double() / temperature, -1).sort(-1, descending=True)
-    mass = probabilities.cumsum(-1)
-    probabilities = probabilities.masked_fill(mass - probabilities >= top_p, 0)
-    mass = probabilities.cumsum(-1)
-    place = torch.searchsorted(mass, draws.unsqueeze(-1) * mass[:, -1:], right=True)
-    return tokens.gather(-1, place.clamp_max(logits.shape[-1] - 1)).squeeze(-1)
-
-
-def _draws(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """End-of-text ids of the tokenizer and of the model's generation_config (a chat model may have several), of its
-    config where that names none: transformers' own order, and that of convert/formats/gguf/stops.py."""
-    ends = {tokenizer.eos_token_id}
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            ends |= set(eos) if isinstance(eos, list) else {eos}
-            break
-    return ends - {None}

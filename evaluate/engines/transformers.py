@@ -20,7 +20,10 @@ from qtool.evaluate.engines.facts import (
     BF16,
     CUDA_CONTEXT,
     F16,
+    FP8,
     MIB,
+    Q4_0,
+    Q8_0,
     Download,
     Efficiency,
     EngineFacts,
@@ -92,6 +95,9 @@ FACTS = EngineFacts(
     name="transformers",
     packages=("torch", "transformers", "gptqmodel", "bitsandbytes", "compressed-tensors"),
     logits=True,
+    judged_caches=(BF16, FP8, Q8_0, Q4_0),
+    simulates=True,
+    rolls=True,
     cache_types=(BF16, F16),
     overhead=overhead,
     offload=OffloadRule(flag=lambda units, layers: 'device_map="auto"'),
@@ -151,7 +157,7 @@ def _open(model: Model, use: Use) -> Iterator[Running]:
     if model.path is None:
         raise QtoolError(f"{model.name}: engine transformers runs model folders only.")
     loaded = load_native(model.path, torch.device(use.device), model.trust_remote_code, as_stored=use.timed)
-    yield TorchModel(FACTS, loaded, model.tokenizer)
+    yield TorchModel(FACTS, loaded, model.tokenizer, use.condition)
 
 
 ENGINE = Engine(FACTS, _open)

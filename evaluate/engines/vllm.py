@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 from qtool import QtoolError
@@ -20,9 +19,9 @@ from qtool.evaluate.engines.facts import (
     BF16,
     CUDA_CONTEXT,
     F16,
+    FP8,
     GIB,
     MIB,
-    CacheType,
     Card,
     Efficiency,
     EngineFacts,
@@ -137,7 +136,7 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
     runtime = runtime_of(section, FACTS.name)
     if runtime is None:
         return [f"vLLM knows no quant_method {section.get('quant_method')!r}"] if section else []
-    return list(runtime.refuses(section))
+    return [*runtime.refuses(section), *runtime.refuses_model(config)]
 
 
 def _plugin(config: Mapping[str, Any]) -> str:
@@ -168,7 +167,8 @@ FACTS = EngineFacts(
     packages=("vllm", "torch", "transformers", "compressed-tensors", "vllm-bnb-plugin"),
     install="pip install vllm (in an environment of its own; it brings its own torch; for a CPU: docs/vllm.md)",
     place="as built",
-    cache_types=(BF16, F16, CacheType("fp8", Fraction(1))),
+    cache_types=(BF16, F16, FP8),
+    judged_caches=(FP8,),
     cells=cells(BLOCK),
     prefill_tokens=prefill_tokens,
     overhead=overhead,
@@ -220,7 +220,10 @@ def _open(model: Model, use: Use) -> Iterator[Running]:
     from qtool.evaluate.engines.vllm_model import closing, load
 
     timed = use.slots if use.timed else None
-    with closing(load(FACTS, model.path, model.tokenizer, use.context(), model.trust_remote_code, timed)) as running:
+    loaded = load(
+        FACTS, model.path, model.tokenizer, use.context(), model.trust_remote_code, timed, use.condition.cache
+    )
+    with closing(loaded) as running:
         yield running
 
 

@@ -117,10 +117,11 @@ def used(facts: EngineFacts, path: Path, trust_remote_code: bool = False) -> tup
 
 def load(
     facts: EngineFacts, path: Path, tokenizer: Any, context: int, trust_remote_code: bool = False,
-    timed: int | None = None,
+    timed: int | None = None, cache: str = "",
 ) -> VllmModel:  # fmt: skip
     """Load an artifact; ``context``: the longest prompt plus its answer, in tokens; ``timed``: how many sequences at
-    once are going to be timed, then compiled and without a prefix cache. Raises QtoolError (exit 3) where vLLM is not
+    once are going to be timed, then compiled and without a prefix cache; ``cache``: the type of keys and values, "" for
+    its own. Raises QtoolError (exit 3) where vLLM is not
     installed or does not run, with vLLM's own reason."""
     stay_in_process()
     try:
@@ -130,6 +131,7 @@ def load(
     options: dict[str, Any] = {"max_num_seqs": timed, "enable_prefix_caching": False}
     if timed is None:  # on a CPU compiling takes minutes and a C++ compiler
         options = {"enforce_eager": not torch.cuda.is_available(), "seed": 0}
+    options |= {"kv_cache_dtype": cache} if cache else {}
     with _told(path, context), secrets.withheld():  # it starts processes
         llm = LLM(model=str(path), max_model_len=context, trust_remote_code=trust_remote_code, **options)
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")

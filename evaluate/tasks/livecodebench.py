@@ -125,6 +125,8 @@ def read(where: str, row: Row) -> Problem:
             "format": "livecodebench",
             "run": "call" if name else "stdin",
             "stop": ("###",),
+            "difficulty": row.get("difficulty"),
+            "category": row.get("platform"),
             "seconds": min(MAX_SECONDS, CALL_SECONDS * len(tests)),
             "call_seconds": CALL_SECONDS,
         },

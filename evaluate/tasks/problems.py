@@ -3,14 +3,32 @@
 import hashlib
 import json
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Run = Literal["call", "stdin", "in_process"]
 
 # What a digest has covered from the first version on; later fields count only where they say something.
 _ALWAYS = frozenset({"task_id", "prompt", "entry_point", "canonical_solution", "test", "level"})
+
+
+# What says how problems differ changes nothing that is asked or judged.
+_ABOUT = frozenset({"difficulty", "category"})
+
+
+def _word(value: Any) -> Any:
+    """Files have such keys of other kinds, too: what is no word or number says nothing."""
+    return (
+        str(value)
+        if isinstance(value, int) and not isinstance(value, bool)
+        else value
+        if isinstance(value, str)
+        else ""
+    )
+
+
+Word = Annotated[str, BeforeValidator(_word)]
 
 
 class Problem(BaseModel):
@@ -41,6 +59,14 @@ class Problem(BaseModel):
     libraries: tuple[str, ...] = ()  # importable modules beyond the standard library
     seconds: float | None = None  # the benchmark's own time limit, where it is above the usual
     call_seconds: float | None = None  # and for one call of the program
+    difficulty: Word = ""  # as the benchmark calls it, where it does
+    category: Word = ""
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """`difficulty` and `category`, as far as the benchmark tells; a level is a difficulty, too."""
+        difficulty = self.difficulty or (f"level {self.level}" if self.level is not None else "")
+        return {name: said for name, said in (("difficulty", difficulty), ("category", self.category)) if said}
 
     @property
     def solution(self) -> str | None:
@@ -67,7 +93,7 @@ class Task(BaseModel):
         """sha256 (hex) of the problems as canonical JSON: sorted keys, no spaces, ASCII."""
         rows = []
         for problem in self.problems:
-            said = problem.model_dump(mode="json", exclude_defaults=True)
+            said = problem.model_dump(mode="json", exclude_defaults=True, exclude=set(_ABOUT))
             rows.append({name: getattr(problem, name) for name in _ALWAYS} | said)
         text = json.dumps(rows, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qtool import QtoolError
+from qtool.cli import batch as cli_batch
 from qtool.cli import bundle as cli_bundle
 from qtool.cli import cards as cli_cards
 from qtool.cli import evaluate as cli_evaluate
@@ -19,6 +20,7 @@ from qtool.cli import serve as cli_serve
 from qtool.cli import share as cli_hub
 from qtool.cli import sizing as cli_sizing
 from qtool.cli.boundary import Boundary
+from qtool.cli.heap import give_back_freed
 from qtool.cli.options import FAILED, device_option, log_options, runs_option, set_option
 from qtool.cli.processors import share_processors
 from qtool.cli.recipes import complete_recipe
@@ -45,6 +47,7 @@ def main() -> None:
     130 interrupted.
     """
     share_processors(os.environ)  # before any command loads torch
+    give_back_freed(os.environ)
 
 
 @main.command()
@@ -72,17 +75,18 @@ def run(
 ) -> None:  # fmt: skip
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
-    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, gguf, gptq, ladder, nf4,
-    qwen3-coder-30b-a3b, smoke (`qtool recipes` says what each is). Run again after an interruption and it continues
-    after the last finished layer; what is finished is reused.
+    RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, devstral, gguf, gptq,
+    iquest-40b, iquest-40b-loop, ladder, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says what
+    each is). Run again after an interruption and it continues after the last finished layer; what is finished is
+    reused.
 
-    \b
-    Examples:
-      qtool run demo
-      qtool run awq --dry-run
-      qtool run awq --set model=./My-Model --set outputs.0.group_size=64
-      qtool run my-recipe.yaml --only awq --device cuda
-      qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
+        \b
+        Examples:
+          qtool run demo
+          qtool run awq --dry-run
+          qtool run awq --set model=./My-Model --set outputs.0.group_size=64
+          qtool run my-recipe.yaml --only awq --device cuda
+          qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
     if full and not dry_run:
         raise QtoolError("--full: goes with --dry-run, and makes nothing.")
@@ -162,6 +166,7 @@ main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)
+main.add_command(cli_batch.batch)
 main.add_command(cli_bundle.bundle)
 main.add_command(cli_serve.serve)
 main.add_command(cli_serve.prove)

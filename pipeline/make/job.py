@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config
 from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
+from qtool.convert.files.float8 import float8_of, in_16_bits, without_float8
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
@@ -93,7 +94,12 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     outputs = tuple(plan_output(method, shape, made / f"{source.name}-{method.name}") for method in methods)
     for container in {type(output.container): output.container for output in outputs}.values():
         container.prove(skeleton, raw)
-    return Job(recipe, source, checkpoint, config, decoder, outputs, device, (said,) if unknown else (),
+    notes = ((said,) if unknown else ()) + (
+        (f"the source is stored in float8 ({stored}): read in 16 bits, and errors are against what is read",)
+        if (stored := float8_of(raw))
+        else ()
+    )
+    return Job(recipe, source, checkpoint, config, decoder, outputs, device, notes,
                tuple(left_out(source.path, trusted)))  # fmt: skip
 
 
@@ -102,9 +108,11 @@ def open_source(folder: Path) -> Checkpoint:
     against the shards' headers among them. Raises QtoolError saying what the folder holds instead."""
     if not folder.is_dir() or not (folder / CONFIG).exists():
         raise QtoolError(why_no_model(folder) if folder.is_dir() else f"{folder}: no such folder.")
-    raw = read_config(folder)
+    said = read_config(folder)
+    raw = without_float8(said)
     refuse_quantized(folder, raw, ())
     checkpoint = Checkpoint.open(folder)
+    checkpoint = checkpoint.holding(in_16_bits(checkpoint.tensors, said))
     refuse_quantized(folder, raw, checkpoint.tensors)
     refuse_architecture(folder, raw)
     check_sizes(checkpoint, raw)

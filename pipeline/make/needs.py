@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,25 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.reading import named
+from qtool.evaluate.engines import sweep_memory as sweep
+from qtool.evaluate.engines.condition import PLAIN
 from qtool.make.job import Job, device_kind
-from qtool.make.output import Output, owners_of
-from qtool.make.writing import memory
-from qtool.quantize.memory import peak_bytes, score_bytes
-from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.survey import survey_bytes
+from qtool.make.output import Output
+from qtool.make.peaks import Work
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
+from qtool.sizing.conditions import cache_bytes
 
-GIB = 2**30
 GROUP = Path("/sys/fs/cgroup")
-LIBRARIES = GIB  # torch, transformers and the rest in host memory
 
 
 @dataclass(frozen=True)
 class Resources:
     """Bytes needed and there (None: cannot be told here). ``seconds``: shortest and longest that this kind of machine
-    took for as many parameters and outputs, evaluation included; None where it never did."""
+    took for as many parameters and outputs, evaluation included; None where it never did. ``long``: of the long text
+    that is asked for, if any: its tokens, and bytes of the device for one layer at a time; ``caches``: condition ("own"
+    for none) -> bytes that one sequence of so many tokens keeps in it."""
 
     device: str
     device_bytes: int
@@ -42,6 +42,8 @@ class Resources:
     disk_free: int
     disk_path: str
     seconds: tuple[float, float] | None
+    long: tuple[int, int] | None = None
+    caches: Mapping[str, int] = field(default_factory=dict)
 
     def short(self) -> list[str]:
         """What is short, a sentence each."""
@@ -64,40 +66,30 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
     there. Of several ``cards`` the one that takes most is told; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-    peaks = [peak_of(job, outputs, cards, rank) for rank in range(cards)] if outputs else [0]
-    layer = max(_layer_bytes(job), _largest(job)) if outputs else 0
-    measuring, kept = measuring_bytes(job) if any(one.method.undecided for one in outputs) else (0, 0)
-    peaks = [max(peaks[0], measuring), *peaks[1:]]
+    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
     on_host = job.device.type == "cpu"
-    disk = sum(output.disk_bytes for output in outputs if not any(output.partial.glob("*")))
     parent = _existing(named(job.recipe.output_dir))
     return Resources(
         device="host" if on_host else device_kind(job.device) + (f" (each of {cards})" if cards > 1 else ""),
-        device_bytes=0 if on_host else max(peaks),
+        device_bytes=0 if on_host else max(work.device_peaks(cards)),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=(sum(peaks) + cards * memory(outputs, job.device) if on_host else 0)
-        + cards * (2 * layer + (LIBRARIES if outputs else 0))
-        + kept,
+        host_bytes=work.host_peak(cards),
         host_free=host_memory(),
-        disk_bytes=disk,
+        disk_bytes=work.disk_bytes(),
         disk_free=shutil.disk_usage(parent).free,
         disk_path=str(parent),
         seconds=_seconds(job, outputs, runs) if runs is not None else None,
+        long=_long(job),
+        caches=_caches(job),
     )
-
-
-def measuring_bytes(job: Job) -> tuple[int, int]:
-    """(on the computing device, in host memory besides) while it is measured what types cost."""
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    width = 4 if job.device.type == "cpu" and not fast_bfloat16() else 2
-    return survey_bytes(job.decoder, shapes, job.recipe.calibration.length, width)
 
 
 def refuse_what_cannot_be_measured(job: Job) -> None:
     """Raises QtoolError (exit 3) saying what is short."""
-    on_device, kept = measuring_bytes(job)
+    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, job.outputs, job.device)
+    on_device, kept = work.measuring()
     on_host = job.device.type == "cpu"
-    wanted = [("host memory", kept + 2 * _layer_bytes(job) + (on_device if on_host else 0), host_memory())]
+    wanted = [("host memory", kept + (on_device if on_host else 0), host_memory())]
     if not on_host:
         wanted.append((f"{device_kind(job.device)} memory", on_device, torch.cuda.mem_get_info(job.device)[0]))
     for what, need, free in wanted:
@@ -109,14 +101,22 @@ def refuse_what_cannot_be_measured(job: Job) -> None:
             )
 
 
-def peak_of(job: Job, outputs: Sequence[Output], ranks: int = 1, rank: int = 0) -> int:
-    """Bytes on the computing device of a rank while these outputs are made."""
-    text, device = job.recipe.calibration, job.device.type
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    scores = score_bytes(job.decoder.shape, text.samples, text.length, device)
-    methods = [output.method for output in outputs]
-    mine = [method for method, owner in zip(methods, owners_of(outputs, ranks), strict=True) if owner == rank]
-    return peak_bytes(job.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
+def _long(job: Job) -> tuple[int, int] | None:
+    asked, shape = job.recipe.evaluate.long, job.decoder.shape
+    if asked is None:
+        return None
+    width = 4 if job.device.type == "cpu" else 2
+    return asked.length, sweep.peak_bytes(shape, asked.length, sweep.queries_of(shape, asked.length), width)
+
+
+def _caches(job: Job) -> dict[str, int]:
+    """At the long text's length, else at the longest that the model was made for."""
+    asked, shape = job.recipe.evaluate, job.decoder.shape
+    length = asked.long.length if asked.long else shape.max_context
+    if not length or not (asked.long or asked.conditions):
+        return {}
+    conditions = [PLAIN, *(one.condition for one in asked.conditions)]
+    return {one.name or "own": cache_bytes(shape, one, length) for one in conditions}
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], cards: int = 1) -> None:
@@ -150,43 +150,35 @@ def host_memory() -> int | None:
         return available
 
 
-def _layer_bytes(job: Job) -> int:
-    """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
-    sizes = dict.fromkeys(range(job.decoder.shape.layers), 0)
-    for name, info in job.checkpoint.tensors.items():
-        layer = job.decoder.layer_of(name)
-        if layer is not None:
-            sizes[layer] += info.nbytes
-    return max(sizes.values())
-
-
-def _largest(job: Job) -> int:
-    return max(info.nbytes for info in job.checkpoint.tensors.values())
-
-
 def like(recipe: Recipe) -> str:
     """A digest of what decides, beside model and outputs, how long a run takes: text, tasks, measurements, servers."""
     return digest_of(recipe.model_dump(mode="json", include={"calibration", "experts", "evaluate", "measure", "serve"}))
 
 
 def _seconds(job: Job, outputs: Sequence[Output], runs: Path) -> tuple[float, float] | None:
-    if not outputs:
-        return None
-    parameters = max(output.plan.parameters for output in job.outputs)
+    kind = device_kind(job.device)
+    return forecast(job.recipe, outputs, runs, lambda device: device == kind)
+
+
+def forecast(
+    recipe: Recipe, outputs: Sequence[Output], runs: Path, alike: Callable[[str], bool]
+) -> tuple[float, float] | None:
+    """Seconds, the shortest and the longest, by runs in the ledger of ``runs`` on a device that is ``alike``, of the
+    same text and tasks; None where there is none."""
     rates = []
     for entry in ledger.read(runs):
         made = entry.get("artifacts") or {}
-        if entry.get("like") != like(job.recipe):
+        if entry.get("like") != like(recipe):
             continue
-        if entry.get("device") != device_kind(job.device) or not made or not entry.get("seconds"):
+        if not alike(str(entry.get("device"))) or not made or not entry.get("seconds"):
             continue
         if set(made) - set(entry.get("made", made)):  # some were made by another run, in its seconds
             continue
         work = sum(8 * artifact["bytes"] / artifact["bpw"] for artifact in made.values() if artifact.get("bpw"))
         if work:
             rates.append(entry["seconds"] / work)
-    work = parameters * len(outputs)
-    return (min(rates) * work, max(rates) * work) if rates else None
+    work = max((output.plan.parameters for output in outputs), default=0) * len(outputs)
+    return (min(rates) * work, max(rates) * work) if rates and work else None
 
 
 def _existing(path: Path) -> Path:

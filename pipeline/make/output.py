@@ -15,6 +15,7 @@ from qtool.convert.files.folder import PARTIAL
 from qtool.convert.files.reading import named, open_file
 from qtool.convert.files.shards import file_sizes
 from qtool.convert.files.watch import Watched, watch
+from qtool.convert.files.writer import Spec
 from qtool.convert.formats.format import Format
 from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
 from qtool.convert.formats.plan import ModelShape, OutputPlan
@@ -62,6 +63,12 @@ class Output:
             return [f"types by budget ({self.method.undecided}): shown as if all matrices counted alike, {UNKNOWN}"]
         return [] if self.chosen is None else [self.chosen.said]
 
+    @property
+    def kept_specs(self) -> dict[str, Spec]:
+        """Of the tensors that the method keeps beside the weights."""
+        plan = self.plan
+        return {} if self.method.kept_as is None else self.method.kept_specs([*plan.linears, *plan.plain])
+
     @cached_property
     def importance(self) -> dict[str, torch.Tensor] | None:
         """Matrix -> mean square of its input channels, as the file says that the recipe names. Raises QtoolError where
@@ -71,7 +78,7 @@ class Output:
     @property
     def disk_bytes(self) -> int:
         """What its folder takes: the weights, what the method keeps beside them, what the format adds, sidecars."""
-        kept = sum(file_sizes(self.method.kept_specs(self.plan.linears)).values()) if self.method.kept_as else 0
+        kept = sum(file_sizes(self.kept_specs).values())
         weights = self.container.file_bytes(self.plan) or self.plan.nbytes
         return weights + kept + self.container.beside_bytes(kept) + TOKENIZER_AND_CONFIG
 

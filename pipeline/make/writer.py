@@ -11,6 +11,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.chosen import CHOSEN
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import save
+from qtool.convert.files.float8 import float8_of
 from qtool.convert.files.folder import EXTRAS, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
@@ -40,8 +41,7 @@ class OutputWriter:
         self.file = output.container.open(partial, output.plan, output.key, source)
         self.kept: TensorWriter | None = None
         if method.kept_as is not None:
-            specs = method.kept_specs(output.plan.linears)
-            self.kept = open_shards(partial / EXTRAS, specs, output.key, method.kept_as)
+            self.kept = open_shards(partial / EXTRAS, output.kept_specs, output.key, method.kept_as)
         if self.layers_done == 0:  # a vocabulary that a runtime reads otherwise is known before any work
             try:
                 prove(self.file.question)
@@ -146,6 +146,7 @@ def manifest_of(
         key=output.key,
         output=method.model_dump(mode="json"),
         source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit}
+        | ({"stored_as": stored} if (stored := float8_of(read_config(job.source.path))) else {})
         | read_licence(job.source.path),
         calibration=used if method.calibrated else {},
         device=device_kind(job.device),

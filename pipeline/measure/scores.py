@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from qtool.convert.files.durable import held, load, save, set_aside, sweep
+from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import prefix_of
 from qtool.convert.skeleton import expected_shapes
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
+from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import Decoding, Running, package_versions
+from qtool.evaluate.engines.table import ENGINES
 from qtool.evaluate.engines.torch_model import in_model_names, load_model
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.sandbox.execute import detect_sandbox
@@ -30,14 +32,15 @@ from qtool.evaluate.selfcheck import SelfCheck, check_task
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.problems import Task
 from qtool.make.job import PACKAGES
+from qtool.measure import stored
+from qtool.measure.long_text import Along, require_possible
 from qtool.measure.questions import tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
+from qtool.measure.stored import Score
 from qtool.measure.subjects import Subject
 from qtool.recipe.checking import digest_of
 from qtool.recipe.judging import EvaluateSection
 from qtool.runs.stages import stage
-
-Score = TypeVar("Score", TaskScore, FidelityScore)
 
 
 @dataclass
@@ -57,10 +60,15 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.model, self.trust_remote_code) if self.model else None
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
-        self.tasks = tasks_of(self.section)
-        self.prompts = {label: self._prompts(task) for label, task in self.tasks.items()}
+        self.conditions = (PLAIN, *(asked.condition for asked in self.section.conditions))
+        named = tasks_of(self.section)
+        prompts_of = {label: self._prompts(task) for label, task in named.items()}
+        self.asked = {stored.label(n, c): (n, c) for c in self.conditions for n in named}  # label -> task, condition
+        self.tasks = {label: named[name] for label, (name, _) in self.asked.items()}
+        self.prompts = {label: prompts_of[name] for label, (name, _) in self.asked.items()}
         self.windows = windows_of(self.section, self.config, self.tokenizer)
         self.settings = settings_of(self.section, self.device, self.style)
+        self.along = self._along()
         decoding = Decoding(
             self.section.max_new_tokens, self.section.batch_size, self.section.temperature, self.section.top_p
         )
@@ -78,6 +86,8 @@ class Evaluation:
         """Known answers to every task, judged; found again where task, sandbox and versions are the same."""
         found = {}
         for label, task in self.tasks.items():
+            if self.asked[label][1] != PLAIN:  # the same problems
+                continue
             versions = package_versions(*PACKAGES)
             key = digest_of([task.digest, self.style, self.sandbox, self.section.timeout, versions])
             path = self.runs / "selfchecks" / f"{key[:16]}.json"
@@ -99,39 +109,70 @@ class Evaluation:
     def score(self, subjects: list[Subject], bar: Progress) -> Scores:
         """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
         QtoolError (exit 3) where the harness fails its self-check."""
+        wanted, scores = self.begin(subjects), Scores()
+        for subject in subjects:
+            self.add(scores, subject, subjects[0], wanted, bar)
+        if self.along is not None:
+            self.along.score(subjects, scores, partial(self._row, bar))
+        return scores
+
+    def begin(self, subjects: list[Subject]) -> set[int]:
+        """Tidy up after killed runs; the lengths of text at which a subject is still to be compared with the source."""
         for folder in (self.run / "scores", self.runs / "references"):
             sweep(folder)
-        scores = Scores()
-        wanted = {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
-        for number, subject in enumerate(subjects):
-            source = subjects[0]
-            pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
-            texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
-            lengths = [length for length in self.windows if length not in texts]
-            if number == 0:  # artifacts that are still to come need its distribution
-                lost = {length for length in wanted if self._reference(source, length) is None}
-                lengths = [length for length in self.windows if length in lengths or length in lost]
-            if pending:
-                for check in self.self_check(bar).values():
-                    check.require()
-            measured: dict[int, fidelity.Divergence] = {}
-            if pending or lengths:
-                with ExitStack() as stack:
-                    running = stack.enter_context(self._engine(subject, pending))
-                    for length in lengths:
-                        with stage("fidelity", subject.name):
-                            measured[length] = self._diverge(running, subject, source, length, bar)
-                    for label in pending:
-                        with stage("tasks", f"{subject.name}: {label}"):
-                            found_here = self._task(running, subject, label, bar)
-                        scores.tasks.setdefault(subject.name, {})[label] = found_here
-                    del running
-            for length, found in measured.items():
-                layers = self._by_layer(subject, source, length, bar) if number else []
-                texts[length] = self._save_fidelity(subject, source, length, found, layers)
-            for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
-                scores.add_fidelity(texts[length])
-        return scores
+        return {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
+
+    def add(
+        self, scores: Scores, subject: Subject, source: Subject, wanted: set[int], bar: Progress,
+        compared: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """One subject's scores, made as far as they are not known. ``wanted``: what `begin` said; ``compared``: called
+        after the text, of which the source's distribution is then there, and before the tasks."""
+        pending = {label: t for label, t in self.tasks.items() if not self._load_task(scores, subject, label)}
+        texts = {n: known for n in self.windows if (known := self._load_fidelity(subject, source, n)) is not None}
+        lengths = [length for length in self.windows if length not in texts]
+        if subject is source:  # artifacts that are still to come need its distribution
+            lost = {length for length in wanted if self._reference(source, length) is None}
+            lengths = [length for length in self.windows if length in lengths or length in lost]
+        if pending:
+            for check in self.self_check(bar).values():
+                check.require()
+        measured: dict[int, fidelity.Divergence] = {}
+        for condition in self.conditions:
+            here = {label: task for label, task in pending.items() if self.asked[label][1] == condition}
+            texts_here = lengths if condition == PLAIN else []
+            with ExitStack() as stack:
+                running = None
+                if here or texts_here:
+                    running = stack.enter_context(self._engine(subject, here, condition))
+                for length in texts_here:
+                    assert running is not None
+                    with stage("fidelity", subject.name):
+                        measured[length] = self._diverge(running, subject, source, length, bar)
+                if compared is not None and condition == PLAIN:
+                    compared()
+                for label in here:
+                    assert running is not None
+                    with stage("tasks", f"{subject.name}: {label}"):
+                        found_here = self._task(running, subject, label, bar)
+                    scores.tasks.setdefault(subject.name, {})[label] = found_here
+                del running
+        for length, found in measured.items():
+            layers = self._by_layer(subject, source, length, bar) if subject is not source else []
+            texts[length] = self._save_fidelity(subject, source, length, found, layers)
+        for length in self.windows:  # in the recipe's order, whichever an earlier run had: gates judge the first
+            scores.add_fidelity(texts[length])
+
+    def _along(self) -> Along | None:
+        """The long text that is asked for. Raises QtoolError where it cannot be read, or the model takes no such."""
+        if self.config is not None and (self.section.long or self.section.conditions):
+            require_possible(self.section, shape_of(self.config.to_dict()))
+        if self.config is None or self.section.long is None:
+            return None
+        return Along(
+            self.section.long, self.conditions, self.config, self.tokenizer, self.device, self.runs, self.run,
+            self.settings, self.trust_remote_code,
+        )  # fmt: skip
 
     def _prompts(self, task: Task) -> list[str]:
         """What the model is asked, word for word; nothing where a server applies its own template."""
@@ -139,23 +180,24 @@ class Evaluation:
             return []
         return prompts.render_all(task.problems, self.style, self.tokenizer, getattr(self.config, "vocab_size", None))
 
-    def _engine(self, subject: Subject, pending: dict[str, Task]) -> Any:
+    def _engine(self, subject: Subject, pending: dict[str, Task], condition: Condition) -> Any:
         asked = [prompt for label in pending for prompt in self.prompts[label]]
         return open_engine(
-            self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked
+            self.section, subject, self.config, self.tokenizer, self.device, self.trust_remote_code, asked, condition
         )
 
-    def _settings_for(self, subject: Subject) -> Settings:
+    def _settings_for(self, subject: Subject, label: str) -> Settings:
         """Asked once for each model: vLLM is imported for it."""
         if subject.key not in self.used:
             self.used[subject.key] = settings_for(self.settings, subject, self.trust_remote_code)
-        return self.used[subject.key]
+        said = ENGINES[self.section.engine].facts.said(self.asked[label][1])
+        return self.used[subject.key].model_copy(update={"condition": said})
 
     def _task_key(self, subject: Subject, label: str) -> str:
         served = [self.section.base_url, served_name(self.section, subject)] if self.section.base_url else []
         asked = [self.section.samples, self.section.timeout, self.sandbox, digest_of(self.prompts[label])]
         harness = package_versions("qtool-llm")
-        settings = self._settings_for(subject).model_dump()
+        settings = self._settings_for(subject, label).model_dump()
         return digest_of([subject.key, *served, self.tasks[label].digest, settings, *asked, harness])
 
     def _fidelity_key(self, subject: Subject, source: Subject, length: int) -> str:
@@ -167,37 +209,25 @@ class Evaluation:
     def _layered(self, length: int) -> bool:
         return bool(self.section.text and self.section.text.by_layer and length == self.section.text.lengths[0])
 
-    def _load(self, kind: type[Score], name: str, key: str, fault: Callable[[Score], str]) -> Score | None:
-        """A score of that name and key from this run or any earlier one; damaged ones are set aside."""
-        places = dict.fromkeys([*self.run.glob(f"scores/{name}"), *self.runs.glob(f"*/scores/{name}")])
-        for path in places:
-            if (score := load(kind, path, lambda s: fault(s) if s.key == key else "it is of another key")) is not None:
-                return score
-        return None
-
-    def _keep(self, name: str, score: Score, subject: Subject) -> Score:
-        """An earlier score as this run's; what a kill left of its journal is tidied away."""
-        score = score.model_copy(update={"subject": subject.name})
-        save(self.run / "scores" / name, score)
-        Journal(self.run / "scores" / f"{name.removesuffix('.json')}.jsonl").close()
-        return score
+    def _known(self, kind: type[Score], name: str, key: str, fault: Callable[[Score], str]) -> Score | None:
+        return stored.find(kind, self.run, self.runs, name, key, fault)
 
     def _load_task(self, scores: Scores, subject: Subject, label: str) -> bool:
         task, key = self.tasks[label], self._task_key(subject, label)
-        name = f"{_file_name(task)}-{key[:16]}.json"
-        score = self._load(TaskScore, name, key, lambda score: score.fault([p.task_id for p in task.problems]))
+        name = f"{stored.file_name(task.name)}-{key[:16]}.json"
+        score = self._known(TaskScore, name, key, lambda score: score.fault([p.task_id for p in task.problems]))
         if score is not None:
-            scores.tasks.setdefault(subject.name, {})[label] = self._keep(name, score, subject)
+            scores.tasks.setdefault(subject.name, {})[label] = stored.keep(self.run, name, score, subject.name)
         return score is not None
 
     def _fidelity(self, subject: Subject, source: Subject, length: int) -> tuple[str, FidelityScore | None]:
         key = self._fidelity_key(subject, source, length)
         name = f"fidelity-{key[:16]}.json"
-        return name, self._load(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
+        return name, self._known(FidelityScore, name, key, lambda s: s.fault(len(self.windows[length])))
 
     def _load_fidelity(self, subject: Subject, source: Subject, length: int) -> FidelityScore | None:
         name, score = self._fidelity(subject, source, length)
-        return self._keep(name, score, subject) if score is not None else None
+        return stored.keep(self.run, name, score, subject.name) if score is not None else None
 
     def _lengths_missing(self, subject: Subject, source: Subject) -> list[int]:
         return [length for length in self.windows if self._fidelity(subject, source, length)[1] is None]
@@ -257,7 +287,7 @@ class Evaluation:
     def _task(self, running: Running, subject: Subject, label: str, bar: Progress) -> TaskScore:
         started = time.monotonic()
         task, key = self.tasks[label], self._task_key(subject, label)
-        name = f"{_file_name(task)}-{key[:16]}"
+        name = f"{stored.file_name(task.name)}-{key[:16]}"
         journal = Journal.open(self.run / "scores" / f"{name}.jsonl")
         total = len(task.problems) * self.section.samples
         answering = bar.add_task(f"{subject.name}: answering {task.name}", total=total, completed=len(journal.texts))
@@ -270,17 +300,15 @@ class Evaluation:
         found = answer_task(running, task, self.asking, self.tokenizer, journal, progress)
         several = self.section.samples > 1
         score = TaskScore(
-            key=key, subject=subject.name, task=task.name, digest=task.digest, settings=self._settings_for(subject),
-            sandbox=self.sandbox, source=task.source, left_out=task.left_out,
+            key=key, subject=subject.name, task=task.name, digest=task.digest,
+            settings=self._settings_for(subject, label), sandbox=self.sandbox, source=task.source,
+            left_out=task.left_out,
             in_process=sum(problem.run == "in_process" for problem in task.problems),
             seconds=round(time.monotonic() - started, 2), samples=self.section.samples,
             outcomes={problem: answers[0] for problem, answers in found.items()},
             more={problem: answers[1:] for problem, answers in found.items()} if several else {},
+            groups={problem.task_id: problem.groups for problem in task.problems if problem.groups},
         )  # fmt: skip
         save(self.run / "scores" / f"{name}.json", score)
         journal.close()
         return score
-
-
-def _file_name(task: Task) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", task.name).strip("_")

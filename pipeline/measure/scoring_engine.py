@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
+from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import Model, Running, Use
 from qtool.evaluate.engines.table import ENGINES
 from qtool.evaluate.scorecard import Settings
@@ -41,7 +42,7 @@ def settings_for(settings: Settings, subject: Subject, trusted: bool) -> Setting
 
 def open_engine(
     section: EvaluateSection, subject: Subject, config: Any, tokenizer: Any, device: torch.device, trusted: bool,
-    prompts: Sequence[str],
+    prompts: Sequence[str], condition: Condition = PLAIN,
 ) -> AbstractContextManager[Running]:  # fmt: skip
     """Load ``subject``; it is let go when the block ends. ``prompts`` tell how long a context must be. Raises
     QtoolError where this engine cannot run this model."""
@@ -56,7 +57,7 @@ def open_engine(
         trust_remote_code=trusted, base_url=section.base_url or "",
         served=served_name(section, subject) if engine.facts.served else None,
     )  # fmt: skip
-    return engine.open(model, Use(str(device), section.batch_size, context))
+    return engine.open(model, Use(str(device), section.batch_size, context, condition=condition))
 
 
 def served_name(section: EvaluateSection, subject: Subject) -> str | None:

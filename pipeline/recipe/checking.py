@@ -36,9 +36,9 @@ def read(path: Path, overrides: Overrides = NONE) -> dict[str, Any]:
     return data
 
 
-def checked(data: dict[str, Any], where: str, section: type[Checked]) -> Checked:
+def checked(data: dict[str, Any], where: str, section: type[Checked], what: str = "recipe") -> Checked:
     """``data`` as ``section``; names right but for capitals are put right in it. Raises QtoolError listing every
-    fault, ``where`` in front."""
+    fault, ``where`` in front. ``what``: the file, in a word."""
     while True:
         try:
             return section.model_validate(data)
@@ -48,7 +48,7 @@ def checked(data: dict[str, Any], where: str, section: type[Checked]) -> Checked
                 faults = sentences(error, section)
                 if len(faults) == 1:
                     raise QtoolError(f"{where}: {faults[0].strip()}") from error
-                raise QtoolError(f"{where}: {len(faults)} errors in the recipe\n" + "\n".join(faults)) from error
+                raise QtoolError(f"{where}: {len(faults)} errors in the {what}\n" + "\n".join(faults)) from error
             for loc, value in written_otherwise:
                 _put(data, loc, value)
 

@@ -7,18 +7,15 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qtool.convert.text.source import TextSource
 from qtool.evaluate.engines.table import ENGINES, PROBES
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
+from qtool.recipe.long import ConditionSection, LongSection
+from qtool.recipe.section import Length, Positive, Section, Seed, Text
 
-# strict: YAML knows numbers, so that `samples: yes` and "64" are mistakes, not 1 and 64
-Length = Annotated[int, Field(ge=8, le=10**7, strict=True)]
-Positive = Annotated[int, Field(gt=0, le=10**6, strict=True)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
-Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address
 HOUR = 3600.0
 
 if TYPE_CHECKING:  # a Literal, whose faults `recipe.faults` tells, but mypy wants its values spelt out
@@ -27,10 +24,6 @@ if TYPE_CHECKING:  # a Literal, whose faults `recipe.faults` tells, but mypy wan
 else:
     EngineName = Literal[tuple(ENGINES)]
     ServerName = Literal[tuple(PROBES)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TaskSection(Section):
@@ -90,11 +83,15 @@ class EvaluateSection(Section):
     """Coding tasks."""
     text: FidelitySection | None = None
     """Held-out text for perplexity and KL."""
+    long: LongSection | None = None
+    """One long text: KL, agreement and perplexity by position."""
+    conditions: tuple[ConditionSection, ...] = ()
+    """Other ways to keep keys and values: the tasks and the long text are put again under each."""
     engine: EngineName = "reference"
     """What computes the answers."""
     base_url: str | None = None
     """Engine `openai`: the server's address, which ends in /v1. Its key is OPENAI_API_KEY's."""
-    models: dict[str, str] = {}
+    models: dict[str, str] = Field(default_factory=dict)
     """Engine `openai`: `source` or an output's name -> what the server calls it."""
     samples: Positive = 1
     """Answers to a problem; with several, pass@k is estimated."""
@@ -130,6 +127,17 @@ class EvaluateSection(Section):
                 f"perplexity and KL need all logits, which engine {self.engine} does not give; leave out `text:` or "
                 "take engine reference"
             )
+        if self.long is not None and not ENGINES[self.engine].facts.layered:
+            raise ValueError(
+                f"a long text is read layer by layer, which engine {self.engine} does not do; leave out `long:` or "
+                "take engine reference"
+            )
+        names = [asked.condition.name for asked in self.conditions]
+        for asked in self.conditions:
+            if lack := ENGINES[self.engine].facts.lacks(asked.condition):
+                raise ValueError(f"`conditions:` {lack}")
+            if names.count(asked.condition.name) > 1:
+                raise ValueError(f"`conditions:` says {asked.condition.name} twice")
         return self
 
 
@@ -234,7 +242,7 @@ class PublishSection(Section):
     """Where that licence stands."""
     base_model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """The source's name on the Hub, where it is a folder here."""
-    benchmarks: dict[str, BenchmarkSection] = {}
+    benchmarks: dict[str, BenchmarkSection] = Field(default_factory=dict)
     """Task -> the benchmark of the Hub that it is."""
 
 

@@ -22,11 +22,23 @@ def parse_overrides(typed: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in typed:
         path, equals, text = one.partition("=")
-        path = path.strip().replace("[", ".").replace("]", "")
-        if not equals or not all(path.split(".")) or path.count(".") >= LONGEST:
-            raise QtoolError(f"--set {one:.200}: write PATH=VALUE, for example outputs.0.group_size=64.")
+        if not equals:
+            raise _no_path(one)
+        path = path_of(path, one)
         found[path] = parse_yaml(text, f"--set {path}")
     return found
+
+
+def path_of(typed: str, shown: str) -> str:
+    """``outputs[0].bits`` -> ``outputs.0.bits``. Raises QtoolError showing ``shown`` where it is no path."""
+    path = typed.strip().replace("[", ".").replace("]", "")
+    if not all(path.split(".")) or path.count(".") >= LONGEST:
+        raise _no_path(shown)
+    return path
+
+
+def _no_path(shown: str) -> QtoolError:
+    return QtoolError(f"--set {shown:.200}: write PATH=VALUE, for example outputs.0.group_size=64.")
 
 
 def apply_overrides(data: Any, overrides: Overrides) -> None:

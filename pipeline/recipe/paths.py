@@ -52,6 +52,8 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "calibration.text", recipe.calibration.text
     if recipe.evaluate.text is not None:
         yield "evaluate.text", recipe.evaluate.text.text
+    if recipe.evaluate.long is not None:
+        yield "evaluate.long", recipe.evaluate.long.text
     for task in recipe.evaluate.tasks:
         yield "evaluate.tasks", task.file or task.task
     for output in recipe.outputs:
@@ -62,7 +64,7 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that ships with qtool, by name."""
     entries = [Path(str(entry)) for entry in files("qtool.recipes").iterdir()]
-    return {path.stem: path for path in sorted(entries) if path.suffix in RECIPE_ENDS}
+    return {path.stem: path for path in sorted(entries, key=lambda path: path.stem) if path.suffix in RECIPE_ENDS}
 
 
 def about(path: Path) -> str:

@@ -17,13 +17,19 @@ EXAMPLES: dict[str, Any] = {  # of keys whose values cannot be listed; by sectio
     "ModelSection.id": "./My-Model", "model": "./My-Model", "ModelSection.revision": "main",
     "output_dir": "/data/artifacts", "outputs": [{"method": "awq"}],
     "tasks": [{"task": "humaneval+"}], "gates": [{"max_kld": 0.05}], "task": "humaneval+",
-    "TextSource.text": "tickets.jsonl", "FidelitySection.text": "heldout-code", "split": "train", "revision": "v1.0",
+    "TextSource.text": "tickets.jsonl", "FidelitySection.text": "heldout-code",
+    "LongSection.text": "./my-repository", "LongSection.length": 131072,
+    "conditions": [{"cache": "q8_0"}, {"window": {"sink": 4, "recent": 4096}}], "sink": 8, "recent": 2048,
+    "split": "train", "revision": "v1.0",
     "column": "prompt", "samples": 64, "TextSource.length": 1024, "FidelitySection.length": [512, 4096], "seed": 7,
     "exponent": 1, "blend": 2.0, "min_tokens": 4096, "damp_percent": 0.05, "propagate_strength": 0.25, "name": "mine",
+    "imatrix": "imatrix.gguf", "ignore": ["down_proj", "model.layers.0.*"],
+    "GptqMethod.modules": {"down_proj": {"group_size": 32}}, "GgufMethod.modules": {"v_proj": {"type": "Q8_0"}},
+    "LinearSettings.bits": 8, "LinearSettings.group_size": 32,
     "budget": {"target_bpw": 4.5}, "mix": {"model.embed_tokens": "Q6_K", "model.layers.0.mlp.up_proj": "Q4_K"},
     "target_bpw": 4.5, "Budget.max_size": "22 GB", "card": "RTX4090", "Fits.context": 32768,
     "fits": {"card": "RTX4090", "context": 32768, "users": 2},
-    "imatrix": "imatrix.gguf", "pre_tokenizer": "qwen2", "file": "HumanEvalPlus.jsonl.gz", "after": "2025-01-31",
+    "pre_tokenizer": "qwen2", "file": "HumanEvalPlus.jsonl.gz", "after": "2025-01-31",
     "before": "2025-06-30", "limit": 100, "base_url": "http://127.0.0.1:8000/v1", "models": {"awq": "my-model-awq"},
     "EvaluateSection.samples": 10, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1024, "batch_size": 64,
     "timeout": 10.0, "output": "awq", "max_drop": 2, "min_recovery": 0.98, "max_kld": 0.05, "max_size": 5.5,
@@ -37,8 +43,11 @@ EVERYWHERE = 2**40  # limits beyond it are those of the machine's numbers, and n
 SECTIONS = {
     "The recipe": "Recipe", "model": "ModelSection", "calibration": "TextSource", "experts": "ExpertSettings",
     **{f"outputs, method {name}": method.__name__ for name, method in METHODS.items()},
+    "outputs.modules, method gptq": "LinearSettings", "outputs.modules, method gguf": "TensorSettings",
     "budget": "Budget", "budget.fits": "Fits",
     "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
+    "evaluate.long": "LongSection", "evaluate.conditions": "ConditionSection",
+    "evaluate.conditions.window": "WindowSection",
     "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "publish": "PublishSection",
     "publish.benchmarks": "BenchmarkSection",
 }  # fmt: skip
@@ -50,7 +59,7 @@ def schema() -> dict[str, Any]:
     found = Recipe.model_json_schema()
     found["properties"]["model"]["anyOf"] = [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelSection"}]
     found["properties"]["model"].pop("$ref")
-    _tidy(found)
+    tidy(found)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of qtool"}
     return head | {key: value for key, value in found.items() if key != "title"}
 
@@ -60,11 +69,11 @@ def schema_text() -> str:
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _tidy(node: Any) -> None:
+def tidy(node: Any) -> None:
     """Limits under the names that JSON schema has for them, texts in one line, no titles."""
     if isinstance(node, list):
         for part in node:
-            _tidy(part)
+            tidy(part)
     if not isinstance(node, dict):
         return
     for ours, name in LIMITS.items():
@@ -75,7 +84,7 @@ def _tidy(node: Any) -> None:
     if isinstance(node.get("description"), str):
         node["description"] = " ".join(node["description"].replace("``", "`").split())
     for part in node.values():
-        _tidy(part)
+        tidy(part)
 
 
 def markdown() -> str:
@@ -122,7 +131,7 @@ def example(section: str, key: str, about: Mapping[str, Any]) -> Any:
 
 def _example(section: str, key: str, about: Mapping[str, Any]) -> str:
     value = example(section, key, about)
-    if value is None or (isinstance(value, dict) and key not in EXAMPLES):
+    if value is None or (isinstance(value, dict) and not {key, f"{section}.{key}"} & set(EXAMPLES)):
         return ""
     said = str(value) if isinstance(value, str) else json.dumps(value)
     return f"`{key}: {_cell(said)}`"

@@ -18,11 +18,10 @@ from qtool.recipe.judging import (
     GateSection,
     MeasureSection,
     PublishSection,
-    Section,
     ServeSection,
-    Text,
 )
 from qtool.recipe.overrides import NONE, Overrides
+from qtool.recipe.section import Section, Text
 
 if TYPE_CHECKING:
     OutputSection = Method

@@ -15,6 +15,7 @@ from qtool.convert.files.manifest import Manifest
 from qtool.convert.verify.verification import Check
 from qtool.evaluate.engines.facts import Download
 from qtool.evaluate.engines.table import ON_CARDS
+from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.measured import measured_rows, measured_ways
 from qtool.report.served import PROVED, proof_rows, proof_ways
 from qtool.report.tables import Row, columns, count_of, footnote, score_rows
@@ -73,6 +74,8 @@ def card_text(card: Card) -> str:
     ]
     if card.plot:
         parts.append(f"![Size against score]({PLOT})")
+    if rows := along_rows(card.summary):
+        parts += [f"## {TITLE}", _table(rows), escape(along_note(card.summary))]
     if rows := measured_rows(card.summary.measured):
         parts += ["## Memory and speed", _table(rows), escape(" ".join(measured_ways(card.summary.measured)))]
     if rows := proof_rows(card.summary.proofs):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qtool.evaluate.statistics import Interval
 from qtool.report.markup import visible
 from qtool.runs.evidence import plain
 
@@ -103,7 +104,9 @@ def shade(share: float) -> str:
     return "#" + bytes(mixed).hex()
 
 
-def size_against(points: Sequence[Point], axis: str, higher_is_better: bool, width: int = WIDTH) -> str:
+def size_against(
+    points: Sequence[Point], axis: str, higher_is_better: bool, width: int = WIDTH, of: str = "the tensors"
+) -> str:
     """Size against a score, each with its interval; models that none beats are joined: the Pareto front."""
     unit, scale = ("GB", 1e9) if max(p.nbytes for p in points) >= 1e9 else ("MB", 1e6)
     across = ticks(0, max(p.nbytes for p in points) / scale)
@@ -113,7 +116,7 @@ def size_against(points: Sequence[Point], axis: str, higher_is_better: bool, wid
     front = pareto(points, higher_is_better=higher_is_better)
     places = _spread({i: frame.x(p.nbytes / scale) for i, p in enumerate(points)})
     path = " ".join(f"{places[points.index(p)]:.1f},{frame.y(p.score):.1f}" for p in front)
-    parts = [axes(frame, across, up, f"size of the tensors, {unit}", axis)]
+    parts = [axes(frame, across, up, f"size of {of}, {unit}", axis)]
     parts.append(f'<polyline class="front" points="{path}"/>')
     taken, marks = [], _marks([point.name for point in points])
     for i, point in enumerate(points):
@@ -151,21 +154,37 @@ def kl_by_layer(series: Mapping[str, Sequence[float]], width: int = WIDTH) -> st
     return _lines(series, list(range(longest)), across, "the one quantized layer", "KL by layer", width)
 
 
+def kl_by_bucket(series: Mapping[str, Sequence[Interval]], names: Sequence[str], width: int = WIDTH) -> str:
+    """Mean KL divergence to the source in each bucket of positions with its interval, one line a model."""
+    lines = {name: [value.estimate for value in values] for name, values in series.items()}
+    at = list(range(len(names)))
+    label = "position in the text, tokens"
+    return _lines(lines, at, at, label, "KL by position in a long text", width, names, series)
+
+
 def _lines(
     series: Mapping[str, Sequence[float]], at: Sequence[float], across: Sequence[float], label: str, title: str,
-    width: int,
+    width: int, names: Sequence[str] = (), spans: Mapping[str, Sequence[Interval]] | None = None,
 ) -> str:  # fmt: skip
-    up = ticks(0, max(value for values in series.values() for value in values))
+    """``names``: of the places ``across``, instead of their numbers; ``spans``: what is drawn upright at each point."""
+    highest = [span.high for found in (spans or {}).values() for span in found if math.isfinite(span.high)]
+    up = ticks(0, max([value for values in series.values() for value in values] + highest))
     legend, rows = _legend(list(series), width)
     frame = Frame.of(width, (min(0, across[0]), max(across[-1], at[-1])), (up[0], up[-1]), 20 + 18 * rows)
-    parts = [axes(frame, across, up, label, "KL to source, nats a token"), *legend]
+    parts = [axes(frame, across, up, label, "KL to source, nats a token", names), *legend]
     marks = _marks(list(series))
-    for i, values in enumerate(series.values()):
+    for i, (name, values) in enumerate(series.items()):
         path = " ".join(f"{frame.x(x):.1f},{frame.y(value):.1f}" for x, value in zip(at, values, strict=False))
         dots = "".join(
             f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(value):.1f}" r="2"/>'
             for x, value in zip(at, values, strict=False)
             if len(values) <= 32
+        )
+        dots += "".join(
+            f'<line class="line" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" '
+            f'y1="{frame.y(max(0.0, span.low)):.1f}" y2="{frame.y(span.high):.1f}"/>'
+            for x, span in zip(at, (spans or {}).get(name, ()), strict=False)
+            if math.isfinite(span.high)
         )
         parts.append(f'<g class="{marks[i]}"><polyline class="line"{_dash(i)} points="{path}"/>{dots}</g>')
     told = "; ".join(f"{name}: {plain(values[0])} to {plain(values[-1])}" for name, values in series.items() if values)
@@ -197,19 +216,19 @@ def _dash(i: int) -> str:
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
-def axes(frame: Frame, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str) -> str:
+def axes(
+    frame: Frame, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str, names: Sequence[str] = ()
+) -> str:
     parts = []
     for value in up:
         y = frame.y(value)
         line = f'<line class="grid" x1="{frame.left}" x2="{frame.left + frame.width}" y1="{y:.1f}" y2="{y:.1f}"/>'
         place = f'text-anchor="end" x="{frame.left - 8}" y="{y + 4:.1f}"'
         parts.append(f'{line}<text class="soft" {place}>{plain(value)}</text>')
-    for value in across:
-        x = frame.x(value)
+    for number, value in enumerate(across):
+        x, told = frame.x(value), visible(names[number]) if names else plain(value)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.bottom}" y2="{frame.bottom + 4}"/>')
-        parts.append(
-            f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 18}">{plain(value)}</text>'
-        )
+        parts.append(f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{frame.bottom + 18}">{told}</text>')
     end = frame.left + frame.width
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{end}" y1="{frame.bottom}" y2="{frame.bottom}"/>')
     middle = frame.left + frame.width / 2

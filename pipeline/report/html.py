@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from qtool.report import loading
+from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.markup import visible
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.page import figure, page, table
 from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.problems import task_section
 from qtool.report.served import PROVED, finding_rows, proof_rows, proof_ways
-from qtool.report.tables import footnote, score_rows
-from qtool.runs.evidence import spent_text
+from qtool.report.tables import by_task, footnote, score_rows
+from qtool.runs.evidence import size_text, spent_text
 from qtool.runs.record import RunRecord
+
+MOST_COLUMNS = 9  # of scores, on a screen
+SHORTEST = 0.05  # seconds of a stage that is shown
 
 
 def html_report(run: RunRecord, drawn: list[Picture]) -> str:
@@ -25,6 +29,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
         sections.append(("measured", "Memory and speed", _measured(run, drawn)))
     if run.summary.proofs:
         sections.append(("served", "In real servers", _served(run)))
+    if run.summary.along:
+        sections.append(("along", TITLE, _along(run, drawn)))
     for anchor, heading in (
         ("size", "Size against quality"),
         ("kl", "Where the distribution moved"),
@@ -36,6 +42,8 @@ def html_report(run: RunRecord, drawn: list[Picture]) -> str:
     if run.summary.tasks:
         sections.append(("problems", "Problem by problem", _problems(run)))
     sections.append(("checks", "Checks", _checks(run)))
+    if run.stages or run.peaks:
+        sections.append(("spent", "Time and memory of this run", _spent(run)))
     sections.append(("recipe", "Recipe and versions", _recipe(run)))
     made = f"qtool {visible(run.lock.versions.get('qtool-llm', ''))}. This page is one file: it loads nothing."
     return page(f"{source.name} · qtool", header, sections, made)
@@ -53,7 +61,10 @@ def _verdict(run: RunRecord) -> str:
 
 def _scores(run: RunRecord) -> str:
     lines = "".join(f"<li><b>{visible(name)}</b>: {visible(said)}</li>" for name, said in cost_lines(run))
-    rows = table(score_rows(run.summary), "scores", "scores of the source and every artifact")
+    rows = "".join(
+        table(part, "scores", "scores of the source and every artifact")
+        for part in by_task(score_rows(run.summary), run.summary, MOST_COLUMNS)
+    )
     return f'<ul>{lines}</ul>{rows}<p class="soft">{visible(footnote(run.summary))}</p>'
 
 
@@ -63,6 +74,12 @@ def _measured(run: RunRecord, drawn: list[Picture]) -> str:
     faults = "".join(f"<li>{visible(fault)}</li>" for fault in measured_faults(run.summary.measured))
     shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "measured")
     return f'{rows}<p class="soft">{ways}</p><ul>{faults}</ul><div class="grid">{shown}</div>'
+
+
+def _along(run: RunRecord, drawn: list[Picture]) -> str:
+    rows = table(along_rows(run.summary), "scores", "the source and every artifact along a long text")
+    shown = "".join(figure(p.svg, p.narrow, p.caption, p.title) for p in drawn if p.section == "along")
+    return f'{rows}<p class="soft">{visible(along_note(run.summary))}</p><div class="grid">{shown}</div>'
 
 
 def _served(run: RunRecord) -> str:
@@ -97,6 +114,21 @@ def _checks(run: RunRecord) -> str:
         opened = "" if checked.sound else " open"
         parts.append(f"<details{opened}><summary><b>{visible(name)}</b>: {said}</summary>{body}</details>")
     return "\n".join(parts)
+
+
+def _spent(run: RunRecord) -> str:
+    """Each stage with its seconds and a bar, the longest one whole; peaks of memory."""
+    longest = max(run.stages.values(), default=0.0) or 1.0
+    bars = "".join(
+        f'<li><span>{visible(name)}</span><meter min="0" max="{longest:.2f}" value="{seconds:.2f}" '
+        f'aria-label="{visible(name)}">{seconds:.1f}</meter><span>{seconds:,.1f} s</span></li>'
+        for name, seconds in run.stages.items()
+        if seconds >= SHORTEST
+    )
+    peaks = "; ".join(f"{size_text(nbytes)} {visible(place)}" for place, nbytes in run.peaks.items())
+    said = f"{run.seconds:,.0f} s in all" + (f"; at most {peaks}" if peaks else "")
+    side = " Stages that ran side by side add up to more." if sum(run.stages.values()) > run.seconds else ""
+    return f'<div class="spent"><p>{said}.{side}</p><ul>{bars}</ul></div>'
 
 
 def _recipe(run: RunRecord) -> str:

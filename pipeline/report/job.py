@@ -45,10 +45,11 @@ def print_plan(job: Job, needs: Resources, full: bool) -> None:
 def _row(output: Output) -> Row:
     """Size, bits, how many linears, in which groups or types."""
     plan = output.plan
+    plain = f", {len(plan.plain)} in 16 bits" if plan.plain else ""
     kinds = dict.fromkeys(linear.type or str(linear.group_size) for linear in plan.linears)
     return {
         "output": output.name, "size": size_text(plan.nbytes), "bits a weight": f"{plan.bits_per_weight:.2f}",
-        "linears": str(len(plan.linears)), "groups of, or types": ", ".join(kinds)
+        "linears": f"{len(plan.linears)}{plain}", "groups of, or types": ", ".join(kinds)
     }  # fmt: skip
 
 
@@ -105,5 +106,11 @@ def print_needs(needs: Resources) -> None:
         low, high = needs.seconds
         took = f"{low:.0f} to {high:.0f} s" if round(low) != round(high) else f"about {low:.0f} s"
         console.print(f"time: {took}, as earlier runs of this text and tasks on such hardware", highlight=False)
+    if needs.long is not None:
+        tokens, nbytes = needs.long
+        said = f"long text: {tokens:,} tokens a layer at a time, about {nbytes / 1e9:.2f} GB of the device"
+        console.print(said, highlight=False, soft_wrap=True)
+    for condition, nbytes in needs.caches.items():
+        console.print(f"cache, {condition}: {nbytes / 1e9:.3f} GB a sequence", highlight=False, soft_wrap=True)
     for line in short:
         console.print(f"short of {line}", highlight=False, soft_wrap=True)

@@ -50,11 +50,17 @@ def heat_map(
     return svg(label, told, y + 24, parts, max(width, left + 206 + 8 * len(label) if room == WIDTH else room))
 
 
-def expert_map(values: Mapping[tuple[int, int], float], label: str, digits: int = 4, room: int = WIDTH) -> str:
+def expert_map(
+    values: Mapping[tuple[int, int], float],
+    label: str,
+    digits: int = 4,
+    span: tuple[float, float] | None = None,
+    room: int = WIDTH,
+) -> str:
     """Layers down, experts across, a small cell each; layers without experts are left out, and what is 0 has a red
-    edge. ``digits``: of its numbers, behind the point."""
+    edge. ``digits``: of its numbers, behind the point; ``span``: of the colours (None: of these values)."""
     layers, experts = sorted({layer for layer, _ in values}), max(expert for _, expert in values) + 1
-    low, high = min(values.values()), max(values.values())
+    low, high = span or (min(values.values()), max(values.values()))
     left, top, tall = 72 if room == WIDTH else 56, 24, 10
     wide = max(1.5, min(12.0, (768 if room == WIDTH else room - left - 8) / experts))
     parts = [f'<text class="soft" x="{left}" y="{top - 8}">expert 0 to {experts - 1}</text>']
@@ -71,7 +77,8 @@ def expert_map(values: Mapping[tuple[int, int], float], label: str, digits: int 
     y = top + tall * len(layers) + 18
     parts += _key(left, y, f"{low:,.{digits}f}", f"{high:,.{digits}f}", label if room == WIDTH else "")
     most = max(values, key=lambda place: values[place])
-    told = f"{label}: from {low:,.{digits}f} to {high:,.{digits}f}; largest in layer {most[0]}, expert {most[1]}."
+    least, place = min(values.values()), f"largest in layer {most[0]}, expert {most[1]}"
+    told = f"{label}: from {least:,.{digits}f} to {values[most]:,.{digits}f}; {place}."
     needed = int(max(left + wide * experts + 20, left + 206 + 8 * len(label)))
     return svg(label, told, y + 24, parts, needed if room == WIDTH else max(room, int(left + wide * experts)))
 

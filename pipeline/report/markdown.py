@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from qtool.report import loading
+from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.measured import measured_faults, measured_rows, measured_ways
 from qtool.report.pictures import Picture, cost_lines, verdict_of
 from qtool.report.served import PROVED, proof_rows, proof_ways
@@ -23,6 +24,8 @@ def markdown_report(run: RunRecord, drawn: list[Picture], folder: str = "figures
     parts += [markdown_table(score_rows(run.summary)), footnote(run.summary)]
     parts.append("\n".join(f"- **{name}**: {said}" for name, said in cost_lines(run)))
     parts += [f"![{picture.title}]({folder}/{picture.name}.svg)\n\n{picture.caption}" for picture in drawn]
+    if rows := along_rows(run.summary):
+        parts += [f"## {TITLE}", markdown_table(rows), along_note(run.summary)]
     parts += measured_markdown(run.summary.measured)
     if rows := proof_rows(run.summary.proofs):
         parts += ["## In real servers", PROVED, markdown_table(rows), " ".join(proof_ways(run.summary.proofs))]

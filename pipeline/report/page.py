@@ -1,20 +1,24 @@
-"""The report's frame: one HTML file that loads nothing, runs nothing and reads well on a phone, by day and by night."""
+"""The report's frame: one HTML file that loads nothing, runs no script but its own, and reads well on a phone."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 
 from qtool.report import figures
 from qtool.report.markup import visible
+from qtool.report.script import SCRIPT
 from qtool.report.tables import Row, columns
 
+_INTERVAL, NOWRAP = re.compile(r"\[[^\]]*\],?"), r'<span class="n">\g<0></span>'
+SHORT = 12
 STYLE = """
 :root{color-scheme:light dark;--ground:#f6f8fa;--card:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0;--link:#0969da;
---pass:#1a7f37;--fail:#c62839;--wait:#8a5a00;--yes:#dff3e4;--no:#fbe3e4;--part:#fff3d1;--mark:#fff1c2}
+--pass:#14692d;--fail:#b3202f;--wait:#7a5000;--yes:#dff3e4;--no:#fbe3e4;--part:#fff3d1;--mark:#fff1c2;--control:#818b98}
 @media(prefers-color-scheme:dark){:root{--ground:#0d1117;--card:#151b23;--ink:#e6edf3;--soft:#9aa4b0;--line:#2f3742;
---link:#6cb0ff;--pass:#56d07a;--fail:#ff7b86;--wait:#e3b341;--yes:#12361f;--no:#4a1a20;--part:#40340f;--mark:#43380f}}
+--link:#6cb0ff;--pass:#56d07a;--fail:#ff7b86;--wait:#e3b341;--yes:#12361f;--no:#4a1a20;--part:#40340f;--mark:#43380f;--control:#6b7684}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
@@ -44,7 +48,7 @@ th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);vert
 thead th{color:var(--soft);font-weight:600;white-space:nowrap;background:var(--card)}
 .tall thead th{position:sticky;top:0}
 th:first-child,td:first-child{text-align:left}tbody tr:last-child>*{border-bottom:0}
-.scores td{white-space:nowrap}.scores td,.scores th{padding:7px 9px}.scores thead th{white-space:normal}
+.scores td .n{white-space:nowrap}.scores td,.scores th{padding:7px 9px}.scores thead th{white-space:normal}
 .scores th:first-child{position:sticky;left:0;background:var(--card)}
 .words td{text-align:left}.words th{text-align:left}
 .words td,.words th{overflow-wrap:anywhere;min-width:7em;white-space:normal}
@@ -67,6 +71,20 @@ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space
 max-height:480px;overflow-y:auto;tab-size:4}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 mark{background:var(--mark);color:inherit}
+.tools{display:flex;flex-wrap:wrap;gap:6px 10px;align-items:center;margin:14px 0 6px;font-size:.875rem}
+.tools input,.tools select,.matrix button{font:inherit;color:inherit;background:var(--card);
+border:1px solid var(--control);border-radius:6px;padding:4px 8px;max-width:100%}
+.tools span{display:flex;flex-wrap:wrap;gap:6px;align-items:center}.tools span:first-child{flex:1 1 20em}
+.tools input{flex:1 1 10em;min-width:0}.tools output{color:var(--soft);min-width:5em}
+.matrix button{border:0;padding:0;background:none;font-weight:600;cursor:pointer}
+.matrix button::after{content:" \\2195"}
+.matrix [aria-sort=ascending] button::after{content:" \\2191"}
+.matrix [aria-sort=descending] button::after{content:" \\2193"}
+.spent{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 16px}
+.spent ul{list-style:none;margin:8px 0;padding:0}
+.spent li{display:grid;grid-template-columns:minmax(6em,12em) 1fr 6em;gap:10px;align-items:center;font-size:.9rem}
+.spent li span:last-child{text-align:right;font-variant-numeric:tabular-nums}.spent meter{width:100%}
+[hidden]{display:none!important}
 .detail{font-size:.8rem;color:var(--soft)}
 footer{margin-top:48px;padding-bottom:32px}
 @media(max-width:600px){main,header,footer{padding-left:14px;padding-right:14px}h1{font-size:1.35rem}
@@ -76,16 +94,17 @@ footer{margin-top:48px;padding-bottom:32px}
 .scores tr{border-bottom:1px solid var(--line);padding:8px 0}
 .scores td,.scores th{border:0;padding:2px 10px;white-space:normal}.scores td:empty{display:none}
 .scores td{display:flex;justify-content:space-between;gap:16px}
-.scores td::before{content:attr(data-label);color:var(--soft)}.scores td>span{text-align:right}}
+.scores td::before{content:attr(data-label);color:var(--soft)}.scores td>span{text-align:right}
+.spent li{grid-template-columns:7em 1fr 5em}}
 @media print{.tall,pre{max-height:none}body{background:#fff}}
 """
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    """The whole file. ``sections``: (id, heading, HTML). Scripts, frames, forms, images and connections are forbidden
-    by the page itself: its text comes from models."""
+    """The whole file. ``sections``: (id, heading, HTML). Scripts but its own, frames, forms, images and connections are
+    forbidden by the page itself: its text comes from models."""
     allowed = " ".join(_hash(style) for style in (STYLE, figures.STYLE))
-    policy = f"default-src 'none'; style-src {allowed}; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src {allowed}; script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
     links = "".join(f'<a href="#{anchor}">{visible(heading)}</a>' for anchor, heading, _ in sections)
     body = "\n".join(
         f'<section id="{anchor}"><h2>{visible(heading)}</h2>\n{html}</section>' for anchor, heading, html in sections
@@ -107,6 +126,7 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
 {body}
 </main>
 <footer>{footer}</footer>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
@@ -129,7 +149,9 @@ def table(rows: Sequence[Row], style: str, label: str) -> str:
 
 def _cell(head: str, text: str) -> str:
     """A telephone shows a row's cells below each other, each behind its column's name."""
-    said = f"<span>{visible(text)}</span>" if text else ""
+    # neither an interval nor a number and its unit is torn apart
+    shown = _INTERVAL.sub(NOWRAP, visible(text))
+    said = "" if not text else f'<span class="n">{shown}</span>' if len(text) <= SHORT else f"<span>{shown}</span>"
     return f'<td role="cell" data-label="{visible(head)}">{said}</td>'
 
 
@@ -140,5 +162,6 @@ def figure(svg: str, narrow: str, caption: str, label: str) -> str:
     return f"<figure>{box}<figcaption>{visible(caption)}</figcaption></figure>"
 
 
-def _hash(style: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'"
+def _hash(text: str) -> str:
+    """Of a style or a script, as a policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -7,18 +7,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from qtool.convert.files.chosen import Chosen, read_chosen
 from qtool.convert.files.manifest import Manifest
 from qtool.report import budget_figures, figures, maps
+from qtool.report.along import along_pictures
 from qtool.report.figures import Point
-from qtool.runs.coverage import by_expert, by_kind, coverage
+from qtool.runs.coverage import Coverage, by_expert, by_kind, coverage
 from qtool.runs.evidence import moved, p_text, size_text, task_label
 from qtool.runs.informative import of_task
 from qtool.runs.measurements import one_machine
 from qtool.runs.record import RunRecord
 from qtool.runs.summary import Summary
 
+SHARED = "All artifacts with this measure share one scale of colours."
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # Ledger keys in order of preference, and what each is.
 _ERRORS = {
@@ -30,8 +33,8 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, errors; ``narrow``: the same for
-    a telephone."""
+    """``name`` is its file's name without .svg; ``section`` one of measured, size, kl, along, errors; ``narrow``: the
+    same for a telephone."""
 
     name: str
     section: str
@@ -87,7 +90,8 @@ def cost_lines(run: RunRecord) -> list[tuple[str, str]]:
 def pictures(run: RunRecord) -> list[Picture]:
     """Every picture that the run has data for."""
     summary = run.summary
-    return [*_speeds(summary), *_sizes(summary), *_curves(run), *_kls(summary), *_bits(run), *_errors(run)]
+    along = [_drawn(name, "along", title, caption, draw) for name, title, caption, draw in along_pictures(summary)]
+    return [*_speeds(summary), *_sizes(summary), *_curves(run), *_kls(summary), *along, *_bits(run), *_errors(run)]
 
 
 def _chosen(run: RunRecord) -> dict[str, Chosen]:
@@ -207,7 +211,12 @@ def _kls(summary: Summary) -> list[Picture]:
 
 
 def _errors(run: RunRecord) -> list[Picture]:
-    pictures, spans = [], _spans(run)
+    pictures, spans, expert_spans = (
+        [],
+        _spans(run, _by_place),
+        _spans(run, lambda manifest, key: by_expert(manifest.ledger, key)),
+    )
+    reached_span = _span([coverage(manifest.ledger) for manifest in run.manifests.values()])
     for number, (name, manifest) in enumerate(run.manifests.items()):
         ledger = manifest.ledger
         key = _measure(manifest)
@@ -219,17 +228,17 @@ def _errors(run: RunRecord) -> list[Picture]:
         title = f"{name}: {label}"
         if values:
             whole = f"Every linear of {name}{', of experts the mean of a layer' if experts else ''}: {label}."
-            caption = f"{whole} All artifacts with this measure share one scale of colours."
+            caption = f"{whole} {SHARED}"
             draw = partial(maps.heat_map, values, title, spans[key])
             pictures.append(_drawn(stem, "errors", title, caption, draw))
         if experts:
-            caption = f"Every expert of {name}, the mean of its matrices: {label}."
-            draw = partial(maps.expert_map, experts, title, 4)
+            caption = f"Every expert of {name}, the mean of its matrices: {label}. {SHARED}"
+            draw = partial(maps.expert_map, experts, title, 4, expert_spans[key])
             pictures.append(_drawn(f"{stem}-experts", "errors", f"{title} by expert", caption, draw))
         if reached:
             title = f"{name}: calibration tokens by expert"
             caption = f"{reached.sentence} Experts that saw none have a red edge."
-            draw = partial(maps.expert_map, reached.tokens, title, 0)
+            draw = partial(maps.expert_map, reached.tokens, title, 0, reached_span)
             pictures.append(_drawn(f"tokens-{number}-{_file(name)}", "errors", title, caption, draw))
     return pictures
 
@@ -248,12 +257,18 @@ def _by_place(manifest: Manifest, key: str) -> dict[tuple[int, str], float]:
     return found
 
 
-def _spans(run: RunRecord) -> dict[str, tuple[float, float]]:
-    """Of each measure the least and the largest error of all artifacts."""
+def _span(reached: Sequence[Coverage | None]) -> tuple[float, float] | None:
+    """The fewest and the most tokens that an expert saw, of all artifacts."""
+    counts = [count for one in reached if one is not None for count in one.tokens.values()]
+    return (min(counts), max(counts)) if counts else None
+
+
+def _spans(run: RunRecord, places: Callable[[Manifest, str], Mapping[Any, float]]) -> dict[str, tuple[float, float]]:
+    """Of each measure the least and the largest error of all artifacts, at ``places(manifest, measure)``."""
     spans: dict[str, tuple[float, float]] = {}
     for manifest in run.manifests.values():
         key = _measure(manifest)
-        values = _by_place(manifest, key).values() if key else ()
+        values = places(manifest, key).values() if key else ()
         if key and values:
             low, high = spans.get(key, (math.inf, -math.inf))
             spans[key] = min(low, *values), max(high, *values)

@@ -15,7 +15,7 @@ OTHERS = (0.02, 0.05, 0.1, 0.2)
 
 def print_power(points: float, tasks: list[TaskPower], seen: Mapping[str, Seen], given: float | None) -> None:
     """The answer, then a row for each task, then what it rests on."""
-    share = given if given is not None else pooled(seen) or ASSUMED
+    share = given if given is not None else pooled(seen).share or ASSUMED
     (_, problems), = needed(points, [share])  # fmt: skip
     unit = "point" if points == 1 else "points"
     say(f"To show a loss of {plain(points)} {unit}: {problems:,} problems, if {share:.1%} of the outcomes change.")
@@ -33,7 +33,15 @@ def print_power(points: float, tasks: list[TaskPower], seen: Mapping[str, Seen],
     print_table(console, rows)
     if not any(task.shown is not None and task.shown <= points for task in tasks):
         say("No task alone is enough: take several, or held-out text, whose KL sees smaller losses (--text).")
-    rest = sum(one.asked for one in seen.values())
-    told = f"from {rest:,} outcomes of artifacts in earlier runs" if rest else "assumed: no earlier run tells"
-    told = "as given" if given is not None else told
+    told = "as given" if given is not None else told_by(pooled(seen))
     say(escape(f"* {told}. With 80 % power, exact McNemar test at 5 %; of several comparisons each needs more (Holm)."))
+
+
+def told_by(seen: Seen) -> str:
+    """Where the share of outcomes that change is from."""
+    counted = f"{seen.changed:,} of {seen.asked:,} outcomes of artifacts in earlier runs"
+    if not seen.asked:
+        return f"assumed: {ASSUMED:.0%}; no earlier run tells"
+    if seen.share is None:
+        return f"assumed: {ASSUMED:.0%}; {counted} changed, too little to tell"
+    return f"at most that (95 % sure): {counted} changed" if seen.few else f"from {counted}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qtool.evaluate.outcomes import KINDS, MEANINGS, counts
 from qtool.evaluate.scorecard import ProblemOutcome, TaskScore
 from qtool.report.markup import spelt, visible
 from qtool.report.page import table
-from qtool.report.tables import count_of
+from qtool.report.tables import Row, count_of
 from qtool.runs.evidence import task_label
+from qtool.runs.groups import Group, groups_of
 
 LONGEST = 12_000  # characters of an answer that are shown
 MANY_LINES = 1000
@@ -29,12 +30,13 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
     said = f"{len(problems)} problems: {every} solved by every model, {none} by none, {len(differing)} told them apart."
     places = {problem: f"t{number}-{rank}" for rank, problem in enumerate(problems)}
     changed = [p for p in differing if _changed(p, rates)]
-    parts = [f"<h3>{visible(task_label(task))}</h3><p>{said}</p>"]
+    parts = [f'<div class="task"><h3>{visible(task_label(task))}</h3><p>{said}</p>']
     parts.append(_outcomes(scores))
+    parts += _by_group(groups_of(scores) if "source" in scores else [])
     if differing:
         parts.append(_matrix(differing, rates, places, set(changed)))
-    whole = _matrix(problems, rates, {}, set())
-    parts.append(f"<details><summary>All {len(problems)} problems</summary>{whole}</details>")
+    whole = _matrix(problems, rates, places, set(changed))
+    parts.append(f'<details class="all"><summary>All {len(problems)} problems</summary>{whole}</details>')
     if changed:
         parts.append(f"<h4>Answers to the {len(changed)} problems whose outcome changed</h4>")
         parts += [_answers(problem, scores, rates, prompts.get(problem, ""), places[problem]) for problem in changed]
@@ -43,7 +45,7 @@ def task_section(task: str, scores: Mapping[str, TaskScore], prompts: Mapping[st
         rows = "".join(f"<li><code>{visible(name)}</code>: {visible(why)}</li>" for name, why in left_out.items())
         missing = count_of(len(left_out), "problem")
         parts.append(f"<details><summary>Not asked: {missing}</summary><ul>{rows}</ul></details>")
-    return "\n".join(parts)
+    return "\n".join([*parts, "</div>"])
 
 
 def _outcomes(scores: Mapping[str, TaskScore]) -> str:
@@ -55,6 +57,22 @@ def _outcomes(scores: Mapping[str, TaskScore]) -> str:
     rows = [{"model": name} | {kind: str(row.get(kind, 0)) for kind in kinds} for name, row in found.items()]
     said = "; ".join(f"{kind}: {MEANINGS[kind]}" for kind in kinds)
     return f'{table(rows, "scores", "how the answers ended")}<p class="soft">{visible(said)}.</p>'
+
+
+def _by_group(groups: Sequence[Group]) -> list[str]:
+    """A table for each kind of group: pass@1 of every model, and what each artifact lost and gained."""
+    tables = []
+    for kind in dict.fromkeys(group.kind for group in groups):
+        rows: list[Row] = []
+        for group in (one for one in groups if one.kind == kind):
+            row = {kind: group.value, "problems": str(group.problems)}
+            for name, rate in group.rates.items():
+                moved = f", {group.lost[name]} lost, {group.gained[name]} gained" if name in group.lost else ""
+                row[name] = f"{rate.estimate:.0%} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]{moved}"
+            rows.append(row)
+        note = "Brackets: 95 % intervals of each score alone. Groups are small, and no test was made on them."
+        tables.append(f'{table(rows, "scores", f"scores by {kind}")}<p class="soft">{note}</p>')
+    return tables
 
 
 def _changed(problem: str, rates: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -71,17 +89,28 @@ def _matrix(
         name = visible(problem)
         first = f'<a href="#{places[problem]}">{name}</a>' if problem in linked else name
         cells = "".join(_cell(rates[subject][problem]) for subject in rates)
-        rows.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+        rows.append(f'<tr data-is="{_kinds(problem, rates)}"><th scope="row">{first}</th>{cells}</tr>')
     table = f'<table class="matrix"><thead><tr><th scope="col">problem</th>{head}</tr></thead>'
     label = "which model solved which problem"
     body = f"{table}<tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll tall" tabindex="0" role="region" aria-label="{label}">{body}</div>'
 
 
+def _kinds(problem: str, rates: Mapping[str, Mapping[str, float]]) -> str:
+    """What a filter asks of a problem, in words that the page's script knows."""
+    found = [of[problem] for of in rates.values()]
+    source = rates.get("source", {}).get(problem)
+    said = {
+        "every": all(rate == 1 for rate in found), "none": all(rate == 0 for rate in found),
+        "apart": len(set(found)) > 1, "lost": source is not None and min(found) < source,
+        "gained": source is not None and max(found) > source,
+    }  # fmt: skip
+    return " ".join(word for word, true in said.items() if true)
+
+
 def _cell(rate: float) -> str:
-    if rate in (0.0, 1.0):
-        return '<td class="yes">solved</td>' if rate else '<td class="no">failed</td>'
-    return f'<td class="part">{rate:.0%}</td>'
+    kind, said = ("yes", "solved") if rate == 1 else ("no", "failed") if rate == 0 else ("part", f"{rate:.0%}")
+    return f'<td class="{kind}" data-sort="{rate:.4f}">{said}</td>'
 
 
 def _answers(
@@ -99,7 +128,9 @@ def _answers(
         cards.append(_card(name, scores[name], problem, answer, reference.completion))
     asked = f"<details><summary>the question</summary><pre>{_cut(prompt)}</pre></details>" if prompt else ""
     summary = f"<summary><code>{visible(problem)}</code> {'; '.join(words)}</summary>"
-    return f'<details class="problem" id="{place}">{summary}{asked}<div class="pair">{"".join(cards)}</div></details>'
+    kinds = f'data-is="{_kinds(problem, rates)}" data-name="{visible(problem)}"'
+    shown = f'{summary}{asked}<div class="pair">{"".join(cards)}</div>'
+    return f'<details class="problem" id="{place}" {kinds}>{shown}</details>'
 
 
 def _pick(score: TaskScore, problem: str, passing: bool) -> ProblemOutcome:

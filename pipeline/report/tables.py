@@ -33,6 +33,21 @@ def score_rows(summary: Summary) -> list[Row]:
     return rows
 
 
+def by_task(rows: list[Row], summary: Summary, most: int) -> list[list[Row]]:
+    """The score table; of more columns than ``most`` a table for what is of no task, and one for each task."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    if len(heads) <= most:
+        return [rows]
+    owners = dict.fromkeys(heads, "")
+    for label in dict.fromkeys(task_label(task) for model in summary.models.values() for task in model.tasks):
+        owners |= {head: label for head in heads if head == label or head.startswith((f"{label}:", f"{label}, "))}
+    parts = []
+    for owner in dict.fromkeys(owners.values()):
+        part = [{head: said for head, said in row.items() if owners[head] == owner or head == "model"} for row in rows]
+        parts.append([row for row in part if len(row) > 1])
+    return parts
+
+
 def _task_cells(name: str, task: TaskSummary, uninformative: str) -> Row:
     label = name if task.samples == 1 else f"{name}, pass@1 of {task.samples}"
     row = {label: _percent(task.rate)}

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qtool.convert.verify.verification import Verification
 from qtool.report import loading
+from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.columns import console, print_table, say, show
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
@@ -44,6 +45,7 @@ def print_run(run: RunRecord) -> None:
     rows = score_rows(run.summary)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     _print_footnote(footnote(run.summary))
+    _print_along(run.summary)
     for note in measured_faults(run.summary.measured):
         say(escape(note))
     for name, checked in run.checks.items():
@@ -81,6 +83,13 @@ def print_scores(summary: Summary) -> None:
     """`qtool evaluate`'s table."""
     print_rows(score_rows(summary))
     _print_footnote(footnote(summary))
+    _print_along(summary)
+
+
+def _print_along(summary: Summary) -> None:
+    if rows := along_rows(summary):
+        print_table(console, rows, TITLE, lead=2, left=("cache",))
+        _print_footnote(along_note(summary))
 
 
 def _print_footnote(text: str) -> None:

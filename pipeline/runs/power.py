@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool import QtoolError
-from qtool.evaluate.statistics import detectable_loss, problems_needed
+from qtool.evaluate.statistics import detectable_loss, problems_needed, wilson
 from qtool.runs.record import load_summary
 from qtool.runs.shelf import entries
 
+ENOUGH = 5  # outcomes that changed: from so many on their share is taken as it is
 ASSUMED = 0.1  # of outcomes that a 4-bit artifact changes, where no run tells; the demo: 7 % of 2,000
 
 
@@ -23,8 +24,17 @@ class Seen:
 
     @property
     def share(self) -> float | None:
-        """None where nothing was seen."""
-        return self.changed / self.asked if self.asked else None
+        """The share that changed; where hardly any did, the most that it may be (Wilson, 95 %). None where too little
+        was seen to say that it is less than what is assumed."""
+        if self.changed >= ENOUGH:
+            return self.changed / self.asked
+        most = wilson(self.changed, self.asked, 0.9).high if self.asked else 1.0
+        return most if most < ASSUMED else None
+
+    @property
+    def few(self) -> bool:
+        """Whether `share` is what it may be at most."""
+        return self.changed < ENOUGH
 
 
 @dataclass(frozen=True)
@@ -55,21 +65,20 @@ def seen_in(runs: Path) -> dict[str, Seen]:
     return found
 
 
-def pooled(seen: Mapping[str, Seen]) -> float | None:
-    """The share over all tasks; None where nothing was seen, or nothing changed."""
-    asked = sum(one.asked for one in seen.values())
-    return sum(one.changed for one in seen.values()) / asked if asked else None
+def pooled(seen: Mapping[str, Seen]) -> Seen:
+    """Over all tasks."""
+    return Seen(sum(one.changed for one in seen.values()), sum(one.asked for one in seen.values()))
 
 
 def power_of(sizes: Mapping[str, int], seen: Mapping[str, Seen], given: float | None) -> list[TaskPower]:
     """Of each task. ``given``: the share to take for all of them."""
-    other = pooled(seen) or ASSUMED
+    other = pooled(seen).share or ASSUMED
     found = []
     for task, problems in sizes.items():
         own = seen[task].share if task in seen and given is None else None
         share = given if given is not None else own or other
         shown = detectable_loss(round(share * problems), problems, 0.95)
-        found.append(TaskPower(task, problems, share, own is not None and own > 0, shown))
+        found.append(TaskPower(task, problems, share, own is not None, shown))
     return found
 
 

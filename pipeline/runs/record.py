@@ -16,7 +16,7 @@ from qtool.convert.files.durable import held, naming, sweep, write_whole
 from qtool.convert.files.manifest import MANIFEST, Manifest, read_manifest
 from qtool.convert.files.reading import read_bytes, read_text
 from qtool.convert.verify.verification import Check, Verification
-from qtool.evaluate.scorecard import FidelityScore, Scores, TaskScore
+from qtool.evaluate.scorecard import FidelityScore, PositionScore, Scores, TaskScore
 from qtool.recipe.judging import Judging, load_judging
 from qtool.runs.gates import GateResult
 from qtool.runs.measurements import measured_models
@@ -69,6 +69,7 @@ class ScoreIndex(_File):
     tasks: dict[str, dict[str, str]]
     fidelity: dict[str, str]
     contexts: dict[str, list[str]] = {}  # fidelity at every window length, the one above included
+    positions: dict[str, list[str]] = {}  # along a long text, under every condition
 
 
 class Result(_File):
@@ -160,6 +161,7 @@ def write_scores(folder: Path, subjects: dict[str, str], scores: Scores) -> None
         tasks={name: {label: score.key for label, score in found.items()} for name, found in scores.tasks.items()},
         fidelity={name: score.key for name, score in scores.fidelity.items()},
         contexts={name: [score.key for score in found.values()] for name, found in scores.contexts.items()},
+        positions={name: [score.key for score in found.values()] for name, found in scores.positions.items()},
     )
     _write(folder / INDEX, index.model_dump(mode="json"))
 
@@ -242,6 +244,10 @@ def load_scores(folder: Path) -> Scores:
         for key in index.contexts.get(name, [first]):
             fidelity = read_part(FidelityScore, _score_file(folder, key))
             scores.add_fidelity(fidelity.model_copy(update={"subject": name}))
+    for name, along in index.positions.items():
+        for key in along:
+            found = read_part(PositionScore, _score_file(folder, key))
+            scores.add_positions(found.model_copy(update={"subject": name}))
     return scores
 
 

@@ -40,7 +40,7 @@ class Session(BaseModel):
 @dataclass
 class Working:
     """The session of this process, from its beginning. ``folder``: the run's, once it is known; ``beside``: what other
-    processes, which made artifacts with this one, did."""
+    processes, which made and scored artifacts with this one, did."""
 
     spans: list[Span]
     folder: Path | None = None
@@ -54,6 +54,7 @@ class Working:
         made = [span.detail.partition(": ")[0] for span in self.spans if span.stage in ("writing", "sealing")]
         made += [name for other in self.beside for name in other.made]
         asked = [span.detail.partition(": ")[0] for span in self.spans if span.stage in ("fidelity", "tasks")]
+        asked += [name for other in self.beside for name in other.scored]
         most = largest([peaks(), *(other.peaks for other in self.beside)])
         return Session(
             began=self.began, seconds=round(time.monotonic() - self.started, 1), stages=seconds_of(self.spans),

@@ -21,6 +21,7 @@ from qtool.convert.files.reading import read_bytes
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore, pass_at_k
 from qtool.evaluate.statistics import Difference, Interval, bootstrap_mean, holm, recovery
+from qtool.runs.along import AlongSummary, along_summary
 from qtool.runs.measurements import Measurement
 
 SUMMARY = "summary.json"
@@ -93,12 +94,13 @@ class TextSummary(_Data):
 
 
 class ModelSummary(_Data):
-    """``texts``: by window length; gates judge the first. ``measured``: memory and speed, the newest first;
-    ``proofs``: of real servers."""
+    """``texts``: by window length; gates judge the first. ``along``: one long text, by condition ("": none).
+    ``measured``: memory and speed, the newest first; ``proofs``: of real servers."""
 
     size: Size | None = None
     tasks: dict[str, TaskSummary] = {}
     texts: dict[int, TextSummary] = {}
+    along: dict[str, AlongSummary] = {}
     measured: list[Measurement] = []
     proofs: list[Proof] = []
 
@@ -125,6 +127,11 @@ class Summary(_Data):
     def measured(self) -> dict[str, list[Measurement]]:
         """Model -> its measurements, where there are any."""
         return {name: model.measured for name, model in self.models.items() if model.measured}
+
+    @property
+    def along(self) -> bool:
+        """Whether a model was put through a long text."""
+        return any(model.along for model in self.models.values())
 
     @property
     def proofs(self) -> dict[str, list[Proof]]:
@@ -160,13 +167,17 @@ def summarise(
     sizes, measured = sizes or {}, measured or {}
     losses = _losses(scores)
     models = {}
-    for name in dict.fromkeys([*sizes, *scores.fidelity, *scores.tasks]):
+    for name in dict.fromkeys([*sizes, *scores.fidelity, *scores.tasks, *scores.positions]):
         tasks = scores.tasks.get(name, {})
         texts = scores.contexts.get(name) or {f.context: f for n, f in scores.fidelity.items() if n == name}
         models[name] = ModelSummary(
             size=sizes.get(name),
             tasks={task: _task(score, losses.get((name, task))) for task, score in tasks.items()},
             texts={length: _text(score) for length, score in texts.items()},
+            along={
+                condition: along_summary(score, scores.positions.get("source", {}).get(condition))
+                for condition, score in scores.positions.get(name, {}).items()
+            },
             measured=list(measured.get(name, [])),
         )
     return Summary(models=models, comparisons=len(losses), evidence=evidence_of(scores, sizes))
@@ -182,6 +193,9 @@ def evidence_of(scores: Scores, sizes: Mapping[str, Size]) -> str:
             digest.update(f"{name} {label} {task.model_dump_json()}\n".encode())
     for name, text in [*scores.fidelity.items(), *((n, t) for n, by in scores.contexts.items() for t in by.values())]:
         digest.update(f"{name} {text.model_dump_json()}\n".encode())
+    for name, by_condition in scores.positions.items():
+        for along in by_condition.values():
+            digest.update(f"{name} {along.model_dump_json()}\n".encode())
     return digest.hexdigest()
 
 

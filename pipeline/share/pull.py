@@ -128,9 +128,12 @@ def asked_again(asked: EvaluateSection | None, with_text: bool) -> tuple[Evaluat
         why = "its text is a file, which the card does not bring" if with_text else "needs --source"
         left_out.append(f"KL: {why}")
         text = None
+    if asked.long is not None:
+        left_out.append("the long text: is not asked again")
     if not tasks and text is None:
         return None, left_out
-    return asked.model_copy(update={"tasks": tasks, "text": text, "sandbox": "auto"}), left_out
+    safe = {"tasks": tasks, "text": text, "long": None, "sandbox": "auto"}
+    return asked.model_copy(update=safe), left_out
 
 
 def _is_name(text: str) -> bool:

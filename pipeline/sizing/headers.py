@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import COMPUTED, DTYPES, TensorInfo
 from qtool.convert.files.config_file import CONFIG, check_config, read_config
 from qtool.convert.files.diagnosis import why_no_model
+from qtool.convert.files.float8 import without_float8
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
@@ -74,7 +75,7 @@ def _local(path: Path, name: str) -> Headers:
     where = str(path / CONFIG)
     if not (path / CONFIG).exists():
         raise QtoolError(f"{where}: no such file. {why_no_model(path)}")
-    config = read_config(path)
+    config = without_float8(read_config(path))
     found = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
     if found:
         refuse_link(path, found[0])

@@ -25,7 +25,7 @@ from qtool.sizing.fit import (
     offload_of,
     split_faults,
 )
-from qtool.sizing.formats import DEFAULT_FORMATS, SOURCE, Weights, artifact_weights, method_of, weights_of
+from qtool.sizing.formats import DEFAULT_FORMATS, Weights, artifact_weights, method_of, weights_of
 from qtool.sizing.headers import Headers
 from qtool.sizing.kv_cache import check_kv_dtype
 from qtool.sizing.serve_command import command, notes, refusals
@@ -164,8 +164,6 @@ def _weights(headers: Headers, question: Question) -> tuple[list[Weights], list[
             notes.append(f"{name}: {error.message}")
     if not weights:
         raise QtoolError("; ".join(notes))
-    if headers.geometry.loops > 1 and any(each.family != SOURCE for each in weights):
-        notes.append("looped models are planned, but qtool quantizes none of them yet")
     return weights, notes
 
 

@@ -54,4 +54,5 @@ class AwqMethod(GridMethod):
     @property
     def container(self) -> Shards:
         """AutoAWQ's."""
-        return Shards(autoawq.quantization_config(self.group_size, SKIPPED), self.stored_dtype, self.group_size)
+        section = autoawq.quantization_config(self.group_size, SKIPPED)
+        return Shards(section, self.stored_dtype, self.group_size, self.asked)

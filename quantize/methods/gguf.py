@@ -8,7 +8,7 @@ from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from qtool import QtoolError
@@ -29,6 +29,7 @@ from qtool.quantize.methods.method import (
     Method,
     Name,
     Needs,
+    Pattern,
     Statistics,
     UnfoldedWork,
 )
@@ -46,6 +47,15 @@ SUPER_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 SHORT_BLOCKS = ("IQ4_NL", "Q5_0", "Q5_1")
 FileType = Literal["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "F16", "BF16"]
 MixedType = Literal["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"]
+
+
+class TensorSettings(BaseModel):
+    """Of the tensors that a pattern names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: MixedType
+    """In llama.cpp's words."""
 
 
 class GgufMethod(Method):
@@ -81,6 +91,8 @@ class GgufMethod(Method):
     """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """How much of the prefix's error a matrix makes up for."""
+    modules: dict[Pattern, TensorSettings] = Field(default_factory=dict)
+    """Tensors with a type of their own, by name or pattern; of several that name one the last counts."""
     pre_tokenizer: str | None = None  # llama.cpp's name of the split rules, where qtool cannot tell it
     """llama.cpp's name of the rules that split text, where qtool cannot tell it."""
 
@@ -95,14 +107,14 @@ class GgufMethod(Method):
         mixed = "budget" if self.budget is not None else "mix" if self.mix is not None else None
         if mixed and "type" in self.model_fields_set:
             raise ValueError(f"`type` and `{mixed}` both say which types matrices get; leave one out")
+        if mixed and (other := "ignore" if self.ignore else "modules" if self.modules else None):
+            raise ValueError(f"`{other}` and `{mixed}` both say which types matrices get; leave one out")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def unsaid(self) -> set[str]:
         """A file of one rule says nothing of mixes, and a mixed one has no type."""
-        without = {"type"} if self.budget or self.mix else set()
-        without |= {name for name in ("budget", "mix") if getattr(self, name) is None}
-        return {name: value for name, value in others(self).items() if name not in without}
+        found = super().unsaid() | {name for name in ("budget", "mix") if getattr(self, name) is None}
+        return found | ({"type"} if self._mixed else set())
 
     @property
     def _weighed_by_text(self) -> bool:
@@ -153,7 +165,7 @@ class GgufMethod(Method):
     @property
     def container(self) -> Gguf:
         """llama.cpp's file."""
-        return Gguf(self.type, self.pre_tokenizer, self.mix)
+        return Gguf(self.type, self.pre_tokenizer, self.asked, self.mix)
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -177,7 +189,7 @@ class GgufMethod(Method):
     def require(self, device: torch.device) -> None:
         """Raises QtoolError (exit 3)."""
         load_gguf()
-        if self._mixed or (self.type not in FLOATS and device.type == "cpu"):
+        if self._mixed or ((self.type not in FLOATS or self.modules) and device.type == "cpu"):
             load_library()
 
     def quantize(self, layer: Layer, inputs: Inputs) -> LayerCodes:
@@ -244,15 +256,18 @@ class GgufWork(UnfoldedWork):
         """Of each problem its matrices' blocks, those of one type together; experts have the same types."""
         sizes, kinds = [source.shape[0] for _, source, _ in sources[0]], [kind for _, _, kind in sources[0]]
         goal, gram, problems = self.target(stack), stats.gram, len(sources)
+        source = goal
         factor = factorize(gram, self._method.damp_percent)
         if stats.drift is not None:
             with tensor_float32():
                 goal = propagated_target(goal, stats.output_drift(goal), factor, self._method.propagate_strength)
-        goals, found = goal.split(sizes, -2), dict[tuple[int, int], GgmlBlocks]()
+        found = dict[tuple[int, int], GgmlBlocks]()
+        goal_or_source = goal.split(sizes, -2), source.split(sizes, -2)  # what stays in 16 bits makes up for nothing
         with damped(gram, factor):
             for kind in dict.fromkeys(kinds):
                 places = [place for place, one in enumerate(kinds) if one == kind]
-                wanted = torch.cat([goals[place] for place in places], -2)
+                aims = goal_or_source[kind in FLOATS]
+                wanted = torch.cat([aims[place] for place in places], -2)
                 data = kquant_rounding.quantize(wanted, factor, gram, kind).data
                 parts = iter(data.split([sizes[place] for place in places] * problems))
                 for number, place in product(range(problems), places):

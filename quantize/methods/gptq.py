@@ -8,11 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from qtool.convert.formats import autogptq, compressed_tensors
 from qtool.convert.formats.shards import Shards
 from qtool.quantize.grid import GridSpec
-from qtool.quantize.methods.method import Name
+from qtool.quantize.methods.method import Name, Pattern
 from qtool.quantize.methods.on_grid import GridMethod
+
+
+class LinearSettings(BaseModel):
+    """Of the linears that a pattern names; what is left out is as in the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    bits: Literal[4, 8] | None = None
+    """Of a weight."""
+    group_size: Literal[-1, 32, 64, 128] | None = None
+    """Weights that share a scale; -1: a row."""
 
 
 class GptqMethod(GridMethod):
@@ -50,6 +63,8 @@ class GptqMethod(GridMethod):
     """Groups are neighbouring columns all the same."""
     scaling: Literal["none", "awq"] = "none"
     """`awq` folds AWQ's scales first."""
+    modules: dict[Pattern, LinearSettings] = Field(default_factory=dict)
+    """Linears with bits or a group size of their own, by name or pattern; of several that name one the last counts."""
 
     @property
     def rounding(self) -> Literal["gptq"]:
@@ -73,4 +88,4 @@ class GptqMethod(GridMethod):
             section = compressed_tensors.quantization_config(self.bits, self.group_size, self.sym, self.desc_act)
         else:
             section = autogptq.quantization_config(self.bits, self.group_size, self.sym, self.damp_percent)
-        return Shards(section, self.stored_dtype, self.group_size)
+        return Shards(section, self.stored_dtype, self.group_size, self.asked)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.convert.formats.codes import Codes
+from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows
 from qtool.quantize import descent, rounding, scaling
 from qtool.quantize import grid as grids
@@ -48,7 +49,8 @@ class OnGrid(Protocol):
 
 class GridWork(LayerWork):
     """``weights``: tensor name -> tensor of any float dtype, left unchanged; ``statistics``: a stack's name -> the
-    source's, of which scales are searched.
+    source's, of which scales are searched; ``plans``: module -> plan of each matrix that is quantized (None: of all, as
+    the method's grid is). A matrix without a plan takes every scale as the others do, and is not rounded.
 
     columns, rows: module -> what its columns are multiplied by ``[in]`` and its rows divided by ``[out]``, ones where
     nothing is folded.
@@ -60,8 +62,9 @@ class GridWork(LayerWork):
         feeds: Sequence[Feed],
         weights: Mapping[str, Tensor],
         statistics: Mapping[str, Statistics],
+        plans: Mapping[str, LinearPlan] | None = None,
     ) -> None:
-        self._method, self._weights = method, weights
+        self._method, self._weights, self._plans = method, weights, plans
         self._folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
         self._matrices = [matrix for feed in feeds for matrix in feed.consumers]
         self._codes: dict[str, Codes] = {}
@@ -75,12 +78,24 @@ class GridWork(LayerWork):
                 torch.ones(size, device=weight.device) for size in weight.shape
             )
         for step in steps_of(feeds) if method.scaling == "awq" else ():
-            for stack in step.stacks:
+            stacks = [stack for stack in step.stacks if self.quantizes(stack)]
+            for stack in stacks:
                 if stack.inner:
                     self._scale_each(stack, statistics[stack.name])
-            rest = [stack for stack in step.stacks if not stack.inner]
+            rest = [stack for stack in stacks if not stack.inner]
             for feed in dict.fromkeys(stack.feeds[0] for stack in rest):
                 self._scale(feed, [(stack, statistics[stack.name]) for stack in rest if stack.feeds[0] == feed])
+
+    def quantizes(self, stack: Stack) -> bool:
+        """Whether its matrices get codes: all of them, or none."""
+        return self._plans is None or stack.name in self._plans
+
+    def _spec(self, stack: Stack, columns: int) -> GridSpec:
+        """Its own grid."""
+        if self._plans is None:
+            return self._method.spec.for_columns(columns)
+        plan = self._plans[stack.name]
+        return replace(self._method.spec, bits=plan.bits, group_size=plan.group_size)
 
     def target(self, stack: Stack) -> Tensor:
         """As `LayerWork.target`."""
@@ -95,13 +110,19 @@ class GridWork(LayerWork):
 
     def left(self) -> Iterator[tuple[str, Tensor]]:
         """As `LayerWork.left`."""
-        return ((one.module, self._aim(one)) for one in self._matrices if one.module not in self._codes)
+        todo = [one for one in self._matrices if one.module not in self._codes and self._has_plan(one)]
+        return ((one.module, self._aim(one)) for one in todo)
+
+    def _has_plan(self, matrix: Matrix) -> bool:
+        return self._plans is None or matrix.module in self._plans
 
     def finish(self) -> LayerCodes:
         """As `LayerWork.finish`."""
+        tensors = unquantized(self._matrices, self._folded)
+        tensors |= {f"{one.module}.weight": self._aim(one) for one in self._matrices if not self._has_plan(one)}
         kept = {f"{module}.columns": scale for module, scale in self.columns.items()}
         kept |= {f"{module}.rows": scale for module, scale in self.rows.items()}
-        return LayerCodes(dict(self._codes), unquantized(self._matrices, self._folded), dict(self._records), kept)
+        return LayerCodes(dict(self._codes), tensors, dict(self._records), kept)
 
     def folded_statistics(self, stack: Stack, stats: Statistics, owned: bool) -> Statistics:
         """The source's statistics as they are of inputs divided by the feed's scale."""
@@ -131,9 +152,9 @@ class GridWork(LayerWork):
             return
         parts = [Weighed(self._originals(stack), stats.gram, stats.counted) for stack, stats in fed]
         mean_abs = fed[0][1].overall_abs
-        columns, spec = mean_abs.shape[0], self._method.spec
+        columns = mean_abs.shape[0]
         tie = feed.producer.ties(columns, mean_abs.device)
-        search = scaling.search_scale(parts, mean_abs, spec.for_columns(columns), tie)
+        search = scaling.search_scale(parts, mean_abs, self._spec(fed[0][0], columns), tie)
         if search.scale is not None:
             self._fold(feed, search.scale, tie)
 
@@ -141,7 +162,7 @@ class GridWork(LayerWork):
         """Search the scale of each expert's own input, and fold it."""
         if stack.feeds[0].producer == Nothing():
             return
-        spec = self._method.spec.for_columns(stats.gram.shape[-1])
+        spec = self._spec(stack, stats.gram.shape[-1])
         scales = scaling.search_own_scales(Weighed(self._originals(stack), stats.gram), stats.mean_abs, spec)
         for feed, scale in zip(stack.feeds, scales, strict=True):
             self._fold(feed, scale, None)
@@ -161,14 +182,15 @@ class GridWork(LayerWork):
                 dtype = self._method.spec.dtype
                 folded[weight], own = scaling.fold_norm(folded[weight], own, dtype, 1.0 if plus_one else 0.0)
                 scale = own if tie is None else own[tie]
+                if bias in folded:
+                    folded[bias] = folded[bias] / own
             case Rows(matrix) | Heads(matrix):
-                bias = f"{matrix.module}.bias"
-                own = scaling.untied(scale, tie, self.rows[matrix.module].shape[0])
-                self.rows[matrix.module] = own
+                rows, bias = feed.producer.part(self.rows[matrix.module]), f"{matrix.module}.bias"
+                rows.copy_(scaling.untied(scale, tie, rows.shape[0]))
+                if bias in folded:
+                    folded[bias] = self._weights[bias].float() / self.rows[matrix.module]
             case Nothing():
                 return
-        if bias in folded:
-            folded[bias] = folded[bias] / own
         for name in feed.also:
             folded[name] = folded[name].float() * scale
         for matrix in feed.consumers:
@@ -178,6 +200,8 @@ class GridWork(LayerWork):
     def round(self, stack: Stack, stats: Statistics) -> None:
         """Choose codes for the consumers of each problem together (they share the Gram matrix) and record for each the
         relative output errors ``|(W - Ŵ) Xᵀ| / |W Xᵀ|`` of plain rounding and of the result, and ``|W - Ŵ| / |W|``."""
+        if not self.quantizes(stack):
+            return
         if isinstance(stats, InputStatistics):
             self._round(stack, stats, [{}])
             return
@@ -188,7 +212,7 @@ class GridWork(LayerWork):
 
     def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
         method, target, scale = self._method, self.target(stack), self._columns(stack)
-        spec = method.spec.for_columns(scale.shape[-1])
+        spec = self._spec(stack, scale.shape[-1])
         rounded, damp = _rounded(method, target, stats, spec)
         sizes = [self.rows[matrix.module].shape[0] for matrix in stack.problems[0]]
         parts = zip(

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from qtool.convert.files.writer import Spec
@@ -32,6 +32,10 @@ SKIPPED = ["lm_head"]  # never quantized
 Statistics = InputStatistics | RoutedStatistics  # of a plain stack, of experts
 # a folder's name ends at 255 bytes, and the model's stands in front of it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=300)]
+Patterns = tuple[Pattern, ...]
 
 
 class Needs(Enum):
@@ -53,7 +57,7 @@ class Layer:
     """A decoder layer of the source; or one matrix outside of them, whose ``index`` is None. Names are below
     its prefix.
 
-    feeds: its inputs and what they feed; matrices: what is to be quantized; plans: a matrix's module -> its plan;
+    feeds: its inputs and what they feed; matrices: what is to be quantized of it; plans: a matrix's module -> its plan;
     tensors: name -> tensor in the checkpoint's dtype, in host memory; weights: the same on ``device`` in the walk's
     dtype (only where Gram matrices are collected).
     """
@@ -130,7 +134,8 @@ class LayerWork(ABC):
 
     @abstractmethod
     def round(self, stack: Stack, stats: Statistics) -> None:
-        """Choose the codes of its consumers. ``stats``: of the input as this layer's state produces it; used up."""
+        """Choose the codes of its consumers, unless they stay in 16 bits. ``stats``: of the input as this layer's state
+        produces it; used up."""
 
     @abstractmethod
     def finish(self) -> LayerCodes:
@@ -161,6 +166,8 @@ class UnfoldedWork(LayerWork):
 
     def round(self, stack: Stack, stats: Statistics) -> None:
         """As `LayerWork.round`: some experts at a time."""
+        if stack.problems[0][0] not in self.layer.matrices:
+            return
         if isinstance(stats, InputStatistics):
             self._round(stack, stats, [{}])
             return
@@ -194,6 +201,24 @@ class Method(BaseModel, ABC):
 
     if TYPE_CHECKING:  # keys of every child, which keep their place among its own
         name: str
+
+    ignore: Patterns = ()
+    """Linears that stay in 16 bits, by name or pattern: `down_proj`, `model.layers.0.*`."""
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what nobody asked for: artifacts are known by this, and those made before a key existed stay so."""
+        unsaid = self.unsaid()
+        return {name: value for name, value in others(self).items() if name not in unsaid}
+
+    def unsaid(self) -> set[str]:
+        """Keys that say nothing as they are."""
+        return {name for name in ("ignore", "modules") if not getattr(self, name, True)}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What it wants otherwise of some linears, as formats take it: `ignore`, and `modules` where it has that."""
+        return self.model_dump(mode="json", include={"ignore", "modules"})
 
     @property
     @abstractmethod

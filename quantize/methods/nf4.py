@@ -84,7 +84,7 @@ class Nf4Method(Method):
     @property
     def container(self) -> Shards:
         """bitsandbytes'."""
-        return Shards(bnb_nf4.quantization_config(self.double_quant, SKIPPED), None, self.blocksize)
+        return Shards(bnb_nf4.quantization_config(self.double_quant, SKIPPED), None, self.blocksize, self.asked)
 
     @property
     def packages(self) -> tuple[str, ...]:

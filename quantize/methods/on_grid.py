@@ -78,11 +78,11 @@ class GridMethod(Method):
 
     def begin(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerWork:
         """Search and fold the scales of all feeds."""
-        return GridWork(self, layer.feeds, layer.weights, inputs.statistics)
+        return GridWork(self, layer.feeds, layer.weights, inputs.statistics, layer.plans)
 
     def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
         """As `quantize_layer`."""
-        return quantize_layer(self, layer.feeds, layer.weights, inputs.statistics, inputs.owned)
+        return quantize_layer(self, layer.feeds, layer.weights, inputs.statistics, inputs.owned, layer.plans)
 
 
 def quantize_layer(
@@ -91,11 +91,12 @@ def quantize_layer(
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, Statistics],
     owned: bool = False,
+    plans: Mapping[str, LinearPlan] | None = None,
 ) -> LayerCodes:
     """A layer on one set of statistics, collected before any of it is rounded. ``weights``: tensor name -> tensor of
     any float dtype (left unchanged); ``statistics``: a stack's name -> its input's, used up to spare memory where
-    ``owned``, left unchanged otherwise."""
-    work = GridWork(method, feeds, weights, statistics)
-    for stack in stacks_of(feeds):
+    ``owned``, left unchanged otherwise; ``plans``: as `GridWork` takes them."""
+    work = GridWork(method, feeds, weights, statistics, plans)
+    for stack in filter(work.quantizes, stacks_of(feeds)):
         work.round(stack, work.folded_statistics(stack, statistics[stack.name], owned))
     return work.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ PAD = 31  # bytes behind a tensor, at most
 @dataclass(frozen=True)
 class Gguf:
     """``type``: the file's type, as llama-quantize names it; ``rules``: llama.cpp's name of the tokenizer's split
-    rules, where the recipe says it; ``mix``: module -> type, where matrices were given types of their own."""
+    rules, where the recipe says it; ``asked``: what the output wants otherwise of some tensors, as `find_apart` takes
+    it; ``mix``: module -> type, where all matrices were given types of their own."""
 
     type: str
     rules: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
     mix: Mapping[str, str] | None = None
 
     @property
@@ -77,7 +79,7 @@ class Gguf:
 
     def plan(self, shape: ModelShape) -> GgufPlan:
         """As `plan_gguf`."""
-        return plan_gguf(shape, self.type, self.mix)
+        return plan_gguf(shape, self.type, self.asked, self.mix)
 
     def prove(self, skeleton: Any, config: Mapping[str, Any]) -> None:
         """Every key of config.json that the model reads can be said in the file."""

@@ -17,7 +17,7 @@ from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import gguf_facts
 
 REQUIRED = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size",
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size",
 )  # fmt: skip
 QUANTIZATION_VERSION = 2
 
@@ -36,10 +36,12 @@ def add_metadata(writer: Any, config: Mapping[str, Any], name: str, file_type: s
 def model_keys(config: Mapping[str, Any]) -> dict[str, Value]:
     """The architecture's own keys. Raises QtoolError for a config that lacks one, or for a rotary scaling or an
     attention that llama.cpp does not know."""
-    missing = [key for key in REQUIRED if config.get(key) is None]
+    full, facts = completed(config), gguf_facts(config)
+    said, epsilon = facts.epsilon
+    missing = [key for key in (*REQUIRED, said) if full.get(key) is None]
     if missing:
         raise QtoolError(f"config.json lacks {', '.join(missing)}, which GGUF needs.")
-    full, shape, facts = completed(config), shape_of(config), gguf_facts(config)
+    shape = shape_of(config)
     keys: dict[str, Value] = {
         "block_count": shape.layers,
         "context_length": int(full.get("max_position_embeddings") or 2048),
@@ -49,7 +51,7 @@ def model_keys(config: Mapping[str, Any]) -> dict[str, Value]:
         "attention.head_count_kv": shape.kv_heads,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": float(full["rms_norm_eps"]),
+        epsilon: float(full[said]),
         "vocab_size": shape.vocab,
         "rope.dimension_count": rotary_dim(config),
     }
@@ -62,7 +64,7 @@ def required_keys(facts: GgufFacts) -> list[str]:
     """Keys without which llama.cpp does not load a file, or loads it wrongly."""
     own = (
         "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-        "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+        "attention.head_count_kv", facts.epsilon[1], "rope.freq_base",
     )  # fmt: skip
     general = ("general.architecture", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.tokens")
     return [*general, *(f"{facts.architecture}.{key}" for key in (*own, *facts.required))]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,15 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.gguf.ggml import BLOCKS, FLOATS, load_gguf, row_bytes
 from qtool.convert.formats.gguf.metadata import model_keys
 from qtool.convert.formats.gguf.names import ROPE_FREQS, gguf_names, stored_shape
-from qtool.convert.formats.gguf.types import PLAIN, Typed, file_type_of, mixed_types, tensor_types
+from qtool.convert.formats.gguf.types import (
+    PLAIN,
+    Typed,
+    file_type_of,
+    mixed_types,
+    plain_type,
+    tensor_types,
+    types_apart,
+)
 from qtool.convert.formats.plan import QUANTIZED_SHARE, LinearPlan, ModelShape, OutputPlan, walk_order
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.expert_names import expert_of, stacked
@@ -48,10 +57,13 @@ class GgufPlan(OutputPlan):
         ]
 
 
-def plan_gguf(shape: ModelShape, file_type: str, mix: Mapping[str, str] | None = None) -> GgufPlan:
-    """``mix``: module -> type, of every matrix, embeddings and head among them (experts under one name), in place of
-    what ``file_type`` says. Raises QtoolError for an architecture or a tensor that llama.cpp does not know, for what
-    config.json says and a .gguf file cannot, and for a model whose rows hardly fit a quantized type."""
+def plan_gguf(
+    shape: ModelShape, file_type: str, asked: Mapping[str, Any] | None = None, mix: Mapping[str, str] | None = None
+) -> GgufPlan:
+    """``asked``: as `find_apart` takes it; ``mix``: module -> type, of every matrix, embeddings and head among them
+    (experts under one name), in place of what ``file_type`` says. Raises QtoolError for an architecture or a tensor
+    that llama.cpp does not know, for what config.json says and a .gguf file cannot, and for a model whose rows hardly
+    fit a quantized type."""
     load_gguf()  # said first, whatever the model is
     tensors, config = shape.tensors, shape.config
     limits = tuple(check_gguf(config))
@@ -70,6 +82,7 @@ def plan_gguf(shape: ModelShape, file_type: str, mix: Mapping[str, str] | None =
         types = mixed_types(shapes, typed_tensors(names, mix))
     if ROPE_FREQS in types:
         types[ROPE_FREQS] = Typed("F32", "F32")
+    types = types_apart(types, shapes, names, asked or {}, plain_type(config))
     _require_share(shapes, types, file_type)
     sizes = {name: _rows(shape) * row_bytes(types[name].type, shape[-1]) for name, shape in shapes.items()}
     plans, outside, held = list[LinearPlan](), list[LinearPlan](), decoder.held()
@@ -89,7 +102,10 @@ def plan_gguf(shape: ModelShape, file_type: str, mix: Mapping[str, str] | None =
     total = sum(sizes.values())
     if mix is not None:
         file_type = file_type_of({name: (types[name].type, shape) for name, shape in shapes.items()})
-    return GgufPlan(specs, plans, parameters, total, outside, names, types, shapes, limits, file_type)
+    return GgufPlan(
+        specs, plans, parameters, total, outside, names=names, types=types, shapes=shapes, limits=limits,
+        file_type=file_type,
+    )  # fmt: skip
 
 
 def offers(shape: ModelShape, types: Sequence[str], others: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.formats.apart import find_apart, require_alike
 from qtool.convert.formats.gguf.ggml import BLOCKS
 
 FILE_TYPES = {  # name -> general.file_type (llama.h, llama_ftype)
@@ -60,6 +62,42 @@ def tensor_types(
         wanted = wanted or _rule(name, file_type, layers, tied, like_70b)
         found[name] = Typed(_fitting(wanted, shape[-1]), wanted)
     return found
+
+
+def types_apart(
+    types: Mapping[str, Typed],
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    asked: Mapping[str, Any],
+    plain: str,
+) -> dict[str, Typed]:
+    """The types that an output asks for, beside those of the rules. ``types``, ``shapes``: of GGUF names; ``names``: HF
+    name -> GGUF name; ``asked``: as `find_apart` takes it; ``plain``: the type of what stays in 16 bits.
+
+    Raises QtoolError for a type that rows do not fit, and for experts of one tensor that are to differ.
+    """
+    tensors = {hf.removesuffix(".weight"): name for hf, name in names.items() if types[name].wanted != "F32"}
+    apart = find_apart(asked, list(tensors))
+    together: dict[str, list[str]] = {}
+    for linear, name in tensors.items():
+        together.setdefault(name, []).append(linear)
+    require_alike(apart, together.values(), "llama.cpp has them in one tensor, which is of one type")
+    found = dict(types)
+    for linear, settings in apart.items():
+        name, kind = tensors[linear], plain if settings is None else settings["type"]
+        if shapes[name][-1] % BLOCKS[kind][0]:
+            raise QtoolError(
+                f"modules: {linear} has rows of {shapes[name][-1]} weights, and {kind} takes blocks of "
+                f"{BLOCKS[kind][0]}. Take another type for it."
+            )
+        found[name] = Typed(kind, kind)
+    return found
+
+
+def plain_type(config: Mapping[str, Any]) -> str:
+    """Of what stays in 16 bits: as the model's own weights are."""
+    said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return "BF16" if said == "bfloat16" else "F16"
 
 
 def mixed_types(shapes: Mapping[str, tuple[int, ...]], mix: Mapping[str, str]) -> dict[str, Typed]:

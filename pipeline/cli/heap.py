@@ -1,0 +1,30 @@
+"""What the C library keeps of memory that was freed: said to glibc once, when a command begins.
+
+glibc asks the system for large blocks one by one and gives them back when they are freed, at first. But it learns: a
+block of up to 32 MiB that was freed raises the limit for what counts as large, so that a layer's tensors soon come out
+of the heap, whose freed pieces stay the process's own between others that live. A walk of 40 layers then holds twice
+what it needs. A limit that is set stays as it is. What it saves and what it costs: docs/benchmarks.md, "Memory".
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+LARGE = 4 * 2**20  # bytes: most tensors of a layer are larger, what Python and torch keep for themselves is smaller
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def give_back_freed(environment: Mapping[str, str]) -> bool:
+    """Blocks of `LARGE` bytes and more are the system's again when they are freed. Nothing is changed where the user
+    has set glibc's limits (MALLOC_…, GLIBC_TUNABLES), or where the C library is another. Whether it was changed."""
+    if any(name.startswith("MALLOC_") for name in environment) or "malloc" in environment.get(TUNABLES, ""):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        if not hasattr(library, "gnu_get_libc_version"):
+            return False
+        return all(library.mallopt(limit, LARGE) == 1 for limit in (MMAP_THRESHOLD, TRIM_THRESHOLD))
+    except (OSError, AttributeError):  # no such library, or one without mallopt
+        return False

@@ -1,0 +1,81 @@
+"""How much a conversion takes of memory and disk, from the recipe and the headers of the source's weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.models.shape import Decoder
+from qtool.convert.text.source import TextSource
+from qtool.make.output import Output, owners_of
+from qtool.make.writing import memory
+from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.survey import survey_bytes
+
+LIBRARIES = 2**30  # torch, transformers and the rest in host memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """``text``: the calibration set; ``tensors``: the source's, as stored; ``outputs``: those to be made."""
+
+    text: TextSource
+    decoder: Decoder
+    tensors: Mapping[str, TensorInfo]
+    outputs: Sequence[Output]
+    device: torch.device
+
+    def device_peaks(self, cards: int = 1) -> list[int]:
+        """Bytes on the computing device of each rank."""
+        if not self.outputs:
+            return [0]
+        peaks = [self._device_peak(cards, rank) for rank in range(cards)]
+        return [max(peaks[0], self.measuring()[0]), *peaks[1:]]
+
+    def measuring(self) -> tuple[int, int]:
+        """(on the computing device of the first rank, in host memory besides) while it is measured what types cost."""
+        if all(output.method.undecided is None for output in self.outputs):
+            return 0, 0
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        width = 4 if self.device.type == "cpu" and not fast_bfloat16() else 2
+        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width)
+        return on_device, kept + 2 * self._layer_bytes()
+
+    def host_peak(self, cards: int = 1) -> int:
+        """Bytes of host memory, of all ranks."""
+        if not self.outputs:
+            return 0
+        computing = 0
+        if self.device.type == "cpu":
+            computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device)
+        own = computing + cards * (2 * max(self._layer_bytes(), self._largest()) + LIBRARIES)
+        return own + self.measuring()[1]
+
+    def disk_bytes(self) -> int:
+        """Space that a begun output has reserved already counts as there."""
+        return sum(output.disk_bytes for output in self.outputs if not any(output.partial.glob("*")))
+
+    def _device_peak(self, ranks: int, rank: int) -> int:
+        text, device = self.text, self.device.type
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        scores = score_bytes(self.decoder.shape, text.samples, text.length, device)
+        methods = [output.method for output in self.outputs]
+        owners = owners_of(self.outputs, ranks)
+        mine = [method for method, owner in zip(methods, owners, strict=True) if owner == rank]
+        return peak_bytes(self.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
+
+    def _layer_bytes(self) -> int:
+        """The stored bytes of the largest layer; two are in host memory at once, one read ahead."""
+        sizes = dict.fromkeys(range(self.decoder.shape.layers), 0)
+        for name, info in self.tensors.items():
+            layer = self.decoder.layer_of(name)
+            if layer is not None:
+                sizes[layer] += info.nbytes
+        return max(sizes.values())
+
+    def _largest(self) -> int:
+        return max(info.nbytes for info in self.tensors.values())

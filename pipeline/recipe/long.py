@@ -1,0 +1,73 @@
+"""What a recipe says of long texts, and of how keys and values are kept meanwhile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qtool.convert.text.source import TextSource
+from qtool.evaluate.engines.condition import Condition
+from qtool.evaluate.engines.table import ENGINES
+from qtool.recipe.section import Length, Section, Text
+
+Tokens = Annotated[int, Field(ge=1, le=10**7, strict=True)]
+
+if TYPE_CHECKING:  # a Literal, whose faults `recipe.faults` tells, but mypy wants its values spelt out
+    CacheName = str
+else:
+    CacheName = Literal[
+        tuple(dict.fromkeys(kind.name for engine in ENGINES.values() for kind in engine.facts.judged_caches))
+    ]
+
+
+class LongSection(Section):
+    """`long:` one long text, along which KL, agreement and perplexity are told by position."""
+
+    text: Text
+    """A folder (its files of code and prose, in the order of their paths), a file, `heldout-code`, or a data set."""
+    split: str = "train"
+    """Of a data set of the Hub."""
+    revision: str | None = None
+    """Of a data set of the Hub: a commit, a tag, a branch."""
+    column: str | None = None
+    """The key of a row that holds its text, where it has another name than usual."""
+    length: Length = 32768
+    """Tokens, from the text's beginning."""
+
+    @property
+    def source(self) -> TextSource:
+        """Its one window."""
+        return TextSource(
+            text=self.text, split=self.split, revision=self.revision, column=self.column, samples=1, length=self.length
+        )
+
+
+class WindowSection(Section):
+    """`window:` a rolling cache with sinks (StreamingLLM)."""
+
+    sink: Annotated[int, Field(ge=0, le=4096, strict=True)] = 4
+    """First tokens that stay."""
+    recent: Tokens = 4096
+    """Last tokens that stay."""
+
+
+class ConditionSection(Section):
+    """One way to keep keys and values. Scores under it are compared with none of another."""
+
+    cache: CacheName | None = None
+    """Type of the cache. llama.cpp and vLLM keep it so; reference and transformers simulate it, and say so."""
+    window: WindowSection | None = None
+    """Let go of all but the first and the last tokens."""
+
+    @model_validator(mode="after")
+    def _something(self) -> ConditionSection:
+        if self.cache is None and self.window is None:
+            raise ValueError("a condition names a `cache:`, a `window:` or both")
+        return self
+
+    @property
+    def condition(self) -> Condition:
+        """As engines take it."""
+        window = self.window or WindowSection(sink=0, recent=1)
+        return Condition(self.cache or "", window.sink, window.recent if self.window else 0)

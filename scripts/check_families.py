@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Families of models against vLLM's own code: what it computes of a source, of its outputs, and of folded scales.
+
+Small random models (MODELS of tests/test_dense_families.py) and their outputs are made here; vLLM's CPU build, in an
+environment of its own, answers how likely every token of two prompts is (`interop_vllm_logprobs.py`). Compared with
+qtool's reference engine, of each family:
+
+- the source, and the source with AWQ's scales in its matrices and no rounding, in float32: the largest difference of a
+  log-probability from what the reference computes of the source, against the largest logit;
+- AWQ, GPTQ and compressed-tensors in float16: mean KL, of Loop every gate's numbers against the file's;
+- NF4 of Loop: refused by vLLM, in the words that `qtool verify` has for it.
+
+Exit codes: 0 all agrees, 1 something does not, 3 no vLLM.
+
+Examples:
+  python scripts/check_families.py --python vllm-cpu/bin/python
+  python scripts/check_families.py --python vllm-cpu/bin/python --only Loop
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qtool.convert.artifact import Artifact
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.skeleton import load_config
+from qtool.convert.verify.checks import verify
+from qtool.evaluate.engines.torch_model import load_model
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+EXACT, PARITY = 1e-5, 1e-3
+LENGTHS = (48, 100)  # longer than the windows
+OUTPUTS: list[dict[str, Any]] = [
+    {"method": "awq", "group_size": 32}, {"method": "gptq", "group_size": 32},
+    {"method": "gptq", "name": "ct", "format": "compressed-tensors", "group_size": 32},
+]  # fmt: skip
+
+
+def make(name: str, folder: Path) -> list[dict[str, str]]:
+    """The models that vLLM is asked: the source, the folded source, the outputs."""
+    from small_models import converted, make_model
+    from test_dense_families import MODELS
+
+    architecture, changes = MODELS[name]
+    model = make_model(folder / "model", architecture, **changes | {"tie_word_embeddings": False})
+    outputs = [*OUTPUTS, {"method": "nf4"}] if name == "Loop" else OUTPUTS
+    made = converted(model, outputs, folder)
+    asked = [{"label": "source", "path": str(model), "dtype": "float32"}]
+    asked += [{"label": name, "path": str(path), "dtype": "float16"} for name, path in made.items()]
+    return [*asked, {"label": "folded", "path": str(folded(model, folder / "folded")), "dtype": "float32"}]
+
+
+def folded(model: Path, folder: Path) -> Path:
+    """The source with AWQ's scales in its matrices and norms, in float32."""
+    from test_dense_families import folded_source
+
+    folder.mkdir()
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: t.contiguous() for name, t in folded_source(model).items()}, folder / "model.safetensors")
+    return folder
+
+
+def compare(asked: dict[str, str], said: dict[str, Any], prompts: list[list[int]], source: Path) -> tuple[str, bool]:
+    """(what was found, whether it is as it should be)."""
+    label, path = asked["label"], Path(asked["path"])
+    plain = label in ("source", "folded")
+    if "error" in said:
+        rules = [check for check in verify(path, None).checks if "vLLM" in check.name]
+        told = [check.detail for check in rules if check.status == "fail"]
+        return f"refused: {said['error'][:110]}; qtool: {told}", label == "nf4" and bool(told)
+    truth = source if plain else path
+    state = dict(Checkpoint.open(truth).read() if plain else Artifact.open(path).read())
+    reference = load_model(iter(state.items()), load_config(truth), torch.device("cpu"))
+    gap, kl, top = 0.0, [], 0.0
+    for ids, found in zip(prompts, said["logprobs"], strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids])).logits[0, :-1].float()
+        expected = logits.log_softmax(-1)
+        gap, top = max(gap, float((expected - found).abs().max())), max(top, float(logits.abs().max()))
+        kl.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+    if plain:
+        return f"largest difference {gap:.1e}, of logits up to {top:.1f}", gap / top < EXACT
+    # vLLM's kernel for the CPU takes float32 weights into a form of its own: gates are compared in 16 bits
+    same = all(torch.equal(value, state[name].float()) for name, value in said["gates"].items())
+    count = sum("gate_projections" in name for name in state)
+    right = same and len(said["gates"]) == count
+    gates = f", {count} tensors of gates {'equal' if right else 'DIFFER'}" if count else ""
+    return f"KL {max(kl):.1e}{gates}", max(kl) < PARITY and right
+
+
+def check(name: str, python: Path, prompts: list[list[int]]) -> bool:
+    """One family, a line for each model."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        models = make(name, folder)
+        job, out = folder / "job.json", folder / "out.pt"
+        job.write_text(json.dumps({"models": models, "prompts": prompts}), encoding="utf-8")
+        run = [str(python), str(HERE / "interop_vllm_logprobs.py"), str(job), str(out)]
+        with (folder / "vllm.log").open("w") as log:
+            subprocess.run(run, check=True, stdout=log, stderr=log)
+        said, fine = torch.load(out), True
+        for asked in models:
+            text, right = compare(asked, said[asked["label"]], prompts, folder / "model")
+            fine &= right
+            print(f"{name:14} {asked['label']:6} {asked['dtype']}: {text}{'' if right else '   <- WRONG'}", flush=True)
+    return fine
+
+
+def main() -> int:
+    from test_dense_families import MODELS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, required=True, help="of vLLM's environment")
+    parser.add_argument("--only", default=",".join(MODELS), help="families, comma-separated")
+    options = parser.parse_args()
+    if not options.python.exists():
+        print(f"{options.python}: no such file", file=sys.stderr)
+        return 3
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in LENGTHS]
+    return 0 if all([check(name, options.python, prompts) for name in options.only.split(",")]) else 1  # noqa: C419  # every one is asked
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""A long text from recipe to report: buckets and their intervals, conditions apart, refusals before work."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from qtool import QtoolError
+from qtool.cli import main
+from qtool.convert.artifact import Artifact
+from qtool.convert.text.long_text import long_text
+from qtool.convert.text.source import TextSource
+from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.evaluate.engines.layered import Sweep
+from qtool.evaluate.scorecard import PositionScore, Settings
+from qtool.report.along import along_rows
+from qtool.run import run
+from qtool.runs.along import along_summary, buckets_of
+from qtool.runs.record import load_run
+
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_maker: Callable[..., Path]) -> Path:
+    return model_maker(tmp_path_factory.mktemp("long") / "model", max_position_embeddings=LENGTH, loudness=4.0)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files that count, three that do not."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("a", "b"):
+        (folder / f"{name}.py").write_text("".join(f"def {name}{i}(x):\n    return x + {i}\n\n" for i in range(60)))
+    (folder / "data.bin").write_bytes(b"\0\1")
+    (folder / "latin.py").write_bytes(b"# \xe9\n")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config.txt").write_text("secret")
+    return folder
+
+
+def settings(condition: str = "") -> Settings:
+    return Settings(engine="reference", dtype="float32", device="cpu", prompt="", max_new_tokens=1, condition=condition)
+
+
+def score(subject: str, nll: list[float], condition: str = "") -> PositionScore:
+    return PositionScore(
+        key="k", subject=subject, digest="d", settings=settings(condition), length=128 * len(nll), block=128,
+        kl=[x / 10 for x in nll], nll=nll, top1=[0.5] * len(nll), cache_bytes=1, seconds=1.0,
+    )  # fmt: skip
+
+
+def test_buckets_double_and_cover_the_text() -> None:
+    assert list(buckets_of(16384, 128)) == [(0, 2048), (2048, 4096), (4096, 8192), (8192, 16384)]
+    assert list(buckets_of(10000, 128))[-1] == (8192, 10000)
+    assert list(buckets_of(1024, 128)) == [(0, 256), (256, 512), (512, 1024)]
+    assert list(buckets_of(100, 128)) == [(0, 100)]
+
+
+def test_a_rise_is_paired_block_by_block_and_never_across_conditions() -> None:
+    """A rise of the same 0.1 in every block has an interval of no width, however the blocks differ."""
+    source = [1.0 + i % 7 for i in range(16)]
+    found = along_summary(score("awq", [x + 0.1 for x in source]), score("source", source))
+    assert [bucket.end for bucket in found.buckets] == [512, 1024, 2048]
+    for bucket in found.buckets:
+        assert bucket.rise is not None
+        assert math.isclose(bucket.rise.low, 0.1, abs_tol=1e-9)
+        assert math.isclose(bucket.rise.high, 0.1, abs_tol=1e-9)
+        assert bucket.kl.low < bucket.kl.estimate < bucket.kl.high
+    with pytest.raises(ValueError, match="other conditions"):
+        along_summary(score("awq", source, "q8_0"), score("source", source))
+    assert along_summary(score("source", source), score("source", source)).buckets[0].rise is None
+
+
+def test_a_folder_is_one_text_in_the_order_of_its_paths(model: Path, repository: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    found = long_text(TextSource(text=str(repository), samples=1, length=1800), tokenizer)
+    text = tokenizer.decode(found.tokens)
+    assert text.startswith("# File: a.py\ndef a0(x):")
+    assert "\n\n# File: b.py\ndef b0(x):" in text
+    assert "secret" not in text
+    assert found.parts == 2
+    with pytest.raises(QtoolError, match=r"has [\d,]+ tokens of this model; 100,000 are asked for. Set `length: \d+`"):
+        long_text(TextSource(text=str(repository), samples=1, length=100_000), tokenizer)
+    with pytest.raises(QtoolError, match="holds no file of code or prose"):
+        long_text(TextSource(text=str(tmp_path), samples=1, length=8), tokenizer)
+
+
+@torch.inference_mode()
+def slow(source: Path, artifact: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and negative log-likelihood of every position, by transformers' own forward over the whole text."""
+    logs = []
+    for folder in (source, artifact):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        state = {name: tensor.float() for name, tensor in Artifact.open(folder).read()}
+        model.load_state_dict(state, strict=False)
+        logs.append(model(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    return kl, -logs[1][:-1].gather(1, tokens[1:, None]).squeeze(1)
+
+
+def recipe_for(write_recipe: Callable[..., Path], model: Path, repository: Path, **evaluate: Any) -> Path:
+    asked = {"long": {"text": str(repository), "length": LENGTH}} | evaluate
+    return write_recipe(model=str(model), outputs=[{"method": "awq", "group_size": 32}], evaluate=asked)
+
+
+def test_a_run_tells_it_by_position(
+    write_recipe: Callable[..., Path], model: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a slow forward has it; with conditions, each under its own key; and nothing of it is computed twice."""
+    conditions = [{"cache": "q4_0"}, {"window": {"sink": 4, "recent": 200}}]
+    path = recipe_for(write_recipe, model, repository, conditions=conditions)
+    finished = run(path, tmp_path / "runs", device="cpu")
+    assert finished is not None
+    along = finished.summary.models["awq"].along
+    assert list(along) == ["", "q4_0, simulated", "window 4+200"]
+    tokens = long_text(TextSource(text=str(repository), samples=1, length=LENGTH), load_tokenizer(model)).tokens
+    kl, nll = slow(model, finished.folders["awq"], tokens)
+    for bucket in along[""].buckets:
+        part = slice(bucket.start, bucket.end)
+        assert math.isclose(bucket.kl.estimate, float(kl[part].mean()), rel_tol=1e-3, abs_tol=1e-6)
+        assert math.isclose(bucket.nll.estimate, float(nll[part].mean()), rel_tol=2e-3)
+    source = finished.summary.models["source"].along
+    assert source[""].kl.estimate < 1e-6 < source["q4_0, simulated"].kl.estimate
+    window = source["window 4+200"].buckets
+    assert window[0].end == 256
+    assert window[-1].kl.estimate > 1e-3
+    assert finished.scores.positions["source"]["window 4+200"].kl[0] < 1e-6
+    # two layers, two heads of 32, keys and values; blocks of 32 are 18 bytes
+    sizes = [found.cache_bytes for found in along.values()]
+    assert sizes == [LENGTH * 2 * 2 * 64 * 2, LENGTH * 2 * 2 * 64 * 18 // 32, 204 * 2 * 2 * 64 * 2]
+    assert [row["cache"] for row in along_rows(finished.summary)] == 2 * ["own", "q4_0, simulated", "window 4+200"]
+    assert load_run(finished.folder).summary == finished.summary
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text is taken through a model again")
+
+    monkeypatch.setattr(Sweep, "states", never)
+    again = run(path, tmp_path / "runs", device="cpu")
+    assert again is not None
+    assert again.scores.positions == finished.scores.positions
+    assert not list(finished.folder.glob("scores/*.states"))
+
+
+def test_report_and_card_show_it(
+    write_recipe: Callable[..., Path], model: Path, repository: Path, tmp_path: Path
+) -> None:
+    from qtool.report.terminal import write_report
+
+    path = recipe_for(write_recipe, model, repository, conditions=[{"cache": "fp8"}])
+    finished = run(path, tmp_path / "runs", device="cpu")
+    assert finished is not None
+    html = write_report(finished, tmp_path / "out").read_text()
+    assert "Along a long text" in html
+    assert "KL 512-1K" in html
+    drawn = sorted(file.name for file in (tmp_path / "out" / "figures").glob("kl-*.svg"))
+    assert drawn == ["kl-along-0.svg", "kl-along-1.svg", "kl-cache.svg"]
+    picture = (tmp_path / "out" / "figures" / "kl-along-0.svg").read_text()
+    assert ">256<" in picture
+    assert ">1K<" in picture
+    assert picture.count("<polyline") == 1
+    assert "source fp8, simulated" in (tmp_path / "out" / "figures" / "kl-cache.svg").read_text()
+    assert "## Along a long text" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"long": {"text": "heldout-code", "length": 4096}}, r"4,096 tokens are more than the 1,024 .*`length: 1024`"),
+        ({"long": {"text": "heldout-code"}, "engine": "llama.cpp"}, "read layer by layer, which engine llama.cpp does"),
+        ({"conditions": [{"cache": "q8_0"}], "engine": "vllm"}, "engine vllm keeps no cache of q8_0; it has fp8"),
+        ({"conditions": [{"window": {}}], "engine": "llama.cpp"}, "llama.cpp rolls no window; take engine reference"),
+        ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
+        ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}]}, "says fp8 twice"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_work(
+    asked: dict[str, Any], said: str, write_recipe: Callable[..., Path], model: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(model=str(model), evaluate=asked)
+    with pytest.raises(QtoolError, match=said):
+        run(path, tmp_path / "runs", device="cpu")
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_blocks_that_do_not_divide_heads_are_refused(
+    model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = model_maker(tmp_path / "model", head_dim=16)
+    long = {"text": "heldout-code", "length": 128}
+    path = write_recipe(model=str(folder), evaluate={"long": long, "conditions": [{"cache": "q4_0"}]})
+    with pytest.raises(QtoolError, match="heads of 16 do not divide into blocks of 32; bf16, f16, fp8 are kept"):
+        run(path, tmp_path / "runs", device="cpu")
+
+
+def test_the_plan_knows_bytes_of_every_condition(
+    write_recipe: Callable[..., Path], model: Path, repository: Path
+) -> None:
+    conditions = [{"cache": "q8_0"}, {"window": {"recent": 124}}]
+    path = recipe_for(write_recipe, model, repository, conditions=conditions)
+    result = CliRunner().invoke(main, ["plan", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    numbers = 2 * 2 * 64
+    assert told["caches"] == {
+        "own": LENGTH * numbers * 2, "q8_0": LENGTH * numbers * 34 // 32, "window 4+124": 128 * numbers * 2
+    }  # fmt: skip
+    assert told["long"][0] == LENGTH
+    shown = CliRunner().invoke(main, ["plan", str(path)]).output
+    assert "long text: 1,024 tokens a layer at a time" in shown
+    assert "cache, window 4+124: 0.000 GB a sequence" in shown
