@@ -19,7 +19,8 @@ Cost = Annotated[float, Field(ge=0)]
 class Chosen(BaseModel):
     """``budget``: as the recipe has it; ``mix``: module -> type; ``sizes, costs``: module -> type -> bytes, nats a
     token; ``beside``: bytes of tensors that have no choice; ``parameters``: of the source; ``curve``: (bytes of all
-    tensors, expected KL) of the best mixes, the smallest first."""
+    tensors, expected KL) of the best mixes, the smallest first; ``alike``: groups of modules that had to get one
+    type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -30,6 +31,7 @@ class Chosen(BaseModel):
     beside: int
     parameters: Annotated[int, Field(gt=0)]
     curve: list[tuple[int, Cost]]
+    alike: list[list[str]] = []
 
     @model_validator(mode="after")
     def _whole(self) -> Chosen:

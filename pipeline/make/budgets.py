@@ -23,7 +23,7 @@ from qtool.convert.formats.format import ModelFiles
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.skeleton import build_skeleton
 from qtool.make.job import Job, device_kind, versions
-from qtool.make.mixes import beside_of, keeping, limit_of, offers_of, planned, within
+from qtool.make.mixes import beside_of, joined, keeping, limit_of, offers_of, planned, within
 from qtool.make.needs import refuse_what_cannot_be_measured
 from qtool.make.output import Output, plan_output
 from qtool.make.progress import progress_bar
@@ -111,18 +111,19 @@ def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
     shape = _shape(job)
     sizes = output.method.offers(shape)
     smallest = planned(output.method, sizes, shape)
-    offers, beside = offers_of(sizes, costs), beside_of(smallest, sizes)
+    offers, beside, alike = offers_of(sizes, costs), beside_of(smallest, sizes), output.method.alike(shape)
     header = output.container.header_bytes(output.plan, _files(job)) if budget.max_bytes is not None else 0
-    limit = limit_of(budget, smallest, shape, header)
+    limit = limit_of(budget, smallest, shape, str(output.container.section["quant_method"]), header)
     if limit is None:
-        mix = keeping(budget, offers, FACTOR)
+        mix = keeping(budget, offers, FACTOR, alike)
     else:
-        mix = within(budget, offers, limit, beside, smallest.parameters)
+        mix = within(budget, offers, limit, beside, smallest.parameters, alike)
     return Chosen(
         budget=budget.model_dump(mode="json", exclude_none=True), mix=mix,
         sizes={module: dict(own) for module, own in sizes.items()},
         costs={module: dict(costs[module]) for module in sizes}, beside=beside, parameters=smallest.parameters,
-        curve=[(beside + nbytes, cost) for nbytes, cost in _thinned(allocation.curve(offers))],
+        curve=[(beside + nbytes, cost) for nbytes, cost in _thinned(allocation.curve(joined(offers, alike)))],
+        alike=[list(group) for group in alike],
     )  # fmt: skip
 
 
@@ -138,10 +139,11 @@ def _finished(job: Job, output: Output, calibration: CalibrationSet) -> Chosen |
     if not (output.folder / MANIFEST).exists() or (chosen := read_chosen(output.folder)) is None:
         return None
     manifest = read_manifest(output.folder)
-    asked = output.method.model_dump(mode="json")
-    same = {name: value for name, value in manifest.output.items() if name != "mix"} == asked
+    budget = output.method.undecided
+    asked = budget.model_dump(mode="json", exclude_none=True) if budget is not None else None
+    same = manifest.output == output.method.decided(chosen.mix).model_dump(mode="json")
     text = manifest.calibration.get("digest", calibration.digest) == calibration.digest
-    here = manifest.output.get("mix") == chosen.mix and manifest.source.get("commit") == job.source.commit
+    here = chosen.budget == asked and manifest.source.get("commit") == job.source.commit
     return chosen if same and text and here else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qtool import QtoolError
 from qtool.convert.files.chosen import Chosen
@@ -23,7 +23,7 @@ def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str
     QtoolError for a budget that no mix of this model keeps."""
     sizes = method.offers(shape)
     weights = {module: max(own.values()) for module, own in sizes.items()}
-    alike: Offers = {
+    even: Offers = {
         module: [
             Choice(kind, size, weights[module] * 4.0 ** (-16 * size / weights[module])) for kind, size in own.items()
         ]
@@ -31,10 +31,10 @@ def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str
     }
     start = planned(method, sizes, shape)
     beside = beside_of(start, sizes)
-    limit = limit_of(budget, start, shape)
+    limit = limit_of(budget, start, shape, str(method.container.section["quant_method"]))
     if limit is None:
-        limit = max(int(BY_KL * start.parameters / 8), beside + allocation.bounds(alike)[0])
-    return within(budget, alike, limit, beside, start.parameters)
+        limit = max(int(BY_KL * start.parameters / 8), beside + allocation.bounds(even)[0])
+    return within(budget, even, limit, beside, start.parameters, method.alike(shape))
 
 
 def planned(method: Method, sizes: Sizes, shape: ModelShape) -> OutputPlan:
@@ -48,19 +48,43 @@ def beside_of(smallest: OutputPlan, sizes: Sizes) -> int:
     return smallest.nbytes - sum(min(own.values()) for own in sizes.values())
 
 
-def limit_of(budget: Budget, smallest: OutputPlan, shape: ModelShape, header: int = 0) -> int | None:
-    """Bytes that all tensors may take; None where a divergence is asked for. ``header``: of the file, beside them."""
+def limit_of(budget: Budget, smallest: OutputPlan, shape: ModelShape, family: str, header: int = 0) -> int | None:
+    """Bytes that all tensors may take; None where a divergence is asked for. ``family``: of the container; ``header``:
+    of the file, beside them."""
     if budget.target_bpw is not None:
         return int(budget.target_bpw * smallest.parameters / 8)
     if budget.max_bytes is not None:
         return budget.max_bytes - header
-    return None if budget.fits is None else room(shape, smallest.nbytes, budget.fits)
+    return None if budget.fits is None else room(shape, smallest.nbytes, budget.fits, family)
 
 
-def within(budget: Budget, offers: Offers, limit: int, beside: int, parameters: int) -> dict[str, str]:
+Groups = Sequence[Sequence[str]]
+"""Of modules that must get one type."""
+
+
+def joined(offers: Offers, alike: Groups) -> Offers:
+    """The choices of each group under its first module, and of every free module."""
+    groups = {group[0]: group for group in ([one for one in own if one in offers] for own in alike) if group}
+    members = {module for group in groups.values() for module in group}
+    return {
+        module: allocation.together([offers[one] for one in groups[module]]) if module in groups else own
+        for module, own in offers.items()
+        if module in groups or module not in members
+    }
+
+
+def apart(mix: allocation.Mix, offers: Offers, alike: Groups) -> dict[str, str]:
+    """Module -> type, from what `joined` offers became."""
+    leaders = {module: own[0] for own in ([one for one in group if one in offers] for group in alike) for module in own}
+    return {module: mix[leaders.get(module, module)].type for module in offers}
+
+
+def within(
+    budget: Budget, offers: Offers, limit: int, beside: int, parameters: int, alike: Groups = ()
+) -> dict[str, str]:
     """Module -> type, all tensors within ``limit`` bytes. Raises QtoolError naming the nearest budget that works."""
     least = beside + allocation.bounds(offers)[0]
-    mix = allocation.cheapest(offers, limit - beside)
+    mix = allocation.cheapest(joined(offers, alike), limit - beside)
     if mix is None:
         short = least - limit
         raise QtoolError(
@@ -68,17 +92,17 @@ def within(budget: Budget, offers: Offers, limit: int, beside: int, parameters: 
             f"({8 * least / parameters:.3f} bits a weight), {_size(short)} more than that leaves. The nearest that "
             f"works: {_nearest(budget, short, least, parameters)}."
         )
-    return {module: choice.type for module, choice in mix.items()}
+    return apart(mix, offers, alike)
 
 
-def keeping(budget: Budget, offers: Offers, factor: float) -> dict[str, str]:
+def keeping(budget: Budget, offers: Offers, factor: float, alike: Groups = ()) -> dict[str, str]:
     """The smallest mix whose expected divergence, times ``factor``, is at most `max_kld`. Raises QtoolError."""
     assert budget.max_kld is not None
-    mix = allocation.smallest(offers, budget.max_kld / factor)
+    mix = allocation.smallest(joined(offers, alike), budget.max_kld / factor)
     if mix is None:
         best = sum(min(choice.cost for choice in own) for own in offers.values()) * factor
         raise QtoolError(f"budget: {budget} is less than any mix keeps; the nearest that works: max_kld {best:.2g}.")
-    return {module: choice.type for module, choice in mix.items()}
+    return apart(mix, offers, alike)
 
 
 def offers_of(sizes: Sizes, costs: Mapping[str, Mapping[str, float]]) -> Offers:
@@ -92,8 +116,10 @@ def more(chosen: Chosen, step: int | None = None) -> str:
     """What further bytes would buy: a GB, or of a small file a twentieth of it."""
     offers = offers_of(chosen.sizes, chosen.costs)
     step = step or min(10**9, max(1, chosen.nbytes // 20))
-    mix = allocation.cheapest(offers, chosen.nbytes - chosen.beside + step)
-    assert mix is not None
+    found = allocation.cheapest(joined(offers, chosen.alike), chosen.nbytes - chosen.beside + step)
+    assert found is not None
+    types = apart(found, offers, chosen.alike)
+    mix = {module: next(one for one in offers[module] if one.type == kind) for module, kind in types.items()}
     moved = [module for module, choice in mix.items() if choice.nbytes > chosen.sizes[module][chosen.mix[module]]]
     if not moved:
         return "nothing more is gained by a larger file"

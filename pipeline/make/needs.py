@@ -17,9 +17,7 @@ from qtool.evaluate.engines import sweep_memory as sweep
 from qtool.evaluate.engines.condition import PLAIN
 from qtool.make.job import Job, device_kind
 from qtool.make.output import Output
-from qtool.make.peaks import LIBRARIES, Work
-from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.survey import survey_bytes
+from qtool.make.peaks import Work
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
@@ -68,15 +66,14 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
     """``pending``: the outputs still to be made (None: all). Space that a begun output has reserved already counts as
     there. Of several ``cards`` the one that takes most is told; host and disk are of all."""
     outputs = job.outputs if pending is None else pending
-    work = _work(job, outputs)
-    measuring = measuring_bytes(job, work) if any(one.method.undecided for one in outputs) else (0, 0)
+    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
     on_host = job.device.type == "cpu"
     parent = _existing(named(job.recipe.output_dir))
     return Resources(
         device="host" if on_host else device_kind(job.device) + (f" (each of {cards})" if cards > 1 else ""),
-        device_bytes=0 if on_host else max(*work.device_peaks(cards), measuring[0]),
+        device_bytes=0 if on_host else max(work.device_peaks(cards)),
         device_free=None if on_host else torch.cuda.mem_get_info(job.device)[0],
-        host_bytes=max(work.host_peak(cards), measuring[1]),
+        host_bytes=work.host_peak(cards),
         host_free=host_memory(),
         disk_bytes=work.disk_bytes(),
         disk_free=shutil.disk_usage(parent).free,
@@ -85,6 +82,23 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         long=_long(job),
         caches=_caches(job),
     )
+
+
+def refuse_what_cannot_be_measured(job: Job) -> None:
+    """Raises QtoolError (exit 3) saying what is short."""
+    work = Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, job.outputs, job.device)
+    on_device, kept = work.measuring()
+    on_host = job.device.type == "cpu"
+    wanted = [("host memory", kept + (on_device if on_host else 0), host_memory())]
+    if not on_host:
+        wanted.append((f"{device_kind(job.device)} memory", on_device, torch.cuda.mem_get_info(job.device)[0]))
+    for what, need, free in wanted:
+        if free is not None and need > free:
+            raise QtoolError(
+                f"it cannot be measured here what types cost: {what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB "
+                "free. Free some, take another --device, or name a type (`type: Q4_K_M`) or a `mix:`.",
+                exit_code=3,
+            )
 
 
 def _long(job: Job) -> tuple[int, int] | None:
@@ -103,34 +117,6 @@ def _caches(job: Job) -> dict[str, int]:
         return {}
     conditions = [PLAIN, *(one.condition for one in asked.conditions)]
     return {one.name or "own": cache_bytes(shape, one, length) for one in conditions}
-
-
-def _work(job: Job, outputs: Sequence[Output]) -> Work:
-    return Work(job.recipe.calibration, job.decoder, job.checkpoint.tensors, outputs, job.device)
-
-
-def measuring_bytes(job: Job, work: Work) -> tuple[int, int]:
-    """(on the computing device, in host memory) while it is measured what types cost, before anything is made."""
-    shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
-    on_host = job.device.type == "cpu"
-    width = 4 if on_host and not fast_bfloat16() else 2
-    on_device, kept = survey_bytes(job.decoder, shapes, job.recipe.calibration.length, width)
-    return on_device, kept + 2 * work.layer_bytes() + LIBRARIES[job.device.type] + (on_device if on_host else 0)
-
-
-def refuse_what_cannot_be_measured(job: Job) -> None:
-    """Raises QtoolError (exit 3) saying what is short."""
-    on_device, in_host = measuring_bytes(job, _work(job, job.outputs))
-    wanted = [("host memory", in_host - LIBRARIES[job.device.type], host_memory())]  # which this process has
-    if job.device.type != "cpu":
-        wanted.append((f"{device_kind(job.device)} memory", on_device, torch.cuda.mem_get_info(job.device)[0]))
-    for what, need, free in wanted:
-        if free is not None and need > free:
-            raise QtoolError(
-                f"it cannot be measured here what types cost: {what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB "
-                "free. Free some, take another --device, or name a type (`type: Q4_K_M`) or a `mix:`.",
-                exit_code=3,
-            )
 
 
 def refuse_what_cannot_finish(job: Job, pending: Sequence[Output], cards: int = 1) -> None:

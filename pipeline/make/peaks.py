@@ -14,6 +14,8 @@ from qtool.convert.text.source import TextSource
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.precision import fast_bfloat16
+from qtool.quantize.survey import survey_bytes
 
 # torch, transformers and the rest in host memory: of the process's own. Measured without a card (docs/benchmarks.md);
 # beside one the driver and its libraries take more, which nobody measured apart.
@@ -32,7 +34,19 @@ class Work:
 
     def device_peaks(self, cards: int = 1) -> list[int]:
         """Bytes on the computing device of each rank."""
-        return [self._device_peak(cards, rank) for rank in range(cards)] if self.outputs else [0]
+        if not self.outputs:
+            return [0]
+        peaks = [self._device_peak(cards, rank) for rank in range(cards)]
+        return [max(peaks[0], self.measuring()[0]), *peaks[1:]]
+
+    def measuring(self) -> tuple[int, int]:
+        """(on the computing device of the first rank, in host memory besides) while it is measured what types cost."""
+        if all(output.method.undecided is None for output in self.outputs):
+            return 0, 0
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        width = 4 if self.device.type == "cpu" and not fast_bfloat16() else 2
+        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width)
+        return on_device, kept + 2 * self.layer_bytes()
 
     def host_peak(self, cards: int = 1) -> int:
         """Bytes of host memory, of all ranks."""
@@ -41,7 +55,8 @@ class Work:
         computing = 0
         if self.device.type == "cpu":
             computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device) + self._rounded()
-        return computing + cards * (2 * max(self.layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
+        own = computing + cards * (2 * max(self.layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
+        return own + self.measuring()[1]
 
     def disk_bytes(self) -> int:
         """Space that a begun output has reserved already counts as there."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from qtool import QtoolError
 from qtool.convert.formats.plan import ModelShape
+from qtool.convert.formats.table import runs_in
 from qtool.evaluate.engines.table import planned_engine
 from qtool.quantize.methods.budget import Fits
 from qtool.sizing.accelerators import choose, load_accelerators
@@ -13,11 +14,10 @@ from qtool.sizing.fit import Setting, cache_of, largest_context, most_sequences,
 from qtool.sizing.formats import SOURCE, weights_of
 from qtool.sizing.headers import Headers
 
-ENGINE = "llama.cpp"  # what reads a file of mixed block types
 
-
-def room(shape: ModelShape, smallest: int, asked: Fits) -> int:
-    """Bytes of all tensors. ``smallest``: of the smallest file that the model can become. Raises QtoolError for a card
+def room(shape: ModelShape, smallest: int, asked: Fits, family: str) -> int:
+    """Bytes of all tensors. ``smallest``: of the smallest file that the model can become; ``family``: its container,
+    which says the engine. Raises QtoolError for a card
     that is not known, and for one that cannot hold even that, with what it would hold."""
     (card, *others) = choose(load_accelerators(), asked.card, "budget: fits: card")
     if others:
@@ -34,7 +34,7 @@ def room(shape: ModelShape, smallest: int, asked: Fits) -> int:
         whole, layers=int(whole.layers * share), embedding=int(whole.embedding * share), head=int(whole.head * share),
         other=int(whole.other * share),
     )  # fmt: skip
-    facts = planned_engine(ENGINE).on(card)
+    facts = planned_engine(runs_in(family)[0].engine).on(card)
     setting = Setting(geometry, least, facts, card, kv_dtype=facts.cache_types[0].name)
     beside = cache_of(setting, asked.context, asked.users) + overhead_of(setting, asked.context, asked.users).total
     elsewhere = least.nbytes - setting.resident  # an embedding that stays in host memory

@@ -8,13 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
+from qtool import QtoolError
 from qtool.convert.formats import autogptq, compressed_tensors
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.formats.shards import Shards
 from qtool.quantize.grid import GridSpec
+from qtool.quantize.methods.budget import Budget
+from qtool.quantize.methods.grid_work import tried
 from qtool.quantize.methods.method import Name, Pattern
 from qtool.quantize.methods.on_grid import GridMethod
+from qtool.quantize.rounding import Factor
+
+CHOICES: dict[str, tuple[Literal[4, 8], Literal[32, 64, 128]]] = {  # what a budget chooses from: bits, group
+    "int4-g128": (4, 128), "int4-g64": (4, 64), "int4-g32": (4, 32), "int8-g128": (8, 128),
+}  # fmt: skip
+WHOLE = "16 bits"
 
 
 class LinearSettings(BaseModel):
@@ -65,6 +76,71 @@ class GptqMethod(GridMethod):
     """`awq` folds AWQ's scales first."""
     modules: dict[Pattern, LinearSettings] = Field(default_factory=dict)
     """Linears with bits or a group size of their own, by name or pattern; of several that name one the last counts."""
+
+    budget: Budget | None = None
+    """How large the weights may be, in place of `bits` and `group_size`: each linear gets its own, or 16 bits."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> GptqMethod:
+        said = [name for name in ("bits", "group_size", "modules", "ignore") if name in self.model_fields_set]
+        if self.budget is not None and said:
+            raise ValueError(f"`{said[0]}` and `budget` both say how linears are stored; leave one out")
+        return self
+
+    def unsaid(self) -> set[str]:
+        """What was chosen for a budget stands in `modules` and `ignore`."""
+        return super().unsaid() | ({"budget"} if self.budget is None else set())
+
+    @property
+    def undecided(self) -> Budget | None:
+        """As `Method.undecided`."""
+        return self.budget
+
+    def decided(self, mix: Mapping[str, str]) -> GptqMethod:
+        """The smallest kind that is used stands for the rest, the others by name."""
+        used = [kind for kind in CHOICES if kind in mix.values()]
+        if not used:
+            raise QtoolError("budget: leaves every linear in 16 bits; take the source itself.")
+        rest = CHOICES[used[0]]
+        own = {module: LinearSettings(bits=bits, group_size=size) for module, kind in mix.items()
+               if kind not in (used[0], WHOLE) for bits, size in [CHOICES[kind]]}  # fmt: skip
+        left = tuple(module for module, kind in mix.items() if kind == WHOLE)
+        changes = {"bits": rest[0], "group_size": rest[1], "modules": own, "ignore": left, "budget": None}
+        return self.model_copy(update=changes)
+
+    def offers(self, shape: ModelShape) -> dict[str, dict[str, int]]:
+        """As `Method.offers`: four and eight bits in groups, and 16 bits. Raises QtoolError where no group fits."""
+        found: dict[str, dict[str, int]] = {}
+        faults: list[QtoolError] = []
+        for kind, (bits, size) in CHOICES.items():
+            alone = self.model_copy(update={"bits": bits, "group_size": size, "budget": None})
+            try:
+                plan = alone.container.of_model(shape.decoder).plan(shape)
+            except QtoolError as error:
+                faults.append(error)
+                continue
+            for linear in plan.linears:
+                found.setdefault(linear.name, {})[kind] = linear.nbytes
+                found[linear.name][WHOLE] = 2 * linear.out * linear.columns
+        if not found:
+            raise faults[0]
+        return {module: {kind: own[kind] for kind in (*CHOICES, WHOLE) if kind in own} for module, own in found.items()}
+
+    def alike(self, shape: ModelShape) -> tuple[tuple[str, ...], ...]:
+        """vLLM holds q, k and v in one matrix, and gate and up: what one input feeds."""
+        decoder = shape.decoder
+        return tuple(
+            tuple(decoder.at(layer) + matrix.module for matrix in feed.consumers)
+            for layer in range(decoder.shape.layers)
+            for feed in decoder.feeds(layer)
+        )
+
+    def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
+        """As `Method.trial`; AWQ's scales are not searched for it."""
+        if type_name == WHOLE or gram is None or factor is None:
+            return weight.to(self.stored_dtype).float()
+        bits, size = CHOICES[type_name]
+        return tried(self, weight, gram, factor, GridSpec(bits, size, self.sym, self.stored_dtype))
 
     @property
     def rounding(self) -> Literal["gptq"]:

@@ -258,6 +258,17 @@ def _rounded(
     return rounding.gptq(goal, factor, spec, method.clip, gram), damp
 
 
+def tried(method: OnGrid, weight: Tensor, gram: Tensor, factor: rounding.Factor, spec: GridSpec) -> Tensor:
+    """``weight [out, in]``, or some rows of it, as ``method`` rounds it, nothing folded: float32. ``factor``: of
+    ``gram``, in the columns' order."""
+    goal, spec = weight.float().clone(), spec.for_columns(weight.shape[1])
+    if method.descent:
+        rounded = _descend(method, goal, factor, gram, spec)
+    else:
+        rounded = rounding.gptq(goal, factor, spec, method.clip, gram)
+    return grids.dequantize(rounded.codes, rounded.grid, spec)
+
+
 def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor, spec: GridSpec) -> rounding.Rounded:
     """Scales and codes by descent, from one pass in the columns' order; with act-order, and where a row is one group,
     from GPTQ's codes. ``gram``: damped as the factor is, and put back."""

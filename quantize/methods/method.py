@@ -287,6 +287,10 @@ class Method(BaseModel, ABC):
         """Module -> type -> bytes, of every matrix that may be given one of several types."""
         raise NotImplementedError
 
+    def alike(self, shape: ModelShape) -> tuple[tuple[str, ...], ...]:
+        """Groups of modules that must get one type; a module that is in none is free."""
+        return ()
+
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """``weight [out, in]``, or some rows of it, as a reader of that type gets it: float32. ``gram, factor``: of its
         inputs, and of the Gram matrix's damped inverse; None outside the layers."""
