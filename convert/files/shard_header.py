@@ -51,7 +51,7 @@ def read_header(shard: Path) -> dict[str, Stored]:
             entries = _entries(file.read(length))
         return _tensors(entries, size - _LENGTH - length)
     except _Broken as error:
-        said = f"{shown(shard)}: not a whole safetensors file ({error}). Download the shard again."
+        said = f"{shown(shard)}: not a whole safetensors file ({error}). Get it again, or make it again."
         raise QtoolError(said) from error
 
 

@@ -26,13 +26,15 @@ from qtool.convert.verify.tensors import CPU
 from qtool.convert.verify.verification import Check, Verification, over
 from qtool.convert.verify.way import way_of
 
+UNSOUND_INPUT = 2  # the exit code of what is wrong with files; others tell of the machine
+
 
 def verify(
     path: Path, source: Path | None = None, progress: Callable[[str], None] = lambda _: None,
     device: torch.device = CPU,
 ) -> Verification:  # fmt: skip
-    """Run every check that can be made; ``device``: where tensors are dequantized and looked at. Raises QtoolError when
-    ``path`` is no artifact or holds no weights that can be opened, or ``source`` is no source."""
+    """Run every check that can be made; weights that cannot be opened fail one. ``device``: where tensors are
+    dequantized and looked at. Raises QtoolError when ``path`` is no artifact, or ``source`` is no source."""
     if path.is_dir() and not (path / MANIFEST).exists() and not path.name.endswith(PARTIAL):
         raise QtoolError(f"{path}: no {MANIFEST}; only artifacts written by qtool can be verified.")
     refuse_unfinished(path)
@@ -44,7 +46,14 @@ def verify(
     if dangers := [fault for fault in unfit(path, manifest).values() if not fault.endswith(MISSING)]:
         result.checks.append(Check("tensors", "not made", f"{dangers[0]}: nothing is read from this folder"))
         return result
-    check_weights(Artifact.open(path), original, result, progress, device)
+    try:
+        artifact = Artifact.open(path)
+    except QtoolError as error:
+        if error.exit_code != UNSOUND_INPUT:
+            raise
+        result.add("tensors", [error.message.removeprefix(f"{path}/")], "")
+        return result
+    check_weights(artifact, original, result, progress, device)
     if original is None:
         result.checks.append(Check(AGAINST_SOURCE, "not made", "no --source given"))
     return result

@@ -19,19 +19,21 @@ def compare(a: str, b: str, html: Path | None, runs: Path) -> None:
     """Is B worse than A? Stored scores, paired problem by problem; scores of other engines or prompts are refused.
 
     A and B: a run (the beginning of its id, its folder, or latest), one of its models as RUN:NAME, an artifact's
-    folder, or a baseline file. Exit code 1 when B is shown to be worse.
+    folder, or a baseline file; or both logs of lm-eval (samples_….jsonl, or their folder) or of inspect_ai (JSON). Exit
+    code 1 when B is shown to be worse.
 
     \b
     Examples:
       qtool compare artifacts/My-Model-awq artifacts/My-Model-gptq
       qtool compare baseline.json latest --html compared.html
       qtool compare 6443ead6:awq latest:awq
+      qtool compare lm-eval/my-model lm-eval/my-model-awq
     """
     from qtool.report import terminal as report
     from qtool.report.compared import compared_page
-    from qtool.runs.baseline import resolve_side
     from qtool.runs.compare import compare as compare_scores
     from qtool.runs.compare import pair_up
+    from qtool.runs.sides import resolve_side
 
     one, other = resolve_side(a, runs), resolve_side(b, runs)
     pairs, notes = pair_up(one, other)

@@ -12,12 +12,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from qtool import QtoolError
-from qtool.convert.files.folder import key_of
 from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
 from qtool.recipe.judging import EvaluateSection
 from qtool.runs.record import LOCK, load_index, load_run, load_summary
-from qtool.runs.shelf import find_run
 from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
 
 
@@ -95,33 +93,6 @@ def load_baseline(path: Path) -> Baseline:
         return Baseline.model_validate_json(read_bytes(path, CONFIG_LIMIT))
     except ValidationError as error:
         raise QtoolError(f"{path}: not a baseline that this qtool reads; save it anew.") from error
-
-
-def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
-    """One side of a comparison: RUN, RUN:NAME, a baseline FILE.json, FILE.json:NAME, or an artifact's folder.
-
-    The name is None where all models of the run are meant. Raises QtoolError saying what there is instead.
-    """
-    if (Path(text) / "config.json").exists():
-        return _of_artifact(Path(text), runs)
-    place, colon, name = text.rpartition(":")
-    if not colon or not place:
-        place, name = text, ""
-    found = load_baseline(Path(place)) if place.endswith(".json") else measured(find_run(place, runs, "scores.json"))
-    if name and name not in found.subjects:
-        raise QtoolError(f"{text}: no model {name!r} there; it has {', '.join(found.subjects)}.")
-    return found, name or None
-
-
-def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
-    """The newest scores of that very artifact, or of another tool's folder with those very files."""
-    key = key_of(path)
-    indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for index in indices:
-        for name, found in load_index(index.parent).subjects.items():
-            if found == key:
-                return measured(index.parent), name
-    raise QtoolError(f"{path}: {runs} has no scores of this artifact. Run `qtool run` or `qtool evaluate` on it first.")
 
 
 def _model(key: str, model: ModelSummary) -> Measured:

@@ -72,6 +72,9 @@ def pair_up(
         common = [name for name in first.subjects if name in second.subjects]
         alone = [f"{n}: only in A" for n in first.subjects if n not in common]
         alone += [f"{n}: only in B" for n in second.subjects if n not in common]
+        if not common and len(first.subjects) == len(second.subjects) == 1:  # of one model each, whatever its name
+            (before, one_model), (after, other_model) = *first.subjects.items(), *second.subjects.items()
+            return [(f"{before} -> {after}", one_model, other_model)], []
         if not common:
             raise QtoolError(f"nothing to compare: A has {', '.join(first.subjects)}; B {', '.join(second.subjects)}.")
         return [(name, first.subjects[name], second.subjects[name]) for name in common], alone

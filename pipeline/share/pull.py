@@ -15,8 +15,9 @@ from qtool.convert.verify.verification import Verification
 from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.judging import EvaluateSection
 from qtool.report.card import EVIDENCE
-from qtool.runs.baseline import Baseline, load_baseline, resolve_side
+from qtool.runs.baseline import Baseline, load_baseline
 from qtool.runs.compare import Change, compare, pair_up
+from qtool.runs.sides import resolve_side
 from qtool.share import hub
 
 
