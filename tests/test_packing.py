@@ -52,6 +52,15 @@ def test_unpacked_by_shifts_in_autoawqs_reverse_order() -> None:
     assert torch.equal(unpack_rows(packed, AWQ_ORDER), values)
 
 
+def test_one_group_of_zero_points_is_a_row_of_one_stride() -> None:
+    """A matrix as wide as its group: `t().contiguous()` of one row keeps the stride that it had."""
+    values = torch.arange(16, dtype=torch.uint8).view(16, 1)
+    packed = pack_rows(values, AWQ_ORDER)
+    assert packed.shape == (1, 2)
+    read = torch.tensor(packed.tolist(), dtype=torch.int32)  # as a file has it: strides (2, 1), not (1, 1)
+    assert torch.equal(unpack_rows(read, AWQ_ORDER), values)
+
+
 def test_what_does_not_fill_words_is_refused() -> None:
     for bits, columns in ((4, 12), (8, 6)):
         with pytest.raises(ValueError, match=f"{columns} columns"):

@@ -59,7 +59,7 @@ def pack_rows(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 def unpack_rows(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """Inverse of `pack_rows`: int32 ``[columns, words]`` -> uint8 ``[8 * words, columns]``."""
     columns, count = words.shape
-    octets = words.t().contiguous().view(torch.uint8).view(count, columns, 4)
+    octets = words.t().contiguous().view(-1).view(torch.uint8).view(count, columns, 4)  # flat: of one column any stride
     eights = octets.new_empty((count, 8, columns))
     for i in range(4):
         both = octets[..., i].contiguous()
