@@ -28,7 +28,8 @@ from qtool.convert.models.table import find_family
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """A folder's weights, in 16 bits where they are stored in float8, each expert alone. Raises QtoolError as `Checkpoint.open` and `each_alone` do."""
+    """A folder's weights, in 16 bits where they are stored in float8, each expert alone. Raises QtoolError as
+    `Checkpoint.open`, `in_16_bits` and `each_alone` do."""
     checkpoint = Checkpoint.open(folder)
     config = read_config(folder)
     return checkpoint.holding(each_alone(in_16_bits(checkpoint.tensors, config), config))

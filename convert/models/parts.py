@@ -73,7 +73,9 @@ def decoder_tensors(
     def tensors(shape: Geometry) -> dict[str, Shape]:
         found: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
         for index in range(shape.layers):
-            layer = (attention(shape) if attention else _attention(shape, qkv_bias)) | (mlp or gated_tensors)(shape, index)
+            layer = (attention(shape) if attention else _attention(shape, qkv_bias)) | (mlp or gated_tensors)(
+                shape, index
+            )
             layer |= {f"{norm}.{kind}": (shape.hidden,) for norm in norms for kind in kinds}
             if head_norms:
                 layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in ("q_norm", "k_norm")}
