@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from qtool import QtoolError
-from qtool.convert.files.config_file import CONFIG, read_config
+from qtool.convert.files.config_file import CONFIG, read_config, read_stored_config
 from qtool.convert.files.reading import shown
+from qtool.convert.files.wrappers import is_wrapped
 from qtool.convert.models.shape import Decoder
 from qtool.convert.models.table import find_family
 
@@ -42,7 +43,11 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
             f"`trust_remote_code: true` under `model:` in the recipe.{_known_class(raw)}"
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if is_wrapped(read_stored_config(path)):  # of its text model alone
+            config = AutoConfig.for_model(raw["model_type"], **{k: v for k, v in raw.items() if k != "model_type"})
+            config.name_or_path = str(path)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # its checks raise what they like
         raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.models.model_config import runtime_keys
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_model import load_model
@@ -53,6 +54,9 @@ def make(name: str, folder: Path) -> list[dict[str, str]]:
 
     architecture, changes = MODELS[name]
     model = make_model(folder / "model", architecture, **changes | {"tie_word_embeddings": False})
+    config = model / "config.json"
+    said = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(said | runtime_keys(said)), encoding="utf-8")  # as the outputs' have it
     outputs = [*OUTPUTS, {"method": "nf4"}] if name == "Loop" else OUTPUTS
     made = converted(model, outputs, folder)
     asked = [{"label": "source", "path": str(model), "dtype": "float32"}]

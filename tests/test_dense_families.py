@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,14 @@ def test_every_output_is_made_and_verified(source: Path, request: pytest.Fixture
             assert weights_of(headers, output).nbytes == artifact.manifest.tensor_bytes
         found = load_model(artifact.read(), load_config(source), CPU)(TOKENS).logits.log_softmax(-1)
         assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 0.5, output
+
+
+def test_vllm_is_told_how_queries_grow(model_maker: Callable[..., Path], tmp_path: Path) -> None:
+    """Where it looks for it; an artifact that does not say so is not what the source makes of it."""
+    model = model_maker(tmp_path / "model", "Ministral3", rope_parameters=YARN)
+    (path,) = converted(model, [{"method": "awq", "group_size": 32, "rounding": "rtn"}], tmp_path).values()
+    config = json.loads((path / "config.json").read_text())
+    assert config["llama_4_scaling"] == {"original_max_position_embeddings": 16, "beta": 0.4}
+    assert verify(path, model).sound
+    (path / "config.json").write_text(json.dumps(config | {"llama_4_scaling": None}))
+    assert not verify(path, model).sound

@@ -436,7 +436,7 @@ def test_private_paths_stay_behind(model: Path, tmp_path: Path) -> None:
     (model / "tokenizer_config.json").write_text(text)
     (model / "vocab.json").write_text('{"/home/someone/x": 1}')
     copy_sidecars(model, tmp_path, with_code=False)
-    write_config(model, tmp_path, {}, None)
+    write_config(model, tmp_path, {}, None, {})
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert said == {"name_or_path": "Base", "a": "Base", "b": "org/name", "c": "/think"}
     config = json.loads((tmp_path / "config.json").read_text())

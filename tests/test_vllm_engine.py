@@ -82,7 +82,7 @@ def test_both_dtypes_say_what_is_stored(
     source.mkdir()
     target.mkdir()
     (source / "config.json").write_text(json.dumps(config))
-    write_config(source, target, {}, stored)
+    write_config(source, target, {}, stored, {})
     assert json.loads((target / "config.json").read_text()) == {"dtype": said, "torch_dtype": said}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.reading import read_json, refuse_link, shown
+from qtool.convert.files.wrappers import text_part
 
 CONFIG = "config.json"
 MOST_LAYERS = 1024  # the deepest published decoders have below 200
@@ -40,8 +41,15 @@ _METHODS = re.compile(r"__\w+__|to_dict|to_diff_dict|to_json_string|to_json_file
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder. Raises QtoolError as `reading.read_json` and `check_config` do, and for a link
-    out of the folder."""
+    """config.json of a model's folder, of its text model where that is a part of it (`wrappers`). Raises QtoolError as
+    `reading.read_json` and `check_config` do, and for a link out of the folder."""
+    config = read_stored_config(folder)
+    text = text_part(config)
+    return config if text is config else check_config(dict(text), f"{folder / CONFIG}: text_config")
+
+
+def read_stored_config(folder: Path) -> dict[str, Any]:
+    """The same as it is stored."""
     path = folder / CONFIG
     refuse_link(folder, path)
     return check_config(read_json(path), str(path))

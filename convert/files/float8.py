@@ -16,6 +16,7 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Scaled, TensorInfo
+from qtool.convert.files.diagnosis import UNQUANTIZED
 from qtool.convert.files.reading import shown
 
 SECTION = "quantization_config"
@@ -48,8 +49,14 @@ def without_float8(config: Mapping[str, Any]) -> dict[str, Any]:
 def in_16_bits(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """A float8 checkpoint's tensors as they are read; those of any other checkpoint as they are. Raises QtoolError
     naming a matrix without scales, or with scales of another shape than its blocks, rows or one."""
-    if not float8_of(config):
+    if not (how := float8_of(config)):
         return dict(tensors)
+    if tensors and not any(info.dtype.itemsize == 1 for info in tensors.values()):
+        file = next(iter(tensors.values())).file
+        raise QtoolError(
+            f"{file.parent / 'config.json'}: says that matrices are stored in float8 ({how}), and no shard holds one. "
+            f"{UNQUANTIZED}, or remove {SECTION} if this is it."
+        )
     said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     dtype = {"float16": torch.float16, "float32": torch.float32}.get(said, torch.bfloat16)
     found = {}
@@ -88,6 +95,6 @@ def _scaled(
 
 def _block(section: Mapping[str, Any]) -> Any:
     groups = section.get("config_groups")
-    first = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights = first.get("weights") if isinstance(first, Mapping) else None
     return weights.get("block_structure") if isinstance(weights, Mapping) else None

@@ -47,8 +47,11 @@ def copy_sidecars(source: Path, target: Path, with_code: bool) -> None:
         copy.write_bytes(carried_bytes(path))
 
 
-def made_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any. ``dtype`` and
+def made_config(
+    source: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The source's own config.json, private paths reduced, plus ``quantization_config``, if any, and ``more`` keys that
+    it does not have. ``dtype`` and
     ``torch_dtype`` both say how the tensors are stored (None: what the source says): transformers 4 reads the second;
     vLLM and transformers 5 follow the first where both stand.
 
@@ -58,16 +61,22 @@ def made_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtyp
     said = config.get("dtype") or config.get("torch_dtype") if dtype is None else str(dtype).removeprefix("torch.")
     if said:
         config |= {"dtype": said, "torch_dtype": said}
+    config = {**more, **config}
     if quantization:
         config["quantization_config"] = dict(quantization)
     return config
 
 
 def write_config(
-    source: Path, target: Path, quantization: Mapping[str, Any], dtype: torch.dtype | None, copies: Sequence[str] = ()
+    source: Path,
+    target: Path,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    more: Mapping[str, Any],
+    copies: Sequence[str] = (),
 ) -> None:
     """`made_config` as config.json; ``copies``: files that hold ``quantization`` alone."""
-    write_json(target / "config.json", made_config(source, quantization, dtype))
+    write_json(target / "config.json", made_config(source, quantization, dtype, more))
     for name in copies:
         write_json(target / name, dict(quantization))
 

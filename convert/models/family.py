@@ -58,6 +58,10 @@ def _no_keys(settings: Settings, shape: Geometry, rope: Ropes) -> dict[str, Valu
     return {}
 
 
+def _nothing_more(_: Settings) -> dict[str, Any]:
+    return {}
+
+
 def _never(_: Geometry) -> bool:
     return False
 
@@ -119,6 +123,8 @@ class Family:
     partial_rotary: its code rotates the part of every head that `partial_rotary_factor` says.
     drafts: its checkpoints hold layers beyond the last, which guess further tokens and which artifacts leave out.
     whole_scores: as in `Geometry`.
+    runtime_keys: what an artifact's config.json says beside the source's, from the completed one: what a runtime looks
+        for under another key.
     float16: whether vLLM runs it in float16.
     vllm_names_fused: whether vLLM's class of it says which matrices it keeps as one.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
@@ -144,6 +150,7 @@ class Family:
     partial_rotary: bool = False
     drafts: bool = False
     whole_scores: bool = False
+    runtime_keys: Callable[[Settings], dict[str, Any]] = _nothing_more
     float16: bool = True
     vllm_names_fused: bool = True
     gguf: GgufFacts | None = None

@@ -72,8 +72,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix, row j of which made channel j: its rows, and their biases, are divided by the scale. first, count: which
-    of its rows, where it makes more than this input; all where count is None."""
+    """A matrix, row j of which made channel j: its rows, and their biases, are divided by the scale. first, count:
+    which of its rows, where it makes more than this input; all where count is None."""
 
     matrix: Matrix
     first: int = 0
@@ -81,7 +81,7 @@ class Rows:
 
     def part(self, rows: Tensor) -> Tensor:
         """Of one value for each row of the matrix a view of those that make the input."""
-        return rows if self.count is None else rows[self.first : self.first + self.count]
+        return _part(rows, self.first, self.count)
 
     def ties(self, columns: int, device: torch.device) -> Tensor | None:
         """As `Norm.ties`."""
@@ -99,12 +99,18 @@ class Heads:
     first: int = 0
     count: int | None = None
 
-    part = Rows.part
+    def part(self, rows: Tensor) -> Tensor:
+        """As `Rows.part`."""
+        return _part(rows, self.first, self.count)
 
     def ties(self, columns: int, device: torch.device) -> Tensor | None:
         """As `Norm.ties`."""
         column = torch.arange(columns, device=device)
         return column // (self.dim * self.repeat) * self.dim + column % self.dim
+
+
+def _part(rows: Tensor, first: int, count: int | None) -> Tensor:
+    return rows if count is None else rows[first : first + count]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint, TensorInfo, Within
-from qtool.convert.files.config_file import read_config
+from qtool.convert.files.config_file import read_config, read_stored_config
 from qtool.convert.files.float8 import in_16_bits
+from qtool.convert.files.wrappers import text_names
 from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture, renamed
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
@@ -28,10 +29,17 @@ from qtool.convert.models.table import find_family
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """A folder's weights, in 16 bits where they are stored in float8, each expert alone. Raises QtoolError as `Checkpoint.open` and `each_alone` do."""
+    """A folder's weights, in 16 bits where they are stored in float8, each expert alone. Raises QtoolError as
+    `Checkpoint.open`, `in_16_bits` and `each_alone` do."""
     checkpoint = Checkpoint.open(folder)
+    return checkpoint.holding(as_read(checkpoint.tensors, folder))
+
+
+def as_read(tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, TensorInfo]:
+    """Stored tensors under the names that artifacts have, in 16 bits. Raises QtoolError as `in_16_bits` and
+    `each_alone` do."""
     config = read_config(folder)
-    return checkpoint.holding(each_alone(in_16_bits(checkpoint.tensors, config), config))
+    return each_alone(in_16_bits(text_names(tensors, read_stored_config(folder)), config), config)
 
 
 def each_alone(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:

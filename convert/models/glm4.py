@@ -1,5 +1,5 @@
-"""GLM-4, dense: gate and up are one matrix, and half of every head is rotated, in neighbouring pairs; from 0414 on, norms
-stand behind attention and MLP too."""
+"""GLM-4, dense: gate and up are one matrix, and half of every head is rotated, in neighbouring pairs; from 0414 on,
+norms stand behind attention and MLP too."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ The growth multiplies all channels of a query alike, after the rotation: no scal
 
 from __future__ import annotations
 
+from typing import Any
+
 from qtool import QtoolError
 from qtool.convert.models.family import FULL, SILU, Family, GgufFacts, Ropes, Settings, Value, Windows
 from qtool.convert.models.geometry import Geometry
@@ -35,6 +37,18 @@ def _refuse(settings: Settings, rope: Ropes) -> None:
                          "length in which queries grow.")  # fmt: skip
 
 
+def _for_vllm(settings: Settings) -> dict[str, Any]:
+    """vLLM 0.32 looks for the growth where Mistral's own files say it, and without it computes none: in silence, from
+    the length on that the rotary settings are stretched from."""
+    rope = settings.get("rope_parameters") or {}
+    length = rope.get("original_max_position_embeddings")
+    return (
+        {}
+        if length is None
+        else {"llama_4_scaling": {"original_max_position_embeddings": length, "beta": _beta(settings)}}
+    )
+
+
 MINISTRAL3 = Family(
     "Ministral3ForCausalLM",
     decoder_tensors(),
@@ -45,6 +59,7 @@ MINISTRAL3 = Family(
         "hidden_act": "silu", "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
         "rope_parameters": _ROPE,
     },
+    runtime_keys=_for_vllm,
     gguf=GgufFacts(
         "mistral3",
         permuted=True,

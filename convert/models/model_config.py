@@ -35,6 +35,12 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
+def runtime_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact's config.json has to say beside the source's, for a runtime that looks for it elsewhere."""
+    family = find_family(config)
+    return family.runtime_keys(completed(config)) if family else {}
+
+
 def head_dim(config: Mapping[str, Any]) -> int:
     """Numbers in one head's query."""
     full = completed(config)

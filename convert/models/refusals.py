@@ -16,11 +16,26 @@ from qtool.convert.models.table import find_family, prefix_of, quantized
 _INSTEAD = "llama.cpp's convert_hf_to_gguf.py and llama-quantize make a GGUF of it"
 _MLA = f"its attention compresses keys and values (MLA), whose matrices no family splits yet; {_INSTEAD}"
 _DELTA = f"three of four layers are gated delta nets, whose convolution and gates no feed says yet; {_INSTEAD}"
+_SHORT = f"most layers are gated short convolutions, which no feed says yet; {_INSTEAD}"
+_STATES = f"most layers are state spaces (Mamba 2), whose convolution and states no feed says yet; {_INSTEAD}"
+_SPARSE = f"its attention compresses keys and values (MLA), and an indexer chooses among them; {_INSTEAD}"
 # architecture -> what of it no family says yet, and what reads such a model meanwhile
 _NOT_YET = {
     "DeepseekV2ForCausalLM": _MLA,
     "DeepseekV3ForCausalLM": _MLA,
+    "DeepseekV32ForCausalLM": _SPARSE,
     "Glm4MoeLiteForCausalLM": _MLA,
+    "GlmMoeDsaForCausalLM": _SPARSE,
+    "KimiK25ForConditionalGeneration": _MLA,
+    "KimiLinearForCausalLM": _DELTA,
+    "Lfm2ForCausalLM": _SHORT,
+    "Lfm2MoeForCausalLM": _SHORT,
+    "Lfm2VlForConditionalGeneration": _SHORT,
+    "Llama4ForConditionalGeneration": "transformers computes its experts in a way of its own, which the walk cannot see",
+    "MistralLarge3ForCausalLM": _MLA,
+    "NemotronHForCausalLM": _STATES,
+    "NemotronH_Nano_VL_V2": _STATES,
+    "Plamo2ForCausalLM": _STATES,
     "Qwen3NextForCausalLM": _DELTA,
     "Qwen3_5ForCausalLM": _DELTA,
     "Qwen3_5ForConditionalGeneration": _DELTA,

@@ -13,7 +13,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.files.reading import read_json
+from qtool.convert.files.config_file import read_config, read_stored_config
+from qtool.convert.files.wrappers import text_names
 from qtool.convert.models.model_config import is_tied
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -50,8 +51,9 @@ def check_equal(state: Mapping[str, torch.Tensor]) -> None:
 
 def check_folder(path: Path) -> None:
     """The same for a folder that any program may load."""
-    if is_tied(read_json(path / "config.json")) and any(path.glob("*.safetensors")):
-        check_head(Checkpoint.open(path), True)
+    if is_tied(read_config(path)) and any(path.glob("*.safetensors")):
+        checkpoint = Checkpoint.open(path)
+        check_head(checkpoint.holding(text_names(checkpoint.tensors, read_stored_config(path))), True)
 
 
 def _differ() -> str:

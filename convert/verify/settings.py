@@ -8,11 +8,13 @@ from typing import Any
 
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.config_file import read_config
 from qtool.convert.files.folder import made_config
 from qtool.convert.files.reading import read_bytes, shown
 from qtool.convert.files.sidecars import carried_bytes, sidecars
 from qtool.convert.formats.shards import section_for
 from qtool.convert.formats.table import format_of
+from qtool.convert.models.model_config import runtime_keys
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.verify.tensors import FLOATS, Result
 
@@ -39,7 +41,7 @@ def check_settings(artifact: Artifact, source: Checkpoint) -> Result:
     assert artifact.manifest is not None
     made, here = artifact.manifest.output, artifact.config
     dtype = FLOATS.get(str(made.get("dtype")))
-    expected = made_config(source.path, artifact.quantization, dtype)
+    expected = made_config(source.path, artifact.quantization, dtype, runtime_keys(read_config(source.path)))
     reasons = [
         f"config.json: {shown(key)} is {_value(here, key)}, the source says {_value(expected, key)}"
         for key in sorted(set(expected) | set(here))

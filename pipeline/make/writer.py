@@ -19,6 +19,7 @@ from qtool.convert.files.shards import open_shards
 from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles
+from qtool.convert.models.model_config import runtime_keys
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.output import Output
 from qtool.make.token_proof import prove
@@ -113,9 +114,9 @@ class OutputWriter:
         proof = prove(self.file.question)
         copy_sidecars(job.source.path, output.partial, job.recipe.model.trust_remote_code)
         container = output.container
-        write_config(
-            job.source.path, output.partial, container.config_section, output.method.stored_dtype, container.copies
-        )
+        source, more = job.source.path, runtime_keys(read_config(job.source.path))
+        stored = output.method.stored_dtype
+        write_config(source, output.partial, container.config_section, stored, more, container.copies)
         text = job.recipe.calibration
         # the file may be published: where the text lay on this machine is nobody's business
         told = CalibrationText(text.samples, text.length, without_folders(text.text))

@@ -15,10 +15,11 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import COMPUTED, DTYPES, TensorInfo
 from qtool.convert.files.config_file import CONFIG, check_config, read_config
 from qtool.convert.files.diagnosis import why_no_model
-from qtool.convert.files.float8 import without_float8
+from qtool.convert.files.float8 import in_16_bits, without_float8
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
+from qtool.convert.files.wrappers import text_names, text_part
 from qtool.convert.formats.gguf.imatrix import IMATRIX
 from qtool.convert.models.fused import each_alone, open_model
 from qtool.convert.models.geometry import Geometry
@@ -143,7 +144,9 @@ def _hub(model: str, revision: str | None) -> Headers:
     name = model.split("/")[-1]
     offline = "Plan from the folder, or from its config.json alone: `qtool plan path/to/config.json`."
     with asking_the_hub(model, revision, offline):
-        config = check_config(read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}")
+        stored = check_config(read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}")
+        read = text_part(stored)
+        config = without_float8(read)
         try:
             metadata = HfApi().get_safetensors_metadata(model, revision=revision)
         except NotASafetensorsRepoError:
@@ -156,7 +159,8 @@ def _hub(model: str, revision: str | None) -> Headers:
             if not tensor.endswith(COMPUTED):
                 tensors[tensor] = TensorInfo(Path(shard), DTYPES[info.dtype], tuple(info.shape))
     geometry = read_geometry(config, f"{model}/{CONFIG}")
-    return Headers(name, config, geometry, _served(each_alone(tensors, config), config), assumed=geometry.assumed)
+    alone = each_alone(in_16_bits(text_names(tensors, stored), read), config)
+    return Headers(name, config, geometry, _served(alone, config), assumed=geometry.assumed)
 
 
 def _served(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
