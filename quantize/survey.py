@@ -222,8 +222,8 @@ class Survey:
             return
         weight = self.source.checkpoint.tensor(EMBEDDING).to(self.source.device)
         squares = torch.cat([one.float().square().flatten(0, 1) for one in gradients])
-        tokens = text.tokens.flatten().to(squares.device)
-        rows = torch.zeros(len(weight), device=squares.device).index_add_(0, tokens, squares.sum(1))
+        tokens, each = text.tokens.flatten(), squares.sum(1).cpu()  # an accelerator adds in any order
+        rows = torch.zeros(len(weight)).index_add_(0, tokens, each).to(squares.device)
         channels = squares.sum(0) / squares.sum().clamp_min(1e-30)
 
         def cost(error: Tensor, _: Tensor) -> float:

@@ -135,24 +135,29 @@ class Judge:
         kl = self._kl({f"{module}.weight": artifacts[kind][f"{module}.weight"] for module, kind in mix.items()})
         return sum(kl) / len(kl)
 
-    def of_runtime(self, artifacts: Mapping[str, Artifact], positions: int) -> dict[str, float]:
-        """Mean KL at so many positions of the first window, where llama.cpp answers for the artifact."""
-        window = self.windows[0]
-        step = max(1, (len(window) - 8) // positions)
-        at = list(range(8, len(window), step))[:positions]
+    def of_runtime(self, artifacts: Mapping[str, Artifact], positions: int) -> dict[str, list[float]]:
+        """KL at so many positions, evenly from all windows, where llama.cpp answers for the artifact: of every window
+        the mean."""
+        length, each = self.windows.shape[1], max(1, positions // len(self.windows))
+        at = range(8, length, max(1, (length - 8) // each))[:each]
         self.model.load_state_dict(self.source)
         with torch.inference_mode():
-            logits = self.model(window[None].to(self.device)).logits[0].float()
-        log = logits.log_softmax(-1).cpu()
-        found = {}
+            chances = [
+                self.model(window[None].to(self.device))
+                .logits[0]
+                .float()
+                .log_softmax(-1)[[end - 1 for end in at]]
+                .cpu()
+                for window in self.windows
+            ]
+        found: dict[str, list[float]] = {}
         for name, artifact in artifacts.items():
             (file,) = (path for path in artifact.path.glob("*.gguf") if path.name != "imatrix.gguf")
-            with serve(file, len(window) + 8) as url:
-                asked = [_asked(url, window[:end].tolist(), log.shape[-1]) for end in at]
-            kls = [
-                float((log[end - 1].exp() * (log[end - 1] - told)).sum()) for end, told in zip(at, asked, strict=True)
-            ]
-            found[name] = sum(kls) / len(kls)
+            found[name] = []
+            with serve(file, length + 8) as url:
+                for window, log in zip(self.windows, chances, strict=True):
+                    told = torch.stack([_asked(url, window[:end].tolist(), log.shape[-1]) for end in at])
+                    found[name].append(float((log.exp() * (log - told)).sum(-1).mean()))
         return found
 
 
@@ -171,7 +176,7 @@ def _asked(url: str, prompt: list[int], vocabulary: int) -> Tensor:
 
 
 def _table(
-    artifacts: Mapping[str, Artifact], kls: Mapping[str, list[float]], runtime: Mapping[str, float]
+    artifacts: Mapping[str, Artifact], kls: Mapping[str, list[float]], runtime: Mapping[str, list[float]]
 ) -> list[str]:
     print("| file | bits a weight | of the budget | KL | ratio to Q4_K_M | expected KL | KL by llama.cpp |")
     print("|---|---|---|---|---|---|---|")
@@ -188,7 +193,10 @@ def _table(
             if not 1 - FILLS <= exact <= 1:
                 failed.append(f"{name}: {exact:.3%} of the budget")
         mean = sum(kls[name]) / len(kls[name])
-        told = f"{runtime[name]:.5f}" if name in runtime else ""
+        told = ""
+        if name in runtime:
+            own = bootstrap_ratio(runtime[name], runtime["Q4_K_M"])
+            told = f"{sum(runtime[name]) / len(runtime[name]):.5f}, {own.estimate:.2f} [{own.low:.2f}, {own.high:.2f}]"
         print(
             f"| {name} | {manifest.bits_per_weight:.3f} | {share} | {mean:.5f} | {ratio.estimate:.3f} "
             f"[{ratio.low:.3f}, {ratio.high:.3f}] | {expected} | {told} |"
