@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,16 @@ def test_wandb_is_offline(finished: RunRecord, report: Path, tmp_path: Path, mon
     for (_, place), model in zip(places, finished.summary.models.values(), strict=True):
         assert "offline-run" in place
         (file,) = Path(place).parent.glob("*.wandb")
-        written = file.read_bytes()  # records in protobuf, whose numbers are JSON
-        for name, value in metrics_of(model).items():
-            assert name.encode() in written
-            assert json.dumps(value).removesuffix(".0").encode() in written
-        assert f"report-{finished.folder.name}".encode() in written
+        wanted = [
+            part for name, value in metrics_of(model).items() for part in (name, json.dumps(value).removesuffix(".0"))
+        ]
+        wanted.append(f"report-{finished.folder.name}")
+        end = time.monotonic() + 20  # its own process writes the records, whose numbers are JSON
+        while (
+            missing := [part for part in wanted if part.encode() not in file.read_bytes()]
+        ) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert missing == []
 
 
 def test_trackio_is_local(finished: RunRecord, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
