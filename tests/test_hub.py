@@ -4,6 +4,7 @@ of Xet, which needs a storage server of its own, only the calls into hf_xet are 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hub_server import TOKEN
 
 from qtool import QtoolError
+from qtool.convert.files.source import asking_the_hub
 from qtool.share.hub import Target, Upload, fetch, look, publish, quiet_secret, upload_of
 
 REPO = "my-org/My-Model-awq"
@@ -315,3 +317,12 @@ def test_xet_broken_off_leaves_nothing_and_goes_on(
     xet()
     send(uploads)
     assert stored(hub_server) == CONTENT
+
+
+def test_retries_of_the_hub_client_are_not_told() -> None:
+    """Without a network they were twelve lines above the one that says so; other words of it are heard afterwards."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with pytest.raises(QtoolError, match="the Hub cannot be reached"), asking_the_hub("org/name", None, "Stay."):
+        assert not logger.isEnabledFor(logging.WARNING)
+        raise OSError("no network")
+    assert logger.isEnabledFor(logging.WARNING)

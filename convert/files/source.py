@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -28,6 +29,7 @@ BESIDE = 8  # names in an error at most
 _UNFIT = r"[\s/\\:*?\"<>|'`$&;!()\[\]{}#%]+"  # for a shell, or for another system's files
 SHIPPED = {"qtool-demo": ("qtool", "data/demo-model")}  # name -> package and folder
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+RETRIES = "huggingface_hub.utils._http"  # the logger that tells of each
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,13 @@ def _snapshot(model: str, revision: str | None) -> ModelSource:
 
 @contextmanager
 def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[None]:
-    """huggingface_hub's errors as QtoolErrors. ``offline``: what to do where the Hub cannot be reached (exit 3)."""
+    """huggingface_hub's errors as QtoolErrors, and of its retries no word. ``offline``: what to do where the Hub cannot
+    be reached (exit 3)."""
     from huggingface_hub import errors
 
+    retries = logging.getLogger(RETRIES)
+    before = retries.level
+    retries.setLevel(logging.ERROR)  # twelve lines that end in one error say no more than the error
     try:
         yield
     except errors.RevisionNotFoundError as error:
@@ -158,6 +164,8 @@ def asking_the_hub(model: str, revision: str | None, offline: str) -> Iterator[N
             f"{beside(model)} {offline}",
             exit_code=3,
         ) from error
+    finally:
+        retries.setLevel(before)
 
 
 def beside(model: str) -> str:

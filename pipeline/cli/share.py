@@ -136,3 +136,32 @@ def reproduce(artifact: str, source: str | None, text: str | None, device: str, 
     for line in comparison.reasons or ("device and versions are the same: this should not be",):
         click.echo(f"why it may: {line}")
     raise SystemExit(FAILED)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--to", "tool", required=True, type=click.Choice(["mlflow", "wandb", "trackio"]), help="The tool.")
+@click.option("--project", default="qtool", show_default=True, help="What it is called there (MLflow: experiment).")
+@runs_option
+def track(run: str, tool: str, project: str, runs: Path) -> None:
+    """Log RUN to MLflow, Weights & Biases (offline) or trackio: scores with their intervals, settings, the report.
+
+    Each model of the run becomes a run there. The tool's own package has to be installed; its own environment variables
+    (MLFLOW_TRACKING_URI, WANDB_MODE, TRACKIO_DIR) say where things go.
+
+    \b
+    Examples:
+      qtool track latest --to mlflow --project my-quantizations
+      WANDB_MODE=online qtool track latest --to wandb
+    """
+    from qtool.report.terminal import write_report
+    from qtool.runs.record import load_run
+    from qtool.runs.shelf import find_run
+    from qtool.share.tracking import track as log_run
+
+    record = load_run(find_run(run, runs))
+    report = record.folder / "report.html"
+    if not report.exists():
+        report = write_report(record, record.folder)
+    for name, place in log_run(record, tool, project, report):
+        click.echo(f"{name}: {place}")
