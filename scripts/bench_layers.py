@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench_run import GEOMETRIES, make_model
@@ -74,15 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="models are made in it once")
     parser.add_argument("--layers", default="4,8,16,32")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="least")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
     counts = [int(text) for text in options.layers.split(",")]
-    measured: list[tuple[int, Measured]] = []
-    print(
-        "| layers | processor s | s a further layer | MB of its own | planned MB |\n|---|---|---|---|---|", flush=True
-    )
-    for count in counts:
+
+    def measured(count: int) -> Measured:
         model = options.folder / f"{options.geometry}-{count}"
         if not model.exists():
             make_model(model, options.geometry, count)
@@ -90,13 +89,17 @@ def main() -> None:
             "model": str(model.resolve()), "calibration": {"text": "qtool-code", "samples": 8, "length": 256},
             "outputs": OUTPUTS, "output_dir": "artifacts",
         }  # fmt: skip
-        found = measure(options.folder / "work", recipe)
-        print(row(count, found, measured[-1] if measured else None), flush=True)
-        measured.append((count, found))
+        return measure(options.folder / f"work-{count}", recipe)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        found = list(pool.map(measured, counts))
+    print("| layers | processor s | s a further layer | MB of its own | planned MB |\n|---|---|---|---|---|")
+    for number, (count, one) in enumerate(zip(counts, found, strict=True)):
+        print(row(count, one, (counts[number - 1], found[number - 1]) if number else None))
     print(load())
     if options.svg:
-        memory = [found.anonymous / 1e6 for _, found in measured]
-        options.svg.write_text(draw(counts, [found.seconds for _, found in measured], memory), encoding="utf-8")
+        memory = [one.anonymous / 1e6 for one in found]
+        options.svg.write_text(draw(counts, [one.seconds for one in found], memory), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +35,27 @@ def measure(work: Path, recipe: Mapping[str, Any], plan: bool = True, **environm
     (work / "recipe.yaml").write_text(json.dumps(dict(recipe)))
     told = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | environment
     qtool = [sys.executable, "-P", "-m", "qtool"]
-    planned = _run([*qtool, "plan", "recipe.yaml", "--json"], work, told) if plan else '{"host_bytes": 0}'
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    _run([*qtool, "run", "recipe.yaml", "--device", "cpu", "-q"], work, told)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    planned = _run([*qtool, "plan", "recipe.yaml", "--json"], work, told)[0] if plan else '{"host_bytes": 0}'
+    _, seconds = _run([*qtool, "run", "recipe.yaml", "--device", "cpu", "-q"], work, told)
     (result,) = work.glob("runs/*/result.json")
     found = json.loads(result.read_text())
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     peaks, host = found["peaks"], json.loads(planned)["host_bytes"]
     shutil.rmtree(work)
     return Measured(seconds, peaks["anonymous"], peaks["resident"], host, found["stages"])
 
 
-def _run(words: list[str], work: Path, environment: Mapping[str, str]) -> str:
-    done = subprocess.run(words, cwd=work, env=dict(environment), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
+def _run(words: list[str], work: Path, environment: Mapping[str, str]) -> tuple[str, float]:
+    """What it prints, and seconds of the processors: its own and of those that it waited for."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(words, cwd=work, env=dict(environment), stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        said, faults = (file.read().decode(errors="replace") for file in (out, err))
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)}: {process.returncode}\n{faults[-2000:]}")
+    return said, used.ru_utime + used.ru_stime
 
 
 def load() -> str:

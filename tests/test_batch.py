@@ -27,6 +27,7 @@ from qtool.batch.state import states_of
 from qtool.batch.table import ENGINES
 from qtool.cli import main
 from qtool.cli.batch import NAMES
+from qtool.convert.files.source import shipped
 from qtool.make import needs as job_needs
 from qtool.recipe.sections import load_recipe
 from qtool.run import prepare
@@ -130,6 +131,25 @@ def test_the_smallest_card_that_holds_it_or_the_one_that_was_named(tmp_path: Pat
         tasks_of([asked_of(tmp_path, card="L4", set=large)], tmp_path / "runs")
     with pytest.raises(QtoolError, match="card: H10: not a card"):
         needs_of(asked_of(tmp_path, card="H10"), tmp_path / "runs")
+
+
+def test_problems_are_asked_of_the_whole_source(tmp_path: Path) -> None:
+    """8B weights, 16.4 GB in bfloat16, fit no card of 24 GB with what is worked on; texts alone take layers."""
+    config = json.loads((shipped("qtool-demo") / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "head_dim": 128,
+               "num_key_value_heads": 8, "num_hidden_layers": 36, "vocab_size": 151936}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ways: list[tuple[str | None, dict[str, Any]]] = [(None, {}), (None, {"evaluate": {}, "gates": []}), ("cpu", {})]
+    rows = [
+        {"model": "org/far", "shape": "config.json", "card": card, "name": f"n{number}", "recipe": "awq",
+         "set": {"output_dir": f"a{number}"} | more}
+        for number, (card, more) in enumerate(ways)
+    ]  # fmt: skip
+    _, asked = load_batch(listed(tmp_path, card=None, models=rows))
+    judged, made, alone = (one.needs for one in tasks_of(asked, tmp_path / "runs"))
+    whole = 2 * 7.57e9
+    assert judged.device_bytes > whole > made.device_bytes
+    assert alone.host_bytes > whole > judged.host_bytes
 
 
 def test_time_by_the_ledger_or_as_said(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from qtool.batch.models import Asked
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.shape import decoder_of
 from qtool.evaluate.engines.facts import CUDA_CONTEXT
+from qtool.evaluate.engines.streamed import SHARE
 from qtool.make.needs import forecast
 from qtool.make.output import plan_output
-from qtool.make.peaks import Work
+from qtool.make.peaks import LIBRARIES, Work
+from qtool.recipe.sections import Recipe
 from qtool.sizing.accelerators import PROCESSOR, Accelerator, choose, load_accelerators
-from qtool.sizing.headers import read_headers
+from qtool.sizing.headers import Headers, read_headers
 
 SIDE_BY_SIDE = 8  # models whose headers are read at once: of the Hub it is two requests each
 CORES, HOUR = 8, 3600.0
@@ -57,7 +59,9 @@ def needs_of(asked: Asked, runs: Path) -> Needs:
     outputs = [plan_output(method, shape, folders[method.name]) for method in recipe.outputs]
     alone = said.card is not None and said.card.lower() == PROCESSOR
     work = Work(text, decoder, headers.tensors, outputs, torch.device("cpu" if alone else "cuda"))
-    peak = 0 if alone else max(work.device_peaks(cards)) + CUDA_CONTEXT
+    answering = _answering(recipe, headers)
+    peak = 0 if alone else max(*work.device_peaks(cards), answering) + CUDA_CONTEXT
+    host = max(work.host_peak(cards), (answering if alone else 0) + LIBRARIES[work.device.type])
     card = None if alone else _card(peak, said.card)
     times = forecast(recipe, outputs, runs, lambda device: _alike(device, card))
     seconds = 3600 * said.hours if said.hours else max(HOUR, SLACK * times[1]) if times else None
@@ -67,10 +71,18 @@ def needs_of(asked: Asked, runs: Path) -> Needs:
         named=said.card is not None,
         processors=said.processors or CORES,
         device_bytes=peak,
-        host_bytes=work.host_peak(cards),
+        host_bytes=host,
         disk_bytes=sum(output.disk_bytes for output in outputs),
         seconds=None if seconds is None else math.ceil(seconds),
     )
+
+
+def _answering(recipe: Recipe, headers: Headers) -> int:
+    """Bytes of the whole source, where it is asked problems in this process. Texts need no more than a layer."""
+    asked = recipe.evaluate
+    if not asked.tasks or asked.base_url is not None:
+        return 0
+    return math.ceil(2 * sum(math.prod(info.shape) for info in headers.tensors.values()) / SHARE)
 
 
 def _card(need: int, named: str | None) -> Accelerator:
