@@ -7,7 +7,8 @@ qtool's reference engine, of each family:
 
 - the source, and the source with AWQ's scales in its matrices and no rounding, in float32: the largest difference of a
   log-probability from what the reference computes of the source, against the largest logit;
-- AWQ, GPTQ and compressed-tensors in float16 (bfloat16 where vLLM runs the family in no other): mean KL, of Loop every gate's numbers against the file's;
+- AWQ, GPTQ and compressed-tensors in float16 (bfloat16 where vLLM runs the family in no other): mean KL, of Loop every
+  gate's numbers against the file's;
 - NF4 of Loop: refused by vLLM, in the words that `qtool verify` has for it.
 
 Exit codes: 0 all agrees, 1 something does not, 3 no vLLM.
