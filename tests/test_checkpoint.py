@@ -148,8 +148,12 @@ def test_missing_tensor_is_named(copy: Path) -> None:
 
 
 def test_quantized_source_is_refused(tmp_path: Path) -> None:
+    """Float8 where config.json says how it is scaled is read; where it does not, no tensor tells what it means."""
     save_file({"model.layers.0.w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(QtoolError, match=r"model\.layers\.0\.w.*F8_E4M3.*unquantized"):
+        Checkpoint.open(tmp_path).check_dtypes()
+    save_file({"model.layers.0.w": torch.zeros(2, 2).to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
+    with pytest.raises(QtoolError, match=r"model\.layers\.0\.w.*F8_E5M2.*unquantized"):
         Checkpoint.open(tmp_path)
 
 

@@ -323,12 +323,12 @@ def test_what_config_json_does_not_say_is_said() -> None:
 
 def test_an_unknown_architecture_is_planned_in_its_own_dtype(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    glm = config_of(architectures=["GlmForCausalLM"], model_type="glm", head_dim=32, pad_token_id=0)
-    path.write_text(json.dumps(glm))
+    other = config_of(architectures=["HeliumForCausalLM"], model_type="helium", head_dim=32, pad_token_id=0)
+    path.write_text(json.dumps(other))
     headers = read_headers(str(path))
     assert any("transformers' own model class" in text for text in headers.assumed)
     assert weights_of(headers, "source").nbytes > 0
-    with pytest.raises(QtoolError, match="GlmForCausalLM is not known to qtool: only its own dtype"):
+    with pytest.raises(QtoolError, match="HeliumForCausalLM is not known to qtool: only its own dtype"):
         weights_of(headers, "awq")
     path.write_text(json.dumps(config_of(architectures=["NewForCausalLM"], model_type="new")))
     with pytest.raises(QtoolError, match="NewForCausalLM is neither known to qtool"):

@@ -46,6 +46,6 @@ GLM = Family(
     gguf=GgufFacts("chatglm", biases=True),
 )
 GLM4 = replace(
-    GLM, name="Glm4ForCausalLM", tensors=_tensors(_FOUR_NORMS), feeds=_feeds(adds=False),
+    GLM, name="Glm4ForCausalLM", float16=False, tensors=_tensors(_FOUR_NORMS), feeds=_feeds(adds=False),
     gguf=GgufFacts("glm4", biases=True),
 )  # fmt: skip

@@ -31,7 +31,7 @@ _NOT_YET = {
     "Lfm2ForCausalLM": _SHORT,
     "Lfm2MoeForCausalLM": _SHORT,
     "Lfm2VlForConditionalGeneration": _SHORT,
-    "Llama4ForConditionalGeneration": "transformers computes its experts in a way of its own, which the walk cannot see",
+    "Llama4ForConditionalGeneration": "transformers computes its experts in a way of its own, which no walk sees",
     "MistralLarge3ForCausalLM": _MLA,
     "NemotronHForCausalLM": _STATES,
     "NemotronH_Nano_VL_V2": _STATES,
