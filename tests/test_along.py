@@ -217,3 +217,14 @@ def test_the_plan_knows_bytes_of_every_condition(
     shown = CliRunner().invoke(main, ["plan", str(path)]).output
     assert "long text: 1,024 tokens a layer at a time" in shown
     assert "cache, window 4+124: 0.000 GB a sequence" in shown
+
+
+def test_without_a_recipe(model: Path, repository: Path, tmp_path: Path) -> None:
+    """A folder alone is its own source; a window that is none is refused."""
+    words = ["evaluate", str(model), "--long", str(repository), "--long-length", "512", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*words, "--condition", "4+100", "--runs", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "Along a long text" in result.output
+    assert "window 4+100" in result.output
+    wrong = CliRunner().invoke(main, [*words, "--condition", "4+x", "--runs", str(tmp_path)])
+    assert (wrong.exit_code, "a window such as 4+4096" in wrong.output) == (2, True)

@@ -182,7 +182,8 @@ def open_streamed(
     family = find_family({"architectures": config.architectures})
     if family is None:
         raise QtoolError(
-            f"{', '.join(config.architectures or [])} does not fit into memory, and is of no known family."
+            f"{', '.join(config.architectures or [])} cannot be read layer by layer: it is of no known family, and "
+            "nobody knows where its layers are."
         )
     model = build_skeleton(config, trust_remote_code)
     streamed = StreamedModel(facts, model, config, family.prefix, stream, device)

@@ -38,6 +38,15 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @click.option("--windows", default=16, show_default=True, type=click.IntRange(min=1), help="Windows of --text.")
 @click.option("--window-length", default="512", show_default=True, type=_Lengths(), help="Tokens in one.")
 @click.option("--by-layer", is_flag=True, help="Also the KL of each layer alone (slow: a pass for every layer).")
+@click.option("--long", "long_text", help="One long text, told by position: a folder of code, a file, a shipped name.")
+@click.option("--long-length", default=32768, show_default=True, type=click.IntRange(min=8), help="Its tokens.")
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="TYPE|SINK+RECENT",
+    help="Ask all of it again with such a cache: q8_0, or 4+4096 for a rolling window (several).",
+)
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="reference", show_default=True)
 @click.option("--base-url", metavar="URL", help="Engine openai: the server's address, which ends in /v1.")
 @click.option("--prompt", type=click.Choice(["auto", "completion", "chat"]), default="auto", show_default=True)
@@ -68,9 +77,10 @@ class _Lengths(click.ParamType[tuple[int, ...]]):
 @log_options
 def evaluate(
     model: str | None, source: Path | None, tasks: tuple[str, ...], after: datetime | None, before: datetime | None,
-    limit: int | None, text: str | None, windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str,
-    base_url: str | None, prompt: str, check: bool, plans: bool, detect: float, discordance: float | None,
-    trust_remote_code: bool, runs: Path, device: str, **asked: Any,
+    limit: int | None, long_text: str | None, long_length: int, conditions: tuple[str, ...], text: str | None,
+    windows: int, window_length: tuple[int, ...], by_layer: bool, engine: str, base_url: str | None, prompt: str,
+    check: bool, plans: bool, detect: float, discordance: float | None, trust_remote_code: bool, runs: Path,
+    device: str, **asked: Any,
 ) -> None:  # fmt: skip
     """Score MODEL (an artifact, any unquantized model's folder, or a Hub id) on coding tasks and held-out text.
 
@@ -85,6 +95,7 @@ def evaluate(
       qtool evaluate ./My-Model --task humaneval --samples 20 --temperature 0.8 --top-p 0.95
       qtool evaluate --engine openai --base-url http://127.0.0.1:8000/v1 --task humaneval --prompt chat
       qtool evaluate ./My-Model --task mbpp+ --task livecodebench --after 2025-01-01
+      qtool evaluate ./My-Model --long ./my-repository --long-length 32768 --condition q8_0 --condition 4+4096
       qtool evaluate --self-check --task humaneval
       qtool evaluate --plan --detect 1
     """
@@ -99,12 +110,14 @@ def evaluate(
 
     if check:
         tasks = tasks or ("handwritten", "heldout")
-    if not tasks and not text:
-        raise QtoolError("nothing to measure: give --task, --text or both, for example --task handwritten.")
+    if not tasks and not text and not long_text:
+        raise QtoolError("nothing to measure: give --task, --text or --long, for example --task handwritten.")
     fidelity = {"text": text, "samples": windows, "length": window_length, "by_layer": by_layer} if text else None
     asked |= {"engine": "reference" if check else engine, "base_url": None if check else base_url, "prompt": prompt}
     days = (after and after.date(), before and before.date())
     asked |= {"tasks": task_sections(tasks, limit, *days), "text": fidelity}
+    asked |= {"long": {"text": long_text, "length": long_length} if long_text else None}
+    asked |= {"conditions": [_condition(said) for said in conditions]}
     if base_url is not None and model is not None:
         asked["models"] = {model: model}
     if model is None and not check and base_url is None and not ENGINES[engine].facts.served:
@@ -118,6 +131,16 @@ def evaluate(
         return
     found = qtool.score(model, source, runs=runs, device=device, trust_remote_code=trust_remote_code, **asked)
     report.print_scores(found)
+
+
+def _condition(said: str) -> dict[str, Any]:
+    """`q8_0`, or `4+4096`."""
+    sink, plus, recent = said.partition("+")
+    if not plus:
+        return {"cache": said.lower()}
+    if not (sink.isdecimal() and recent.isdecimal()):
+        raise QtoolError(f"--condition {said}: a cache type such as q8_0, or a window such as 4+4096.")
+    return {"window": {"sink": int(sink), "recent": int(recent)}}
 
 
 def _plan(tasks: tuple[str, ...], limit: int | None, detect: float, discordance: float | None, runs: Path) -> None:

@@ -54,7 +54,7 @@ def evaluate_folders(
         resolved = resolve(str(source))
         check_folder(resolved.path)
         subjects.insert(0, source_subject(open_model(resolved.path), resolved.commit))
-    elif section.text is not None:
+    elif section.text is not None or section.long is not None:
         subjects[0] = replace(subjects[0], name="source")
     folder = runs / digest_of([subject.key for subject in subjects])[:16]
     return _scored(Evaluation(section, model, config, choose_device(device), runs, folder, trust_remote_code), subjects)

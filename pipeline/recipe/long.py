@@ -63,7 +63,7 @@ class LongSection(Section):
 class WindowSection(Section):
     """`window:` a rolling cache with sinks (StreamingLLM)."""
 
-    sink: Annotated[int, Field(ge=0, le=4096, strict=True)] = 4
+    sink: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
     """First tokens that stay."""
     recent: Tokens = 4096
     """Last tokens that stay."""
