@@ -114,7 +114,7 @@ def _name(row: Row) -> str:
 def _lm_eval_settings(row: Row) -> Settings:
     """As the first request was put: all of a task are put alike."""
     arguments = row.get("arguments")
-    first = next(iter(arguments.values()), {}) if isinstance(arguments, dict) else {}
+    first: Any = next(iter(arguments.values()), {}) if isinstance(arguments, dict) else {}
     asked = first.get("arg_1") if isinstance(first, dict) else None
     asked = asked if isinstance(asked, dict) else {}
     sampled = bool(asked.get("do_sample"))
