@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,16 @@ def test_native_engines_are_started_with_the_type(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(QtoolError, match="enough"), vllm.ENGINE.open(Model("m", path=tmp_path), use):
         pass
     assert told == {"cache": "fp8"}
+
+    @contextmanager
+    def serve(*_: Any, **given: Any) -> Iterator[str]:
+        told.update(given)
+        yield "http://127.0.0.1:1/v1"
+
+    monkeypatch.setattr(llama_cpp, "serve", serve)
+    use = Use("cpu", 1, lambda: 64, condition=Condition("q8_0"))
+    with llama_cpp.ENGINE.open(Model("m", gguf=tmp_path / "m.gguf"), use):
+        assert told == {"cache": "q8_0"}
 
 
 def test_llama_cpps_own_caches_are_as_simulated(model_maker: Callable[..., Path], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qtool.evaluate.tasks.problems import Problem
 from qtool.evaluate.tasks.table import made
 from qtool.measure.questions import shown, tasks_of
 from qtool.recipe.judging import EvaluateSection, TaskSection
+from qtool.recipe.long import MadeSection
 from qtool.report.depths import depth_map, depth_pictures, depth_rows
 from qtool.runs.depths import by_depth, by_length, place_of
 from qtool.runs.summary import summarise
@@ -79,7 +80,7 @@ def test_a_program_that_compares_the_versions_finds_none() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_as_long_as_they_say_in_the_models_own_tokens(name: str, tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
-    section = EvaluateSection(tasks=(TaskSection(task=name, made={"lengths": [4096, 8192], "each": 1}),))
+    section = EvaluateSection(tasks=(TaskSection(task=name, made=MadeSection(lengths=(4096, 8192), each=1)),))
     (task,) = tasks_of(section, None, tokenizer).values()
     assert task.source == "made by qtool: 4,096, 8,192 tokens"
     for problem in task.problems:
@@ -162,7 +163,7 @@ def test_what_cannot_be_made_is_refused(asked: dict[str, Any], said: str) -> Non
 
 def test_made_is_refused_for_other_tasks() -> None:
     with pytest.raises(ValueError, match="is for the tasks long-call, long-combine, long-change"):
-        TaskSection(task="humaneval", made={"each": 1})
+        TaskSection(task="humaneval", made=MadeSection(each=1))
 
 
 def test_readers_are_shown_the_ends_of_a_long_prompt() -> None:

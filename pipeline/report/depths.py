@@ -55,7 +55,7 @@ def depth_map(values: Mapping[tuple[float, int], float], label: str, room: int =
     depths, lengths = sorted({depth for depth, _ in values}), sorted({length for _, length in values})
     left, top, tall = 72, 44, 26
     wide = min(84, (room - left - 12) // len(lengths))
-    parts = []
+    parts = [f'<text class="soft" text-anchor="end" x="{left - 8}" y="{top - 10}">depth</text>']
     for column, length in enumerate(lengths):
         middle = left + wide * (column + 0.5)
         parts.append(
