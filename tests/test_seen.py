@@ -86,5 +86,5 @@ def test_pieces_of_codes_dequantize_to_the_whole(name: str, weights: int, monkey
     assert torch.equal(torch.cat([piece.dequantize() for piece in pieces]), expected)
     if weights == 700 and name != "rows that do not end with blocks":
         assert len(pieces) > 1
-    monkeypatch.setattr(tensors, "PIECE", weights)
+    monkeypatch.setattr(tensors, "PIECE", {"cpu": weights})
     assert see_codes(codes) == whole(expected)

@@ -7,17 +7,8 @@ need the source. A vision tower is not quantized and not carried along.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-from qtool.convert.files.checkpoint import TensorInfo, Within
-
-# how names begin -> what stands in their place: transformers 5's and transformers 4's files
-_PREFIXES = {
-    "model.language_model.": "model.",
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-}
 
 
 @dataclass(frozen=True)
@@ -83,18 +74,3 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if wrapper.plain and isinstance(rope := found.get("rope_parameters"), Mapping):
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e4)}
     return found
-
-
-def text_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Stored tensors under the names that the text model alone has; others keep theirs. ``config``: as it is stored."""
-    if not is_wrapped(config):
-        return dict(tensors)
-    nested = any(name.startswith("model.language_model.") for name in tensors)
-    found = {}
-    for name, info in tensors.items():
-        begins = next((old for old in _PREFIXES if name.startswith(old)), "model." if nested else "")
-        known = _PREFIXES.get(begins, "") + name.removeprefix(
-            begins
-        )  # towers lose the model's prefix, where they have it
-        found[known] = info if known == name else replace(info, within=Within(name, info.shape))
-    return dict(sorted(found.items()))

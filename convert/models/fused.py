@@ -19,8 +19,8 @@ from typing import Any
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint, TensorInfo, Within
 from qtool.convert.files.config_file import read_config, read_stored_config
-from qtool.convert.files.float8 import in_16_bits
-from qtool.convert.files.wrappers import text_names
+from qtool.convert.files.float8_tensors import in_16_bits
+from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture, renamed
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry

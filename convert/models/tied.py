@@ -14,7 +14,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config, read_stored_config
-from qtool.convert.files.wrappers import text_names
+from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.models.model_config import is_tied
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -15,12 +15,13 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config, read_stored_config
 from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
-from qtool.convert.files.float8 import float8_of, in_16_bits, without_float8
+from qtool.convert.files.float8 import float8_of, without_float8
+from qtool.convert.files.float8_tensors import in_16_bits
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
-from qtool.convert.files.wrappers import text_names
+from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.fused import each_alone
 from qtool.convert.models.refusals import check_sizes, refuse_architecture
