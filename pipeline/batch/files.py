@@ -75,5 +75,6 @@ def start(engine: Engine, made: Rendered, folder: Path) -> int:
         raise QtoolError(f"{engine.name}: there is no `{engine.program}` here ({engine.install}).", exit_code=3)
     code = 0
     for words in made.start:
-        code = code or subprocess.run(words, cwd=folder, check=False).returncode
+        # the engine's own program, as its user would start it: with his logins
+        code = code or subprocess.run(words, cwd=folder, env=dict(os.environ), check=False).returncode
     return code
