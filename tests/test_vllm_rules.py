@@ -82,6 +82,14 @@ def test_a_class_that_does_not_name_its_fused_matrices_takes_no_nf4() -> None:
     assert not FACTS.refuses_model({"architectures": ["LlamaForCausalLM"], "quantization_config": section})
 
 
+def test_glm4_takes_no_gptq() -> None:
+    """vLLM 0.32 ends in `MergedColumnParallelLinear … no attribute 'data'`; AWQ and compressed-tensors load."""
+    section = autogptq.quantization_config(4, 128, True, 0.1)
+    (reason,) = FACTS.refuses_model({"architectures": ["Glm4ForCausalLM"], "quantization_config": section})
+    assert "does not load GPTQ files; take `format: compressed-tensors`" in reason
+    assert not FACTS.refuses_model({"architectures": ["GlmForCausalLM"], "quantization_config": section})
+
+
 def test_gemma_runs_in_bfloat16() -> None:
     config = {"architectures": ["Gemma2ForCausalLM"], "dtype": "float16", "quantization_config": AWQ}
     assert dtype_flag(config) == "bfloat16"

@@ -119,7 +119,7 @@ def _transformers(section: Mapping[str, Any]) -> Iterator[str]:
 
 
 RUNS_IN: tuple[Runtime, ...] = (
-    vllm.runtime(_vllm),
+    vllm.runtime(_vllm, refuses_model=vllm.takes_no_gptq),
     Runtime(
         "transformers",
         "transformers",
@@ -139,6 +139,6 @@ RULES: tuple[RuntimeRule, ...] = (
     experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
     RuntimeRule("model, version, shapes", "AutoGPTQ", "0.7.1", "_const.py, qlinear_cuda.py", _autogptq),
-    *vllm.rules("auto_gptq.py", _vllm),
+    *vllm.rules("auto_gptq.py", _vllm, refuses_model=vllm.takes_no_gptq),
     sglang.marlin_rule("gptq.py", _sglang),
 )

@@ -127,6 +127,7 @@ class Family:
         for under another key.
     float16: whether vLLM runs it in float16.
     vllm_names_fused: whether vLLM's class of it says which matrices it keeps as one.
+    vllm_takes_gptq: whether vLLM's class of it loads GPTQ files.
     gguf: how llama.cpp wants it; None where it cannot be written, and ``no_gguf`` says so.
     unlike_layers: parts of the names of modules beside the layers that hold matrices, stay as they are, and that a
         runtime may take for such as are quantized.
@@ -153,6 +154,7 @@ class Family:
     runtime_keys: Callable[[Settings], dict[str, Any]] = _nothing_more
     float16: bool = True
     vllm_names_fused: bool = True
+    vllm_takes_gptq: bool = True
     gguf: GgufFacts | None = None
     no_gguf: str = "cannot be written as GGUF yet"
     built_as: str = ""

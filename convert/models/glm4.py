@@ -47,5 +47,5 @@ GLM = Family(
 )
 GLM4 = replace(
     GLM, name="Glm4ForCausalLM", float16=False, tensors=_tensors(_FOUR_NORMS), feeds=_feeds(adds=False),
-    gguf=GgufFacts("glm4", biases=True),
+    vllm_takes_gptq=False, gguf=GgufFacts("glm4", biases=True),
 )  # fmt: skip

@@ -45,6 +45,16 @@ def fuses_unnamed(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"vLLM's class of {family.name} does not name its fused matrices, which its reader of NF4 asks for"
 
 
+def takes_no_gptq(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of its reader of GPTQ files: run with 0.32, whose loader ends in an error for some classes."""
+    family = find_family(config)
+    if family is not None and not family.vllm_takes_gptq:
+        yield (
+            f"vLLM {VERSION}'s class of {family.name} does not load GPTQ files; take `format: compressed-tensors` or "
+            "`method: awq`"
+        )
+
+
 def joined(linear: str) -> str | None:
     """The module that holds a linear together with others, which have to be stored alike: q, k and v; gate and up; all
     experts of a layer. None: it stands alone."""
@@ -126,12 +136,14 @@ def loading(
     return RuntimeRule("loading", title, VERSION, source, broken, proof="run")
 
 
-def rules(file: str, refuses: Refuses, *more: RuntimeRule) -> tuple[RuntimeRule, ...]:
+def rules(
+    file: str, refuses: Refuses, *more: RuntimeRule, refuses_model: Refuses = lambda _: iter(())
+) -> tuple[RuntimeRule, ...]:
     """Loading, ``more``, and the kernels, which are worth a look only where it loads. ``file``: of vLLM's
     layers/quantization."""
 
     def loads(subject: Subject) -> bool:
-        return not any(refuses(subject.quantization))
+        return not any(refuses(subject.quantization)) and not any(refuses_model(subject.config))
 
     kernels = (
         RuntimeRule("Marlin kernel", "vLLM", VERSION, f"{_KERNELS}/marlin.py", _marlin, True, applies=loads),
@@ -146,4 +158,5 @@ def rules(file: str, refuses: Refuses, *more: RuntimeRule) -> tuple[RuntimeRule,
         ),
         RuntimeRule("CPU kernel", "vLLM", VERSION, f"{_KERNELS}/cpu.py", _cpu, True, proof="run", applies=loads),
     )
-    return loading(refuses, f"{FOLDER}/{file}"), *(replace(rule, applies=loads) for rule in more), *kernels
+    takes = loading(refuses, f"{FOLDER}/{file}", refuses_model=refuses_model)
+    return takes, *(replace(rule, applies=loads) for rule in more), *kernels
