@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +32,13 @@ from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, run_layer
 from qtool.quantize.methods.method import Method
-from qtool.quantize.rounding import factorize
+from qtool.quantize.rounding import Factor, factorize
 from qtool.quantize.source_model import SourceModel
 from qtool.quantize.survey_head import Head
 
 TOKENS = 8192  # of the calibration set, which a survey looks at
 ROWS = 256  # of a matrix, evenly spaced, that are rounded to see what a type costs
+TABLE = 4096  # of an embedding or a head: half of them those that count most, the others spaced over the rest
 DAMP = 0.1
 SEED = 0
 
@@ -149,7 +149,7 @@ class Survey:
             raise QtoolError("budget: the gradients of the source model are NaN or Inf on the calibration text.")
         for module in (HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")):
             if module in self.types and (module.startswith("lm_head") or head.tied):
-                costs[module] = self._tried(module, head.weight, head.cost)
+                costs[module] = self._of_table(module, head.weight, head.counts, head.losses)
         head.close()
         return costs, gradients
 
@@ -196,17 +196,27 @@ class Survey:
         return self._tried(at + matrix.module, weight, seen.cost, seen.gram, factor)
 
     def _tried(
-        self, module: str, weight: Tensor, cost: Callable[[Tensor, Tensor], float], gram: Tensor | None = None,
-        factor: Any = None,
-    ) -> dict[str, float]:  # fmt: skip
+        self, module: str, weight: Tensor, cost: Callable[[Tensor, Tensor], float], gram: Tensor, factor: Factor
+    ) -> dict[str, float]:
         """Type -> nats a token, from some rows."""
-        rows = _spaced(len(weight), ROWS if gram is not None else len(weight)).to(weight.device)
+        rows = _spaced(len(weight), ROWS).to(weight.device)
         some = weight[rows].contiguous()
         found = {}
         for kind in self.types[module]:
             error = self.method.trial(some, kind, gram, factor) - some.float()
             found[kind] = cost(error, rows)
         return found
+
+    def _of_table(
+        self, module: str, weight: Tensor, counts: Tensor, losses: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Type -> nats a token: what each row of ``weight`` loses by it, times how much the row counts ``[out]``."""
+        rows, share = telling(counts)
+        some = weight[rows].contiguous()
+        return {
+            kind: float((share * losses(self.method.trial(some, kind, None, None) - some.float())).sum())
+            for kind in self.types[module]
+        }
 
     def _embedded(self, text: CalibrationSet, hidden: Tensor) -> float:
         """What a model multiplies embedded rows by, most by 1. ``hidden``: what the first layer is fed of the first
@@ -226,12 +236,24 @@ class Survey:
         rows = torch.zeros(len(weight)).index_add_(0, tokens, each).to(squares.device)
         channels = squares.sum(0) / squares.sum().clamp_min(1e-30)
 
-        def cost(error: Tensor, _: Tensor) -> float:
-            return scale**2 * float((rows * (error.square() @ channels)).sum()) / (2 * len(tokens))
+        def losses(error: Tensor) -> Tensor:
+            return scale**2 * (error.square() @ channels) / (2 * len(tokens))
 
-        own = self._tried(module, weight, cost)
+        own = self._of_table(module, weight, rows, losses)
         before = costs.get(module, {})
         costs[module] = {kind: before.get(kind, 0.0) + one for kind, one in own.items()}
+
+
+def telling(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of a table that are looked at, how much each stands for). ``counts [out]``: what a row counts. Of many
+    those that count most, and spaced over the others so many more, which stand for all of these alike."""
+    if len(counts) <= TABLE:
+        return torch.arange(len(counts), device=counts.device), counts
+    order = torch.sort(counts, descending=True, stable=True).indices
+    most, others = order[: TABLE // 2].sort().values, order[TABLE // 2 :].sort().values
+    some = others[_spaced(len(others), TABLE // 2).to(counts.device)]
+    alike = (counts[others].sum() / len(some)).expand(len(some))
+    return torch.cat([most, some]), torch.cat([counts[most], alike])
 
 
 @contextmanager

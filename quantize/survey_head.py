@@ -58,10 +58,14 @@ class Head:
         self._chances += (probabilities * (1 - probabilities)).sum(0)
         self._tokens += len(x)
 
-    def cost(self, error: Tensor, rows: Tensor) -> float:
-        """Nats a token of ``error [rows, in]``."""
-        lost = self._chances[rows] * ((error @ self._gram) * error).sum(1)
-        return float(lost.sum()) / (2 * self._tokens**2)
+    @property
+    def counts(self) -> Tensor:
+        """How much each row's loss counts ``[vocabulary]``."""
+        return self._chances
+
+    def losses(self, error: Tensor) -> Tensor:
+        """Of ``error [rows, in]`` what each row loses: nats a token, times what it counts."""
+        return ((error @ self._gram) * error).sum(1) / (2 * self._tokens**2)
 
     def close(self) -> None:
         """The skeleton as it was."""

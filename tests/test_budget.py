@@ -31,7 +31,7 @@ from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.ranks import ALONE
 from qtool.quantize.source_model import SourceModel
-from qtool.quantize.survey import Survey
+from qtool.quantize.survey import TABLE, Survey, telling
 from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import checked_recipe
 
@@ -271,3 +271,19 @@ def test_what_a_survey_tells_is_the_curvature_of_the_divergence(name: str, tmp_p
             weight.copy_(before)
             measured = float((source.exp() * (source - other)).sum(-1).mean())
             assert 0.5 < expected[module]["Q8_0"] / measured < 2, (module, measured)
+
+
+def test_of_a_large_table_the_rows_that_count_are_looked_at() -> None:
+    """What a few rows count is exact; of the others, which count alike, some stand for all."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.rand(50_000, generator=generator) * 1e-3
+    heavy = torch.randperm(len(counts), generator=generator)[:1000]
+    counts[heavy] += 5.0
+    losses = torch.rand(len(counts), generator=generator) + 1
+    rows, share = telling(counts)
+    assert len(rows) == len(set(rows.tolist())) == TABLE
+    assert set(heavy.tolist()) <= set(rows.tolist())
+    assert float(share.sum()) == pytest.approx(float(counts.sum()), rel=1e-4)
+    assert float((share * losses[rows]).sum()) == pytest.approx(float((counts * losses).sum()), rel=2e-3)
+    small = counts[:100]
+    assert torch.equal(telling(small)[1], small)
