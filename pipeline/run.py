@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,29 @@ import torch
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.durable import require_writable
-from qtool.convert.files.manifest import MANIFEST
-from qtool.convert.files.reading import named, read_text
-from qtool.convert.files.source import ModelSource, resolve
+from qtool.convert.files.reading import read_text
+from qtool.convert.files.source import ModelSource
 from qtool.convert.formats.table import in_safetensors
-from qtool.convert.text.tokenizer import load_tokenizer
-from qtool.convert.text.windows import token_windows
 from qtool.convert.verify.checks import verify
 from qtool.convert.verify.verification import Verification
 from qtool.evaluate.scorecard import Scores
 from qtool.make.budgets import decided
-from qtool.make.device import choose_device
-from qtool.make.job import Job, device_kind, open_job, versions
+from qtool.make.job import Job, device_kind, versions
 from qtool.make.needs import like
 from qtool.make.outputs import make_artifacts
 from qtool.make.progress import progress_bar
 from qtool.make.rehearsing import rehearsing
 from qtool.make.replacing import replacing
 from qtool.make.seat import ONE, Seat
-from qtool.measure.long_text import require_possible
-from qtool.measure.run import check_contexts, measure_subjects
+from qtool.measure.run import measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
 from qtool.measure.together import divisible, score_together
+from qtool.preparing import calibrate, prepare
 from qtool.quantize.calibration import CalibrationSet
-from qtool.quantize.methods.method import Method
 from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.recipe.checking import read
 from qtool.recipe.overrides import NONE, Overrides, text_of
-from qtool.recipe.paths import require_paths
-from qtool.recipe.sections import Recipe, load_recipe
 from qtool.runs import ledger, log, record
 from qtool.runs.coverage import coverage
 from qtool.runs.evidence import size_text
@@ -54,69 +46,6 @@ from qtool.runs.shelf import give_name
 from qtool.runs.stages import stage, write_trace
 from qtool.runs.summary import save_summary
 from qtool.serve.outputs import prove_artifacts, require_servers
-
-
-def prepare(
-    path: Path, device: str, only: tuple[str, ...] = (), runs: Path | None = None, overrides: Overrides = NONE,
-    source: ModelSource | None = None,
-) -> Job:  # fmt: skip
-    """Everything that can be refused is refused here, before a weight is read. ``runs``: where this run will be kept
-    (None: nothing will be written); ``source``: as another rank resolved it."""
-    recipe = load_recipe(path, overrides)
-    require_paths(recipe, path)
-    if runs is not None:
-        require_writable(runs, "--runs")
-    return prepare_recipe(recipe, device, only, runs is not None, source)
-
-
-def prepare_recipe(
-    recipe: Recipe, device: str, only: tuple[str, ...] = (), may_write: bool = False, source: ModelSource | None = None
-) -> Job:
-    """`prepare` for a recipe that is no file."""
-    if may_write:
-        made = named(recipe.output_dir)
-        if not any(made.glob(f"*/{MANIFEST}")):  # finished ones are reused from where nothing can be written, too
-            require_writable(made, "output_dir:")
-    names = [output.name for output in recipe.outputs]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise QtoolError(f"--only {unknown[0]}: the recipe's outputs are {', '.join(names)}.")
-    found = source or resolve(recipe.model.id, recipe.model.revision)
-    if may_write:  # the key of what is made asks for it, after everything that can go on beside
-        found.read_behind()
-    job = _with_enough_text(open_job(recipe, found, choose_device(device), _chosen(recipe, only)))
-    most = getattr(job.config, "max_position_embeddings", None)
-    _check_calibration(recipe, most)
-    require_possible(recipe.evaluate, job.decoder.shape)
-    if (asked := recipe.measure) is not None:
-        check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
-    return job
-
-
-def _with_enough_text(job: Job) -> Job:
-    """More windows of calibration where the recipe wants more tokens for an expert."""
-    recipe, text = job.recipe, job.recipe.calibration
-    number = recipe.experts.samples(job.decoder.shape, text.samples, text.length)
-    if number == text.samples:
-        return job
-    shape = job.decoder.shape
-    mean = number * text.length * shape.active // shape.experts
-    log.say(
-        f"calibration: {number} windows, not {text.samples}, so that the mean expert sees {mean:,} tokens "
-        f"(`experts: {{min_tokens: {recipe.experts.min_tokens}}}`)"
-    )
-    drawn = text.model_copy(update={"samples": number})
-    return replace(job, recipe=recipe.model_copy(update={"calibration": drawn}))
-
-
-def _check_calibration(recipe: Recipe, most: int | None) -> None:
-    """As evaluation's: windows longer than the model's context would measure it where it was never trained."""
-    length = recipe.calibration.length
-    if most is not None and length > most and any(output.calibrated for output in recipe.outputs):
-        raise QtoolError(
-            f"calibration: length {length:,} is more than the {most:,} tokens that the model was made for "
-            "(max_position_embeddings in config.json)."
-        )
 
 
 def run(
@@ -162,7 +91,7 @@ def _run(
             require_servers(recipe.serve, kinds)
         with stage("tokenizing"):
             log.say("drawing calibration text", event="stage")
-            calibration = _calibrate(job)
+            calibration = calibrate(job)
         if read_text(path) != text:
             raise QtoolError(f"{path}: changed while it was read. Run again.")
         with record.alone(folder):
@@ -193,17 +122,26 @@ def _run(
             scores = _scored(job, evaluation, _subjects(job, artifacts), together)
         if together is not ALONE:
             session.beside = heard(ranks.tell(None))
+    finished = _kept(job, runs, folder, lock, checks, artifacts, scores, session)
+    if not session.so_far().worked:
+        log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
+    return finished
+
+
+def _kept(
+    job: Job, runs: Path, folder: Path, lock: record.Lock, checks: Mapping[str, Verification],
+    artifacts: dict[str, Artifact], scores: Scores, session: Working,
+) -> RunRecord:  # fmt: skip
+    """The run as it is kept: measured, summed up, judged, noted in the ledger."""
     with record.alone(folder):
         _measured(job, _subjects(job, artifacts), runs)
         manifests = {name: artifact.manifest for name, artifact in artifacts.items() if artifact.manifest}
         summary = record.summary_of(folder, lock, manifests, scores)
         save_summary(folder, summary)
         whole = session.whole()
-        record.write_result(folder, _result(whole, checks, judge(summary, recipe.gates)))
+        record.write_result(folder, _result(whole, checks, judge(summary, job.recipe.gates)))
         finished = record.load_run(folder)
-    ledger.append(runs, _entry(finished) | {"made": whole.made, "like": like(recipe)})
-    if not session.so_far().worked:
-        log.say("nothing was left to do: artifacts and scores are those of earlier runs", event="reused")
+    ledger.append(runs, _entry(finished) | {"made": whole.made, "like": like(job.recipe)})
     return finished
 
 
@@ -252,7 +190,7 @@ def make(job: Job) -> dict[str, Artifact]:
     for note in job.remarks:
         log.say(note)
     with rehearsing(job):
-        calibration = _calibrate(job)
+        calibration = calibrate(job)
         return make_artifacts(decided(job, calibration), calibration)
 
 
@@ -282,16 +220,6 @@ def _verified(artifacts: dict[str, Artifact], device: torch.device) -> dict[str,
                 checks[name] = verify(artifact.path, device=device)
             bar.advance(task)
     return checks
-
-
-def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
-    return [output for output in recipe.outputs if not only or output.name in only]
-
-
-def _calibrate(job: Job) -> CalibrationSet:
-    source = job.recipe.calibration
-    tokenizer = load_tokenizer(job.source.path, job.recipe.model.trust_remote_code)
-    return CalibrationSet(token_windows(source, tokenizer, getattr(job.config, "vocab_size", None)), source.text)
 
 
 def _evaluation(job: Job, runs: Path, folder: Path) -> Evaluation:

@@ -51,7 +51,8 @@ def convert(
     revision: str | None, trust_remote_code: bool,
 ) -> dict[str, Artifact]:  # fmt: skip
     """`qtool.convert`: a recipe without measurements."""
-    from qtool.run import make, prepare_recipe
+    from qtool.preparing import prepare_recipe
+    from qtool.run import make
 
     recipe = checked_recipe(
         {

@@ -37,8 +37,9 @@ from qtool.evaluate.engines.llama_cpp import serve
 from qtool.evaluate.engines.torch_model import load_model, logits_of
 from qtool.evaluate.statistics import bootstrap_ratio
 from qtool.make.job import Job
+from qtool.preparing import prepare_recipe
 from qtool.recipe.sections import checked_recipe
-from qtool.run import make, prepare_recipe
+from qtool.run import make
 
 LOSES, RANKS, FILLS = 0.75, 0.9, 0.002  # the goals
 

@@ -29,8 +29,8 @@ from qtool.cli import main
 from qtool.cli.batch import NAMES
 from qtool.convert.files.source import shipped
 from qtool.make import needs as job_needs
+from qtool.preparing import prepare
 from qtool.recipe.sections import load_recipe
-from qtool.run import prepare
 from qtool.sizing.accelerators import load_accelerators
 
 HOSTILE = 'it\'s $(touch pwned) "a" `touch pwned`; #'

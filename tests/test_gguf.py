@@ -35,12 +35,12 @@ from qtool.evaluate.engines.torch_model import load_model
 from qtool.make.job import Job, open_job
 from qtool.make.outputs import make_artifacts
 from qtool.make.writer import OutputWriter
+from qtool.preparing import calibrate
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.ggml import quantize_ggml
 from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import load_recipe
-from qtool.run import _calibrate
 
 gguf: Any = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -66,7 +66,7 @@ TWO_ROPES = {
 def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve(loaded.model.id), torch.device("cpu"), loaded.outputs)
-    return job, make_artifacts(job, _calibrate(job))
+    return job, make_artifacts(job, calibrate(job))
 
 
 @pytest.mark.parametrize(

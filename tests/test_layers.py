@@ -27,6 +27,7 @@ DOWNHILL: dict[str, tuple[str, ...]] = {
         "share",
         "verbs",
         "run",
+        "preparing",
         "report",
         "bundle",
         "batch",

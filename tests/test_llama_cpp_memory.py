@@ -183,14 +183,14 @@ def test_a_file_that_qtool_wrote(tmp_path: Path) -> None:
 
     from qtool.convert.files.source import resolve
     from qtool.make.job import open_job
+    from qtool.preparing import calibrate
     from qtool.recipe.sections import load_recipe
-    from qtool.run import _calibrate
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/out\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, calibrate(job))["gguf"]
     assert artifact.gguf is not None
     geometry = read_headers(str(artifact.path)).geometry
     check(artifact.gguf, geometry, 512, 1, True, "f16")

@@ -158,14 +158,14 @@ def test_llama_cpp_measures_a_file(tmp_path: Path) -> None:
 
     from qtool.make.job import open_job
     from qtool.make.outputs import make_artifacts
+    from qtool.preparing import calibrate
     from qtool.recipe.sections import load_recipe
-    from qtool.run import _calibrate
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: qtool-demo\noutputs: [{{method: gguf, imatrix: false}}]\noutput_dir: {tmp_path}/a\n")
     loaded = load_recipe(recipe)
     job = open_job(loaded, resolve("qtool-demo"), torch.device("cpu"), loaded.outputs)
-    artifact = make_artifacts(job, _calibrate(job))["gguf"]
+    artifact = make_artifacts(job, calibrate(job))["gguf"]
     result = call("measure", artifact.path, "--context", 64, "--batch", "1,2", "--tokens", 8, "--repeats", 2,
                   "--runs", tmp_path, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -21,9 +21,10 @@ from qtool.evaluate.engines.machine import machine_name
 from qtool.measure.measure import measure
 from qtool.measure.run import measure_subjects
 from qtool.measure.subjects import Subject, source_subject
+from qtool.preparing import prepare
 from qtool.recipe.judging import MeasureSection
 from qtool.recipe.sections import load_recipe
-from qtool.run import prepare, run
+from qtool.run import run
 from qtool.runs import ledger
 from qtool.runs.measurements import Measurement, Row, from_json, less_device_memory, log, measured_models, one_machine
 from qtool.runs.record import load_run

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qtool.make.peaks import LIBRARIES, Work
+from qtool.preparing import prepare_recipe
 from qtool.recipe.sections import checked_recipe
-from qtool.run import prepare_recipe
 
 
 def work(*outputs: dict[str, Any], samples: int = 4) -> Work:

@@ -29,8 +29,8 @@ from qtool.make import needs as job_needs
 from qtool.make.job import device_kind, open_job
 from qtool.make.output import TOKENIZER_AND_CONFIG
 from qtool.make.outputs import make_artifacts
+from qtool.preparing import calibrate
 from qtool.recipe.sections import load_recipe
-from qtool.run import _calibrate
 from qtool.runs import ledger
 from qtool.sizing.accelerators import choose, load_accelerators
 from qtool.sizing.headers import read_headers
@@ -201,7 +201,7 @@ def test_a_recipe_is_planned_as_a_job(
     more = call("plan", recipe, "--runs", runs, "--set", "calibration.samples=999")
     assert "time: not known" in more.output
     needs = job_needs.needs_of(job)
-    made = make_artifacts(job, _calibrate(job))["awq"]
+    made = make_artifacts(job, calibrate(job))["awq"]
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
     assert taken <= needs.disk_bytes <= taken + TOKENIZER_AND_CONFIG
     monkeypatch.setattr(job_needs, "host_memory", lambda: 1000)

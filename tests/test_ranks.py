@@ -29,6 +29,7 @@ from qtool.cli.cards import LAUNCHED
 from qtool.make.needs import needs_of
 from qtool.make.output import owners_of
 from qtool.make.seat import ONE, Seat
+from qtool.preparing import prepare
 from qtool.quantize.memory import peak_bytes
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gptq import GptqMethod
@@ -36,7 +37,7 @@ from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.nf4 import Nf4Method
 from qtool.quantize.ranks import ALONE, Home, Ranks, dealt_out
 from qtool.quantize.statistics import InputStatistics
-from qtool.run import prepare, run
+from qtool.run import run
 from qtool.runs.record import load_run
 
 HERE = Path(__file__).parent

@@ -24,7 +24,8 @@ from qtool.convert.text.shapes import row_of
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate.engines.llama_cpp import serve
 from qtool.make.device import choose_device
-from qtool.run import prepare, run
+from qtool.preparing import prepare
+from qtool.run import run
 from qtool.sizing.formats import weights_of
 from qtool.sizing.headers import read_headers
 

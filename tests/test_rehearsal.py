@@ -21,10 +21,10 @@ from qtool.convert.models.shape import decoder_of
 from qtool.make import rehearsing
 from qtool.make.job import Job
 from qtool.make.needs import Resources
+from qtool.preparing import prepare
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
 from qtool.quantize.rehearsal import LAYERS, UNIT, Wanted, reduced, rehearse
-from qtool.run import prepare
 
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 64}, {"method": "gptq", "group_size": 64, "bits": 8, "propagate_error": False},

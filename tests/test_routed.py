@@ -490,9 +490,9 @@ def test_settings_are_keys_of_a_recipe_and_of_the_work(folder: Path, tmp_path: P
     """Another exponent makes other artifacts, where text weighs them; more windows are drawn before the work, and the
     artifact's manifest will say so."""
     from qtool.make.job import artifact_key
+    from qtool.preparing import prepare_recipe
     from qtool.quantize.calibration import CalibrationSet
     from qtool.recipe.sections import checked_recipe
-    from qtool.run import prepare_recipe
 
     def recipe(**settings: Any) -> Any:
         outputs = [AWQ, {"method": "gptq", "group_size": 32}]

@@ -26,8 +26,8 @@ from qtool.evaluate.engines.transformers import activations
 from qtool.evaluate.engines.vllm import FACTS as VLLM
 from qtool.make.job import open_job
 from qtool.make.outputs import make_artifacts
+from qtool.preparing import calibrate
 from qtool.recipe.sections import load_recipe
-from qtool.run import _calibrate
 from qtool.sizing.accelerators import load_accelerators
 from qtool.sizing.bounds import decode_seconds, prefill_flops
 from qtool.sizing.fit import Setting, estimate_of, fits, largest_context, most_sequences, offload_of, split_faults
@@ -136,7 +136,7 @@ def test_every_artifact_has_the_planned_size(tiny: Path, write_recipe: Callable[
     ]  # fmt: skip
     loaded = load_recipe(write_recipe(outputs=outputs))
     job = open_job(loaded, resolve(str(tiny)), torch.device("cpu"), loaded.outputs)
-    made = make_artifacts(job, _calibrate(job))
+    made = make_artifacts(job, calibrate(job))
     headers = read_headers(str(tiny))
     for name, artifact in made.items():
         planned = weights_of(headers, name)

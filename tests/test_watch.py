@@ -110,7 +110,7 @@ def test_a_source_that_changes_before_it_is_read_is_refused(tmp_path: Path) -> N
 
 
 def test_a_planned_recipe_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.run import prepare
+    from qtool.preparing import prepare
 
     read: list[Path] = []
     monkeypatch.setattr(watch, "sha256_file", read.append)

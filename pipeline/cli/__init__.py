@@ -103,9 +103,9 @@ def run(
             log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
         log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
         from qtool.make.seat import Seat
+        from qtool.preparing import prepare
         from qtool.report import job as job_report
         from qtool.report import terminal as report
-        from qtool.run import prepare
         from qtool.run import run as run_recipe
         from qtool.runs.shelf import check_name
 

@@ -90,10 +90,10 @@ def _kv_dtypes(text: str) -> tuple[str, ...]:
 def _plan_job(recipe: Path, runs: Path, as_json: bool, changes: tuple[str, ...]) -> None:
     from qtool.make.budgets import known
     from qtool.make.needs import needs_of
+    from qtool.preparing import prepare
     from qtool.recipe.overrides import parse_overrides
     from qtool.recipe.paths import locate
     from qtool.report.job import print_budgets, print_needs
-    from qtool.run import prepare
 
     job = known(prepare(locate(recipe), "auto", overrides=parse_overrides(changes)))
     needs = needs_of(job, runs)
