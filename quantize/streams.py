@@ -23,6 +23,7 @@ from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
 from qtool.quantize.collecting import Sample, finish
 from qtool.quantize.experts import gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
+from qtool.quantize.position import Position
 from qtool.quantize.ranks import Home, Ranks
 from qtool.quantize.routed import ExpertSettings, RoutedStatistics
 from qtool.quantize.scaling import AT_ONCE
@@ -55,7 +56,7 @@ class Passage:
 
     name: in messages; layer: the source's; source: its tensors as ``module`` holds them, which computes it; hidden: the
     source's stream; dtype: of computing; decoder: says which tensors take it, and how experts are held; tokens: of the
-    calibration set.
+    calibration set; position: is told what is in work.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Passage:
     decoder: Decoder
     settings: ExpertSettings
     tokens: int
+    position: Position
     parts: tuple[Part, ...] = field(init=False)
     _parted: Parted = field(init=False)
 
@@ -87,13 +89,16 @@ class Passage:
 
     def _round(self, part: Part, step: Step, streams: Sequence[Stream], last: bool) -> None:
         """A step's stacks get their codes in some streams; with ``last`` the source moves on to the part's end."""
+        self.position.at(f"inputs of {step.stacks[0].name}")
         collected, peaks = self._collect(part, step, streams, last)
 
         def choose(stream: Stream, found: dict[str, Statistics]) -> None:
             for stack in step.stacks:
                 stats = found.pop(stack.name)
                 refuse_inputs(self.name, stream.method, [(stack, stats)], peaks)
+                self.position.at(f"{stream.method.name}: {stack.name}")
                 stream.here.round(stack, stats)
+                self.position.end()
                 del stats  # large: gone before the next one's turn
 
         parts = zip(streams, collected, strict=True)

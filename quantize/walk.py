@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.plan import LinearPlan, OutputPlan, walk_order
-from qtool.convert.models.feeds import whole
+from qtool.convert.models.feeds import Feed, whole
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, advance
 from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics, spread
 from qtool.quantize.experts import prepare
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
+from qtool.quantize.position import Position
 from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.quantize.routed import ExpertSettings
 from qtool.quantize.soundness import refuse_inputs, refuse_range, refuse_unsound_values
@@ -63,7 +64,8 @@ class LayerResult:
 @dataclass
 class Walk:
     """What the walk needs: the model's skeleton, what feeds its matrices, its weights, the calibration tokens, the
-    outputs to make, how experts are calibrated, and who else walks along: every rank has the same outputs."""
+    outputs to make, how experts are calibrated, who else walks along (every rank has the same outputs), and who is told
+    where the walk is."""
 
     model: nn.Module
     decoder: Decoder
@@ -73,6 +75,7 @@ class Walk:
     device: torch.device
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     ranks: Ranks = ALONE
+    position: Position = field(default_factory=Position)
     on_grams: list[Column] = field(init=False)
     weighing: bool = field(init=False)
     source: SourceModel = field(init=False)
@@ -139,6 +142,7 @@ class Walk:
                 feeds, matrices = self.decoder.feeds(index), self.decoder.matrices(index)
                 layer = Layer(index, feeds, matrices, {}, tensors, self.decoder.in_files(held), self.device)
                 last = index == layers - 1
+                self.position.enter(index, self._steps(feeds))
                 results, seen = self._visit(layer, held, hidden, streams, calls, last) if calibrated else ({}, Inputs())
                 self._quantize_others(layer, seen, results)
                 names = [output.method.name for output in self.outputs]
@@ -178,15 +182,17 @@ class Walk:
         last_here = [output for output in sharing if output.owner == self.ranks.rank][-1:]
 
         def quantize(output: Column) -> None:
+            self.position.at(output.method.name)
             refuse_inputs(self._named(index), output.method, [(stack, shared[stack.name]) for stack in stacks])
             inputs = Inputs(shared, output in last_here)
             results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+            self.position.end()
 
         self._each(quantize, sharing)
         shared.clear()
         passage = Passage(
             self._named(index), layer, module, held, hidden, calls, self.source.dtype, self.decoder, self.experts,
-            self.calibration.tokens.numel(),
+            self.calibration.tokens.numel(), self.position,
         )  # fmt: skip
         if own:
             passage.round(own)
@@ -198,6 +204,11 @@ class Walk:
                 passage.advance(stream)
         module.to("meta")
         return results, seen
+
+    def _steps(self, feeds: Sequence[Feed]) -> int:
+        """Of a layer on this rank."""
+        mine, stacks = [output for output in self.outputs if output.owner == self.ranks.rank], len(stacks_of(feeds))
+        return sum(stacks if output.own_stream else 1 for output in mine)
 
     def _each(self, work: Callable[[Column], None], outputs: Sequence[Column]) -> None:
         """Every output's work, at its owner; a fault is raised on all ranks."""
@@ -220,8 +231,10 @@ class Walk:
         assert index is not None
 
         def quantize(output: Column) -> None:
+            self.position.at(output.method.name)
             inputs = self._weighing(index, output, seen)
             results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+            self.position.end()
 
         self._each(quantize, [output for output in self.outputs if not output.method.needs.gram])
 

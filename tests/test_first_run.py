@@ -91,6 +91,24 @@ def test_the_time_to_go_of_layers_that_take_minutes() -> None:
     assert [progress.duration(s) for s in (0, 32, 601, 3723)] == ["0:00", "0:32", "10:01", "1:02:03"]
 
 
+def test_before_the_first_layer_has_ended_there_is_a_time_to_go(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the part of it that is done; what is being written behind it does not count twice."""
+    clock = Clock()
+    with progress.Stages(lines=True, get_time=clock) as stages:
+        task = stages.add_task("quantizing layers", total=80)
+        clock.now += 60
+        stages.update(task, at=0.25, doing="layer 1, awq: mlp.down_proj")
+        stages.say_slow_ones()
+        clock.now += 180
+        stages.update(task, at=1.0, doing="layer 2, inputs of self_attn.q_proj")
+        stages.advance(task)
+    assert capsys.readouterr().err.splitlines() == [
+        "quantizing layers: 0 of 80",
+        "quantizing layers: 0 of 80 after 1:00, about 5:19:00 to go; layer 1, awq: mlp.down_proj",
+        "quantizing layers: 1 of 80 after 4:00, about 5:16:00 to go; layer 2, inputs of self_attn.q_proj",
+    ]
+
+
 def rule(name: str, fails: tuple[int, ...] = (), required: bool = False) -> list[Check]:
     runtime = name.split(":")[0]
     return [

@@ -105,7 +105,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(write_recipe: Callable[...
     begin = next(entry for entry in said if entry["event"] == "begin")
     assert (begin["outputs"], (tmp_path / "runs" / begin["run"]).is_dir()) == (["awq"], True)
     last = [entry for entry in said if entry["event"] == "progress"][-1]
-    assert set(last) == {"time", "event", "text", "stage", "done", "total", "seconds", "to_go"}
+    assert set(last) == {"time", "event", "text", "stage", "done", "total", "seconds", "to_go", "doing"}
     wrong = call("run", write_recipe(), "--only", "nf4", "--log-json")
     error = json.loads(wrong.stderr.splitlines()[-1])
     assert (error["event"], error["exit_code"], wrong.exit_code) == ("error", 2, 2)

@@ -214,6 +214,26 @@ def test_own_stream_sees_what_is_rounded_by_then(
     assert scaled > 4  # or nothing was tested of the scales
 
 
+def test_what_is_in_work_is_told(tiny: Path) -> None:
+    """Each step of each layer once, in order; a layer begins at 0 and its steps are of one size."""
+    told: list[tuple[int, float, str]] = []
+    walk = walk_of(tiny, [AwqMethod(method="awq", group_size=32), Nf4Method(method="nf4", rounding="absmax")])
+    walk.position.tell = lambda layer, share, what: told.append((layer, share, what))
+    for _ in walk.run():
+        pass
+    assert sorted({layer for layer, _, _ in told}) == list(range(len(walk.layers)))
+    first = [(share, what) for layer, share, what in told if layer == 0]
+    steps = [what for _, what in first if not what.startswith("inputs of")]
+    assert steps == [
+        "awq: self_attn.q_proj",
+        "awq: self_attn.o_proj",
+        "awq: mlp.gate_proj",
+        "awq: mlp.down_proj",
+        "nf4",
+    ]
+    assert [share for share, what in first if what in steps] == [0.0, 0.2, 0.4, 0.6, 0.8]
+
+
 def test_hidden_states_that_fell_behind_join_the_target() -> None:
     """``behind`` is what the output should make up for beside its own inputs' drift."""
     weight, x, source, behind = torch.randn(8, 16), torch.randn(50, 16), torch.randn(50, 16), torch.randn(50, 8)

@@ -28,6 +28,7 @@ from qtool.make.progress import progress_bar
 from qtool.make.writer import OutputWriter
 from qtool.make.writing import writing
 from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.position import Position
 from qtool.quantize.ranks import ALONE, Ranks
 from qtool.quantize.walk import Column, LayerResult, Walk
 from qtool.runs import log
@@ -242,12 +243,17 @@ def _walk(
     reached.done = start
     mine = {name: writer.column for name, writer in writers.items()}
     columns = [replace(mine.get(column.method.name, column), owner=column.owner) for column in columns]
-    walk = Walk(model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts, ranks)
 
     def done() -> None:
         reached.done += 1
         bar.advance(task)
 
+    def tell(layer: int, share: float, what: str) -> None:
+        bar.update(task, at=layer + share, doing=f"layer {layer + 1}, {what}")
+
+    walk = Walk(
+        model, job.decoder, job.checkpoint, calibration, columns, job.device, job.recipe.experts, ranks, Position(tell)
+    )
     with progress_bar() as bar, writing(writers, job.device, job.require_unchanged, done) as written:
         for result in _timed(walk.outside()):
             written.give(result)

@@ -12,22 +12,26 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Column
 from rich.text import Text
 
 from qtool.runs import log
 
 BEGUN = "begun"  # of a task: the steps that were done before this run
+AT, DOING = "at", "doing"  # of a task: how far work is that does not count as done yet, and what is in work
 PAUSE = 10.0  # seconds between two lines of one stage
 LOOK = 5.0  # seconds between two looks at what is slow
 BEAT = 30.0  # seconds after which a stage is told of in which no step ended
 
 
 def seconds_to_go(task: Task) -> float | None:
-    """By the mean of the steps this run has done, however slow they are; None before the first, and after the last."""
-    done = task.completed - task.fields.get(BEGUN, 0)
+    """By the mean of the steps this run has done, parts of a step too, however slow they are; None before there is one,
+    and after the last."""
+    reached = max(task.completed, task.fields.get(AT, 0))
+    done = reached - task.fields.get(BEGUN, 0)
     if done <= 0 or task.total is None or task.elapsed is None or task.finished:
         return None
-    return float(task.elapsed / done * (task.total - task.completed))
+    return float(task.elapsed / done * max(0, task.total - reached))
 
 
 def duration(seconds: float) -> str:
@@ -82,7 +86,8 @@ class Stages(Progress):
         visible: bool = True, **fields: Any,
     ) -> TaskID:  # fmt: skip
         """As rich's, which see; what is ``completed`` now does not count towards the time to go."""
-        number = super().add_task(description, start, total, completed, visible, **{BEGUN: completed} | fields)
+        told = {BEGUN: completed, DOING: ""} | fields
+        number = super().add_task(description, start, total, completed, visible, **told)
         if self._lines:
             self._say(self._tasks[number])
         return number
@@ -107,25 +112,27 @@ class Stages(Progress):
         self._said[task.id] = self.get_time()
         log.say(
             line(task), event="progress", stage=task.description, done=task.completed, total=task.total,
-            seconds=round(task.elapsed or 0, 1), to_go=seconds_to_go(task),
+            seconds=round(task.elapsed or 0, 1), to_go=seconds_to_go(task), doing=task.fields.get(DOING, ""),
         )  # fmt: skip
 
 
 def line(task: Task) -> str:
-    """`quantizing layers: 3 of 28 after 1:36, about 13:20 to go`."""
+    """`quantizing layers: 3 of 28 after 1:36, about 13:20 to go; layer 4, awq: mlp.down_proj`."""
     total = task.total or 0
     counted = "" if total <= 1 else f": {task.completed:.0f} of {total:.0f}"
     if task.elapsed is None or (task.elapsed < 1 and task.completed <= task.fields.get(BEGUN, 0)):
         return f"{task.description}{counted}"
     left = seconds_to_go(task)
     to_go = "" if left is None else f", about {duration(left)} to go"
-    return f"{task.description}{counted} after {duration(task.elapsed)}{to_go}"
+    doing = "" if task.finished or not task.fields.get(DOING) else f"; {task.fields[DOING]}"
+    return f"{task.description}{counted} after {duration(task.elapsed)}{to_go}{doing}"
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """The one progress display: written to stderr; lines where nobody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed(), ToGo())
+    doing = TextColumn("{task.fields[doing]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), Elapsed(), ToGo(), doing)
     console = Console(stderr=True)
     lines = log.voice.as_json or not console.is_terminal
     with Stages(*columns, console=console, lines=lines, disable=log.voice.level < log.NORMAL) as stages:
