@@ -76,8 +76,8 @@ def run(
     """Turn the model of RECIPE into verified artifacts and score them against it.
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, devstral, gguf, gptq,
-    iquest-40b, iquest-40b-loop, ladder, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says what
-    each is). Run again after an interruption and it continues after the last finished layer; what is finished is
+    iquest-40b, iquest-40b-loop, ladder, long, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says
+    what each is). Run again after an interruption and it continues after the last finished layer; what is finished is
     reused.
 
     \b
