@@ -84,7 +84,8 @@ def test_patterns_name_linears_by_a_whole_name_or_its_end() -> None:
     [
         ({"ignore": ["dwn_proj"]}, ("'dwn_proj' names no linear", "Did you mean 'down_proj'?")),
         ({"ignore": ["lm_head"]}, ("lm_head stays in 16 bits in this format as it is",)),
-        ({"ignore": ["*"]}, ("names every linear",)),
+        ({"method": "gguf", "ignore": ["lm_head"]}, ("lm_head is its embeddings (tied); name model.embed_tokens",)),
+        ({"name": "mine", "ignore": ["*"]}, ("output 'mine': ignore: names every linear",)),
         ({"ignore": ["q_proj"]}, ("self_attn.q_proj stays in 16 bits and", "self_attn.k_proj is stored as the rest")),
         ({"method": "gptq", "rounding": None, "modules": {f"{AT}1.mlp.up_proj": {"group_size": 64}}},
          (f"{AT}1.mlp.gate_proj is stored as the rest and {AT}1.mlp.up_proj has group_size 64", "vLLM")),
