@@ -223,6 +223,13 @@ def test_here_runs_the_very_words(folder: Path) -> None:
     assert words(folder) == [wanted(folder, "one"), wanted(folder, "two")]
 
 
+def test_here_takes_the_device_that_is_there_where_no_card_is_named(folder: Path) -> None:
+    """The smallest card that would do is a wish to an engine; this machine may have none."""
+    rendered("here", [task("one", card="L4", named=False), task("two", card="L4")], folder)
+    subprocess.run(["sh", "here.sh"], cwd=folder / "batch", check=True)
+    assert [said[said.index("--device") + 1] for said in words(folder)] == ["auto", "cuda"]
+
+
 def test_a_task_of_an_array_runs_the_very_words(folder: Path) -> None:
     made = rendered("slurm", [task("one"), task("two"), task("three", host_bytes=10**11, seconds=3600)], folder,
                     options=["--account=a b"], at_once=2)  # fmt: skip

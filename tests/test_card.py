@@ -148,6 +148,17 @@ def test_a_runtime_whose_rules_failed_is_not_named(card: Card) -> None:
     assert any("vllm serve my-org/x" in block for block in loading(card.artifacts[0], "my-org/x"))
 
 
+def test_a_runtime_that_any_number_of_cards_refuses_is_not_named(card: Card) -> None:
+    """Its other rules hold: transformers reads the keys of a GPTQ file, and makes all linears of one size."""
+    keys = [Check("transformers 5.23: keys", "pass", ""), Check("vLLM 0.32: loading", "pass", "")]
+    sizes = Check("transformers + GPTQModel 7.6: sizes", "fail", "it makes all linears of one size", required=False)
+    kernel = Check("vLLM 0.32: CPU kernel, TP 1", "fail", "bits is 8", required=False, cards=1)
+    item = replace(card.artifacts[0], manifest=manifest(method="gptq"), checks=[*keys, sizes, kernel])
+    text = "\n".join(loading(item, "my-org/x"))
+    assert "transformers" not in text
+    assert "vllm serve my-org/x" in text, "another kernel runs it"
+
+
 @pytest.mark.parametrize(
     ("output", "package"),
     [

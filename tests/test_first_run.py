@@ -31,6 +31,13 @@ def test_a_recipe_that_ships_goes_by_name(typed: str, tmp_path: Path, monkeypatc
     assert locate(Path(typed)) == Path(typed), "a file of the user's goes first"
 
 
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_name_that_is_listed_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dot in it begins no ending: qwen2.5-coder-32b."""
+    monkeypatch.chdir(tmp_path)
+    assert locate(Path(name)).name == locate(Path(f"{name}.yaml")).name == f"{name}.yaml"
+
+
 @pytest.mark.parametrize("typed", ["dmeo", "other/demo", "demo.txt", "."])
 def test_a_recipe_that_is_nowhere_names_those_that_ship(
     typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

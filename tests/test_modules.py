@@ -24,6 +24,7 @@ from qtool.evaluate.engines import llama_cpp
 from qtool.evaluate.engines import server as served
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.recipe.sections import checked_recipe
+from qtool.report.loading import what_loads_it
 
 AT = "model.layers."
 LINEARS = [
@@ -83,7 +84,8 @@ def test_patterns_name_linears_by_a_whole_name_or_its_end() -> None:
     [
         ({"ignore": ["dwn_proj"]}, ("'dwn_proj' names no linear", "Did you mean 'down_proj'?")),
         ({"ignore": ["lm_head"]}, ("lm_head stays in 16 bits in this format as it is",)),
-        ({"ignore": ["*"]}, ("names every linear",)),
+        ({"method": "gguf", "ignore": ["lm_head"]}, ("lm_head is its embeddings (tied); name model.embed_tokens",)),
+        ({"name": "mine", "ignore": ["*"]}, ("output 'mine': ignore: names every linear",)),
         ({"ignore": ["q_proj"]}, ("self_attn.q_proj stays in 16 bits and", "self_attn.k_proj is stored as the rest")),
         ({"method": "gptq", "rounding": None, "modules": {f"{AT}1.mlp.up_proj": {"group_size": 64}}},
          (f"{AT}1.mlp.gate_proj is stored as the rest and {AT}1.mlp.up_proj has group_size 64", "vLLM")),
@@ -174,6 +176,14 @@ def test_verify_finds_it_sound_against_its_source(name: str, made: dict[str, Art
     looked = qtool.verify(made[name].path, tiny)
     assert [f"{one.name}: {one.detail}" for one in looked.checks if one.required and one.status == "fail"] == []
     assert any(one.name == "error against the source" and one.status == "pass" for one in looked.checks)
+
+
+def test_what_makes_all_linears_alike_is_not_said_to_load_other_sizes(made: dict[str, Artifact]) -> None:
+    """The plan's word and the check's are one; linears in 16 bits alone are no other size."""
+    for name, loads in (("gptq", False), ("mixed", False), ("folded", True), ("all-64", True)):
+        said = what_loads_it(qtool.verify(made[name].path).checks)
+        assert ("not in transformers + GPTQModel 7.6 (it makes all linears of one size" in said) is not loads, said
+        assert ("transformers + GPTQModel" in said.split("not in")[0]) is loads, said
 
 
 def test_folded_scales_change_nothing_but_the_rounding(made: dict[str, Artifact], tiny: Path) -> None:

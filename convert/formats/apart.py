@@ -41,7 +41,10 @@ def matched(key: str, pattern: str, linears: Sequence[str]) -> list[str]:
     found = [linear for linear in linears if fnmatchcase(linear, pattern) or fnmatchcase(linear, f"*.{pattern}")]
     if found:
         return found
-    if pattern.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+    last = pattern.rpartition(".")[2]
+    if last == "lm_head" and (embeddings := [linear for linear in linears if linear.endswith("embed_tokens")]):
+        raise QtoolError(f"{key}: this model's lm_head is its embeddings (tied); name {embeddings[0]}.")
+    if last in ("lm_head", "embed_tokens"):
         raise QtoolError(f"{key}: {pattern} stays in 16 bits in this format as it is; leave it out.")
     kinds = list(dict.fromkeys(linear.rpartition(".")[2] for linear in linears))
     near = get_close_matches(pattern.rpartition(".")[2], kinds, 1)

@@ -87,6 +87,10 @@ def _shapes(subject: Subject, _: int) -> Iterator[str]:
     yield from shards(subject, 1, multiple_out=8, multiple_in=8)
 
 
+def _sizes(subject: Subject, _: int) -> Iterator[str]:
+    yield from _transformers(subject.quantization)
+
+
 def _sglang(subject: Subject, tp: int) -> Iterator[str]:
     if not subject.geometry["sym"]:
         yield "the grid is asymmetric (sym: false); Marlin takes symmetric ones"
@@ -138,6 +142,7 @@ RULES: tuple[RuntimeRule, ...] = (
     HEAD,
     experts_rule(fused_experts),
     RuntimeRule("shapes", "transformers + GPTQModel", "7.6", QLINEAR, _shapes, proof="run"),
+    RuntimeRule("sizes", "transformers + GPTQModel", "7.6", "optimum/gptq/quantizer.py", _sizes, proof="run"),
     RuntimeRule("model, version, shapes", "AutoGPTQ", "0.7.1", "_const.py, qlinear_cuda.py", _autogptq),
     *vllm.rules("auto_gptq.py", _vllm, refuses_model=vllm.takes_no_gptq),
     sglang.marlin_rule("gptq.py", _sglang),

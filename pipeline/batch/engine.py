@@ -65,10 +65,12 @@ class Task:
         """The recipe's, in the folder of job files."""
         return f"recipes/{self.name}.yaml"
 
-    def options(self, runs: str) -> list[str]:
-        """Of `qtool run`, behind the recipe."""
+    def options(self, runs: str, given: bool = True) -> list[str]:
+        """Of `qtool run`, behind the recipe. ``given``: the engine gives the job its card; where it does not, and
+        nobody named one, the job takes what the machine has."""
         cards = self.needs.cards if self.needs.card else 1
-        where = ["--gpus", str(cards)] if cards > 1 else ["--device", "cuda" if self.needs.card else "cpu"]
+        device = "cpu" if self.needs.card is None else "cuda" if given or self.needs.named else "auto"
+        where = ["--gpus", str(cards)] if cards > 1 else ["--device", device]
         return [*where, "--runs", runs, "--name", self.name]
 
 

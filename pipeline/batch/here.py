@@ -24,7 +24,7 @@ def _render(tasks: Sequence[Task], place: Place, section: HereSection) -> Render
         f"cd {shlex.quote(str(place.home))} || exit 3",
     ]
     for task in tasks:
-        words = [*here_command(), "run", str(place.folder / task.file), *task.options(place.runs)]
+        words = [*here_command(), "run", str(place.folder / task.file), *task.options(place.runs, given=False)]
         lines += ["", f"{shlex.join(words)} || failed=1"]
     lines += ["", 'exit "$failed"']
     return Rendered({"here.sh": "\n".join(lines) + "\n"}, [["sh", "here.sh"]])

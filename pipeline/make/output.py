@@ -84,11 +84,15 @@ class Output:
 
 
 def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
-    """Raises QtoolError where the model cannot be made into it, or the importance matrix that it names cannot be
-    read."""
-    planned = method if method.undecided is None else method.decided(foreseen(method, method.undecided, shape))
-    container = planned.container.of_model(shape.decoder)
-    return Output(method, container, container.plan(shape), folder, _imatrix(method))
+    """Raises QtoolError naming the output where the model cannot be made into it, or the importance matrix that it
+    names cannot be read."""
+    try:
+        planned = method if method.undecided is None else method.decided(foreseen(method, method.undecided, shape))
+        container = planned.container.of_model(shape.decoder)
+        plan = container.plan(shape)
+    except QtoolError as error:
+        raise QtoolError(f"output {method.name!r}: {error.message}", exit_code=error.exit_code) from error
+    return Output(method, container, plan, folder, _imatrix(method))
 
 
 def owners_of(outputs: Sequence[Output], ranks: int) -> list[int]:

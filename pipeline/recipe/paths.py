@@ -85,9 +85,9 @@ def locate(typed: Path) -> Path:
     if os.path.lexists(typed) and not typed.is_dir():
         return typed
     shipped = shipped_recipes()
-    named_so = typed.parent in (Path("."), Path("recipes")) and typed.suffix in ("", *RECIPE_ENDS)
-    if named_so and typed.stem in shipped:
-        return shipped[typed.stem]
+    name = typed.stem if typed.suffix in RECIPE_ENDS else typed.name  # a name may hold a dot: qwen2.5-coder-32b
+    if typed.parent in (Path("."), Path("recipes")) and name in shipped:
+        return shipped[name]
     there = "a folder, not a recipe" if typed.is_dir() else "No such file or directory"
     raise QtoolError(
         f"{typed}: {there}. Check the path. Recipes that ship with qtool go by name: {', '.join(shipped)}."
