@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qtool.convert.files.durable import save as save
 
@@ -18,7 +18,8 @@ class _Record(BaseModel):
 
 
 class Settings(_Record):
-    """How a model was asked. ``version`` names the engine's packages; ``seed`` is None for greedy decoding."""
+    """How a model was asked. ``version`` names the engine's packages; ``seed`` is None for greedy decoding. ``noise``:
+    how sampled tokens are drawn, where that is not the engine's own way."""
 
     engine: str
     version: str = ""
@@ -30,11 +31,18 @@ class Settings(_Record):
     top_p: float = 1.0
     seed: int | None = None
     condition: str = ""  # of the cache: its type and its window, where it is not the engine's own and whole
+    noise: str = ""
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Scores are known by this: what says nothing is left out, so that those made before it existed stay known."""
+        unsaid = {name for name in ("condition", "noise") if not getattr(self, name)}
+        return {name: value for name, value in others(self).items() if name not in unsaid}
 
     def differences(self, other: Settings, but: Collection[str] = ()) -> list[str]:
         """What forbids pairing two scores, in words; empty when they may be paired. Versions, seeds and the settings
         named in ``but`` may differ."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        mine, theirs = dict(self), dict(other)
         return [
             f"{name} {mine[name]} and {theirs[name]}"
             for name in mine

@@ -27,6 +27,7 @@ def settings_of(section: EvaluateSection, device: torch.device, style: str) -> S
         engine=section.engine, version=version, dtype=engine.facts.dtype(device.type),
         device=engine.facts.place or device.type, prompt=style, max_new_tokens=section.max_new_tokens,
         temperature=section.temperature, top_p=section.top_p, seed=section.seed if section.temperature > 0 else None,
+        noise="shared" if section.temperature > 0 and not engine.facts.place else "",
     )  # fmt: skip
 
 

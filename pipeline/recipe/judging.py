@@ -30,6 +30,8 @@ else:
 class TaskSection(Section):
     """One coding task."""
 
+    later = frozenset({"made"})
+
     task: Text
     """A task that ships (`handwritten`, `heldout`), a benchmark (`humaneval+`, `mbpp+`, …), or a file of problems."""
     file: Text | None = None
@@ -87,6 +89,8 @@ class FidelitySection(Section):
 
 class EvaluateSection(Section):
     """`evaluate:` what source and artifacts are asked, identically."""
+
+    later = frozenset({"long", "conditions"})
 
     tasks: tuple[TaskSection, ...] = ()
     """Coding tasks."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 # strict: YAML knows numbers, so that `samples: yes` and "64" are mistakes, not 1 and 64
 Length = Annotated[int, Field(ge=8, le=10**7, strict=True)]
@@ -15,3 +15,14 @@ Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, a
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came after runs were known by this section: where they say nothing, it reads as before."""
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unsaid = {
+            name for name in self.later if getattr(self, name) == fields[name].get_default(call_default_factory=True)
+        }
+        return {name: value for name, value in others(self).items() if name not in unsaid}
