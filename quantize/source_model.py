@@ -94,12 +94,13 @@ class SourceModel:
         asked = {"side_by_side": True} if loops > 1 else {}
         hidden: Hidden = []
         batches = calibration.batches(size)
+        dealt = list(self.ranks.dealt(batches))
         try:
-            for tokens in self.ranks.dealt(batches):
+            for tokens in dealt or batches[:1]:  # who has no batch needs the layers' arguments all the same
                 for recorder in recorders:
                     recorder.passes = 0
                 decoder(input_ids=tokens.to(self.device), use_cache=False, **asked)
-                hidden.append(recorders[0].begun)
+                hidden += [recorders[0].begun] if dealt else []
         finally:
             decoder.layers, decoder.norm = layers, norm
             decoder.embed_tokens.to("meta")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qtool import QtoolError
 from qtool.convert.models.feeds import Matrix
+from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.quantize.calibration import CalibrationSet
@@ -82,6 +83,16 @@ class _Seen:
         return max(0.0, float(lost)) * len(self.outputs) / len(rows) / (2 * self.tokens)
 
 
+BY_HAND = "leave out `budget:` and say the types by hand (GGUF: `type:` or `mix:`; GPTQ: `bits:` and `modules:`)"
+
+
+def require_measurable(shape: Geometry) -> None:
+    """Raises QtoolError for a model whose costs no survey measures."""
+    if shape.experts or shape.loops > 1:
+        what = "a mixture of experts" if shape.experts else "a model whose layers run twice"
+        raise QtoolError(f"budget: the costs of types are not measured yet for {what}: {BY_HAND}.")
+
+
 @dataclass
 class Survey:
     """``source``: of the model; ``method``: which rounds; ``types``: what each module may get; ``step`` is called for
@@ -96,7 +107,7 @@ class Survey:
 
     def run(self, calibration: CalibrationSet) -> Costs:
         """Raises QtoolError for a model whose gradients are no numbers, and for one that has no such pass."""
-        self._refuse()
+        require_measurable(self.source.decoder.shape)
         windows = max(2, TOKENS // calibration.tokens.shape[1])
         text = CalibrationSet(calibration.tokens[:windows], calibration.origin)
         self._halves = len(text.tokens) > 1
@@ -117,15 +128,6 @@ class Survey:
             self.step()
         self._embedding(text, gradients, costs, scale)
         return {module: costs[module] for module in self.types}
-
-    def _refuse(self) -> None:
-        decoder = self.source.decoder
-        if decoder.shape.experts or decoder.shape.loops > 1:
-            what = "a mixture of experts" if decoder.shape.experts else "a model whose layers run twice"
-            raise QtoolError(
-                f"budget: the costs of types are not measured yet for {what}. Name a type (`type: Q4_K_M`), or give "
-                "every module its own (`mix:`)."
-            )
 
     def _filled(self, index: int) -> nn.Module:
         layer = self.source.fill(index, self.source.place(index, self.source.read(index)))

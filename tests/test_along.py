@@ -28,6 +28,8 @@ from qtool.runs.record import load_run
 
 LENGTH = 1024
 
+TASKS = [{"task": "handwritten"}]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, model_maker: Callable[..., Path]) -> Path:
@@ -90,6 +92,10 @@ def test_a_folder_is_one_text_in_the_order_of_its_paths(model: Path, repository:
     assert found.parts == 2
     with pytest.raises(QtoolError, match=r"has [\d,]+ tokens of this model; 100,000 are asked for. Set `length: \d+`"):
         long_text(TextSource(text=str(repository), samples=1, length=100_000), tokenizer)
+    (tmp_path / "short.py").write_text("x")
+    with pytest.raises(QtoolError, match=r"2 tokens of this model; 9 are asked for. Name a longer text"):  # 8 at least
+        long_text(TextSource(text=str(tmp_path / "short.py"), samples=1, length=9), tokenizer)
+    (tmp_path / "short.py").unlink()
     with pytest.raises(QtoolError, match="holds no file of code or prose"):
         long_text(TextSource(text=str(tmp_path), samples=1, length=8), tokenizer)
 
@@ -176,10 +182,17 @@ def test_report_and_card_show_it(
     [
         ({"long": {"text": "heldout-code", "length": 4096}}, r"4,096 tokens are more than the 1,024 .*`length: 1024`"),
         ({"long": {"text": "heldout-code"}, "engine": "llama.cpp"}, "read layer by layer, which engine llama.cpp does"),
-        ({"conditions": [{"cache": "q8_0"}], "engine": "vllm"}, "engine vllm keeps no cache of q8_0; it has fp8"),
-        ({"conditions": [{"window": {}}], "engine": "llama.cpp"}, "llama.cpp rolls no window; take engine reference"),
+        (
+            {"conditions": [{"cache": "q8_0"}], "tasks": TASKS, "engine": "vllm"},
+            "engine vllm keeps no cache of q8_0; it has fp8",
+        ),
+        (
+            {"conditions": [{"window": {}}], "tasks": TASKS, "engine": "llama.cpp"},
+            "llama.cpp rolls no window; take engine reference",
+        ),
+        ({"conditions": [{"cache": "q8_0"}]}, "put `long:` and `tasks:` again, and neither is there"),
         ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
-        ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}]}, "says fp8 twice"),
+        ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}], "tasks": TASKS}, "says fp8 twice"),
     ],
 )
 def test_what_cannot_be_is_refused_before_work(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_models import MIXTURES
 from small_models import make_model
 
 from qtool import QtoolError
@@ -22,6 +23,7 @@ from qtool.evaluate.engines.llama_cpp import serve
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.make import budgets, needs
 from qtool.make.job import Job, artifact_key, open_job
+from qtool.make.mixes import planned
 from qtool.make.outputs import make_artifacts
 from qtool.make.peaks import Work
 from qtool.make.writer import OutputWriter
@@ -184,6 +186,39 @@ def test_the_smallest_file_that_keeps_a_divergence(model: Path, tmp_path: Path) 
 def test_budgets_that_cannot_be_kept(model: Path, tmp_path: Path, budget: dict[str, Any], said: str) -> None:
     with pytest.raises(QtoolError, match=said):
         job_of(model, tmp_path, {"budget": budget})
+
+
+def test_a_budget_that_the_header_eats_is_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the smallest tensors and the smallest file, whose header holds the vocabulary; the plan says so, too."""
+    whole = job_of(model, tmp_path, {"budget": {"target_bpw": 16}})
+    method, shape = whole.outputs[0].method, budgets._shape(whole)
+    smallest = planned(method, method.offers(shape), shape).nbytes
+    job = job_of(model, tmp_path, {"budget": {"max_size": f"{smallest / 1e6 + 0.002:.4f} MB"}})
+    monkeypatch.setattr(budgets, "_measure", None)
+    for ask in (lambda: budgets.known(job), lambda: budgets.decided(job, TEXT)):
+        with pytest.raises(QtoolError, match=r"too small.*The nearest that works: max_size 0\.\d+ MB"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "why"),
+    [
+        ("IQuestLoopCoder", {"method": "gptq"}, "a model whose layers run twice"),
+        ("Qwen3Moe", {"method": "gptq"}, "a mixture of experts"),
+        ("Mixtral", {"method": "gguf"}, "a mixture of experts"),
+    ],
+)
+def test_models_without_a_survey_are_refused_by_the_plan(
+    architecture: str, method: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    odd = make_model(tmp_path / "odd", architecture, **MIXTURES.get(architecture, {}))
+    section = {"rounding": "ggml"} if method["method"] == "gguf" else {}
+    data = {"model": str(odd), "outputs": [method | section | {"budget": {"target_bpw": 8}}]}
+    recipe = checked_recipe(data, "test")
+    with pytest.raises(QtoolError, match=f"budget: .* not measured yet for {why}: leave out `budget:`"):
+        open_job(recipe, resolve(str(odd)), torch.device("cpu"), recipe.outputs)
 
 
 def test_the_nearest_that_is_named_works(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qtool.convert.verify.checks import verify
 from qtool.make import budgets
 from qtool.make.job import Job, open_job
 from qtool.make.mixes import apart, joined
+from qtool.make.output import Output
 from qtool.make.outputs import make_artifacts
 from qtool.quantize import allocation
 from qtool.quantize.allocation import Choice
@@ -76,6 +77,25 @@ def test_bits_and_groups_for_each_linear(model: Path, tmp_path: Path, form: str)
         assert (f"{module}.weight" in codes) == (kind == WHOLE)
     planned = budgets.known(job_of(model, tmp_path, format=form, budget={"target_bpw": 7.5}))
     assert planned.outputs[0].method == job.outputs[0].method
+
+
+def test_no_file_is_above_its_budget(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that the tensors of a mix fill with the header of the smallest mix: its own is some digits longer."""
+    smallest = job_of(model, tmp_path, budget={"target_bpw": 5.3}).outputs[0]
+    offers = smallest.method.offers(budgets._shape(job_of(model, tmp_path)))
+    costs = {module: {kind: 1e6 / size for kind, size in own.items()} for module, own in offers.items()}
+    monkeypatch.setattr(budgets, "_kept", lambda *_: budgets.Measured(made_from="", costs=costs))
+    for bits in (6, 7, 8, 9, 10):
+        tensors = budgets.known(job_of(model, tmp_path, budget={"target_bpw": bits})).outputs[0].plan.nbytes
+        size = tensors + file_bytes(smallest) - smallest.plan.nbytes
+        found = budgets.known(job_of(model, tmp_path, budget={"max_size": f"{size / 1e6:.6f} MB"})).outputs[0]
+        assert 0.98 * size < file_bytes(found) <= size
+
+
+def file_bytes(output: Output) -> int:
+    found = output.container.file_bytes(output.plan)
+    assert found is not None
+    return found
 
 
 def test_what_was_chosen_is_said_in_public_keys() -> None:

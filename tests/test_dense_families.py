@@ -11,11 +11,13 @@ import pytest
 import torch
 from small_models import converted
 
+from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config
 from qtool.convert.formats.plan import ModelShape
-from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
+from qtool.convert.models.model_config import runtime_keys
+from qtool.convert.models.shape import Decoder, decoder_of, shape_of, tensor_shapes
 from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_model import load_model
@@ -130,3 +132,23 @@ def test_vllm_is_told_how_queries_grow(model_maker: Callable[..., Path], tmp_pat
     assert verify(path, model).sound
     (path / "config.json").write_text(json.dumps(config | {"llama_4_scaling": None}))
     assert not verify(path, model).sound
+    config["rope_parameters"] = None  # transformers' class then has settings of its own, as without the key
+    assert runtime_keys(config) == {"llama_4_scaling": {"original_max_position_embeddings": 16384, "beta": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "said"),
+    [
+        ("Ministral3", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "llama_4_scaling_beta .* is None"),
+        ("Ministral3", {"rope_scaling": {"type": "yarn", "factor": 8.0}}, "llama_4_scaling_beta .* is None"),
+        ("IQuestLoopCoder", {"loop_num": 0}, "loop_num is 0; a positive whole number"),
+        ("IQuestLoopCoder", {"loop_window_size": 0}, "loop_window_size is 0; a positive whole number"),
+    ],
+)
+def test_what_the_class_cannot_compute_is_refused(architecture: str, changes: dict[str, Any], said: str) -> None:
+    """For every output, not GGUF alone: the model is built, and fails or means nothing in its first layer."""
+    config = {"architectures": [f"{architecture}ForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 320, "rope_parameters": YARN}
+    shape_of(config | sizes)
+    with pytest.raises(QtoolError, match=f"config.json: {said}"):
+        shape_of(config | sizes | changes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from qtool import QtoolError
 from qtool.convert.models.family import SILU, Family, Settings, Windows
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
@@ -17,8 +18,11 @@ from qtool.convert.models.parts import decoder_tensors, gated_decoder
 
 
 def _shape(settings: Settings, shape: Geometry) -> Geometry:
-    loops = int(settings.get("loop_num") or 2)
-    return replace(shape, loops=loops, loop_window=int(settings.get("loop_window_size") or 64) if loops > 1 else 0)
+    loops, window = (int(settings[key]) for key in ("loop_num", "loop_window_size"))
+    for key, value in (("loop_num", loops), ("loop_window_size", window)):
+        if value < 1:
+            raise QtoolError(f"config.json: {key} is {value}; a positive whole number is needed.")
+    return replace(shape, loops=loops, loop_window=window if loops > 1 else 0)
 
 
 def _tensors(shape: Geometry) -> dict[str, Shape]:

@@ -5,6 +5,7 @@ The growth multiplies all channels of a query alike, after the rotation: no scal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qtool import QtoolError
@@ -19,9 +20,15 @@ _ROPE = {
 }  # fmt: skip
 
 
+def _rope(settings: Settings) -> Any:
+    """The rotary settings that transformers' class reads; null is its own, as a key left out is."""
+    return settings.get("rope_scaling") or settings.get("rope_parameters") or _ROPE
+
+
 def _beta(settings: Settings) -> float:
     """By how much queries grow. Raises QtoolError where the rotary settings do not say it."""
-    said = (settings.get("rope_parameters") or {}).get(BETA)
+    rope = _rope(settings)
+    said = rope.get(BETA) if isinstance(rope, Mapping) else None
     if isinstance(said, bool) or not isinstance(said, int | float):
         raise QtoolError(f"config.json: {BETA} of rope_parameters is {said!r}; a number is needed.")
     return float(said)
@@ -40,13 +47,18 @@ def _refuse(settings: Settings, rope: Ropes) -> None:
 def _for_vllm(settings: Settings) -> dict[str, Any]:
     """vLLM 0.32 looks for the growth where Mistral's own files say it, and without it computes none: in silence, from
     the length on that the rotary settings are stretched from."""
-    rope = settings.get("rope_parameters") or {}
+    rope = _rope(settings)
     length = rope.get("original_max_position_embeddings")
     return (
         {}
         if length is None
         else {"llama_4_scaling": {"original_max_position_embeddings": length, "beta": _beta(settings)}}
     )
+
+
+def _shape(settings: Settings, shape: Geometry) -> Geometry:
+    _beta(settings)  # without it transformers builds the model and cannot run it
+    return shape
 
 
 MINISTRAL3 = Family(
@@ -59,6 +71,7 @@ MINISTRAL3 = Family(
         "hidden_act": "silu", "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
         "rope_parameters": _ROPE,
     },
+    shape=_shape,
     runtime_keys=_for_vllm,
     gguf=GgufFacts(
         "mistral3",

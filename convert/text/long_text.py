@@ -13,7 +13,7 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.reading import named, open_file
 from qtool.convert.text.bounded import ANSWER, SECONDS, Overrun, bounded
-from qtool.convert.text.source import TextSource
+from qtool.convert.text.source import SHORTEST, TextSource
 from qtool.convert.text.windows import LONGEST, pieces, read_rows, rendered, require_rows
 
 CODE = (
@@ -65,9 +65,10 @@ def long_text(source: TextSource, tokenizer: Any, rows_of_model: int | None = No
         raise QtoolError(f"long: {source.text!r}: the model's tokenizer {error.reason}.") from error
     ids = ids + [token for part in made for token in part]
     if len(ids) < source.length:
+        shorter = f"Set `length: {len(ids)}` or less, or name" if len(ids) >= SHORTEST else "Name"
         raise QtoolError(
-            f"long: {source.text!r} has {len(ids):,} tokens of this model; {source.length:,} are asked for. Set "
-            f"`length: {len(ids)}` or less, or name a longer text: a folder of code is taken whole."
+            f"long: {source.text!r} has {len(ids):,} tokens of this model; {source.length:,} are asked for. {shorter} "
+            "a longer text: a folder of code is taken whole."
         )
     tokens = torch.tensor(ids, dtype=torch.int64)
     if rows_of_model is not None:

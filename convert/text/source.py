@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SHORTEST = 8  # tokens of a window
+
 
 class TextSource(BaseModel):
     """A text, and the windows that are drawn of it."""
@@ -22,7 +24,7 @@ class TextSource(BaseModel):
     """The key of a row that holds its text or messages, where it has another name than usual."""
     samples: Annotated[int, Field(gt=0, le=10**6, strict=True)] = 128
     """Windows of text."""
-    length: Annotated[int, Field(ge=8, le=10**7, strict=True)] = 512
+    length: Annotated[int, Field(ge=SHORTEST, le=10**7, strict=True)] = 512
     """Tokens of a window."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
     """Which windows are drawn."""

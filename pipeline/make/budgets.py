@@ -20,10 +20,10 @@ from qtool.convert.files.durable import load, save
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import named
 from qtool.convert.formats.format import ModelFiles
-from qtool.convert.formats.plan import ModelShape
+from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.skeleton import build_skeleton
 from qtool.make.job import Job, device_kind, versions
-from qtool.make.mixes import beside_of, joined, keeping, limit_of, offers_of, planned, within
+from qtool.make.mixes import beside_of, joined, keeping, limit_of, offers_of, planned, require_room, within
 from qtool.make.needs import refuse_what_cannot_be_measured
 from qtool.make.output import Output, plan_output
 from qtool.make.progress import progress_bar
@@ -71,13 +71,15 @@ def decided(job: Job, calibration: CalibrationSet, ranks: Ranks = ALONE) -> Job:
 
 
 def known(job: Job) -> Job:
-    """The job with types for the outputs whose costs were measured before, without reading a weight."""
+    """The job with types for the outputs whose costs were measured before, without reading a weight. Raises QtoolError
+    for a budget that no mix keeps."""
     outputs = []
     for output in job.outputs:
-        budget = output.method.undecided
-        costs = None if budget is None else _kept(job, output)
-        if budget is not None and costs is not None:
-            output = _with(job, output, _of_costs(job, output, budget, costs.costs).model_dump(mode="json"))
+        if (budget := output.method.undecided) is not None:
+            if (costs := _kept(job, output)) is not None:
+                output = _with(job, output, _of_costs(job, output, budget, costs.costs).model_dump(mode="json"))
+            else:
+                _require_room(job, output, budget)
         outputs.append(output)
     return replace(job, outputs=tuple(outputs))
 
@@ -98,6 +100,7 @@ def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSe
     made_from = _made_from(job, output, calibration)
     before = _kept(job, output)
     if before is None or before.made_from != made_from:
+        _require_room(job, output, budget)
         with stage("measuring types"):
             before = Measured(made_from=made_from, costs=_measure(job, output, calibration))
         save(_place(job, output), before)
@@ -112,12 +115,16 @@ def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
     sizes = output.method.offers(shape)
     smallest = planned(output.method, sizes, shape)
     offers, beside, alike = offers_of(sizes, costs), beside_of(smallest, sizes), output.method.alike(shape)
-    header = output.container.header_bytes(output.plan, _files(job)) if budget.max_bytes is not None else 0
-    limit = limit_of(budget, smallest, shape, str(output.container.section["quant_method"]), header)
-    if limit is None:
-        mix = keeping(budget, offers, FACTOR, alike)
-    else:
-        mix = within(budget, offers, limit, beside, smallest.parameters, alike)
+    header, needed = -1, _header(job, output, budget, smallest)
+    while header < needed:  # larger types have a longer header: more digits in its table
+        header = needed
+        limit = limit_of(budget, smallest, shape, _family(output), header)
+        if limit is None:
+            mix = keeping(budget, offers, FACTOR, alike)
+        else:
+            mix = within(budget, offers, limit, beside, smallest.parameters, alike)
+        made = output.method.decided(mix).container.of_model(job.decoder)
+        needed = _header(job, output, budget, made.plan(shape))
     return Chosen(
         budget=budget.model_dump(mode="json", exclude_none=True), mix=mix,
         sizes={module: dict(own) for module, own in sizes.items()},
@@ -125,6 +132,23 @@ def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
         curve=[(beside + nbytes, cost) for nbytes, cost in _thinned(allocation.curve(joined(offers, alike)))],
         alike=[list(group) for group in alike],
     )  # fmt: skip
+
+
+def _header(job: Job, output: Output, budget: Budget, plan: OutputPlan) -> int:
+    """Bytes of the file's header, where the budget counts them."""
+    return output.container.header_bytes(plan, _files(job)) if budget.max_bytes is not None else 0
+
+
+def _family(output: Output) -> str:
+    return str(output.container.section["quant_method"])
+
+
+def _require_room(job: Job, output: Output, budget: Budget) -> None:
+    """Before anything is measured. The recipe was checked without the file's header, which holds the vocabulary."""
+    shape = _shape(job)
+    smallest = planned(output.method, output.method.offers(shape), shape)
+    header = _header(job, output, budget, smallest)
+    require_room(budget, limit_of(budget, smallest, shape, _family(output), header), smallest)
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:

@@ -11,6 +11,7 @@ from qtool.quantize import allocation
 from qtool.quantize.allocation import Choice, Offers
 from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.method import Method
+from qtool.quantize.survey import require_measurable
 from qtool.sizing.room import room
 
 Sizes = Mapping[str, Mapping[str, int]]
@@ -20,7 +21,8 @@ BY_KL = 8.5  # bits a weight that are foreseen where only a divergence is asked 
 
 def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str]:
     """A mix within ``budget`` as if all weights counted alike: an error falls to a quarter with every bit. Raises
-    QtoolError for a budget that no mix of this model keeps."""
+    QtoolError for a budget that no mix of this model keeps, and for a model whose costs cannot be measured."""
+    require_measurable(shape.decoder.shape)
     sizes = method.offers(shape)
     weights = {module: max(own.values()) for module, own in sizes.items()}
     even: Offers = {
@@ -83,16 +85,25 @@ def within(
     budget: Budget, offers: Offers, limit: int, beside: int, parameters: int, alike: Groups = ()
 ) -> dict[str, str]:
     """Module -> type, all tensors within ``limit`` bytes. Raises QtoolError naming the nearest budget that works."""
-    least = beside + allocation.bounds(offers)[0]
     mix = allocation.cheapest(joined(offers, alike), limit - beside)
     if mix is None:
-        short = least - limit
-        raise QtoolError(
-            f"budget: {budget} is too small: with the smallest type of every matrix this model takes {_size(least)} "
-            f"({8 * least / parameters:.3f} bits a weight), {_size(short)} more than that leaves. The nearest that "
-            f"works: {_nearest(budget, short, least, parameters)}."
-        )
+        raise _too_small(budget, limit, beside + allocation.bounds(offers)[0], parameters)
     return apart(mix, offers, alike)
+
+
+def require_room(budget: Budget, limit: int | None, smallest: OutputPlan) -> None:
+    """Raises QtoolError, as `within` does, where not even the smallest type of every matrix keeps ``limit``."""
+    if limit is not None and smallest.nbytes > limit:
+        raise _too_small(budget, limit, smallest.nbytes, smallest.parameters)
+
+
+def _too_small(budget: Budget, limit: int, least: int, parameters: int) -> QtoolError:
+    short = least - limit
+    return QtoolError(
+        f"budget: {budget} is too small: with the smallest type of every matrix this model takes {_size(least)} "
+        f"({8 * least / parameters:.3f} bits a weight), {_size(short)} more than that leaves. The nearest that "
+        f"works: {_nearest(budget, short, least, parameters)}."
+    )
 
 
 def keeping(budget: Budget, offers: Offers, factor: float, alike: Groups = ()) -> dict[str, str]:

@@ -18,6 +18,7 @@ from qtool.evaluate.engines.condition import PLAIN
 from qtool.make.job import Job, device_kind
 from qtool.make.output import Output
 from qtool.make.peaks import Work
+from qtool.quantize.survey import BY_HAND
 from qtool.recipe.checking import digest_of
 from qtool.recipe.sections import Recipe
 from qtool.runs import ledger
@@ -96,7 +97,7 @@ def refuse_what_cannot_be_measured(job: Job) -> None:
         if free is not None and need > free:
             raise QtoolError(
                 f"it cannot be measured here what types cost: {what}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB "
-                "free. Free some, take another --device, or name a type (`type: Q4_K_M`) or a `mix:`.",
+                f"free. Free some, take another --device, or {BY_HAND}.",
                 exit_code=3,
             )
 

@@ -145,6 +145,8 @@ class EvaluateSection(Section):
                 f"a long text is read layer by layer, which engine {self.engine} does not do; leave out `long:` or "
                 "take engine reference"
             )
+        if self.conditions and self.long is None and not self.tasks:
+            raise ValueError("`conditions:` put `long:` and `tasks:` again, and neither is there")
         names = [asked.condition.name for asked in self.conditions]
         for asked in self.conditions:
             if lack := ENGINES[self.engine].facts.lacks(asked.condition):

@@ -6,8 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from qtool.convert.text.source import SHORTEST
+
 # strict: YAML knows numbers, so that `samples: yes` and "64" are mistakes, not 1 and 64
-Length = Annotated[int, Field(ge=8, le=10**7, strict=True)]
+Length = Annotated[int, Field(ge=SHORTEST, le=10**7, strict=True)]
 Positive = Annotated[int, Field(gt=0, le=10**6, strict=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, an address

@@ -107,6 +107,8 @@ class GgufMethod(Method):
         mixed = "budget" if self.budget is not None else "mix" if self.mix is not None else None
         if mixed and "type" in self.model_fields_set:
             raise ValueError(f"`type` and `{mixed}` both say which types matrices get; leave one out")
+        if self.budget is not None and self.mix is not None:
+            raise ValueError("`mix` and `budget` both say which types matrices get; leave one out")
         if mixed and (other := "ignore" if self.ignore else "modules" if self.modules else None):
             raise ValueError(f"`{other}` and `{mixed}` both say which types matrices get; leave one out")
         return self
