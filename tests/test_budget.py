@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from moe_models import MIXTURES
+from pydantic import ValidationError
 from small_models import make_model
 
 from qtool import QtoolError
@@ -28,6 +29,7 @@ from qtool.make.outputs import make_artifacts
 from qtool.make.peaks import Work
 from qtool.make.writer import OutputWriter
 from qtool.quantize.calibration import CalibrationSet
+from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.gguf import GgufMethod
 from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.precision import fast_bfloat16
@@ -322,3 +324,9 @@ def test_of_a_large_table_the_rows_that_count_are_looked_at() -> None:
     assert float((share * losses[rows]).sum()) == pytest.approx(float((counts * losses).sum()), rel=2e-3)
     small = counts[:100]
     assert torch.equal(telling(small)[1], small)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0, -1, True])
+def test_a_divergence_is_a_number(value: float) -> None:
+    with pytest.raises(ValidationError):
+        Budget.model_validate({"max_kld": value})

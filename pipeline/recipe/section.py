@@ -23,8 +23,6 @@ class Section(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_asked(self, others: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        unsaid = {
-            name for name in self.later if getattr(self, name) == fields[name].get_default(call_default_factory=True)
-        }
+        plain = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in self.later}
+        unsaid = {name for name, value in plain.items() if getattr(self, name) == value}
         return {name: value for name, value in others(self).items() if name not in unsaid}

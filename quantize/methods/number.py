@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 
 def _no_switch(value: Any) -> Any:
@@ -13,4 +13,4 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
