@@ -13,4 +13,5 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_switch)]  # not strict: YAML takes 1e-3 for text
+# not strict: YAML takes 1e-3 for text
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_switch)]
