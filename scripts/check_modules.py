@@ -76,7 +76,8 @@ def in_gptqmodel(python: Path, folder: Path, tokens: torch.Tensor, work: Path) -
     save_file({"tokens": tokens}, work / "tokens.safetensors")
     arguments = ("--tokens", work / "tokens.safetensors", "--out", work / "logits.safetensors")
     run_child(python, "interop_gptqmodel.py", folder, *arguments, "--run", f"{backend}:float32", scratch=work)
-    return load_file(work / "logits.safetensors")[f"{backend}:float32"]
+    logits: torch.Tensor = load_file(work / "logits.safetensors")[f"{backend}:float32"]
+    return logits
 
 
 def here(folders: dict[str, Path], tokens: torch.Tensor, gptqmodel: Path | None, work: Path) -> Iterator[str]:

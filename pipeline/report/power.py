@@ -16,7 +16,7 @@ OTHERS = (0.02, 0.05, 0.1, 0.2)
 def print_power(points: float, tasks: list[TaskPower], seen: Mapping[str, Seen], given: float | None) -> None:
     """The answer, then a row for each task, then what it rests on."""
     share = given if given is not None else pooled(seen).share or ASSUMED
-    (_, problems), = needed(points, [share])  # fmt: skip
+    ((share, problems),) = needed(points, [share])
     unit = "point" if points == 1 else "points"
     say(f"To show a loss of {plain(points)} {unit}: {problems:,} problems, if {share:.1%} of the outcomes change.")
     others = ", ".join(f"{n:,} at {other:.0%}" for other, n in needed(points, OTHERS))

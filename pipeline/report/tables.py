@@ -160,7 +160,9 @@ def _speed_notes(measured: Measured) -> list[str]:
 def _text_cells(name: str, text: TextSummary, at: str) -> Row:
     cells = {f"perplexity{at}": f"{text.perplexity.estimate:.3f}"}
     if name != "source":
-        shown = f"{text.kl.estimate:.4f} [{text.kl.low:.4f}, {text.kl.high:.4f}]"
+        shown = f"{text.kl.estimate:.4f}"
+        if math.isfinite(text.kl.low) and math.isfinite(text.kl.high):  # one window alone has no interval
+            shown += f" [{text.kl.low:.4f}, {text.kl.high:.4f}]"
         cells[f"KL to source{at}"] = shown if math.isfinite(text.kl.estimate) else "not a number"
         cells[f"top-1{at}"] = f"{text.top1:.1%}"
     return cells

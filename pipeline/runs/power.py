@@ -83,5 +83,6 @@ def power_of(sizes: Mapping[str, int], seen: Mapping[str, Seen], given: float | 
 
 
 def needed(points: float, discordances: Sequence[float]) -> list[tuple[float, int]]:
-    """(discordance, problems that show a loss of ``points``)."""
-    return [(share, problems_needed(points, share)) for share in sorted(set(discordances))]
+    """(discordance, problems that show a loss of ``points``); of no share below the loss, which changes as many."""
+    shares = sorted({max(share, points / 100) for share in discordances})
+    return [(share, problems_needed(points, share)) for share in shares]
