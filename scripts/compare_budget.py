@@ -188,9 +188,8 @@ def _table(
         ratio = bootstrap_ratio(kls[name], kls["Q4_K_M"])
         share, expected = "", ""
         if chosen is not None:
-            filled = manifest.bits_per_weight / chosen.budget["target_bpw"]
-            share, expected = f"{filled:.3%}", f"{chosen.expected:.5f}"
             exact = 8 * manifest.tensor_bytes / manifest.parameters / chosen.budget["target_bpw"]
+            share, expected = f"{exact:.3%}", f"{chosen.expected:.5f}"
             if not 1 - FILLS <= exact <= 1:
                 failed.append(f"{name}: {exact:.3%} of the budget")
         mean = sum(kls[name]) / len(kls[name])
