@@ -21,6 +21,7 @@ BEGUN = "begun"  # of a task: the steps that were done before this run
 AT, DOING = "at", "doing"  # of a task: how far work is that does not count as done yet, and what is in work
 PAUSE = 10.0  # seconds between two lines of one stage
 LOOK = 5.0  # seconds between two looks at what is slow
+WIDE = 130  # columns of a terminal that has room for what is in work
 BEAT = 30.0  # seconds after which a stage is told of in which no step ended
 
 
@@ -131,9 +132,12 @@ def line(task: Task) -> str:
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """The one progress display: written to stderr; lines where nobody watches."""
-    doing = TextColumn("{task.fields[doing]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), Elapsed(), ToGo(), doing)
     console = Console(stderr=True)
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed(), ToGo()
+    ]  # fmt: skip
+    if console.width >= WIDE:
+        columns += [TextColumn("{task.fields[doing]}", table_column=Column(no_wrap=True, overflow="ellipsis"))]
     lines = log.voice.as_json or not console.is_terminal
     with Stages(*columns, console=console, lines=lines, disable=log.voice.level < log.NORMAL) as stages:
         yield stages
