@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def why_refused(name: str) -> str:
 
 
 def main() -> int:
+    """Print a line for each class, and the share."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     models: dict[str, list[str]] = yaml.safe_load(LIST.read_text(encoding="utf-8"))
     refused = {name: why_refused(name) for name in models}
     total = sum(map(len, models.values()))

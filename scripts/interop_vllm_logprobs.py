@@ -10,6 +10,7 @@ vLLM has the looped model and no class for its config.json, which comes with the
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -48,7 +49,12 @@ def answer(model: dict[str, str], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    job, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    """Ask every model of the job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    job, out = json.loads(options.job.read_text(encoding="utf-8")), options.out
     import torch
     from transformers import AutoConfig, LlamaConfig
     from vllm.distributed import cleanup_dist_env_and_memory
