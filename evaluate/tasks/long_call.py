@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 
-from qtool.evaluate.tasks import made
-from qtool.evaluate.tasks.benchmark import Benchmark
 from qtool.evaluate.tasks.depots import INPUTS, check_of, codes, depot
-from qtool.evaluate.tasks.made import Making, Puzzle, make_problems
-from qtool.evaluate.tasks.problems import Problem
+from qtool.evaluate.tasks.made import Puzzle
+from qtool.evaluate.tasks.made_benchmark import made_benchmark
 
 NAME = "long-call"
 
@@ -30,12 +28,4 @@ def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
     )
 
 
-def make(making: Making) -> list[Problem]:
-    """At every length and depth, with look-alikes and without."""
-    return make_problems(NAME, making, puzzle)
-
-
-BENCHMARK = Benchmark(
-    format=NAME, data_sets={}, read=made.no_rows, make=make, finished=made.finished, from_text=made.from_text,
-    from_reply=made.from_reply, self_checked=made.checked,
-)  # fmt: skip
+BENCHMARK = made_benchmark(NAME, puzzle)

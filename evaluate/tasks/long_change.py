@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import random
 
-from qtool.evaluate.tasks import made
-from qtool.evaluate.tasks.benchmark import Benchmark
 from qtool.evaluate.tasks.depots import Depot, check_of, codes, depot
-from qtool.evaluate.tasks.made import Making, Puzzle, fill, make_problems
-from qtool.evaluate.tasks.problems import Problem
+from qtool.evaluate.tasks.made import APART, Making, Puzzle, fill
+from qtool.evaluate.tasks.made_benchmark import made_benchmark
 
 NAME = "long-change"
 SEPARATOR = "# ---- {} version of the file ----"
@@ -46,7 +44,7 @@ def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
 
 def lay(drawn: random.Random, hidden: Puzzle, depth: float, tokens: int, making: Making) -> list[str]:
     """Both versions whole, one behind the other: ``depth`` is a place in each of them."""
-    size = sum(making.count([block + made.APART for block in (*hidden.needles, *hidden.others)]))
+    size = sum(making.count([block + APART for block in (*hidden.needles, *hidden.others)]))
     filler = fill(drawn, (tokens - size) // 2, making)
     at = round(depth * len(filler))
     places = [drawn.randrange(len(filler) + 1) for _ in hidden.others[::2]]
@@ -60,12 +58,4 @@ def lay(drawn: random.Random, hidden: Puzzle, depth: float, tokens: int, making:
     return versions
 
 
-def make(making: Making) -> list[Problem]:
-    """At every length and depth, with comments that changed and without."""
-    return make_problems(NAME, making, puzzle, lay)
-
-
-BENCHMARK = Benchmark(
-    format=NAME, data_sets={}, read=made.no_rows, make=make, finished=made.finished, from_text=made.from_text,
-    from_reply=made.from_reply, self_checked=made.checked,
-)  # fmt: skip
+BENCHMARK = made_benchmark(NAME, puzzle, lay)

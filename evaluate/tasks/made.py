@@ -67,10 +67,12 @@ class Puzzle:
     usable: bool = True
 
 
+Lay = Callable[[random.Random, Puzzle, float, int, Making], list[str]]
+
+
 def make_problems(
-    name: str, making: Making, puzzle: Callable[[random.Random, int], Puzzle],
-    lay: Callable[[random.Random, Puzzle, float, int, Making], list[str]] | None = None,
-) -> list[Problem]:  # fmt: skip
+    name: str, making: Making, puzzle: Callable[[random.Random, int], Puzzle], lay: Lay | None = None
+) -> list[Problem]:
     """A problem for each length, depth, half and number. ``puzzle(random, look-alikes)`` hides something;
     ``lay(random, puzzle, depth, tokens, making)``: the blocks of a file so long (None: `laid`). Raises QtoolError for
     a length that the puzzle alone fills."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +26,9 @@ from qtool.cli.options import FAILED, device_option, log_options, runs_option, s
 from qtool.cli.processors import share_processors
 from qtool.cli.recipes import complete_recipe
 from qtool.runs import log
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from qtool.make.job import Job
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}  # every command takes them over
 
@@ -104,7 +108,6 @@ def run(
         log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
         from qtool.make.seat import Seat
         from qtool.preparing import prepare
-        from qtool.report import job as job_report
         from qtool.report import terminal as report
         from qtool.run import run as run_recipe
         from qtool.runs.shelf import check_name
@@ -115,14 +118,9 @@ def run(
             check_name(name)
         overrides = parse_overrides(changes)
     if dry_run:
-        from qtool.make.budgets import known
-        from qtool.make.needs import needs_of
-
-        if seat.rank:
-            return
-        own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
-        job = known(prepare(found, own, only, overrides=overrides))
-        job_report.print_plan(job, needs_of(job, runs, cards=max(gpus, seat.number)), full)
+        if not seat.rank:
+            own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
+            _print_plan(prepare(found, own, only, overrides=overrides), runs, max(gpus, seat.number), full)
         return
     with cli_cards.named(seat.rank, seat.number):
         result = run_recipe(found, runs, device, only, profile, overrides, name, force, seat)
@@ -131,6 +129,16 @@ def run(
     report.print_run(result)
     if result.failed:
         raise SystemExit(FAILED)
+
+
+def _print_plan(job: Job, runs: Path, cards: int, full: bool) -> None:
+    """What the job would make and take, with the mixes of budgets whose costs are known."""
+    from qtool.make.budgets import known
+    from qtool.make.needs import needs_of
+    from qtool.report import job as job_report
+
+    planned = known(job)
+    job_report.print_plan(planned, needs_of(planned, runs, cards=cards), full)
 
 
 @main.command()

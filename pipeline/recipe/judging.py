@@ -15,7 +15,7 @@ from qtool.evaluate.tasks.table import made
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
 from qtool.recipe.long import ConditionSection, LongSection, MadeSection
-from qtool.recipe.section import Length, Positive, Section, Seed, Text
+from qtool.recipe.section import Length, Positive, Section, Seed, Text, TextSection
 
 HOUR = 3600.0
 
@@ -54,17 +54,11 @@ class TaskSection(Section):
         return self
 
 
-class FidelitySection(Section):
+class FidelitySection(TextSection):
     """`text:` held-out text for perplexity and KL."""
 
     text: Text
     """Held-out text: `heldout-code`, a file, or a data set of the Hub. Not the calibration text."""
-    split: str = "train"
-    """Of a data set of the Hub."""
-    revision: str | None = None
-    """Of a data set of the Hub: a commit, a tag, a branch."""
-    column: str | None = None
-    """The key of a row that holds its text, where it has another name than usual."""
     samples: Positive = 128
     """Windows of the shortest length; of a longer one as many as hold no more tokens."""
     length: Length | Annotated[tuple[Length, ...], Field(min_length=1)] = 512

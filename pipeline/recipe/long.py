@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from qtool.convert.text.source import TextSource
 from qtool.evaluate.engines.condition import Condition
 from qtool.evaluate.engines.table import ENGINES
-from qtool.recipe.section import Length, Section, Text
+from qtool.recipe.section import Length, Section, Text, TextSection
 
 Tokens = Annotated[int, Field(ge=1, le=10**7, strict=True)]
 
@@ -38,17 +38,11 @@ class MadeSection(Section):
     """Which problems are made."""
 
 
-class LongSection(Section):
+class LongSection(TextSection):
     """`long:` one long text, along which KL, agreement and perplexity are told by position."""
 
     text: Text
     """A folder (its files of code and prose, in the order of their paths), a file, `heldout-code`, or a data set."""
-    split: str = "train"
-    """Of a data set of the Hub."""
-    revision: str | None = None
-    """Of a data set of the Hub: a commit, a tag, a branch."""
-    column: str | None = None
-    """The key of a row that holds its text, where it has another name than usual."""
     length: Length = 32768
     """Tokens, from the text's beginning."""
 

@@ -26,3 +26,16 @@ class Section(BaseModel):
         plain = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in self.later}
         unsaid = {name for name, value in plain.items() if getattr(self, name) == value}
         return {name: value for name, value in others(self).items() if name not in unsaid}
+
+
+class TextSection(Section):
+    """A text, by name."""
+
+    text: Text
+    """A file, or a data set of the Hub."""
+    split: str = "train"
+    """Of a data set of the Hub."""
+    revision: str | None = None
+    """Of a data set of the Hub: a commit, a tag, a branch."""
+    column: str | None = None
+    """The key of a row that holds its text, where it has another name than usual."""
