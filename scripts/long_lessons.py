@@ -1,8 +1,8 @@
-"""What scripts/train_long_model.py learns from: rows of tokens, drawn anew for every step, with the weight of each token.
+"""What scripts/train_long_model.py learns from: rows of tokens, drawn anew for each step, with the class of each token.
 
-A row is one text: definitions among filler, then several questions about it with their answers (one text, many things to
-find). Names that the evaluation's problems draw are left out. Texts are cut at line breaks, which the tokenizer never
-merges with what stands around them, so that the tokens of the pieces are those of the whole.
+A row is one text: definitions among filler, then several questions about it with their answers (one text, many things
+to find). Names that the evaluation's problems draw are left out. Texts are cut at line breaks, which the tokenizer
+never merges with what stands around them, so that the tokens of the pieces are those of the whole.
 """
 
 from __future__ import annotations

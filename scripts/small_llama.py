@@ -8,15 +8,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
 
 EPSILON = 1e-5
-MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MATRICES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -64,13 +67,20 @@ class SmallLlama(torch.nn.Module):
         self.named = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
         for name, parameter in self.named.items():
             self.register_parameter(name.replace(".", "/"), parameter)
-        self.before: Callable[..., tuple[Tensor, Tensor, Tensor]] = _before
-        self.after: Callable[..., Tensor] = _after
-        self.head: Callable[..., tuple[Tensor, Tensor]] = _head
+        self.before: Callable[..., Any] = _before
+        self.after: Callable[..., Any] = _after
+        self.head: Callable[..., Any] = _head
 
-    def compile(self) -> None:  # type: ignore[override]
-        """The three parts, each for one shape."""
-        self.before, self.after, self.head = (torch.compile(one) for one in (_before, _after, _head))
+    def compile_parts(self) -> None:
+        """Each for one shape."""
+        self.before, self.after, self.head = torch.compile(_before), torch.compile(_after), torch.compile(_head)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Weights that `export` wrote."""
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, tensor in load_file(path).items():
+                self.named[name].copy_(tensor)
 
     def on(self, device: torch.device) -> SmallLlama:
         """Moved."""

@@ -3,10 +3,11 @@
     python scripts/train_long_model.py --out longmodel --minutes 8
     python scripts/train_long_model.py --out /tmp/toy --minutes 10 --toy    (a CPU: 2 layers, 1,024 tokens)
 
-A Llama of 23 million parameters (8 layers of 512, heads of 64) with a context of 16,384 tokens. Texts are drawn anew for
-every step by worker processes (scripts/long_lessons.py); rows begin at 512 tokens and grow when answers come out right.
-Every half minute the evaluation's own problems are put, whose names are in no lesson: the share whose known answer is what
-greedy decoding writes. `--out` is a Hugging Face folder, written anew every two minutes, in files of at most `--parts` MiB.
+A Llama of 23 million parameters (8 layers of 512, heads of 64) with a context of 16,384 tokens. Texts are drawn anew
+for every step by worker processes (scripts/long_lessons.py); rows begin at 512 tokens and grow when answers come out
+right. Every half minute the evaluation's own problems are put, whose names are in no lesson: the share whose known
+answer is what greedy decoding writes. `--out` is a Hugging Face folder, written anew every two minutes, in files of at
+most `--parts` MiB. `--start` goes on from such a folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from small_llama import EMBEDDING, Geometry, SmallLlama, export
 from tokenizers import Tokenizer
 
 WEIGHTS = {TEXT: 0.15, COPY: 0.5, ANSWER: 1.0}  # of each class's mean loss
-LONGEST_AT = 0.5  # of the time: rows are as long as the context from then on, whatever the answers are
-RIGHT = 0.75  # of the answers' tokens but the easy ones, from which rows grow
+LONGEST_AT = 0.6  # of the time: rows are as long as the context from then on, whatever the answers are
+RIGHT = 0.75  # of the answers, from which rows grow
 SAVE_SECONDS, PROBE_SECONDS = 120.0, 30.0
 encoder: Encoder
 
@@ -39,8 +40,8 @@ encoder: Encoder
 class Plan:
     """All that decides the weights, the machine and its speed aside."""
 
-    geometry: Geometry = Geometry()
-    tokens: int = 131_072  # of a step
+    geometry: Geometry = field(default_factory=Geometry)
+    tokens: int = 65_536  # of a step
     adam_rate: float = 2e-3  # of embeddings and norms
     muon_rate: float = 4e-3  # of matrices, with the update's size matched to AdamW's
     decay: float = 0.05
@@ -116,8 +117,8 @@ def optimizers(model: SmallLlama, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 def loss_of(model: SmallLlama, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` int64 [rows, 2, length] -> (loss, float32 [3]: mean loss of texts, of copies, of answers, and the share
-    of answers' tokens that are right where the loss is not easy)."""
+    """``rows`` int64 [rows, 2, length] -> (loss, float32 [4]: mean losses of texts, copies and answers, and the
+    share of answers of which every token is right)."""
     tokens, kinds = rows[:, 0], torch.roll(rows[:, 1], -1, 1)
     losses, right = model(tokens)
     kinds = kinds.clone()
@@ -128,11 +129,12 @@ def loss_of(model: SmallLlama, rows: torch.Tensor) -> tuple[torch.Tensor, torch.
         mean = (losses * chosen).sum() / chosen.sum().clamp(min=1)
         total = total + weight * mean
         told.append(mean.detach())
-    return total, torch.stack([*told, answered(kinds, right)[0].float().mean()])
+    whole = answered(kinds, right)[0].float()
+    return total, torch.stack([*told, whole.sum() / max(1, len(whole))])
 
 
 def answered(kinds: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(of each answer whether all its tokens are right, its row). ``kinds``: classes of the tokens that are foretold."""
+    """(of each answer whether all its tokens are right, its row). ``kinds``: of the tokens that are foretold."""
     inside = kinds == ANSWER
     begins = inside & ~torch.roll(inside, 1, 1)
     begins[:, 0] = inside[:, 0]
@@ -156,7 +158,9 @@ def probe(model: SmallLlama, asked: dict[int, tuple[np.ndarray, list[str]]], pla
             kinds[:, -1] = PAD
             whole, row = answered(kinds, right)
             solved.update(name for ok, name in zip(whole, (names[part + int(i)] for i in row), strict=True) if ok)
-        shares = " ".join(f"{n.removeprefix('long-')} {100 * solved[n] / names.count(n):.0f}" for n in sorted(set(names)))
+        shares = " ".join(
+            f"{n.removeprefix('long-')} {100 * solved[n] / names.count(n):.0f}" for n in sorted(set(names))
+        )
         told.append(f"{length}: {shares}")
     return "  solved % | " + " | ".join(told)
 
@@ -175,8 +179,10 @@ def train(plan: Plan, options: argparse.Namespace, begun: float) -> None:
         probing = {n: pool.submit(probes, n, min(128, number)) for n, number in wanted.items()}
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = SmallLlama(plan.geometry, plan.seed, compute).on(device)
+        if options.start:
+            model.load(options.start)
         if device.type == "cuda":
-            model.compile()
+            model.compile_parts()
         size = sum(parameter.numel() for parameter in model.parameters())
         print(f"{size:,} parameters on {device}, {options.workers} workers", flush=True)
         for step in steps(model, plan, feed, (begun, end), highest):
@@ -198,15 +204,13 @@ class Step:
     probe: bool
 
 
-def steps(
-    model: SmallLlama, plan: Plan, feed: Feed, clock: tuple[float, float], highest: int
-) -> Iterator[Step]:
+def steps(model: SmallLlama, plan: Plan, feed: Feed, clock: tuple[float, float], highest: int) -> Iterator[Step]:
     """Trains, and gives what is due. ``clock``: monotonic seconds of begin and end; ``highest``: of the lengths."""
     (begun, end), taught = clock, optimizers(model, plan)
     device, peaks = model.named[EMBEDDING].device, [group["lr"] for one in taught for group in one.param_groups]
     saved = probed = time.monotonic()
     recent: deque[torch.Tensor] = deque(maxlen=20)
-    step, seen = 0, 0
+    step, seen, first = 0, 0, begun  # first: when compiling was over
     while (now := time.monotonic()) < end:
         share = (now - begun) / (end - begun)
         groups = [group for one in taught for group in one.param_groups]
@@ -223,11 +227,12 @@ def steps(
         step, seen = step + 1, seen + rows[:, 0].numel()
         if step % 20 == 0:
             means = torch.stack(list(recent)).mean(0).tolist()
-            forced = int(share / LONGEST_AT * (highest + 1))
+            first = now if step == 20 else first
+            forced = int((now - first) / (end - first) / LONGEST_AT * (highest + 1))
             if feed.level < highest and (means[3] > RIGHT or forced > feed.level):
                 feed.level += 1
                 recent.clear()
-            if step % 100 == 0 or step == 20:
+            if step % (20 if device.type == "cpu" else 100) == 0 or step == 20:
                 print(
                     f"step {step}, {now - begun:.0f} s: loss text {means[0]:.3f} copy {means[1]:.3f} answer "
                     f"{means[2]:.4f}; answers right {100 * means[3]:.0f} %; rows to {LENGTHS[feed.level]}, "
@@ -246,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--minutes", type=float, default=8.0, help="all in all")
+    parser.add_argument("--start", type=Path, help="folder of an earlier run, whose weights and tokenizer go on")
     parser.add_argument("--parts", type=float, default=15.0, help="MiB of the largest file")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
@@ -256,7 +262,9 @@ def main() -> None:
     plan = Plan(**{**vars(chosen), "optimizer": options.optimizer})
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "tokenizer.json"
-    if not path.exists():
+    if options.start:
+        path.write_bytes((options.start / path.name).read_bytes())
+    elif not path.exists():
         train_tokenizer(list(sample_texts()), plan.geometry.vocabulary).save(str(path))
     save_tokenizer(Tokenizer.from_file(str(path)), options.out, plan.geometry.context)
     print(f"tokenizer after {time.monotonic() - begun:.0f} s", flush=True)
