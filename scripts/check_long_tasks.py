@@ -66,9 +66,8 @@ def share_rows(name: str, tasks: Mapping[str, TaskSummary]) -> Iterator[list[str
                 for (_, kind), rate in shares.items()
                 if kind == alike
             ]
-            loss = found.loss
-            points = None if loss is None else loss.difference
-        lost = "" if points is None else f"{100 * points.estimate:+.1f} points, p {points.p:.2g}"
+            points = None if found.loss is None else found.loss.difference
+            lost = "" if points is None else f"{points.lost} lost, {points.gained} gained, p {points.p:.2g}"
             yield [name, task, "look-alikes" if alike else "control", *cells, lost if alike else ""]
 
 
