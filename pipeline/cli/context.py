@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,7 @@ def context(
     from qtool.context.selection import select
 
     if question == "-":
-        question = click.get_text_stream("stdin").read()
+        question = sys.stdin.read(10**6)
     if not question.strip():
         raise QtoolError("--question: is empty.")
     tokens = one_number(budget, "--budget")
@@ -68,7 +70,11 @@ def _count(model: Path | None) -> Count:
     from qtool.convert.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+
+    def count(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+
+    return count
 
 
 def _told(found: Selection, model: Path | None) -> str:

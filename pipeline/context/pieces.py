@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.context.files import SourceFile
-from qtool.context.grammars import Definition, Tags, tags_of
+from qtool.context.grammars import DOCSTRING, Definition, Tags, tags_of
 from qtool.convert.text.bounded import Overrun, bounded
 
 WHOLE = 60  # lines: a definition that is longer is cut into those inside it
@@ -76,7 +76,7 @@ def pieces_of(file: SourceFile, tags: Tags) -> Iterator[Piece]:
         uses = Counter(name for row, name in tags.references if start <= row < end)
         yield Piece(
             path=file.path, start=start + 1, end=end, text="\n".join(lines[start:end]),
-            names=tuple(dict.fromkeys(one.name for one in inside)), outline=_outline(lines, inside, end),
+            names=tuple(dict.fromkeys(one.name for one in inside)), outline=_outline(lines, inside, start, end),
             uses=dict(sorted(uses.items())),
         )  # fmt: skip
 
@@ -118,9 +118,12 @@ def _chunks(lines: list[str], start: int, end: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
-def _outline(lines: list[str], inside: list[Definition], end: int) -> str:
-    """Rows of signatures and docstrings, an ellipsis where rows between them are left out."""
+def _outline(lines: list[str], inside: list[Definition], start: int, end: int) -> str:
+    """Rows of signatures and docstrings and the last above the first of them, an ellipsis where rows between are left
+    out."""
     shown = sorted({row for one in inside for row in one.outline if row < end})
+    if shown:
+        shown = [*range(max(start, shown[0] - DOCSTRING), shown[0]), *shown]
     told: list[str] = []
     for number, row in enumerate(shown):
         if number and row != shown[number - 1] + 1:
