@@ -14,6 +14,7 @@ from qtool.convert.text.source import TextSource
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.methods.method import members_of
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.survey import survey_bytes
 
@@ -68,7 +69,9 @@ class Work:
         scores = score_bytes(self.decoder.shape, text.samples, text.length, device)
         methods = [output.method for output in self.outputs]
         owners = owners_of(self.outputs, ranks)
-        mine = [method for method, owner in zip(methods, owners, strict=True) if owner == rank]
+        crews = members_of(methods, owners, ranks)
+        deals = zip(methods, owners, crews, strict=True)
+        mine = [method for method, owner, crew in deals if owner == rank or (rank in crew and method.needs.gram)]
         return peak_bytes(self.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
     def _rounded(self) -> int:
