@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, int, list[dict[str, Any]], int]] = {
     "tiny, AWQ": ("tiny", 2, [AWQ], 16),
     "tiny, AWQ + GPTQ": ("tiny", 2, [AWQ, GPTQ], 64),
     "small, rounded": ("small", 4, ROUNDED, 2),
+    "least, rounded, 80 layers": ("least", 80, ROUNDED, 2),
+    "small, rounded, 80 layers": ("small", 80, ROUNDED, 2),
     "small, AWQ": ("small", 2, [AWQ], 4),
     "small, AWQ + GPTQ": ("small", 2, [AWQ, GPTQ], 4),
     "mid, rounded": ("mid", 3, ROUNDED, 2),
