@@ -108,10 +108,10 @@ def test_a_killed_sweep_goes_on_behind_its_last_layer(
     place = tmp_path / "states"
     with pytest.raises(KeyboardInterrupt):
         Sweep(streamed(folder), 96, place, every=0.0).states(text())
-    assert [path.name for path in place.iterdir()] == ["00002.safetensors"]
+    assert [path.name for path in place.iterdir()] == ["00002-0-of-1.safetensors"]
     assert torch.equal(swept(folder, place), expected)
     assert read == [0, 1, 2, 2, 3]
-    (place / "00004.safetensors").write_bytes(b"damaged")  # everything again
+    (place / "00004-0-of-1.safetensors").write_bytes(b"damaged")  # everything again
     assert torch.equal(swept(folder, place), expected)
 
 
