@@ -214,9 +214,7 @@ def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return (listed + rest).clamp_min(0)
 
 
-def logprobs(
-    logits: Logits, window: Tensor, starts: Sequence[int] | None = None
-) -> Iterator[tuple[int, Tensor]]:
+def logprobs(logits: Logits, window: Tensor, starts: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
     """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it. ``starts``:
     where the chunks begin that ``logits`` gives, where these are not all."""
     chunks = logits(window)

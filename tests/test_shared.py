@@ -18,7 +18,7 @@ import torch
 import yaml
 from moe_models import MIXTURES
 from safetensors.torch import load_file
-from shared import CASES, CHUNK
+from shared import CASES
 from small_models import make_model
 from test_ranks import QUIET, free_ports, ranks_of
 from transformers import AutoModelForCausalLM
@@ -99,7 +99,9 @@ def test_other_ranks_go_on_behind_the_last_layer_of_all(made: Path) -> None:
     assert torch.equal(logits(made, "resumed", 3), logits(made, "plain", 1))
 
 
-@pytest.mark.parametrize(("length", "number", "chunk"), [(768, 2, 96), (768, 4, 32), (1000, 3, 64), (7, 7, 1), (10, 4, 2)])
+@pytest.mark.parametrize(
+    ("length", "number", "chunk"), [(768, 2, 96), (768, 4, 32), (1000, 3, 64), (7, 7, 1), (10, 4, 2)]
+)
 def test_every_position_is_one_ranks_and_work_is_even(length: int, number: int, chunk: int) -> None:
     shares = [Share(rank, number) for rank in range(number)]
     own = [share.own(length, chunk).tolist() for share in shares]
@@ -107,7 +109,9 @@ def test_every_position_is_one_ranks_and_work_is_even(length: int, number: int, 
     seen = [sum(at + 1 for at in part) for part in own]  # keys that its queries see
     alone = length % (2 * number * chunk)  # positions behind the last two steps that are whole
     assert max(seen) - min(seen) <= (chunk * (length + number * chunk) if alone else 0)
-    heads = [[at for start in share.starts(length) for at in range(start, min(length, start + 512))] for share in shares]
+    heads = [
+        [at for start in share.starts(length) for at in range(start, min(length, start + 512))] for share in shares
+    ]
     assert Counter(at for part in heads for at in part) == Counter(range(length))
 
 
@@ -182,8 +186,8 @@ def test_a_rank_that_dies_in_a_long_text_ends_all_with_its_name(
     model_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     """And the same command goes on."""
-    model = model_maker(tmp_path / "model", num_hidden_layers=24, max_position_embeddings=8192)
-    path = recipe_at(tmp_path, model, "two", long={"text": "heldout-code", "length": 8192})
+    model = model_maker(tmp_path / "model", num_hidden_layers=12, max_position_embeddings=4096)
+    path = recipe_at(tmp_path, model, "two", long={"text": "heldout-code", "length": 4096})
     words = [sys.executable, "-c", START, "run", str(path), "--device", "cpu", "--runs", str(tmp_path / "runs")]
     mark = os.getpid()
     environment = os.environ | QUIET | {"TEST_STARTED": str(mark)}
@@ -191,7 +195,7 @@ def test_a_rank_that_dies_in_a_long_text_ends_all_with_its_name(
     assert running.stderr is not None
     told = ""
     end = time.monotonic() + 120
-    while "source: 8,192 tokens, layer by layer" not in told:
+    while "source: 4,096 tokens, layer by layer" not in told:
         assert time.monotonic() < end
         told = running.stderr.readline()
     os.kill(ranks_of(mark)["1"], signal.SIGKILL)
