@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.evaluate.buckets import BLOCK
 from qtool.evaluate.engines.share import ALONE, Share
 from qtool.evaluate.fidelity import Logits, Reference, compare, logprobs
-
-BLOCK = 128
 
 
 @dataclass(frozen=True)

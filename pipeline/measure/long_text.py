@@ -19,6 +19,7 @@ from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import shape_of
 from qtool.convert.text.long_text import LongText, long_text
 from qtool.evaluate import fidelity, positions
+from qtool.evaluate.buckets import BLOCK
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import package_versions
@@ -99,7 +100,7 @@ class Along:
         found = positions.along(logits, tokens, reference, step, self.share)
         score = PositionScore(
             key=key, subject=subject.name, digest=self._digest, settings=self._settings(condition),
-            length=len(tokens), block=positions.BLOCK, cache_bytes=cache_bytes(self.shape, condition, len(tokens)),
+            length=len(tokens), block=BLOCK, cache_bytes=cache_bytes(self.shape, condition, len(tokens)),
             seconds=round(time.monotonic() - started, 2), **vars(found),
         )  # fmt: skip
         if self.share.rank == 0:
