@@ -273,6 +273,17 @@ def test_a_gate_about_what_is_not_measured_is_refused(
             "llama.cpp rolls no window; take engine reference",
         ),
         ({"conditions": [{"cache": "q8_0"}]}, "put `long:` and `tasks:` again, and neither is there"),
+        (
+            {"conditions": [{"window": {"sink": 4, "recent": 1020}}], "tasks": TASKS},
+            r"window 4\+1020 keeps all of the 1,024 tokens .* smaller `recent:`",
+        ),
+        (
+            {"tasks": [{"task": "long-call", "made": {"lengths": [512, 900]}}], "max_new_tokens": 64},
+            r"long-call: a prompt of 900 tokens and an answer of 64 .* context, 1,024 .*; `lengths:` up to 704 fit",
+        ),
+        ({"long": {"text": "SHORT", "length": 1000}}, r"tokens of this model; 1,000 are asked for. Set `length: \d+`"),
+        ({"long": {"text": "heldout-code", "length": 385}}, "length: 385 leaves one token to its last block of 128"),
+        ({"text": {"text": "heldout-code", "length": 2048}}, "text: windows of 2048 tokens are longer than"),
         ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
         ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}], "tasks": TASKS}, "says fp8 twice"),
     ],
@@ -280,10 +291,15 @@ def test_a_gate_about_what_is_not_measured_is_refused(
 def test_what_cannot_be_is_refused_before_work(
     asked: dict[str, Any], said: str, write_recipe: Callable[..., Path], model: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "short.py").write_text("def f(x):\n    return x\n" * 9)
+    asked = {key: value | {"text": str(tmp_path / "short.py")} if value == {"text": "SHORT", "length": 1000} else value
+             for key, value in asked.items()}  # fmt: skip
     path = write_recipe(model=str(model), evaluate=asked)
-    with pytest.raises(QtoolError, match=said):
+    with pytest.raises(QtoolError, match=said) as error:
         run(path, tmp_path / "runs", device="cpu")
     assert not (tmp_path / "artifacts").exists()
+    result = CliRunner().invoke(main, ["run", str(path), "--dry-run", "--device", "cpu"])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (2, f"Error: {error.value.message}".splitlines()[-1])
 
 
 def test_blocks_that_do_not_divide_heads_are_refused(

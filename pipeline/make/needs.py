@@ -49,8 +49,11 @@ class Resources:
     def short(self) -> list[str]:
         """What is short, a sentence each."""
         lacking = []
+        long = 0 if self.long is None else self.long[1]
+        there = self.host_free if self.device_free is None else self.device_free
         for what, need, free in (
             (f"{self.device} memory", self.device_bytes, self.device_free),
+            (f"{self.device} memory for the long text", long, there),
             ("host memory", self.host_bytes, self.host_free),
             (f"disk at {self.disk_path}", self.disk_bytes, self.disk_free),
         ):

@@ -61,7 +61,7 @@ class Along:
         self.shape: Geometry = shape_of(self.config.to_dict())
         width = compute_dtype(self.device).itemsize
         require_memory(self.shape, self.section.length, width, machine.free_memory(str(self.device)), self.share.number)
-        self.text: LongText = long_text(self.section.source, self.tokenizer, getattr(self.config, "vocab_size", None))
+        self.text: LongText = text_of(self.section, self.config, self.tokenizer)
 
     def score(self, subjects: list[Subject], scores: Scores, watch: Watch) -> None:
         """Add every model under every condition to ``scores``; the first is the source. Of several ranks the first
@@ -152,11 +152,22 @@ class Along:
         return found
 
 
+def text_of(section: LongSection, config: Any, tokenizer: Any) -> LongText:
+    """The tokens that are asked for. Raises QtoolError where the text has fewer."""
+    return long_text(section.source, tokenizer, getattr(config, "vocab_size", None))
+
+
 def require_possible(asked: EvaluateSection, shape: Geometry) -> None:
     """Raises QtoolError for a long text, or a condition, that a model of this shape cannot be put under."""
+    most, long = shape.max_context, asked.long
     for one in asked.conditions:
         require_condition(shape, one.condition)
-    most, long = shape.max_context, asked.long
+        held = one.condition.held
+        if held is not None and most is not None and held >= most:
+            raise QtoolError(
+                f"conditions: {one.condition.name} keeps all of the {most:,} tokens that the model was made for "
+                "(max_position_embeddings in config.json), so it lets go of nothing; take a smaller `recent:`."
+            )
     if long is not None and most is not None and long.length > most:
         raise QtoolError(
             f"long: {long.length:,} tokens are more than the {most:,} that the model was made for "
