@@ -6,8 +6,9 @@
 The text is `heldout-code`. Asked are the ``--kept`` likeliest next tokens after every ``--every`` tokens; KL is to the
 first file (or the model) with the first cache, over the tokens that both name and one bucket for the rest, so never
 more than the whole KL. Intervals resample blocks of 128 positions. Then, for each cache, eight prompts of up to
-``--prompt`` tokens are taken up anew 64, 256 and 1,024 tokens at a time (llama.cpp: n_ubatch; vLLM: max_num_batched_tokens) and held
-against the last of these. vLLM runs in an environment of its own; its memory is one model and ``--gib`` of cache.
+``--prompt`` tokens are taken up anew 64, 256 and 1,024 tokens at a time (llama.cpp: n_ubatch; vLLM:
+max_num_batched_tokens) and held against the last of these. vLLM runs in an environment of its own; its memory is one
+model and ``--gib`` of cache.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from qtool.evaluate.engines.cache import KeptCache, make_layer
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import CHUNK
 from qtool.evaluate.engines.kept_states import KeptStates
+from qtool.evaluate.engines.rotation import rotated_for
 from qtool.evaluate.engines.share import ALONE, Share, SharedLayer
 from qtool.evaluate.engines.streamed import StreamedModel
 
@@ -51,18 +52,19 @@ class Sweep:
         own = self.share.own(length, self.share.chunk(length, self.queries))
         kept = KeptStates(self.folder, self.share)
         done, states = kept.found(own, length, self.model.where)
-        if states is None:
-            states = self._embedded(window[own], length)
-        for _ in range(done):
-            self.progress()
-        saved = time.monotonic()
-        for number in range(done, count):
-            self._advance(number, states, length)
-            self.progress()
-            due = number + 1 == count or time.monotonic() - saved > self.every
-            if any(self.share.tell(due)):
-                kept.save(number + 1, states, own)
-                saved = time.monotonic()
+        with rotated_for(self.model.body, length):
+            if states is None:
+                states = self._embedded(window[own], length)
+            for _ in range(done):
+                self.progress()
+            saved = time.monotonic()
+            for number in range(done, count):
+                self._advance(number, states, length)
+                self.progress()
+                due = number + 1 == count or time.monotonic() - saved > self.every
+                if any(self.share.tell(due)):
+                    kept.save(number + 1, states, own)
+                    saved = time.monotonic()
         states = self.share.for_head(states, length, self.share.chunk(length, self.queries))
         for start in range(0, len(states), CHUNK):
             states[start : start + CHUNK] = self.model.body.norm(states[start : start + CHUNK])

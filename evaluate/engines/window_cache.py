@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qtool import QtoolError
 from qtool.evaluate.engines.condition import Condition
+from qtool.evaluate.engines.rotation import BY_LENGTH
 
 Turn = Callable[[Tensor, Tensor], Tensor]  # keys [batch, heads, n, dim], by how many positions int64 [n] -> turned
 
@@ -94,7 +95,7 @@ def turning(model: Any) -> Turn:
     attention = next((m for m in body.modules() if type(m).__name__.endswith("Attention")), None)
     apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
     kind = getattr(rotary, "rope_type", "default")
-    if rotary is None or apply is None or not isinstance(kind, str) or kind in ("dynamic", "longrope"):
+    if rotary is None or apply is None or not isinstance(kind, str) or kind in BY_LENGTH:
         raise QtoolError(f"window: the positions of {type(model).__name__} cannot be turned; leave out `window:`.")
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         raise QtoolError(f"window: layers of {type(model).__name__} slide by themselves; leave out `window:`.")
