@@ -77,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
         for number in numbers:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-            spawn(_rank, args=(number, options, Path(folder)), nprocs=number)  # type: ignore[no-untyped-call]
+            spawn(_rank, args=(number, options, Path(folder)), nprocs=number)
 
 
 def _free_port() -> int:

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -164,4 +163,4 @@ def _text(tokenizer: Path, length: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -70,7 +70,7 @@ def attempt(folder: Path, name: str, share: Share) -> None:
     if name != "resumed":
         found = swept(folder, name, share, folder / f"{name}-{share.number}.states")
     elif share.number == 2:
-        StreamedModel.fill = ending  # type: ignore[method-assign]
+        StreamedModel.fill = ending  # type: ignore[method-assign, assignment]
         try:
             list(swept(folder, "plain", share, folder / "resumed.states", every=0.0))
         except Ended:
