@@ -32,7 +32,8 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.budget import Budget
 from qtool.quantize.ranks import ALONE, Ranks
 from qtool.quantize.source_model import SourceModel
-from qtool.quantize.survey import Costs, Survey
+from qtool.quantize.survey import Survey
+from qtool.quantize.survey_errors import Costs
 from qtool.recipe.checking import digest_of
 from qtool.runs import log
 from qtool.runs.stages import stage
