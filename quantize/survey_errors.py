@@ -1,5 +1,5 @@
-"""What types lose of the matrices of layers, for a survey (survey.py): matrices that share an input are one problem, and
-on an accelerator problems of one width are worked side by side, those of several layers, too.
+"""What types lose of the matrices of layers, for a survey (survey.py): matrices that share an input are one problem,
+and on an accelerator problems of one width are worked side by side, those of several layers, too.
 
 A descent goes through the columns in turn, and some hundred rows keep a small part of an accelerator busy: its time is
 that of the turns, whether one problem takes them or thirty.
@@ -30,8 +30,8 @@ Costs = dict[str, dict[str, float]]
 
 @dataclass
 class Member:
-    """One matrix of a problem. ``some [rows, in]`` of its ``out`` rows, those numbered ``rows``; ``weighed [in, in]``: H
-    and ``outputs [out]``: Σ_t g_to², of the ``tokens`` that tell what an error costs."""
+    """One matrix of a problem. ``some [rows, in]`` of its ``out`` rows, those numbered ``rows``; ``weighed [in, in]``:
+    H and ``outputs [out]``: Σ_t g_to², of the ``tokens`` that tell what an error costs."""
 
     module: str
     types: tuple[str, ...]

@@ -115,8 +115,8 @@ def _uneven_scales(weight: Tensor, x: Tensor, type_name: str, row: Tensor) -> Te
 
 
 def fit_uneven(x: Tensor, weights: Tensor) -> Tensor:
-    """``x, weights [n, blocks]`` -> scale ``[blocks]`` with ``x ≈ scale * level``: of scales about the one that maps the
-    largest value to the first level the one whose codes' least squares explain most."""
+    """``x, weights [n, blocks]`` -> scale ``[blocks]`` with ``x ≈ scale * level``: of scales about the one that maps
+    the largest value to the first level the one whose codes' least squares explain most."""
     levels = torch.tensor(LEVELS, device=x.device)
     largest = signed_largest(x)
     nothing = largest.abs() < TINY
