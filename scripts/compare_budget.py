@@ -4,9 +4,10 @@
         [--windows 16] [--mixes 40] [--runtime 64] [--bits 3.5,4,4.25,4.5,5,6] [--fixed Q4_K_S,Q5_K_M,Q6_K]
 
 Makes Q4_K_M and the types of --fixed, budgets of Q4_K_M's own size and of --bits bits a weight, and (for --mixes) a
-file for each type with all matrices in it. Prints a Markdown table: KL to the source on held-out code, its ratio to Q4_K_M's with a paired
-bootstrap interval, the KL that was expected, the size against the budget; --runtime positions are asked of llama.cpp
-itself, which computes with its own kernels. Then the rank correlation of expected and measured KL over random mixes.
+file for each type with all matrices in it. Prints a Markdown table: KL to the source on held-out code, its ratio to
+Q4_K_M's with a paired bootstrap interval, the KL that was expected, the size against the budget; --runtime positions
+are asked of llama.cpp itself, which computes with its own kernels. Then the rank correlation of expected and measured
+KL over random mixes.
 Ends with 1 where a goal of docs/budgets.md is missed: 25 % less KL at Q4_K_M's size, no more at 4.25 bits a weight,
 files within 0.2 % of the budget and never above, rank correlation 0.9.
 """

@@ -21,7 +21,6 @@ from qtool.quantize.methods.block_search import (
     load,
     nearest,
     over,
-    signed_largest,
 )
 from qtool.quantize.methods.kquant_candidates import LOW
 from qtool.quantize.methods.low_bits import TRIES, Searched
@@ -32,25 +31,24 @@ _GAPS = tl.constexpr(tuple(high - low for low, high in pairwise(LEVELS)))
 
 
 @triton.jit
-def _weigh(weight, importance, super, column, x, inside, factor: tl.constexpr, elements: tl.constexpr,
-           count: tl.constexpr):  # fmt: skip
-    """What each error of a sub-block counts; ``factor`` times the mean square of its super-block's weights is part."""
+def _weigh(weight, importance, super, column, x, inside, factor: tl.constexpr):
+    """What each error of a sub-block of 16 counts: ``factor`` times the squares of its super-block is part of it."""
     sigma = tl.zeros_like(x[0])
-    for i in range(elements):
+    for i in range(256):
         value = tl.load(weight + super + i, mask=inside, other=0.0).to(tl.float32)
         sigma += value * value
     sigma = sigma * factor
     weights = ()
-    for i in tl.static_range(count):
+    for i in tl.static_range(16):
         row = tl.load(importance + column + i, mask=inside, other=0.0)
         weights += (row * tl.sqrt_rn(sigma + x[i] * x[i]),)
     return weights
 
 
 @triton.jit
-def _sum(values, count: tl.constexpr):
+def _sum(values):
     total = values[0]
-    for i in tl.static_range(1, count):
+    for i in tl.static_range(1, 16):
         total += values[i]
     return total
 
@@ -64,7 +62,7 @@ def _sub_blocks(weight, importance, found, codes, total, columns, affine: tl.con
     place = block * 16
     x = load(weight, place, inside, 16, 1)
     factor: tl.constexpr = 0.00390625 if affine else 0.0078125
-    weights = _weigh(weight, importance, block // 16 * 256, place % columns, x, inside, factor, 256, 16)
+    weights = _weigh(weight, importance, block // 16 * 256, place % columns, x, inside, factor)
     if affine:
         scale, minimum, _, inverse, start = fit_affine(x, weights, 3.0, first, step, last, 16)
         tl.store(found + total + block, minimum, mask=inside)
@@ -76,7 +74,7 @@ def _sub_blocks(weight, importance, found, codes, total, columns, affine: tl.con
             code = tl.where(inverse == 0, -4.0, nearest(inverse * x[i], -4.0, 3.0))
             tl.store(codes + place + i, code, mask=inside)
     tl.store(found + block, scale, mask=inside)
-    tl.store(found + 2 * total + block, _sum(weights, 16), mask=inside)
+    tl.store(found + 2 * total + block, _sum(weights), mask=inside)
 
 
 @triton.jit
@@ -126,37 +124,37 @@ def _level(x):
 
 
 @triton.jit
-def _explained(x, weights, inverse):
-    """Least squares of the levels at ``inverse``: their products with the values, and their squares."""
-    sum_qx, sum_q2 = tl.zeros_like(inverse), tl.zeros_like(inverse)
-    for i in tl.static_range(32):
-        q = _level(inverse * x[i])
-        share = weights[i] * q
-        sum_qx += share * x[i]
-        sum_q2 += share * q
-    return sum_qx, sum_q2
-
-
-@triton.jit
 def _uneven_search(weight, importance, found, total, columns, elements: tl.constexpr, threads: tl.constexpr):
-    """low_bits.fit_uneven of blocks of 32, in super-blocks of ``elements``."""
+    """low_bits.fit_uneven of blocks of 32, in super-blocks of ``elements``. Values are loaded again for each scale:
+    written out for 32 of them and 15 levels' bounds, it would compile for a minute."""
     block = tl.program_id(0).to(tl.int64) * threads + tl.arange(0, threads)
     inside = block < total
     place = block * 32
-    x = load(weight, place, inside, 32, 1)
-    weights = _weigh(
-        weight, importance, place // elements * elements, place % columns, x, inside, 2.0 / elements, elements, 32
-    )
-    largest = signed_largest(x, 32)
+    sigma = tl.zeros((threads,), tl.float32)
+    for i in range(elements):
+        value = tl.load(weight + place // elements * elements + i, mask=inside, other=0.0).to(tl.float32)
+        sigma += value * value
+    sigma = sigma * (2.0 / elements)
+    largest = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    for i in range(1, 32):
+        value = tl.load(weight + place + i, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.where(tl.abs(value) > tl.abs(largest), value, largest)
     nothing = tl.abs(largest) < TINIEST
     largest = tl.where(nothing, 1.0, largest)
-    sum_qx, sum_q2 = _explained(x, weights, over(1.0, tl.div_rn(-largest, tl.zeros_like(largest) + _LOWEST)))
-    scale = tl.where(sum_q2 > 0, tl.div_rn(sum_qx, sum_q2), 0.0)
-    best = scale * sum_qx
-    number = tl.zeros_like(largest) + (_LOWEST - _TRIES)
-    for _ in range(2 * _TRIES + 1):
-        sum_qx, sum_q2 = _explained(x, weights, tl.div_rn(number, largest))
-        better = (sum_q2 > 0) & (sum_qx * sum_qx > best * sum_q2)
+    first = over(1.0, tl.div_rn(-largest, tl.zeros_like(largest) + _LOWEST))
+    scale, best = tl.zeros_like(largest), tl.zeros_like(largest)
+    number = tl.zeros_like(largest) + (_LOWEST - _TRIES - 1.0)
+    for tried in range(2 * _TRIES + 2):
+        inverse = tl.where(tried == 0, first, tl.div_rn(number, largest))
+        sum_qx, sum_q2 = tl.zeros_like(largest), tl.zeros_like(largest)
+        for i in range(32):
+            x = tl.load(weight + place + i, mask=inside, other=0.0).to(tl.float32)
+            counts = tl.load(importance + place % columns + i, mask=inside, other=0.0) * tl.sqrt_rn(sigma + x * x)
+            q = _level(inverse * x)
+            share = counts * q
+            sum_qx += share * x
+            sum_q2 += share * q
+        better = (sum_q2 > 0) & ((tried == 0) | (sum_qx * sum_qx > best * sum_q2))
         scale = tl.where(better, tl.div_rn(sum_qx, sum_q2), scale)
         best = tl.where(better, scale * sum_qx, best)
         number += 1.0
