@@ -62,7 +62,8 @@ class Member:
     def cost(self, error: Tensor) -> float:
         """Nats a token of ``error [rows, in]``, as a share of all."""
         share = self.outputs[self.rows] / self.outputs.sum().clamp_min(1e-30)
-        lost = (share * ((error @ self.weighed) * error).sum(1)).sum()
+        with tensor_float32():
+            lost = (share * ((error @ self.weighed) * error).sum(1)).sum()
         return max(0.0, float(lost)) * len(self.outputs) / len(self.rows) / (2 * self.tokens)
 
 
