@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.float8 import float8_of
+from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.models.fused import open_model
 from qtool.convert.verify.checks import verify
 from qtool.sizing.headers import read_headers
@@ -92,7 +92,7 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
     for name in other.linears():
         assert artifact.codes(name).equals(other.codes(name))
     assert artifact.manifest is not None
-    assert artifact.manifest.source["stored_as"] == float8_of({"quantization_config": section})
+    assert artifact.manifest.source["stored_as"] == small_floats_of({"quantization_config": section})
     assert any("errors are against what is read" in note for note in artifact.manifest.notes)
     assert artifact.config["quantization_config"]["quant_method"] == "gptq"
     assert "quantization_config" not in Artifact.open(ours["gguf"]).config

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from qtool.convert.files.checkpoint import TensorInfo, Within
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrappers import is_wrapped
 
 # how names begin -> what stands in their place: transformers 5's and transformers 4's files
@@ -27,5 +26,5 @@ def text_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
         begins = next((old for old in _PREFIXES if name.startswith(old)), "model." if nested else "")
         # towers lose the model's prefix, where they have it
         known = _PREFIXES.get(begins, "") + name.removeprefix(begins)
-        found[known] = info if known == name else replace(info, within=Within(name, info.shape))
+        found[known] = info if known == name else info.named(name)
     return dict(sorted(found.items()))
