@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from qtool import QtoolError
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import naming
-from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.manifest import MANIFEST, FileEntry, read_manifest
 from qtool.convert.files.sidecars import carried_bytes, sidecars, without_private_paths
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.source import digest_folder
 from qtool.convert.files.watch import sha256_files
 

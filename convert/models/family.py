@@ -86,6 +86,7 @@ class GgufFacts:
     required: those of them without which it loads a file wrongly.
     refuse: raises QtoolError for what it would compute otherwise, from the config.json and the rotary keys.
     says: keys of config.json that only this family has, and that are written, checked or built in.
+    names: the architecture under which the gguf package lists its tensors' names, where it lists it under another.
     like_70b: whether it takes a shape for its "70B", whose attn_v gets more bits.
     """
 
@@ -100,6 +101,7 @@ class GgufFacts:
     required: tuple[str, ...] = ()
     refuse: Callable[[Settings, Ropes], None] = _takes_all
     says: frozenset[str] = frozenset()
+    names: str = ""
     like_70b: Callable[[Geometry], bool] = _never
 
 
@@ -114,6 +116,7 @@ class Family:
     windows: which layers slide.
     defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
     aliases: other names that transformers reads and writes for a key -> the key.
+    derived: what its class takes for missing keys, from the completed config.json.
     shape: what keys of the family's own change in the geometry.
     mixture: what its mixtures of experts are called in its files; None for a family without.
     rope_kinds: the kinds of layers that have rotary settings of their own.
@@ -142,6 +145,7 @@ class Family:
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    derived: Callable[[Settings], dict[str, Any]] = _nothing_more
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     mixture: Mixture | None = None
     rope_kinds: tuple[str, ...] = (FULL,)

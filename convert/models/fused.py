@@ -18,9 +18,9 @@ from typing import Any
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
-from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.config_file import read_config, read_stored_config
 from qtool.convert.files.decoded import in_16_bits
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture, renamed
 from qtool.convert.models.feeds import Shape

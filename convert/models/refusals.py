@@ -46,7 +46,6 @@ _NOT_YET = {
         "llama.cpp's convert_hf_to_gguf.py repacks them without loss"
     ),
     "GraniteMoeForCausalLM": "its embedding, attention and residuals are multiplied by factors that no family says yet",
-    "MiniMaxM2ForCausalLM": "its router adds a bias of its own to sigmoid scores, which no family says yet",
     "PhimoeForCausalLM": "its router compares jittered scores two at a time, which no family says yet",
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -12,9 +12,9 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config
-from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import shown
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
 from qtool.convert.models.fused import open_model
 from qtool.convert.models.shape import Decoder, decoder_of
