@@ -54,7 +54,7 @@ def make_model(
     model.to(torch.bfloat16)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):  # float32 in every checkpoint
-            module.e_score_correction_bias = torch.randn(module.e_score_correction_bias.shape)
+            module.e_score_correction_bias.data = torch.randn(module.e_score_correction_bias.shape)
     model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.formats.gguf.imatrix import read_imatrix
 from qtool.convert.models.config_keys import check_gguf
 from qtool.convert.models.shape import decoder_of
+from qtool.convert.models.table import FAMILIES
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.torch_model import load_model
@@ -55,7 +56,10 @@ def wide(architecture: str, folder: Path, **others: Any) -> Path:
     return make_model(folder, architecture, **changes | others)
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
+WRITTEN = [name for name in MIXTURES if FAMILIES[f"{name}ForCausalLM"].gguf]
+
+
+@pytest.fixture(scope="module", params=WRITTEN)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A model and its artifacts."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -22,7 +22,7 @@ from qtool.convert.files.config_file import read_config, read_stored_config
 from qtool.convert.files.decoded import in_16_bits
 from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrapped_tensors import text_names
-from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture, renamed
+from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder, decoder_of
@@ -81,8 +81,10 @@ def _divide(at: str, found: dict[str, TensorInfo], mixture: Mixture, decoder: De
             "tensor too. Which one is the model's cannot be told: remove one of them."
         )
     found |= alone
-    for name in [name for name in found if name.startswith(f"{at}{BLOCK}.") and mixture.block != BLOCK]:
-        found[at + renamed(name.removeprefix(at), BLOCK, mixture.block)] = found.pop(name).named(name)
+    for name in [name for name in found if name.startswith(f"{at}{BLOCK}.")]:
+        filed = at + mixture.in_files(name.removeprefix(at))
+        if filed != name:
+            found[filed] = found.pop(name).named(name)
 
 
 def _is_transposed(at: str, stacks: Mapping[str, TensorInfo], shape: Geometry) -> bool:

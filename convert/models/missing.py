@@ -43,10 +43,6 @@ _BY_NAME = {
     ),
     "DiffusionGemmaForBlockDiffusion": "it writes blocks of text by diffusion; qtool's walk and judges go left to right",
     "Dots3NoteForConditionalGeneration": _SPARSE,
-    "Ernie4_5_MoeForCausalLM": (
-        "its router adds a bias to softmax scores (moe_statics) and divides by a sum with a least value, which no mixture "
-        "says yet"
-    ),
     "Ernie4_5_VLMoeForConditionalGeneration": (
         "text and images have experts of their own, of two widths, in one layer; its text model (ERNIE 4.5 MoE) is not "
         "known either"
@@ -62,17 +58,9 @@ _BY_NAME = {
         "biases and clamped up are said by no mixture; llama.cpp's convert_hf_to_gguf.py repacks them without loss"
     ),
     "GraniteMoeForCausalLM": "its embedding, attention and residuals are multiplied by factors that no family says yet",
-    "HunYuanMoEV1ForCausalLM": (
-        "its norms of q and k come after the rotation and its router and shared expert have names (gate.wg, shared_mlp) "
-        "that no mixture says yet"
-    ),
     "HunYuanVLForConditionalGeneration": (
         "its text model (HunYuan, dense) has norms of q and k after a rotation by four kinds of positions (xdrope), which "
         "no family says yet"
-    ),
-    "HYV3ForCausalLM": (
-        "its router, the router's bias and the shared expert have names (router.gate, expert_bias, shared_mlp) that no "
-        "mixture says yet"
     ),
     "InklingForConditionalGeneration": (
         "short convolutions lie on keys, values and hidden states, whose feeds no family says, and experts' scores are "
@@ -80,9 +68,6 @@ _BY_NAME = {
     ),
     "KimiK25ForConditionalGeneration": _MLA,
     "KimiLinearForCausalLM": _DELTA,
-    "LagunaForCausalLM": (
-        "its attention's output is multiplied by a gate for each head (g_proj), and the number of heads differs by layer"
-    ),
     "Lfm2ForCausalLM": _SHORT,
     "Lfm2MoeForCausalLM": _SHORT,
     "Lfm2VlForConditionalGeneration": _SHORT,
