@@ -43,7 +43,7 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def test_every_code_is_what_transformers_and_compressed_tensors_read() -> None:
-    """All pairs of codes with every exponent, bit for bit; 255 is no number, as the standard has it."""
+    """All pairs of codes with every exponent, bit for bit; 255 is no number and refused."""
     from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.quant_scheme import MXFP4A16
@@ -58,7 +58,8 @@ def test_every_code_is_what_transformers_and_compressed_tensors_read() -> None:
     state = MXFP4PackedCompressor.decompress({"weight_packed": codes, "weight_scale": scales}, scheme)
     assert torch.equal(found[1:254], state["weight"][1:254])  # its powers of the last exponents are of bfloat16's pow
     assert found[127, :6].tolist() == [0.0, 0.0, 0.5, 0.0, 1.0, 0.0]  # the low half first: 0x00, 0x01, 0x02
-    assert decode(codes[:1], torch.full((1, 16), 255, dtype=torch.uint8)).isnan().all()
+    with pytest.raises(QtoolError, match="holds 255, which is no scale"):
+        decode(codes[:1], torch.full((1, 16), 255, dtype=torch.uint8))
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +177,7 @@ def other_bytes(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (float_scale, "is .* in torch.float32; .* in torch.uint8"),
         (twice, "up_proj.weight is stored too"),
         (skewed, "which is symmetric"),
-        (not_a_number, "up_proj"),
+        (not_a_number, "up_proj.weight_scale holds 255"),
         (untold, "quantized already|stored as U8"),
         (other_bytes, "does not say what they are"),
     ],

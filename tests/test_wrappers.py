@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import converted, make_model
 
+from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.wrappers import text_part
@@ -78,11 +79,14 @@ def wrapped(kind: str) -> Any:
     tower = {key: value for key, value in tower.items() if key in getattr(t, f"{kind}VisionConfig")().to_dict()} if (
         hasattr(t, f"{kind}VisionConfig")
     ) else tower  # fmt: skip
-    return getattr(t, f"{kind}ForConditionalGeneration")(getattr(t, f"{kind}Config")(text_config=text, vision_config=tower))
+    return getattr(t, f"{kind}ForConditionalGeneration")(
+        getattr(t, f"{kind}Config")(text_config=text, vision_config=tower)
+    )
 
 
 KINDS = [
-    "Mistral3", "Gemma3", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "GlmOcr", "Glm4vMoe", "PaddleOCRVL", "InternVL",
+    "Mistral3", "Gemma3", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "GlmOcr", "Glm4vMoe", "PaddleOCRVL",
+    "InternVL",
 ]  # fmt: skip
 
 
@@ -162,3 +166,34 @@ def test_internvl_under_its_own_names(tmp_path: Path) -> None:
     made = converted(folder, [{"method": "awq", "group_size": 32, "rounding": "rtn"}], tmp_path)["awq"]
     assert verify(made, folder).sound
     assert Artifact.open(made).config["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_what_lies_twice_or_is_quantized_inside_is_refused(tmp_path: Path) -> None:
+    """Under both generations' names, and where the text's own section says that it is quantized."""
+    plain = make_model(tmp_path / "plain", "Qwen3")
+    tensors = {
+        f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in open_model(plain).read()
+    }
+    text = json.loads((plain / "config.json").read_text()) | {"model_type": "qwen3_vl_text"}
+    outer = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+    }
+    for label, more, section, said in (
+        (
+            "twice",
+            {"language_model.model.norm.weight": torch.ones(128)},
+            {},
+            "one tensor of the text model, model.norm",
+        ),
+        ("inside", {}, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized already"),
+    ):
+        folder = tmp_path / label
+        folder.mkdir()
+        for file in plain.glob("token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        save_file(tensors | more, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(outer | {"text_config": text | section}))
+        with pytest.raises(QtoolError, match=said):
+            converted(folder, [{"method": "awq", "group_size": 32, "rounding": "rtn"}], tmp_path)

@@ -56,7 +56,13 @@ def _float8(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
     found = {}
     for name, info in tensors.items():
         module, _, last = name.rpartition(".")
-        if f"{module}.weight" in tensors and last in (*SCALES, *_ACTIVATIONS):
+        scaled = tensors.get(f"{module}.weight")
+        if scaled is not None and last in SCALES and scaled.dtype.itemsize > 1:
+            raise QtoolError(
+                f"{info.file}: holds {shown(name)}, scales of a weight stored in {8 * scaled.dtype.itemsize} bits. "
+                "Whether they are in it already cannot be told."
+            )
+        if scaled is not None and last in (*SCALES, *_ACTIVATIONS):
             continue
         found[name] = _scaled(name, info, tensors, config, dtype) if info.dtype.itemsize == 1 else info
     return found
@@ -66,13 +72,17 @@ def _scaled(
     name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: torch.dtype
 ) -> TensorInfo:
     module = name.removesuffix(".weight")
-    scale = next((f"{module}.{last}" for last in SCALES if f"{module}.{last}" in tensors), None)
+    found = [f"{module}.{last}" for last in SCALES if f"{module}.{last}" in tensors]
+    if len(found) > 1:
+        raise QtoolError(f"{info.file}: {shown(name)} has scales under two names, {' and '.join(found)}. Which are the "
+                         "model's cannot be told.")  # fmt: skip
+    scale = next(iter(found), None)
     if info.dtype != torch.float8_e4m3fn or len(info.shape) != 2 or scale is None:
         raise QtoolError(f"{info.file}: {shown(name)} is stored in 8 bits, and no tensor says its scales.")
     scales = tensors[scale]
     if scales.dtype not in _SCALE_DTYPES:
-        raise QtoolError(f"{scales.file}: {shown(scale)} is stored as {scales.dtype}; scales of float8 are floats of 16 "
-                         "or 32 bits.")  # fmt: skip
+        raise QtoolError(f"{scales.file}: {shown(scale)} is stored as {scales.dtype}; scales of float8 are floats of "
+                         "16 or 32 bits.")  # fmt: skip
     section = section_of(config)
     size = section.get("weight_block_size") or next(
         (weights.get("block_structure") for weights in group_weights(section)), None

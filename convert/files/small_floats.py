@@ -28,8 +28,8 @@ def small_floats_of(config: Mapping[str, Any]) -> str:
     if form == "mxfp4-pack-quantized":
         for weights in group_weights(section):
             if weights.get("symmetric") is False or weights.get("num_bits") != 4 or weights.get("group_size") != 32:
-                raise QtoolError("config.json: says mxfp4-pack-quantized, which is symmetric, of 4 bits, in groups of 32; "
-                                 f"its weights are {dict(weights)}.")  # fmt: skip
+                raise QtoolError("config.json: says mxfp4-pack-quantized, which is symmetric, of 4 bits, in groups of "
+                                 f"32; its weights are {dict(weights)}.")  # fmt: skip
     return f"compressed-tensors {form}"
 
 
@@ -41,7 +41,7 @@ def without_small_floats(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def section_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The section; empty where there is none."""
-    found = next((config[key] for key in _SECTIONS if config.get(key)), {})
+    found: Any = next((config[key] for key in _SECTIONS if config.get(key)), {})
     return found if isinstance(found, Mapping) else {}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qtool import QtoolError
+
 # what four bits stand for: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, E2M1)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 MX_BLOCK, MX_BIAS, MX_NAN = 32, 127, 255  # values that share a power of two; its bias; the code that is no number
@@ -39,7 +41,10 @@ class Float8:
     block: tuple[int, int]
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of the matrix from ``first`` on. ``scales``: all."""
+        """The rows of the matrix from ``first`` on. ``scales``: all. Raises QtoolError for what is no scale."""
+        if not bool((scales.isfinite() & (scales >= 0)).all()):
+            raise QtoolError(f"{self.scales.file}: {self.scales.stored_as('')} holds NaN, Inf or numbers below 0, "
+                             "which are no scales. Download the model again.")  # fmt: skip
         values = codes.float()
         if scales.numel() == 1:
             return values.mul_(scales.float().view(())).to(dtype)
@@ -62,8 +67,10 @@ class Mxfp4:
         pairs = torch.stack((codes & 15, codes >> 4), -1).to(torch.int32)
         values = torch.tensor(E2M1)[pairs].view(*codes.shape[:-1], -1, MX_BLOCK)
         taken = scales[first : first + codes.shape[0]].to(torch.int32)
+        if bool((taken == MX_NAN).any()):
+            raise QtoolError(f"{self.scales.file}: {self.scales.stored_as('')} holds {MX_NAN}, which is no scale. "
+                             "Download the model again.")  # fmt: skip
         powers = torch.ldexp(torch.ones(taken.shape), taken - MX_BIAS)
-        powers = torch.where(taken == MX_NAN, torch.nan, powers)
         return (values * powers.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
@@ -91,16 +98,15 @@ class TensorInfo:
         """The same, to be known under another name than ``name``."""
         return self if self.within else replace(self, within=Within(name, self.shape))
 
-    def expert(
-        self, name: str, index: int, first: int, shape: tuple[int, int], transposed: bool = False
-    ) -> TensorInfo:
+    def expert(self, name: str, index: int, first: int, shape: tuple[int, int], transposed: bool = False) -> TensorInfo:
         """A matrix of ``shape`` of one expert, from row ``first`` on, of a tensor of all experts that is here called
         ``name``. ``transposed``: it holds ``[in, out]``; never so where it is ``small``."""
         small = self.small
         if small is not None:
-            parts = {
-                key: held.expert(name, index, first, (shape[0], held.shape[-1]))
-                for key, held in (("codes", small.codes), ("scales", small.scales))
-            }
-            return TensorInfo(self.file, self.dtype, shape, small=replace(small, **parts))
-        return TensorInfo(self.file, self.dtype, shape, Within(self.stored_as(name), self.shape, index, first, transposed))
+            codes, scales = (
+                held.expert(name, index, first, (shape[0], held.shape[-1])) for held in (small.codes, small.scales)
+            )
+            return TensorInfo(self.file, self.dtype, shape, small=replace(small, codes=codes, scales=scales))
+        return TensorInfo(
+            self.file, self.dtype, shape, Within(self.stored_as(name), self.shape, index, first, transposed)
+        )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 Text = Mapping[str, Any]
 
 
@@ -138,9 +137,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping) or kind not in wrapper.classes:
         return config
     outer = {key: config[key] for key in _OUTER if config.get(key) is not None}
-    own = {
-        key: value for key, value in text.items() if value is not None and not key.endswith(("_config", "_token_id"))
-    }
+    parts = [key for key in text if key.endswith(("_config", "_token_id")) and key != "quantization_config"]
+    own = {key: value for key, value in text.items() if value is not None and key not in parts}
     ends = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in text}
     found = {**wrapper.defaults, **outer, **own, **ends, "architectures": [wrapper.classes[str(kind)]]}
     whole = ("quantization_config", "compression_config", *(() if wrapper.own_head else ("tie_word_embeddings",)))

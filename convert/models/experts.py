@@ -39,9 +39,9 @@ class Mixture:
     """What a family calls the tensors of a mixture in its files; names are below a layer's prefix.
 
     block: the mixture. gate, up, down: of an expert. shared: the shared expert, empty where there is none; shared_gate:
-    its gate, where it has one. score_bias: what is added to the router's scores to choose experts, and never cast; a row
-    where it is ``bias_in_row``. routed_by: the router. renamed: modules or tensors in files -> what transformers calls
-    them in memory, where that is more than another name of the block.
+    its gate, where it has one. score_bias: what is added to the router's scores to choose experts, and never cast; a
+    row where it is ``bias_in_row``. routed_by: the router. renamed: modules or tensors in files -> what transformers
+    calls them in memory, where that is more than another name of the block.
     """
 
     block: str = BLOCK

@@ -74,7 +74,9 @@ def _divide(at: str, found: dict[str, TensorInfo], mixture: Mixture, decoder: De
             continue  # its absence is named where shapes are checked
         size = (shape.hidden, shape.expert_width) if part == "down" else (shape.expert_width, shape.hidden)
         for expert in range(shape.experts):
-            alone[f"{at}{mixture.module(expert, part)}.weight"] = info.expert(at + stack, expert, first, size, transposed)
+            alone[f"{at}{mixture.module(expert, part)}.weight"] = info.expert(
+                at + stack, expert, first, size, transposed
+            )
     if twice := next((name for name in alone if name in found), None):
         raise QtoolError(
             f"{found[twice].file}: holds {twice}, which {alone[twice].file.name} holds as a part of all experts' "
@@ -98,7 +100,8 @@ def _is_transposed(at: str, stacks: Mapping[str, TensorInfo], shape: Geometry) -
                 f"{info.file}: {at}{name} has shape {list(info.shape)}, but config.json implies {plain}, or {other} "
                 "where experts are transposed. Weights and config.json are not of one model."
             )
-    for turned in (False, *((True,) if all(info.small is None for info in stacks.values()) else ())):
+    turnable = all(info.small is None for info in stacks.values())  # packed rows lie as they are multiplied
+    for turned in (False, True) if turnable else (False,):
         if all(info.shape == layouts[name][turned] for name, info in stacks.items()):
             return turned
     said = " and ".join(f"{at}{name} {list(info.shape)}" for name, info in stacks.items())

@@ -70,7 +70,9 @@ def _shape_v3(settings: Settings, shape: Geometry) -> Geometry:
     width = whole_number(settings, "moe_intermediate_size")
     kinds = settings.get("mlp_layer_types") or ["dense"] + ["sparse"] * (shape.layers - 1)
     sparse = sparse_by_type({"mlp_layer_types": kinds}, shape.layers)
-    return with_experts(shape, settings, "num_experts", width, sparse, width * whole_number(settings, "num_shared_experts"))
+    return with_experts(
+        shape, settings, "num_experts", width, sparse, width * whole_number(settings, "num_shared_experts")
+    )
 
 
 HUNYUAN_MOE = Family(

@@ -75,8 +75,8 @@ def _refuse(settings: Settings, rope: Ropes) -> None:
     sliding = SLIDING in (settings.get("layer_types") or ())
     if sliding and rope[SLIDING] != {"freq_base": rope[FULL]["freq_base"]}:
         raise QtoolError(
-            f"config.json: rope_parameters of {SLIDING} are others than a rope_theta equal to that of {FULL}; llama.cpp's "
-            "mellum turns sliding layers by the others' base, without any scaling."
+            f"config.json: rope_parameters of {SLIDING} are others than a rope_theta equal to that of {FULL}; "
+            "llama.cpp's mellum turns sliding layers by the others' base, without any scaling."
         )
 
 

@@ -1,8 +1,8 @@
-"""MiniMax-M2: a mixture of experts in every layer, its sigmoid router's choice corrected by a bias; norms of q and k over
-all their heads at once; the first part of every head rotated.
+"""MiniMax-M2: a mixture of experts in every layer, its sigmoid router's choice corrected by a bias; norms of q and k
+over all their heads at once; the first part of every head rotated.
 
-Router and bias are computed in float32 and keep their dtype: rounded to 16 bits, close scores change places. Checkpoints
-come in float8 of 128 x 128 blocks.
+Router and bias are computed in float32 and keep their dtype: rounded to 16 bits, close scores change places.
+Checkpoints come in float8 of 128 x 128 blocks.
 """
 
 from __future__ import annotations

@@ -63,10 +63,10 @@ def decoder_tensors(
     attention: Callable[[Geometry], dict[str, Shape]] | None = None,
 ) -> Callable[[Geometry], dict[str, Shape]]:
     """Tensors of an embedding, such layers, a final norm and a head. ``norms``: of a layer's hidden states.
-    ``head_norms``: q and k have one each, over a head, called so where they have other names; ``row_norms``: over all their heads at once. ``qkv_bias``: q, k
-    and v have biases and o has none, whatever `attention_bias` says. ``norm_biases``: of norms of hidden states, which
-    are LayerNorms then. ``mlp``: of a layer's MLP, where that is not one
-    of gate, up and down in every layer. ``attention``: of its matrices, where they are not q, k, v and o."""
+    ``head_norms``: q and k have one each, over a head, called so where they have other names; ``row_norms``: over all
+    their heads at once. ``qkv_bias``: q, k and v have biases and o has none, whatever `attention_bias` says.
+    ``norm_biases``: of norms of hidden states, which are LayerNorms then. ``mlp``: of a layer's MLP, where that is not
+    one of gate, up and down in every layer. ``attention``: of its matrices, where they are not q, k, v and o."""
 
     kinds = ("weight", "bias") if norm_biases else ("weight",)
 

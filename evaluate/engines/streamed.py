@@ -160,8 +160,7 @@ def _tensors(model: StreamedModel, prefix: str) -> TensorStream:
     shapes, _ = expected_shapes(model.model)
     dtype, family = compute_dtype(model.where), find_family({"architectures": model.config.architectures})
     placed = (
-        (name, tensor.to(model.where, dtype_of(family, name, tensor, dtype)))
-        for name, tensor in model.stream(prefix)
+        (name, tensor.to(model.where, dtype_of(family, name, tensor, dtype))) for name, tensor in model.stream(prefix)
     )
     yield from in_model_names(placed, model.config, shapes)
 

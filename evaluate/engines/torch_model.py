@@ -149,10 +149,7 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
     family = find_family({"architectures": config.architectures})
-    placed: TensorStream = (
-        (name, tensor.to(device, dtype_of(family, name, tensor, dtype)))
-        for name, tensor in stream
-    )
+    placed: TensorStream = ((name, tensor.to(device, dtype_of(family, name, tensor, dtype))) for name, tensor in stream)
     state = {name: tensor for name, tensor in in_model_names(placed, config, shapes) if name in shapes}
     if tied:
         check_equal(state)

@@ -14,11 +14,11 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config, read_stored_config
-from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
-from qtool.convert.files.small_floats import small_floats_of, without_small_floats
 from qtool.convert.files.decoded import in_16_bits
+from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
+from qtool.convert.files.small_floats import small_floats_of, without_small_floats
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.files.wrapped_tensors import text_names

@@ -11,11 +11,11 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.chosen import CHOSEN
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import save
-from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.files.folder import EXTRAS, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.shards import open_shards
+from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles

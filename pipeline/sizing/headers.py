@@ -13,14 +13,14 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import COMPUTED, DTYPES
-from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.config_file import CONFIG, check_config, read_config
-from qtool.convert.files.diagnosis import why_no_model
-from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.decoded import in_16_bits
+from qtool.convert.files.diagnosis import why_no_model
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.files.wrappers import text_part
 from qtool.convert.formats.gguf.imatrix import IMATRIX
