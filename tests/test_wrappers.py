@@ -56,6 +56,13 @@ def wrapped(kind: str) -> Any:
         return t.InternVLForConditionalGeneration(
             t.InternVLConfig(text_config=text, vision_config=t.InternVLVisionConfig(**TOWER | {"image_size": [28, 28]}))
         )
+    if kind == "Lfm2Vl":
+        small = {key: value for key, value in TEXT.items() if key != "head_dim"}
+        text = t.Lfm2Config(**small, layer_types=["conv", "full_attention"], block_multiple_of=32)
+        tower = {key: value for key, value in TOWER.items() if key != "image_size"} | {"num_patches": 16}
+        return t.Lfm2VlForConditionalGeneration(
+            t.Lfm2VlConfig(text_config=text, vision_config=t.Siglip2VisionConfig(**tower))
+        )
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
     text = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"rope_parameters": rope}
     tower = {
@@ -86,7 +93,7 @@ def wrapped(kind: str) -> Any:
 
 KINDS = [
     "Mistral3", "Gemma3", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "GlmOcr", "Glm4vMoe", "PaddleOCRVL",
-    "InternVL",
+    "InternVL", "Lfm2Vl",
 ]  # fmt: skip
 
 

@@ -113,6 +113,7 @@ WRAPPERS: dict[str, Wrapper] = {
          "num_key_value_heads": 2},
         always=_biased,
     ),
+    "Lfm2VlForConditionalGeneration": Wrapper({"lfm2": "Lfm2ForCausalLM"}),
     "InternVLForConditionalGeneration": Wrapper(_OF_QWEN | {"llama": "LlamaForCausalLM"}),
     "InternS1ForConditionalGeneration": Wrapper(_OF_QWEN),
     "InternVLChatModel": Wrapper(_OF_QWEN | {"llama": "LlamaForCausalLM"}, section="llm_config", own_head=True),

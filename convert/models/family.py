@@ -121,6 +121,7 @@ class Family:
     mixture: what its mixtures of experts are called in its files; None for a family without.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
+    final_norm: what the norm behind the last layer is called, beside the layers.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
     uncast: how the names of tensors end that keep the dtype in which they are stored.
     partial_rotary: its code rotates the part of every head that `partial_rotary_factor` says.
@@ -150,6 +151,7 @@ class Family:
     mixture: Mixture | None = None
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS
+    final_norm: str = "norm"
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
     partial_rotary: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 _INSTEAD = "llama.cpp's convert_hf_to_gguf.py and llama-quantize make a GGUF of it"
 _MLA = f"its attention compresses keys and values (MLA), whose matrices no family splits yet; {_INSTEAD}"
 _DELTA = f"three of four layers are gated delta nets, whose convolution and gates no feed says yet; {_INSTEAD}"
-_SHORT = f"most layers are gated short convolutions, which no feed says yet; {_INSTEAD}"
+_SHORT = f"its mixtures of experts lie behind LFM2's convolutions, under names that no mixture says yet; {_INSTEAD}"
 _STATES = f"most layers are state spaces (Mamba 2), whose convolution and states no feed says yet; {_INSTEAD}"
 _SPARSE = f"its attention compresses keys and values (MLA), and an indexer chooses among them; {_INSTEAD}"
 _LINEAR = "most layers attend linearly, with states in place of keys and values, and the others compress them (MLA)"
@@ -70,9 +70,7 @@ _BY_NAME = {
     ),
     "KimiK25ForConditionalGeneration": _MLA,
     "KimiLinearForCausalLM": _DELTA,
-    "Lfm2ForCausalLM": _SHORT,
     "Lfm2MoeForCausalLM": _SHORT,
-    "Lfm2VlForConditionalGeneration": _SHORT,
     "Llama4ForConditionalGeneration": "transformers computes its experts in a way of its own, which no walk sees",
     "MiMoV2FlashForCausalLM": (
         "values are narrower than keys, and sliding layers have sinks and twice the heads of keys and values"
@@ -116,7 +114,7 @@ _BY_NAME = {
 _BY_TEXT = {
     "deepseek_v2": _MLA, "deepseek_v3": _MLA, "kimi_k2": _MLA, "mistral4": _MLA, "glm4_moe_lite": _MLA,
     "qwen3_next": _DELTA, "qwen3_5_text": _DELTA, "qwen3_5_moe_text": _DELTA, "kimi_linear": _DELTA,
-    "lfm2": _SHORT, "lfm2_moe": _SHORT, "nemotron_h": _STATES,
+    "lfm2_moe": _SHORT, "nemotron_h": _STATES,
 }  # fmt: skip
 
 

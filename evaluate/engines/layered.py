@@ -61,7 +61,7 @@ class Sweep:
                 self._save(number + 1, states)
                 saved = time.monotonic()
         for start in range(0, len(states), CHUNK):
-            states[start : start + CHUNK] = self.model.body.norm(states[start : start + CHUNK])
+            states[start : start + CHUNK] = self.model.last_norm(states[start : start + CHUNK])
         return states
 
     @torch.inference_mode()

@@ -110,6 +110,12 @@ class StreamedModel(Loaded):
         """Embeddings, layers and the last norm."""
         return getattr(self.model, str(getattr(self.model, "base_model_prefix", "model")))
 
+    @property
+    def last_norm(self) -> Any:
+        """Behind the last layer."""
+        family = find_family({"architectures": self.config.architectures})
+        return getattr(self.body, family.final_norm if family else "norm")
+
     @contextmanager
     def _layers_on_demand(self) -> Iterator[None]:
         """A layer is filled before its forward and empty after it."""
