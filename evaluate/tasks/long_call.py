@@ -21,10 +21,17 @@ def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
     return Puzzle(
         needles=(wanted.block,),
         others=tuple(other.block for other in others),
-        question=f'def solve(units, level):\n    """The charge of depot {code} for these units at this level: calls '
-        f'the function above that is for depot {code}."""\n',
+        question=question(code),
         answer=f"    return {wanted.call}\n",
         test=check_of("solve", [f"{units}, {level}" for units, level in INPUTS], results),
+    )
+
+
+def question(code: str) -> str:
+    """The function that is to be written: its head with the docstring."""
+    return (
+        f'def solve(units, level):\n    """The charge of depot {code} for these units at this level: calls '
+        f'the function above that is for depot {code}."""\n'
     )
 
 

@@ -25,21 +25,30 @@ def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
     taken: set[str] = set()
     first, *rest = codes(drawn, 1 + look_alikes)
     before = depot(drawn, first, taken)
-    place = drawn.randrange(len(before.numbers))
-    new = before.numbers[place]
-    while new in before.numbers:
-        new = drawn.randrange(11, 9973)
-    numbers = tuple(new if i == place else number for i, number in enumerate(before.numbers))
-    after = Depot(before.code, before.name, before.keyword, numbers)  # type: ignore[arg-type]  # four, as before
+    after, new = altered(drawn, before)
     others = []
     for code in rest:
-        block = depot(drawn, code, taken).block
-        others += [f"# Checked in {year}.\n{block}" for year in drawn.sample(range(1990, 2020), 2)]
+        others += commented(drawn, depot(drawn, code, taken).block)
     return Puzzle(
         needles=(before.block, after.block), others=tuple(others), question=QUESTION,
         answer=f"    return ({before.name!r}, {new})\n", test=check_of("changed", [""], [(before.name, new)]),
         entry="changed", usable=False,
     )  # fmt: skip
+
+
+def altered(drawn: random.Random, before: Depot) -> tuple[Depot, int]:
+    """The depot with another number at one place, and that number."""
+    place = drawn.randrange(len(before.numbers))
+    new = before.numbers[place]
+    while new in before.numbers:
+        new = drawn.randrange(11, 9973)
+    numbers = tuple(new if i == place else number for i, number in enumerate(before.numbers))
+    return Depot(before.code, before.name, before.keyword, numbers), new  # type: ignore[arg-type]  # four, as before
+
+
+def commented(drawn: random.Random, block: str) -> list[str]:
+    """The same block under two comments."""
+    return [f"# Checked in {year}.\n{block}" for year in drawn.sample(range(1990, 2020), 2)]
 
 
 def lay(drawn: random.Random, hidden: Puzzle, depth: float, tokens: int, making: Making) -> list[str]:

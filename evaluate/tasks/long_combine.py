@@ -21,25 +21,31 @@ def puzzle(drawn: random.Random, look_alikes: int) -> Puzzle:
     asked_for = (first, second, third)
     others = [depot(drawn, code, taken).block for code in codes(drawn, look_alikes, first, asked_for)]
     for other, code in zip(names, codes(drawn, look_alikes, second, asked_for), strict=True):
-        others.append(_weight(other, drawn.randrange(3, 90), code))
-    asked = f"The charge of depot {first} for these units at this level, times the weight of depot {second}"
-    needles, answer = [charged.block, _weight(name, weight, second)], f"{charged.call} * {name}"
+        others.append(weight_block(other, drawn.randrange(3, 90), code))
+    needles, answer = [charged.block, weight_block(name, weight, second)], f"{charged.call} * {name}"
     results = [charged.charge(*given) * weight for given in INPUTS]
     if three:
-        asked += f", and the charge of depot {third} for the same added to it"
         needles.append(added.block)
         answer += f" + {added.call}"
         results = [result + added.charge(*given) for result, given in zip(results, INPUTS, strict=True)]
     return Puzzle(
         needles=tuple(needles),
         others=tuple(others),
-        question=f'def solve(units, level):\n    """{asked}. Uses what is defined above for these depots."""\n',
+        question=question(first, second, third if three else ""),
         answer=f"    return {answer}\n",
         test=check_of("solve", [f"{units}, {level}" for units, level in INPUTS], results),
     )
 
 
-def _weight(name: str, weight: int, code: str) -> str:
+def question(charged: str, weighed: str, added: str = "") -> str:
+    """The function that is to be written, of the depots with these codes: its head with the docstring."""
+    asked = f"The charge of depot {charged} for these units at this level, times the weight of depot {weighed}"
+    asked += f", and the charge of depot {added} for the same added to it" if added else ""
+    return f'def solve(units, level):\n    """{asked}. Uses what is defined above for these depots."""\n'
+
+
+def weight_block(name: str, weight: int, code: str) -> str:
+    """The constant that says it."""
     return f"# The weight of depot {code}.\n{name} = {weight}"
 
 
