@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.models.shape import Decoder
 from qtool.convert.text.source import TextSource
 from qtool.evaluate.engines.token_proof import proof_bytes
