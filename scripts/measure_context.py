@@ -22,6 +22,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qtool import QtoolError
@@ -188,7 +189,7 @@ def answered(folder: Path, rows: Sequence[tuple[Question, str]], tokens: int) ->
     engine = TorchModel(FACTS, model, load_tokenizer(folder))
     problems = [problem_of(asked, prompt, number) for number, (asked, prompt) in enumerate(rows)]
     requests = [
-        Request(prompt=one.prompt, seed=0, finished=lambda text, one=one: styles.finished(text, "completion", one))
+        Request(prompt=one.prompt, seed=0, finished=partial(styles.finished, style="completion", problem=one))
         for one in problems
     ]
     texts = dict(engine.generate(requests, Decoding(max_new_tokens=tokens, batch_size=16)))
