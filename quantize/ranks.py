@@ -68,13 +68,17 @@ class Ranks:
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over all ranks, known to all; NaN where any is."""
+        return values if self.number == 1 else torch.stack(self.gathered(values)).amax(0)
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """Every rank's part, all of one shape and type, in their order, known to all."""
         if self.number == 1:
-            return values
-        flat = values.reshape(-1).contiguous()
+            return [part]
+        flat = part.reshape(-1).contiguous()
         found = [torch.empty_like(flat) for _ in range(self.number)]
         with heard():
             dist.all_gather(found, flat)
-        return torch.stack(found).amax(0).view_as(values)
+        return [one.view_as(part) for one in found]
 
     def tell(self, value: Any) -> list[Any]:
         """What every rank says, as JSON holds it, in their order."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.models.shape import Decoder
 from qtool.convert.text.source import TextSource
 from qtool.evaluate.engines.token_proof import proof_bytes
@@ -17,7 +17,8 @@ from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
 from qtool.quantize.methods.method import members_of
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.survey import survey_bytes
+from qtool.quantize.survey import AHEAD
+from qtool.quantize.survey_memory import survey_bytes
 
 # torch, transformers and the rest in host memory: of the process's own. Measured without a card (docs/benchmarks.md);
 # beside one the driver and its libraries take more, which nobody measured apart.
@@ -47,8 +48,8 @@ class Work:
             return 0, 0
         shapes = {name: info.shape for name, info in self.tensors.items()}
         width = 4 if self.device.type == "cpu" and not fast_bfloat16() else 2
-        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width)
-        return on_device, kept + 2 * self.layer_bytes()
+        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width, self.device)
+        return on_device, kept + (1 + AHEAD[self.device.type]) * self.layer_bytes()
 
     def host_peak(self, cards: int = 1) -> int:
         """Bytes of host memory, of all ranks."""

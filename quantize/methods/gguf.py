@@ -143,11 +143,14 @@ class GgufMethod(Method):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""
-        if gram is None or factor is None or self.rounding == "ggml":
-            row = None if gram is None else live(gram.diagonal())
-            return quantize_ggml(weight, type_name, row).dequantize()
+        if gram is None or factor is None:
+            return quantize_ggml(weight, type_name).dequantize()
+        if self.rounding == "ggml" and weight.ndim == 3:
+            return torch.stack([self.trial(one, type_name, own, factor) for one, own in zip(weight, gram, strict=True)])
+        if self.rounding == "ggml":
+            return quantize_ggml(weight, type_name, live(gram.diagonal())).dequantize()
         with damped(gram, factor):
-            return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize()
+            return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize().view_as(weight)
 
     @property
     def needs(self) -> Needs:

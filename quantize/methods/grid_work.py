@@ -31,9 +31,11 @@ class OnGrid(Protocol):
     clip: bool
     damp_percent: float
     descent: bool
-    signed: bool
     propagate_error: bool
     propagate_strength: float
+
+    @property
+    def signed(self) -> bool: ...
 
     @property
     def scaling(self) -> str: ...
@@ -274,8 +276,8 @@ def _in_groups(factor: rounding.Factor, spec: GridSpec) -> bool:
 
 def tried(method: OnGrid, weight: Tensor, gram: Tensor, factor: rounding.Factor, spec: GridSpec) -> Tensor:
     """``weight [out, in]``, or some rows of it, as ``method`` rounds it, nothing folded: float32. ``factor``: of
-    ``gram``, in the columns' order."""
-    goal, spec = weight.float().clone(), spec.for_columns(weight.shape[1])
+    ``gram``, in the columns' order. Of a stack ``[E, …]`` each."""
+    goal, spec = weight.float().clone(), spec.for_columns(weight.shape[-1])
     if method.descent:
         rounded = _descend(method, goal, factor, gram, spec)
     else:

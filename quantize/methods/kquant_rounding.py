@@ -28,6 +28,7 @@ from qtool.quantize.precision import each_product, subtract_product, tensor_floa
 from qtool.quantize.rounding import Factor, invert_upper
 
 SWEEPS = 3
+WHOLE_ROWS = ("Q5_0", "Q5_1")  # whose blocks ggml weighs by the mean square of the whole row
 
 
 def quantize(target: Tensor, factor: Factor, gram: Tensor, type_name: str) -> GgmlBlocks:
@@ -60,9 +61,14 @@ def _search(weights: Tensor, type_name: str, importance: Tensor) -> GgmlBlocks:
     importance = importance / importance.mean(-1, keepdim=True)
     if importance.ndim == 1:
         return quantize_ggml(weights.flatten(0, -2), type_name, importance)
-    found = [quantize_ggml(*one) for one in zip(weights, [type_name] * len(weights), importance, strict=True)]
-    data = torch.cat([blocks.data for blocks in found])
-    return GgmlBlocks(data, type_name, (len(data), weights.shape[-1]))
+    problems, out, columns = weights.shape
+    if type_name in WHOLE_ROWS:
+        found = [quantize_ggml(*one) for one in zip(weights, [type_name] * problems, importance, strict=True)]
+        data = torch.cat([blocks.data for blocks in found])
+    else:  # a block does not know what lies beside it in a row: the problems side by side in one launch
+        wide = quantize_ggml(weights.transpose(0, 1).reshape(out, -1), type_name, importance.flatten())
+        data = wide.data.view(out, problems, -1).transpose(0, 1).reshape(problems * out, -1)
+    return GgmlBlocks(data, type_name, (problems * out, columns))
 
 
 def workspace(out: int, columns: int) -> int:

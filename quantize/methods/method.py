@@ -295,7 +295,8 @@ class Method(BaseModel, ABC):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """``weight [out, in]``, or some rows of it, as a reader of that type gets it: float32. ``gram, factor``: of its
-        inputs, and of the Gram matrix's damped inverse; None outside the layers."""
+        inputs, and of the Gram matrix's damped inverse; None outside the layers. Of a stack of problems ``[E, …]``
+        each."""
         raise NotImplementedError
 
     @property
