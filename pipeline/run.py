@@ -81,7 +81,7 @@ def _run(
         recipe = job.recipe
         for note in job.notes:
             log.say(note)
-        held.enter_context(rehearsing(job))
+        rehearsals = held.enter_context(rehearsing(job))
         folder = session.folder = runs / recipe.digest[:16]
         _announce(job, folder)
         with stage("opening"):
@@ -103,7 +103,7 @@ def _run(
         if ranks.number > 1:
             ranks.tell([recipe.digest, *job.source.told()])
             Home(ranks).share({"tokens": calibration.tokens})
-        job = decided(job, calibration, ranks)
+        job = decided(job, calibration, ranks, rehearsals.ready)
         with replacing(job, calibration, force):
             artifacts = make_artifacts(job, calibration, ranks=ranks)
         held.close()
@@ -189,9 +189,9 @@ def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
         log.say(note)
-    with rehearsing(job):
+    with rehearsing(job) as rehearsals:
         calibration = calibrate(job)
-        return make_artifacts(decided(job, calibration), calibration)
+        return make_artifacts(decided(job, calibration, ready=rehearsals.ready), calibration)
 
 
 def _scored(job: Job, evaluation: Evaluation, subjects: list[Subject], ranks: Ranks) -> Scores:

@@ -67,7 +67,7 @@ class Sweep:
                     saved = time.monotonic()
         states = self.share.for_head(states, length, self.share.chunk(length, self.queries))
         for start in range(0, len(states), CHUNK):
-            states[start : start + CHUNK] = self.model.body.norm(states[start : start + CHUNK])
+            states[start : start + CHUNK] = self.model.last_norm(states[start : start + CHUNK])
         return states
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from qtool import QtoolError
 from qtool.cli import batch as cli_batch
 from qtool.cli import bundle as cli_bundle
 from qtool.cli import cards as cli_cards
+from qtool.cli import context as cli_context
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
@@ -176,6 +177,7 @@ main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)
+main.add_command(cli_context.context)
 main.add_command(cli_batch.batch)
 main.add_command(cli_bundle.bundle)
 main.add_command(cli_serve.serve)
