@@ -31,9 +31,11 @@ class OnGrid(Protocol):
     clip: bool
     damp_percent: float
     descent: bool
-    signed: bool
     propagate_error: bool
     propagate_strength: float
+
+    @property
+    def signed(self) -> bool: ...
 
     @property
     def scaling(self) -> str: ...

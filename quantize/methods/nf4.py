@@ -109,8 +109,8 @@ class Nf4Method(Method):
         goal, levels = weight.float(), levels_of(self.blocksize)
         begun = descent.begin(goal, factor, levels)
         with damped(gram, factor):
-            rows, whole = [weight.shape[-2]], Pieces(SOLO, 1)
-            return _descend(self.double_quant, goal, begun, gram, levels, rows, whole)[0].weights()
+            sizes, whole = [weight.shape[-2]], Pieces(SOLO, 1)
+            return _descend(self.double_quant, goal, begun, gram, levels, sizes, whole)[0].weights()
 
     @property
     def needs(self) -> Needs:
