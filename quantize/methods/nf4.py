@@ -100,15 +100,20 @@ class Nf4Method(Method):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""
-        if type_name == WHOLE or gram is None or factor is None:
+        if type_name == WHOLE or gram is None:
             return weight.float()
-        if self.rounding == "absmax" or weight.shape[-1] % self.blocksize:
+        if factor is None or weight.shape[-1] % self.blocksize:
             rows = weight.flatten(0, -2)
             return quantize_nf4(rows, self.blocksize, self.double_quant).dequantize().float().view_as(weight)
         goal, levels = weight.float(), levels_of(self.blocksize)
         begun = descent.begin(goal, factor, levels)
         with damped(gram, factor):
             return _descend(self.double_quant, goal, begun, gram, levels, [weight.shape[-2]])[0].weights()
+
+    @property
+    def compensates(self) -> bool:
+        """Only by descent."""
+        return self.rounding != "absmax"
 
     @property
     def needs(self) -> Needs:
