@@ -44,7 +44,6 @@ from qtool.quantize.ranks import ALONE
 from qtool.quantize.rehearsal import Wanted, reduced_width
 from qtool.quantize.source_model import SourceModel
 from qtool.quantize.survey import Survey
-from qtool.quantize.survey_head import Head
 from qtool.quantize.survey_memory import TOKENS
 
 GEOMETRIES = {  # hidden, intermediate, heads, key/value heads, layers, vocabulary, tokens of a window
@@ -207,7 +206,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         source, method, {module: list(own) for module, own in sizes.items()}, lambda: marks.append(clock.now()),
         ready=clock.around("waiting for kernels", ready),
     )  # fmt: skip
-    Head.__init__ = clock.around("head", Head.__init__)  # type: ignore[method-assign]
+    survey._head = clock.around("head", survey._head)  # type: ignore[method-assign]
     started = clock.now()
     costs = survey.run(text)
     ended = clock.now()
@@ -224,7 +223,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             process.kill()
     told = {
         "opening": started - begun, "forward": marks[layers - 1] - started,
-        "head": marks[layers] - marks[layers - 1], "back": ended - marks[layers], "survey": ended - started,
+        "head": clock.spent["head"], "back": ended - marks[layers - 1] - clock.spent["head"], "survey": ended - started,
         "waiting for kernels": waited, "rounding": sum(kinds.values()), "mix": mixed,
     }  # fmt: skip
     rounded = {name: round(value, 2) for name, value in told.items()} | {"by type": kinds}
