@@ -77,9 +77,11 @@ class SourceModel:
         batches, and the other arguments (masks, positions, rotary tables) of every layer. The turns of a looped model
         lie side by side; each begins where the one before ends, so that all layers are read once for it."""
         decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
-        layers, norm = decoder.layers, decoder.norm
+        final = self.decoder.family.final_norm
+        layers, norm = decoder.layers, getattr(decoder, final)
         recorders = [Recorder(layer) for layer in layers]
-        decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
+        decoder.layers = nn.ModuleList(recorders)
+        setattr(decoder, final, nn.Identity())
         state = {}
         for name, tensor in decoder.state_dict().items():
             if not name.startswith("layers.") and tensor.is_meta:
@@ -102,7 +104,8 @@ class SourceModel:
                 decoder(input_ids=tokens.to(self.device), use_cache=False, **asked)
                 hidden += [recorders[0].begun] if dealt else []
         finally:
-            decoder.layers, decoder.norm = layers, norm
+            decoder.layers = layers
+            setattr(decoder, final, norm)
             decoder.embed_tokens.to("meta")
         if len(hidden) < self.ranks.rounds(len(batches)):
             shape = (0, length, self.decoder.shape.hidden)

@@ -21,12 +21,13 @@ class Head:
         checkpoint, device = source.checkpoint, source.device
         self.tied = HEAD not in checkpoint.tensors
         self.weight = checkpoint.tensor(EMBEDDING if self.tied else HEAD).to(device)
-        last: Any = self._decoder.norm
+        called = source.decoder.family.final_norm
+        last: Any = getattr(self._decoder, called)
         self._norm = last
         self._layers = self._decoder.layers
         at = source.decoder.prefix.removesuffix("layers.")
         names = [name for name, _ in last.named_parameters()]
-        norm = {name: checkpoint.tensor(f"{at}norm.{name}").to(device, source.dtype) for name in names}
+        norm = {name: checkpoint.tensor(f"{at}{called}.{name}").to(device, source.dtype) for name in names}
         last.load_state_dict(norm, assign=True)
         self._module: Any = source.model.get_submodule("lm_head")
         self._before = self._module.weight

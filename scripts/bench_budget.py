@@ -31,7 +31,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool.convert.files.checkpoint import Checkpoint, Within
+from qtool.convert.files.checkpoint import Checkpoint
+from qtool.convert.files.tensor_info import Within
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.shape import Decoder, decoder_of
 from qtool.convert.skeleton import build_skeleton, load_config

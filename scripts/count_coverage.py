@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from qtool import QtoolError
-from qtool.convert.files.wrappers import text_part
+from qtool.convert.files.wrappers import WRAPPERS, text_part
 from qtool.convert.models.refusals import refuse_architecture
 
 LIST = Path(__file__).resolve().parent.parent / "tests" / "data" / "coverage" / "vllm-recipes.yaml"
@@ -31,10 +31,9 @@ def why_refused(name: str) -> str:
         return name.strip("()")
     architecture, _, kind = name.partition("/")
     config: dict[str, Any] = {"architectures": [architecture]}
-    if "ForConditionalGeneration" in architecture:
-        config |= {"text_config": {"model_type": kind}, "vision_config": {}}
-    if architecture.startswith("Qwen2_5_VL"):  # its text's settings stand at the top
-        del config["text_config"]
+    if kind:  # without one a text's settings stand at the top
+        wrapper = WRAPPERS.get(architecture)
+        config |= {wrapper.section if wrapper else "text_config": {"model_type": kind}}
     try:
         refuse_architecture(Path(), text_part(config))
     except QtoolError as error:

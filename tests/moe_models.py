@@ -27,6 +27,37 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True,
         "attention_bias": True, "norm_topk_prob": True,
     },
+    "Mellum": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "mlp_layer_types": ["sparse", "dense", "sparse"], "sliding_window": 16, "tie_word_embeddings": False,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "MiniMaxM2": {
+        "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "HYV3": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "num_shared_experts": 1, "router_scaling_factor": 1.5, "tie_word_embeddings": False,
+    },
+    "HunYuanMoEV1": {
+        "num_experts": 6, "moe_topk": 2, "intermediate_size": 64, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "Laguna": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "shared_expert_intermediate_size": 96, "moe_routed_scaling_factor": 1.5, "sliding_window": 16,
+        "num_attention_heads_per_layer": [4, 6, 4], "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "Ernie4_5_Moe": {
+        "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "moe_num_shared_experts": 1, "tie_word_embeddings": False,
+    },
     "Olmoe": {
         "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
         "norm_topk_prob": False, "tie_word_embeddings": False,

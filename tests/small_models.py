@@ -50,11 +50,12 @@ def make_model(
                 parameter.copy_(torch.randn_like(parameter) * 0.08)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
-        model.model.norm.weight.mul_(loudness)
+        last: Any = getattr(model.model, "norm", None) or model.model.embedding_norm
+        last.weight.mul_(loudness)
     model.to(torch.bfloat16)
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):  # float32 in every checkpoint
-            module.e_score_correction_bias = torch.randn(module.num_experts)
+            module.e_score_correction_bias.data = torch.randn(module.e_score_correction_bias.shape)
     model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder

@@ -22,7 +22,7 @@ from qtool.convert.models.shape import shape_of
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate.engines import cache_types, llama_cpp, reference, server, torch_model, vllm, vllm_model
-from qtool.evaluate.engines.cache import make_cache
+from qtool.evaluate.engines.cache import make_cache, make_layer
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import Decoding, Model, Request, Use
 from qtool.evaluate.engines.layered import Sweep
@@ -155,6 +155,32 @@ def test_a_long_prompt_in_parts_answers_as_whole(llama: Path, monkeypatch: pytes
     whole = dict(engine.generate(requests, Decoding(8, 4)))
     monkeypatch.setattr(decoding, "PREFILL", 7)
     assert dict(engine.generate(requests, Decoding(8, 4))) == whole
+
+
+def test_states_of_convolutions_are_kept(
+    model_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a padded batch, in parts or not, answer as each alone does by transformers' own loop; no window rolls over
+    states, and no text is taken through one layer alone."""
+    from qtool.evaluate.engines import decoding
+
+    folder = model_maker(tmp_path / "m", "Lfm2", layer_types=["conv", "full_attention"])
+    model, tokenizer = loaded(folder), load_tokenizer(folder)
+    engine = TorchModel(reference.FACTS, model, tokenizer)
+    prompts = ["def f1(a, b):\n" * n for n in (9, 1, 5)]
+    expected = {}
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        expected[number] = tokenizer.decode(made, skip_special_tokens=True)
+    requests = [Request(prompt, lambda text: False) for prompt in prompts]
+    for part in (decoding.PREFILL, 7):
+        monkeypatch.setattr(decoding, "PREFILL", part)
+        assert dict(engine.generate(requests, Decoding(8, 4))) == expected
+    with pytest.raises(QtoolError, match="keep states"):
+        make_cache(model, ROLLING)
+    with pytest.raises(QtoolError, match="keep states"):
+        make_layer(model, ROLLING, 40)
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2", "Mistral"])

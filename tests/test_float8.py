@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.float8 import float8_of
+from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.models.fused import open_model
 from qtool.convert.verify.checks import verify
 from qtool.sizing.headers import read_headers
@@ -28,6 +28,7 @@ ROWS = {
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
 }  # fmt: skip
 LARGEST = 448.0
+SCALE = "model.layers.1.mlp.up_proj.weight_scale_inv"
 
 
 def stored(weight: Tensor, section: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -92,7 +93,7 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
     for name in other.linears():
         assert artifact.codes(name).equals(other.codes(name))
     assert artifact.manifest is not None
-    assert artifact.manifest.source["stored_as"] == float8_of({"quantization_config": section})
+    assert artifact.manifest.source["stored_as"] == small_floats_of({"quantization_config": section})
     assert any("errors are against what is read" in note for note in artifact.manifest.notes)
     assert artifact.config["quantization_config"]["quant_method"] == "gptq"
     assert "quantization_config" not in Artifact.open(ours["gguf"]).config
@@ -109,6 +110,14 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
         ("other blocks", "have .* scales, or one"),
         ("cache", "kv_cache_scheme is set"),
         ("not told", "stored as F8_E4M3"),
+        ("nan", "up_proj.weight_scale_inv holds NaN, Inf or numbers below 0"),
+        ("negative", "up_proj.weight_scale_inv holds NaN, Inf or numbers below 0"),
+        ("whole numbers", "stored as torch.int32; scales of float8 are floats"),
+        ("two names", "has scales under two names"),
+        ("of 16 bits", "scales of a weight that is stored in 16 bits"),
+        ("a norm", "holds model.norm.weight_scale_inv, scales of a weight that is stored in 16 bits"),
+        ("turned", r"have \[6, 2\] scales, or one"),
+        ("size", "weight_block_size is 128; two positive whole numbers"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -118,11 +127,25 @@ def test_what_cannot_be_read_is_refused(
     path, file = small / "config.json", small / "model.safetensors"
     config, tensors = json.loads(path.read_text()), load_file(file)
     if change == "no scale":
-        del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+        del tensors[SCALE]
     elif change == "other blocks":
         config["quantization_config"]["weight_block_size"] = [16, 16]
     elif change == "cache":
         config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    elif change in ("nan", "negative"):
+        tensors[SCALE][1, 1] = torch.nan if change == "nan" else -1.0
+    elif change == "whole numbers":
+        tensors[SCALE] = tensors[SCALE].to(torch.int32)
+    elif change == "two names":
+        tensors[SCALE.removesuffix("_inv")] = torch.ones(1)
+    elif change == "of 16 bits":
+        tensors[SCALE.removesuffix("_scale_inv")] = torch.ones(256, 128, dtype=torch.bfloat16)
+    elif change == "a norm":
+        tensors["model.norm.weight_scale_inv"] = torch.ones(1)
+    elif change == "turned":
+        tensors[SCALE] = tensors[SCALE].t().contiguous()
+    elif change == "size":
+        config["quantization_config"]["weight_block_size"] = 128
     else:
         del config["quantization_config"]
         tensors = {name: tensor for name, tensor in tensors.items() if "scale" not in name}

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.convert.files.checkpoint import TensorInfo
 from qtool.convert.files.config_file import read_config
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.shape import decoder_of
 from qtool.make import rehearsing

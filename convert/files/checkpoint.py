@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from qtool import QtoolError
 from qtool.convert.files.diagnosis import UNQUANTIZED, why_missing, why_no_model
 from qtool.convert.files.reading import open_file, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE, read_header, read_places
+from qtool.convert.files.tensor_info import TensorInfo
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -32,61 +33,6 @@ NOT_THE_MODEL = ("adapter", "optimizer", "scheduler", "training_args", "rng_stat
 SOURCES = (torch.float16, torch.bfloat16, torch.float32)
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Within:
-    """Where a matrix lies in a larger tensor of a shard, or what a tensor is called there.
-
-    name, shape: of what is stored. index: along its first axis; None: the whole tensor under another name. first: row
-    of ``stored[index]`` at which the matrix begins; where that is ``transposed``, ``[in, out]``, the column.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    index: int | None = None
-    first: int = 0
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A matrix of 8-bit floats: as what it is stored, and the tensor of its scales, one for each ``block`` of rows and
-    columns, or one alone."""
-
-    dtype: torch.dtype
-    scale: str
-    info: TensorInfo
-    block: tuple[int, int]
-
-    def applied(self, stored: torch.Tensor, scale: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of the matrix from ``first`` on, with their scales."""
-        values = stored.float()
-        if scale.numel() == 1:
-            return values.mul_(scale.float().view(())).to(dtype)
-        (rows, columns), (height, width) = values.shape, self.block
-        places = torch.arange(first, first + rows) // height, torch.arange(columns) // width
-        grid = scale.float().view(scale.shape[0], -1)
-        return values.mul_(grid[places[0]][:, places[1]]).to(dtype)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a shard's header says of one tensor. ``within``: where it lies, if it is stored in another; ``scaled``: how
-    it is read, if it is stored in 8 bits."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    within: Within | None = None
-    scaled: Scaled | None = None
-
-    @property
-    def nbytes(self) -> int:
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
 
 
 class _Shard:
@@ -156,10 +102,9 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise QtoolError(f"{self.path}: no tensor {name}.")
-        if (scaled := info.scaled) is not None:
-            scale = self._part(scaled.scale, scaled.info, 0, None)
-            stored = self._part(name, replace(info, dtype=scaled.dtype), first, last)
-            return scaled.applied(stored, scale, first, info.dtype)
+        if (small := info.small) is not None:
+            scales = self._part(name, small.scales, 0, None)
+            return small.decode(self._part(name, small.codes, first, last), scales, first, info.dtype)
         return self._part(name, info, first, last)
 
     def _part(self, name: str, info: TensorInfo, first: int, last: int | None) -> torch.Tensor:

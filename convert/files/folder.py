@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from qtool import QtoolError
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import naming
-from qtool.convert.files.float8 import without_float8
 from qtool.convert.files.manifest import MANIFEST, FileEntry, read_manifest
 from qtool.convert.files.sidecars import carried_bytes, sidecars, without_private_paths
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.source import digest_folder
 from qtool.convert.files.watch import sha256_files
 
@@ -57,7 +57,7 @@ def made_config(
 
     Never re-serialized through transformers: version 5 writes keys that 4.x readers misread.
     """
-    config: dict[str, Any] = without_private_paths(without_float8(read_config(source)))
+    config: dict[str, Any] = without_private_paths(without_small_floats(read_config(source)))
     said = config.get("dtype") or config.get("torch_dtype") if dtype is None else str(dtype).removeprefix("torch.")
     if said:
         config |= {"dtype": said, "torch_dtype": said}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtool.convert.files.checkpoint import TensorInfo
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.writer import Spec
 from qtool.convert.models.shape import Decoder
 

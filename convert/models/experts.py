@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,9 @@ class Mixture:
     """What a family calls the tensors of a mixture in its files; names are below a layer's prefix.
 
     block: the mixture. gate, up, down: of an expert. shared: the shared expert, empty where there is none; shared_gate:
-    its gate, where it has one. score_bias: what is added to the router's scores to choose experts, and never cast.
+    its gate, where it has one. score_bias: what is added to the router's scores to choose experts, and never cast; a
+    row where it is ``bias_in_row``. routed_by: the router. renamed: modules or tensors in files -> what transformers
+    calls them in memory, where that is more than another name of the block.
     """
 
     block: str = BLOCK
@@ -49,11 +51,23 @@ class Mixture:
     shared: str = ""
     shared_gate: str = ""
     score_bias: str = ""
+    bias_in_row: bool = False
+    routed_by: str = "gate"
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def router(self) -> str:
         """The router's weight ``[E, h]``."""
-        return f"{self.block}.gate.weight"
+        return f"{self.block}.{self.routed_by}.weight"
+
+    def in_memory(self, name: str) -> str:
+        """What a tensor of a layer's files is called in memory, below the layer."""
+        return _first_renamed(name, self.renamed) or renamed(name, self.block, BLOCK)
+
+    def in_files(self, name: str) -> str:
+        """Inverse of `in_memory`."""
+        back = {new: old for old, new in self.renamed.items()}
+        return _first_renamed(name, back) or renamed(name, BLOCK, self.block)
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -174,7 +188,7 @@ def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Sha
         hidden, inner, shared = shape.hidden, shape.expert_width, shape.shared_width
         found: dict[str, Shape] = {mixture.router: (shape.experts, hidden)}
         if mixture.score_bias:
-            found[mixture.score_bias] = (shape.experts,)
+            found[mixture.score_bias] = (1, shape.experts) if mixture.bias_in_row else (shape.experts,)
         sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         for expert in range(shape.experts):
             found |= {f"{mixture.module(expert, part)}.weight": size for part, size in sizes.items()}
@@ -191,7 +205,7 @@ def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> 
     without experts is returned as it is. Raises KeyError naming an expert that is missing."""
     alone = {part: [f"{mixture.module(e, part)}.weight" for e in range(experts)] for part in PARTS}
     taken = {name for names in alone.values() for name in names}
-    found = {renamed(name, mixture.block, BLOCK): tensor for name, tensor in tensors.items() if name not in taken}
+    found = {mixture.in_memory(name): tensor for name, tensor in tensors.items() if name not in taken}
     if not any(name in tensors for name in taken):
         return found
     pairs = zip(alone["gate"], alone["up"], strict=True)
@@ -202,12 +216,12 @@ def in_memory(mixture: Mixture, experts: int, tensors: Mapping[str, Tensor]) -> 
 
 def in_files(mixture: Mixture, experts: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `in_memory`: views."""
-    found = {renamed(name, BLOCK, mixture.block): tensor for name, tensor in state.items()}
+    found = {mixture.in_files(name): tensor for name, tensor in state.items()}
     if GATE_UP not in state:
         return found
     gate_up, down = state[GATE_UP], state[DOWN_STACK]
     for name in (GATE_UP, DOWN_STACK):
-        del found[renamed(name, BLOCK, mixture.block)]
+        del found[mixture.in_files(name)]
     for expert in range(experts):
         gate, up = gate_up[expert].chunk(2)
         for part, held in (("gate", gate), ("up", up), ("down", down[expert])):
@@ -231,7 +245,7 @@ def assembled(
         found = expert_of.fullmatch(name)
         if found is None:
             other = inside.fullmatch(name)
-            yield (other[1] + renamed(other[2], mixture.block, BLOCK) if other else name), tensor
+            yield (other[1] + mixture.in_memory(other[2]) if other else name), tensor
             continue
         at, expert, part = found[1], int(found[2]), parts[found[3]]
         stack = at + (DOWN_STACK if part == "down" else GATE_UP)
@@ -253,6 +267,11 @@ def assembled(
     for stack in stacks:
         lost = sorted(missing[stack])
         raise QtoolError(f"the model lacks {lost[0]} ({len(lost)} tensors of experts missing).")
+
+
+def _first_renamed(name: str, table: Mapping[str, str]) -> str:
+    """By the first row that says anything of a name; empty where none does."""
+    return next((new + name.removeprefix(old) for old, new in table.items() if f"{name}.".startswith(f"{old}.")), "")
 
 
 def renamed(name: str, old: str, new: str) -> str:

@@ -86,6 +86,7 @@ class GgufFacts:
     required: those of them without which it loads a file wrongly.
     refuse: raises QtoolError for what it would compute otherwise, from the config.json and the rotary keys.
     says: keys of config.json that only this family has, and that are written, checked or built in.
+    names: the architecture under which the gguf package lists its tensors' names, where it lists it under another.
     like_70b: whether it takes a shape for its "70B", whose attn_v gets more bits.
     """
 
@@ -100,6 +101,7 @@ class GgufFacts:
     required: tuple[str, ...] = ()
     refuse: Callable[[Settings, Ropes], None] = _takes_all
     says: frozenset[str] = frozenset()
+    names: str = ""
     like_70b: Callable[[Geometry], bool] = _never
 
 
@@ -114,10 +116,12 @@ class Family:
     windows: which layers slide.
     defaults: what transformers' class takes for a key that config.json lacks. What is not here is None or False.
     aliases: other names that transformers reads and writes for a key -> the key.
+    derived: what its class takes for missing keys, from the completed config.json.
     shape: what keys of the family's own change in the geometry.
     mixture: what its mixtures of experts are called in its files; None for a family without.
     rope_kinds: the kinds of layers that have rotary settings of their own.
     prefix: how the names of the layers' tensors begin.
+    final_norm: what the norm behind the last layer is called, beside the layers.
     plus_one: how the names of norm weights end whose norms apply 1 + weight.
     uncast: how the names of tensors end that keep the dtype in which they are stored.
     partial_rotary: its code rotates the part of every head that `partial_rotary_factor` says.
@@ -142,10 +146,12 @@ class Family:
     windows: Windows
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    derived: Callable[[Settings], dict[str, Any]] = _nothing_more
     shape: Callable[[Settings, Geometry], Geometry] = _as_read
     mixture: Mixture | None = None
     rope_kinds: tuple[str, ...] = (FULL,)
     prefix: str = LAYERS
+    final_norm: str = "norm"
     plus_one: tuple[str, ...] = ()
     uncast: tuple[str, ...] = ()
     partial_rotary: bool = False

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import Checkpoint, TensorInfo, Within
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config, read_stored_config
-from qtool.convert.files.float8_tensors import in_16_bits
+from qtool.convert.files.decoded import in_16_bits
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrapped_tensors import text_names
-from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture, renamed
+from qtool.convert.models.experts import BLOCK, DOWN_STACK, GATE_UP, Mixture
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import Decoder, decoder_of
@@ -29,7 +30,7 @@ from qtool.convert.models.table import find_family
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """A folder's weights, in 16 bits where they are stored in float8, each expert alone. Raises QtoolError as
+    """A folder's weights, in 16 bits where they are stored in fewer, each expert alone. Raises QtoolError as
     `Checkpoint.open`, `in_16_bits` and `each_alone` do."""
     checkpoint = Checkpoint.open(folder)
     return checkpoint.holding(as_read(checkpoint.tensors, folder))
@@ -73,19 +74,19 @@ def _divide(at: str, found: dict[str, TensorInfo], mixture: Mixture, decoder: De
             continue  # its absence is named where shapes are checked
         size = (shape.hidden, shape.expert_width) if part == "down" else (shape.expert_width, shape.hidden)
         for expert in range(shape.experts):
-            within = Within(at + stack, info.shape, expert, first, transposed)
-            alone[f"{at}{mixture.module(expert, part)}.weight"] = TensorInfo(info.file, info.dtype, size, within)
+            alone[f"{at}{mixture.module(expert, part)}.weight"] = info.expert(
+                at + stack, expert, first, size, transposed
+            )
     if twice := next((name for name in alone if name in found), None):
         raise QtoolError(
             f"{found[twice].file}: holds {twice}, which {alone[twice].file.name} holds as a part of all experts' "
             "tensor too. Which one is the model's cannot be told: remove one of them."
         )
     found |= alone
-    for name in [name for name in found if name.startswith(f"{at}{BLOCK}.") and mixture.block != BLOCK]:
-        info = found.pop(name)
-        found[at + renamed(name.removeprefix(at), BLOCK, mixture.block)] = TensorInfo(
-            info.file, info.dtype, info.shape, Within(name, info.shape)
-        )
+    for name in [name for name in found if name.startswith(f"{at}{BLOCK}.")]:
+        filed = at + mixture.in_files(name.removeprefix(at))
+        if filed != name:
+            found[filed] = found.pop(name).named(name)
 
 
 def _is_transposed(at: str, stacks: Mapping[str, TensorInfo], shape: Geometry) -> bool:
@@ -99,7 +100,8 @@ def _is_transposed(at: str, stacks: Mapping[str, TensorInfo], shape: Geometry) -
                 f"{info.file}: {at}{name} has shape {list(info.shape)}, but config.json implies {plain}, or {other} "
                 "where experts are transposed. Weights and config.json are not of one model."
             )
-    for turned in (False, True):
+    turnable = all(info.small is None for info in stacks.values())  # packed rows lie as they are multiplied
+    for turned in (False, True) if turnable else (False,):
         if all(info.shape == layouts[name][turned] for name, info in stacks.items()):
             return turned
     said = " and ".join(f"{at}{name} {list(info.shape)}" for name, info in stacks.items())

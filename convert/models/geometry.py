@@ -17,6 +17,9 @@ class Geometry:
     whole_scores: transformers computes attention without SDPA, every head's scores at once.
     llama_cpp_windows: llama.cpp's sliding layers keep their window alone.
     head_norms: q and k have norms over each head, where its family has them in some models alone.
+    heads_by_layer: of each layer, where they differ; ``heads`` is the most then.
+    gate_rows: gates that attention's output is multiplied by, for each head; 0 where there are none.
+    conv_bias: short convolutions and their matrices have biases.
     clipped_values: attention clips its values, so that no scale passes them.
     experts: routed experts of a layer's mixture, 0 where there is none; ``active`` of them work on a token;
     ``expert_width``: channels between up and down of one; ``shared_width``: of the experts through which every token
@@ -45,6 +48,9 @@ class Geometry:
     whole_scores: bool = False
     llama_cpp_windows: bool = False
     head_norms: bool = False
+    heads_by_layer: tuple[int, ...] = ()
+    gate_rows: int = 0
+    conv_bias: bool = False
     clipped_values: bool = False
     experts: int = 0
     active: int = 0

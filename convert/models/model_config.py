@@ -32,7 +32,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     full = {**_defaults(config), **said}
     if full.get("num_key_value_heads") is None:
         full["num_key_value_heads"] = full.get("num_attention_heads")
-    return full
+    derived = family.derived(full) if family else {}
+    return full | {key: value for key, value in derived.items() if full.get(key) is None}
 
 
 def runtime_keys(config: Mapping[str, Any]) -> dict[str, Any]:

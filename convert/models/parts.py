@@ -55,7 +55,7 @@ def attention_feeds(shape: Geometry, plus_one: bool = False, adds: bool = True) 
 
 def decoder_tensors(
     norms: Sequence[str] = TWO_NORMS,
-    head_norms: bool = False,
+    head_norms: bool | tuple[str, str] = False,
     row_norms: bool = False,
     qkv_bias: bool = False,
     norm_biases: bool = False,
@@ -63,10 +63,10 @@ def decoder_tensors(
     attention: Callable[[Geometry], dict[str, Shape]] | None = None,
 ) -> Callable[[Geometry], dict[str, Shape]]:
     """Tensors of an embedding, such layers, a final norm and a head. ``norms``: of a layer's hidden states.
-    ``head_norms``: q and k have one each, over a head; ``row_norms``: over all their heads at once. ``qkv_bias``: q, k
-    and v have biases and o has none, whatever `attention_bias` says. ``norm_biases``: of norms of hidden states, which
-    are LayerNorms then. ``mlp``: of a layer's MLP, where that is not one
-    of gate, up and down in every layer. ``attention``: of its matrices, where they are not q, k, v and o."""
+    ``head_norms``: q and k have one each, over a head, called so where they have other names; ``row_norms``: over all
+    their heads at once. ``qkv_bias``: q, k and v have biases and o has none, whatever `attention_bias` says.
+    ``norm_biases``: of norms of hidden states, which are LayerNorms then. ``mlp``: of a layer's MLP, where that is not
+    one of gate, up and down in every layer. ``attention``: of its matrices, where they are not q, k, v and o."""
 
     kinds = ("weight", "bias") if norm_biases else ("weight",)
 
@@ -78,7 +78,8 @@ def decoder_tensors(
             )
             layer |= {f"{norm}.{kind}": (shape.hidden,) for norm in norms for kind in kinds}
             if head_norms:
-                layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in ("q_norm", "k_norm")}
+                names = head_norms if isinstance(head_norms, tuple) else ("q_norm", "k_norm")
+                layer |= {f"self_attn.{norm}.weight": (shape.head_dim,) for norm in names}
             if row_norms:
                 layer |= {"self_attn.q_norm.weight": (shape.q_row,), "self_attn.k_norm.weight": (shape.kv_row,)}
             found |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}

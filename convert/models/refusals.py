@@ -11,53 +11,12 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG
 from qtool.convert.files.reading import shown
+from qtool.convert.models.missing import missing_fact
 from qtool.convert.models.table import find_family, prefix_of, quantized
 
-_INSTEAD = "llama.cpp's convert_hf_to_gguf.py and llama-quantize make a GGUF of it"
-_MLA = f"its attention compresses keys and values (MLA), whose matrices no family splits yet; {_INSTEAD}"
-_DELTA = f"three of four layers are gated delta nets, whose convolution and gates no feed says yet; {_INSTEAD}"
-_SHORT = f"most layers are gated short convolutions, which no feed says yet; {_INSTEAD}"
-_STATES = f"most layers are state spaces (Mamba 2), whose convolution and states no feed says yet; {_INSTEAD}"
-_SPARSE = f"its attention compresses keys and values (MLA), and an indexer chooses among them; {_INSTEAD}"
-# architecture -> what of it no family says yet, and what reads such a model meanwhile
-_NOT_YET = {
-    "DeepseekV2ForCausalLM": _MLA,
-    "DeepseekV3ForCausalLM": _MLA,
-    "DeepseekV32ForCausalLM": _SPARSE,
-    "Glm4MoeLiteForCausalLM": _MLA,
-    "GlmMoeDsaForCausalLM": _SPARSE,
-    "KimiK25ForConditionalGeneration": _MLA,
-    "KimiLinearForCausalLM": _DELTA,
-    "Lfm2ForCausalLM": _SHORT,
-    "Lfm2MoeForCausalLM": _SHORT,
-    "Lfm2VlForConditionalGeneration": _SHORT,
-    "Llama4ForConditionalGeneration": "transformers computes its experts in a way of its own, which no walk sees",
-    "MistralLarge3ForCausalLM": _MLA,
-    "NemotronHForCausalLM": _STATES,
-    "NemotronH_Nano_VL_V2": _STATES,
-    "Plamo2ForCausalLM": _STATES,
-    "Qwen3NextForCausalLM": _DELTA,
-    "Qwen3_5ForCausalLM": _DELTA,
-    "Qwen3_5ForConditionalGeneration": _DELTA,
-    "Qwen3_5MoeForCausalLM": _DELTA,
-    "Qwen3_5MoeForConditionalGeneration": _DELTA,
-    "GptOssForCausalLM": (
-        "its experts come in MXFP4, which no other four-bit format improves on and which engines read as it is; "
-        "llama.cpp's convert_hf_to_gguf.py repacks them without loss"
-    ),
-    "GraniteMoeForCausalLM": "its embedding, attention and residuals are multiplied by factors that no family says yet",
-    "MiniMaxM2ForCausalLM": "its router adds a bias of its own to sigmoid scores, which no family says yet",
-    "PhimoeForCausalLM": "its router compares jittered scores two at a time, which no family says yet",
-}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
-_SECTIONS = ("text_config", "vision_config", "audio_config", "thinker_config")
-
-
-def why_not_yet(config: Mapping[str, Any]) -> str:
-    """What of an architecture that qtool knows by name no family says yet; empty for all others."""
-    names = config.get("architectures") or []
-    return next((_NOT_YET[name] for name in names if isinstance(name, str) and name in _NOT_YET), "")
+_SECTIONS = ("text_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 
 
 def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
@@ -69,12 +28,14 @@ def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     said = ", ".join(map(shown, names)) or "(none named in config.json)"
     experts = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
     inside = next((key for key in _SECTIONS if isinstance(config.get(key), dict)), None)
-    if reason := why_not_yet(config):
+    kind = config[inside].get("model_type") if inside else None
+    if reason := missing_fact(config, kind if isinstance(kind, str) else ""):
         why = f"not quantized yet: {reason}"
     elif inside:
+        what = f" of model_type {shown(kind)}" if isinstance(kind, str) and kind else ""
         why = (
-            f"a model of several parts ({inside}). Save its text model alone as one of these (for Gemma 3: "
-            "`Gemma3ForCausalLM.from_pretrained(folder).save_pretrained(new)`)"
+            f"a model of several parts, and no row of WRAPPERS (convert/files/wrappers.py) says which class the part "
+            f"in {inside}{what} has alone. Save its text model alone as one of these"
         )
     elif experts:
         why = (

@@ -71,7 +71,13 @@ def rope_keys(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Value]:
     rope = rope_parameters(config, kind)
     variant = rope["rope_type"]
     if variant not in KINDS:
-        raise QtoolError(f"config.json: rotary scaling {variant!r} cannot be written as GGUF; {', '.join(KINDS)} can.")
+        why = (
+            "llama.cpp takes its short or its long factors by the context that a server is started with, transformers "
+            "by the length of each text"
+            if variant == "longrope"
+            else f"{', '.join(KINDS)} can"
+        )
+        raise QtoolError(f"config.json: rotary scaling {variant!r} cannot be written as GGUF; {why}.")
     keys: dict[str, Value] = {"freq_base": _positive(rope, "rope_theta")}
     if variant == "linear":
         return keys | {"scaling.type": "linear", "scaling.factor": _positive(rope, "factor")}

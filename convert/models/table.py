@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool import QtoolError
+from qtool.convert.models.ernie4_5 import ERNIE, ERNIE_MOE
 from qtool.convert.models.family import LAYERS, Family, GgufFacts
 from qtool.convert.models.gemma import GEMMA, GEMMA2, GEMMA3
 from qtool.convert.models.glm4 import GLM, GLM4
 from qtool.convert.models.glm4_moe import GLM4_MOE
 from qtool.convert.models.granite import GRANITE
+from qtool.convert.models.hunyuan import HUNYUAN_MOE, HY_V3
+from qtool.convert.models.laguna import LAGUNA
+from qtool.convert.models.lfm2 import LFM2
 from qtool.convert.models.llama import IQUEST_CODER, LLAMA, MISTRAL
 from qtool.convert.models.loop import IQUEST_LOOP_CODER
+from qtool.convert.models.mellum import MELLUM
+from qtool.convert.models.minimax_m2 import MINIMAX_M2
 from qtool.convert.models.ministral3 import MINISTRAL3
 from qtool.convert.models.mixtral import MIXTRAL
 from qtool.convert.models.olmoe import OLMOE
@@ -27,7 +33,7 @@ from qtool.convert.models.starcoder2 import STARCODER2
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER, MIXTRAL, QWEN3_MOE,
     QWEN2_MOE, OLMOE, GLM4_MOE, MINISTRAL3, SEED_OSS, GRANITE, STARCODER2, PHI3,
-    GLM, GLM4,
+    GLM, GLM4, MELLUM, MINIMAX_M2, ERNIE, ERNIE_MOE, HUNYUAN_MOE, HY_V3, LAGUNA, LFM2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

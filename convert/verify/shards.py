@@ -9,9 +9,10 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.artifact import Artifact
-from qtool.convert.files.checkpoint import Checkpoint, TensorInfo
+from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.reading import read_json, shown
 from qtool.convert.files.shard_header import INDEX, SINGLE
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.workers import workers
 from qtool.convert.files.writer import Spec
 from qtool.convert.formats.shards import section_for

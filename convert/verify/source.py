@@ -12,9 +12,9 @@ from qtool import QtoolError
 from qtool.convert.artifact import Artifact
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import read_config
-from qtool.convert.files.float8 import without_float8
 from qtool.convert.files.folder import EXTRAS, FOLD_SCALES
 from qtool.convert.files.reading import shown
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.models.feeds import Heads, Norm, Rows, whole
 from qtool.convert.models.fused import open_model
 from qtool.convert.models.shape import Decoder, decoder_of
@@ -31,7 +31,7 @@ def open_source(artifact: Path, source: Path) -> Checkpoint:
     if source.is_dir() and source.resolve() == artifact.resolve():
         raise QtoolError(f"{source}: is the artifact itself. --source wants the model that it was made from.")
     opened = open_model(source)
-    if without_float8(read_config(source)).get("quantization_config"):
+    if without_small_floats(read_config(source)).get("quantization_config"):
         raise QtoolError(f"{source}: is quantized itself. --source wants the model that the artifact was made from.")
     return opened
 

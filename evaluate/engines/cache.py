@@ -3,11 +3,13 @@ token), in a type that is simulated, with a rolling window."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from qtool import QtoolError
 from qtool.evaluate.engines.cache_types import rounding
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.window_cache import WindowLayer, turning
@@ -84,11 +86,22 @@ def make_cache(model: Any, condition: Condition = PLAIN) -> KeptCache:
     if (loops := getattr(model.config, "loop_num", 1)) > 1:  # each turn keeps its own, and masks what lies out of it
         layers = [DynamicLayer() for _ in range(loops * model.config.num_hidden_layers)]
     if condition.recent:
+        _require_keys(layers)
         turn = turning(model)
         return KeptCache([WindowLayer(condition, turn) for _ in layers], condition)
     return KeptCache([RoomyLayer() if type(layer) is DynamicLayer else layer for layer in layers], condition)
 
 
+def _require_keys(layers: Sequence[Any]) -> None:
+    if any(not isinstance(layer, DynamicLayer) for layer in layers):
+        raise QtoolError(
+            "some layers of this model keep states (of convolutions) in place of keys and values; no window rolls over "
+            "them, and no text is taken through one alone."
+        )
+
+
 def make_layer(model: Any, condition: Condition, length: int) -> Any:
-    """What one layer keeps of a text of ``length`` tokens that is taken through it alone."""
+    """What one layer keeps of a text of ``length`` tokens that is taken through it alone. Raises QtoolError for a model
+    whose layers keep states in place of keys and values."""
+    _require_keys(DynamicCache(config=model.config).layers)
     return WindowLayer(condition, turning(model)) if condition.recent else RoomyLayer(length)

@@ -174,11 +174,13 @@ def installed() -> bool:
 
 @contextmanager
 def serve(
-    file: Path, context: int, slots: int = 1, repack: bool = True, metrics: bool = False, cache: str = ""
+    file: Path, context: int, slots: int = 1, repack: bool = True, metrics: bool = False, cache: str = "",
+    exact: bool = False,
 ) -> Iterator[str]:  # fmt: skip
     """Load ``file`` and answer under the yielded base URL until the block ends. ``context``: tokens to each of
     ``slots`` requests at a time; ``repack``: copy weights into the order that this processor is fastest with;
-    ``metrics``: answer at /metrics, too; ``cache``: the type of keys and values, "" for its own. Raises QtoolError when
+    ``metrics``: answer at /metrics, too; ``cache``: the type of keys and values, "" for its own; ``exact``: keys and
+    values in float32, and no flash attention, which rounds them to float16. Raises QtoolError when
     llama.cpp is not installed or cannot load the file (exit 3), or cannot read its chat template."""
     try:
         import xllamacpp
@@ -199,6 +201,9 @@ def serve(
     params.endpoint_metrics = metrics
     if cache:  # values of a quantized type need flash attention, which its automatic choice takes then
         params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, 0  # only errors are said
     params.no_extra_bufts = not repack
     params.hostnames, params.port = ["127.0.0.1"], 0

@@ -23,7 +23,7 @@ from qtool.convert.models.table import find_family
 from qtool.convert.skeleton import build_skeleton, expected_shapes
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.engine import CHUNK, Batch, Completion, Decoding, Loaded, Reading, Request
-from qtool.evaluate.engines.torch_model import compute_dtype, fill, in_model_names
+from qtool.evaluate.engines.torch_model import compute_dtype, dtype_of, fill, in_model_names
 
 SHARE = 0.9  # of the memory that is free
 MOST_TOKENS = 2**15  # of one sweep: their hidden states, and one layer's work on them, are in memory at once
@@ -110,6 +110,12 @@ class StreamedModel(Loaded):
         """Embeddings, layers and the last norm."""
         return getattr(self.model, str(getattr(self.model, "base_model_prefix", "model")))
 
+    @property
+    def last_norm(self) -> Any:
+        """Behind the last layer."""
+        family = find_family({"architectures": self.config.architectures})
+        return getattr(self.body, family.final_norm if family else "norm")
+
     @contextmanager
     def _layers_on_demand(self) -> Iterator[None]:
         """A layer is filled before its forward and empty after it."""
@@ -160,8 +166,7 @@ def _tensors(model: StreamedModel, prefix: str) -> TensorStream:
     shapes, _ = expected_shapes(model.model)
     dtype, family = compute_dtype(model.where), find_family({"architectures": model.config.architectures})
     placed = (
-        (name, tensor.to(model.where, dtype if family is None or family.casts(name) else tensor.dtype))
-        for name, tensor in model.stream(prefix)
+        (name, tensor.to(model.where, dtype_of(family, name, tensor, dtype))) for name, tensor in model.stream(prefix)
     )
     yield from in_model_names(placed, model.config, shapes)
 

@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import TensorStream
 from qtool.convert.files.reading import read_json
 from qtool.convert.models.experts import assembled
+from qtool.convert.models.family import Family
 from qtool.convert.models.feeds import Shape
 from qtool.convert.models.table import find_family
 from qtool.convert.models.tied import check_equal
@@ -32,6 +33,7 @@ from qtool.evaluate.engines.engine import (
     Reading,
     Request,
 )
+from qtool.evaluate.engines.rotation import rotated_for
 
 MOST_TOKENS = 2**16  # of the prompts of a batch
 
@@ -135,6 +137,12 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], wanted: set[str], tied: 
         any_model.tie_weights()
 
 
+def dtype_of(family: Family | None, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of computing with a tensor where a model's others are ``dtype``: what a family does not cast is widened at most,
+    for some classes multiply such a router by states of the model's own dtype."""
+    return dtype if family is None or family.casts(name) else torch.promote_types(tensor.dtype, dtype)
+
+
 def load_model(stream: TensorStream, config: Any, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
     """Fill a skeleton from a stream of named tensors: float32 on the CPU, bfloat16 on an accelerator. Answers end as
     the generation_config.json beside ``config`` says."""
@@ -142,10 +150,7 @@ def load_model(stream: TensorStream, config: Any, device: torch.device, trust_re
     model = build_skeleton(config, trust_remote_code)
     shapes, tied = expected_shapes(model)
     family = find_family({"architectures": config.architectures})
-    placed: TensorStream = (
-        (name, tensor.to(device, dtype if family is None or family.casts(name) else tensor.dtype))
-        for name, tensor in stream
-    )
+    placed: TensorStream = ((name, tensor.to(device, dtype_of(family, name, tensor, dtype))) for name, tensor in stream)
     state = {name: tensor for name, tensor in in_model_names(placed, config, shapes) if name in shapes}
     if tied:
         check_equal(state)
@@ -182,7 +187,9 @@ def logits_of(model: nn.Module, condition: Condition = PLAIN) -> Callable[[Tenso
 
             cache = make_cache(model, condition)
         for start in range(0, len(window), CHUNK):
-            yield _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
+            with rotated_for(model, len(window)):
+                logits = _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
+            yield logits
 
     return logits
 

@@ -14,11 +14,11 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config, read_stored_config
+from qtool.convert.files.decoded import in_16_bits
 from qtool.convert.files.diagnosis import refuse_quantized, why_no_model
-from qtool.convert.files.float8 import float8_of, without_float8
-from qtool.convert.files.float8_tensors import in_16_bits
 from qtool.convert.files.reading import named, shown
 from qtool.convert.files.sidecars import check_sidecars, left_out
+from qtool.convert.files.small_floats import small_floats_of, without_small_floats
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.files.wrapped_tensors import text_names
@@ -97,8 +97,8 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     for container in {type(output.container): output.container for output in outputs}.values():
         container.prove(skeleton, raw)
     notes = ((said,) if unknown else ()) + (
-        (f"the source is stored in float8 ({stored}): read in 16 bits, and errors are against what is read",)
-        if (stored := float8_of(raw))
+        (f"the source is stored in fewer bits ({stored}): read in 16 bits, and errors are against what is read",)
+        if (stored := small_floats_of(raw))
         else ()
     )
     return Job(recipe, source, checkpoint, config, decoder, outputs, device, notes,
@@ -111,7 +111,7 @@ def open_source(folder: Path) -> Checkpoint:
     if not folder.is_dir() or not (folder / CONFIG).exists():
         raise QtoolError(why_no_model(folder) if folder.is_dir() else f"{folder}: no such folder.")
     said = read_config(folder)
-    raw = without_float8(said)
+    raw = without_small_floats(said)
     refuse_quantized(folder, raw, ())
     checkpoint = Checkpoint.open(folder)
     named = text_names(checkpoint.tensors, read_stored_config(folder))

@@ -11,11 +11,11 @@ from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.chosen import CHOSEN
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import save
-from qtool.convert.files.float8 import float8_of
 from qtool.convert.files.folder import EXTRAS, copy_sidecars, file_entries, write_config
 from qtool.convert.files.licence import read_licence
 from qtool.convert.files.manifest import Manifest
 from qtool.convert.files.shards import open_shards
+from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import CalibrationText, ModelFiles
@@ -147,7 +147,7 @@ def manifest_of(
         key=output.key,
         output=method.model_dump(mode="json"),
         source={"model": job.recipe.model.id, "name": job.source.name, "commit": job.source.commit}
-        | ({"stored_as": stored} if (stored := float8_of(read_config(job.source.path))) else {})
+        | ({"stored_as": stored} if (stored := small_floats_of(read_config(job.source.path))) else {})
         | read_licence(job.source.path),
         calibration=used if method.calibrated else {},
         device=device_kind(job.device),

@@ -16,7 +16,7 @@ from qtool.convert.formats.plan import ModelShape
 from qtool.convert.formats.table import FORMATS
 from qtool.convert.models.config_keys import check_config
 from qtool.convert.models.expert_names import expert_of
-from qtool.convert.models.refusals import why_not_yet
+from qtool.convert.models.missing import missing_fact
 from qtool.convert.models.shape import Decoder, decoder_of, tensor_shapes
 from qtool.convert.models.table import find_family, names_of, prefix_of, quantized
 from qtool.quantize.methods.method import Method
@@ -144,7 +144,7 @@ def dtype_name(specs: Iterable[Spec]) -> str:
 
 def _decoder(headers: Headers) -> Decoder:
     if find_family(headers.config) is None:
-        reason = why_not_yet(headers.config)
+        reason = missing_fact(headers.config)
         why = f"not quantized yet ({reason})" if reason else "not known to qtool"
         raise QtoolError(
             f"architecture {names_of(headers.config)} is {why}: only its own dtype can be planned. Known: "

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.checkpoint import COMPUTED, DTYPES, TensorInfo
+from qtool.convert.files.checkpoint import COMPUTED, DTYPES
 from qtool.convert.files.config_file import CONFIG, check_config, read_config
+from qtool.convert.files.decoded import in_16_bits
 from qtool.convert.files.diagnosis import why_no_model
-from qtool.convert.files.float8 import without_float8
-from qtool.convert.files.float8_tensors import in_16_bits
 from qtool.convert.files.reading import named, read_json, refuse_link, shown
 from qtool.convert.files.shard_header import INDEX
+from qtool.convert.files.small_floats import without_small_floats
 from qtool.convert.files.source import SHIPPED, asking_the_hub, name_of, shipped
+from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.files.wrapped_tensors import text_names
 from qtool.convert.files.wrappers import text_part
 from qtool.convert.formats.gguf.imatrix import IMATRIX
@@ -78,7 +79,7 @@ def _local(path: Path, name: str) -> Headers:
     where = str(path / CONFIG)
     if not (path / CONFIG).exists():
         raise QtoolError(f"{where}: no such file. {why_no_model(path)}")
-    config = without_float8(read_config(path))
+    config = without_small_floats(read_config(path))
     found = [file for file in sorted(path.glob("*.gguf")) if file.name != IMATRIX]
     if found:
         refuse_link(path, found[0])
@@ -148,7 +149,7 @@ def _hub(model: str, revision: str | None) -> Headers:
     with asking_the_hub(model, revision, offline):
         stored = check_config(read_json(Path(hf_hub_download(model, CONFIG, revision=revision))), f"{model}/{CONFIG}")
         read = text_part(stored)
-        config = without_float8(read)
+        config = without_small_floats(read)
         try:
             metadata = HfApi().get_safetensors_metadata(model, revision=revision)
         except NotASafetensorsRepoError:

@@ -85,7 +85,8 @@ def piece(name: str, expert: int | None) -> str:
 
 def _name_map(config: Mapping[str, Any]) -> Any:
     gguf = load_gguf()
-    wanted = gguf_facts(config).architecture
+    facts = gguf_facts(config)
+    wanted = facts.names or facts.architecture
     architecture = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
     return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
 
