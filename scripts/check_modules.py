@@ -51,10 +51,11 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"method": "gptq", "name": "ct-8", "format": "compressed-tensors", "group_size": 64,
      "modules": {"down_proj": {"bits": 8, "group_size": 32}}},
     {"method": "nf4", "name": "nf4", "ignore": ["self_attn.*"]},
-    {"method": "awq", "name": "budget-awq", "group_size": 32, "budget": {"target_bpw": 9}},
-    {"method": "gptq", "name": "budget-gptq", "budget": {"target_bpw": 7.5}},
-    {"method": "gptq", "name": "budget-ct", "format": "compressed-tensors", "budget": {"target_bpw": 7.5}},
-    {"method": "nf4", "name": "budget-nf4", "budget": {"target_bpw": 9}},
+    {"method": "awq", "name": "budget-awq", "group_size": 32, "descent": False, "budget": {"target_bpw": 9}},
+    {"method": "gptq", "name": "budget-gptq", "descent": False, "budget": {"target_bpw": 7.5}},
+    {"method": "gptq", "name": "budget-ct", "format": "compressed-tensors", "descent": False,
+     "budget": {"target_bpw": 7.5}},
+    {"method": "nf4", "name": "budget-nf4", "rounding": "absmax", "budget": {"target_bpw": 9}},
 )  # fmt: skip
 
 
