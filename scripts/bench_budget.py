@@ -249,8 +249,10 @@ def rehearsed(
     columns = {module: info.shape[-1] for module in sizes if (info := shape.tensors.get(f"{module}.weight"))}
     for kind in sorted(lossy):
         widths = sorted({reduced_width(columns[module]) for module, own in sizes.items() if kind in own})
-        wanted = Wanted(config={}, dtype="bfloat16", outputs=[method.model_dump(mode="json")], device=options.device,
-                        widths={kind: widths})  # fmt: skip
+        section = method.model_dump(mode="json", exclude={"budget"})
+        wanted = Wanted(
+            config={}, dtype="bfloat16", outputs=[section], device=options.device, widths={kind: widths}
+        )  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "qtool.quantize.rehearsal", os.devnull], stdin=subprocess.PIPE, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
