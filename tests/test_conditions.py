@@ -170,8 +170,8 @@ def test_states_of_layers_are_kept(
     architecture: str, changes: dict[str, Any], model_maker: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Rows of a padded batch, in parts or not, answer as each alone does by transformers' own loop; no window rolls over
-    states, and no text is taken through one layer alone."""
+    """Rows of a padded batch, in parts or not, answer as each alone does by transformers' own loop; no window rolls
+    over states, and no text is taken through one layer alone."""
     from qtool.evaluate.engines import decoding
 
     folder = model_maker(tmp_path / "m", architecture, **changes)

@@ -1,4 +1,4 @@
-"""Qwen 3.5 and 3.6, and Qwen3-Next before them (Qwen3-Coder-Next): three of four layers are gated delta nets, the fourth
+"""Qwen 3.5 and 3.6, and Qwen3-Next before them (Qwen3-Coder-Next): three of four layers are gated delta nets, the last
 attends with an output gate; dense or with mixtures of experts behind either. Norms apply 1 + weight but for one.
 
     delta net    input_layernorm ─▶ in_proj_qkv, in_proj_z     also: in_proj_a, in_proj_b (a row for each head)
