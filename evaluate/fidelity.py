@@ -8,7 +8,7 @@ data-processing inequality); where the vocabulary is no larger than what is kept
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -101,15 +101,23 @@ def make_reference(
     """Run the source over ``windows`` int64 ``[n, length]``; ``folder`` is whole or absent."""
     with whole_folder(folder) as partial:
         for number, window in enumerate(windows):
-            for start, logs in logprobs(logits, window):
-                count = kept or kept_tokens(logs.shape[-1], windows.numel())
-                tensors = {"logprobs": logs.cpu()}
-                if count < logs.shape[-1]:
-                    top = logs.topk(count, dim=-1)
-                    tensors = {"tokens": top.indices.to(torch.int32).cpu(), "logprobs": top.values.cpu()}
-                _write(tensors, partial / _file(number, start))
+            write_reference(logprobs(logits, window), number, partial, windows.numel(), kept)
             progress()
     return Reference(folder)
+
+
+def write_reference(
+    chunks: Iterable[tuple[int, Tensor]], number: int, folder: Path, positions: int, kept: int | None = None
+) -> None:
+    """Into ``folder`` the source's distributions at some chunks of window ``number``: (start, log-probabilities) of
+    each. ``positions``: of the whole reference."""
+    for start, logs in chunks:
+        count = kept or kept_tokens(logs.shape[-1], positions)
+        tensors = {"logprobs": logs.cpu()}
+        if count < logs.shape[-1]:
+            top = logs.topk(count, dim=-1)
+            tensors = {"tokens": top.indices.to(torch.int32).cpu(), "logprobs": top.values.cpu()}
+        _write(tensors, folder / _file(number, start))
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -206,13 +214,15 @@ def bucketed_kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     return (listed + rest).clamp_min(0)
 
 
-def logprobs(logits: Logits, window: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it."""
+def logprobs(logits: Logits, window: Tensor, starts: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(start, float32 log-probabilities ``[chunk, vocabulary]``): every chunk sees all that precedes it. ``starts``:
+    where the chunks begin that ``logits`` gives, where these are not all."""
     chunks = logits(window)
     if chunks is None:
         raise QtoolError("perplexity and KL need all logits, which this engine does not give; take engine reference.")
-    for number, chunk in enumerate(chunks):
-        yield number * CHUNK, torch.log_softmax(chunk.float(), dim=-1)
+    every = range(0, len(window), CHUNK) if starts is None else starts
+    for start, chunk in zip(every, chunks, strict=True):
+        yield start, torch.log_softmax(chunk.float(), dim=-1)
 
 
 def _chunk_length(length: int) -> int:

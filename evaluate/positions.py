@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.evaluate.buckets import BLOCK
+from qtool.evaluate.engines.share import ALONE, Share
 from qtool.evaluate.fidelity import Logits, Reference, compare, logprobs
-
-BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,16 @@ class Blocks:
 
 
 @torch.inference_mode()
-def along(logits: Logits, window: Tensor, source: Reference, progress: Callable[[], None] = lambda: None) -> Blocks:
-    """``logits``' model on ``window`` int64 ``[length]``, which is the first of ``source``'s windows."""
-    kl, nll, top1 = (torch.zeros(len(window)) for _ in range(3))
+def along(
+    logits: Logits, window: Tensor, source: Reference, progress: Callable[[], None] = lambda: None,
+    share: Share = ALONE,
+) -> Blocks:  # fmt: skip
+    """``logits``' model on ``window`` int64 ``[length]``, which is the first of ``source``'s windows. Of several ranks
+    each has its share of the logits, and all are told all."""
+    numbers = torch.zeros(3, len(window))
+    kl, nll, top1 = numbers
     kept = 0
-    for start, logs in logprobs(logits, window):
+    for start, logs in logprobs(logits, window, share.starts(len(window))):
         end = start + len(logs)
         targets = window[start + 1 : end + 1].to(logs.device).unsqueeze(1)
         nll[start : start + len(targets)] = -logs[: len(targets)].gather(1, targets).squeeze(1).cpu()
@@ -42,6 +47,7 @@ def along(logits: Logits, window: Tensor, source: Reference, progress: Callable[
         top1[start:end] = (logs.argmax(-1).cpu() == best).float()
         kept = 0 if tokens is None else tokens.shape[1]
         progress()
+    kl, nll, top1 = torch.stack(share.gather(numbers)).sum(0)  # a position is one rank's; the others say 0
     return Blocks(_means(kl), _means(nll[:-1]), _means(top1), kept)  # the last position has nothing to foretell
 
 

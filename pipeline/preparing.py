@@ -14,7 +14,8 @@ from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.convert.text.windows import token_windows
 from qtool.make.device import choose_device
 from qtool.make.job import Job, open_job
-from qtool.measure.long_text import require_possible
+from qtool.measure.long_text import require_possible, text_of
+from qtool.measure.questions import require_lengths
 from qtool.measure.run import check_contexts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
@@ -56,6 +57,7 @@ def prepare_recipe(
     most = getattr(job.config, "max_position_embeddings", None)
     _check_calibration(recipe, most)
     require_possible(recipe.evaluate, job.decoder.shape)
+    require_lengths(recipe.evaluate, job.config)
     if (asked := recipe.measure) is not None:
         check_contexts("measure", asked.contexts, asked.tokens, most, found.name)
     return job
@@ -89,6 +91,13 @@ def _check_calibration(recipe: Recipe, most: int | None) -> None:
 
 def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
     return [output for output in recipe.outputs if not only or output.name in only]
+
+
+def require_texts(job: Job) -> None:
+    """What a run reads before its first weight, for who does not run: the long text. Raises QtoolError where it is too
+    short."""
+    if (long := job.recipe.evaluate.long) is not None:
+        text_of(long, job.config, load_tokenizer(job.source.path, job.recipe.model.trust_remote_code))
 
 
 def calibrate(job: Job) -> CalibrationSet:

@@ -30,7 +30,7 @@ from qtool.make.seat import ONE, Seat
 from qtool.measure.run import measure_subjects
 from qtool.measure.scores import Evaluation
 from qtool.measure.subjects import Subject, artifact_subject, source_subject
-from qtool.measure.together import divisible, score_together
+from qtool.measure.together import divisible, score_together, share_of
 from qtool.preparing import calibrate, prepare
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.ranks import ALONE, Home, Ranks
@@ -81,11 +81,11 @@ def _run(
         recipe = job.recipe
         for note in job.notes:
             log.say(note)
-        held.enter_context(rehearsing(job))
+        rehearsals = held.enter_context(rehearsing(job))
         folder = session.folder = runs / recipe.digest[:16]
         _announce(job, folder)
         with stage("opening"):
-            evaluation = _evaluation(job, runs, folder)
+            evaluation = _evaluation(job, runs, folder, ranks)
         if recipe.serve is not None:
             kinds = [not in_safetensors(str(output.container.section["quant_method"])) for output in job.outputs]
             require_servers(recipe.serve, kinds)
@@ -103,7 +103,7 @@ def _run(
         if ranks.number > 1:
             ranks.tell([recipe.digest, *job.source.told()])
             Home(ranks).share({"tokens": calibration.tokens})
-        job = decided(job, calibration, ranks)
+        job = decided(job, calibration, ranks, rehearsals.ready)
         with replacing(job, calibration, force):
             artifacts = make_artifacts(job, calibration, ranks=ranks)
         held.close()
@@ -181,7 +181,7 @@ def _assist(path: Path, runs: Path, device: str, only: tuple[str, ...], override
         artifacts = make_artifacts(decided(job, calibration, ranks), calibration, ranks=ranks)
         if divisible(job.recipe.evaluate):
             ranks.tell(None)  # rank 0 has verified the artifacts and proved them, which writes into their manifests
-            _scored(job, _evaluation(job, runs, runs / digest[:16]), _subjects(job, artifacts), ranks)
+            _scored(job, _evaluation(job, runs, runs / digest[:16], ranks), _subjects(job, artifacts), ranks)
         ranks.tell(session.so_far().model_dump())
 
 
@@ -189,9 +189,9 @@ def make(job: Job) -> dict[str, Artifact]:
     """Every output of the job's recipe as a finished artifact, by name. Raises QtoolError."""
     for note in job.remarks:
         log.say(note)
-    with rehearsing(job):
+    with rehearsing(job) as rehearsals:
         calibration = calibrate(job)
-        return make_artifacts(decided(job, calibration), calibration)
+        return make_artifacts(decided(job, calibration, ready=rehearsals.ready), calibration)
 
 
 def _scored(job: Job, evaluation: Evaluation, subjects: list[Subject], ranks: Ranks) -> Scores:
@@ -222,9 +222,9 @@ def _verified(artifacts: dict[str, Artifact], device: torch.device) -> dict[str,
     return checks
 
 
-def _evaluation(job: Job, runs: Path, folder: Path) -> Evaluation:
-    trusted = job.recipe.model.trust_remote_code
-    return Evaluation(job.recipe.evaluate, job.source.path, job.config, job.device, runs, folder, trusted)
+def _evaluation(job: Job, runs: Path, folder: Path, ranks: Ranks) -> Evaluation:
+    asked, trusted = job.recipe.evaluate, job.recipe.model.trust_remote_code
+    return Evaluation(asked, job.source.path, job.config, job.device, runs, folder, trusted, share_of(ranks))
 
 
 def _subjects(job: Job, artifacts: dict[str, Artifact]) -> list[Subject]:

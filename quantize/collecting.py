@@ -19,7 +19,7 @@ from qtool.quantize.routed import SAMPLE, ExpertSettings, RoutedStatistics
 from qtool.quantize.stacks import Stack
 from qtool.quantize.statistics import InputStatistics
 
-SUMS = ("gram", "abs_sum", "absmax", "square_sum", "mass", "power")  # fields of statistics in the source's stream
+SUMS = ("gram", "drift", "abs_sum", "absmax", "square_sum", "mass", "power")  # fields of statistics that are sums
 
 
 @dataclass
@@ -106,6 +106,8 @@ def spread(found: Mapping[str, Statistics], home: Home, takers: Collection[int])
         sums = {name: tensor for name, tensor in held.items() if tensor is not None}
         for name, tensor in home.share(sums, home.ranks.rank in takers).items():
             setattr(stats, name, tensor)
+        if isinstance(stats, RoutedStatistics) and not home.mine:
+            stats.agreed = None  # a figure of the record, which its home writes
 
 
 def mean_squares(layer: str, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:

@@ -9,19 +9,20 @@ held, the loss of one group is a quadratic in its weights alone, so a step that 
 `begin` goes through the groups once, left to right, as GPTQ does: the columns behind take up what a group loses, and
 the group is chosen under what they cannot take up. `descend` then comes back to every group with all others known.
 GPTQ, arXiv 2210.17323; coordinate descent after it, as in CDQuant, arXiv 2406.17542; here with the scales.
-Every function takes one problem or a stack of E with a leading axis on all tensors: experts, each with its own metric.
+Every function takes one problem or a stack of E with a leading axis on all tensors: experts, each with its own metric;
+or pieces of one matrix's rows, which have a leading axis where the metric has none (crew.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qtool.quantize.grid import Grid, GridSpec, diagonal_blocks, stored
-from qtool.quantize.precision import add_outer, add_product, subtract_product, tensor_float32
+from qtool.quantize.chosen import Chosen, Columns, Group, Levels
+from qtool.quantize.grid import diagonal_blocks, stored
+from qtool.quantize.precision import add_outer, add_product, each_product, subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, invert_upper
 
 RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the scale that covers the whole range
@@ -31,64 +32,12 @@ TINY = 1e-30  # in place of a scale that was stored as zero
 BLOCK = 128  # columns visited at once where a group is a whole row
 
 
-@dataclass(frozen=True)
-class Levels:
-    """What codes may stand for: ``weight = scale * level``.
-
-    ``table`` float32 ``[16]``, rising: the levels themselves, shared by all groups (NF4). None: the integers
-    ``-zero .. top - zero``, where ``sym`` puts the zero in the middle and lets the scale have either sign if
-    ``signed``, and otherwise each group has its own. ``dtype``: what a scale is stored as; float32 keeps it as it is.
-    """
-
-    top: int
-    group_size: int
-    dtype: torch.dtype
-    sym: bool = False
-    signed: bool = True
-    table: tuple[float, ...] | None = None
-
-    @property
-    def rule(self) -> int:
-        """How a scale is made of a range, as the kernel numbers it."""
-        if self.table is not None:
-            return 3
-        return 2 if not self.sym else 0 if self.signed else 1
-
-    @classmethod
-    def of_grid(cls, spec: GridSpec, signed: bool = True) -> Levels:
-        """Those of a uniform grid."""
-        return cls(spec.levels, spec.group_size, spec.dtype, spec.sym, signed)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """``levels`` float32 ``[out, in]``; ``scale`` and ``zero`` float32 ``[out, in / group_size]``."""
-
-    levels: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def weights(self) -> Tensor:
-        """What a reader gets, float32 ``[out, in]``."""
-        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
-        return torch.flatten(groups * self.scale.unsqueeze(-1), -2)
-
-    def codes(self) -> Tensor:
-        """The integers of a uniform grid, 0 .. top."""
-        groups = self.levels.unflatten(-1, (self.scale.shape[-1], -1))
-        return torch.flatten(groups + self.zero.unsqueeze(-1), -2)
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.scale, self.zero)
-
-
 def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
     """One pass from left to right: each group under the metric that the columns behind leave it, its loss spread over
     them. ``target`` float32 ``[out, in]``, unchanged; ``factor``: of the damped Gram matrix, in the columns' order."""
     weight, size = target.mT.clone(memory_format=torch.contiguous_format), levels.group_size
     inverses = invert_upper(diagonal_blocks(factor.upper, size))
-    chosen = _Columns.empty(weight, size)
+    chosen = Columns.empty(weight, size)
     for number, start in enumerate(range(0, weight.shape[-2], size)):
         stop, inverse = start + size, inverses[number]
         aim = weight[..., start:stop, :].contiguous()
@@ -96,7 +45,7 @@ def begin(target: Tensor, factor: Factor, levels: Levels) -> Chosen:
         group = choose(aim, metric, levels)
         chosen.put(number, slice(start, stop), group)
         if stop < weight.shape[-2]:
-            spread = inverse.mT @ group.weights().neg_().add_(aim)
+            spread = each_product(inverse.mT, group.weights().neg_().add_(aim))
             subtract_product(weight[..., stop:, :], factor.upper[..., start:stop, stop:].mT, spread)
     return chosen.rows()
 
@@ -109,14 +58,14 @@ def descend(
     size = _block(levels.group_size)
     scales = scales and size == levels.group_size
     blocks = diagonal_blocks(gram, size)
-    found, wanted = _Columns.of(chosen), target.mT.contiguous()
+    found, wanted = Columns.of(chosen), target.mT.contiguous()
     error = chosen.weights().mT.contiguous().sub_(wanted)
     for _ in range(sweeps):
         for number, start in enumerate(range(0, wanted.shape[-2], size)):
             columns, group = slice(start, start + size), start // levels.group_size
             before, block = found.group(group, columns), blocks[number].contiguous()
             with tensor_float32():
-                linear = gram[..., columns, :] @ error
+                linear = each_product(gram[..., columns, :], error)
             add_product(linear, block, before.weights(), -1)
             after = improve(linear, block, levels, before, scales)
             found.put(group, columns, after)
@@ -135,25 +84,15 @@ def _block(group_size: int) -> int:
     return group_size if group_size <= BLOCK else max(n for n in range(1, BLOCK + 1) if group_size % n == 0)
 
 
-@dataclass(frozen=True)
-class Group:
-    """``levels [g, out]``, ``scale`` and ``zero`` ``[1, out]``."""
-
-    levels: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def weights(self) -> Tensor:
-        """What a reader gets, ``[g, out]``."""
-        return self.levels * self.scale
-
-
 def choose(aim: Tensor, metric: Tensor, levels: Levels) -> Group:
     """Scales, zeros and levels that lose least of ``e metric eᵀ`` for e = weights - aim ``[g, out]``: of RATIOS of the
     covering scale, the finalists by plain rounding, improved, row by row."""
-    linear = (metric @ aim).neg_()
     kernels, own = _kernels(aim), (levels.table or (), levels.top, levels.rule, levels.dtype)
+    if kernels is None and metric.ndim < aim.ndim:
+        return Group.stack([choose(one, metric, levels) for one in aim])
+    linear = each_product(metric, aim).neg_()
     if kernels is not None:
+        metric = _of_each(metric, aim)
         ranks, scale, zero = kernels.rank(aim, metric, RATIOS, *own)
         code, scale, zero, losses = kernels.improve(linear, metric, aim, scale, zero, ranks, *own, True, FINALISTS)
     else:
@@ -172,8 +111,12 @@ def improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, scal
     """A better scale (if ``scales``), then each column in turn its best level, of a group whose weights w
     ``[g, out]``, a column of them in a row, lose ``wᵀ (metric w + 2 linear)``."""
     kernels = _kernels(linear)
+    if kernels is None and metric.ndim < linear.ndim:
+        parts = zip(linear, current.levels, current.scale, current.zero, strict=True)
+        return Group.stack([improve(one, metric, levels, Group(*group), scales) for one, *group in parts])
     if kernels is None:
         return _improve(linear, metric, levels, current, scales)
+    metric = _of_each(metric, linear)
     own = (levels.table or (), levels.top, levels.rule, levels.dtype)
     code, scale, _, _ = kernels.improve(linear, metric, current.levels, current.scale, current.zero, None, *own, scales)
     return Group(code[0], scale[0].unsqueeze(-2), current.zero)
@@ -250,6 +193,11 @@ def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, sca
     return Group(code, scale, current.zero)
 
 
+def _of_each(metric: Tensor, tensor: Tensor) -> Tensor:
+    """A metric for each problem, where pieces share one."""
+    return metric if metric.ndim == tensor.ndim else metric.expand(len(tensor), *metric.shape).contiguous()
+
+
 def _kernels(tensor: Tensor) -> ModuleType | None:
     """The Triton twins, where they run for groups of so many columns ``[g, out]``."""
     if not tensor.is_cuda:
@@ -267,34 +215,3 @@ def _best_scale(code: Tensor, scale: Tensor, linear: Tensor, product: Tensor, dt
     step = (wished if dtype == torch.float32 else _stored(wished, dtype)) - scale
     helps = (2 * step * slope + step * step * curve < 0) & (wished * scale > 0) & (curve > 0)
     return scale + torch.where(helps, step, 0.0)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """A Chosen with a column of weights in a row: ``levels [in, out]``, ``scale``, ``zero [in / group_size, out]``."""
-
-    levels: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    @classmethod
-    def of(cls, chosen: Chosen) -> _Columns:
-        parts = (chosen.levels, chosen.scale, chosen.zero)
-        return cls(*(tensor.mT.clone(memory_format=torch.contiguous_format) for tensor in parts))
-
-    @classmethod
-    def empty(cls, weight: Tensor, size: int) -> _Columns:
-        *problems, columns, out = weight.shape
-        return cls(torch.empty_like(weight), *weight.new_empty(2, *problems, columns // size, out))
-
-    def group(self, number: int, columns: slice) -> Group:
-        one = slice(number, number + 1)
-        return Group(self.levels[..., columns, :], self.scale[..., one, :], self.zero[..., one, :])
-
-    def put(self, number: int, columns: slice, group: Group) -> None:
-        self.levels[..., columns, :] = group.levels
-        self.scale[..., number : number + 1, :] = group.scale
-        self.zero[..., number : number + 1, :] = group.zero
-
-    def rows(self) -> Chosen:
-        return Chosen(*(tensor.mT.contiguous() for tensor in (self.levels, self.scale, self.zero)))

@@ -29,7 +29,7 @@ def peak_bytes(
     mine: Sequence[Method] | None = None,
 ) -> int:
     """``shapes``: checkpoint tensor -> shape. ``tokens``: of the whole calibration set. ``scores``: of `score_bytes`.
-    ``ranks``: processes that walk together, ``mine``: the outputs that this one makes (None: all).
+    ``ranks``: processes that walk together, ``mine``: the outputs that this one makes, or helps to make (None: all).
     Bytes on the computing device: hidden states of every stream (of a looped model the turns' side by side), one layer,
     the codes of the layer before, and the largest of what is alive while statistics are collected or codes chosen.
     Within 5 % of what an accelerator's allocator reports (docs/benchmarks.md); several ranks' is reckoned alike, and

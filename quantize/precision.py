@@ -51,6 +51,17 @@ def float32_product(left: Tensor, right: Tensor) -> Tensor:
         return add_product(product, left_high, right_high)
 
 
+def each_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``; of one matrix and several pieces ``[pieces, m, out]`` a product for each, so that a piece's
+    numbers do not depend on how many there are."""
+    if left.ndim == right.ndim:
+        return left @ right
+    product = right.new_empty(len(right), left.shape[0], right.shape[-1])
+    for one, found in zip(right, product, strict=True):
+        torch.mm(left, one, out=found)
+    return product
+
+
 def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total -= left @ right``, as accurate as `float32_product`; on an accelerator in one TF32 product three times as
     deep, because ``total`` is what is large."""
@@ -64,9 +75,13 @@ def subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
-    """``total += alpha * left @ right``, of matrices or of stacks of them."""
+    """``total += alpha * left @ right``, of matrices or of stacks of them, or of one matrix and several pieces."""
     if total.ndim == 2:
         return total.addmm_(left, right, alpha=alpha)
+    if left.ndim == 2:
+        for one, part in zip(total, right, strict=True):
+            one.addmm_(left, part, alpha=alpha)
+        return total
     return total.baddbmm_(left, right, alpha=alpha)
 
 

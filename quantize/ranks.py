@@ -8,7 +8,7 @@ many there are. A fault of the input is raised on all ranks alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,19 +62,23 @@ class Ranks:
         if self.number == 1:
             return list(numbers)
         sums = torch.tensor(numbers)
-        with _heard():
+        with heard():
             dist.all_reduce(sums)
         return [int(total) for total in sums.tolist()]
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over all ranks, known to all; NaN where any is."""
+        return values if self.number == 1 else torch.stack(self.gathered(values)).amax(0)
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """Every rank's part, all of one shape and type, in their order, known to all."""
         if self.number == 1:
-            return values
-        flat = values.reshape(-1).contiguous()
+            return [part]
+        flat = part.reshape(-1).contiguous()
         found = [torch.empty_like(flat) for _ in range(self.number)]
-        with _heard():
+        with heard():
             dist.all_gather(found, flat)
-        return torch.stack(found).amax(0).view_as(values)
+        return [one.view_as(part) for one in found]
 
     def tell(self, value: Any) -> list[Any]:
         """What every rank says, as JSON holds it, in their order."""
@@ -82,19 +86,19 @@ class Ranks:
             return [value]
         said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.number)]
-        with _heard():
+        with heard():
             dist.all_gather(sizes, torch.tensor([len(said)]))
             most = max(int(size) for size in sizes)
             found = [torch.empty(most, dtype=torch.uint8) for _ in range(self.number)]
             dist.all_gather(found, torch.cat([said, said.new_zeros(most - len(said))]))
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(found, sizes, strict=True)]
 
-    def own(self, work: Iterable[tuple[int, Callable[[], None]]]) -> None:
-        """Do what this rank owns of (owner, work), in order. The QtoolError of the first that fails, on whichever rank,
-        is raised on all: the same as on one rank alone."""
+    def own(self, work: Iterable[tuple[int | Collection[int], Callable[[], None]]]) -> None:
+        """Do what this rank owns of (owner or owners, work), in order. The QtoolError of the first that fails, on
+        whichever rank, is raised on all: the same as on one rank alone."""
         fault: tuple[int, str, int] | None = None
         for place, (owner, do) in enumerate(work):
-            if owner != self.rank:
+            if self.rank not in ((owner,) if isinstance(owner, int) else owner):
                 continue
             try:
                 do()
@@ -147,7 +151,7 @@ class Home:
             return [part]
         flat = part.reshape(-1).contiguous()
         found = [torch.empty_like(flat) for _ in range(self.ranks.number)] if self.mine else None
-        with _heard():
+        with heard():
             dist.gather(flat, found, dst=self.owner)
         return [one.view_as(part) for one in found or []]
 
@@ -176,7 +180,7 @@ class Home:
             else:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for piece in tensor.view(-1).split(AT_ONCE):
-                with _heard():
+                with heard():
                     dist.broadcast(torch.empty_like(piece, device=device) if piece.is_meta else piece, self.owner)
             if self.mine or wanted:
                 found[name] = tensors[name] if self.mine else tensor
@@ -211,15 +215,15 @@ def joined(rank: int, number: int, device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels start where this says
     kinds = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    with _heard():
+    with heard():
         dist.init_process_group(kinds, rank=rank, world_size=number, timeout=PATIENCE)
     yield Ranks(rank, number, device)
-    with _heard():
+    with heard():
         dist.destroy_process_group()  # not after a fault: others may wait in an operation that never ends
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
+def heard() -> Iterator[None]:
     """Raises Lost where another rank has hung up."""
     try:
         yield

@@ -5,7 +5,7 @@ by the time they are needed, and keeps them on disk.
 
 A process of its own: nothing that it does reaches the numbers of the run. The tiny model has two layers of a few
 hundred channels; all on which a kernel's compiled form depends is the real one's: group sizes, types of blocks, dtypes,
-what widths divide by (`reduced`).
+what widths divide by (`reduced`). Where types are named, a survey's trials of them are rehearsed on random matrices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.files.config_file import CONFIG, read_config
@@ -31,6 +32,8 @@ from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
+from qtool.quantize.rounding import factorize
+from qtool.quantize.survey_errors import DAMP, ROWS
 from qtool.quantize.walk import Column, LayerResult, Walk
 
 UNIT = 256  # what the widths of blocks and groups divide: what is left of a width by it stays
@@ -43,21 +46,22 @@ PREFIX = "qtool-rehearsal-"
 
 class Wanted(BaseModel):
     """What is to be rehearsed. config: the source's config.json; dtype: of its weights; outputs: sections of the
-    recipe."""
+    recipe; widths: of an output whose types are tried, type -> widths of its matrices, reduced; no config is needed."""
 
     config: dict[str, Any]
     dtype: str
     outputs: list[dict[str, Any]]
     device: str
+    widths: dict[str, list[int]] = {}
 
 
 def reduced(config: Mapping[str, Any], shape: Geometry) -> dict[str, Any]:
     """config.json of the tiny model. Widths leave what the real ones leave when divided by `UNIT`."""
-    width = _reduced(shape.heads * shape.head_dim)
+    width = reduced_width(shape.heads * shape.head_dim)
     beyond = {n: n * shape.head_dim - width for n in range(1, shape.heads + 1)}  # the real number is the last that fits
     heads = next(n for n, more in beyond.items() if more >= 0 and more % UNIT == 0)
     found = dict(config) | {
-        "hidden_size": _reduced(shape.hidden), "intermediate_size": _reduced(shape.intermediate),
+        "hidden_size": reduced_width(shape.hidden), "intermediate_size": reduced_width(shape.intermediate),
         "num_hidden_layers": LAYERS, "num_attention_heads": heads,
         "num_key_value_heads": heads if shape.kv_heads == shape.heads else 1,
         "head_dim": shape.head_dim, "vocab_size": VOCABULARY,
@@ -70,7 +74,8 @@ def reduced(config: Mapping[str, Any], shape: Geometry) -> dict[str, Any]:
     return found
 
 
-def _reduced(width: int) -> int:
+def reduced_width(width: int) -> int:
+    """A small width that leaves what ``width`` leaves."""
     return width if width < LEAST + UNIT else LEAST + width % UNIT
 
 
@@ -106,8 +111,23 @@ def rehearse(wanted: Wanted) -> Iterator[LayerResult]:
         yield from walk.run()
 
 
+def try_types(wanted: Wanted) -> Iterator[Tensor]:
+    """What a survey does with every type: a stack of problems, and rows of a table."""
+    device, dtype = torch.device(wanted.device), getattr(torch, wanted.dtype)
+    method = METHODS[wanted.outputs[0]["method"]].model_validate(wanted.outputs[0])
+    generator = torch.Generator().manual_seed(0)
+    for kind, widths in wanted.widths.items():
+        for width in widths:
+            weight = torch.randn(2, ROWS, width, generator=generator).mul_(0.02).to(device, dtype)
+            inputs = torch.randn(2, 2 * width, width, generator=generator).to(device)
+            gram = inputs.mT @ inputs
+            yield method.trial(weight, kind, gram, factorize(gram, DAMP))
+            yield method.trial(weight[0], kind, None, None)
+
+
 if __name__ == "__main__":
     os.nice(10)
-    for _ in rehearse(Wanted.model_validate_json(sys.stdin.read())):
+    asked = Wanted.model_validate_json(sys.stdin.read())
+    for _ in try_types(asked) if asked.widths else rehearse(asked):
         pass
     Path(sys.argv[1]).touch()

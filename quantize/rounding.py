@@ -210,10 +210,13 @@ def _round_block(block: Tensor, upper: Tensor, grid: Grid, levels: int) -> tuple
 def propagated_target(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> Tensor:
     """``W + alpha * D (G + lambda I)^-1`` with ``drift`` D = W (C - G): what to aim at so that the quantized
     prefix's inputs X̂ reproduce the source's outputs W X. G = X̂ᵀX̂, C = XᵀX̂; the factor holds the damped inverse
-    as UᵀU."""
+    as UᵀU. Of pieces of one matrix ``[pieces, out, in]`` each, with one factor."""
     upper = factor.upper
     if factor.order is not None:
         upper = upper.gather(-1, factor.order.argsort(-1).unsqueeze(-2).expand_as(upper))
+    if weight.ndim == 3 and upper.ndim == 2:  # pieces: a product for each
+        parts = zip(weight, drift, strict=True)
+        return torch.stack([torch.addmm(one, own @ upper.t(), upper, alpha=alpha) for one, own in parts])
     if weight.ndim == 3:
         return torch.baddbmm(weight, drift @ upper.mT, upper, alpha=alpha)
     return torch.addmm(weight, drift @ upper.t(), upper, alpha=alpha)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qtool.convert.models.geometry import Geometry
+from qtool.quantize.crew import WHOLE, Pieces
 from qtool.quantize.experts import products
 from qtool.quantize.precision import bfloat16_products
 from qtool.quantize.ranks import HERE, Home
@@ -258,8 +259,8 @@ class RoutedStatistics:
             agreed, self.home,
         )  # fmt: skip
 
-    def output_drift(self, weight: Tensor) -> Tensor:
-        """As `InputStatistics.output_drift`, ``[E, out, in]``."""
+    def output_drift(self, weight: Tensor, pieces: Pieces = WHOLE) -> Tensor:
+        """As `InputStatistics.output_drift`, ``[E, out, in]``; experts are not in pieces."""
         assert self.drift is not None
         return self.drift if self.through is not None else weight @ self.drift
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qtool.quantize import grid as grids
+from qtool.quantize.crew import SOLO, Crew
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.precision import bfloat16_products, float32_product, tensor_float32
 
@@ -90,11 +91,14 @@ def candidate_scales(mean_abs: Tensor, relative: Tensor) -> Tensor:
     return scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
 
 
-def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None) -> ScaleSearch:
+def search_scale(
+    parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie: Tensor | None = None, crew: Crew = SOLO
+) -> ScaleSearch:
     """The scale of one input that loses least when all weights that it feeds are rounded to nearest: one matrix, or
     experts and others together, their losses summed.
 
     ``tie [in]`` (int64): columns with the same number must share one scale (query heads fed by one value head).
+    ``crew``: each member tries some of the candidates.
     """
     relative = _relative(parts, spec.group_size)
     if tie is not None:
@@ -103,10 +107,10 @@ def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie
     if tie is not None:
         candidates = _pool(candidates, tie)
     with _ranking(mean_abs.is_cuda):
-        ranks = _losses(parts, candidates, spec, PREVIEW_ROWS).argsort()
+        ranks = _losses(parts, candidates, spec, crew, PREVIEW_ROWS).argsort()
     finalists = candidates[ranks[:FINALISTS]]
     with tensor_float32():
-        losses = _losses(parts, torch.stack([torch.ones_like(mean_abs), *finalists]), spec)
+        losses = _losses(parts, torch.stack([torch.ones_like(mean_abs), *finalists]), spec, crew)
         energy = [
             output_error(part.weight, part.gram).sum() * part.counts for whole in parts for _, part in whole.slices()
         ]
@@ -116,7 +120,7 @@ def search_scale(parts: Sequence[Weighed], mean_abs: Tensor, spec: GridSpec, tie
     return ScaleSearch(scale, relative_losses[best], relative_losses[0])
 
 
-def search_own_scales(stack: Weighed, mean_abs: Tensor, spec: GridSpec) -> Tensor:
+def search_own_scales(stack: Weighed, mean_abs: Tensor, spec: GridSpec, crew: Crew = SOLO) -> Tensor:
     """`search_scale` of each problem of a stack by itself, ``[E, in]``; ones where no candidate beat them.
     ``mean_abs [E, in]``."""
     found = []
@@ -125,11 +129,11 @@ def search_own_scales(stack: Weighed, mean_abs: Tensor, spec: GridSpec) -> Tenso
         candidates = candidate_scales(own, mean_relative(part.weight, spec.group_size))
         preview = Weighed(part.weight[:, ::PREVIEW_ROWS], part.gram)
         with _ranking(own.is_cuda):
-            ranks = torch.stack(_errors(preview, list(candidates), spec)).argsort(0)
+            ranks = _errors_of(preview, candidates, spec, crew).argsort(0)
         problems = torch.arange(len(own), device=own.device)
         finalists = torch.stack([torch.ones_like(own), *(candidates[rank, problems] for rank in ranks[:FINALISTS])])
         with tensor_float32():
-            losses = torch.stack(_errors(part, list(finalists), spec))
+            losses = _errors_of(part, finalists, spec, crew)
         found.append(finalists[losses.argmin(0), problems])
     return torch.cat(found)
 
@@ -152,14 +156,22 @@ def _relative(parts: Sequence[Weighed], group_size: int) -> Tensor:
     return (torch.stack(means) * weights.unsqueeze(1)).sum(0) / weights.sum()
 
 
-def _losses(parts: Sequence[Weighed], scales: Tensor, spec: GridSpec, every: int = 1) -> Tensor:
+def _losses(parts: Sequence[Weighed], scales: Tensor, spec: GridSpec, crew: Crew, every: int = 1) -> Tensor:
     """The summed loss of each of ``scales [n, in]``: ``[n]``. ``every``: of so many rows one counts."""
     total = torch.zeros(len(scales), device=scales.device)
     for whole in parts:
         for _, part in whole.slices():
             seen = Weighed(part.weight[..., ::every, :], part.gram)
-            total += torch.stack(_errors(seen, list(scales), spec)).flatten(1).sum(1) * part.counts
+            total += _errors_of(seen, scales, spec, crew).flatten(1).sum(1) * part.counts
     return total
+
+
+def _errors_of(part: Weighed, scales: Tensor, spec: GridSpec, crew: Crew) -> Tensor:
+    """`_errors` of ``scales [n, ...]``, each computed by one member of the crew: ``[n, 1]``, or ``[n, E]``."""
+    mine = list(crew.share(list(scales)))
+    problems = len(part.weight) if part.weight.ndim == 3 else 1
+    own = torch.stack(_errors(part, mine, spec)) if mine else scales.new_empty(0, problems)
+    return crew.whole(own, len(scales))
 
 
 def _errors(part: Weighed, scales: Sequence[Tensor], spec: GridSpec) -> list[Tensor]:

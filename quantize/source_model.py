@@ -77,11 +77,11 @@ class SourceModel:
         batches, and the other arguments (masks, positions, rotary tables) of every layer. The turns of a looped model
         lie side by side; each begins where the one before ends, so that all layers are read once for it."""
         decoder: Any = self.model.get_submodule(self.decoder.prefix.split(".layers")[0])
-        behind = self.decoder.family.final_norm
-        layers, norm = decoder.layers, getattr(decoder, behind)
+        final = self.decoder.family.final_norm
+        layers, norm = decoder.layers, getattr(decoder, final)
         recorders = [Recorder(layer) for layer in layers]
         decoder.layers = nn.ModuleList(recorders)
-        setattr(decoder, behind, nn.Identity())
+        setattr(decoder, final, nn.Identity())
         state = {}
         for name, tensor in decoder.state_dict().items():
             if not name.startswith("layers.") and tensor.is_meta:
@@ -105,7 +105,7 @@ class SourceModel:
                 hidden += [recorders[0].begun] if dealt else []
         finally:
             decoder.layers = layers
-            setattr(decoder, behind, norm)
+            setattr(decoder, final, norm)
             decoder.embed_tokens.to("meta")
         if len(hidden) < self.ranks.rounds(len(batches)):
             shape = (0, length, self.decoder.shape.hidden)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qtool.quantize.crew import WHOLE, Pieces
 from qtool.quantize.precision import bfloat16_products
 from qtool.quantize.ranks import HERE, Home
 
@@ -144,11 +145,12 @@ class InputStatistics:
         weighed = self.mass is not None and self.exponent > 0
         return self.gram.diagonal() / (self.mass.clamp_min(1e-30) if weighed and self.mass is not None else self.tokens)
 
-    def output_drift(self, weight: Tensor) -> Tensor:
+    def output_drift(self, weight: Tensor, pieces: Pieces = WHOLE) -> Tensor:
         """``W (C - G)`` ``[out, in]`` for C = SᵀX: what the source's outputs have in common with these inputs, less
-        what W makes of them. ``weight``: the W of ``through`` where that was given."""
+        what W makes of them. ``weight``: the W of ``through`` where that was given; of its rows those that ``pieces``
+        took."""
         assert self.drift is not None
-        return self.drift if self.through is not None else weight @ self.drift
+        return pieces.take(self.drift) if self.through is not None else pieces.product(weight, self.drift)
 
 
 def gap_of(source: Tensor, inputs: Tensor, divisor: Tensor | None) -> Tensor:

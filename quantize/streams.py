@@ -1,7 +1,7 @@
 """Streams of outputs: one layer is rounded in each output's own hidden states, one step after the other.
 
 Every rank advances its batches of every stream. A stream's statistics are summed at its home, the rank that makes the
-output: it rounds, and tells the others what they need to compute the layer as it is by then.
+output: it rounds, alone or with a crew, and tells the others what they need to compute the layer as it is by then.
 
 A step's statistics are of the inputs that those before it, in the same layer and already rounded, produce; so every
 rounding can make up for what those before it did. A mixture's router, too, sees the inputs of the stream: experts are
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from qtool.convert.models.experts import GATE_UP
 from qtool.convert.models.shape import Decoder
 from qtool.quantize.capture import Calls, Fed, Hidden, Part, Parted, parts_of
-from qtool.quantize.collecting import Sample, finish
+from qtool.quantize.collecting import Sample, finish, spread
+from qtool.quantize.crew import Crew
 from qtool.quantize.experts import gate_of, inner, mixture_of
 from qtool.quantize.methods.method import Layer, LayerWork, Method, Statistics
 from qtool.quantize.position import Position
@@ -34,18 +35,19 @@ from qtool.quantize.statistics import InputStatistics
 
 @dataclass(frozen=True)
 class Stream:
-    """An output's hidden states before a layer, by batch, and the layer as far as it has codes (None: that is not
-    here). held: the layer as its home told it, where there are several ranks."""
+    """An output's hidden states before a layer, by batch, who rounds it, and the layer as far as it has codes (None:
+    that is not here). held: the layer as its home told it, where there are several ranks."""
 
     method: Method
     batches: Hidden
     home: Home
+    crew: Crew
     work: LayerWork | None
     held: dict[str, Tensor]
 
     @property
     def here(self) -> LayerWork:
-        """The work, on the rank that does it."""
+        """The work, on the ranks that do it."""
         assert self.work is not None
         return self.work
 
@@ -101,8 +103,10 @@ class Passage:
                 self.position.end()
                 del stats  # large: gone before the next one's turn
 
+        for stream, found in zip(streams, collected, strict=True):
+            spread(found, stream.home, stream.crew.members)
         parts = zip(streams, collected, strict=True)
-        work = [(stream.home.owner, partial(choose, stream, found)) for stream, found in parts]
+        work = [(stream.crew.members, partial(choose, stream, found)) for stream, found in parts]
         streams[0].home.ranks.own(work)
 
     def advance(self, stream: Stream) -> None:

@@ -17,8 +17,9 @@ that compensates fits the first.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,61 +27,32 @@ import torch
 from torch import Tensor, nn
 
 from qtool import QtoolError
-from qtool.convert.models.feeds import Matrix
 from qtool.convert.models.geometry import Geometry
-from qtool.convert.models.shape import Decoder
 from qtool.convert.models.tied import EMBEDDING, HEAD
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, run_layer
 from qtool.quantize.methods.method import Method
-from qtool.quantize.rounding import Factor, factorize
 from qtool.quantize.source_model import SourceModel
+from qtool.quantize.survey_errors import Costs, Problem, costs_of, layers_at_once, problems_of, spaced
 from qtool.quantize.survey_head import Head
+from qtool.quantize.survey_memory import TOKENS, largest, sums_bytes
 
-TOKENS = 8192  # of the calibration set, which a survey looks at
-ROWS = 256  # of a matrix, evenly spaced, that are rounded to see what a type costs
-TABLE = 4096  # of an embedding or a head: half of them those that count most, the others spaced over the rest
-DAMP = 0.1
+TABLE = 4096  # rows of an embedding or a head: half of them those that count most, the others spaced over the rest
+AHEAD = {"cuda": 3, "cpu": 1}  # layers that are read while one is computed
 SEED = 0
 
-Costs = dict[str, dict[str, float]]
-"""Module -> type -> nats a token."""
 Types = Mapping[str, Sequence[str]]
 """Module -> the types that it may get."""
 
 
-@dataclass
-class _Seen:
-    """Of one matrix: ``gram`` of the windows that tell how to round, ``weighed`` H and ``outputs`` Σ_t g_to² of those
-    that tell what it costs, ``tokens`` of the latter."""
+@dataclass(frozen=True)
+class Begun:
+    """A survey on its way back, that can go on: ``layer``: the first whose matrices are measured; ``gradients``: of the
+    loss at its inputs."""
 
-    gram: Tensor
-    weighed: Tensor
-    outputs: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, out: int, columns: int, device: torch.device) -> _Seen:
-        """Nothing yet."""
-        gram, weighed = (torch.zeros(columns, columns, device=device) for _ in range(2))
-        return cls(gram, weighed, torch.zeros(out, device=device))
-
-    def add(self, inputs: Tensor, gradient: Tensor, parts: tuple[bool, bool]) -> None:
-        """A window: ``inputs [tokens, in]``, ``gradient [tokens, out]`` of its loss; what it tells."""
-        x, squares = inputs.float(), gradient.float().square()
-        if parts[0]:
-            self.gram += x.t() @ x
-        if not parts[1]:
-            return
-        self.weighed += (x * squares.sum(1, keepdim=True)).t() @ x
-        self.outputs += squares.sum(0)
-        self.tokens += len(x)
-
-    def cost(self, error: Tensor, rows: Tensor) -> float:
-        """Nats a token of ``error [rows, in]`` in these rows, as a share of all."""
-        share = self.outputs[rows] / self.outputs.sum().clamp_min(1e-30)
-        lost = (share * ((error @ self.weighed) * error).sum(1)).sum()
-        return max(0.0, float(lost)) * len(self.outputs) / len(rows) / (2 * self.tokens)
+    layer: int
+    costs: Costs
+    gradients: Hidden
 
 
 BY_HAND = "leave out `budget:` and say the types by hand (GGUF: `type:` or `mix:`; GPTQ: `bits:` and `modules:`)"
@@ -96,41 +68,75 @@ def require_measurable(shape: Geometry) -> None:
 @dataclass
 class Survey:
     """``source``: of the model; ``method``: which rounds; ``types``: what each module may get; ``step`` is called for
-    every layer, forward and back."""
+    every layer, forward and back; ``keep`` with what can be gone on from; ``ready`` before a type is rounded to."""
 
     source: SourceModel
     method: Method
     types: Types
     step: Callable[[], None] = lambda: None
+    keep: Callable[[Begun], None] = lambda _: None
+    ready: Callable[[str], None] = lambda _: None
     _halves: bool = True
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
 
-    def run(self, calibration: CalibrationSet) -> Costs:
-        """Raises QtoolError for a model whose gradients are no numbers, and for one that has no such pass."""
+    def run(self, calibration: CalibrationSet, begun: Begun | None = None) -> Costs:
+        """``begun``: what an earlier one, which did not end, gave to ``keep``. Raises QtoolError for a model whose
+        gradients are no numbers, and for one that has no such pass."""
         require_measurable(self.source.decoder.shape)
         windows = max(2, TOKENS // calibration.tokens.shape[1])
         text = CalibrationSet(calibration.tokens[:windows], calibration.origin)
         self._halves = len(text.tokens) > 1
+        left = len(self.source.layers) if begun is None else begun.layer
+        entered: list[Hidden] = []
         with torch.no_grad():
             hidden, calls = self.source.record(text)
-            entered: list[Hidden] = []
-            for index in range(len(self.source.layers)):
+            scale = self._embedded(text, hidden[0])
+            for index, tensors in self._layers(range(left)):
                 entered.append([states.cpu() for states in hidden])
-                layer = self._filled(index)
+                layer = self._filled(index, tensors)
                 for number, states in enumerate(hidden):
                     hidden[number] = run_layer(layer, states, calls)
                 layer.to("meta")
                 self.step()
-        scale = self._embedded(text, entered[0][0])
-        costs, gradients = self._head(hidden)
-        for index in reversed(range(len(self.source.layers))):
-            costs = self._back(index, entered.pop(), gradients, calls) | costs
+        if begun is None:
+            costs, gradients = self._head(hidden)
+        else:
+            costs, gradients = dict(begun.costs), [one.to(self.source.device) for one in begun.gradients]
+        del hidden
+        waiting: list[Problem] = []
+        at_once, met = self._at_once(), 0
+        for index, tensors in self._layers(reversed(range(left))):
+            waiting += self._back(index, tensors, entered.pop(), gradients, calls)
+            met += 1
+            if met == at_once or index == 0:
+                costs = costs_of(waiting, self.method, self.ready) | costs
+                waiting, met = [], 0
+                self.keep(Begun(index, costs, gradients))
             self.step()
         self._embedding(text, gradients, costs, scale)
         return {module: costs[module] for module in self.types}
 
-    def _filled(self, index: int) -> nn.Module:
-        layer = self.source.fill(index, self.source.place(index, self.source.read(index)))
+    def _at_once(self) -> int:
+        decoder = self.source.decoder
+        shapes = {name: info.shape for name, info in self.source.checkpoint.tensors.items()}
+        return layers_at_once(self.source.device, sums_bytes(decoder, shapes, largest(decoder, shapes)))
+
+    def _layers(self, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Layers' tensors, some read ahead."""
+        ahead = AHEAD[self.source.device.type]
+        with ThreadPoolExecutor(max_workers=ahead) as readers:
+            coming: deque[tuple[int, Future[dict[str, Tensor]]]] = deque()
+            for index in order:
+                coming.append((index, readers.submit(self.source.read, index)))
+                if len(coming) > ahead:
+                    number, read = coming.popleft()
+                    yield number, read.result()
+            while coming:
+                number, read = coming.popleft()
+                yield number, read.result()
+
+    def _filled(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        layer = self.source.fill(index, self.source.place(index, tensors))
         return layer.requires_grad_(False)
 
     def _head(self, hidden: Hidden) -> tuple[Costs, Hidden]:
@@ -161,64 +167,51 @@ class Survey:
         sums = probabilities.double().cumsum(-1)
         return torch.searchsorted(sums, chance * sums[:, -1:]).clamp_max(probabilities.shape[-1] - 1).squeeze(1)
 
-    def _back(self, index: int, entered: Hidden, gradients: Hidden, calls: Calls) -> Costs:
-        """One layer's types. ``entered``: its inputs; ``gradients``: of its outputs, then of its inputs."""
-        layer, decoder = self._filled(index), self.source.decoder
-        tensors = self.source.read(index)
-        matrices = {matrix.module: matrix for matrix in decoder.matrices(index)}
-        seen: dict[str, _Seen] = {}
-        window = 0
+    def _back(
+        self, index: int, tensors: Mapping[str, Tensor], entered: Hidden, gradients: Hidden, calls: Calls
+    ) -> list[Problem]:
+        """One layer's problems. ``entered``: its inputs; ``gradients``: of its outputs, then of its inputs."""
+        layer, decoder, window = self._filled(index, tensors), self.source.decoder, 0
+        at, matrices = decoder.at(index), decoder.matrices(index)
+        problems = problems_of(
+            [feed.consumers for feed in decoder.feeds(index)], lambda one: one.of(tensors[one.tensor]), at, self.types,
+            self.source.device,
+        )  # fmt: skip
         for number, states in enumerate(entered):
             leaf = states.to(gradients[number].device).detach().requires_grad_()
             met: dict[str, tuple[Tensor, Tensor]] = {}
-            with _watching(layer, matrices, met):
+            with _watching(layer, [matrix.module for matrix in matrices], met):
                 output = run_layer(layer, leaf, calls)
                 wanted = [leaf, *(made for _, made in met.values())]
                 found = torch.autograd.grad(output, wanted, gradients[number])
             gradients[number] = found[0]
-            for module, one in zip(met, found[1:], strict=True):
-                inputs = met[module][0]
-                if module not in seen:
-                    seen[module] = _Seen.of(one.shape[-1], inputs.shape[-1], inputs.device)
-                for row in range(len(inputs)):
-                    seen[module].add(inputs[row], one[row], self._parts(window + row))
+            given = {at + module: (met[module][0], one) for module, one in zip(met, found[1:], strict=True)}
+            for row in range(len(states)):
+                rounds, costs = self._parts(window + row)
+                for problem in problems:
+                    if rounds:
+                        x = given[problem.members[0].module][0][row].float()
+                        problem.gram += x.t() @ x
+                    for member in problem.members if costs else ():
+                        member.add(*(one[row] for one in given[member.module]))
             window += len(states)
         layer.to("meta")
-        at = decoder.at(index)
-        asked = {module: one for module, one in seen.items() if at + module in self.types}
-        return {at + module: self._of_matrix(at, matrices[module], tensors, one) for module, one in asked.items()}
+        return problems
 
     def _parts(self, window: int) -> tuple[bool, bool]:
         """Whether a window tells how to round, and what that costs: the only one both."""
         return (window % 2 == 0, window % 2 == 1) if self._halves else (True, True)
-
-    def _of_matrix(self, at: str, matrix: Matrix, tensors: Mapping[str, Tensor], seen: _Seen) -> dict[str, float]:
-        factor = factorize(seen.gram, DAMP)
-        weight = matrix.of(tensors[matrix.tensor]).to(seen.gram.device)
-        return self._tried(at + matrix.module, weight, seen.cost, seen.gram, factor)
-
-    def _tried(
-        self, module: str, weight: Tensor, cost: Callable[[Tensor, Tensor], float], gram: Tensor, factor: Factor
-    ) -> dict[str, float]:
-        """Type -> nats a token, from some rows."""
-        rows = _spaced(len(weight), ROWS).to(weight.device)
-        some = weight[rows].contiguous()
-        found = {}
-        for kind in self.types[module]:
-            error = self.method.trial(some, kind, gram, factor) - some.float()
-            found[kind] = cost(error, rows)
-        return found
 
     def _of_table(
         self, module: str, weight: Tensor, counts: Tensor, losses: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         """Type -> nats a token: what each row of ``weight`` loses by it, times how much the row counts ``[out]``."""
         rows, share = telling(counts)
-        some = weight[rows].contiguous()
-        return {
-            kind: float((share * losses(self.method.trial(some, kind, None, None) - some.float())).sum())
-            for kind in self.types[module]
-        }
+        some, found = weight[rows].contiguous(), {}
+        for kind in self.types[module]:
+            self.ready(kind)
+            found[kind] = float((share * losses(self.method.trial(some, kind, None, None) - some.float())).sum())
+        return found
 
     def _embedded(self, text: CalibrationSet, hidden: Tensor) -> float:
         """What a model multiplies embedded rows by, most by 1. ``hidden``: what the first layer is fed of the first
@@ -253,7 +246,7 @@ def telling(counts: Tensor) -> tuple[Tensor, Tensor]:
         return torch.arange(len(counts), device=counts.device), counts
     order = torch.sort(counts, descending=True, stable=True).indices
     most, others = order[: TABLE // 2].sort().values, order[TABLE // 2 :].sort().values
-    some = others[_spaced(len(others), TABLE // 2).to(counts.device)]
+    some = others[spaced(len(others), TABLE // 2).to(counts.device)]
     alike = (counts[others].sum() / len(some)).expand(len(some))
     return torch.cat([most, some]), torch.cat([counts[most], alike])
 
@@ -274,28 +267,3 @@ def _watching(layer: nn.Module, modules: Iterable[str], met: dict[str, tuple[Ten
     finally:
         for one in hooks:
             one.remove()
-
-
-def survey_bytes(decoder: Decoder, shapes: Mapping[str, tuple[int, ...]], length: int, width: int) -> tuple[int, int]:
-    """(on the computing device, in host memory besides) while types are measured, windows being ``length`` tokens:
-    the inputs of every layer on the host; on the device the hidden states and their gradients, a layer, the two sums
-    of each of its matrices with one's factor, or the head with a window's chances. ``width``: of a number computed
-    with."""
-    geometry, tokens = decoder.shape, max(2, TOKENS // length) * length
-    states = tokens * geometry.hidden * width
-    layer = max(range(geometry.layers), key=lambda one: sum(_count(shapes, decoder.at(one))))
-    matrices = [matrix.shape(shapes[decoder.at(layer) + matrix.tensor]) for matrix in decoder.matrices(layer)]
-    sums = sum(8 * columns**2 for _, columns in matrices) + 12 * max(columns for _, columns in matrices) ** 2
-    weights = sum(_count(shapes, decoder.at(layer)))
-    activations = TOKENS * sum(out for out, _ in matrices) * width * 3
-    head = geometry.vocab * (geometry.hidden * (width + 4) + length * 24)
-    return 2 * states + max(weights * (width + 4) + sums + activations, head), states * geometry.layers
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Iterator[int]:
-    return (math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
-
-
-def _spaced(count: int, most: int) -> Tensor:
-    """At most ``most`` whole numbers below ``count``, evenly."""
-    return torch.arange(count) if count <= most else (torch.arange(most) * count) // most

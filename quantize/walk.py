@@ -22,8 +22,9 @@ from qtool.convert.models.shape import Decoder
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.capture import Calls, Hidden, advance
 from qtool.quantize.collecting import empty_statistics, mean_squares, source_statistics, spread
+from qtool.quantize.crew import Crew
 from qtool.quantize.experts import prepare
-from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
+from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics, members_of
 from qtool.quantize.position import Position
 from qtool.quantize.ranks import ALONE, Home, Ranks
 from qtool.quantize.routed import ExpertSettings
@@ -77,11 +78,13 @@ class Walk:
     ranks: Ranks = ALONE
     position: Position = field(default_factory=Position)
     on_grams: list[Column] = field(init=False)
+    crews: dict[str, Crew] = field(init=False)
     weighing: bool = field(init=False)
     source: SourceModel = field(init=False)
 
     def __post_init__(self) -> None:
         self.on_grams = [output for output in self.outputs if output.method.needs.gram]
+        self.crews = self._crews()
         self.weighing = any(output.method.needs is Needs.CHANNELS for output in self.outputs)
         if self.decoder.family.mixture is not None and (self.on_grams or self.weighing):
             prepare(self.model)
@@ -169,26 +172,29 @@ class Walk:
         results: dict[str, LayerCodes] = {}
 
         def begin(output: Column) -> None:
-            works[output.method.name] = output.method.begin(self._planned(layer, output), Inputs(shared))
+            inputs = Inputs(shared, crew=self.crews[output.method.name])
+            works[output.method.name] = output.method.begin(self._planned(layer, output), inputs)
 
         streaming = [output for output in self.on_grams if output.own_stream]
-        self._each(begin, streaming)
+        self._with_crews(begin, streaming)
         own = [
             Stream(output.method, streams[output.method.name], Home(self.ranks, output.owner),
-                   works.get(output.method.name), dict(held)) for output in streaming
+                   self.crews[output.method.name], works.get(output.method.name), dict(held)) for output in streaming
         ]  # fmt: skip
         seen = self._seen(index, stacks, shared)
         sharing = [output for output in self.on_grams if not output.own_stream]
-        last_here = [output for output in sharing if output.owner == self.ranks.rank][-1:]
+        last_here = [output for output in sharing if self.crews[output.method.name].here][-1:]
 
         def quantize(output: Column) -> None:
             self.position.at(output.method.name)
             refuse_inputs(self._named(index), output.method, [(stack, shared[stack.name]) for stack in stacks])
-            inputs = Inputs(shared, output in last_here)
-            results[output.method.name] = output.method.quantize(self._planned(layer, output), inputs)
+            inputs = Inputs(shared, output in last_here, self.crews[output.method.name])
+            codes = output.method.quantize(self._planned(layer, output), inputs)
+            if output.owner == self.ranks.rank:
+                results[output.method.name] = codes
             self.position.end()
 
-        self._each(quantize, sharing)
+        self._with_crews(quantize, sharing)
         shared.clear()
         passage = Passage(
             self._named(index), layer, module, held, hidden, calls, self.source.dtype, self.decoder, self.experts,
@@ -198,8 +204,8 @@ class Walk:
             passage.round(own)
         self._refuse_outputs(index, hidden)
         for stream in own:
-            if stream.work is not None:
-                results[stream.method.name] = stream.work.finish()
+            if stream.home.mine:
+                results[stream.method.name] = stream.here.finish()
             if not last:
                 passage.advance(stream)
         module.to("meta")
@@ -207,12 +213,23 @@ class Walk:
 
     def _steps(self, feeds: Sequence[Feed]) -> int:
         """Of a layer on this rank."""
-        mine, stacks = [output for output in self.outputs if output.owner == self.ranks.rank], len(stacks_of(feeds))
+        rank, stacks = self.ranks.rank, len(stacks_of(feeds))
+        mine = [one for one in self.outputs if one.owner == rank or self.crews[one.method.name].here]
         return sum(stacks if output.own_stream else 1 for output in mine)
 
     def _each(self, work: Callable[[Column], None], outputs: Sequence[Column]) -> None:
         """Every output's work, at its owner; a fault is raised on all ranks."""
         self.ranks.own([(output.owner, partial(work, output)) for output in outputs])
+
+    def _with_crews(self, work: Callable[[Column], None], outputs: Sequence[Column]) -> None:
+        """The same, at all who round them together."""
+        self.ranks.own([(self.crews[output.method.name].members, partial(work, output)) for output in outputs])
+
+    def _crews(self) -> dict[str, Crew]:
+        """Of every output; it is asked for of those that round on Gram matrices."""
+        members = members_of([output.method for output in self.outputs], [one.owner for one in self.outputs],
+                             self.ranks.number)  # fmt: skip
+        return {one.method.name: Crew.of(self.ranks, crew) for one, crew in zip(self.outputs, members, strict=True)}
 
     def _seen(self, index: int, stacks: Sequence[Stack], shared: Mapping[str, Statistics]) -> Inputs:
         """Each matrix's mean squares, on the ranks that weigh by them."""
@@ -276,7 +293,8 @@ class Walk:
         streams = any(output.own_stream for output in self.on_grams)
         grams = [output for output in self.on_grams if not output.own_stream or output.method.asks_source]
         takers = [output.owner for output in self.outputs if output.method.needs is Needs.CHANNELS]
-        takers = list(dict.fromkeys([output.owner for output in grams] + takers))
+        crews = [rank for output in grams for rank in self.crews[output.method.name].members]
+        takers = list(dict.fromkeys(crews + takers))
         home = Home(self.ranks, takers[0] if takers else 0)
         if streams and not grams and not self.weighing:
             return empty_statistics(module, stacks, self.experts, channels_only=True)

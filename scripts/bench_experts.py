@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from qtool.convert.models.shape import decoder_of
 from qtool.quantize import descent, rounding, scaling
-from qtool.quantize.descent import Levels
+from qtool.quantize.chosen import Levels
 from qtool.quantize.memory import peak_bytes
 from qtool.quantize.methods.awq import AwqMethod
 from qtool.quantize.methods.gguf import GgufMethod

@@ -46,21 +46,21 @@ OUTPUTS: list[dict[str, Any]] = [
 ]
 
 
-def make_model(folder: Path, geometry: str, layers: int) -> Path:
-    """The demo model's tokenizer and vocabulary, a shard a layer."""
+def make_model(folder: Path, geometry: str, layers: int, device: str = "cpu") -> Path:
+    """The demo model's tokenizer and vocabulary, a shard a layer; its weights are drawn on ``device``."""
     demo = shipped("qtool-demo")
     shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.svg", "README*"))
     hidden, intermediate, heads = GEOMETRIES[geometry]
     config = json.loads((demo / "config.json").read_text())
     config |= {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads, "head_dim": 128,
-        "num_key_value_heads": 8, "num_hidden_layers": layers,
+        "num_key_value_heads": 8, "num_hidden_layers": layers, "max_position_embeddings": 32768,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
+        return torch.randn(shape, generator=generator, device=device).mul_(0.02).to(torch.bfloat16).cpu()
 
     one = torch.ones(hidden, dtype=torch.bfloat16)
     shards = [{"model.embed_tokens.weight": random(config["vocab_size"], hidden), "model.norm.weight": one}]

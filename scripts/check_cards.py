@@ -2,12 +2,19 @@
 
     python scripts/check_cards.py                     # as many cards as there are: 1, 2, 4, 8
     python scripts/check_cards.py --device cpu        # ranks on the processor, over gloo: 1, 2, 4
-    python scripts/check_cards.py --numbers 1 2 --keep
+    python scripts/check_cards.py --numbers 1 2 --only experts scores       # two cards, two minutes
+    python scripts/check_cards.py --numbers 1 2 --only crews --keep
 
-Random models of four layers, dense and a mixture of experts; AWQ and GPTQ with and without a stream of their own, NF4
-where bitsandbytes is installed, Q4_K_M by descent and by importance. Every file of every artifact is compared by sha256
-with those of one rank, the manifests too. Then a rank is killed (SIGKILL) once a layer is noted, and the same recipe
-goes on with another number. Prints a table; 1 where anything differed. No network is needed.
+Sets (``--only``), each a random model but for the last:
+  dense    four layers: AWQ and GPTQ with and without a stream of their own, NF4 where bitsandbytes is installed, Q4_K_M
+           by descent and by importance
+  experts  a mixture, four layers: AWQ, GPTQ, Q4_K_M by importance
+  crews    matrices that are rounded in pieces (hidden 2048, two layers), each output by itself, so that ranks help
+  scores   the demo model's outputs and source, answering problems and held-out text: equal to one process's
+Every file of every artifact is compared by sha256 with those of one rank, the manifests too; the largest number of
+ranks begins, because they compile kernels side by side. Of dense and experts a rank is then killed (SIGKILL) once a
+layer is noted, and the same recipe goes on with another number. Prints a table; 1 where anything differed. No network
+is needed.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +45,16 @@ SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 4,
     "max_position_embeddings": 1024,
 }  # fmt: skip
+WIDE = SIZES | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2}
+GRID = {"group_size": 32, "dtype": "bfloat16"}
+SETS = ("dense", "experts", "crews", "scores")
+SCORED: list[dict[str, object]] = [  # nothing that compiles for long
+    {"method": "awq", "scaling": "none", "rounding": "rtn"}, {"method": "gptq", "descent": False},
+]  # fmt: skip
+JUDGED = {
+    "tasks": [{"task": "heldout", "limit": 16}], "max_new_tokens": 64,
+    "text": {"text": "heldout-code", "samples": 8, "length": 128},
+}  # fmt: skip
 # The command as ranks on a processor, which `--gpus` refuses
 ON_CPU = (
     "import os, sys; from qtool.cli.cards import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1]), os.environ))"
@@ -45,9 +63,9 @@ ON_CPU = (
 
 @dataclass
 class Row:
-    """One run: of which model, by how many ranks, how it ended, and whether its files are those of one rank."""
+    """One run: of which set, by how many ranks, how it ended, and whether that is as it should be."""
 
-    model: str
+    what: str
     ranks: str
     seconds: float
     files: int
@@ -55,31 +73,38 @@ class Row:
     good: bool
 
 
-class Recipe:
-    """A model's recipe in a folder of its own."""
+def outputs_of(what: str, device: str) -> list[dict[str, object]]:
+    """Of a set's recipe."""
+    blocks = find_spec("gguf") and (device == "cuda" or find_spec("xllamacpp"))
+    found: list[dict[str, object]] = [{"method": "awq", **GRID}, {"method": "gptq", **GRID}]
+    if what == "dense":
+        found += [{"method": "awq", "name": "awq-source", "propagate_error": False, "rounding": "rtn", **GRID}]
+    if blocks and what != "experts":
+        found += [{"method": "gguf"}]
+    if blocks and what != "crews":
+        found += [{"method": "gguf", "name": "ggml", "rounding": "ggml"}]
+    if find_spec("bitsandbytes") and what != "experts":
+        found += [{"method": "nf4"}]
+    return found
 
-    def __init__(self, work: Path, model: str, device: str) -> None:
-        self.folder, self.device, self.model = work / model, device, model
-        grid = {"group_size": 32, "dtype": "bfloat16"}
-        outputs: list[dict[str, object]] = [
-            {"method": "awq", **grid}, {"method": "gptq", **grid},
-            {"method": "awq", "name": "awq-source", "propagate_error": False, "rounding": "rtn", **grid},
-        ]  # fmt: skip
-        if find_spec("gguf") and (device == "cuda" or find_spec("xllamacpp")):
-            outputs += [{"method": "gguf"}, {"method": "gguf", "name": "ggml", "rounding": "ggml"}]
-        if find_spec("bitsandbytes") and model == "dense":
-            outputs += [{"method": "nf4"}]
-        self.outputs = outputs
-        self.text = {"text": str(work / "text.txt"), "samples": SAMPLES[device], "length": LENGTH}
+
+class Recipe:
+    """A recipe in a folder of its own, ``what``: its line of the table."""
+
+    def __init__(
+        self, work: Path, what: str, model: str, device: str, outputs: list[dict[str, object]], **more: object
+    ) -> None:
+        self.folder, self.device, self.what, self.outputs = work / what, device, what, outputs
+        self.asked = {
+            "model": model, "outputs": outputs,
+            "calibration": {"text": str(work / "text.txt"), "samples": SAMPLES[device], "length": LENGTH}, **more,
+        }  # fmt: skip
 
     def command(self, number: int, case: str) -> list[str]:
         """`qtool run` of a fresh or begun folder ``case``."""
         place = self.folder / case
         place.mkdir(parents=True, exist_ok=True)
-        asked = {
-            "model": str(self.folder / "model"), "calibration": self.text, "outputs": self.outputs,
-            "output_dir": str(place / "artifacts"),
-        }  # fmt: skip
+        asked = self.asked | {"output_dir": str(place / "artifacts")}
         (place / "r.yaml").write_text(json.dumps(asked))
         words = ["run", str(place / "r.yaml"), "--runs", str(place / "runs"), "--device", self.device]
         if number == 1:
@@ -88,7 +113,7 @@ class Recipe:
             return [sys.executable, "-m", "qtool", *words, "--gpus", str(number)]
         return [sys.executable, "-c", ON_CPU, str(number), *words]
 
-    def run(self, number: int, case: str) -> Row:
+    def run(self, number: int, case: str, compared: bool = True) -> Row:
         """Run it to its end."""
         begun = time.monotonic()
         done = subprocess.run(self.command(number, case), capture_output=True, text=True, check=False)
@@ -96,11 +121,32 @@ class Recipe:
         found = sums(self.folder / case)
         if done.returncode:
             said = f"exit code {done.returncode}: {done.stderr.strip()[-600:]}"
-            return Row(self.model, str(number), seconds, len(found), said, False)
-        alone = sums(self.folder / "1")
+            return Row(self.what, str(number), seconds, len(found), said, False)
+        if not compared:
+            return Row(self.what, str(number), seconds, len(found), "made", bool(found))
+        return self.compared(case, str(number), seconds)
+
+    def rows(self, numbers: list[int], killing: bool) -> Iterator[Row]:
+        """The most ranks first, then one, to which all others are compared."""
+        *_, most = numbers
+        if most > 1:
+            yield self.run(most, str(most), compared=False)
+        yield self.run(1, "1", compared=False)
+        if most > 1:
+            yield self.compared(str(most), f"{most} against 1")
+        for number in numbers:
+            if number not in (1, most):
+                yield self.run(number, str(number))
+        if most > 1 and killing:
+            yield self.kill(most, "killed")
+            yield self.run(numbers[-2], "killed")
+
+    def compared(self, case: str, ranks: str, seconds: float = 0.0) -> Row:
+        """What ``case`` made beside what one rank made."""
+        found, alone = sums(self.folder / case), sums(self.folder / "1")
         differing = sorted(name for name in found.keys() | alone.keys() if found.get(name) != alone.get(name))
         said = f"differ: {', '.join(differing[:4])}" if differing else "equal"
-        return Row(self.model, str(number), seconds, len(found), said, not differing)
+        return Row(self.what, ranks, seconds, len(found), said, not differing and bool(found))
 
     def kill(self, number: int, case: str) -> Row:
         """Kill the last rank once every output has noted a layer."""
@@ -123,7 +169,7 @@ class Recipe:
         left = ranks_of(running.pid)
         said = f"exit code {running.returncode} after {time.monotonic() - killed:.1f} s: {line}"
         good = running.returncode == 3 and f"rank {number - 1} of {number}: was ended by SIGKILL" in line and not left
-        return Row(self.model, f"{number}, one killed", killed - begun, 0, said + f" left: {left}" * bool(left), good)
+        return Row(self.what, f"{number}, one killed", killed - begun, 0, said + f" left: {left}" * bool(left), good)
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -161,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--numbers", type=int, nargs="+", help="of ranks, the first 1 (default: those that there are)")
-    parser.add_argument("--models", nargs="+", choices=("dense", "experts"), default=["dense", "experts"])
+    parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS), help="sets, in this order")
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
     if options.device == "cpu":  # where the number of threads decides the bytes, ranks and one alone must have as many
@@ -169,19 +215,21 @@ def main() -> int:
     from small_models import TEXT, make_model  # the tests' small models
 
     work = Path(tempfile.mkdtemp(prefix="qtool-cards-"))
+    models: dict[str, tuple[str, Mapping[str, object]]] = {
+        "dense": ("Llama", SIZES), "experts": ("Qwen3Moe", SIZES | SPARSE), "crews": ("Llama", WIDE)
+    }  # fmt: skip
     rows: list[Row] = []
     try:
         (work / "text.txt").write_text("".join(TEXT.replace("def f", f"def g{number}_") for number in range(24)))
-        make_model(work / "dense" / "model", **SIZES)
-        make_model(work / "experts" / "model", "Qwen3Moe", **(SIZES | SPARSE))
-        numbers = options.numbers or numbers_here(options.device)
-        for model in options.models:
-            recipe = Recipe(work, model, options.device)
-            for number in dict.fromkeys([1, *numbers]):
-                rows.append(show(recipe.run(number, str(number))))
-            if len(numbers) > 1:
-                rows.append(show(recipe.kill(numbers[-1], "killed")))
-                rows.append(show(recipe.run(numbers[-2], "killed")))
+        numbers = sorted({1, *(options.numbers or numbers_here(options.device))})
+        for what in options.only:
+            if what in models:
+                family, sizes = models[what]
+                make_model(work / what / "model", family, "1GB", **sizes)
+            for recipe in recipes_of(work, what, options.device):
+                rows += map(show, recipe.rows(numbers, what in ("dense", "experts")))
+                if what == "scores":
+                    rows += [show(scored(recipe, number)) for number in numbers[1:]]
     finally:
         if options.keep:
             print(work)
@@ -192,9 +240,36 @@ def main() -> int:
     return 0 if good == len(rows) else 1
 
 
+def recipes_of(work: Path, what: str, device: str) -> Iterator[Recipe]:
+    """A set's; of crews one for each output."""
+    model, outputs = str(work / what / "model"), outputs_of(what, device)
+    if what == "scores":
+        yield Recipe(work, what, "qtool-demo", device, SCORED, evaluate=JUDGED)
+    elif what == "crews":
+        for output in outputs:
+            yield Recipe(work, f"crews-{output['method']}", model, device, [output])
+    else:
+        yield Recipe(work, what, model, device, outputs)
+
+
+def scored(recipe: Recipe, number: int) -> Row:
+    """Whether several ranks' scores are those of one, to the digit; the source's on the first, the next one's on the
+    second."""
+    from qtool.runs.record import load_run
+
+    found = [
+        load_run(next((recipe.folder / case / "runs").glob("*/result.json")).parent).summary.models
+        for case in ("1", str(number))
+    ]
+    alone, several = ({name: (model.tasks, model.text) for name, model in models.items()} for models in found)
+    differing = [name for name in alone.keys() | several.keys() if alone.get(name) != several.get(name)]
+    said = f"scores differ: {', '.join(differing)}" if differing else f"scores of {len(alone)} models equal"
+    return Row(recipe.what, f"{number} against 1", 0.0, 0, said, not differing and len(alone) == len(SCORED) + 1)
+
+
 def show(row: Row) -> Row:
     """A line of the table."""
-    print(f"{row.model:8} {row.ranks:>14} ranks {row.seconds:7.1f} s {row.files:4} files  {row.said}", flush=True)
+    print(f"{row.what:10} {row.ranks:>14} ranks {row.seconds:7.1f} s {row.files:4} files  {row.said}", flush=True)
     return row
 
 

@@ -24,7 +24,7 @@ import torch
 from long_lessons import CHECKS
 
 import qtool
-from qtool.runs.along import tokens_text
+from qtool.evaluate.buckets import tokens_text
 from qtool.runs.depths import by_depth, by_length
 from qtool.runs.summary import Summary, TaskSummary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ from qtool.convert.artifact import Artifact
 from qtool.convert.text.long_text import long_text
 from qtool.convert.text.source import TextSource
 from qtool.convert.text.tokenizer import load_tokenizer
+from qtool.evaluate.buckets import buckets_of
 from qtool.evaluate.engines.layered import Sweep
 from qtool.evaluate.scorecard import PositionScore, Settings
+from qtool.recipe.judging import GateSection
+from qtool.recipe.sections import load_recipe
 from qtool.report.along import along_rows
 from qtool.run import run
-from qtool.runs.along import along_summary, buckets_of
+from qtool.runs.along import along_summary
+from qtool.runs.baseline import Measured, _model
+from qtool.runs.compare import compare
+from qtool.runs.gates import judge
 from qtool.runs.record import load_run
+from qtool.runs.summary import ModelSummary, Summary
 
 LENGTH = 1024
 
@@ -177,6 +185,80 @@ def test_report_and_card_show_it(
     assert "## Along a long text" in (tmp_path / "out" / "report.md").read_text()
 
 
+def summaries(found: dict[str, list[float]], condition: str = "") -> dict[str, ModelSummary]:
+    """Models with this KL in every block of 2,048 tokens."""
+    along = {name: along_summary(score(name, [10 * kl for kl in kls], condition), None) for name, kls in found.items()}
+    return {name: ModelSummary(along={condition: one}) for name, one in along.items()}
+
+
+@pytest.mark.parametrize(
+    ("gate", "verdict", "said"),
+    [
+        ({"bucket": "1K-2K"}, "fail", "mean KL 0.3 [0.3, 0.3]: beyond max_kld 0.2"),
+        ({"bucket": "0-512"}, "pass", "mean KL 0.1 [0.1, 0.1]: within max_kld 0.2"),
+        ({}, "undecided", "mean KL 0.2 ["),
+        ({"bucket": "2K-4K"}, "undecided", "of other buckets: 0-512, 512-1K, 1K-2K"),
+        ({"bucket": "1K-2K", "cache": "q8_0"}, "undecided", "no KL was measured along a long text under q8_0"),
+    ],
+)
+def test_a_gate_judges_a_bucket_under_its_own_condition(gate: dict[str, Any], verdict: str, said: str) -> None:
+    models = summaries({"source": [0.0] * 16, "awq": [0.1] * 8 + [0.3] * 8})
+    asked = GateSection.model_validate({"max_kld": 0.2, "long": gate})
+    (found,) = judge(Summary(models=models, comparisons=0, evidence=""), [asked])
+    assert (found.verdict, said in found.reason) == (verdict, True), found.reason
+    assert found.gate.startswith(f"max_kld 0.2 at {gate.get('bucket', 'the long text')}")
+    simulated = summaries({"source": [0.0] * 16, "awq": [0.3] * 16}, "q8_0, simulated")
+    (other,) = judge(
+        Summary(models=simulated, comparisons=0, evidence=""),
+        [GateSection.model_validate({"max_kld": 0.2, "long": {"cache": "q8_0", "bucket": "0-512"}})],
+    )
+    assert (other.verdict, other.gate) == ("fail", "max_kld 0.2 at 0-512, q8_0")
+
+
+def measured(kls: list[float], condition: str = "", digest: str = "d") -> Measured:
+    along = along_summary(score("awq", [10 * kl for kl in kls], condition).model_copy(update={"digest": digest}), None)
+    return _model("key", ModelSummary(along={condition: along}))
+
+
+def test_two_runs_are_compared_by_bucket_and_never_across_conditions() -> None:
+    """Blocks are paired: a rise of the same 0.1 in blocks that differ widely is shown, where it is."""
+    before = [0.1 + 0.2 * (i % 5) for i in range(16)]
+    after = [*before[:8], *(kl + 0.1 for kl in before[8:])]
+    changes = compare([("awq", measured(before), measured(after))], same_source=True)
+    assert [(change.what, change.shown) for change in changes] == [
+        ("KL to source at 0-512", "no loss shown"), ("KL to source at 512-1K", "no loss shown"),
+        ("KL to source at 1K-2K", "worse"),
+    ]  # fmt: skip
+    assert changes[2].change == "rose by 0.1000 [0.1000, 0.1000] nats a token on 8 blocks"
+    crossed = compare([("awq", measured(before), measured(after, "q8_0, simulated"))], same_source=True)
+    assert [(change.what, change.note) for change in crossed] == [
+        ("long text", "only A was measured"), ("long text @ q8_0, simulated", "only B was measured"),
+    ]  # fmt: skip
+    with pytest.raises(QtoolError, match="long text: other texts"):
+        compare([("awq", measured(before), measured(after, digest="e"))], same_source=True)
+    apart = compare([("awq", measured(before), measured(after))], same_source=False)
+    assert [(change.what, change.shown) for change in apart][2] == ("perplexity at 1K-2K", "worse")
+    broken = compare([("awq", measured(before), measured([*before[:15], math.nan]))], same_source=True)
+    assert [(change.shown, change.note) for change in broken][2] == ("worse", "not a number in B")
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"max_kld": 1, "long": {"bucket": "64K-128K"}}, "the long text has 0-256, 256-512, 512-1K"),
+        ({"max_kld": 1, "long": {"cache": "q4_0"}}, "a gate is about q4_0, and `conditions:` has q8_0"),
+        ({"max_drop": 1, "long": {}}, "`long:` of a gate goes with `max_kld:`"),
+    ],
+)
+def test_a_gate_about_what_is_not_measured_is_refused(
+    gate: dict[str, Any], said: str, write_recipe: Callable[..., Path], model: Path, repository: Path
+) -> None:
+    asked = {"long": {"text": str(repository), "length": LENGTH}, "conditions": [{"cache": "q8_0"}]}
+    path = write_recipe(model=str(model), evaluate=asked, gates=[gate])
+    with pytest.raises(QtoolError, match=re.escape(said)):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -191,6 +273,17 @@ def test_report_and_card_show_it(
             "llama.cpp rolls no window; take engine reference",
         ),
         ({"conditions": [{"cache": "q8_0"}]}, "put `long:` and `tasks:` again, and neither is there"),
+        (
+            {"conditions": [{"window": {"sink": 4, "recent": 1020}}], "tasks": TASKS},
+            r"window 4\+1020 keeps all of the 1,024 tokens .* smaller `recent:`",
+        ),
+        (
+            {"tasks": [{"task": "long-call", "made": {"lengths": [512, 900]}}], "max_new_tokens": 64},
+            r"long-call: a prompt of 900 tokens and an answer of 64 .* context, 1,024 .*; `lengths:` up to 704 fit",
+        ),
+        ({"long": {"text": "SHORT", "length": 1000}}, r"tokens of this model; 1,000 are asked for. Set `length: \d+`"),
+        ({"long": {"text": "heldout-code", "length": 385}}, "length: 385 leaves one token to its last block of 128"),
+        ({"text": {"text": "heldout-code", "length": 2048}}, "text: windows of 2048 tokens are longer than"),
         ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
         ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}], "tasks": TASKS}, "says fp8 twice"),
     ],
@@ -198,10 +291,15 @@ def test_report_and_card_show_it(
 def test_what_cannot_be_is_refused_before_work(
     asked: dict[str, Any], said: str, write_recipe: Callable[..., Path], model: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "short.py").write_text("def f(x):\n    return x\n" * 9)
+    asked = {key: value | {"text": str(tmp_path / "short.py")} if value == {"text": "SHORT", "length": 1000} else value
+             for key, value in asked.items()}  # fmt: skip
     path = write_recipe(model=str(model), evaluate=asked)
-    with pytest.raises(QtoolError, match=said):
+    with pytest.raises(QtoolError, match=said) as error:
         run(path, tmp_path / "runs", device="cpu")
     assert not (tmp_path / "artifacts").exists()
+    result = CliRunner().invoke(main, ["run", str(path), "--dry-run", "--device", "cpu"])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (2, f"Error: {error.value.message}".splitlines()[-1])
 
 
 def test_blocks_that_do_not_divide_heads_are_refused(

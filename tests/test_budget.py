@@ -4,6 +4,7 @@ survey tells against derivatives that autograd computes on the whole model."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qtool.convert.skeleton import build_skeleton, load_config
 from qtool.convert.verify.checks import verify
 from qtool.evaluate.engines.llama_cpp import serve
 from qtool.evaluate.engines.torch_model import load_model
-from qtool.make import budgets, needs
+from qtool.make import budgets, measured, needs
 from qtool.make.job import Job, artifact_key, open_job
 from qtool.make.mixes import planned
 from qtool.make.outputs import make_artifacts
@@ -35,7 +36,7 @@ from qtool.quantize.methods.method import LayerCodes
 from qtool.quantize.precision import fast_bfloat16
 from qtool.quantize.ranks import ALONE
 from qtool.quantize.source_model import SourceModel
-from qtool.quantize.survey import TABLE, Survey, telling
+from qtool.quantize.survey import TABLE, Begun, Survey, telling
 from qtool.quantize.walk import LayerResult
 from qtool.recipe.sections import checked_recipe
 
@@ -152,6 +153,57 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     (again,) = made(job_of(model, tmp_path / "b", asked)).values()
     assert gguf_of(again).read_bytes() == gguf_of(whole).read_bytes()
     assert (again.path / "budget.json").read_bytes() == (whole.path / "budget.json").read_bytes()
+
+
+@pytest.mark.parametrize("layer", [1, 0])
+def test_a_survey_that_is_killed_goes_on(
+    layer: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once the matrices from ``layer`` on are measured: these are not measured again, and all costs are as they
+    would have been."""
+    asked = {"rounding": "ggml", "budget": {"target_bpw": 4.6}}
+
+    def kept(folder: Path) -> list[bytes]:
+        return [path.read_bytes() for path in (folder / budgets.FOLDER).iterdir()]
+
+    budgets.decided(job_of(model, tmp_path / "a", asked), TEXT)
+    real = measured.keeper
+
+    def dying(path: Path, made_from: str) -> Callable[[Begun], None]:
+        def keep(begun: Begun) -> None:
+            real(path, made_from)(begun)
+            if begun.layer == layer:
+                raise KeyboardInterrupt
+
+        return keep
+
+    monkeypatch.setattr(budgets, "keeper", dying)
+    with pytest.raises(KeyboardInterrupt):
+        budgets.decided(job_of(model, tmp_path / "b", asked), TEXT)
+    monkeypatch.setattr(budgets, "keeper", real)
+    layers: list[int] = []
+    back = Survey._back
+    monkeypatch.setattr(Survey, "_back", lambda self, index, *rest: (layers.append(index), back(self, index, *rest))[1])
+    budgets.decided(job_of(model, tmp_path / "b", asked), TEXT)
+    assert layers == list(reversed(range(layer)))
+    assert kept(tmp_path / "b") == kept(tmp_path / "a")  # and nothing else is left there
+
+
+@pytest.mark.parametrize("damage", ["cut", "other text"])
+def test_what_a_killed_survey_left_is_not_trusted(
+    damage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "under.begun"
+    measured.keeper(place, "this")(Begun(1, {"lm_head": {"Q8_0": 0.5}}, [torch.ones(1, 2, 3)]))
+    whole = measured.begun_at(place, "this")
+    assert whole is not None
+    assert (whole.layer, whole.costs) == (1, {"lm_head": {"Q8_0": 0.5}})
+    assert torch.equal(whole.gradients[0], torch.ones(1, 2, 3))
+    if damage == "cut":
+        place.write_bytes(place.read_bytes()[:-5])
+    assert measured.begun_at(place, "this" if damage == "cut" else "that") is None
+    assert not place.exists()
+    assert ("damaged" in capsys.readouterr().err) == (damage == "cut")
 
 
 def test_a_mix_by_hand_is_the_same_file(model: Path, tmp_path: Path) -> None:

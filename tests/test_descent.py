@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.quantize import descent
 from qtool.quantize import rounding as gptq
 from qtool.quantize import scaling as awq
-from qtool.quantize.descent import Chosen, Group, Levels
+from qtool.quantize.chosen import Chosen, Group, Levels
 from qtool.quantize.grid import GridSpec, stored
 
 NF4 = (

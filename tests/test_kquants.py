@@ -9,7 +9,8 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
-from qtool.quantize.methods import ggml, kquants
+from qtool.convert.formats.gguf.ggml_fields import pack
+from qtool.quantize.methods import ggml, kquants, low_bits
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels run on an accelerator only")
 ROWS = torch.tensor([[0.0], [1.0], [-0.25], [3e4], [1e-6], [1e-20], [1e-30], [1e-42]])
@@ -48,6 +49,44 @@ def test_the_bytes_are_ggmls(type_name: str, weighed: bool) -> None:
         weight = weights(kind)
         weight[5] = 0
         assert kquants.quantize(weight, type_name, row).equals(ggml.quantize_ggml(weight, type_name, row)), kind
+
+
+@pytest.mark.parametrize("type_name", low_bits.TYPES)
+def test_the_bytes_of_low_bits_are_ggmls(type_name: str) -> None:
+    """At the ends of float32, too; and they are read as the gguf package reads them, and packed again."""
+    pytest.importorskip("xllamacpp")
+    gguf: Any = pytest.importorskip("gguf")
+    row = importance()
+    for kind in (*KINDS, "constant", "scales"):
+        weight = weights(kind)
+        weight[5] = 0
+        ours, theirs = low_bits.quantize(weight, type_name, row), ggml.quantize_ggml(weight, type_name, row)
+        assert ours.equals(theirs), kind
+        values = gguf.quants.dequantize(ours.data.numpy(), gguf.GGMLQuantizationType[type_name])
+        assert torch.equal(ours.dequantize(), torch.from_numpy(values)), kind
+        assert torch.equal(pack(ours.fields(), type_name).view_as(ours.data), ours.data)
+
+
+@pytest.mark.parametrize("type_name", low_bits.TYPES)
+def test_no_row_makes_a_block_of_low_bits_infinite(type_name: str) -> None:
+    extremes = torch.tensor([3e38, -3e38, 1e-45, 65504, -1e20, 1e10, 0, 1])
+    weight = extremes.repeat(8, 32) * torch.tensor([1, -1, 1e-3, 1e-8, 1e-20, 1e-30, 1e-38, 0])[:, None]
+    for row in (torch.rand(256), torch.zeros(256), torch.rand(256) * 1e30, torch.rand(256) * 1e-40):
+        assert low_bits.quantize(weight, type_name, row).dequantize().isfinite().all()
+
+
+@cuda
+@pytest.mark.parametrize("type_name", low_bits.TYPES)
+def test_kernels_give_the_bytes_of_low_bits(type_name: str) -> None:
+    row = importance()
+    for kind in (*KINDS, "constant", "scales"):
+        weight = weights(kind)
+        weight[5] = 0
+        plain = low_bits.quantize(weight, type_name, row)
+        kernel = ggml.quantize_ggml(weight.cuda(), type_name, row.cuda())
+        assert kernel.data.is_cuda
+        assert kernel.to(torch.device("cpu")).equals(plain), kind
+        assert torch.equal(kernel.dequantize().cpu(), plain.dequantize())
 
 
 @pytest.mark.parametrize("weighed", [True, False])

@@ -21,6 +21,7 @@ from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.layered import Sweep
 from qtool.evaluate.engines.streamed import StreamedModel, open_streamed
 from qtool.evaluate.engines.sweep_memory import peak_bytes, queries_of, require_memory
+from qtool.evaluate.engines.torch_model import load_model, logits_of
 
 LENGTH = 640
 LONG = {"max_position_embeddings": 1024}
@@ -63,6 +64,28 @@ def test_every_position_as_transformers_computes_it(
     """Chunks of queries, full and sliding layers, scores with and without a cap, experts, another rotation."""
     folder = model_maker(tmp_path / "model", architecture, **(LONG | changes))
     torch.testing.assert_close(swept(folder, tmp_path / "states"), whole(folder, text()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "scaling"),
+    [
+        (256, {"rope_type": "dynamic", "factor": 4.0}),
+        (
+            1024,
+            {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 256,
+             "short_factor": [1.0] * 16, "long_factor": [4.0] * 16},
+        ),
+    ],
+)  # fmt: skip
+def test_a_rotation_that_depends_on_the_length_is_that_of_the_whole_text(
+    length: int, scaling: dict[str, Any], model_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layer by layer, and in a loaded model's chunks of 512: as one forward over all 640 tokens."""
+    folder = model_maker(tmp_path / "model", max_position_embeddings=length, rope_scaling=scaling)
+    expected = whole(folder, text())
+    torch.testing.assert_close(swept(folder, tmp_path / "states"), expected, rtol=1e-4, atol=1e-4)
+    loaded = load_model(Artifact.open(folder).read(), load_config(folder), torch.device("cpu"))
+    torch.testing.assert_close(torch.cat(list(logits_of(loaded)(text()))), expected, rtol=1e-4, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):
@@ -108,10 +131,10 @@ def test_a_killed_sweep_goes_on_behind_its_last_layer(
     place = tmp_path / "states"
     with pytest.raises(KeyboardInterrupt):
         Sweep(streamed(folder), 96, place, every=0.0).states(text())
-    assert [path.name for path in place.iterdir()] == ["00002.safetensors"]
+    assert [path.name for path in place.iterdir()] == ["00002-0-of-1.safetensors"]
     assert torch.equal(swept(folder, place), expected)
     assert read == [0, 1, 2, 2, 3]
-    (place / "00004.safetensors").write_bytes(b"damaged")  # everything again
+    (place / "00004-0-of-1.safetensors").write_bytes(b"damaged")  # everything again
     assert torch.equal(swept(folder, place), expected)
 
 

@@ -38,6 +38,7 @@ DOWNHILL: dict[str, tuple[str, ...]] = {
         "runs",
         "sizing",
         "recipe",
+        "context",
     ),
     "convert": ("verify", "artifact", "formats", "runtimes", "skeleton", "models", "text", "files"),
     "quantize": ("walk", "memory", "methods", "rounding", "scaling", "grid", "statistics", "precision", "ranks"),

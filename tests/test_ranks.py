@@ -20,6 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from moe_models import MIXTURES
+from ranked import CREWS, NUMBERS
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, make_model
 
@@ -77,16 +78,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "experts", "Qwen2Moe", **MIXTURES["Qwen2Moe"])
     damaged(dense, folder / "nan", "model.layers.1.mlp.up_proj.weight", not_a_number)
     damaged(dense, folder / "loud", "model.layers.0.post_attention_layernorm.weight", lambda tensor: tensor * 1e5)
-    (folder / "ports.json").write_text(json.dumps(free_ports(18)))
+    (folder / "ports.json").write_text(json.dumps(free_ports(60)))
     environment = os.environ | QUIET | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(HERE / "ranked.py"), str(folder)]
     running = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(3)
+        for rank in range(4)
     ]
     try:
         for one in running:
-            _, said = one.communicate(timeout=300)
+            _, said = one.communicate(timeout=600)
             assert one.returncode == 0, said[-3000:]
     finally:
         for one in running:
@@ -116,6 +117,27 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(made: Path, case: str) -> No
     assert any(name.endswith(".safetensors") for name in alone)
     for number in numbers:
         assert sums(made / f"{case}-{number}") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CREWS)
+def test_bytes_do_not_depend_on_who_helps(made: Path, case: str) -> None:
+    """Ranks without an output of their own round with an owner: pieces of rows, candidates of a search, figures of a
+    record. `pairs`: two crews of two side by side."""
+    numbers = NUMBERS[case]
+    assert set().union(*(said(made, case, number) for number in numbers)) == {""}
+    alone = sums(made / f"{case}-1")
+    assert sum(name.endswith("qtool.json") for name in alone) == len(CREWS[case])
+    for number in numbers:
+        assert sums(made / f"{case}-{number}") == alone
+
+
+@pytest.mark.slow
+def test_another_crew_goes_on(made: Path) -> None:
+    """Begun by four ranks, finished by two."""
+    assert said(made, "rejoined", 4) == {"stopped"}
+    assert said(made, "rejoined", 2) == {""}
+    assert sums(made / "rejoined") == sums(made / "awq-1") != {}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from qtool.make.needs import Resources
 from qtool.preparing import prepare
 from qtool.quantize.methods.method import Method
 from qtool.quantize.methods.table import METHODS
-from qtool.quantize.rehearsal import LAYERS, UNIT, Wanted, reduced, rehearse
+from qtool.quantize.rehearsal import LAYERS, UNIT, Wanted, reduced, rehearse, try_types
 
 OUTPUTS: list[dict[str, Any]] = [
     {"method": "awq", "group_size": 64}, {"method": "gptq", "group_size": 64, "bits": 8, "propagate_error": False},
@@ -151,3 +151,64 @@ def test_rehearsals_end_with_the_block_and_never_fail_it(job: Job, monkeypatch: 
     assert all(process.returncode for process in started)
     with pytest.raises(ValueError, match="of the run"), rehearsing.rehearsing(job):
         raise ValueError("of the run")
+
+
+def test_the_types_of_budgets_are_rehearsed_side_by_side(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else, once for budgets that round alike; no type without a loss."""
+    with_room(monkeypatch, 40)
+    monkeypatch.setattr(rehearsing.os, "cpu_count", lambda: 16)
+    wanted = [{"method": "gguf", "name": f"b{bits}", "budget": {"target_bpw": bits}} for bits in (5, 6)]
+    methods = [METHODS["gguf"].model_validate(one) for one in wanted]
+    outputs = [replace(job.outputs[3], method=method, folder=job.outputs[3].folder / method.name) for method in methods]
+    found = rehearsing._worth(replace(job, outputs=(*outputs, job.outputs[0])))
+    assert [list(one.widths) for one in found[:-1]] == [
+        [kind] for kind in ("IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+    ]
+    assert found[-1].outputs[0]["name"] == "awq"
+    assert all(width >= 256 and width % 256 == 0 for one in found[:-1] for own in one.widths.values() for width in own)
+    monkeypatch.setattr(rehearsing.os, "cpu_count", lambda: 2)
+    found = rehearsing._worth(replace(job, outputs=tuple(outputs)))
+    assert sorted(kind for one in found for kind in one.widths) == sorted(
+        ("IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+    )
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "kinds"),
+    [({"method": "gguf"}, ("Q2_K", "IQ4_XS", "Q8_0")), ({"method": "gptq"}, ("int4-g128", "int8-g128"))],
+)
+def test_types_are_tried_as_a_survey_tries_them(section: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    pytest.importorskip("xllamacpp")
+    wanted = Wanted(
+        config={}, dtype="bfloat16", outputs=[section], device="cpu", widths={kind: [256] for kind in kinds}
+    )
+    tried = list(try_types(wanted))
+    assert [list(one.shape) for one in tried] == [[2, 256, 256], [256, 256]] * len(kinds)
+
+
+def test_a_survey_waits_for_the_type_that_it_needs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+
+    class Process:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self, timeout: float | None = None) -> None:
+            waited.append(self.name)
+
+        def kill(self) -> None:
+            pass
+
+    def start(wanted: Wanted, mark: Path) -> Any:
+        return Process(",".join(wanted.widths))
+
+    monkeypatch.setattr(rehearsing, "_start", start)
+    one = Wanted(config={}, dtype="float32", outputs=[], device="cpu")
+    worth = [one.model_copy(update={"widths": {kind: [256]}}) for kind in ("Q4_K", "Q5_K")]
+    monkeypatch.setattr(rehearsing, "_worth", lambda _: worth)
+    with rehearsing.rehearsing(job) as rehearsals:
+        rehearsals.ready("Q5_K")
+        assert waited == ["Q5_K"]
+        rehearsals.ready("BF16")
+        assert waited == ["Q5_K"]

@@ -20,8 +20,8 @@ from qtool.convert.models.feeds import Norm
 from qtool.convert.models.shape import decoder_of
 from qtool.quantize import descent, experts, grid, rounding, scaling, source_model
 from qtool.quantize.capture import advance
+from qtool.quantize.chosen import Levels
 from qtool.quantize.collecting import mean_squares
-from qtool.quantize.descent import Levels
 from qtool.quantize.experts import Routed
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods import gguf, kquant_rounding, kquants

@@ -116,6 +116,10 @@ class Format(Protocol):
     def expands(self) -> bool:
         """Whether engines expand a whole matrix to 16 bits before they use it."""
 
+    @property
+    def proves_tokens(self) -> bool:
+        """Whether the file holds a tokenizer, which is compared with the model's by a runtime that loads it."""
+
     def of_model(self, decoder: Decoder) -> Format:
         """The same, told of what the model leaves unquantized. Raises QtoolError where no runtime reads
         experts in it."""

@@ -63,6 +63,11 @@ class Shards:
         """As the container says."""
         return self.container.EXPANDS
 
+    @property
+    def proves_tokens(self) -> bool:
+        """A reader takes the tokenizer's own files."""
+        return False
+
     def of_model(self, decoder: Decoder) -> Shards:
         """As the container says it. Raises QtoolError where that holds no experts, and for linears that cannot be
         stored as asked."""

@@ -13,15 +13,9 @@ import torch
 from qtool import QtoolError
 from qtool.convert.files.reading import named, open_file
 from qtool.convert.text.bounded import ANSWER, SECONDS, Overrun, bounded
-from qtool.convert.text.source import SHORTEST, TextSource
+from qtool.convert.text.source import CODE, FILE_LIMIT, SHORTEST, TextSource
 from qtool.convert.text.windows import LONGEST, pieces, read_rows, rendered, require_rows
 
-CODE = (
-    *(".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java"),
-    *(".kt", ".rb", ".php", ".sh", ".sql", ".cs", ".swift", ".scala", ".lua", ".jl", ".r", ".md", ".rst", ".txt"),
-    *(".toml", ".yaml", ".yml", ".html", ".css"),
-)
-FILE_LIMIT = 2 * 10**6  # bytes: larger ones are data
 APART = "\n\n"  # between files, and between rows
 BYTES_A_TOKEN = 64  # more text than this for each token that is wanted is not read
 

@@ -7,6 +7,12 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 SHORTEST = 8  # tokens of a window
+CODE = (
+    *(".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java"),
+    *(".kt", ".rb", ".php", ".sh", ".sql", ".cs", ".swift", ".scala", ".lua", ".jl", ".r", ".md", ".rst", ".txt"),
+    *(".toml", ".yaml", ".yml", ".html", ".css"),
+)
+FILE_LIMIT = 2 * 10**6  # bytes: larger ones are data
 
 
 class TextSource(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from qtool.evaluate.engines.condition import Condition
 from qtool.evaluate.engines.engine import Completion, Decoding, Request
+from qtool.evaluate.engines.rotation import rotated_for
 from qtool.evaluate.engines.sampling import sample, shared_noise
 
 CHECK_EVERY = 8  # decoding steps between looks at the text for a stop
@@ -66,13 +68,15 @@ class Rows:
     @torch.inference_mode()  # not around `decode`: a generator would leave the mode on for its consumer
     def _forward(self, step: int) -> list[int]:
         behind = self.mask.shape[1] - self.input.shape[1]
-        for part, positions in zip(self.input.split(PREFILL, 1), self.positions.split(PREFILL, 1), strict=True):
-            behind += part.shape[1]
-            mask = self.cache.mask(part.shape[1], next(self.model.parameters()))
-            output = self.model(
-                input_ids=part, attention_mask=self.mask[:, :behind] if mask is None else mask, position_ids=positions,
-                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
+        parts = zip(self.input.split(PREFILL, 1), self.positions.split(PREFILL, 1), strict=True)
+        with nullcontext() if step else rotated_for(self.model, self.mask.shape[1]):
+            for part, positions in parts:
+                behind += part.shape[1]
+                mask = self.cache.mask(part.shape[1], next(self.model.parameters()))
+                output = self.model(
+                    input_ids=part, attention_mask=self.mask[:, :behind] if mask is None else mask,
+                    position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
         logits = output.logits[:, -1]
         if self.decoding.temperature > 0:
             noise = shared_noise(self.seeds, step, logits.shape[-1])

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from qtool.convert.files.durable import write_whole
 from qtool.evaluate.engines.cache import KeptCache, make_layer
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import CHUNK
+from qtool.evaluate.engines.kept_states import KeptStates
+from qtool.evaluate.engines.rotation import rotated_for
+from qtool.evaluate.engines.share import ALONE, Share, SharedLayer
 from qtool.evaluate.engines.streamed import StreamedModel
 
 EVERY = 60.0  # seconds of work that a kill may cost, beside the layer in work
@@ -32,34 +32,40 @@ FORWARDED = ("attention_type", "layer_type", "is_sliding")  # what some models a
 
 @dataclass(frozen=True)
 class Sweep:
-    """``model`` under ``condition``; ``chunk``: queries at a time; ``folder``: where hidden states lie meanwhile;
-    ``every``: seconds between two savings; ``progress``: called after each layer."""
+    """``model`` under ``condition``; ``queries``: at a time, at most; ``folder``: where hidden states lie meanwhile;
+    ``every``: seconds between two savings; ``progress``: called after each layer; ``share``: this rank's of the text's
+    positions."""
 
     model: StreamedModel
-    chunk: int
+    queries: int
     folder: Path
     condition: Condition = PLAIN
     every: float = EVERY
     progress: Callable[[], None] = lambda: None
+    share: Share = ALONE
 
     @torch.inference_mode()
     def states(self, window: Tensor) -> Tensor:
-        """Hidden states ``[length, hidden]`` behind the last norm, of ``window`` int64 ``[length]``, on the model's
-        device. Raises QtoolError where the model lacks a tensor."""
-        layers = self.model.layers
-        done, states = self._found(len(window))
-        if states is None:
-            states = self._embedded(window)
-        for _ in range(done):
-            self.progress()
-        saved = time.monotonic()
-        for number in range(done, len(layers)):
-            self._advance(number, states)
-            self.progress()
-            last = number + 1 == len(layers)
-            if last or time.monotonic() - saved > self.every:
-                self._save(number + 1, states)
-                saved = time.monotonic()
+        """Hidden states ``[positions, hidden]`` behind the last norm, of ``window`` int64 ``[length]``, on the model's
+        device: those of the chunks that `Share.starts` names. Raises QtoolError where the model lacks a tensor."""
+        length, count = len(window), len(self.model.layers)
+        own = self.share.own(length, self.share.chunk(length, self.queries))
+        kept = KeptStates(self.folder, self.share)
+        done, states = kept.found(own, length, self.model.where)
+        with rotated_for(self.model.body, length):
+            if states is None:
+                states = self._embedded(window[own], length)
+            for _ in range(done):
+                self.progress()
+            saved = time.monotonic()
+            for number in range(done, count):
+                self._advance(number, states, length)
+                self.progress()
+                due = number + 1 == count or time.monotonic() - saved > self.every
+                if any(self.share.tell(due)):
+                    kept.save(number + 1, states, own)
+                    saved = time.monotonic()
+        states = self.share.for_head(states, length, self.share.chunk(length, self.queries))
         for start in range(0, len(states), CHUNK):
             states[start : start + CHUNK] = self.model.last_norm(states[start : start + CHUNK])
         return states
@@ -74,33 +80,39 @@ class Sweep:
         """What was kept meanwhile is needed no longer."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _embedded(self, window: Tensor) -> Tensor:
+    def _embedded(self, tokens: Tensor, length: int) -> Tensor:
         """What the model feeds to its first layer."""
-        cache = self._cache(len(window))
-        parts = [self._asked(0, cache, {"input_ids": part[None].to(self.model.where)}) for part in window.split(CHUNK)]
+        _, cache = self._cache(length)
+        parts = [self._asked(0, cache, {"input_ids": part[None].to(self.model.where)}) for part in tokens.split(CHUNK)]
         return torch.cat([part.hidden[0] for part in parts])
 
-    def _advance(self, number: int, states: Tensor) -> None:
-        """All positions through a layer, in place."""
-        cache = self._cache(len(states))
+    def _advance(self, number: int, states: Tensor, length: int) -> None:
+        """All own positions through a layer, in place."""
+        kept, cache = self._cache(length)
         layer = self.model.fill(number)
         try:
-            for start in range(0, len(states), self.chunk):
-                part = states[start : start + self.chunk][None]
-                arguments = self._asked(number, cache, {"inputs_embeds": part}).arguments
-                mask = cache.mask(part.shape[1], part)
-                if mask is not None:
-                    arguments["attention_mask"] = mask
-                output = layer(part, **arguments)
-                states[start : start + self.chunk] = (output[0] if isinstance(output, tuple) else output)[0]
-                del arguments, mask, output
+            start = 0
+            for spans in self.share.steps(length, self.share.chunk(length, self.queries)):
+                end = start + len(spans[self.share.rank])
+                if kept.begin(spans):
+                    part = states[start:end][None]
+                    arguments = self._asked(number, cache, {"inputs_embeds": part}).arguments
+                    mask = kept.mask(part.shape[1], part)
+                    if mask is not None:
+                        arguments["attention_mask"] = mask
+                    output = layer(part, **arguments)
+                    states[start:end] = (output[0] if isinstance(output, tuple) else output)[0]
+                    del arguments, mask, output
+                start = end
         finally:
             layer.to("meta")
 
-    def _cache(self, length: int) -> KeptCache:
-        """Every layer's is the one at work: the model's own code asks any of them how much it has seen."""
+    def _cache(self, length: int) -> tuple[SharedLayer, KeptCache]:
+        """What the layer at work keeps, and the same in each layer's place: the model's own code asks any of them how
+        much it has seen."""
         own = make_layer(self.model.model, self.condition, length)
-        return KeptCache([own] * len(self.model.layers), self.condition)
+        shared = SharedLayer(own, self.share, self.share.chunk(length, self.queries))
+        return shared, KeptCache([shared] * len(self.model.layers), self.condition)
 
     def _asked(self, number: int, cache: KeptCache, given: dict[str, Any]) -> _Recorder:
         """What the model hands to a layer for a chunk: its own forward, with stand-ins for all layers."""
@@ -112,27 +124,6 @@ class Sweep:
         finally:
             body.layers = layers
         return recorders[number]
-
-    def _found(self, length: int) -> tuple[int, Tensor | None]:
-        """(layers done, hidden states behind them) of an earlier run; damaged ones are made again."""
-        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
-            try:
-                with safe_open(path, framework="pt", device=str(self.model.where)) as file:
-                    states = file.get_tensor("states")
-                if len(states) == length and path.stem.isdecimal():
-                    return int(path.stem), states
-            except (SafetensorError, OSError, ValueError):
-                continue
-        return 0, None
-
-    def _save(self, done: int, states: Tensor) -> None:
-        path = self.folder / f"{done:05}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = list(self.folder.glob("*.safetensors"))
-        write_whole(path, save({"states": states.cpu()}))
-        for other in earlier:
-            if other != path:
-                other.unlink()
 
 
 class _Recorder(nn.Module):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.convert.formats.gguf.stops import KNOWN, MARKS, SOMETIMES
-from qtool.evaluate.engines.llama_cpp import serve
+from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.engines.llama_cpp import compute_buffer, serve, sliding_cells
 from qtool.evaluate.engines.server import tokenize
 
 CORPUS = (
@@ -31,6 +32,7 @@ AROUND = (
     "a {} b", "a{}b", " {}", "{} ", "{}{}", "{} {}", "x\n{}\ny", "x\n\n  {}  \n\ny", "({})", "1{}2", "\t{}\t",
     "\u00e9{}\u00e9", "_{}_", ".{},", "  {}{}  ",
 )  # fmt: skip
+CONTEXT = 256  # the least that llama.cpp takes; it keeps a cache of so many tokens in each layer
 TOGETHER = 50  # tokens to a text: one that differs is looked at piece by piece
 OVERLAPS = 2000
 
@@ -70,7 +72,7 @@ def prove_tokens(file: Path, tokenizer: Any, without: Collection[str] = (), prom
     tokens = [text for text in added if text and text not in without]
     pieces = sorted((KNOWN | SOMETIMES | MARKS) & tokenizer.get_vocab().keys() - added.keys())
     added |= dict.fromkeys(pieces, "special to llama.cpp by its text alone")
-    with serve(file, 512, repack=False) as url:  # no weight is looked at: they may still be missing
+    with serve(file, CONTEXT, repack=False) as url:  # no weight is looked at: they may still be missing
 
         def differs(text: str, token: str | None = None) -> Difference | None:
             expected = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -91,6 +93,12 @@ def prove_tokens(file: Path, tokenizer: Any, without: Collection[str] = (), prom
                 return Proof(difference, [], len(tokens))
             limits.setdefault(difference.token, difference)
     return Proof(None, list(limits.values()), len(tokens))
+
+
+def proof_bytes(geometry: Geometry) -> int:
+    """Of its own that this process takes for `prove_tokens`: llama.cpp's cache and compute buffer; it maps the file."""
+    cache = 2 * 2 * CONTEXT * geometry.layers * geometry.kv_row  # keys and values in float16
+    return cache + compute_buffer(geometry, CONTEXT, CONTEXT, sliding=sliding_cells(geometry, CONTEXT))
 
 
 def _around(tokens: Sequence[str], differs: Callable[..., Difference | None]) -> Iterator[Difference]:

@@ -33,6 +33,7 @@ from qtool.evaluate.engines.engine import (
     Reading,
     Request,
 )
+from qtool.evaluate.engines.rotation import rotated_for
 
 MOST_TOKENS = 2**16  # of the prompts of a batch
 
@@ -186,7 +187,9 @@ def logits_of(model: nn.Module, condition: Condition = PLAIN) -> Callable[[Tenso
 
             cache = make_cache(model, condition)
         for start in range(0, len(window), CHUNK):
-            yield _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
+            with rotated_for(model, len(window)):
+                logits = _chunk_logits(model, window[start : start + CHUNK].unsqueeze(0).to(device), cache)
+            yield logits
 
     return logits
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qtool import QtoolError
 from qtool.evaluate.engines.condition import Condition
+from qtool.evaluate.engines.rotation import BY_LENGTH
 
 Turn = Callable[[Tensor, Tensor], Tensor]  # keys [batch, heads, n, dim], by how many positions int64 [n] -> turned
 
@@ -59,24 +60,25 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
             torch.cat([values[..., :sink, :].repeat(1, 1, new, 1), values[..., sink:, :]], dim=-2),
         )
 
-    def mask(self, new: int, like: Tensor) -> Tensor:
+    def mask(self, new: int, like: Tensor, seen: int | None = None) -> Tensor:
         """What is added to the scores of the next ``new`` queries: ``[1, 1, new, keys]``, 0 or the least number of
-        ``like``'s dtype, for the keys that `update` will give."""
+        ``like``'s dtype, for the keys that `update` will give. ``seen``: tokens before them (None: as now)."""
         sink, recent, device = self.condition.sink, self.condition.recent, like.device
-        query = torch.arange(self.seen, self.seen + new, device=device).unsqueeze(1)
-        first = max(min(sink, self.seen), self.seen - recent + 1)  # of the kept tokens behind the sinks
-        late = torch.arange(first, self.seen + new, device=device)
-        if self.seen + new <= sink + recent or not sink:
-            at = torch.cat([torch.arange(min(sink, self.seen), device=device), late])
-            seen = (at <= query) & ((at > query - recent) | (at < sink))
+        seen = self.seen if seen is None else seen
+        query = torch.arange(seen, seen + new, device=device).unsqueeze(1)
+        first = max(min(sink, seen), seen - recent + 1)  # of the kept tokens behind the sinks
+        late = torch.arange(first, seen + new, device=device)
+        if seen + new <= sink + recent or not sink:
+            at = torch.cat([torch.arange(min(sink, seen), device=device), late])
+            sees = (at <= query) & ((at > query - recent) | (at < sink))
         else:
             late = late[late >= sink]
             recently = (late <= query) & (late > query - recent)
             place = torch.arange(sink, device=device)
             own = torch.eye(new, dtype=torch.bool, device=device).repeat_interleave(sink, dim=1)
-            seen = torch.cat([own & (place.repeat(new) <= query), recently], dim=1)
+            sees = torch.cat([own & (place.repeat(new) <= query), recently], dim=1)
         least = torch.finfo(like.dtype).min
-        return torch.where(seen, 0.0, least).to(like.dtype)[None, None]
+        return torch.where(sees, 0.0, least).to(like.dtype)[None, None]
 
 
 def _moved(start: int, new: int, condition: Condition, device: torch.device) -> Tensor:
@@ -93,7 +95,7 @@ def turning(model: Any) -> Turn:
     attention = next((m for m in body.modules() if type(m).__name__.endswith("Attention")), None)
     apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
     kind = getattr(rotary, "rope_type", "default")
-    if rotary is None or apply is None or not isinstance(kind, str) or kind in ("dynamic", "longrope"):
+    if rotary is None or apply is None or not isinstance(kind, str) or kind in BY_LENGTH:
         raise QtoolError(f"window: the positions of {type(model).__name__} cannot be turned; leave out `window:`.")
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         raise QtoolError(f"window: layers of {type(model).__name__} slide by themselves; leave out `window:`.")

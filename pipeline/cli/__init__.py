@@ -12,6 +12,7 @@ from qtool import QtoolError
 from qtool.cli import batch as cli_batch
 from qtool.cli import bundle as cli_bundle
 from qtool.cli import cards as cli_cards
+from qtool.cli import context as cli_context
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
 from qtool.cli import observe as cli_observe
@@ -107,7 +108,7 @@ def run(
             log.say(f"recipe: {found.name} of qtool's own (`qtool recipes {found.stem}` prints it)")
         log.say(f"opening {found.name}", event="stage")  # before torch is imported, which takes seconds
         from qtool.make.seat import Seat
-        from qtool.preparing import prepare
+        from qtool.preparing import prepare, require_texts
         from qtool.report import terminal as report
         from qtool.run import run as run_recipe
         from qtool.runs.shelf import check_name
@@ -120,7 +121,9 @@ def run(
     if dry_run:
         if not seat.rank:
             own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
-            _print_plan(prepare(found, own, only, overrides=overrides), runs, max(gpus, seat.number), full)
+            job = prepare(found, own, only, overrides=overrides)
+            require_texts(job)
+            _print_plan(job, runs, max(gpus, seat.number), full)
         return
     with cli_cards.named(seat.rank, seat.number):
         result = run_recipe(found, runs, device, only, profile, overrides, name, force, seat)
@@ -174,6 +177,7 @@ main.add_command(cli_runs.shelf)
 main.add_command(cli_sizing.plan)
 main.add_command(cli_sizing.measure)
 main.add_command(cli_observe.watch)
+main.add_command(cli_context.context)
 main.add_command(cli_batch.batch)
 main.add_command(cli_bundle.bundle)
 main.add_command(cli_serve.serve)

@@ -7,14 +7,12 @@ key means the same bytes, and in the manifest, so that a finished artifact needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from qtool.convert.files.chosen import Chosen, Cost, read_chosen
+from qtool.convert.files.chosen import Chosen, read_chosen
 from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import load, save
 from qtool.convert.files.manifest import MANIFEST, read_manifest
@@ -23,6 +21,7 @@ from qtool.convert.formats.format import ModelFiles
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.convert.skeleton import build_skeleton
 from qtool.make.job import Job, device_kind, versions
+from qtool.make.measured import Measured, begun_at, forget, keeper
 from qtool.make.mixes import beside_of, joined, keeping, limit_of, offers_of, planned, require_room, within
 from qtool.make.needs import refuse_what_cannot_be_measured
 from qtool.make.output import Output, plan_output
@@ -32,7 +31,8 @@ from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.budget import Budget
 from qtool.quantize.ranks import ALONE, Ranks
 from qtool.quantize.source_model import SourceModel
-from qtool.quantize.survey import Costs, Survey
+from qtool.quantize.survey import Survey
+from qtool.quantize.survey_errors import Costs
 from qtool.recipe.checking import digest_of
 from qtool.runs import log
 from qtool.runs.stages import stage
@@ -42,17 +42,12 @@ FACTOR = 1.5  # of the measured divergence over the expected one: docs/budgets.m
 POINTS = 200  # of a curve that is kept
 
 
-class Measured(BaseModel):
-    """What types cost. ``made_from``: a digest of all that decides it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    made_from: str
-    costs: dict[str, dict[str, Cost]]
+Ready = Callable[[str], None]
 
 
-def decided(job: Job, calibration: CalibrationSet, ranks: Ranks = ALONE) -> Job:
-    """The job with types for every matrix of every output. Raises QtoolError for a budget that no mix keeps."""
+def decided(job: Job, calibration: CalibrationSet, ranks: Ranks = ALONE, ready: Ready = lambda _: None) -> Job:
+    """The job with types for every matrix of every output. ``ready``: called before a survey rounds to a type. Raises
+    QtoolError for a budget that no mix keeps."""
     if all(output.method.undecided is None for output in job.outputs):
         return job
     outputs: list[Output] = []
@@ -61,12 +56,13 @@ def decided(job: Job, calibration: CalibrationSet, ranks: Ranks = ALONE) -> Job:
     def decide() -> None:
         for output in job.outputs:
             if output.method.undecided is not None:
-                told.append(_chosen(job, output, output.method.undecided, calibration).model_dump(mode="json"))
+                chosen = _chosen(job, output, output.method.undecided, calibration, ready)
+                told.append(chosen.model_dump(mode="json"))
 
     ranks.own([(0, decide)])
-    chosen = iter(ranks.tell(told)[0])
+    mixes = iter(ranks.tell(told)[0])
     for output in job.outputs:
-        outputs.append(output if output.method.undecided is None else _with(job, output, next(chosen)))
+        outputs.append(output if output.method.undecided is None else _with(job, output, next(mixes)))
     return replace(job, outputs=tuple(outputs))
 
 
@@ -94,7 +90,7 @@ def _shape(job: Job) -> ModelShape:
     return ModelShape(job.checkpoint.tensors, job.decoder, read_config(job.source.path))
 
 
-def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSet) -> Chosen:
+def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSet, ready: Ready) -> Chosen:
     if (finished := _finished(job, output, calibration)) is not None:
         return finished
     made_from = _made_from(job, output, calibration)
@@ -102,8 +98,9 @@ def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSe
     if before is None or before.made_from != made_from:
         _require_room(job, output, budget)
         with stage("measuring types"):
-            before = Measured(made_from=made_from, costs=_measure(job, output, calibration))
+            before = Measured(made_from=made_from, costs=_measure(job, output, calibration, made_from, ready))
         save(_place(job, output), before)
+        forget(_under_way(job, output))
     else:
         log.say(f"{output.name}: costs of types measured before", event="reused", outputs=[output.name])
     return _of_costs(job, output, budget, before.costs)
@@ -171,14 +168,19 @@ def _finished(job: Job, output: Output, calibration: CalibrationSet) -> Chosen |
     return chosen if same and text and here else None
 
 
-def _measure(job: Job, output: Output, calibration: CalibrationSet) -> Costs:
+def _measure(job: Job, output: Output, calibration: CalibrationSet, made_from: str, ready: Ready) -> Costs:
     refuse_what_cannot_be_measured(job)
     model = build_skeleton(job.config, job.recipe.model.trust_remote_code)
     source = SourceModel(model, job.decoder, job.checkpoint, job.device, ALONE)
     types = {module: list(own) for module, own in output.method.offers(_shape(job)).items()}
+    place, layers = _under_way(job, output), len(source.layers)
+    begun = begun_at(place, made_from)
+    if begun is not None:
+        log.say(f"{output.name}: types of {layers - begun.layer} of {layers} layers measured before", event="reused")
     with progress_bar() as bar:
-        task = bar.add_task("measuring what types cost", total=2 * len(source.layers))
-        return Survey(source, output.method, types, lambda: bar.advance(task)).run(calibration)
+        task = bar.add_task("measuring what types cost", total=2 * (layers if begun is None else begun.layer))
+        survey = Survey(source, output.method, types, lambda: bar.advance(task), keeper(place, made_from), ready)
+        return survey.run(calibration, begun)
 
 
 def _files(job: Job) -> ModelFiles:
@@ -208,6 +210,11 @@ def _place(job: Job, output: Output) -> Path:
     text = job.recipe.calibration.model_dump(mode="json")
     about = {"source": job.source.revision or files, "text": text, "output": _asked(output)}
     return named(job.recipe.output_dir) / FOLDER / f"{job.source.name}-{digest_of(about)[:16]}.json"
+
+
+def _under_way(job: Job, output: Output) -> Path:
+    """Where a survey keeps what it can go on from."""
+    return _place(job, output).with_suffix(".begun")
 
 
 def _kept(job: Job, output: Output) -> Measured | None:

@@ -49,8 +49,11 @@ class Resources:
     def short(self) -> list[str]:
         """What is short, a sentence each."""
         lacking = []
+        long = 0 if self.long is None else self.long[1]
+        there = self.host_free if self.device_free is None else self.device_free
         for what, need, free in (
             (f"{self.device} memory", self.device_bytes, self.device_free),
+            (f"{self.device} memory for the long text", long, there),
             ("host memory", self.host_bytes, self.host_free),
             (f"disk at {self.disk_path}", self.disk_bytes, self.disk_free),
         ):
@@ -80,7 +83,7 @@ def needs_of(job: Job, runs: Path | None = None, pending: Sequence[Output] | Non
         disk_free=shutil.disk_usage(parent).free,
         disk_path=str(parent),
         seconds=_seconds(job, outputs, runs) if runs is not None else None,
-        long=_long(job),
+        long=_long(job, cards),
         caches=_caches(job),
     )
 
@@ -102,12 +105,13 @@ def refuse_what_cannot_be_measured(job: Job) -> None:
             )
 
 
-def _long(job: Job) -> tuple[int, int] | None:
+def _long(job: Job, cards: int) -> tuple[int, int] | None:
     asked, shape = job.recipe.evaluate.long, job.decoder.shape
     if asked is None:
         return None
     width = 4 if job.device.type == "cpu" else 2
-    return asked.length, sweep.peak_bytes(shape, asked.length, sweep.queries_of(shape, asked.length), width)
+    queries = sweep.queries_of(shape, asked.length)
+    return asked.length, sweep.peak_bytes(shape, asked.length, queries, width, cards)
 
 
 def _caches(job: Job) -> dict[str, int]:

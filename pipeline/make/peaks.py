@@ -11,11 +11,14 @@ import torch
 from qtool.convert.files.tensor_info import TensorInfo
 from qtool.convert.models.shape import Decoder
 from qtool.convert.text.source import TextSource
+from qtool.evaluate.engines.token_proof import proof_bytes
 from qtool.make.output import Output, owners_of
 from qtool.make.writing import memory
 from qtool.quantize.memory import peak_bytes, score_bytes
+from qtool.quantize.methods.method import members_of
 from qtool.quantize.precision import fast_bfloat16
-from qtool.quantize.survey import survey_bytes
+from qtool.quantize.survey import AHEAD
+from qtool.quantize.survey_memory import survey_bytes
 
 # torch, transformers and the rest in host memory: of the process's own. Measured without a card (docs/benchmarks.md);
 # beside one the driver and its libraries take more, which nobody measured apart.
@@ -45,8 +48,8 @@ class Work:
             return 0, 0
         shapes = {name: info.shape for name, info in self.tensors.items()}
         width = 4 if self.device.type == "cpu" and not fast_bfloat16() else 2
-        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width)
-        return on_device, kept + 2 * self.layer_bytes()
+        on_device, kept = survey_bytes(self.decoder, shapes, self.text.length, width, self.device)
+        return on_device, kept + (1 + AHEAD[self.device.type]) * self.layer_bytes()
 
     def host_peak(self, cards: int = 1) -> int:
         """Bytes of host memory, of all ranks."""
@@ -55,8 +58,13 @@ class Work:
         computing = 0
         if self.device.type == "cpu":
             computing = sum(self.device_peaks(cards)) + cards * memory(self.outputs, self.device) + self._rounded()
-        own = computing + cards * (2 * max(self.layer_bytes(), self._largest()) + LIBRARIES[self.device.type])
-        return own + self.measuring()[1]
+        walking = computing + cards * 2 * max(self.layer_bytes(), self._largest())
+        return cards * LIBRARIES[self.device.type] + max(walking, self._proving()) + self.measuring()[1]
+
+    def _proving(self) -> int:
+        """While the tokens of a file are compared, before the walk and after it: one file at a time."""
+        asked = any(output.container.proves_tokens for output in self.outputs)
+        return proof_bytes(self.decoder.shape) if asked else 0
 
     def disk_bytes(self) -> int:
         """Space that a begun output has reserved already counts as there."""
@@ -68,7 +76,9 @@ class Work:
         scores = score_bytes(self.decoder.shape, text.samples, text.length, device)
         methods = [output.method for output in self.outputs]
         owners = owners_of(self.outputs, ranks)
-        mine = [method for method, owner in zip(methods, owners, strict=True) if owner == rank]
+        crews = members_of(methods, owners, ranks)
+        deals = zip(methods, owners, crews, strict=True)
+        mine = [method for method, owner, crew in deals if owner == rank or (rank in crew and method.needs.gram)]
         return peak_bytes(self.decoder, shapes, methods, text.samples * text.length, device, scores, ranks, mine)
 
     def _rounded(self) -> int:

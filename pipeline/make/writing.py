@@ -11,6 +11,7 @@ import torch
 
 from qtool.convert.files.workers import workers
 from qtool.make.behind import Behind
+from qtool.make.freed import Freed
 from qtool.make.lane import Lane
 from qtool.make.output import Output
 from qtool.make.writer import OutputWriter
@@ -49,7 +50,7 @@ class LayerWriting:
     ) -> None:
         self._writers, self._lane, self._pool = writers, Lane(device), pool
         self._look_again, self._done = look_again, done
-        self._behind = Behind(self._write, "writer")
+        self._freed, self._behind = Freed(), Behind(self._write, "writer")
 
     def give(self, result: LayerResult) -> None:
         """Waits until the layer before is written. Raises what writing it has raised."""
@@ -72,6 +73,7 @@ class LayerWriting:
                 matrix.cancel()
             wait(waiting)
         if result.index is not None:
+            self._freed.give_back()
             self._done()
 
     def _put(self, name: str, given: _Given) -> list[Future[None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 
 from qtool import QtoolError
-from qtool.convert.files.durable import save, set_aside
+from qtool.convert.files.durable import save, set_aside, whole_folder
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import shape_of
 from qtool.convert.text.long_text import LongText, long_text
 from qtool.evaluate import fidelity, positions
+from qtool.evaluate.buckets import BLOCK
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.condition import PLAIN, Condition
-from qtool.evaluate.engines.engine import CHUNK, package_versions
+from qtool.evaluate.engines.engine import package_versions
 from qtool.evaluate.engines.layered import Sweep
 from qtool.evaluate.engines.reference import FACTS
+from qtool.evaluate.engines.share import ALONE, Share
 from qtool.evaluate.engines.streamed import open_streamed
 from qtool.evaluate.engines.sweep_memory import queries_of, require_memory
 from qtool.evaluate.engines.torch_model import compute_dtype
@@ -51,30 +54,30 @@ class Along:
     run: Path
     settings: Settings
     trust_remote_code: bool = False
+    share: Share = ALONE
 
     def __post_init__(self) -> None:
         """Raises QtoolError for all that cannot be done, before anything is."""
         self.shape: Geometry = shape_of(self.config.to_dict())
         width = compute_dtype(self.device).itemsize
-        require_memory(self.shape, self.section.length, width, machine.free_memory(str(self.device)))
-        self.text: LongText = long_text(self.section.source, self.tokenizer, getattr(self.config, "vocab_size", None))
+        require_memory(self.shape, self.section.length, width, machine.free_memory(str(self.device)), self.share.number)
+        self.text: LongText = text_of(self.section, self.config, self.tokenizer)
 
     def score(self, subjects: list[Subject], scores: Scores, watch: Watch) -> None:
-        """Add every model under every condition to ``scores``; the first is the source."""
-        source = subjects[0]
-        known = {
-            (subject.name, condition): self._known(subject, source, condition)
-            for subject in subjects
-            for condition in self.conditions
-        }
-        if any(score is None for score in known.values()) and self._reference(source) is None:
-            known[source.name, PLAIN] = None  # it has to be run again: the others are compared with it
-        for (name, condition), score in known.items():
-            subject = next(one for one in subjects if one.name == name)
-            if score is None:
-                with stage("long text", f"{name} {condition.name}".strip()):
+        """Add every model under every condition to ``scores``; the first is the source. Of several ranks the first
+        knows what is there already, and keeps what they find together."""
+        source, first = subjects[0], self.share.rank == 0
+        asked = [(subject, condition) for subject in subjects for condition in self.conditions]
+        known = [self._known(subject, source, condition) if first else None for subject, condition in asked]
+        if first and None in known and self._reference(source) is None:
+            known[0] = None  # it has to be run again: the others are compared with it
+        wanted = self.share.tell([score is None for score in known])[0]
+        for (subject, condition), score, missing in zip(asked, known, wanted, strict=True):
+            if missing:
+                with stage("long text", f"{subject.name} {condition.name}".strip()):
                     score = self._measure(subject, source, condition, watch)
-            scores.add_positions(stored.keep(self.run, _name(score.key), score, name))
+            if first and score is not None:
+                scores.add_positions(stored.keep(self.run, _name(score.key), score, subject.name))
 
     def _measure(self, subject: Subject, source: Subject, condition: Condition, watch: Watch) -> PositionScore:
         if subject.stream is None:
@@ -85,20 +88,24 @@ class Along:
         model = open_streamed(FACTS, subject.stream, self.config, self.device, self.trust_remote_code)
         work = self.run / "scores" / f"positions-{key[:16]}.states"
         each = watch(f"{named}: {len(tokens):,} tokens, layer by layer", self.shape.layers)
-        sweep = Sweep(model, queries_of(self.shape, len(tokens)), work, condition, progress=each)
+        sweep = Sweep(
+            model, queries_of(self.shape, len(tokens)), work, condition, progress=each, share=self.share
+        )  # fmt: skip
         states = sweep.states(tokens)
         logits = partial(_head, sweep, states)
-        if subject is source and condition == PLAIN and self._reference(source) is None:
-            fidelity.make_reference(logits, tokens[None], self._reference_path(source))
-        step = watch(f"{named}: against the source", -(-len(tokens) // CHUNK))
-        found = positions.along(logits, tokens, fidelity.Reference(self._reference_path(source)), step)
+        if subject is source and condition == PLAIN:
+            self._make_reference(source, logits)
+        step = watch(f"{named}: against the source", len(self.share.starts(len(tokens))))
+        reference = fidelity.Reference(self._reference_path(source))
+        found = positions.along(logits, tokens, reference, step, self.share)
         score = PositionScore(
             key=key, subject=subject.name, digest=self._digest, settings=self._settings(condition),
-            length=len(tokens), block=positions.BLOCK, cache_bytes=cache_bytes(self.shape, condition, len(tokens)),
+            length=len(tokens), block=BLOCK, cache_bytes=cache_bytes(self.shape, condition, len(tokens)),
             seconds=round(time.monotonic() - started, 2), **vars(found),
         )  # fmt: skip
-        save(self.run / "scores" / _name(key), score)
-        sweep.close()
+        if self.share.rank == 0:
+            save(self.run / "scores" / _name(key), score)
+            sweep.close()
         return score
 
     @property
@@ -119,6 +126,20 @@ class Along:
     def _reference_path(self, source: Subject) -> Path:
         return self.runs / "references" / f"long-{self._key(source, source, PLAIN)[:16]}"
 
+    def _make_reference(self, source: Subject, logits: fidelity.Logits) -> None:
+        """Where it is not there. Each rank writes the chunks that it has; the first gives the whole its name."""
+        path, tokens, first = self._reference_path(source), self.text.tokens, self.share.rank == 0
+        if self.share.tell(first and self._reference(source) is not None)[0]:
+            return
+        with ExitStack() as stack:
+            made = str(stack.enter_context(whole_folder(path))) if first else ""
+            folder = Path(self.share.tell(made)[0])
+            chunks = fidelity.logprobs(logits, tokens, self.share.starts(len(tokens)))
+            with torch.inference_mode():
+                fidelity.write_reference(chunks, 0, folder, len(tokens))
+            self.share.tell(None)  # all have written theirs
+        self.share.tell(None)  # it has its name
+
     def _reference(self, source: Subject) -> fidelity.Reference | None:
         """The source's distributions; None where there are none, or where they are damaged: they are set aside."""
         path = self._reference_path(source)
@@ -131,11 +152,22 @@ class Along:
         return found
 
 
+def text_of(section: LongSection, config: Any, tokenizer: Any) -> LongText:
+    """The tokens that are asked for. Raises QtoolError where the text has fewer."""
+    return long_text(section.source, tokenizer, getattr(config, "vocab_size", None))
+
+
 def require_possible(asked: EvaluateSection, shape: Geometry) -> None:
     """Raises QtoolError for a long text, or a condition, that a model of this shape cannot be put under."""
+    most, long = shape.max_context, asked.long
     for one in asked.conditions:
         require_condition(shape, one.condition)
-    most, long = shape.max_context, asked.long
+        held = one.condition.held
+        if held is not None and most is not None and held >= most:
+            raise QtoolError(
+                f"conditions: {one.condition.name} keeps all of the {most:,} tokens that the model was made for "
+                "(max_position_embeddings in config.json), so it lets go of nothing; take a smaller `recent:`."
+            )
     if long is not None and most is not None and long.length > most:
         raise QtoolError(
             f"long: {long.length:,} tokens are more than the {most:,} that the model was made for "

@@ -22,31 +22,46 @@ TEMPLATE = 256  # tokens that a chat template and the question may add to a made
 
 
 def tasks_of(section: EvaluateSection, config: Any = None, tokenizer: Any = None) -> dict[str, Task]:
-    """Name of a task in the recipe -> its problems, those alone that can be solved here. Raises QtoolError where made
-    ones are longer than the model's context, by transformers' ``config``."""
+    """Name of a task in the recipe -> its problems, those alone that can be solved here. Raises QtoolError as
+    `require_lengths`."""
+    require_lengths(section, config)
     found = {}
     for asked in section.tasks:
         task = load_task(
             asked.task, file=asked.file, revision=asked.revision, after=asked.after, before=asked.before,
-            making=_making(asked, section.max_new_tokens, config, tokenizer),
+            making=_making(asked, tokenizer),
         )  # fmt: skip
         found[asked.task] = solvable(subset(task, asked.limit), section.timeout, section.sandbox)
     return found
 
 
-def _making(asked: TaskSection, answer: int, config: Any, tokenizer: Any) -> Making | None:
+def require_lengths(section: EvaluateSection, config: Any) -> None:
+    """Raises QtoolError where made prompts, or windows of the held-out text, are longer than the model's context, by
+    transformers' ``config``: before anything is made or read."""
+    most, answer = getattr(config, "max_position_embeddings", None), section.max_new_tokens
+    if most is None:
+        return
+    room = most - answer - TEMPLATE
+    for asked in section.tasks:
+        lengths = (asked.made or MadeSection()).lengths if asked.task in made() else ()
+        if beyond := [length for length in lengths if length > room]:
+            fits = f"`lengths:` up to {room} fit" if room >= 512 else "no length that is made fits"
+            raise QtoolError(
+                f"tasks: {asked.task}: a prompt of {beyond[0]:,} tokens and an answer of {answer} are more than the "
+                f"model's context, {most:,} (max_position_embeddings in config.json); {fits}."
+            )
+    too_long = [length for length in section.text.lengths if length > most] if section.text else []
+    if too_long:
+        raise QtoolError(
+            f"text: windows of {too_long[0]} tokens are longer than the model's context, {most} "
+            "(max_position_embeddings in config.json)."
+        )
+
+
+def _making(asked: TaskSection, tokenizer: Any) -> Making | None:
     if asked.task not in made():
         return None
     given = asked.made or MadeSection()
-    most = getattr(config, "max_position_embeddings", None)
-    room = None if most is None else most - answer - TEMPLATE
-    beyond = [length for length in given.lengths if room is not None and length > room]
-    if beyond and room is not None:
-        fits = f"`lengths:` up to {room} fit" if room >= 512 else "no length that is made fits"
-        raise QtoolError(
-            f"tasks: {asked.task}: a prompt of {beyond[0]:,} tokens and an answer of {answer} are more than the "
-            f"model's context, {most:,} (max_position_embeddings in config.json); {fits}."
-        )
 
     def count(texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
@@ -64,17 +79,10 @@ def shown(prompt: str) -> str:
 
 
 def windows_of(section: EvaluateSection, config: Any, tokenizer: Any) -> dict[int, torch.Tensor]:
-    """Length -> windows of the held-out text int64 ``[samples, length]``. Raises QtoolError where the model's context,
-    by transformers' ``config``, is shorter."""
+    """Length -> windows of the held-out text int64 ``[samples, length]``. Raises QtoolError as `require_lengths`."""
+    require_lengths(section, config)
     text = section.text
     if text is None:
         return {}
-    limit = getattr(config, "max_position_embeddings", None)
-    too_long = [length for length in text.lengths if limit is not None and length > limit]
-    if too_long:
-        raise QtoolError(
-            f"text: windows of {too_long[0]} tokens are longer than the model's context, {limit} "
-            "(max_position_embeddings in config.json)."
-        )
     rows = getattr(config, "vocab_size", None)
     return {length: token_windows(text.source(length), tokenizer, rows) for length in text.lengths}

@@ -23,6 +23,7 @@ from qtool.evaluate import fidelity
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import Decoding, Running, package_versions
+from qtool.evaluate.engines.share import ALONE, Share
 from qtool.evaluate.engines.table import ENGINES
 from qtool.evaluate.engines.torch_model import in_model_names, load_model
 from qtool.evaluate.journal import Journal
@@ -55,6 +56,7 @@ class Evaluation:
     runs: Path
     run: Path
     trust_remote_code: bool = False
+    share: Share = ALONE  # this process's, of a long text
     used: dict[str, Settings] = field(default_factory=dict)  # subject's key -> how it is asked
 
     def __post_init__(self) -> None:
@@ -112,9 +114,13 @@ class Evaluation:
         wanted, scores = self.begin(subjects), Scores()
         for subject in subjects:
             self.add(scores, subject, subjects[0], wanted, bar)
+        self.add_long(scores, subjects, bar)
+        return scores
+
+    def add_long(self, scores: Scores, subjects: list[Subject], bar: Progress) -> None:
+        """All subjects along the long text, where one is asked for: by all ranks together, each with its share."""
         if self.along is not None:
             self.along.score(subjects, scores, partial(self._row, bar))
-        return scores
 
     def begin(self, subjects: list[Subject]) -> set[int]:
         """Tidy up after killed runs; the lengths of text at which a subject is still to be compared with the source."""
@@ -171,7 +177,7 @@ class Evaluation:
             return None
         return Along(
             self.section.long, self.conditions, self.config, self.tokenizer, self.device, self.runs, self.run,
-            self.settings, self.trust_remote_code,
+            self.settings, self.trust_remote_code, self.share,
         )  # fmt: skip
 
     def _prompts(self, task: Task) -> list[str]:

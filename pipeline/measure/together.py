@@ -1,4 +1,5 @@
-"""Several ranks score the source and its artifacts, a model on each card: subject k on rank k mod their number.
+"""Several ranks score the source and its artifacts, a model on each card: subject k on rank k mod their number. Along a
+long text they take every model together, each a part of the text's positions.
 
 What a rank finds is a file in the run's folder, as it is when one process scores them all. So rank 0 reads in the end
 what the others wrote, and a run that was ended goes on with any number of ranks.
@@ -10,6 +11,7 @@ from functools import partial
 
 from rich.progress import Progress
 
+from qtool.evaluate.engines.share import Share
 from qtool.evaluate.engines.table import ENGINES
 from qtool.evaluate.scorecard import Scores
 from qtool.measure.scores import Evaluation
@@ -35,4 +37,12 @@ def score_together(evaluation: Evaluation, subjects: list[Subject], bar: Progres
         first = not ranks.rank and not number
         evaluation.add(Scores(), subject, subjects[0], wanted, bar, partial(ranks.tell, None) if first else None)
     ranks.tell(None)  # every rank has scored its own
-    return Scores() if ranks.rank else evaluation.score(subjects, bar)
+    if ranks.rank == 0:
+        return evaluation.score(subjects, bar)
+    evaluation.add_long(Scores(), subjects, bar)
+    return Scores()
+
+
+def share_of(ranks: Ranks) -> Share:
+    """A rank's of a long text."""
+    return Share(ranks.rank, ranks.number, ranks.gathered, ranks.tell)

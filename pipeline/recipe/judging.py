@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qtool.convert.text.source import TextSource
+from qtool.evaluate.buckets import bucket_name, buckets_of
 from qtool.evaluate.engines.table import ENGINES, PROBES
 from qtool.evaluate.tasks.table import made
 from qtool.quantize.methods.number import Number
 from qtool.recipe.checking import load
-from qtool.recipe.long import ConditionSection, LongSection, MadeSection
+from qtool.recipe.long import ConditionSection, LongGate, LongSection, MadeSection
 from qtool.recipe.section import Length, Positive, Section, Seed, Text, TextSection
 
 HOUR = 3600.0
@@ -163,6 +164,8 @@ class GateSection(Section):
     """Score as a part of the source's, 0.98."""
     max_kld: Annotated[Number, Field(gt=0)] | None = None
     """Mean KL to the source, nats a token."""
+    long: LongGate | None = None
+    """Of the long text, for `max_kld`: a bucket (`64K-128K`) or all of it, under a condition or none."""
     max_size: Annotated[Number, Field(gt=0)] | None = None
     """GB (1e9 bytes) of the artifact's files."""
     min_bits_saved: Annotated[Number, Field(gt=0, lt=64)] | None = None
@@ -179,7 +182,26 @@ class GateSection(Section):
             raise ValueError(
                 "a gate states exactly one of max_drop, min_recovery, max_kld, max_size, min_bits_saved, served"
             )
+        if self.long is not None and self.max_kld is None:
+            raise ValueError("`long:` of a gate goes with `max_kld:`")
         return self
+
+    def fault(self, evaluate: EvaluateSection) -> str:
+        """Why `evaluate:` gives it nothing to judge by; "" where it does."""
+        if self.task not in (None, *(task.task for task in evaluate.tasks)):
+            return f"a gate names task {self.task!r}, which `evaluate:` does not run"
+        if self.long is None:
+            return ""
+        if evaluate.long is None:
+            return "a gate is about the long text, and `evaluate:` has no `long:`"
+        buckets = [bucket_name(*bucket) for bucket in buckets_of(evaluate.long.length)]
+        if self.long.bucket not in (None, *buckets):
+            return f"a gate names bucket {self.long.bucket!r}; the long text has {', '.join(buckets)}"
+        known = {asked.condition.name for asked in evaluate.conditions}
+        if (name := self.long.condition.name) and name not in known:
+            has = f"has {', '.join(sorted(known))}" if known else "is not there"
+            return f"a gate is about {name}, and `conditions:` {has}"
+        return ""
 
 
 class MeasureSection(Section):

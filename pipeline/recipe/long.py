@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from qtool.convert.text.source import TextSource
+from qtool.evaluate.buckets import BLOCK
 from qtool.evaluate.engines.condition import Condition
 from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.section import Length, Section, Text, TextSection
@@ -46,6 +47,15 @@ class LongSection(TextSection):
     length: Length = 32768
     """Tokens, from the text's beginning."""
 
+    @model_validator(mode="after")
+    def _foretold(self) -> LongSection:
+        if self.length % BLOCK == 1:
+            raise ValueError(
+                f"length: {self.length} leaves one token to its last block of {BLOCK}, behind which nothing comes that "
+                f"it could foretell; set `length: {self.length - 1}`"
+            )
+        return self
+
     @property
     def source(self) -> TextSource:
         """Its one window."""
@@ -61,6 +71,22 @@ class WindowSection(Section):
     """First tokens that stay."""
     recent: Tokens = 4096
     """Last tokens that stay."""
+
+
+class LongGate(Section):
+    """`long:` of a gate: which part of the long text, and under which condition."""
+
+    bucket: Text | None = None
+    """Its positions, as reports name them; left out: the whole text."""
+    cache: CacheName | None = None
+    """Of the condition: one that `conditions:` has; left out with `window:`: the model's own cache."""
+    window: WindowSection | None = None
+    """Of the condition, too."""
+
+    @property
+    def condition(self) -> Condition:
+        """As engines take it."""
+        return condition_of(self.cache, self.window)
 
 
 class ConditionSection(Section):
@@ -80,5 +106,9 @@ class ConditionSection(Section):
     @property
     def condition(self) -> Condition:
         """As engines take it."""
-        window = self.window or WindowSection(sink=0, recent=1)
-        return Condition(self.cache or "", window.sink, window.recent if self.window else 0)
+        return condition_of(self.cache, self.window)
+
+
+def condition_of(cache: str | None, window: WindowSection | None) -> Condition:
+    """As engines take what a recipe says."""
+    return Condition(cache or "", *((window.sink, window.recent) if window else ()))

@@ -21,7 +21,7 @@ EXAMPLES: dict[str, Any] = {  # of keys whose values cannot be listed; by sectio
     "LongSection.text": "./my-repository", "LongSection.length": 131072,
     "conditions": [{"cache": "q8_0"}, {"window": {"sink": 4, "recent": 4096}}], "sink": 8,
     "lengths": [4096, 32768, 131072], "depths": 5, "look_alikes": 12, "each": 4,
-    "recent": 2048,
+    "recent": 2048, "GateSection.long": {"bucket": "64K-128K", "cache": "q8_0"}, "bucket": "64K-128K",
     "split": "train", "revision": "v1.0",
     "column": "prompt", "samples": 64, "TextSource.length": 1024, "FidelitySection.length": [512, 4096], "seed": 7,
     "exponent": 1, "blend": 2.0, "min_tokens": 4096, "damp_percent": 0.05, "propagate_strength": 0.25, "name": "mine",
@@ -50,7 +50,8 @@ SECTIONS = {
     "evaluate": "EvaluateSection", "evaluate.tasks": "TaskSection", "evaluate.text": "FidelitySection",
     "evaluate.tasks.made": "MadeSection", "evaluate.long": "LongSection", "evaluate.conditions": "ConditionSection",
     "evaluate.conditions.window": "WindowSection",
-    "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "publish": "PublishSection",
+    "measure": "MeasureSection", "serve": "ServeSection", "gates": "GateSection", "gates.long": "LongGate",
+    "publish": "PublishSection",
     "publish.benchmarks": "BenchmarkSection",
 }  # fmt: skip
 

@@ -90,8 +90,8 @@ class Recipe(Section):
         for gate in self.gates:
             if gate.output not in (None, *names):
                 raise ValueError(f"a gate names output {gate.output!r}; the recipe has {', '.join(names)}")
-            if gate.task not in (None, *(task.task for task in self.evaluate.tasks)):
-                raise ValueError(f"a gate names task {gate.task!r}, which `evaluate:` does not run")
+            if fault := gate.fault(self.evaluate):
+                raise ValueError(fault)
         return self
 
     @property

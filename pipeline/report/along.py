@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from qtool.evaluate.buckets import tokens_text
 from qtool.evaluate.statistics import Interval
 from qtool.report import figures
 from qtool.report.figures import Point
 from qtool.report.tables import Row
-from qtool.runs.along import AlongSummary, Bucket, tokens_text
+from qtool.runs.along import AlongSummary, Bucket
 from qtool.runs.evidence import size_text
 from qtool.runs.summary import Summary
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from qtool.evaluate.buckets import tokens_text
 from qtool.report.figures import WIDTH, svg
 from qtool.report.maps import cell, key
 from qtool.report.markup import visible
 from qtool.report.tables import Row
-from qtool.runs.along import tokens_text
 from qtool.runs.depths import by_depth, by_length, is_long
 from qtool.runs.evidence import task_label
 from qtool.runs.summary import Summary

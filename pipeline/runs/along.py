@@ -1,20 +1,19 @@
 """What a long text came to: KL, agreement and perplexity in buckets of positions, each with its interval.
 
-Buckets double from 2,048 positions on, or from a quarter of a shorter text. Within one, blocks of neighbouring
-positions are resampled. A model is paired with the source under the same condition, and with no other.
+Within a bucket blocks of neighbouring positions are resampled. A model is paired with the source under the same
+condition, and with no other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from qtool.evaluate.buckets import BLOCK, blocks_of, bucket_name, buckets_of
 from qtool.evaluate.scorecard import PositionScore, Settings
 from qtool.evaluate.statistics import Interval, bootstrap_mean
-
-FIRST = 2048  # positions of the first bucket
 
 
 class Bucket(BaseModel):
@@ -34,7 +33,7 @@ class Bucket(BaseModel):
     @property
     def name(self) -> str:
         """`0-2K`; of short texts in tokens."""
-        return f"{tokens_text(self.start)}-{tokens_text(self.end)}"
+        return bucket_name(self.start, self.end)
 
     @property
     def perplexity(self) -> float:
@@ -43,7 +42,8 @@ class Bucket(BaseModel):
 
 
 class AlongSummary(BaseModel):
-    """One model along one text under one condition. ``cache_bytes``: at the text's end."""
+    """One model along one text under one condition. ``cache_bytes``: at the text's end. ``kls`` and ``nlls``: nats a
+    token, one for each ``block`` positions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -53,6 +53,13 @@ class AlongSummary(BaseModel):
     buckets: list[Bucket]
     kl: Interval
     cache_bytes: int
+    block: int = BLOCK
+    kls: list[float] = []
+    nlls: list[float] = []
+
+    def blocks(self, bucket: Bucket) -> slice:
+        """Which of them a bucket has."""
+        return blocks_of(bucket.start, bucket.end, self.block)
 
 
 def along_summary(score: PositionScore, source: PositionScore | None) -> AlongSummary:
@@ -63,7 +70,7 @@ def along_summary(score: PositionScore, source: PositionScore | None) -> AlongSu
     is_source = source is None or source.subject == score.subject
     buckets = []
     for start, end in buckets_of(score.length, score.block):
-        part = slice(start // score.block, -(-end // score.block))
+        part = blocks_of(start, end, score.block)
         rises = (
             None
             if is_source or source is None
@@ -76,22 +83,8 @@ def along_summary(score: PositionScore, source: PositionScore | None) -> AlongSu
         buckets.append(bucket)
     return AlongSummary(
         digest=score.digest, settings=score.settings, length=score.length, buckets=buckets, kl=_mean(score.kl),
-        cache_bytes=score.cache_bytes,
+        cache_bytes=score.cache_bytes, block=score.block, kls=score.kl, nlls=score.nll,
     )  # fmt: skip
-
-
-def buckets_of(length: int, block: int) -> Iterator[tuple[int, int]]:
-    """(0, 2048), (2048, 4096), (4096, 8192) and so on to ``length``; whole blocks."""
-    first = min(FIRST, max(1, length // 4 // block) * block)
-    start, end = 0, min(first, length)
-    while start < length:
-        yield start, end
-        start, end = end, min(2 * end, length)
-
-
-def tokens_text(tokens: int) -> str:
-    """`4K`, `131K` never: 1024 of them are one K; `640` where they are not whole."""
-    return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
 
 
 def _mean(values: Sequence[float]) -> Interval:

@@ -15,6 +15,7 @@ from qtool import QtoolError
 from qtool.convert.files.reading import CONFIG_LIMIT, read_bytes
 from qtool.evaluate.scorecard import Settings
 from qtool.recipe.judging import EvaluateSection
+from qtool.runs.along import AlongSummary
 from qtool.runs.record import LOCK, load_index, load_run, load_summary
 from qtool.runs.summary import ModelSummary, TaskSummary, TextSummary
 
@@ -42,14 +43,15 @@ class TextResult(_File):
 
 
 class Measured(_File):
-    """One model's scores; ``texts`` by window length. ``key`` says which model; sizes are None where it is not
-    qtool's."""
+    """One model's scores; ``texts`` by window length, ``along`` of a long text by condition ("": none) and bucket, a
+    number for each block. ``key`` says which model; sizes are None where it is not qtool's."""
 
     key: str
     nbytes: PositiveInt | None
     bits_per_weight: float | None
     tasks: dict[str, TaskResult]
     texts: dict[int, TextResult]
+    along: dict[str, dict[str, TextResult]] = {}
 
 
 class Baseline(_File):
@@ -98,8 +100,9 @@ def load_baseline(path: Path) -> Baseline:
 def _model(key: str, model: ModelSummary) -> Measured:
     tasks = {label: _task(found) for label, found in model.tasks.items()}
     texts = {length: _text(found) for length, found in model.texts.items()}
+    along = {condition: _along(found) for condition, found in model.along.items()}
     nbytes, bits = (model.size.tensors, model.size.bits_per_weight) if model.size else (None, None)
-    return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts)
+    return Measured(key=key, nbytes=nbytes, bits_per_weight=bits, tasks=tasks, texts=texts, along=along)
 
 
 def _task(score: TaskSummary) -> TaskResult:
@@ -108,3 +111,14 @@ def _task(score: TaskSummary) -> TaskResult:
 
 def _text(score: TextSummary) -> TextResult:
     return TextResult(digest=score.digest, settings=score.settings, kl=score.kls, nll=score.nlls)
+
+
+def _along(score: AlongSummary) -> dict[str, TextResult]:
+    """By bucket."""
+    return {
+        bucket.name: TextResult(
+            digest=score.digest, settings=score.settings, kl=score.kls[score.blocks(bucket)],
+            nll=score.nlls[score.blocks(bucket)],
+        )
+        for bucket in score.buckets
+    }  # fmt: skip

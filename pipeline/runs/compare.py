@@ -101,6 +101,7 @@ def compare(pairs: Sequence[tuple[str, Measured, Measured]], same_source: bool) 
     changes = []
     for label, a, b in pairs:
         changes += _size(label, a, b) + _tasks(label, a, b) + _texts(label, a, b, same_source)
+        changes += _along(label, a, b, same_source)
     return _adjusted(changes)
 
 
@@ -137,6 +138,13 @@ def _misfits(a: Measured, b: Measured) -> list[str]:
         if one_text.digest != other_text.digest:
             differences.append("other windows of text")
         faults += [f"held-out text: {difference}" for difference in differences]
+    for condition in [condition for condition in a.along if condition in b.along]:
+        one_long, other_long = (next(iter(side.along[condition].values())) for side in (a, b))
+        differences = one_long.settings.differences(other_long.settings, but=ANSWERING)
+        if one_long.digest != other_long.digest:
+            differences.append("other texts")
+        named = f" @ {condition}" if condition else ""
+        faults += [f"long text{named}: {difference}" for difference in differences]
     return faults
 
 
@@ -187,11 +195,8 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
             changes.append(_alone(label, f"held-out text{at}", length in a.texts, "measured"))
             continue
         one, other = a.texts[length], b.texts[length]
-        broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
-        if broken:
-            shown: Shown = "not compared" if len(broken) > 1 else "worse" if broken == ["B"] else "better"
-            said = f"not a number in {' and '.join(broken)}"
-            changes.append(Change(label, f"held-out text{at}", shown, None, said))
+        if not (_finite(one) and _finite(other)):
+            changes.append(_broken(label, f"held-out text{at}", one, other))
             continue
         judged = same_source and (any(one.kl) or any(other.kl))
         changes.append(_perplexity(label, at, one, other, judged))
@@ -202,19 +207,46 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
     return changes
 
 
-def _kl(label: str, at: str, a: TextResult, b: TextResult) -> Change:
+def _along(label: str, a: Measured, b: Measured, same_source: bool) -> list[Change]:
+    """Of every bucket of a long text under every condition that both were put under: KL, or perplexity where they are
+    of two sources. Blocks are paired, never those of two conditions."""
+    changes = []
+    for condition in dict.fromkeys([*a.along, *b.along]):
+        named = f" @ {condition}" if condition else ""
+        if condition not in a.along or condition not in b.along:
+            changes.append(_alone(label, f"long text{named}", condition in a.along, "measured"))
+            continue
+        for bucket, one in a.along[condition].items():
+            other, at = b.along[condition][bucket], f" at {bucket}{named}"
+            if not (_finite(one) and _finite(other)):
+                changes.append(_broken(label, f"long text{at}", one, other))
+            elif not same_source:
+                changes.append(_perplexity(label, at, one, other, False, "blocks"))
+            elif any(one.kl) or any(other.kl):
+                changes.append(_kl(label, at, one, other, "blocks"))
+    return changes
+
+
+def _broken(label: str, what: str, one: TextResult, other: TextResult) -> Change:
+    """Where not both gave numbers."""
+    broken = [side for side, text in (("A", one), ("B", other)) if not _finite(text)]
+    shown: Shown = "not compared" if len(broken) > 1 else "worse" if broken == ["B"] else "better"
+    return Change(label, what, shown, None, f"not a number in {' and '.join(broken)}")
+
+
+def _kl(label: str, at: str, a: TextResult, b: TextResult, unit: str = "windows") -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.kl, b.kl, strict=True)])
     before, after = _mean(a.kl), _mean(b.kl)
     margin = max(KL_RISE * before, KL_FLOOR)
-    numbers = Evidence("KL", rise.estimate, margin, rise, before=before, after=after, n=len(a.kl))
+    numbers = Evidence("KL", rise.estimate, margin, rise, before=before, after=after, n=len(a.kl), unit=unit)
     return Change(label, f"KL to source{at}", _beyond(rise, margin), numbers)
 
 
-def _perplexity(label: str, at: str, a: TextResult, b: TextResult, informs_only: bool) -> Change:
+def _perplexity(label: str, at: str, a: TextResult, b: TextResult, informs_only: bool, unit: str = "windows") -> Change:
     rise = bootstrap_mean([y - x for x, y in zip(a.nll, b.nll, strict=True)])
     before, after = (perplexity(values) for values in (a.nll, b.nll))
     limit = None if informs_only else NLL_RISE
-    numbers = Evidence("nll", rise.estimate, limit, rise, before=before, after=after, n=len(a.nll))
+    numbers = Evidence("nll", rise.estimate, limit, rise, before=before, after=after, n=len(a.nll), unit=unit)
     return Change(label, f"perplexity{at}", "not judged" if limit is None else _beyond(rise, limit), numbers)
 
 

@@ -27,8 +27,9 @@ class Evidence:
 
     ``value`` is the interval's estimate, in bytes, bits a weight, points of loss or a fraction (recovery). For KL and
     nll it is in nats a token: the mean, or the rise of the mean where two models are compared. ``before`` and
-    ``after``: the value of each of the two models (rates as fractions, perplexities, bytes). ``n``: problems, or
-    windows. ``p`` is the test's own, ``p_holm`` is adjusted over ``comparisons``. A difference counts as shown where
+    ``after``: the value of each of the two models (rates as fractions, perplexities, bytes). ``n``: problems, windows,
+    or blocks of a long text (``unit``).
+    ``p`` is the test's own, ``p_holm`` is adjusted over ``comparisons``. A difference counts as shown where
     p_holm is below ``alpha``.
     """
 
@@ -46,6 +47,7 @@ class Evidence:
     p_holm: float | None = None
     comparisons: int | None = None
     alpha: float | None = None
+    unit: str = "windows"
 
 
 def of_interval(measure: Measure, interval: Interval, limit: float, n: int | None = None) -> Evidence:
@@ -125,7 +127,7 @@ def change(evidence: Evidence) -> str:
     if e.measure == "nll":
         ratio = [f"{bounded_exp(x):.4f}" for x in (e.value, low, high)]
         return f"times {ratio[0]} [{ratio[1]}, {ratio[2]}]"
-    return f"rose by {e.value:.4f} [{low:.4f}, {high:.4f}] nats a token on {e.n} windows"
+    return f"rose by {e.value:.4f} [{low:.4f}, {high:.4f}] nats a token on {e.n} {e.unit}"
 
 
 def p_text(p: float, comparisons: int | None) -> str:

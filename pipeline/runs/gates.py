@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.judging import GateSection
+from qtool.recipe.long import LongGate
 from qtool.runs.evidence import Evidence, Result, of_interval, of_loss, plain, reason, result_of
 from qtool.runs.informative import of_task, too_low_for
 from qtool.runs.summary import Loss, ModelSummary, Summary
@@ -68,7 +70,7 @@ def _found(gate: GateSection, name: str, summary: Summary) -> Iterator[tuple[str
     elif gate.served is not None:
         yield label, _served(gate.served, model)
     elif gate.max_kld is not None:
-        yield label, _kld(gate.max_kld, model)
+        yield label, _kld(gate.max_kld, model) if gate.long is None else _kld_along(gate.max_kld, gate.long, model)
     else:
         yield from _losses(gate, label, name, summary)
 
@@ -81,8 +83,14 @@ def _label(gate: GateSection) -> str:
     if gate.served is not None:
         return f"served {gate.served}"
     if gate.max_kld is not None:
-        return f"max_kld {plain(gate.max_kld)}"
+        return f"max_kld {plain(gate.max_kld)}" + (_where(gate.long) if gate.long else "")
     return f"max_drop {gate.max_drop:g} points" if gate.max_drop is not None else f"min_recovery {gate.min_recovery:g}"
+
+
+def _where(long: LongGate) -> str:
+    """` at 64K-128K, q8_0`."""
+    name = long.condition.name
+    return f" at {long.bucket or 'the long text'}" + (f", {name}" if name else "")
 
 
 def _size(gate: GateSection, model: ModelSummary, source: ModelSummary | None) -> Evidence | _Plain:
@@ -114,6 +122,25 @@ def _kld(limit: float, model: ModelSummary) -> Evidence | _Plain:
     if math.isnan(text.kl.estimate):
         return _Plain("the KL is not a number: the model's output holds NaN or Inf", "fail")
     return of_interval("KL", text.kl, limit, len(text.kls))
+
+
+def _kld_along(limit: float, asked: LongGate, model: ModelSummary) -> Evidence | _Plain:
+    """Of the score under the condition that the gate names, and of no other."""
+    name = asked.condition.name
+    under = [a for said, a in model.along.items() if ENGINES[a.settings.engine].facts.said(asked.condition) == said]
+    if not under:
+        return _Plain(f"no KL was measured along a long text{f' under {name}' if name else ''}")
+    (along,) = under
+    if asked.bucket is None:
+        kl, blocks = along.kl, along.kls
+    else:
+        buckets = {bucket.name: bucket for bucket in along.buckets}
+        if (bucket := buckets.get(asked.bucket)) is None:
+            return _Plain(f"the long text was of other buckets: {', '.join(buckets)}")
+        kl, blocks = bucket.kl, along.kls[along.blocks(bucket)]
+    if math.isnan(kl.estimate):
+        return _Plain("the KL is not a number: the model's output holds NaN or Inf", "fail")
+    return of_interval("KL", kl, limit, len(blocks))
 
 
 def _losses(gate: GateSection, kind: str, name: str, summary: Summary) -> Iterator[tuple[str, Evidence | _Plain]]:

@@ -25,7 +25,7 @@ from qtool.runs.along import AlongSummary, along_summary
 from qtool.runs.measurements import Measurement
 
 SUMMARY = "summary.json"
-FORMAT = 1  # a change of what a statistic means raises it: stored ones are then computed anew
+FORMAT = 2  # a change of what a statistic means raises it: stored ones are then computed anew
 SHOWN_K = (10, 100)  # the k of pass@k, beside pass@1
 
 

@@ -89,7 +89,7 @@ def _five_bits_affine(weight, importance, sigma, out, total, columns, weighed: t
     codes = ()
     if weighed:
         weights = _weigh_by_row(importance, sigma, place, columns, x, inside)
-        d, minimum, _, inverse, start = fit_affine(x, weights, 31, -0.9, 0.05, 36)
+        d, minimum, _, inverse, start = fit_affine(x, weights, 31, -0.9, 0.05, 36, 32)
         low = 0.0 - minimum
         for i in tl.static_range(32):
             codes += (nearest(inverse * (x[i] - start), 0.0, 31.0).to(tl.int32),)

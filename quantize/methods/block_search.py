@@ -65,12 +65,13 @@ def signed_largest(x, count: tl.constexpr):
 
 
 @triton.jit
-def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.constexpr, last: tl.constexpr):
-    """kquants.fit_affine for 32 values a thread -> scale, minimum, sum of weights; codes are
+def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.constexpr, last: tl.constexpr,
+               count: tl.constexpr):  # fmt: skip
+    """kquants.fit_affine for ``count`` values a thread -> scale, minimum, sum of weights; codes are
     ``nearest(inverse * (x - start))``."""
     low, high = x[0], x[0]
     sum_w, sum_x = weights[0], weights[0] * x[0]
-    for i in tl.static_range(1, 32):
+    for i in tl.static_range(1, count):
         low, high = tl.minimum(low, x[i]), tl.maximum(high, x[i])
         sum_w += weights[i]
         sum_x += weights[i] * x[i]
@@ -80,7 +81,7 @@ def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.c
     inverse = over(levels + 0.0, high - low)
     scale, bottom, start = over(1.0, inverse), low, low
     best = tl.zeros_like(low)
-    for i in tl.static_range(32):
+    for i in tl.static_range(count):
         difference = (scale * nearest(inverse * (x[i] - low), 0.0, levels) + low) - x[i]
         best += weights[i] * (difference * difference)
     number = tl.zeros_like(low)
@@ -89,7 +90,7 @@ def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.c
         number += 1.0
         sum_l, sum_l2, sum_xl = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
         codes = ()
-        for i in tl.static_range(32):
+        for i in tl.static_range(count):
             code = nearest(tried * (x[i] - bottom), 0.0, levels)
             codes += (code,)
             share = weights[i] * code
@@ -102,7 +103,7 @@ def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.c
         slope = tl.where(base > 0, tl.div_rn(sum_xl, sum_l2), slope)
         base = tl.minimum(base, 0.0)
         error = tl.zeros_like(low)
-        for i in tl.static_range(32):
+        for i in tl.static_range(count):
             difference = (slope * codes[i] + base) - x[i]
             error += weights[i] * (difference * difference)
         better = (determinant > 0) & (error < best)
@@ -114,40 +115,40 @@ def fit_affine(x, weights, levels: tl.constexpr, first: tl.constexpr, step: tl.c
 
 
 @triton.jit
-def fit_positive(x, weights):
-    """kquants.fit_positive for eight values a thread, levels 63 -> scale and codes."""
+def fit_positive(x, weights, levels: tl.constexpr, count: tl.constexpr):
+    """kquants.fit_positive for ``count`` values a thread -> scale and codes."""
     largest = x[0]
-    for i in tl.static_range(1, 8):
+    for i in tl.static_range(1, count):
         largest = tl.maximum(largest, x[i])
     nothing = largest < TINIEST
     largest = tl.where(nothing, 1.0, largest)
-    inverse, best = over(63.0, largest), tl.zeros_like(largest)
-    for i in tl.static_range(8):
-        difference = x[i] - over(1.0, inverse) * nearest(inverse * x[i], 0.0, 63.0)
+    inverse, best = over(levels, largest), tl.zeros_like(largest)
+    for i in tl.static_range(count):
+        difference = x[i] - over(1.0, inverse) * nearest(inverse * x[i], 0.0, levels)
         best += weights[i] * difference * difference
     number = tl.zeros_like(largest) - 4.0
     for _ in range(9):
-        tried = over(0.1 * number + 63.0, largest)
+        tried = over(0.1 * number + levels, largest)
         unit = over(1.0, tried)
         error = tl.zeros_like(largest)
-        for i in tl.static_range(8):
-            difference = x[i] - unit * nearest(tried * x[i], 0.0, 63.0)
+        for i in tl.static_range(count):
+            difference = x[i] - unit * nearest(tried * x[i], 0.0, levels)
             error += weights[i] * difference * difference
         better = (error < best) & (number != 0)
         inverse, best = tl.where(better, tried, inverse), tl.where(better, error, best)
         number += 1.0
     sum_lx, sum_l2 = tl.zeros_like(largest), tl.zeros_like(largest)
     codes = ()
-    for i in tl.static_range(8):
-        code = nearest(inverse * x[i], 0.0, 63.0)
+    for i in tl.static_range(count):
+        code = nearest(inverse * x[i], 0.0, levels)
         codes += (code,)
         sum_lx += weights[i] * x[i] * code
         sum_l2 += weights[i] * code * code
     for _ in range(5):
         moved = ()
-        for i in tl.static_range(8):
+        for i in tl.static_range(count):
             lx, l2 = sum_lx - weights[i] * x[i] * codes[i], sum_l2 - weights[i] * codes[i] * codes[i]
-            code = nearest(tl.div_rn(x[i] * l2, lx), 0.0, 63.0)
+            code = nearest(tl.div_rn(x[i] * l2, lx), 0.0, levels)
             new_lx, new_l2 = lx + weights[i] * x[i] * code, l2 + weights[i] * code * code
             better = (lx > 0) & (l2 > 0) & (code != codes[i])
             better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
@@ -156,7 +157,7 @@ def fit_positive(x, weights):
         codes = moved
     scale = tl.where(nothing | (sum_l2 <= 0), 0.0, tl.div_rn(sum_lx, sum_l2))
     kept = ()
-    for i in tl.static_range(8):
+    for i in tl.static_range(count):
         kept += (tl.where(nothing, 0.0, codes[i]),)
     return scale, kept
 

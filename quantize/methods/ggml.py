@@ -1,6 +1,6 @@
 """Weights into llama.cpp's blocks, equal to llama-quantize's bit for bit.
 
-On the CPU ggml's own C code makes them, on all cores; on an accelerator kquants.py.
+On the CPU ggml's own C code makes them, on all cores; on an accelerator kquants.py and low_bits.py.
 
 The C code is found in a prebuilt wheel: xllamacpp (which can also run the file) or libggml-python.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.formats.gguf.ggml import FLOATS, INSTALL, GgmlBlocks, load_gguf, row_bytes
-from qtool.quantize.methods import kquant_candidates, kquants
+from qtool.quantize.methods import kquant_candidates, kquants, low_bits
 
 PACKAGES = {"xllamacpp": "xllamacpp", "libggml": "libggml-python"}  # module -> distribution, the first found is used
 CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its cache's neighbourhood
@@ -31,7 +31,8 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
     """``weight [out, in]`` of any float dtype -> its blocks. ``importance``: float32 ``[in]``, what a squared error in
     each column counts (None: every type's own rule). The result is on the weight's device.
 
-    On an accelerator the types of kquants.TYPES are made there, others by the same library, through host memory.
+    On an accelerator the types of kquants.TYPES are made there, those of low_bits.TYPES where importance is known,
+    others by the same library, through host memory.
     Raises QtoolError (exit 3) where the library is needed and no ggml library is installed.
     """
     out, columns = weight.shape
@@ -40,6 +41,8 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
         return GgmlBlocks(data, type_name, (out, columns))
     if weight.is_cuda and type_name in kquants.TYPES:
         return kquants.quantize(weight, type_name, importance)
+    if weight.is_cuda and type_name in low_bits.TYPES and importance is not None:
+        return low_bits.quantize(weight, type_name, importance)
     library = load_library()
     kind = int(load_gguf().GGMLQuantizationType[type_name])
     library.ggml_quantize_init(kind)
@@ -53,9 +56,10 @@ def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = No
             None if row is None else row.data_ptr(),
         )  # fmt: skip
 
-    step = max(1, CHUNK_WEIGHTS // columns)
+    cores = os.cpu_count() or 1
+    step = max(1, min(CHUNK_WEIGHTS // columns, -(-out // cores)))
     bounds = [(start, min(start + step, out)) for start in range(0, out, step)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=cores) as pool:
         for done in [pool.submit(quantize, *pair) for pair in bounds]:
             done.result()
     return GgmlBlocks(data.to(weight.device), type_name, (out, columns))

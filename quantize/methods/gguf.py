@@ -18,6 +18,7 @@ from qtool.convert.formats.gguf.ggml import FLOATS, GgmlBlocks, load_gguf
 from qtool.convert.formats.gguf.plan import offers
 from qtool.convert.formats.plan import LinearPlan, ModelShape
 from qtool.convert.models.feeds import Matrix
+from qtool.quantize.crew import Crew, Pieces
 from qtool.quantize.methods import kquant_rounding
 from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.ggml import fits, load_library, quantize_ggml, quantizer_package
@@ -142,11 +143,14 @@ class GgufMethod(Method):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""
-        if gram is None or factor is None or self.rounding == "ggml":
-            row = None if gram is None else live(gram.diagonal())
-            return quantize_ggml(weight, type_name, row).dequantize()
+        if gram is None or factor is None:
+            return quantize_ggml(weight, type_name).dequantize()
+        if self.rounding == "ggml" and weight.ndim == 3:
+            return torch.stack([self.trial(one, type_name, own, factor) for one, own in zip(weight, gram, strict=True)])
+        if self.rounding == "ggml":
+            return quantize_ggml(weight, type_name, live(gram.diagonal())).dequantize()
         with damped(gram, factor):
-            return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize()
+            return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize().view_as(weight)
 
     @property
     def needs(self) -> Needs:
@@ -198,7 +202,7 @@ class GgufMethod(Method):
         """Records ``|W - Ŵ| / |W|`` and, where importance is known, the same with every column weighed by it: the
         relative output error on inputs whose channels are uncorrelated. Nothing is recorded outside the layers."""
         if self.needs.gram and layer.index is not None:
-            work = GgufWork(self, layer)
+            work = GgufWork(self, layer, inputs.crew)
             for stack in stacks_of(layer.feeds):
                 work.round(stack, inputs.statistics[stack.name])
             return work.finish()
@@ -223,7 +227,7 @@ class GgufMethod(Method):
 
     def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
         """Nothing is folded."""
-        return GgufWork(self, layer)
+        return GgufWork(self, layer, inputs.crew)
 
     def remarks(self, ledger: Mapping[str, Mapping[str, float]]) -> list[str]:
         """What a named importance matrix does not hold."""
@@ -236,8 +240,8 @@ class GgufMethod(Method):
 class GgufWork(UnfoldedWork):
     """Records ``|W - Ŵ| / |W|`` and the relative output errors of ggml's own blocks and of these."""
 
-    def __init__(self, method: GgufMethod, layer: Layer) -> None:
-        super().__init__(layer)
+    def __init__(self, method: GgufMethod, layer: Layer, crew: Crew) -> None:
+        super().__init__(layer, crew)
         self._method = method
 
     def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
@@ -250,7 +254,7 @@ class GgufWork(UnfoldedWork):
                 self.done.codes[module] = one
                 self.done.kept[module] = row.cpu()
                 plain = quantize_ggml(source, kind, weighed)
-                self.done.records[module] = {**_record(source.float(), plain, one, gram), **figure}
+                self.done.records[module] = {**_record(source.float(), plain, one, gram, self.crew), **figure}
 
     def _choose(
         self, stack: Stack, sources: Sequence[Sequence[tuple[str, Tensor, str]]], stats: Statistics
@@ -260,9 +264,10 @@ class GgufWork(UnfoldedWork):
         goal, gram, problems = self.target(stack), stats.gram, len(sources)
         source = goal
         factor = factorize(gram, self._method.damp_percent)
-        if stats.drift is not None:
+        if stats.drift is not None:  # every member of the crew works out all: two products, and kinds are no pieces
             with tensor_float32():
-                goal = propagated_target(goal, stats.output_drift(goal), factor, self._method.propagate_strength)
+                drift = stats.output_drift(goal)
+                goal = propagated_target(goal, drift, factor, self._method.propagate_strength)
         found = dict[tuple[int, int], GgmlBlocks]()
         goal_or_source = goal.split(sizes, -2), source.split(sizes, -2)  # what stays in 16 bits makes up for nothing
         with damped(gram, factor):
@@ -270,7 +275,9 @@ class GgufWork(UnfoldedWork):
                 places = [place for place, one in enumerate(kinds) if one == kind]
                 aims = goal_or_source[kind in FLOATS]
                 wanted = torch.cat([aims[place] for place in places], -2)
-                data = kquant_rounding.quantize(wanted, factor, gram, kind).data
+                pieces = Pieces.of(self.crew, wanted)
+                blocks = kquant_rounding.quantize(pieces.take(wanted), factor, gram, kind)
+                data = pieces.below(blocks.data)
                 parts = iter(data.split([sizes[place] for place in places] * problems))
                 for number, place in product(range(problems), places):
                     found[number, place] = GgmlBlocks(next(parts), kind, (sizes[place], wanted.shape[-1]))
@@ -306,10 +313,16 @@ def _ratio(error: Tensor, power: Tensor) -> float:
     return float(f"{float((error.sum() / power.sum().clamp_min(1e-30)).sqrt()):.6g}")
 
 
-def _record(source: Tensor, plain: GgmlBlocks, blocks: GgmlBlocks, gram: Tensor) -> dict[str, float]:
+def _record(source: Tensor, plain: GgmlBlocks, blocks: GgmlBlocks, gram: Tensor, crew: Crew) -> dict[str, float]:
     error = blocks.dequantize().sub_(source)
-    energy = output_error(source, gram).clamp_min(1e-30)
-    losses = [output_error(plain.dequantize().sub_(source), gram), output_error(error, gram)]
+    energy, *losses = crew.figures(
+        [
+            lambda: output_error(source, gram).clamp_min(1e-30),
+            lambda: output_error(plain.dequantize().sub_(source), gram),
+            lambda: output_error(error, gram),
+        ],
+        gram[0, 0],
+    )
     figures = [*((loss.clamp_min(0) / energy).sqrt() for loss in losses), error.norm() / source.norm().clamp_min(1e-30)]
     rtn, own, frobenius = (float(f"{float(figure):.6g}") for figure in figures)
     return {"rtn_error": rtn, "error": own, "frobenius": frobenius}

@@ -20,12 +20,12 @@ from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.grid_work import tried
 from qtool.quantize.methods.method import Name, Pattern
 from qtool.quantize.methods.on_grid import GridMethod
+from qtool.quantize.methods.two_kinds import WHOLE, alike_of, nothing_left
 from qtool.quantize.rounding import Factor
 
 CHOICES: dict[str, tuple[Literal[4, 8], Literal[32, 64, 128]]] = {  # what a budget chooses from: bits, group
     "int4-g128": (4, 128), "int4-g64": (4, 64), "int4-g32": (4, 32), "int8-g128": (8, 128),
 }  # fmt: skip
-WHOLE = "16 bits"
 
 
 class LinearSettings(BaseModel):
@@ -100,7 +100,7 @@ class GptqMethod(GridMethod):
         """The smallest kind that is used stands for the rest, the others by name."""
         used = [kind for kind in CHOICES if kind in mix.values()]
         if not used:
-            raise QtoolError("budget: leaves every linear in 16 bits; take the source itself.")
+            raise nothing_left()
         rest = CHOICES[used[0]]
         own = {module: LinearSettings(bits=bits, group_size=size) for module, kind in mix.items()
                if kind not in (used[0], WHOLE) for bits, size in [CHOICES[kind]]}  # fmt: skip
@@ -127,13 +127,8 @@ class GptqMethod(GridMethod):
         return {module: {kind: own[kind] for kind in (*CHOICES, WHOLE) if kind in own} for module, own in found.items()}
 
     def alike(self, shape: ModelShape) -> tuple[tuple[str, ...], ...]:
-        """vLLM holds q, k and v in one matrix, and gate and up: what one input feeds."""
-        decoder = shape.decoder
-        return tuple(
-            tuple(decoder.at(layer) + matrix.module for matrix in feed.consumers)
-            for layer in range(decoder.shape.layers)
-            for feed in decoder.feeds(layer)
-        )
+        """As `two_kinds.alike_of`."""
+        return alike_of(shape)
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`; AWQ's scales are not searched for it."""

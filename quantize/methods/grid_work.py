@@ -15,7 +15,8 @@ from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed, Heads, Matrix, Norm, Nothing, Rows
 from qtool.quantize import descent, rounding, scaling
 from qtool.quantize import grid as grids
-from qtool.quantize.descent import Chosen, Levels
+from qtool.quantize.chosen import Chosen, Levels
+from qtool.quantize.crew import SOLO, Crew, Pieces
 from qtool.quantize.grid import GridSpec
 from qtool.quantize.methods.method import LayerCodes, LayerWork, Statistics, unquantized
 from qtool.quantize.precision import tensor_float32
@@ -30,9 +31,11 @@ class OnGrid(Protocol):
     clip: bool
     damp_percent: float
     descent: bool
-    signed: bool
     propagate_error: bool
     propagate_strength: float
+
+    @property
+    def signed(self) -> bool: ...
 
     @property
     def scaling(self) -> str: ...
@@ -63,8 +66,9 @@ class GridWork(LayerWork):
         weights: Mapping[str, Tensor],
         statistics: Mapping[str, Statistics],
         plans: Mapping[str, LinearPlan] | None = None,
+        crew: Crew = SOLO,
     ) -> None:
-        self._method, self._weights, self._plans = method, weights, plans
+        self._method, self._weights, self._plans, self._crew = method, weights, plans, crew
         self._folded = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
         self._matrices = [matrix for feed in feeds for matrix in feed.consumers]
         self._codes: dict[str, Codes] = {}
@@ -154,7 +158,7 @@ class GridWork(LayerWork):
         mean_abs = fed[0][1].overall_abs
         columns = mean_abs.shape[0]
         tie = feed.producer.ties(columns, mean_abs.device)
-        search = scaling.search_scale(parts, mean_abs, self._spec(fed[0][0], columns), tie)
+        search = scaling.search_scale(parts, mean_abs, self._spec(fed[0][0], columns), tie, self._crew)
         if search.scale is not None:
             self._fold(feed, search.scale, tie)
 
@@ -163,7 +167,8 @@ class GridWork(LayerWork):
         if stack.feeds[0].producer == Nothing():
             return
         spec = self._spec(stack, stats.gram.shape[-1])
-        scales = scaling.search_own_scales(Weighed(self._originals(stack), stats.gram), stats.mean_abs, spec)
+        experts = Weighed(self._originals(stack), stats.gram)
+        scales = scaling.search_own_scales(experts, stats.mean_abs, spec, self._crew)
         for feed, scale in zip(stack.feeds, scales, strict=True):
             self._fold(feed, scale, None)
 
@@ -213,7 +218,7 @@ class GridWork(LayerWork):
     def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
         method, target, scale = self._method, self.target(stack), self._columns(stack)
         spec = self._spec(stack, scale.shape[-1])
-        rounded, damp = _rounded(method, target, stats, spec)
+        rounded, damp = _rounded(method, target, stats, spec, self._crew)
         sizes = [self.rows[matrix.module].shape[0] for matrix in stack.problems[0]]
         parts = zip(
             zip(*stack.problems, strict=True), target.split(sizes, -2), rounded.codes.split(sizes, -2),
@@ -225,9 +230,7 @@ class GridWork(LayerWork):
             rows = [self.rows[matrix.module] for matrix in matrices]
             source, row = (torch.stack(sources), torch.stack(rows)) if stack.routed else (sources[0], rows[0])
             error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(row.unsqueeze(-1))
-            with tensor_float32() if method.rounding == "rtn" else nullcontext():
-                loss = scaling.output_error(error, stats.gram)
-            records = _records(source, error, loss, stats.gram, scale, spec)
+            records = _records(source, error, method.rounding == "rtn", stats.gram, scale, spec, self._crew)
             each = zip(*(part if stack.routed else [part] for part in (codes, scales, zeros)), strict=True)
             for matrix, record, one, figure, (own, *fitted) in zip(matrices, records, damp, figures, each, strict=True):
                 self._codes[matrix.module] = grids.to_codes(own, grids.Grid(*fitted), spec)
@@ -235,9 +238,10 @@ class GridWork(LayerWork):
 
 
 def _rounded(
-    method: OnGrid, target: Tensor, stats: Statistics, spec: GridSpec
+    method: OnGrid, target: Tensor, stats: Statistics, spec: GridSpec, crew: Crew
 ) -> tuple[rounding.Rounded, Sequence[float]]:
-    """(codes of ``target [out, in]`` or ``[E, out, in]``, the damping that each took). ``stats``: used up."""
+    """(codes of ``target [out, in]`` or ``[E, out, in]``, the damping that each took). ``stats``: used up. Every member
+    of the crew rounds its pieces, and has all at the end."""
     gram = stats.gram
     if method.rounding == "rtn":
         blocks = grids.diagonal_blocks(gram, spec.group_size) if method.clip else None
@@ -246,22 +250,34 @@ def _rounded(
         return rounding.Rounded(grids.quantize(target, fitted, spec), fitted), [0.0] * problems
     order = rounding.activation_order(gram) if method.act_order else None
     factor = rounding.factorize(gram, method.damp_percent, order)
-    goal = target.clone()
-    if stats.drift is not None:
+    pieces = Pieces.of(crew, target, method.descent and _in_groups(factor, spec))
+    part = pieces.take(target)
+    if stats.drift is None:
+        goal = part.clone()
+    else:
         with tensor_float32():
-            drift, stats.drift = stats.output_drift(target), None  # large, and not needed again
-            goal = rounding.propagated_target(target, drift, factor, method.propagate_strength)
+            drift, stats.drift = stats.output_drift(part, pieces), None  # large, and not needed again
+            goal = rounding.propagated_target(part, drift, factor, method.propagate_strength)
         del drift
     damp = factor.damp.view(-1).tolist()
-    if method.descent:
-        return _descend(method, goal, factor, gram, spec), damp
-    return rounding.gptq(goal, factor, spec, method.clip, gram), damp
+    if not method.descent:
+        return rounding.gptq(goal, factor, spec, method.clip, gram), damp
+    own = _descend(method, goal, factor, gram, spec)
+    if pieces.number == 1:
+        return own, damp
+    codes = pieces.whole(own.codes.to(torch.uint8)).float()
+    return rounding.Rounded(codes, grids.Grid(pieces.whole(own.grid.scale), pieces.whole(own.grid.zero))), damp
+
+
+def _in_groups(factor: rounding.Factor, spec: GridSpec) -> bool:
+    """Whether descent begins by itself, not with GPTQ's codes."""
+    return factor.order is None and spec.group_size <= descent.BLOCK
 
 
 def tried(method: OnGrid, weight: Tensor, gram: Tensor, factor: rounding.Factor, spec: GridSpec) -> Tensor:
     """``weight [out, in]``, or some rows of it, as ``method`` rounds it, nothing folded: float32. ``factor``: of
-    ``gram``, in the columns' order."""
-    goal, spec = weight.float().clone(), spec.for_columns(weight.shape[1])
+    ``gram``, in the columns' order. Of a stack ``[E, …]`` each."""
+    goal, spec = weight.float().clone(), spec.for_columns(weight.shape[-1])
     if method.descent:
         rounded = _descend(method, goal, factor, gram, spec)
     else:
@@ -273,7 +289,7 @@ def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor
     """Scales and codes by descent, from one pass in the columns' order; with act-order, and where a row is one group,
     from GPTQ's codes. ``gram``: damped as the factor is, and put back."""
     levels = Levels.of_grid(spec, method.signed)
-    if factor.order is None and spec.group_size <= descent.BLOCK:
+    if _in_groups(factor, spec):
         begun = descent.begin(goal, factor, levels)
     else:
         plain = rounding.gptq(goal.clone(), factor, spec, method.clip, gram)
@@ -284,17 +300,29 @@ def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor
 
 
 def _records(
-    source: Tensor, error: Tensor, loss: Tensor, gram: Tensor, scale: Tensor, spec: grids.GridSpec
+    source: Tensor, error: Tensor, nearest: bool, gram: Tensor, scale: Tensor, spec: grids.GridSpec, crew: Crew
 ) -> list[dict[str, float]]:
-    """Of a matrix, or of each expert's of a stack. ``error``: of the scaled weight; ``gram``: of the scaled inputs.
-    W s meets X / s, so its output errors are those of the source's own weights and inputs."""
+    """Of a matrix, or of each expert's of a stack. ``error``: of the scaled weight; ``nearest``: by plain rounding;
+    ``gram``: of the scaled inputs. W s meets X / s, so its output errors are those of the source's own weights and
+    inputs."""
     scale = scale.unsqueeze(-2)
-    with tensor_float32():
-        energy = scaling.output_error(source * scale, gram).clamp_min(1e-30)
-        plain = scaling.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
+
+    def energy() -> Tensor:
+        with tensor_float32():
+            return scaling.output_error(source * scale, gram).clamp_min(1e-30)
+
+    def of_nearest() -> Tensor:
+        with tensor_float32():
+            return scaling.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
+
+    def own() -> Tensor:
+        with tensor_float32() if nearest else nullcontext():
+            return scaling.output_error(error, gram)
+
+    whole, plain, loss = crew.figures([energy, of_nearest, own], gram[..., 0, 0])
     figures = [
-        (plain.clamp_min(0) / energy).sqrt(),
-        (loss.clamp_min(0) / energy).sqrt(),
+        (plain.clamp_min(0) / whole).sqrt(),
+        (loss.clamp_min(0) / whole).sqrt(),
         _length(error.div_(scale)) / _length(source).clamp_min(1e-30),
     ]
     rows = torch.stack([figure.view(-1) for figure in figures], 1).tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks
 from qtool.convert.formats.gguf.ggml_fields import Fields, pack
-from qtool.quantize.descent import Levels
+from qtool.quantize.chosen import Levels
 
 CHUNK_WEIGHTS = 1 << 22
 VISIT = 256  # columns whose errors meet the others' in one product: a super-block, or eight blocks

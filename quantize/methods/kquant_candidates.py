@@ -32,3 +32,5 @@ class AffineSearch:
 WEIGHED = {"Q4_K": AffineSearch(15, -0.9, 0.05, 36), "Q5_K": AffineSearch(31, -0.9, 0.05, 36)}
 
 PLAIN = {"Q4_K": AffineSearch(15, -1.0, 0.1, 20), "Q5_K": AffineSearch(31, -0.5, 0.1, 15)}
+
+LOW = AffineSearch(3, -0.9, 0.05, 36)  # of Q2_K, weighed

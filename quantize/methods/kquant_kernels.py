@@ -63,7 +63,7 @@ def _affine_search(
     place = block * 32
     x = load(weight, place, inside, 32, 1)
     weights = _weigh(weight, importance, place, block // 8 * 256, place % columns, x, inside, weighed)
-    scale, minimum, sums, inverse, start = fit_affine(x, weights, levels, first, step, last)
+    scale, minimum, sums, inverse, start = fit_affine(x, weights, levels, first, step, last, 32)
     tl.store(found + block, scale, mask=inside)
     tl.store(found + total + block, minimum, mask=inside)
     tl.store(found + 2 * total + block, sums, mask=inside)
@@ -94,8 +94,8 @@ def _affine_scales(found, out, supers, words: tl.constexpr, weighed: tl.constexp
     minima = load(found + total, block * 8, inside, 8, 1)
     if weighed:
         sums = load(found + 2 * total, block * 8, inside, 8, 1)
-        d, ls = fit_positive(scales, sums)
-        dmin, lm = fit_positive(minima, sums)
+        d, ls = fit_positive(scales, sums, 63.0, 8)
+        dmin, lm = fit_positive(minima, sums, 63.0, 8)
     else:
         d, ls = _largest_scale(scales)
         dmin, lm = _largest_scale(minima)

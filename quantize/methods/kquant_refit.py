@@ -21,7 +21,8 @@ def refit(part: BlockColumns, slope: Tensor, metric: Tensor) -> None:
     if slope.is_cuda:
         from qtool.quantize.methods import kquant_refit_kernels
 
-        kquant_refit_kernels.refit(part, slope, metric)
+        of_each = metric if metric.ndim == slope.ndim else metric.expand(len(slope), *metric.shape).contiguous()
+        kquant_refit_kernels.refit(part, slope, of_each)
         return
     kind, d, dmin = part.kind, part.d, part.dmin
     steps, minima = count_of(part.scale, d), count_of(part.shift, dmin)

@@ -24,16 +24,21 @@ from qtool.quantize.methods.kquant_blocks import KINDS, VISIT, ChosenBlocks, of_
 from qtool.quantize.methods.kquant_columns import BlockColumns
 from qtool.quantize.methods.kquant_refit import refit
 from qtool.quantize.methods.kquant_visits import choose, revisit
-from qtool.quantize.precision import subtract_product, tensor_float32
+from qtool.quantize.precision import each_product, subtract_product, tensor_float32
 from qtool.quantize.rounding import Factor, invert_upper
 
 SWEEPS = 3
+WHOLE_ROWS = ("Q5_0", "Q5_1")  # whose blocks ggml weighs by the mean square of the whole row
 
 
 def quantize(target: Tensor, factor: Factor, gram: Tensor, type_name: str) -> GgmlBlocks:
     """``target`` float32 ``[out, in]`` in blocks that lose less on inputs of the damped Gram matrix ``gram [in, in]``,
-    row by row, than those that ggml finds with its diagonal; of a stack the rows of one problem below the other's.
-    ``factor``: of the same matrix. A float type has none."""
+    row by row, than those that ggml finds with its diagonal; of a stack the rows of one problem below the other's, and
+    so of pieces of one matrix, ``[pieces, out, in]``. ``factor``: of the same matrix. A float type has none."""
+    if target.ndim > gram.ndim and not target.is_cuda:
+        found = [quantize(one, factor, gram, type_name) for one in target]
+        data = torch.cat([blocks.data for blocks in found])
+        return GgmlBlocks(data, type_name, (len(data), target.shape[-1]))
     plain = _search(target, type_name, gram.diagonal(dim1=-2, dim2=-1))
     if type_name not in KINDS:
         return plain
@@ -45,17 +50,25 @@ def quantize(target: Tensor, factor: Factor, gram: Tensor, type_name: str) -> Gg
 def _row_loss(blocks: GgmlBlocks, target: Tensor, gram: Tensor) -> Tensor:
     """``[rows of all problems, 1]``."""
     error = blocks.dequantize().view_as(target).sub_(target)
+    if error.ndim > gram.ndim:
+        return torch.cat([((one @ gram) * one).sum(-1) for one in error]).view(-1, 1)
     return ((error @ gram) * error).sum(-1).view(-1, 1)
 
 
 def _search(weights: Tensor, type_name: str, importance: Tensor) -> GgmlBlocks:
-    """ggml's own blocks for ``[out, in]``, columns weighed by ``importance [in]``; of a stack all rows together."""
+    """ggml's own blocks for ``[out, in]``, columns weighed by ``importance [in]``; of a stack, or of pieces, all rows
+    together."""
     importance = importance / importance.mean(-1, keepdim=True)
-    if weights.ndim == 2:
-        return quantize_ggml(weights, type_name, importance)
-    found = [quantize_ggml(*one) for one in zip(weights, [type_name] * len(weights), importance, strict=True)]
-    data = torch.cat([blocks.data for blocks in found])
-    return GgmlBlocks(data, type_name, (len(data), weights.shape[-1]))
+    if importance.ndim == 1:
+        return quantize_ggml(weights.flatten(0, -2), type_name, importance)
+    problems, out, columns = weights.shape
+    if type_name in WHOLE_ROWS:
+        found = [quantize_ggml(*one) for one in zip(weights, [type_name] * problems, importance, strict=True)]
+        data = torch.cat([blocks.data for blocks in found])
+    else:  # a block does not know what lies beside it in a row: the problems side by side in one launch
+        wide = quantize_ggml(weights.transpose(0, 1).reshape(out, -1), type_name, importance.flatten())
+        data = wide.data.view(out, problems, -1).transpose(0, 1).reshape(problems * out, -1)
+    return GgmlBlocks(data, type_name, (problems * out, columns))
 
 
 def workspace(out: int, columns: int) -> int:
@@ -75,7 +88,7 @@ def begin(target: Tensor, factor: Factor, type_name: str) -> ChosenBlocks:
         inverse = invert_upper(upper)
         _start(part, aims, inverse, type_name)
         choose(part, aims, upper, inverse)
-        error = inverse.mT @ part.weights().neg_().add_(aims)
+        error = each_product(inverse.mT, part.weights().neg_().add_(aims))
         subtract_product(weight[..., visit.stop :, :], factor.upper[..., visit, visit.stop :].mT, error)
     return chosen.rows()
 
@@ -89,7 +102,7 @@ def descend(target: Tensor, chosen: ChosenBlocks, gram: Tensor, sweeps: int = SW
         for visit in _visits(target.shape[-1]):
             part, metric = found.part(visit), gram[..., visit, visit].contiguous()
             with tensor_float32():
-                slope = gram[..., visit, :] @ error
+                slope = each_product(gram[..., visit, :], error)
             before = part.weights()
             revisit(part, slope, metric)
             if kind.steps is not None:

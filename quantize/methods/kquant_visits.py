@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.quantize import descent
-from qtool.quantize.descent import Group
+from qtool.quantize.chosen import Group
 from qtool.quantize.grid import diagonal_blocks
 from qtool.quantize.methods.kquant_blocks import Kind
 from qtool.quantize.methods.kquant_columns import BlockColumns, Stored
@@ -31,14 +31,21 @@ def choose(part: BlockColumns, aims: Tensor, upper: Tensor, inverse: Tensor) -> 
     the Gram matrix's inverse, and its own inverse."""
     size, state = part.kind.size, aims.clone(memory_format=torch.contiguous_format)
     blocks = diagonal_blocks(inverse, size)  # of a triangular matrix they are the inverses of its blocks
-    _settle(part, state, blocks @ blocks.mT, blocks @ _lines(upper, size), first=True)
+    own, spread = blocks @ blocks.mT, blocks @ _lines(upper, size)
+    _settle(part, state, _of_each(own, state), _of_each(spread, state), first=True)
 
 
 def revisit(part: BlockColumns, slope: Tensor, metric: Tensor) -> None:
     """Better sub-blocks, all other columns of the matrix held. ``slope [width, out]``: half the gradient of the loss,
     contiguous, which follows what changes; ``metric [width, width]``: contiguous."""
     size = part.kind.size
-    _settle(part, slope, diagonal_blocks(metric, size), _lines(metric, size), first=False)
+    own, spread = diagonal_blocks(metric, size), _lines(metric, size)
+    _settle(part, slope, _of_each(own, slope), _of_each(spread, slope), first=False)
+
+
+def _of_each(own: Tensor, state: Tensor) -> Tensor:
+    """``[subs, g, n]`` for each problem ``[subs, E, g, n]``, where pieces of one matrix share it."""
+    return own.unsqueeze(1).expand(-1, len(state), -1, -1) if own.ndim == state.ndim else own
 
 
 def _lines(matrix: Tensor, size: int) -> Tensor:

@@ -48,9 +48,9 @@ def _quantize_rows(weight: Tensor, type_name: str, row: Tensor | None) -> Tensor
     if type_name == "Q8_0":
         return _eight_bits(x)
     if qw is not None:  # a block of 32 weighs its errors by the whole row's mean square
-        squares = _sum(weight.t() * weight.t())
+        squares = column_sum(weight.t() * weight.t())
         sigma = (squares / torch.full_like(squares, weight.shape[1])).repeat_interleave(weight.shape[1] // elements)
-        qw = qw * _root(sigma + x * x)
+        qw = qw * root(sigma + x * x)
     return _five_bits(x, qw) if type_name == "Q5_0" else _five_bits_affine(x, qw)
 
 
@@ -60,18 +60,18 @@ def _affine_super_blocks(x: Tensor, qw: Tensor | None, type_name: str) -> Tensor
     sub = x.reshape(8, 32, -1)  # [sub-block, element, super-block]
     flat = sub.transpose(0, 1).reshape(32, -1)
     if qw is None:
-        weights = _root(_sum(flat * flat) / 32) + flat.abs()
+        weights = root(column_sum(flat * flat) / 32) + flat.abs()
     else:
-        sigma = 2 * _sum(x * x) / 256
-        weights = (qw * _root(sigma + x * x)).reshape(8, 32, -1).transpose(0, 1).reshape(32, -1)
+        sigma = 2 * column_sum(x * x) / 256
+        weights = (qw * root(sigma + x * x)).reshape(8, 32, -1).transpose(0, 1).reshape(32, -1)
     scale, minimum, codes = fit_affine(flat, weights, search)
     scales, minima = scale.view(8, -1), minimum.view(8, -1)
     if qw is None:
         (d, ls), (dmin, lm) = _largest_scale(scales), _largest_scale(minima)
     else:
-        sums = _sum(weights).view(8, -1)
+        sums = column_sum(weights).view(8, -1)
         (d, ls), (dmin, lm) = fit_positive(scales, sums, 63), fit_positive(minima, sums, 63)
-    d, dmin = _half(d), _half(dmin)
+    d, dmin = half(d), half(dmin)
     step, offset = (d.float() * ls)[:, None], (dmin.float() * lm)[:, None]
     rounded = ((sub + offset) / step).round().clamp(0, search.levels)
     codes = torch.where(step == 0, codes.view(32, 8, -1).transpose(0, 1), rounded)
@@ -85,10 +85,10 @@ def _symmetric_super_blocks(x: Tensor, qw: Tensor | None) -> Tensor:
     weights = flat * flat if qw is None else qw.reshape(16, 16, -1).transpose(0, 1).reshape(16, -1)
     scale, codes = fit_symmetric(flat, weights, 32)
     scales = scale.view(16, -1)
-    largest = _signed_largest(scales)
+    largest = signed_largest(scales)
     nothing = largest.abs() < TINY
-    inverse = _over(-128, torch.where(nothing, 1.0, largest))
-    d = torch.where(nothing, 0.0, _half(_over(1, inverse)))
+    inverse = over(-128, torch.where(nothing, 1.0, largest))
+    d = torch.where(nothing, 0.0, half(over(1, inverse)))
     bytes_ = torch.where(nothing, 0.0, (inverse * scales).round().clamp(-128, 127))
     step = (d.float() * bytes_)[:, None]
     rounded = (sub / step).round().clamp(-32, 31) + 32
@@ -100,22 +100,22 @@ def _eight_bits(x: Tensor) -> Tensor:
     """Q8_0: 32 signed bytes; halves round away from zero. The importance row does not matter."""
     d = x.abs().amax(0)
     d = d / torch.full_like(d, 127)
-    inverse = torch.where(d == 0, 0.0, _over(1, d)).clamp(max=torch.finfo(torch.float32).max)
+    inverse = torch.where(d == 0, 0.0, over(1, d)).clamp(max=torch.finfo(torch.float32).max)
     scaled = x * inverse
     whole = scaled.abs().floor()
     codes = torch.where(scaled.abs() - whole >= 0.5, whole + 1, whole).clamp(max=127).copysign(scaled)
-    return _packed("Q8_0", _half(d), codes)
+    return _packed("Q8_0", half(d), codes)
 
 
 def _five_bits(x: Tensor, weights: Tensor | None) -> Tensor:
     """Q5_0: 32 codes -16…15 of one scale; the fifth bits lie in four bytes of their own."""
     if weights is None:
-        d = _signed_largest(x) / -16
-        inverse = torch.where(d.abs() < 1 / torch.finfo(torch.float32).max, 0.0, _over(1, d))
+        d = signed_largest(x) / -16
+        inverse = torch.where(d.abs() < 1 / torch.finfo(torch.float32).max, 0.0, over(1, d))
         codes = (x * inverse + 16.5).floor().clamp(0, 31)
     else:
         d, codes = fit_symmetric(x, weights, 16)
-    return _packed("Q5_0", _half(d), codes - 16)
+    return _packed("Q5_0", half(d), codes - 16)
 
 
 def _five_bits_affine(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -123,12 +123,12 @@ def _five_bits_affine(x: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         low = x.amin(0)
         d = (x.amax(0) - low) / torch.full_like(low, 31)
-        inverse = torch.where(d < 1 / torch.finfo(torch.float32).max, 0.0, _over(1, d))
+        inverse = torch.where(d < 1 / torch.finfo(torch.float32).max, 0.0, over(1, d))
         codes = ((x - low) * inverse + 0.5).floor().clamp(0, 31)
     else:
         d, minimum, codes = fit_affine(x, weights, WEIGHED["Q5_K"])
         low = 0.0 - minimum
-    return _packed("Q5_1", _half(d), codes, -_half(low))
+    return _packed("Q5_1", half(d), codes, -half(low))
 
 
 def fit_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,21 +139,21 @@ def fit_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Tensor
     low, high = x.amin(0).clamp(max=0), x.amax(0)
     flat = high - low < FLAT
     high = torch.where(flat, low + 1, high)
-    sum_w, sum_x = _sum(weights), _sum(weights * x)
-    inverse = _over(search.levels, high - low)
+    sum_w, sum_x = column_sum(weights), column_sum(weights * x)
+    inverse = over(search.levels, high - low)
     codes = (inverse * (x - low)).round().clamp(0, search.levels)
-    scale, bottom = _over(1, inverse), low
-    best = _sum(weights * (scale * codes + bottom - x).square())
+    scale, bottom = over(1, inverse), low
+    best = column_sum(weights * (scale * codes + bottom - x).square())
     for numerator in search.numerators():
-        tried = (_over(numerator, high - bottom) * (x - bottom)).round().clamp(0, search.levels)
+        tried = (over(numerator, high - bottom) * (x - bottom)).round().clamp(0, search.levels)
         weighed = weights * tried
-        sum_l, sum_l2, sum_xl = _sum(weighed), _sum(weighed * tried), _sum(weighed * x)
+        sum_l, sum_l2, sum_xl = column_sum(weighed), column_sum(weighed * tried), column_sum(weighed * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
         slope = (sum_w * sum_xl - sum_x * sum_l) / determinant
         base = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         slope = torch.where(base > 0, sum_xl / sum_l2, slope)
         base = base.clamp(max=0)
-        error = _sum(weights * (slope * tried + base - x).square())
+        error = column_sum(weights * (slope * tried + base - x).square())
         better = (determinant > 0) & (error < best)
         codes = torch.where(better, tried, codes)
         best = torch.where(better, error, best)
@@ -166,14 +166,14 @@ def fit_affine(x: Tensor, weights: Tensor, search: AffineSearch) -> tuple[Tensor
 def fit_symmetric(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """``x, weights [n, blocks]`` -> scale ``[blocks]``, codes + levels ``[n, blocks]`` with ``x ≈ scale * code``: 19
     scales about the one that maps the largest value to ``-levels``; the weighted least-squares scale of each."""
-    largest = _signed_largest(x)
+    largest = signed_largest(x)
     nothing = largest.abs() < TINY
     largest = torch.where(nothing, 1.0, largest)
     scale = codes = best = torch.zeros_like(largest)
     for i in (0, *range(-9, 0), *range(1, 10)):
         numerator = -float(levels + torch.tensor(0.1) * i)
-        tried = (_over(numerator, largest) * x).round().clamp(-levels, levels - 1)
-        sum_lx, sum_l2 = _sum(weights * x * tried), _sum(weights * tried * tried)
+        tried = (over(numerator, largest) * x).round().clamp(-levels, levels - 1)
+        sum_lx, sum_l2 = column_sum(weights * x * tried), column_sum(weights * tried * tried)
         if i == 0:
             scale = torch.where(sum_l2 == 0, 0.0, sum_lx / sum_l2)
             codes, best = tried, scale * sum_lx
@@ -193,14 +193,14 @@ def fit_positive(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Tenso
     largest = torch.where(nothing, 1.0, largest)
     inverse = best = torch.zeros_like(largest)
     for i in (0, *range(-4, 0), *range(1, 5)):
-        tried = _over(float(torch.tensor(0.1) * i + levels), largest)
+        tried = over(float(torch.tensor(0.1) * i + levels), largest)
         codes = (tried * x).round().clamp(0, levels)
-        difference = x - _over(1, tried) * codes
-        error = _sum(weights * difference * difference)
+        difference = x - over(1, tried) * codes
+        error = column_sum(weights * difference * difference)
         better = torch.ones_like(nothing) if i == 0 else error < best
         inverse, best = torch.where(better, tried, inverse), torch.where(better, error, best)
     codes = (inverse * x).round().clamp(0, levels)
-    sum_lx, sum_l2 = _sum(weights * x * codes), _sum(weights * codes * codes)
+    sum_lx, sum_l2 = column_sum(weights * x * codes), column_sum(weights * codes * codes)
     rows = list(codes)
     for _ in range(5):
         for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
@@ -217,11 +217,11 @@ def fit_positive(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Tenso
 def _largest_scale(values: Tensor) -> tuple[Tensor, Tensor]:
     """``[8, super-blocks]`` -> what 63 of them make up the largest, and each as a count of it."""
     largest = values.amax(0).clamp(min=0)
-    inverse = torch.where(largest > 63 / torch.finfo(torch.float32).max, _over(63, largest), 0.0)
+    inverse = torch.where(largest > 63 / torch.finfo(torch.float32).max, over(63, largest), 0.0)
     return largest / torch.full_like(largest, 63), (inverse * values).round().clamp(0, 63)
 
 
-def _signed_largest(x: Tensor) -> Tensor:
+def signed_largest(x: Tensor) -> Tensor:
     """The first value of largest magnitude in each column."""
     largest = x[0]
     for value in x[1:]:
@@ -229,7 +229,7 @@ def _signed_largest(x: Tensor) -> Tensor:
     return largest
 
 
-def _sum(values: Tensor) -> Tensor:
+def column_sum(values: Tensor) -> Tensor:
     """Down the columns, one after another: C's order, which torch.sum does not keep."""
     total = values[0].clone()
     for value in values[1:]:
@@ -237,17 +237,17 @@ def _sum(values: Tensor) -> Tensor:
     return total
 
 
-def _over(number: float, values: Tensor) -> Tensor:
+def over(number: float, values: Tensor) -> Tensor:
     """Rounded once: torch multiplies a number by the reciprocal."""
     return torch.full_like(values, number) / values
 
 
-def _root(values: Tensor) -> Tensor:
+def root(values: Tensor) -> Tensor:
     """Rounded once: torch.sqrt of float32 may be a bit off."""
     return values.double().sqrt().float()
 
 
-def _half(value: Tensor) -> Tensor:
+def half(value: Tensor) -> Tensor:
     """Always finite: what overflowed becomes the largest float16, what cannot be told 0."""
     return value.nan_to_num(0.0).clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
 

@@ -21,6 +21,7 @@ from qtool.convert.formats.codes import Codes
 from qtool.convert.formats.format import Format
 from qtool.convert.formats.plan import LinearPlan, ModelShape
 from qtool.convert.models.feeds import Feed, Matrix
+from qtool.quantize.crew import SOLO, Crew, crews_of
 from qtool.quantize.methods.budget import Budget
 from qtool.quantize.rounding import Factor
 from qtool.quantize.routed import RoutedStatistics
@@ -89,11 +90,12 @@ def unquantized(matrices: Sequence[Matrix], tensors: Mapping[str, Tensor]) -> di
 @dataclass(frozen=True)
 class Inputs:
     """What a method asked for. statistics: a stack's name -> those of its input, used up to spare memory where
-    ``owned``; importance: module -> mean square of its input channels ``[in]``; figures: module of an expert -> what
-    its record says of its statistics."""
+    ``owned``; crew: who rounds it together, each with the same inputs; importance: module -> mean square of its input
+    channels ``[in]``; figures: module of an expert -> what its record says of its statistics."""
 
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     owned: bool = False
+    crew: Crew = SOLO
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -155,8 +157,8 @@ class LayerWork(ABC):
 class UnfoldedWork(LayerWork):
     """A layer whose weights and other tensors stay as they are; ``done``: what has codes by now."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.done = layer, LayerCodes(tensors=layer.others)
+    def __init__(self, layer: Layer, crew: Crew) -> None:
+        self.layer, self.crew, self.done = layer, crew, LayerCodes(tensors=layer.others)
 
     def target(self, stack: Stack) -> Tensor:
         """As `LayerWork.target`."""
@@ -293,7 +295,8 @@ class Method(BaseModel, ABC):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """``weight [out, in]``, or some rows of it, as a reader of that type gets it: float32. ``gram, factor``: of its
-        inputs, and of the Gram matrix's damped inverse; None outside the layers."""
+        inputs, and of the Gram matrix's damped inverse; None outside the layers. Of a stack of problems ``[E, …]``
+        each."""
         raise NotImplementedError
 
     @property
@@ -312,3 +315,9 @@ class Method(BaseModel, ABC):
     def remarks(self, ledger: Mapping[str, Mapping[str, float]]) -> list[str]:
         """What its records say that a user should hear."""
         return []
+
+
+def members_of(methods: Sequence[Method], owners: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
+    """The ranks that round each output together: where its statistics are Gram matrices those, too, that make none
+    such."""
+    return crews_of([method.cost if method.needs.gram else 0 for method in methods], owners, ranks)

@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool import QtoolError
 from qtool.convert.formats import bnb_nf4
 from qtool.convert.formats.codes import Nested, Nf4Blocks
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.formats.shards import Shards
 from qtool.quantize import descent
-from qtool.quantize.descent import Chosen, Levels
+from qtool.quantize.chosen import Chosen, Levels
+from qtool.quantize.crew import SOLO, Crew, Pieces
+from qtool.quantize.methods.budget import Budget
 from qtool.quantize.methods.method import (
     SKIPPED,
     Inputs,
@@ -34,8 +37,9 @@ from qtool.quantize.methods.method import (
     UnfoldedWork,
 )
 from qtool.quantize.methods.number import Number
+from qtool.quantize.methods.two_kinds import WHOLE, alike_of, changes_of, offers_of, require_one_rule
 from qtool.quantize.precision import tensor_float32
-from qtool.quantize.rounding import damped, factorize, propagated_target
+from qtool.quantize.rounding import Factor, damped, factorize, propagated_target
 from qtool.quantize.scaling import output_error
 from qtool.quantize.stacks import Stack, stacks_of
 
@@ -66,6 +70,47 @@ class Nf4Method(Method):
     """Round against the inputs that the quantized prefix produces."""
     propagate_strength: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """How much of the prefix's error a matrix makes up for."""
+    budget: Budget | None = None
+    """How large the weights may be: each linear gets four bits, or stays in 16."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Nf4Method:
+        require_one_rule(self, self.budget)
+        return self
+
+    def unsaid(self) -> set[str]:
+        """What was chosen for a budget stands in `ignore`."""
+        return super().unsaid() | ({"budget"} if self.budget is None else set())
+
+    @property
+    def undecided(self) -> Budget | None:
+        """As `Method.undecided`."""
+        return self.budget
+
+    def decided(self, mix: Mapping[str, str]) -> Nf4Method:
+        """What stays in 16 bits, by name."""
+        return self.model_copy(update=changes_of(mix))
+
+    def offers(self, shape: ModelShape) -> dict[str, dict[str, int]]:
+        """As `Method.offers`: four bits and sixteen."""
+        return offers_of(self.model_copy(update={"budget": None}), shape)
+
+    def alike(self, shape: ModelShape) -> tuple[tuple[str, ...], ...]:
+        """As `two_kinds.alike_of`."""
+        return alike_of(shape)
+
+    def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
+        """As `Method.trial`."""
+        if type_name == WHOLE or gram is None or factor is None:
+            return weight.float()
+        if self.rounding == "absmax" or weight.shape[-1] % self.blocksize:
+            rows = weight.flatten(0, -2)
+            return quantize_nf4(rows, self.blocksize, self.double_quant).dequantize().float().view_as(weight)
+        goal, levels = weight.float(), levels_of(self.blocksize)
+        begun = descent.begin(goal, factor, levels)
+        with damped(gram, factor):
+            sizes, whole = [weight.shape[-2]], Pieces(SOLO, 1)
+            return _descend(self.double_quant, goal, begun, gram, levels, sizes, whole)[0].weights()
 
     @property
     def needs(self) -> Needs:
@@ -99,7 +144,7 @@ class Nf4Method(Method):
         """In the dtype of the checkpoint; one matrix at a time is on the device. By largest magnitudes, only
         ``|W - Ŵ| / |W|`` is recorded."""
         if self.needs.gram:
-            work = Nf4Work(self, layer)
+            work = Nf4Work(self, layer, inputs.crew)
             for stack in stacks_of(layer.feeds):
                 work.round(stack, inputs.statistics[stack.name])
             return work.finish()
@@ -113,14 +158,14 @@ class Nf4Method(Method):
 
     def begin(self, layer: Layer, inputs: Inputs) -> LayerWork:
         """Nothing is folded."""
-        return Nf4Work(self, layer)
+        return Nf4Work(self, layer, inputs.crew)
 
 
 class Nf4Work(UnfoldedWork):
     """Records ``|W - Ŵ| / |W|`` and the relative output errors of bitsandbytes' own codes and of these."""
 
-    def __init__(self, method: Nf4Method, layer: Layer) -> None:
-        super().__init__(layer)
+    def __init__(self, method: Nf4Method, layer: Layer, crew: Crew) -> None:
+        super().__init__(layer, crew)
         self._method = method
 
     def _round(self, stack: Stack, stats: Statistics, figures: Sequence[Mapping[str, float]]) -> None:
@@ -143,47 +188,68 @@ class Nf4Work(UnfoldedWork):
             ]
         target = self.target(stack)
         factor = factorize(stats.gram, method.damp_percent)
-        goal = target
+        pieces = Pieces.of(self.crew, target)
+        goal = pieces.take(target)
         if stats.drift is not None:
             with tensor_float32():
-                goal = propagated_target(target, stats.output_drift(target), factor, method.propagate_strength)
-        levels = Levels(15, method.blocksize, torch.float32, table=bnb_nf4.NF4)
+                goal = propagated_target(goal, stats.output_drift(goal, pieces), factor, method.propagate_strength)
+        levels = levels_of(method.blocksize)
         begun = descent.begin(goal, factor, levels)
         with damped(stats.gram, factor):
-            chosen, maxima = self._descend(goal, begun, stats.gram, levels, [own.shape[0] for own in sources[0]])
+            rows = [own.shape[0] for own in sources[0]]
+            chosen, maxima = _descend(method.double_quant, goal, begun, stats.gram, levels, rows, pieces)
         sizes = [own.shape[0] for problem in sources for own in problem]
-        parts = iter(zip(chosen.levels.flatten(0, -2).split(sizes), maxima, strict=True))
+        parts = iter(zip(pieces.whole(chosen.levels).flatten(0, -2).split(sizes), maxima, strict=True))
         found = []
         for own in sources:
             each = zip(own, parts, strict=False)  # as many of the parts as this problem has matrices
             found.append([(one, _blocks(one, codes, *scales, method.blocksize)) for one, (codes, scales) in each])
         return found
 
-    def _descend(
-        self, goal: Tensor, begun: Chosen, gram: Tensor, levels: Levels, sizes: Sequence[int]
-    ) -> tuple[Chosen, list[tuple[Tensor, Nested | None]]]:
-        """(levels, each matrix's scales as they are stored). ``sizes``: rows of the matrices of a problem."""
-        problems = goal.shape[0] if goal.ndim == 3 else 1
-        rows = list(sizes) * problems
-        if not self._method.double_quant:
-            chosen = descent.descend(goal, begun, gram, levels)
-            return chosen, [(scale.flatten(), None) for scale in chosen.scale.flatten(0, -2).split(rows)]
-        # scales are rounded once they are good, then codes make up for that
-        begun = descent.descend(goal, begun, gram, levels, sweeps=1)
-        nested = [_nested(scale) for scale in begun.scale.flatten(0, -2).split(rows)]
-        scales = torch.cat([scale for scale, _, _ in nested]).view_as(begun.scale)
-        begun = Chosen(begun.levels, scales, begun.zero)
-        chosen = descent.descend(goal, begun, gram, levels, sweeps=2, scales=False)
-        return chosen, [(absmax, second) for _, absmax, second in nested]
-
     def _record(self, source: Tensor, blocks: Nf4Blocks, gram: Tensor) -> dict[str, float]:
         wide, method = source.float(), self._method
         plain = quantize_nf4(source, method.blocksize, method.double_quant).dequantize().sub_(wide)
-        with tensor_float32():
-            energy, rounded = output_error(wide, gram).clamp_min(1e-30), output_error(plain, gram)
-        compensated = output_error(blocks.dequantize().sub_(wide), gram)  # its terms cancel: in float32
-        rtn, own = ((loss.clamp_min(0) / energy).sqrt() for loss in (rounded, compensated))
+
+        def whole() -> Tensor:
+            with tensor_float32():
+                return output_error(wide, gram).clamp_min(1e-30)
+
+        def rounded() -> Tensor:
+            with tensor_float32():
+                return output_error(plain, gram)
+
+        def compensated() -> Tensor:  # its terms cancel: in float32
+            return output_error(blocks.dequantize().sub_(wide), gram)
+
+        energy, *losses = self.crew.figures([whole, rounded, compensated], gram[0, 0])
+        rtn, own = ((loss.clamp_min(0) / energy).sqrt() for loss in losses)
         return {"rtn_error": _figure(rtn), "error": _figure(own), "frobenius": _figure(_distance(wide, blocks))}
+
+
+def levels_of(blocksize: int) -> Levels:
+    """NF4's sixteen."""
+    return Levels(15, blocksize, torch.float32, table=bnb_nf4.NF4)
+
+
+def _descend(
+    double_quant: bool, goal: Tensor, begun: Chosen, gram: Tensor, levels: Levels, sizes: Sequence[int], pieces: Pieces
+) -> tuple[Chosen, list[tuple[Tensor, Nested | None]]]:
+    """(what is chosen for these pieces, each matrix's scales as they are stored). ``sizes``: rows of the matrices of a
+    problem; ``pieces``: which rows of them ``goal`` and ``begun`` are."""
+    problems = goal.shape[0] if pieces.number == 1 and goal.ndim == 3 else 1
+    rows = list(sizes) * problems
+    if not double_quant:
+        chosen = descent.descend(goal, begun, gram, levels)
+        scales = pieces.whole(chosen.scale)
+        return chosen, [(scale.flatten(), None) for scale in scales.flatten(0, -2).split(rows)]
+    # scales are rounded once they are good, then codes make up for that
+    begun = descent.descend(goal, begun, gram, levels, sweeps=1)
+    found = pieces.whole(begun.scale)
+    nested = [_nested(scale) for scale in found.flatten(0, -2).split(rows)]
+    scales = torch.cat([scale for scale, _, _ in nested]).view_as(found)
+    begun = Chosen(begun.levels, pieces.take(scales), begun.zero)
+    chosen = descent.descend(goal, begun, gram, levels, sweeps=2, scales=False)
+    return chosen, [(absmax, second) for _, absmax, second in nested]
 
 
 def _distance(source: Tensor, blocks: Nf4Blocks) -> Tensor:

@@ -14,6 +14,7 @@ from qtool.convert.files.writer import Spec
 from qtool.convert.formats.plan import LinearPlan
 from qtool.convert.models.feeds import Feed
 from qtool.quantize import descent, scaling
+from qtool.quantize.crew import SOLO, Crew
 from qtool.quantize.methods.grid_work import GridWork, OnGrid
 from qtool.quantize.methods.method import Inputs, Layer, LayerCodes, LayerWork, Method, Needs, Statistics
 from qtool.quantize.methods.number import Number
@@ -78,11 +79,12 @@ class GridMethod(Method):
 
     def begin(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerWork:
         """Search and fold the scales of all feeds."""
-        return GridWork(self, layer.feeds, layer.weights, inputs.statistics, layer.plans)
+        return GridWork(self, layer.feeds, layer.weights, inputs.statistics, layer.plans, inputs.crew)
 
     def quantize(self: OnGrid, layer: Layer, inputs: Inputs) -> LayerCodes:
         """As `quantize_layer`."""
-        return quantize_layer(self, layer.feeds, layer.weights, inputs.statistics, inputs.owned, layer.plans)
+        found = inputs.statistics
+        return quantize_layer(self, layer.feeds, layer.weights, found, inputs.owned, layer.plans, inputs.crew)
 
 
 def quantize_layer(
@@ -92,11 +94,12 @@ def quantize_layer(
     statistics: Mapping[str, Statistics],
     owned: bool = False,
     plans: Mapping[str, LinearPlan] | None = None,
+    crew: Crew = SOLO,
 ) -> LayerCodes:
     """A layer on one set of statistics, collected before any of it is rounded. ``weights``: tensor name -> tensor of
     any float dtype (left unchanged); ``statistics``: a stack's name -> its input's, used up to spare memory where
     ``owned``, left unchanged otherwise; ``plans``: as `GridWork` takes them."""
-    work = GridWork(method, feeds, weights, statistics, plans)
+    work = GridWork(method, feeds, weights, statistics, plans, crew)
     for stack in filter(work.quantizes, stacks_of(feeds)):
         work.round(stack, work.folded_statistics(stack, statistics[stack.name], owned))
     return work.finish()

@@ -73,6 +73,11 @@ class Gguf:
         """llama.cpp works on the blocks."""
         return False
 
+    @property
+    def proves_tokens(self) -> bool:
+        """The file holds a vocabulary and rules of splitting."""
+        return True
+
     def of_model(self, decoder: Decoder) -> Gguf:
         """The same: the file's own keys say all."""
         return self

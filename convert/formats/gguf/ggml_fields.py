@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+UNEVEN = ("IQ4_XS", "IQ4_NL")
+# Of these a code is the number of a level, and `Fields.codes` are the levels.
+LEVELS = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,53 @@ def _pack_q3_k(f: Fields) -> tuple[Tensor, ...]:
     return _gather((q >> 2).view(-1, 8, 32), 1), _of_two_bits(q & 3), *scales, _bytes(f.d)
 
 
+def uneven_code(value: Tensor) -> Tensor:
+    """The number of the level next to each value; of two as near the greater."""
+    middles = torch.tensor([(low + high) / 2 for low, high in pairwise(LEVELS)], device=value.device)
+    return torch.bucketize(value.contiguous(), middles, right=True)
+
+
+def _level(codes: Tensor) -> Tensor:
+    return torch.tensor(LEVELS, device=codes.device)[codes.long()]
+
+
+def _unpack_iq4_nl(b: Tensor) -> Fields:
+    return _single(_half(b[:, :2]), _level(_nibbles(b[:, 2:]).flatten(1)))
+
+
+def _uneven_nibbles(levels: Tensor) -> Tensor:
+    q = uneven_code(levels.view(len(levels), -1, 2, 16)).to(torch.int32)
+    return (q[:, :, 0] | q[:, :, 1] << 4).flatten(1)
+
+
+def _pack_iq4_nl(f: Fields) -> tuple[Tensor, ...]:
+    return _bytes(f.d), _uneven_nibbles(f.codes)
+
+
+def _unpack_iq4_xs(b: Tensor) -> Fields:
+    """Bytes 2-7: eight scales of six bits, first their upper two, then the lower four, two in a byte."""
+    low = _nibbles(b[:, 4:8, None]).flatten(1)
+    high = _spread(b[:, 2:4, None].flatten(1).reshape(-1, 1), 2, 4).view(-1, 8)
+    steps = (low | high << 4).float() - 32
+    d, codes = _half(b[:, :2]), _level(_nibbles(b[:, 8:].reshape(-1, 8, 16)).flatten(1))
+    return Fields(d, torch.zeros_like(d), steps, torch.zeros_like(steps), codes)
+
+
+def _pack_iq4_xs(f: Fields) -> tuple[Tensor, ...]:
+    steps = (f.steps + 32).to(torch.int32)
+    high = _gather((steps >> 4).view(-1, 4)[:, :, None], 2).view(-1, 2)
+    low = steps.view(-1, 4, 2)
+    return _bytes(f.d), high, (low[:, :, 0] & 15) | (low[:, :, 1] & 15) << 4, _uneven_nibbles(f.codes)
+
+
 _UNPACK: dict[str, Callable[[Tensor], Fields]] = {
     "Q8_0": _unpack_q8_0, "Q5_0": _unpack_q5_0, "Q5_1": _unpack_q5_1,
     "Q4_K": _unpack_q4_k, "Q5_K": _unpack_q5_k, "Q6_K": _unpack_q6_k, "Q2_K": _unpack_q2_k, "Q3_K": _unpack_q3_k,
+    "IQ4_XS": _unpack_iq4_xs, "IQ4_NL": _unpack_iq4_nl,
 }  # fmt: skip
 _PACK: dict[str, Callable[[Fields], tuple[Tensor, ...]]] = {
     "Q8_0": _pack_q8_0, "Q5_0": _pack_q5_0, "Q5_1": _pack_q5_1,
     "Q4_K": _pack_affine, "Q5_K": _pack_q5_k, "Q6_K": _pack_q6_k, "Q2_K": _pack_q2_k, "Q3_K": _pack_q3_k,
+    "IQ4_XS": _pack_iq4_xs, "IQ4_NL": _pack_iq4_nl,
 }  # fmt: skip
 TYPES = tuple(_UNPACK)
