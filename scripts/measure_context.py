@@ -22,6 +22,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qtool import QtoolError
@@ -29,7 +30,7 @@ from qtool.cli.options import numbers
 from qtool.context.files import read_tree
 from qtool.context.pieces import cut
 from qtool.context.ranking import METHODS, Repository
-from qtool.context.selection import Count, by_characters, choose
+from qtool.context.selection import Count, by_characters, choose, ranked
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate.statistics import wilson
 from qtool.evaluate.tasks import long_call, long_combine
@@ -160,13 +161,16 @@ def prompts(
 ) -> Iterator[tuple[Question, str, int, str, int, int]]:
     """(question, method, budget, prompt, its tokens, those of the whole)."""
     for asked in questions:
+        pieces = asked.repository.pieces
+        whole = sum(count([piece.text for piece in pieces]))
         for method in methods:
+            try:
+                order = ranked(asked.repository, asked.text, method)
+            except QtoolError:  # a real repository's copy has no history
+                continue
             for budget in budgets:
-                try:
-                    found = choose(asked.repository, asked.text, method, budget, count, 0, {})
-                except QtoolError:  # a real repository's copy has no history
-                    continue
-                yield asked, method, budget, found.prompt, found.tokens, found.whole
+                prompt, tokens, _ = choose(pieces, order, asked.text, METHODS[method].outlined, budget, count)
+                yield asked, method, budget, prompt, tokens, whole
 
 
 def answered(folder: Path, rows: Sequence[tuple[Question, str]], tokens: int) -> list[bool]:
@@ -188,7 +192,7 @@ def answered(folder: Path, rows: Sequence[tuple[Question, str]], tokens: int) ->
     engine = TorchModel(FACTS, model, load_tokenizer(folder))
     problems = [problem_of(asked, prompt, number) for number, (asked, prompt) in enumerate(rows)]
     requests = [
-        Request(prompt=one.prompt, seed=0, finished=lambda text, one=one: styles.finished(text, "completion", one))
+        Request(prompt=one.prompt, seed=0, finished=partial(styles.finished, style="completion", problem=one))
         for one in problems
     ]
     texts = dict(engine.generate(requests, Decoding(max_new_tokens=tokens, batch_size=16)))

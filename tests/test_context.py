@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -12,12 +13,12 @@ from click.testing import CliRunner
 from qtool import QtoolError
 from qtool.cli import context as cli_context
 from qtool.cli import main
-from qtool.context import packages
-from qtool.context.files import FILE_LIMIT, SourceFile, read_tree
+from qtool.context.files import SourceFile, read_tree
 from qtool.context.grammars import GRAMMARS, tags_of
 from qtool.context.pieces import Piece, cut, pieces_of
 from qtool.context.ranking import METHODS, Repository, words
 from qtool.context.selection import by_characters, select
+from qtool.convert.text.source import FILE_LIMIT
 
 BILLING = '''"""Bills."""
 
@@ -81,8 +82,8 @@ def test_what_cannot_be_trusted_is_left_out_and_counted(repository: Path, tmp_pa
     assert [file.path for file in tree.files] == ["README.md", "bell.py", "kept.js", "shop/billing.py"]
     assert "\x1b" not in tree.files[1].text
     assert tree.left_out == {
-        "binary": 1, "hidden": 2, "huge": 1, "ignored": 2, "ignored folders": 1, "links": 2, "neither code nor prose": 1,
-        "no regular files": 1, "not UTF-8": 1, "with lines that no one wrote": 1,
+        "binary": 1, "hidden": 2, "huge": 1, "ignored": 2, "ignored folders": 1, "links": 2,
+        "neither code nor prose": 1, "no regular files": 1, "not UTF-8": 1, "with lines that no one wrote": 1,
     }  # fmt: skip
 
 
@@ -102,7 +103,8 @@ def test_pieces_are_definitions_with_what_stands_above(repository: Path) -> None
     ]  # fmt: skip
     total = billing[2]
     assert total.text.startswith("# What a customer owes.\ndef total")
-    assert total.outline == 'def total(order):\n    """Sum of an order\'s lines, with tax."""'
+    head = 'def total(order):\n    """Sum of an order\'s lines, with tax."""'
+    assert total.outline == f"# What a customer owes.\n{head}"
     assert total.uses == {"sum": 1, "with_tax": 1}
     (parser,) = (piece for piece in pieces if piece.path == "shop/parser.py")
     assert parser.names == ("Parser", "parse")
@@ -165,10 +167,8 @@ def test_recent_goes_by_commits(repository: Path) -> None:
     for path in ("shop/billing.py", "shop/parser.py"):
         porcelain.add(str(repository), [str(repository / path)])
         porcelain.commit(str(repository), message=b"x", author=b"a <a@b>", committer=b"a <a@b>")
-    hooks = repository / ".git" / "config"
-    hooks.write_text(
-        hooks.read_text() + f"[core]\n\tfsmonitor = touch {repository}/run\n\tpager = touch {repository}/run\n"
-    )
+    settings, run = repository / ".git" / "config", f"touch {repository}/run"
+    settings.write_text(f"{settings.read_text()}[core]\n\tfsmonitor = {run}\n[gpg]\n\tprogram = {run}\n")
     assert chosen(repository, "anything", "recent")[0].startswith("shop/parser.py")
     assert chosen(repository / "shop", "anything", "recent")[0].startswith("parser.py")
     assert not (repository / "run").exists()
@@ -194,7 +194,7 @@ def test_a_missing_package_is_one_line(repository: Path, monkeypatch: pytest.Mon
     def refuse(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(packages.importlib, "import_module", refuse)
+    monkeypatch.setattr(importlib, "import_module", refuse)
     (repository / ".gitignore").write_text("x\n")
     result = CliRunner().invoke(main, ["context", str(repository), "--question", "a"])
     assert result.exit_code == 3

@@ -259,7 +259,7 @@ def declared(*extras: str) -> set[str]:
 
 @pytest.mark.slow
 def test_everything_imported_is_declared() -> None:
-    package = declared("gguf", "vllm", "nf4", "cuda")
+    package = declared("gguf", "vllm", "nf4", "cuda", "context")
     assert undeclared(list(modules(packages()).values()), package, set()) == set()
     ours = outside_names()
     tests = [path for path in (ROOT / "tests").rglob("*.py") if "data" not in path.parts]

@@ -53,23 +53,34 @@ def select(root: Path, question: str, method: str, budget: int, count: Count = b
     """Read, cut, ranked, chosen. Raises QtoolError where the question alone breaks the budget."""
     tree = read_tree(root)
     repository = Repository(root, cut(tree.files))
-    return choose(repository, question, method, budget, count, len(tree.files), tree.left_out)
+    order = ranked(repository, question, method)
+    prompt, tokens, taken = choose(repository.pieces, order, question, METHODS[method].outlined, budget, count)
+    return Selection(
+        method=method, budget=budget, prompt=prompt, tokens=tokens,
+        whole=sum(count([piece.text for piece in repository.pieces])),
+        chosen=tuple(sorted(taken, key=lambda one: (one.piece.path, one.piece.start))), files=len(tree.files),
+        pieces=len(repository.pieces), left_out=tree.left_out,
+    )  # fmt: skip
+
+
+def ranked(repository: Repository, question: str, method: str) -> list[int]:
+    """Places of pieces, the best first."""
+    return ordered(METHODS[method].score(question, repository), repository.pieces)
 
 
 def choose(
-    repository: Repository, question: str, method: str, budget: int, count: Count, files: int, left_out: dict[str, int]
-) -> Selection:
-    """Pieces by rank, as long as there is room; one that has none is passed over."""
-    how, pieces = METHODS[method], repository.pieces
+    pieces: Sequence[Piece], order: Sequence[int], question: str, outlined: bool, budget: int, count: Count
+) -> tuple[str, int, list[Chosen]]:
+    """(prompt, its tokens, what it holds): pieces in their order, as long as there is room; one that has none is passed
+    over. ``outlined``: signatures alone."""
     (alone,) = count([render([], question)])
     if alone > budget:
         raise QtoolError(f"--budget {budget}: the question alone takes {alone:,} tokens.")
     room, misses, taken = budget - alone, 0, list[Chosen]()
     paths: set[str] = set()
-    order = ordered(how.score(question, repository), pieces)
     for begin in range(0, len(order), BATCH):
         part = [pieces[i] for i in order[begin : begin + BATCH]]
-        shown = [piece.outline if how.outlined else piece.text for piece in part]
+        shown = [piece.outline if outlined else piece.text for piece in part]
         costs = count([f"{text}\n{ELIDED}\n" for text in shown])
         heads = count([_head(piece.path) for piece in part])
         for number, (piece, text, cost, head) in enumerate(zip(part, shown, costs, heads, strict=True)):
@@ -86,11 +97,7 @@ def choose(
     while (tokens := count([prompt])[0]) > budget:  # what stands side by side may take more tokens than alone
         taken.pop()
         prompt = render(taken, question)
-    return Selection(
-        method=method, budget=budget, prompt=prompt, tokens=tokens, whole=sum(count([p.text for p in pieces])),
-        chosen=tuple(sorted(taken, key=lambda one: (one.piece.path, one.piece.start))), files=files,
-        pieces=len(pieces), left_out=left_out,
-    )  # fmt: skip
+    return prompt, tokens, taken
 
 
 def _head(path: str) -> str:
