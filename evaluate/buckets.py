@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 BLOCK = 128  # neighbouring positions that are resampled as one
+FEW = 8  # blocks: of fewer a bootstrap interval is too narrow to judge by (of two it misses the mean half the time)
 FIRST = 2048  # positions of the first bucket
 
 

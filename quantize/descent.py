@@ -15,6 +15,7 @@ or pieces of one matrix's rows, which have a leading axis where the metric has n
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -152,10 +153,22 @@ def nearest(weights: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Ten
 
 def _level(ratio: Tensor, zero: Tensor, levels: Levels) -> Tensor:
     """The same for ``weights / scale``, overwritten where levels are integers."""
+    return _within(ratio, levels, -zero, levels.top - zero)
+
+
+def _within(ratio: Tensor, levels: Levels, least: Tensor, most: Tensor) -> Tensor:
+    """The same; integers are ``least`` to ``most``."""
     if levels.table is None:
-        return torch.minimum(torch.maximum(ratio.round_(), -zero), levels.top - zero)
-    table = torch.tensor(levels.table, device=ratio.device)
-    return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
+        return torch.minimum(torch.maximum(ratio.round_(), least), most)
+    table, middles = _table(levels.table, ratio.device)
+    return table[torch.bucketize(ratio, middles)]
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels, and the middles between them."""
+    table = torch.tensor(values, device=device)
+    return table, (table[1:] + table[:-1]) / 2
 
 
 def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -183,11 +196,12 @@ def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, sca
     if scales:
         scale = _best_scale(code, scale, linear, product, levels.dtype)
     gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)
-    own = 1 / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    step = over * (1 / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
+    least, most = -zero, levels.top - zero
     for column in range(code.shape[-2]):
         one, behind = slice(column, column + 1), slice(column + 1, None)
         old = code[..., one, :]
-        new = _level(old - gradient[..., one, :] * (over * own[..., one, :]), zero, levels)
+        new = _within(old - gradient[..., one, :] * step[..., one, :], levels, least, most)
         add_outer(gradient[..., behind, :], metric[..., behind, one], (new - old) * scale)
         code[..., one, :] = new
     return Group(code, scale, current.zero)

@@ -121,7 +121,8 @@ def try_types(wanted: Wanted) -> Iterator[Tensor]:
             weight = torch.randn(2, ROWS, width, generator=generator).mul_(0.02).to(device, dtype)
             inputs = torch.randn(2, 2 * width, width, generator=generator).to(device)
             gram = inputs.mT @ inputs
-            yield method.trial(weight, kind, gram, factorize(gram, DAMP))
+            factor = factorize(gram, DAMP) if method.compensates else None
+            yield method.trial(weight, kind, gram if factor else gram.diagonal(dim1=-2, dim2=-1), factor)
             yield method.trial(weight[0], kind, None, None)
 
 

@@ -175,7 +175,7 @@ class Survey:
         at, matrices = decoder.at(index), decoder.matrices(index)
         problems = problems_of(
             [feed.consumers for feed in decoder.feeds(index)], lambda one: one.of(tensors[one.tensor]), at, self.types,
-            self.source.device,
+            self.source.device, self.method.compensates,
         )  # fmt: skip
         for number, states in enumerate(entered):
             leaf = states.to(gradients[number].device).detach().requires_grad_()
@@ -190,8 +190,7 @@ class Survey:
                 rounds, costs = self._parts(window + row)
                 for problem in problems:
                     if rounds:
-                        x = given[problem.members[0].module][0][row].float()
-                        problem.gram += x.t() @ x
+                        problem.add(given[problem.members[0].module][0][row])
                     for member in problem.members if costs else ():
                         member.add(*(one[row] for one in given[member.module]))
             window += len(states)

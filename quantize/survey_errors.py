@@ -69,10 +69,16 @@ class Member:
 
 @dataclass
 class Problem:
-    """Matrices of one layer that share an input. ``gram``: of the windows that tell how to round."""
+    """Matrices of one layer that share an input. ``gram``: of the windows that tell how to round, ``[in, in]``; of a
+    method that does not compensate its diagonal ``[in]``."""
 
     gram: Tensor
     members: list[Member] = field(default_factory=list)
+
+    def add(self, inputs: Tensor) -> None:
+        """A window that tells how to round: ``[tokens, in]``."""
+        x = inputs.float()
+        self.gram += x.t() @ x if self.gram.ndim == 2 else x.square().sum(0)
 
     @property
     def alike(self) -> tuple[int, tuple[str, ...]]:
@@ -87,16 +93,17 @@ class Problem:
 
 def problems_of(
     groups: Sequence[Sequence[Matrix]], weights: Callable[[Matrix], Tensor], at: str,
-    types: Mapping[str, Sequence[str]], device: torch.device,
+    types: Mapping[str, Sequence[str]], device: torch.device, compensates: bool = True,
 ) -> list[Problem]:  # fmt: skip
-    """One for each group of matrices that share an input and may get the same types; ``at``: the layer's prefix."""
+    """One for each group of matrices that share an input and may get the same types; ``at``: the layer's prefix;
+    ``compensates``: as the method says."""
     found = []
     for group in groups:
         asked = [matrix for matrix in group if at + matrix.module in types]
         for own, members in groupby(asked, lambda matrix: tuple(types[at + matrix.module])):
             made = [Member.of(at + one.module, own, weights(one), device) for one in members]
             columns = made[0].some.shape[1]
-            found.append(Problem(torch.zeros(columns, columns, device=device), made))
+            found.append(Problem(torch.zeros(columns, *[columns] * compensates, device=device), made))
     return found
 
 
@@ -121,7 +128,7 @@ def _tried(problems: Sequence[Problem], method: Method, ready: Callable[[str], N
         problem.gram = gram[number]  # the sum itself is let go
     if len(problems) == 1:
         weight, gram = weight[0], gram[0]
-    factor = factorize(gram, DAMP)
+    factor = factorize(gram, DAMP) if method.compensates else None
     found: Costs = {member.module: {} for problem in problems for member in problem.members}
     for kind in problems[0].members[0].types:
         ready(kind)

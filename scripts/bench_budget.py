@@ -45,7 +45,6 @@ from qtool.quantize.ranks import ALONE
 from qtool.quantize.rehearsal import Wanted, reduced_width
 from qtool.quantize.source_model import SourceModel
 from qtool.quantize.survey import Survey
-from qtool.quantize.survey_head import Head
 from qtool.quantize.survey_memory import TOKENS
 
 GEOMETRIES = {  # hidden, intermediate, heads, key/value heads, layers, vocabulary, tokens of a window
@@ -208,7 +207,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         source, method, {module: list(own) for module, own in sizes.items()}, lambda: marks.append(clock.now()),
         ready=clock.around("waiting for kernels", ready),
     )  # fmt: skip
-    Head.__init__ = clock.around("head", Head.__init__)  # type: ignore[method-assign]
+    survey._head = clock.around("head", survey._head)  # type: ignore[method-assign]
     started = clock.now()
     costs = survey.run(text)
     ended = clock.now()
@@ -225,7 +224,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             process.kill()
     told = {
         "opening": started - begun, "forward": marks[layers - 1] - started,
-        "head": marks[layers] - marks[layers - 1], "back": ended - marks[layers], "survey": ended - started,
+        "head": clock.spent["head"], "back": ended - marks[layers - 1] - clock.spent["head"], "survey": ended - started,
         "waiting for kernels": waited, "rounding": sum(kinds.values()), "mix": mixed,
     }  # fmt: skip
     rounded = {name: round(value, 2) for name, value in told.items()} | {"by type": kinds}
@@ -250,8 +249,10 @@ def rehearsed(
     columns = {module: info.shape[-1] for module in sizes if (info := shape.tensors.get(f"{module}.weight"))}
     for kind in sorted(lossy):
         widths = sorted({reduced_width(columns[module]) for module, own in sizes.items() if kind in own})
-        wanted = Wanted(config={}, dtype="bfloat16", outputs=[method.model_dump(mode="json")], device=options.device,
-                        widths={kind: widths})  # fmt: skip
+        section = method.model_dump(mode="json", exclude={"budget"})
+        wanted = Wanted(
+            config={}, dtype="bfloat16", outputs=[section], device=options.device, widths={kind: widths}
+        )  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "qtool.quantize.rehearsal", os.devnull], stdin=subprocess.PIPE, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},

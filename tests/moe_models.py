@@ -58,6 +58,18 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3,
         "moe_num_shared_experts": 1, "tie_word_embeddings": False,
     },
+    "Qwen3_5Moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False,
+        "shared_expert_intermediate_size": 96,
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+    "Qwen3Next": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False,
+        "shared_expert_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [1],
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
     "Olmoe": {
         "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4,
         "norm_topk_prob": False, "tie_word_embeddings": False,

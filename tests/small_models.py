@@ -45,7 +45,7 @@ def make_model(
         for name, parameter in model.named_parameters():
             if "norm" in name:  # outlier channels, as trained models have them
                 parameter.copy_(1 + torch.rand_like(parameter) + 6 * (torch.rand_like(parameter) > 0.95))
-                parameter.sub_(1 if "Gemma" in architecture else 0)  # they apply 1 + weight
+                parameter.sub_(_added(f"{architecture}ForCausalLM", f"{name}"))
             elif parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.08)
             else:
@@ -59,6 +59,14 @@ def make_model(
     model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
+
+
+def _added(architecture: str, name: str) -> float:
+    """What the norm of a weight adds to it."""
+    from qtool.convert.models.table import FAMILIES
+
+    family = FAMILIES.get(architecture)
+    return family.norm_offset(name) if family else 0.0
 
 
 def _class_of(name: str) -> Any:

@@ -194,15 +194,15 @@ def summaries(found: dict[str, list[float]], condition: str = "") -> dict[str, M
 @pytest.mark.parametrize(
     ("gate", "verdict", "said"),
     [
-        ({"bucket": "1K-2K"}, "fail", "mean KL 0.3 [0.3, 0.3]: beyond max_kld 0.2"),
-        ({"bucket": "0-512"}, "pass", "mean KL 0.1 [0.1, 0.1]: within max_kld 0.2"),
+        ({"bucket": "2K-4K"}, "fail", "mean KL 0.3 [0.3, 0.3]: beyond max_kld 0.2"),
+        ({"bucket": "0-1K"}, "pass", "mean KL 0.1 [0.1, 0.1]: within max_kld 0.2"),
         ({}, "undecided", "mean KL 0.2 ["),
-        ({"bucket": "2K-4K"}, "undecided", "of other buckets: 0-512, 512-1K, 1K-2K"),
+        ({"bucket": "4K-8K"}, "undecided", "of other buckets: 0-1K, 1K-2K, 2K-4K"),
         ({"bucket": "1K-2K", "cache": "q8_0"}, "undecided", "no KL was measured along a long text under q8_0"),
     ],
 )
 def test_a_gate_judges_a_bucket_under_its_own_condition(gate: dict[str, Any], verdict: str, said: str) -> None:
-    models = summaries({"source": [0.0] * 16, "awq": [0.1] * 8 + [0.3] * 8})
+    models = summaries({"source": [0.0] * 32, "awq": [0.1] * 16 + [0.3] * 16})
     asked = GateSection.model_validate({"max_kld": 0.2, "long": gate})
     (found,) = judge(Summary(models=models, comparisons=0, evidence=""), [asked])
     assert (found.verdict, said in found.reason) == (verdict, True), found.reason
@@ -212,7 +212,8 @@ def test_a_gate_judges_a_bucket_under_its_own_condition(gate: dict[str, Any], ve
         Summary(models=simulated, comparisons=0, evidence=""),
         [GateSection.model_validate({"max_kld": 0.2, "long": {"cache": "q8_0", "bucket": "0-512"}})],
     )
-    assert (other.verdict, other.gate) == ("fail", "max_kld 0.2 at 0-512, q8_0")
+    assert (other.verdict, other.gate) == ("undecided", "max_kld 0.2 at 0-512, q8_0")
+    assert other.reason == "4 blocks of 128 tokens are too few to judge by; take a longer text"
 
 
 def measured(kls: list[float], condition: str = "", digest: str = "d") -> Measured:
@@ -222,14 +223,14 @@ def measured(kls: list[float], condition: str = "", digest: str = "d") -> Measur
 
 def test_two_runs_are_compared_by_bucket_and_never_across_conditions() -> None:
     """Blocks are paired: a rise of the same 0.1 in blocks that differ widely is shown, where it is."""
-    before = [0.1 + 0.2 * (i % 5) for i in range(16)]
-    after = [*before[:8], *(kl + 0.1 for kl in before[8:])]
+    before = [0.1 + 0.2 * (i % 5) for i in range(32)]
+    after = [*before[:16], *(kl + 0.1 for kl in before[16:])]
     changes = compare([("awq", measured(before), measured(after))], same_source=True)
     assert [(change.what, change.shown) for change in changes] == [
-        ("KL to source at 0-512", "no loss shown"), ("KL to source at 512-1K", "no loss shown"),
-        ("KL to source at 1K-2K", "worse"),
+        ("KL to source at 0-1K", "no loss shown"), ("KL to source at 1K-2K", "no loss shown"),
+        ("KL to source at 2K-4K", "worse"),
     ]  # fmt: skip
-    assert changes[2].change == "rose by 0.1000 [0.1000, 0.1000] nats a token on 8 blocks"
+    assert changes[2].change == "rose by 0.1000 [0.1000, 0.1000] nats a token on 16 blocks"
     crossed = compare([("awq", measured(before), measured(after, "q8_0, simulated"))], same_source=True)
     assert [(change.what, change.note) for change in crossed] == [
         ("long text", "only A was measured"), ("long text @ q8_0, simulated", "only B was measured"),
@@ -237,8 +238,11 @@ def test_two_runs_are_compared_by_bucket_and_never_across_conditions() -> None:
     with pytest.raises(QtoolError, match="long text: other texts"):
         compare([("awq", measured(before), measured(after, digest="e"))], same_source=True)
     apart = compare([("awq", measured(before), measured(after))], same_source=False)
-    assert [(change.what, change.shown) for change in apart][2] == ("perplexity at 1K-2K", "worse")
-    broken = compare([("awq", measured(before), measured([*before[:15], math.nan]))], same_source=True)
+    assert [(change.what, change.shown) for change in apart][2] == ("perplexity at 2K-4K", "worse")
+    short = [*before[:8], *(kl + 0.1 for kl in before[8:16])]
+    few = compare([("awq", measured(before[:16]), measured(short))], same_source=True)
+    assert [change.shown for change in few] == ["not judged", "not judged", "worse"]  # of 4, 4 and 8 blocks
+    broken = compare([("awq", measured(before), measured([*before[:31], math.nan]))], same_source=True)
     assert [(change.shown, change.note) for change in broken][2] == ("worse", "not a number in B")
 
 

@@ -157,14 +157,24 @@ def test_a_long_prompt_in_parts_answers_as_whole(llama: Path, monkeypatch: pytes
     assert dict(engine.generate(requests, Decoding(8, 4))) == whole
 
 
-def test_states_of_convolutions_are_kept(
-    model_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of a padded batch, in parts or not, answer as each alone does by transformers' own loop; no window rolls over
-    states, and no text is taken through one layer alone."""
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("Lfm2", {"layer_types": ["conv", "full_attention"]}), ("Qwen3_5", DELTA)]
+)
+def test_states_of_layers_are_kept(
+    architecture: str, changes: dict[str, Any], model_maker: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows of a padded batch, in parts or not, answer as each alone does by transformers' own loop; no window rolls
+    over states, and no text is taken through one layer alone."""
     from qtool.evaluate.engines import decoding
 
-    folder = model_maker(tmp_path / "m", "Lfm2", layer_types=["conv", "full_attention"])
+    folder = model_maker(tmp_path / "m", architecture, **changes)
     model, tokenizer = loaded(folder), load_tokenizer(folder)
     engine = TorchModel(reference.FACTS, model, tokenizer)
     prompts = ["def f1(a, b):\n" * n for n in (9, 1, 5)]

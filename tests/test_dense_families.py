@@ -48,6 +48,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Glm4": ("Glm4", {}),
     "Lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "Lfm2-biases": ("Lfm2", {"layer_types": ["full_attention", "conv"], "conv_bias": True, "block_multiple_of": 64}),
+    "Qwen3_5": ("Qwen3_5", {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }),
     "Loop": ("IQuestLoopCoder", {"loop_window_size": 16, "rope_theta": 5e5}),
     "DeepSeek-Coder": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}),
     "Codestral": ("Mistral", {"sliding_window": None, "tie_word_embeddings": False}),
@@ -111,7 +115,9 @@ def test_scales_change_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_every_output_is_made_and_verified(source: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name = request.node.callspec.params["source"]
-    outputs = OUTPUTS[:-1] if name in ("SeedOss-biases", "Loop", "Lfm2", "Lfm2-biases") else OUTPUTS  # llama.cpp has none of these
+    outputs = (
+        OUTPUTS[:-1] if name in ("SeedOss-biases", "Loop", "Lfm2", "Lfm2-biases", "Qwen3_5") else OUTPUTS
+    )  # llama.cpp has none of these
     headers = read_headers(str(source))
     expected = load_model(Checkpoint.open(source).read(), load_config(source), CPU)(TOKENS).logits.log_softmax(-1)
     for output, path in converted(source, outputs, tmp_path).items():

@@ -61,12 +61,16 @@ def test_feeds_are_of_tensors_that_are_there(name: str) -> None:
             columns = widths.pop()
             match feed.producer:
                 case Norm(norm):
-                    assert tensors[f"{at}{norm}.weight"] == (columns,)
+                    tie = feed.producer.ties(columns, CPU)
+                    assert tensors[f"{at}{norm}.weight"] == (columns if tie is None else int(tie.max()) + 1,)
                 case Rows(made) | Heads(made):
                     rows = feed.producer.part(torch.empty(made.shape(tensors[at + made.tensor])[0])).shape[0]
                     tie = feed.producer.ties(columns, CPU)
                     assert rows == (columns if tie is None else int(tie.max()) + 1)
-    matrices = {name for name, shape in tensors.items() if len(shape) >= 2 and name.startswith(decoder.prefix)}
+    mixture = decoder.family.mixture
+    bias = mixture.score_bias if mixture and mixture.score_bias else "no bias of scores"
+    within = {name: shape for name, shape in tensors.items() if name.startswith(decoder.prefix)}
+    matrices = {name for name, shape in within.items() if len(shape) == 2 and not name.endswith(bias)}
     also = {decoder.at(layer) + name for layer in range(3) for feed in decoder.feeds(layer) for name in feed.also}
     assert set(decoder.held()) | also == matrices
     beside = decoder.family.unlike_layers

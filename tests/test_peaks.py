@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.evaluate.engines.token_proof import proof_bytes
 from qtool.make.peaks import LIBRARIES, Work
 from qtool.preparing import prepare_recipe
 from qtool.recipe.sections import checked_recipe
@@ -41,3 +42,18 @@ def test_every_output_has_codes_of_two_layers_on_a_processor() -> None:
     one, two = work(NF4), work(NF4, Q8)
     parameters = one.layer_parameters()
     assert two.host_peak() - one.host_peak() == pytest.approx(2 * parameters, rel=0.1)
+
+
+def test_a_file_whose_tokens_are_compared_takes_a_cache() -> None:
+    """llama.cpp keeps 256 tokens of keys and values in each layer while it is asked; it counts where the walk takes
+    less, as of many thin layers."""
+    one = work(NF4, Q8)
+    shape = one.decoder.shape
+    deep = replace(one.decoder, shape=replace(shape, layers=400))
+    cache = 2 * 2 * 256 * 400 * shape.kv_heads * shape.head_dim
+    assert cache < proof_bytes(deep.shape) < 1.5 * cache
+    walking = one.host_peak() - LIBRARIES["cpu"]
+    assert proof_bytes(shape) < walking < proof_bytes(deep.shape)
+    found = replace(one, decoder=deep)._proving()
+    assert found == proof_bytes(deep.shape)
+    assert replace(one, outputs=one.outputs[:1])._proving() == 0

@@ -174,6 +174,16 @@ def test_the_types_of_budgets_are_rehearsed_side_by_side(job: Job, monkeypatch: 
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("name", ["gguf", "gptq", "awq", "nf4"])
+def test_what_a_rehearsal_of_types_is_told_is_a_section(name: str, job: Job) -> None:
+    """A budget's own section has keys that no recipe may say beside it."""
+    method = METHODS[name].model_validate({"method": name, "budget": {"target_bpw": 9}})
+    for wanted in rehearsing._types(job, replace(job.outputs[0], method=method)):
+        read = METHODS[name].model_validate(wanted.outputs[0])
+        assert read.undecided is None
+        assert read.model_copy(update={"name": method.name, "budget": method.undecided}) == method
+
+
 @pytest.mark.parametrize(
     ("section", "kinds"),
     [({"method": "gguf"}, ("Q2_K", "IQ4_XS", "Q8_0")), ({"method": "gptq"}, ("int4-g128", "int8-g128"))],

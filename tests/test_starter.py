@@ -197,7 +197,7 @@ def test_without_set_the_text_stays_as_it_was() -> None:
 
 def test_a_recipe_that_ships_runs_on_another_model(here: Path, tiny: Path) -> None:
     result = call("run", "awq", "--set", f"model={tiny}", "--set", "outputs.0.group_size=32", "--dry-run",
-                  "--set", "calibration.length=64")  # fmt: skip
+                  "--set", "calibration.length=64", "--set", "evaluate.text.length=128")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "tiny" in result.output
 

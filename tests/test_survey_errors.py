@@ -18,17 +18,17 @@ from qtool.quantize.survey_errors import Problem, costs_of, layers_at_once, prob
 CPU = torch.device("cpu")
 
 
-def problems(kinds: list[str], columns: int = 256) -> list[Problem]:
+def problems(kinds: list[str], compensates: bool = True, columns: int = 256) -> list[Problem]:
     """Two of one layer: of two matrices, and of one that has more rows than are looked at."""
     generator = torch.Generator().manual_seed(0)
     rows = {"q": 48, "k": 16, "up": 300}
     weights = {name: torch.randn(count, columns, generator=generator) * 0.05 for name, count in rows.items()}
     groups = [[whole("q"), whole("k")], [whole("up")]]
     types = {f"layers.3.{name}": kinds for name in rows}
-    made = problems_of(groups, lambda matrix: weights[matrix.module], "layers.3.", types, CPU)
+    made = problems_of(groups, lambda matrix: weights[matrix.module], "layers.3.", types, CPU, compensates)
     for problem in made:
         x = torch.randn(512, columns, generator=generator) * torch.linspace(0.1, 2, columns)
-        problem.gram += x.t() @ x
+        problem.add(x)
         for member in problem.members:
             for _ in range(2):
                 member.add(x[:64], torch.randn(64, len(member.outputs), generator=generator))
@@ -56,9 +56,9 @@ def test_side_by_side_they_lose_what_each_loses_alone(
     """Rows of zeros fill up the smaller one."""
     pytest.importorskip("xllamacpp")
     asked: list[str] = []
-    alone = costs_of(problems(kinds), method, asked.append)
+    alone = costs_of(problems(kinds, method.compensates), method, asked.append)
     assert asked == kinds * 2
-    together = survey_errors._tried(problems(kinds), method, lambda _: None)
+    together = survey_errors._tried(problems(kinds, method.compensates), method, lambda _: None)
     assert alone.keys() == together.keys() == {"layers.3.q", "layers.3.k", "layers.3.up"}
     for module, own in alone.items():
         assert list(own) == kinds
@@ -76,6 +76,12 @@ def test_a_stack_is_searched_as_its_problems_are(type_name: str) -> None:
     assert torch.equal(found.data, torch.cat(each))
     assert found.shape == (15, 512)
     assert 512 % BLOCKS[type_name][0] == 0
+
+
+def test_a_method_that_does_not_compensate_takes_the_diagonal() -> None:
+    whole, diagonal = problems(["Q4_K"]), problems(["Q4_K"], compensates=False)
+    for one, other in zip(whole, diagonal, strict=True):
+        torch.testing.assert_close(other.gram, one.gram.diagonal())
 
 
 def test_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

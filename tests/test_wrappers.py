@@ -56,6 +56,21 @@ def wrapped(kind: str) -> Any:
         return t.InternVLForConditionalGeneration(
             t.InternVLConfig(text_config=text, vision_config=t.InternVLVisionConfig(**TOWER | {"image_size": [28, 28]}))
         )
+    if kind.startswith("Qwen3_5"):
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+        text = TEXT | {
+            "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "rope_parameters": rope,
+            "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        }  # fmt: skip
+        if kind == "Qwen3_5Moe":
+            more = {"num_experts": 6, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}
+            text = {key: value for key, value in text.items() if key != "intermediate_size"} | more
+            text["num_experts_per_tok"] = 2
+        tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128,
+                 "num_position_embeddings": 16}  # fmt: skip
+        return getattr(t, f"{kind}ForConditionalGeneration")(
+            getattr(t, f"{kind}Config")(text_config=text, vision_config=tower)
+        )
     if kind == "Lfm2Vl":
         small = {key: value for key, value in TEXT.items() if key != "head_dim"}
         text = t.Lfm2Config(**small, layer_types=["conv", "full_attention"], block_multiple_of=32)
@@ -93,7 +108,7 @@ def wrapped(kind: str) -> Any:
 
 KINDS = [
     "Mistral3", "Gemma3", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "GlmOcr", "Glm4vMoe", "PaddleOCRVL",
-    "InternVL", "Lfm2Vl",
+    "InternVL", "Lfm2Vl", "Qwen3_5", "Qwen3_5Moe",
 ]  # fmt: skip
 
 
@@ -102,10 +117,11 @@ def test_the_text_part_is_quantized_as_a_model_of_its_own(kind: str, tmp_path: P
     """It computes what the whole model does with text; the tower is left out and named."""
     torch.manual_seed(0)
     model = wrapped(kind).to(torch.bfloat16).eval()
+    usual = 0.0 if kind.startswith("Qwen3_5") else 1.0  # of norms; its apply 1 + weight
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(
-                torch.randn_like(parameter) * 0.08 if parameter.ndim > 1 else 1 + 0.1 * torch.randn_like(parameter)
+                torch.randn_like(parameter) * 0.08 if parameter.ndim > 1 else usual + 0.1 * torch.randn_like(parameter)
             )
     folder = tmp_path / "model"
     model.save_pretrained(folder)

@@ -48,7 +48,7 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
     return names_in(section.get("modules_to_not_convert"), "modules_to_not_convert")
 
 
-def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+def with_plain(section: Mapping[str, Any], plain: Sequence[str], experts: bool) -> dict[str, Any]:
     """Full names: vLLM looks for a name anywhere in a module's, and `mlp.gate` is part of a dense layer's
     `mlp.gate_up_proj`."""
     return {**section, "modules_to_not_convert": [*skipped(section), *plain]}

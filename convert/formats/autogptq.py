@@ -51,7 +51,7 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
     return gptq_dynamic.left_out(section)
 
 
-def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+def with_plain(section: Mapping[str, Any], plain: Sequence[str], experts: bool) -> dict[str, Any]:
     """The same: readers see from the tensors' names what is quantized, and never quantize routers."""
     return dict(section)
 

@@ -60,9 +60,11 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
     return names_in(section.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
 
 
-def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
-    """Raises QtoolError: transformers 5.23 loads no experts from such files, and vllm-bnb-plugin 0.0.3, which has code
-    for them, was never seen to."""
+def with_plain(section: Mapping[str, Any], plain: Sequence[str], experts: bool) -> dict[str, Any]:
+    """Full names. Raises QtoolError for experts: transformers 5.23 loads none from such files, and vllm-bnb-plugin
+    0.0.3, which has code for them, was never seen to."""
+    if not experts:
+        return {**section, "llm_int8_skip_modules": [*skipped(section), *plain]}
     raise QtoolError(
         "transformers cannot load experts in NF4 (it looks for them as one tensor of 16 bits), and no other "
         "runtime was seen to. Take `method: gptq` with `format: compressed-tensors`, `method: awq`, or `method: gguf`."

@@ -48,7 +48,7 @@ def skipped(section: Mapping[str, Any]) -> list[str]:
     return names_in(section.get("ignore"), "ignore")
 
 
-def with_experts(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+def with_plain(section: Mapping[str, Any], plain: Sequence[str], experts: bool) -> dict[str, Any]:
     """Full names, as every reader takes them."""
     return {**section, "ignore": [*section["ignore"], *plain]}
 

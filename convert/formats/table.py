@@ -70,9 +70,9 @@ class Container(Stored, Protocol):
     def skipped(self, section: Section) -> list[str]:
         """Names and patterns of the modules that loaders told by this section leave unquantized."""
 
-    def with_experts(self, section: Section, plain: Sequence[str]) -> dict[str, Any]:
-        """The section for a model with experts, beside which the modules of ``plain`` stay unquantized. Raises
-        QtoolError where no runtime reads experts from such files."""
+    def with_plain(self, section: Section, plain: Sequence[str], experts: bool) -> dict[str, Any]:
+        """The section for a model in whose layers the modules of ``plain`` stay unquantized. Raises QtoolError where it
+        has ``experts`` and no runtime reads these from such files."""
 
     def with_apart(self, section: Section, apart: Apart, linears: Sequence[str]) -> dict[str, Any]:
         """The section of an output that stores some of its ``linears`` otherwise, so that every loader is told of each.
@@ -135,7 +135,7 @@ def container_of(section: Section) -> Container:
 def of_model(container: Container, section: Section, decoder: Decoder) -> dict[str, Any]:
     """The section, told of what a model leaves unquantized. Raises QtoolError where no runtime reads it so."""
     plain, parts = decoder.beside_experts(), decoder.family.unlike_layers
-    said = container.with_experts(section, plain) if plain else dict(section)
+    said = container.with_plain(section, plain, bool(decoder.shape.experts)) if plain else dict(section)
     matrices = [[matrix.module for matrix in feed.consumers] for feed in decoder.feeds(0)]
     return container.with_parts(said, parts, matrices) if parts else said
 

@@ -161,7 +161,7 @@ def mixed_decoder(mixture: Mixture) -> Callable[[Geometry, int], tuple[Feed, ...
     return feeds
 
 
-def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
+def mixture_feeds(mixture: Mixture, shape: Geometry, plus_one: bool = False) -> tuple[Feed, ...]:
     """One input for the gate and up of every expert, the router and the shared expert's gate; and each expert's own
     input of its down."""
     experts = range(shape.experts)
@@ -176,7 +176,7 @@ def mixture_feeds(mixture: Mixture, shape: Geometry) -> tuple[Feed, ...]:
         read += [gate, up]
         downs.append(Feed(Rows(up), (down,), split=True))
     also = (mixture.router, *((mixture.shared_gate,) if mixture.shared_gate else ()))
-    return (Feed(Norm("post_attention_layernorm"), tuple(read), also=also), *downs)
+    return (Feed(Norm("post_attention_layernorm", plus_one), tuple(read), also=also), *downs)
 
 
 def mixture_tensors(mixture: Mixture) -> Callable[[Geometry, int], dict[str, Shape]]:

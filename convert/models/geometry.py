@@ -20,6 +20,7 @@ class Geometry:
     heads_by_layer: of each layer, where they differ; ``heads`` is the most then.
     gate_rows: gates that attention's output is multiplied by, for each head; 0 where there are none.
     conv_bias: short convolutions and their matrices have biases.
+    delta: of gated delta nets: heads of keys, of values, their sizes, the convolution's length.
     clipped_values: attention clips its values, so that no scale passes them.
     experts: routed experts of a layer's mixture, 0 where there is none; ``active`` of them work on a token;
     ``expert_width``: channels between up and down of one; ``shared_width``: of the experts through which every token
@@ -51,6 +52,7 @@ class Geometry:
     heads_by_layer: tuple[int, ...] = ()
     gate_rows: int = 0
     conv_bias: bool = False
+    delta: tuple[int, ...] = ()
     clipped_values: bool = False
     experts: int = 0
     active: int = 0

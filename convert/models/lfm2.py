@@ -1,7 +1,7 @@
 """LFM2 of Liquid AI: gated short convolutions in most layers, attention in the others, a gated MLP behind either.
 
-    in_proj ──▶ B, C, x    out_proj(C · conv(B · x)): channel j of what enters out_proj is linear in row j of C, whether
-                           the convolution has a bias or not, so C's rows absorb out_proj's scale
+in_proj ──▶ B, C, x    out_proj(C · conv(B · x)): channel j of what enters out_proj is linear in row j of C, whether
+                       the convolution has a bias or not, so C's rows absorb out_proj's scale
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def _shape(settings: Settings, shape: Geometry) -> Geometry:
     """A convolution looks back on as many tokens as it is long. Raises QtoolError for kinds of layers that are none."""
     kinds: Any = settings["layer_types"]
     if not isinstance(kinds, list) or len(kinds) != shape.layers or not set(kinds) <= {FULL, _CONV}:
-        raise QtoolError(f"config.json: layer_types is {kinds!r}; {shape.layers} times {FULL!r} or {_CONV!r} are needed.")
+        raise QtoolError(
+            f"config.json: layer_types is {kinds!r}; {shape.layers} times {FULL!r} or {_CONV!r} are needed."
+        )
     length = whole_number(settings, "conv_L_cache", 2)
     return replace(
         shape,

@@ -8,7 +8,7 @@ from typing import Any
 
 _INSTEAD = "llama.cpp's convert_hf_to_gguf.py and llama-quantize make a GGUF of it"
 _MLA = f"its attention compresses keys and values (MLA), whose matrices no family splits yet; {_INSTEAD}"
-_DELTA = f"three of four layers are gated delta nets, whose convolution and gates no feed says yet; {_INSTEAD}"
+_DELTA = f"three of four layers are delta nets with a decay for every channel (KDA), which no feed says yet; {_INSTEAD}"
 _SHORT = f"its mixtures of experts lie behind LFM2's convolutions, under names that no mixture says yet; {_INSTEAD}"
 _STATES = f"most layers are state spaces (Mamba 2), whose convolution and states no feed says yet; {_INSTEAD}"
 _SPARSE = f"its attention compresses keys and values (MLA), and an indexer chooses among them; {_INSTEAD}"
@@ -75,7 +75,6 @@ _BY_NAME = {
     "MiMoV2FlashForCausalLM": (
         "values are narrower than keys, and sliding layers have sinks and twice the heads of keys and values"
     ),
-    "MiniCPMV4_6ForConditionalGeneration": f"its text model is Qwen 3.5: {_DELTA}",
     "MiniMaxM3SparseForConditionalGeneration": (
         "an indexer chooses blocks of keys for its attention, and a clamped sigmoid gate stands between up and "
         "down, so that no scale passes"
@@ -98,11 +97,6 @@ _BY_NAME = {
         "mixer, with q, k and v in one matrix) behind norms that add a number of their own to the weight; "
         f"{_INSTEAD}"
     ),
-    "Qwen3NextForCausalLM": _DELTA,
-    "Qwen3_5ForCausalLM": _DELTA,
-    "Qwen3_5ForConditionalGeneration": _DELTA,
-    "Qwen3_5MoeForCausalLM": _DELTA,
-    "Qwen3_5MoeForConditionalGeneration": _DELTA,
     "Step3p5ForCausalLM": _STEP,
     "Step3p7ForCausalLM": _STEP,
     "Step3p7ForConditionalGeneration": _STEP,
@@ -113,7 +107,7 @@ _BY_NAME = {
 # model_type of a text model in a larger one -> the same
 _BY_TEXT = {
     "deepseek_v2": _MLA, "deepseek_v3": _MLA, "kimi_k2": _MLA, "mistral4": _MLA, "glm4_moe_lite": _MLA,
-    "qwen3_next": _DELTA, "qwen3_5_text": _DELTA, "qwen3_5_moe_text": _DELTA, "kimi_linear": _DELTA,
+    "kimi_linear": _DELTA,
     "lfm2_moe": _SHORT, "nemotron_h": _STATES,
 }  # fmt: skip
 

@@ -34,8 +34,8 @@ def refuse_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     elif inside:
         what = f" of model_type {shown(kind)}" if isinstance(kind, str) and kind else ""
         why = (
-            f"a model of several parts, and no row of WRAPPERS (convert/files/wrappers.py) says which class the part "
-            f"in {inside}{what} has alone. Save its text model alone as one of these"
+            f"a model of several parts ({inside}), and no row of WRAPPERS (convert/files/wrappers.py) says which class "
+            f"that part{what} has alone. Save its text model alone as one of these"
         )
     elif experts:
         why = (

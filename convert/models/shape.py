@@ -59,7 +59,7 @@ class Decoder:
         """Full modules that multiply the experts' inputs and are never quantized: routers, gates of shared experts."""
         layers = range(self.shape.layers)
         also = [self.at(layer) + name for layer in layers for feed in self.feeds(layer) for name in feed.also]
-        return tuple(name.removesuffix(".weight") for name in also) if self.shape.experts else ()
+        return tuple(name.removesuffix(".weight") for name in also)
 
     def held(self) -> dict[str, list[tuple[str, Matrix]]]:
         """Name of a checkpoint's tensor -> (full module, matrix) of every matrix in it that is quantized."""
@@ -118,7 +118,8 @@ def decoder_of(config: Mapping[str, Any], where: str = "config.json") -> Decoder
 
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Geometry:
     """Raises QtoolError naming every key that is missing or is no positive number."""
-    missing = [key for key in REQUIRED if config.get(key) is None]
+    full = completed(config)  # with what transformers' class takes for keys that are missing
+    missing = [key for key in REQUIRED if full.get(key) is None]
     if missing:
         raise QtoolError(
             f"{where}: lacks {', '.join(missing)}; memory and speed cannot be told without. "
@@ -128,12 +129,11 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Geometry:
         )
     family, assumed = find_family(config), list[str]()
     heads, hidden, layers, inner, vocab = (
-        _positive(config, key, where)
+        _positive(full, key, where)
         for key in (
             "num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size",
         )
     )  # fmt: skip
-    full = completed(config)  # with what transformers' class takes for keys that are missing
     kv_heads, head_dim = (_optional(full, key, where) for key in ("num_key_value_heads", "head_dim"))
     if config.get("num_key_value_heads") is None and kv_heads == heads:
         assumed.append(f"num_key_value_heads is missing: every head has its own keys and values ({heads})")

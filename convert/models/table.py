@@ -26,6 +26,7 @@ from qtool.convert.models.phi3 import PHI3
 from qtool.convert.models.qwen2 import QWEN2
 from qtool.convert.models.qwen2_moe import QWEN2_MOE
 from qtool.convert.models.qwen3 import QWEN3
+from qtool.convert.models.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from qtool.convert.models.qwen3_moe import QWEN3_MOE
 from qtool.convert.models.seed_oss import SEED_OSS
 from qtool.convert.models.starcoder2 import STARCODER2
@@ -34,6 +35,7 @@ _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, IQUEST_CODER, GEMMA, GEMMA2, GEMMA3, IQUEST_LOOP_CODER, MIXTRAL, QWEN3_MOE,
     QWEN2_MOE, OLMOE, GLM4_MOE, MINISTRAL3, SEED_OSS, GRANITE, STARCODER2, PHI3,
     GLM, GLM4, MELLUM, MINIMAX_M2, ERNIE, ERNIE_MOE, HUNYUAN_MOE, HY_V3, LAGUNA, LFM2,
+    QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

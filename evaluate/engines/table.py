@@ -10,6 +10,7 @@ from qtool.evaluate.engines import (
     openai,
     reference,
     sglang,
+    sglang_probe,
     transformers,
     vllm,
     vllm_probe,
@@ -31,7 +32,10 @@ SERVERS: dict[str, EngineFacts] = {
 }
 
 # Those whose servers can be proved.
-PROBES: dict[str, Probe] = {vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE}
+PROBES: dict[str, Probe] = {
+    vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE,
+    sglang.FACTS.name: sglang_probe.PROBE,
+}  # fmt: skip
 
 
 def planned() -> dict[str, EngineFacts]:

@@ -91,7 +91,7 @@ def _walk(job: Job, output: Output) -> list[Wanted]:
 
 def _types(job: Job, output: Output) -> list[Wanted]:
     """The types that lose something, one a process where there are as many cores."""
-    section = output.method.model_dump(mode="json") | {"name": "types", "budget": {"target_bpw": 16}}
+    section = output.method.model_dump(mode="json", exclude={"budget"}) | {"name": "types"}
     raw, decoder = read_config(job.source.path), job.decoder
     shapes = {name: info.shape for name, info in job.checkpoint.tensors.items()}
     columns = {name.removesuffix(".weight"): shape[-1] for name, shape in shapes.items()} | {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from qtool import QtoolError
+from qtool.evaluate.buckets import FEW
 from qtool.evaluate.rates import mean_rate, rate_difference
 from qtool.evaluate.statistics import Interval, bootstrap_mean, holm
 from qtool.runs import evidence
@@ -209,7 +211,7 @@ def _texts(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
 
 def _along(label: str, a: Measured, b: Measured, same_source: bool) -> list[Change]:
     """Of every bucket of a long text under every condition that both were put under: KL, or perplexity where they are
-    of two sources. Blocks are paired, never those of two conditions."""
+    of two sources. Blocks are paired, never those of two conditions; of a few nothing is judged."""
     changes = []
     for condition in dict.fromkeys([*a.along, *b.along]):
         named = f" @ {condition}" if condition else ""
@@ -220,10 +222,12 @@ def _along(label: str, a: Measured, b: Measured, same_source: bool) -> list[Chan
             other, at = b.along[condition][bucket], f" at {bucket}{named}"
             if not (_finite(one) and _finite(other)):
                 changes.append(_broken(label, f"long text{at}", one, other))
-            elif not same_source:
-                changes.append(_perplexity(label, at, one, other, False, "blocks"))
-            elif any(one.kl) or any(other.kl):
-                changes.append(_kl(label, at, one, other, "blocks"))
+            elif same_source and not (any(one.kl) or any(other.kl)):
+                continue  # the source itself
+            else:
+                of = _kl if same_source else partial(_perplexity, informs_only=False)
+                change = of(label, at, one, other, unit="blocks")
+                changes.append(replace(change, shown="not judged") if len(one.kl) < FEW else change)
     return changes
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtool.evaluate.buckets import FEW
 from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.judging import GateSection
 from qtool.recipe.long import LongGate
@@ -140,6 +141,8 @@ def _kld_along(limit: float, asked: LongGate, model: ModelSummary) -> Evidence |
         kl, blocks = bucket.kl, along.kls[along.blocks(bucket)]
     if math.isnan(kl.estimate):
         return _Plain("the KL is not a number: the model's output holds NaN or Inf", "fail")
+    if len(blocks) < FEW:
+        return _Plain(f"{len(blocks)} blocks of {along.block} tokens are too few to judge by; take a longer text")
     return of_interval("KL", kl, limit, len(blocks))
 
 

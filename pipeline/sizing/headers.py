@@ -68,7 +68,7 @@ def read_headers(model: str, revision: str | None = None) -> Headers:
             raise QtoolError(
                 f"{path}: name a model's folder, its config.json, a .gguf file beside one, a recipe (.yaml), a Hub id."
             )
-        config = check_config(read_json(path), str(path))
+        config = without_small_floats(text_part(check_config(read_json(path), str(path))))
         return replace(_from_config(config, name_of(path.parent), str(path)), place=str(path.parent))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise QtoolError(f"{shown(model)}: no such folder or file, and not a Hub id (org/name).")

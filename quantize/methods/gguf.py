@@ -143,14 +143,19 @@ class GgufMethod(Method):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""
-        if gram is None or factor is None:
+        if gram is None:
             return quantize_ggml(weight, type_name).dequantize()
-        if self.rounding == "ggml" and weight.ndim == 3:
-            return torch.stack([self.trial(one, type_name, own, factor) for one, own in zip(weight, gram, strict=True)])
-        if self.rounding == "ggml":
-            return quantize_ggml(weight, type_name, live(gram.diagonal())).dequantize()
+        if factor is None and weight.ndim == 3:
+            return torch.stack([self.trial(one, type_name, row, None) for one, row in zip(weight, gram, strict=True)])
+        if factor is None:
+            return quantize_ggml(weight, type_name, live(gram)).dequantize()
         with damped(gram, factor):
             return kquant_rounding.quantize(weight.float(), factor, gram, type_name).dequantize().view_as(weight)
+
+    @property
+    def compensates(self) -> bool:
+        """Only by descent."""
+        return self.rounding != "ggml"
 
     @property
     def needs(self) -> Needs:

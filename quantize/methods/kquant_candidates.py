@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 TINY = 1e-15  # a block whose largest value is below this is zero
 
@@ -34,3 +35,18 @@ WEIGHED = {"Q4_K": AffineSearch(15, -0.9, 0.05, 36), "Q5_K": AffineSearch(31, -0
 PLAIN = {"Q4_K": AffineSearch(15, -1.0, 0.1, 20), "Q5_K": AffineSearch(31, -0.5, 0.1, 15)}
 
 LOW = AffineSearch(3, -0.9, 0.05, 36)  # of Q2_K, weighed
+
+TRIES = 7  # uneven levels: so many scales on each side of the one that maps the largest value to the first level
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Of sub-blocks ``[subs, super-blocks]``: scale and minimum as found; ``codes [n, subs, super-blocks]`` at them,
+    which stand where a stored step is 0. Of super-blocks ``d, dmin [super-blocks]``, not rounded yet, and of their
+    sub-blocks the multiples ``steps, minima``."""
+
+    d: Tensor
+    dmin: Tensor
+    steps: Tensor
+    minima: Tensor
+    codes: Tensor

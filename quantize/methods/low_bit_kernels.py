@@ -22,8 +22,7 @@ from qtool.quantize.methods.block_search import (
     nearest,
     over,
 )
-from qtool.quantize.methods.kquant_candidates import LOW
-from qtool.quantize.methods.low_bits import TRIES, Searched
+from qtool.quantize.methods.kquant_candidates import LOW, TRIES, Searched
 
 _LOWEST, _TRIES = tl.constexpr(LEVELS[0]), tl.constexpr(TRIES)
 _MIDDLES = tl.constexpr(tuple((low + high) / 2 for low, high in pairwise(LEVELS)))

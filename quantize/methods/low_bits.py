@@ -7,14 +7,12 @@ the same code on both. As there, sums run in ggml's order (ggml/src/ggml-quants.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from qtool.convert.formats.gguf.ggml import BLOCKS, GgmlBlocks, row_bytes
 from qtool.convert.formats.gguf.ggml_fields import LEVELS, UNEVEN, Fields, pack, uneven_code
-from qtool.quantize.methods.kquant_candidates import LOW, TINY
+from qtool.quantize.methods.kquant_candidates import LOW, TINY, TRIES, Searched
 from qtool.quantize.methods.kquants import (
     CHUNK_WEIGHTS,
     column_sum,
@@ -28,20 +26,6 @@ from qtool.quantize.methods.kquants import (
 )
 
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL")
-TRIES = 7  # uneven levels: so many scales on each side of the one that maps the largest value to the first level
-
-
-@dataclass(frozen=True)
-class Searched:
-    """Of sub-blocks ``[subs, super-blocks]``: scale and minimum as found; ``codes [n, subs, super-blocks]`` at them,
-    which stand where a stored step is 0. Of super-blocks ``d, dmin [super-blocks]``, not rounded yet, and of their
-    sub-blocks the multiples ``steps, minima``."""
-
-    d: Tensor
-    dmin: Tensor
-    steps: Tensor
-    minima: Tensor
-    codes: Tensor
 
 
 def quantize(weight: Tensor, type_name: str, importance: Tensor) -> GgmlBlocks:

@@ -293,10 +293,15 @@ class Method(BaseModel, ABC):
         """Groups of modules that must get one type; a module that is in none is free."""
         return ()
 
+    @property
+    def compensates(self) -> bool:
+        """Whether `trial` takes a factor, and of the Gram matrix more than its diagonal."""
+        return True
+
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """``weight [out, in]``, or some rows of it, as a reader of that type gets it: float32. ``gram, factor``: of its
         inputs, and of the Gram matrix's damped inverse; None outside the layers. Of a stack of problems ``[E, …]``
-        each."""
+        each. Where the method does not compensate, ``gram`` is the diagonal alone, ``[in]``, and there is no factor."""
         raise NotImplementedError
 
     @property

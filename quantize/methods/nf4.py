@@ -101,9 +101,9 @@ class Nf4Method(Method):
 
     def trial(self, weight: Tensor, type_name: str, gram: Tensor | None, factor: Factor | None) -> Tensor:
         """As `Method.trial`."""
-        if type_name == WHOLE or gram is None or factor is None:
+        if type_name == WHOLE or gram is None:
             return weight.float()
-        if self.rounding == "absmax" or weight.shape[-1] % self.blocksize:
+        if factor is None or weight.shape[-1] % self.blocksize:
             rows = weight.flatten(0, -2)
             return quantize_nf4(rows, self.blocksize, self.double_quant).dequantize().float().view_as(weight)
         goal, levels = weight.float(), levels_of(self.blocksize)
@@ -111,6 +111,11 @@ class Nf4Method(Method):
         with damped(gram, factor):
             sizes, whole = [weight.shape[-2]], Pieces(SOLO, 1)
             return _descend(self.double_quant, goal, begun, gram, levels, sizes, whole)[0].weights()
+
+    @property
+    def compensates(self) -> bool:
+        """Only by descent."""
+        return self.rounding != "absmax"
 
     @property
     def needs(self) -> Needs:
