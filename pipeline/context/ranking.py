@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qtool import QtoolError
 from qtool.context.history import changed_paths
@@ -34,6 +35,31 @@ class Repository:
     def words(self) -> list[list[str]]:
         """Of each piece, its path among them."""
         return [words(f"{piece.path}\n{piece.text}") for piece in self.pieces]
+
+    @cached_property
+    def index(self) -> Any:
+        """BM25's, of the words."""
+        ranker = required("bm25s").BM25()
+        ranker.index(self.words, show_progress=False)
+        return ranker
+
+    @cached_property
+    def graph(self) -> Any:
+        """Who uses what: places of pieces, an arrow from one to each that defines a name it uses."""
+        definers: dict[str, list[int]] = {}
+        for i, piece in enumerate(self.pieces):
+            for name in piece.names:
+                definers.setdefault(name, []).append(i)
+        weights: Counter[tuple[int, int]] = Counter()
+        for i, piece in enumerate(self.pieces):
+            for name, times in piece.uses.items():
+                aims = definers.get(name, [])
+                for aim in aims if len(aims) <= COMMON else ():
+                    weights[i, aim] += times**0.5 / len(aims) if aim != i else 0
+        graph = required("networkx").DiGraph()
+        graph.add_nodes_from(range(len(self.pieces)))
+        graph.add_weighted_edges_from((a, b, weight) for (a, b), weight in sorted(weights.items()) if weight)
+        return graph
 
     @cached_property
     def changed(self) -> list[str]:
@@ -65,10 +91,8 @@ def lexical(question: str, repository: Repository) -> Scores:
     """BM25."""
     if not any(repository.words):
         return [0.0] * len(repository.pieces)
-    ranker = required("bm25s").BM25()
-    ranker.index(repository.words, show_progress=False)
-    known = [word for word in words(question) if word in ranker.vocab_dict]
-    return [float(score) for score in ranker.get_scores(known)] if known else [0.0] * len(repository.pieces)
+    known = [word for word in words(question) if word in repository.index.vocab_dict]
+    return [float(one) for one in repository.index.get_scores(known)] if known else [0.0] * len(repository.pieces)
 
 
 def keywords(question: str, repository: Repository) -> Scores:
@@ -87,26 +111,10 @@ def recent(question: str, repository: Repository) -> Scores:
 
 def referenced(question: str, repository: Repository) -> Scores:
     """PageRank over who uses what, from the pieces that the question's words lead to (the idea of aider's map)."""
-    networkx = required("networkx")
     seeds = lexical(question, repository)
-    total = sum(seeds)
-    number = len(repository.pieces)
+    total, number = sum(seeds), len(repository.pieces)
     start = {i: BASE / number + (seed / total if total else 0.0) for i, seed in enumerate(seeds)}
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(range(number))
-    definers: dict[str, list[int]] = {}
-    for i, piece in enumerate(repository.pieces):
-        for name in piece.names:
-            definers.setdefault(name, []).append(i)
-    weights: Counter[tuple[int, int]] = Counter()
-    for i, piece in enumerate(repository.pieces):
-        for name, times in piece.uses.items():
-            aims = definers.get(name, [])
-            if len(aims) <= COMMON:
-                for aim in aims:
-                    weights[i, aim] += times**0.5 / len(aims) if aim != i else 0
-    graph.add_weighted_edges_from((a, b, weight) for (a, b), weight in sorted(weights.items()) if weight)
-    ranks = networkx.pagerank(graph, personalization=start, weight="weight")
+    ranks = required("networkx").pagerank(repository.graph, personalization=start, weight="weight")
     return [float(ranks[i]) for i in range(number)]
 
 
