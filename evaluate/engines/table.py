@@ -10,7 +10,6 @@ from qtool.evaluate.engines import (
     openai,
     reference,
     sglang,
-    sglang_probe,
     transformers,
     vllm,
     vllm_probe,
@@ -32,10 +31,7 @@ SERVERS: dict[str, EngineFacts] = {
 }
 
 # Those whose servers can be proved.
-PROBES: dict[str, Probe] = {
-    vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE,
-    sglang.FACTS.name: sglang_probe.PROBE,
-}  # fmt: skip
+PROBES: dict[str, Probe] = {vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE}
 
 
 def planned() -> dict[str, EngineFacts]:
