@@ -202,7 +202,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if kind in rehearsals:
             rehearsals[kind].wait()
 
-    type(method).trial = trial  # type: ignore[method-assign]  # a model of pydantic takes no other
+    type(method).trial = trial  # type: ignore[method-assign, assignment]  # a model of pydantic takes no other
     survey = Survey(
         source, method, {module: list(own) for module, own in sizes.items()}, lambda: marks.append(clock.now()),
         ready=clock.around("waiting for kernels", ready),

@@ -151,7 +151,7 @@ def check_gguf(name: str) -> bool:
         kl = divergence(plain, exact)
         print(f"{name:14} F16: KL {kl:.1e}, as served {divergence(plain, usual):.1e}; "
               f"to rounded inputs {abs(divergence(rounded, exact)):.1e}", flush=True)  # fmt: skip
-        return kl < EXACT
+        return bool(kl < EXACT)
 
 
 def main() -> int:
