@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +37,9 @@ class SourceModel:
         self.dtype = embedding.dtype
         if self.device.type == "cpu" and not (self.dtype == torch.bfloat16 and fast_bfloat16()):
             self.dtype = torch.float32
+        if self.decoder.family.mixture is not None:
+            for layer in self.layers:
+                _also_named(layer, self.decoder.family.mixture.renamed)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -63,8 +67,8 @@ class SourceModel:
         return self.decoder.in_memory(weights)
 
     def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Of computing with a layer's tensor of that name."""
-        return self.dtype if self.decoder.family.casts(name) else tensor.dtype
+        """Of computing with a layer's tensor of that name: what is never cast is at least as fine as all others."""
+        return self.dtype if self.decoder.family.casts(name) else torch.promote_types(self.dtype, tensor.dtype)
 
     def fill(self, index: int, state: Mapping[str, Tensor]) -> nn.Module:
         """The skeleton's layer with these tensors, named as in memory."""
@@ -125,3 +129,11 @@ class SourceModel:
             advance(layer, ended, calls)
             layer.to("meta")
         return [torch.cat([begun, end[:, -length:]], 1) for begun, end in zip(hidden, ended, strict=True)]
+
+
+def _also_named(layer: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Modules that transformers calls otherwise than the files answer to the files' names, too: matrices have those."""
+    for stored, held in renamed.items():
+        parent, _, own = stored.rpartition(".")
+        with suppress(AttributeError):  # a tensor, or a module of which nothing is quantized
+            object.__setattr__(layer.get_submodule(parent), own, layer.get_submodule(held))  # it stays registered once

@@ -224,7 +224,8 @@ class Passage:
         casts, source = self.decoder.family.casts, self.layer.tensors
         state = stream.here.state(self.dtype, stored, casts)
         for name in (name for name in state if not casts(name)):
-            state[name] = state[name].to(source[name].dtype)  # as it is written, whatever a scale made of it
+            written = source[name].dtype  # whatever a scale made of it
+            state[name] = state[name].to(written).to(torch.promote_types(self.dtype, written))
         return self.decoder.in_memory({name: tensor.to(self.layer.device) for name, tensor in state.items()})
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:

@@ -46,6 +46,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi3": ("Phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     "Glm": ("Glm", {}),
     "Glm4": ("Glm4", {}),
+    "Ernie4_5": ("Ernie4_5", {}),
+    "Ernie4_5-biases": ("Ernie4_5", {"use_bias": True}),
     "Lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "Lfm2-biases": ("Lfm2", {"layer_types": ["full_attention", "conv"], "conv_bias": True, "block_multiple_of": 64}),
     "Qwen3_5": ("Qwen3_5", {
@@ -116,7 +118,9 @@ def test_scales_change_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_output_is_made_and_verified(source: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name = request.node.callspec.params["source"]
     outputs = (
-        OUTPUTS[:-1] if name in ("SeedOss-biases", "Loop", "Lfm2", "Lfm2-biases", "Qwen3_5") else OUTPUTS
+        OUTPUTS[:-1]
+        if name in ("SeedOss-biases", "Ernie4_5-biases", "Loop", "Lfm2", "Lfm2-biases", "Qwen3_5")
+        else OUTPUTS
     )  # llama.cpp has none of these
     headers = read_headers(str(source))
     expected = load_model(Checkpoint.open(source).read(), load_config(source), CPU)(TOKENS).logits.log_softmax(-1)

@@ -86,8 +86,11 @@ def test_skip_lists_have_full_names_of_what_is_there(made: tuple[Path, dict[str,
     said = artifact.quantization["modules_to_not_convert"]
     decoder = decoder_of(artifact.config)
     assert said == ["lm_head", *decoder.beside_experts()]
-    gates = decoder.shape.layers if decoder.family.name.startswith("Laguna") else 0
-    assert len(said) == 1 + gates + sum(decoder.shape.sparse) * (2 if decoder.family.name.startswith("Qwen2") else 1)
+    family = decoder.family.name
+    gates = decoder.shape.layers if family.startswith("Laguna") else 0
+    projections = 2 if family.startswith("Qwen3_5") else 1 if family.startswith("Qwen3Next") else 0  # of a delta net
+    routers = 2 if family.startswith(("Qwen2", "Qwen3_5", "Qwen3Next")) else 1  # with a shared expert's own gate
+    assert len(said) == 1 + gates + projections + sum(decoder.shape.sparse) * routers
     assert {f"{name}.weight" for name in said[1:]} <= set(artifact.checkpoint.tensors)
     assert Artifact.open(paths["asym"]).quantization["ignore"] == said
 

@@ -85,6 +85,7 @@ def convert(recipe: Path) -> tuple[Job, dict[str, Artifact]]:
         ("Starcoder2", {}),
         ("Phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
         ("Glm", {}),
+        ("Ernie4_5", {}),
         ("Glm4", {}),
         ("Gemma2", WINDOWS | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
         ("Gemma3", WINDOWS | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),

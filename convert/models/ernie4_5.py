@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qtool import QtoolError
 from qtool.convert.models.experts import Mixture, mixed_decoder, mixture_tensors, whole_number, with_experts
-from qtool.convert.models.family import SILU, Family, GgufFacts, Settings, Windows
+from qtool.convert.models.family import SILU, Family, GgufFacts, Ropes, Settings, Windows
 from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.parts import decoder_tensors, gated_decoder
 
@@ -26,6 +26,11 @@ _DEFAULTS = {
 def _biases(settings: Settings, shape: Geometry) -> Geometry:
     biased = bool(settings.get("use_bias"))
     return replace(shape, attention_bias=biased, mlp_bias=biased)
+
+
+def _refuse_biases(settings: Settings, ropes: Ropes) -> None:
+    if settings.get("use_bias"):
+        raise QtoolError("config.json: use_bias is true; llama.cpp's ernie4_5 has no biases of the MLP.")
 
 
 def _shape_moe(settings: Settings, shape: Geometry) -> Geometry:
@@ -48,7 +53,7 @@ ERNIE = Family(
     Windows("none"),
     _DEFAULTS | {"num_key_value_heads": 2, "head_dim": 128},
     shape=_biases,
-    gguf=GgufFacts("ernie4_5", says=frozenset(("use_bias",))),
+    gguf=GgufFacts("ernie4_5", refuse=_refuse_biases, says=frozenset(("use_bias",))),
 )
 ERNIE_MOE = Family(
     "Ernie4_5_MoeForCausalLM",
