@@ -56,6 +56,13 @@ def test_what_a_larger_file_would_buy() -> None:
     assert more(whole, 1000) == "nothing more is gained by a larger file"
 
 
+def test_where_a_little_more_buys_nothing_the_next_step_is_told() -> None:
+    """Groups of few matrices leave gaps: a twentieth of this file is less than one of them takes."""
+    assert more(chosen()).startswith("0.002 MB more would buy: expected KL 0.005 for 0.014")
+    large = chosen().model_copy(update={"mix": {A: "Q6_K", B: "BF16"}})
+    assert more(large).startswith("0.009 MB more would buy: expected KL 0 for 0.001, by larger types for 1 of 2")
+
+
 def test_pictures() -> None:
     drawn = size_against_kl(chosen(), 0.02)
     assert "chosen, measured" in drawn

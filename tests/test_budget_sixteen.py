@@ -25,6 +25,7 @@ from qtool.quantize.methods.table import METHODS
 from qtool.quantize.methods.two_kinds import FOUR, WHOLE
 from qtool.quantize.rounding import factorize
 from qtool.recipe.sections import checked_recipe
+from qtool.report.job import print_budgets
 
 TEXT = CalibrationSet(torch.randint(0, 320, (4, 48), generator=torch.Generator().manual_seed(0)), "test")
 OUTPUTS: dict[str, dict[str, Any]] = {
@@ -93,6 +94,33 @@ def test_nf4_with_exceptions_loads_in_transformers(model: Path, tmp_path: Path) 
 
     assert divergence(state) < 1e-3  # its logits are bfloat16
     assert divergence(exchanged) > 10 * divergence(state)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_plan_names_the_type_of_every_linear(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a survey as after it: what is packed and what stays in 16 bits."""
+    foreseen = job_of(model, tmp_path, name, budget={"target_bpw": 9})
+    for job in (foreseen, budgets.decided(foreseen, TEXT)):
+        print_budgets(job)
+        left = sum(kind == WHOLE for kind in job.outputs[0].types.values())
+        assert 0 < left < 14
+        assert f"{name}: {left} matrices 16 bits, {14 - left} matrices 4 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_nearest_size_that_is_named_works(name: str, model: Path, tmp_path: Path) -> None:
+    """The file's header is counted at once, and a refusal names its output."""
+    size = "0.2 MB"
+    with pytest.raises(QtoolError, match=f"output '{name}': budget: max_size 0.2 MB is too small") as caught:
+        job_of(model, tmp_path, name, budget={"max_size": size})
+    size = caught.value.message.rstrip(".").rpartition("max_size ")[2]
+    job = budgets.decided(job_of(model, tmp_path, name, budget={"max_size": size}), TEXT)
+    (artifact,) = make_artifacts(job, TEXT).values()
+    assert (artifact.path / "model.safetensors").stat().st_size <= float(size.split()[0]) * 1e6
+    with pytest.raises(QtoolError, match=f"output '{name}': budget: "):
+        budgets.decided(job_of(model, tmp_path, name, budget={"max_kld": 1e-12}), TEXT)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -109,6 +109,7 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
         ("no scale", "is stored in 8 bits, and no tensor says its scales"),
         ("other blocks", "have .* scales, or one"),
         ("cache", "kv_cache_scheme is set"),
+        ("rotated", "transform_config is set: inputs are rotated"),
         ("not told", "stored as F8_E4M3"),
         ("nan", "up_proj.weight_scale_inv holds NaN, Inf or numbers below 0"),
         ("negative", "up_proj.weight_scale_inv holds NaN, Inf or numbers below 0"),
@@ -123,7 +124,7 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
 def test_what_cannot_be_read_is_refused(
     change: str, fault: str, tiny: Path, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
-    small, _ = twins(tiny, tmp_path, ROWS if change == "cache" else DEEPSEEK)
+    small, _ = twins(tiny, tmp_path, ROWS if change in ("cache", "rotated") else DEEPSEEK)
     path, file = small / "config.json", small / "model.safetensors"
     config, tensors = json.loads(path.read_text()), load_file(file)
     if change == "no scale":
@@ -132,6 +133,8 @@ def test_what_cannot_be_read_is_refused(
         config["quantization_config"]["weight_block_size"] = [16, 16]
     elif change == "cache":
         config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    elif change == "rotated":
+        config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard"}}}
     elif change in ("nan", "negative"):
         tensors[SCALE][1, 1] = torch.nan if change == "nan" else -1.0
     elif change == "whole numbers":

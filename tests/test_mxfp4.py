@@ -157,6 +157,10 @@ def skewed(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
 
 
+def rotated(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard", "apply": []}}}
+
+
 def not_a_number(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[SCALE][3, 1] = 255
 
@@ -177,6 +181,7 @@ def other_bytes(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (float_scale, "is .* in torch.float32; .* in torch.uint8"),
         (twice, "up_proj.weight is stored too"),
         (skewed, "which is symmetric"),
+        (rotated, "transform_config is set: inputs are rotated"),
         (not_a_number, "up_proj.weight_scale holds 255"),
         (untold, "quantized already|stored as U8"),
         (other_bytes, "does not say what they are"),

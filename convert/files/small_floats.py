@@ -13,7 +13,8 @@ _SECTIONS = (SECTION, "compression_config")
 
 def small_floats_of(config: Mapping[str, Any]) -> str:
     """What config.json says of matrices in float8 or MXFP4, in words for a manifest; empty where it says nothing of the
-    kind. Raises QtoolError for a cache in float8, whose scales no output keeps, and for what is no plain MXFP4."""
+    kind. Raises QtoolError for a cache in float8, whose scales no output keeps, for matrices that see rotated inputs,
+    and for what is no plain MXFP4."""
     section = section_of(config)
     method, form = section.get("quant_method"), section.get("format")
     if method == "mxfp4":
@@ -25,6 +26,9 @@ def small_floats_of(config: Mapping[str, Any]) -> str:
         return ""
     if section.get("kv_cache_scheme") is not None:
         raise QtoolError("config.json: kv_cache_scheme is set: the cache's scales would be lost.")
+    if section.get("transform_config"):
+        raise QtoolError("config.json: transform_config is set: inputs are rotated before the matrices see them, which "
+                         "no output does.")  # fmt: skip
     if form == "mxfp4-pack-quantized":
         for weights in group_weights(section):
             if weights.get("symmetric") is False or weights.get("num_bits") != 4 or weights.get("group_size") != 32:

@@ -17,14 +17,13 @@ from qtool.convert.files.config_file import read_config
 from qtool.convert.files.durable import load, save
 from qtool.convert.files.manifest import MANIFEST, read_manifest
 from qtool.convert.files.reading import named
-from qtool.convert.formats.format import ModelFiles
-from qtool.convert.formats.plan import ModelShape, OutputPlan
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.skeleton import build_skeleton
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.measured import Measured, begun_at, forget, keeper
-from qtool.make.mixes import beside_of, joined, keeping, limit_of, offers_of, planned, require_room, within
+from qtool.make.mixes import beside_of, header_of, joined, keeping, limit_of, offers_of, planned, within
 from qtool.make.needs import refuse_what_cannot_be_measured
-from qtool.make.output import Output, plan_output
+from qtool.make.output import Output, naming, plan_output
 from qtool.make.progress import progress_bar
 from qtool.quantize import allocation
 from qtool.quantize.calibration import CalibrationSet
@@ -71,11 +70,8 @@ def known(job: Job) -> Job:
     for a budget that no mix keeps."""
     outputs = []
     for output in job.outputs:
-        if (budget := output.method.undecided) is not None:
-            if (costs := _kept(job, output)) is not None:
-                output = _with(job, output, _of_costs(job, output, budget, costs.costs).model_dump(mode="json"))
-            else:
-                _require_room(job, output, budget)
+        if (budget := output.method.undecided) is not None and (costs := _kept(job, output)) is not None:
+            output = _with(job, output, _of_costs(job, output, budget, costs.costs).model_dump(mode="json"))
         outputs.append(output)
     return replace(job, outputs=tuple(outputs))
 
@@ -96,7 +92,6 @@ def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSe
     made_from = _made_from(job, output, calibration)
     before = _kept(job, output)
     if before is None or before.made_from != made_from:
-        _require_room(job, output, budget)
         with stage("measuring types"):
             before = Measured(made_from=made_from, costs=_measure(job, output, calibration, made_from, ready))
         save(_place(job, output), before)
@@ -107,12 +102,18 @@ def _chosen(job: Job, output: Output, budget: Budget, calibration: CalibrationSe
 
 
 def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
-    """What the budget buys at these costs."""
+    """What the budget buys at these costs. Raises QtoolError naming the output."""
+    with naming(output.method):
+        return _bought(job, output, budget, costs)
+
+
+def _bought(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
     shape = _shape(job)
     sizes = output.method.offers(shape)
     smallest = planned(output.method, sizes, shape)
     offers, beside, alike = offers_of(sizes, costs), beside_of(smallest, sizes), output.method.alike(shape)
-    header, needed = -1, _header(job, output, budget, smallest)
+    files = job.files
+    header, needed = -1, header_of(budget, output.container, smallest, files)
     while header < needed:  # larger types have a longer header: more digits in its table
         header = needed
         limit = limit_of(budget, smallest, shape, _family(output), header)
@@ -121,7 +122,7 @@ def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
         else:
             mix = within(budget, offers, limit, beside, smallest.parameters, alike)
         made = output.method.decided(mix).container.of_model(job.decoder)
-        needed = _header(job, output, budget, made.plan(shape))
+        needed = header_of(budget, made, made.plan(shape), files)
     return Chosen(
         budget=budget.model_dump(mode="json", exclude_none=True), mix=mix,
         sizes={module: dict(own) for module, own in sizes.items()},
@@ -131,21 +132,8 @@ def _of_costs(job: Job, output: Output, budget: Budget, costs: Costs) -> Chosen:
     )  # fmt: skip
 
 
-def _header(job: Job, output: Output, budget: Budget, plan: OutputPlan) -> int:
-    """Bytes of the file's header, where the budget counts them."""
-    return output.container.header_bytes(plan, _files(job)) if budget.max_bytes is not None else 0
-
-
 def _family(output: Output) -> str:
     return str(output.container.section["quant_method"])
-
-
-def _require_room(job: Job, output: Output, budget: Budget) -> None:
-    """Before anything is measured. The recipe was checked without the file's header, which holds the vocabulary."""
-    shape = _shape(job)
-    smallest = planned(output.method, output.method.offers(shape), shape)
-    header = _header(job, output, budget, smallest)
-    require_room(budget, limit_of(budget, smallest, shape, _family(output), header), smallest)
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
@@ -181,11 +169,6 @@ def _measure(job: Job, output: Output, calibration: CalibrationSet, made_from: s
         task = bar.add_task("measuring what types cost", total=2 * (layers if begun is None else begun.layer))
         survey = Survey(source, output.method, types, lambda: bar.advance(task), keeper(place, made_from), ready)
         return survey.run(calibration, begun)
-
-
-def _files(job: Job) -> ModelFiles:
-    path = job.source.path
-    return ModelFiles(path, job.source.name, read_config(path), job.recipe.model.trust_remote_code)
 
 
 def _asked(output: Output) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qtool.convert.files.small_floats import small_floats_of, without_small_floa
 from qtool.convert.files.source import ModelSource
 from qtool.convert.files.watch import require_unchanged
 from qtool.convert.files.wrapped_tensors import text_names
+from qtool.convert.formats.format import ModelFiles
 from qtool.convert.formats.plan import ModelShape
 from qtool.convert.models.fused import each_alone
 from qtool.convert.models.refusals import check_sizes, refuse_architecture
@@ -62,6 +63,11 @@ class Job:
         files = [f"files that stay behind, no part of the model: {names}{more}"] if self.behind else []
         return [*self.notes, *files]
 
+    @property
+    def files(self) -> ModelFiles:
+        """Of the source, for what a container says beside the tensors."""
+        return _files(self.source, self.recipe)
+
     def output(self, name: str) -> Output:
         """The output of that name."""
         return next(output for output in self.outputs if output.name == name)
@@ -93,7 +99,8 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     raw = read_config(source.path)
     shape = ModelShape(checkpoint.tensors, decoder, raw)
     made = named(recipe.output_dir)
-    outputs = tuple(plan_output(method, shape, made / f"{source.name}-{method.name}") for method in methods)
+    files = _files(source, recipe)
+    outputs = tuple(plan_output(method, shape, made / f"{source.name}-{method.name}", files) for method in methods)
     for container in {type(output.container): output.container for output in outputs}.values():
         container.prove(skeleton, raw)
     notes = ((said,) if unknown else ()) + (
@@ -103,6 +110,10 @@ def open_job(recipe: Recipe, source: ModelSource, device: torch.device, methods:
     )
     return Job(recipe, source, checkpoint, config, decoder, outputs, device, notes,
                tuple(left_out(source.path, trusted)))  # fmt: skip
+
+
+def _files(source: ModelSource, recipe: Recipe) -> ModelFiles:
+    return ModelFiles(source.path, source.name, read_config(source.path), recipe.model.trust_remote_code)
 
 
 def open_source(folder: Path) -> Checkpoint:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qtool import QtoolError
 from qtool.convert.files.chosen import Chosen
+from qtool.convert.formats.format import Format, ModelFiles
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.quantize import allocation
 from qtool.quantize.allocation import Choice, Offers
@@ -19,9 +20,10 @@ Sizes = Mapping[str, Mapping[str, int]]
 BY_KL = 8.5  # bits a weight that are foreseen where only a divergence is asked for
 
 
-def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str]:
-    """A mix within ``budget`` as if all weights counted alike: an error falls to a quarter with every bit. Raises
-    QtoolError for a budget that no mix of this model keeps, and for a model whose costs cannot be measured."""
+def foreseen(method: Method, budget: Budget, shape: ModelShape, files: ModelFiles | None) -> dict[str, str]:
+    """A mix within ``budget`` as if all weights counted alike: an error falls to a quarter with every bit. ``files``:
+    of the source; None: `max_size` is held against the tensors alone. Raises QtoolError for a budget that no mix of
+    this model keeps, and for a model whose costs cannot be measured."""
     require_measurable(shape.decoder.shape)
     sizes = method.offers(shape)
     weights = {module: max(own.values()) for module, own in sizes.items()}
@@ -33,7 +35,8 @@ def foreseen(method: Method, budget: Budget, shape: ModelShape) -> dict[str, str
     }
     start = planned(method, sizes, shape)
     beside = beside_of(start, sizes)
-    limit = limit_of(budget, start, shape, str(method.container.section["quant_method"]))
+    header = 0 if files is None else header_of(budget, method.container.of_model(shape.decoder), start, files)
+    limit = limit_of(budget, start, shape, str(method.container.section["quant_method"]), header)
     if limit is None:
         limit = max(int(BY_KL * start.parameters / 8), beside + allocation.bounds(even)[0])
     return within(budget, even, limit, beside, start.parameters, method.alike(shape))
@@ -48,6 +51,11 @@ def planned(method: Method, sizes: Sizes, shape: ModelShape) -> OutputPlan:
 def beside_of(smallest: OutputPlan, sizes: Sizes) -> int:
     """Bytes of the tensors that have no choice. ``smallest``: a plan with the smallest type of every matrix."""
     return smallest.nbytes - sum(min(own.values()) for own in sizes.values())
+
+
+def header_of(budget: Budget, container: Format, plan: OutputPlan, files: ModelFiles) -> int:
+    """Bytes of the file's header, which may hold a vocabulary, where the budget counts them."""
+    return container.header_bytes(plan, files) if budget.max_bytes is not None else 0
 
 
 def limit_of(budget: Budget, smallest: OutputPlan, shape: ModelShape, family: str, header: int = 0) -> int | None:
@@ -91,12 +99,6 @@ def within(
     return apart(mix, offers, alike)
 
 
-def require_room(budget: Budget, limit: int | None, smallest: OutputPlan) -> None:
-    """Raises QtoolError, as `within` does, where not even the smallest type of every matrix keeps ``limit``."""
-    if limit is not None and smallest.nbytes > limit:
-        raise _too_small(budget, limit, smallest.nbytes, smallest.parameters)
-
-
 def _too_small(budget: Budget, limit: int, least: int, parameters: int) -> QtoolError:
     short = least - limit
     return QtoolError(
@@ -124,10 +126,16 @@ def offers_of(sizes: Sizes, costs: Mapping[str, Mapping[str, float]]) -> Offers:
 
 
 def more(chosen: Chosen, step: int | None = None) -> str:
-    """What further bytes would buy: a GB, or of a small file a twentieth of it."""
+    """What further bytes would buy: a GB, or of a small file a twentieth of it; where that buys nothing, as of a model
+    of few matrices, the next larger mix that is worth it."""
     offers = offers_of(chosen.sizes, chosen.costs)
+    free, spent = joined(offers, chosen.alike), chosen.nbytes - chosen.beside
     step = step or min(10**9, max(1, chosen.nbytes // 20))
-    found = allocation.cheapest(joined(offers, chosen.alike), chosen.nbytes - chosen.beside + step)
+    found = allocation.cheapest(free, spent + step)
+    if found is not None and allocation.size_of(found) <= spent:
+        larger = [size for size, _ in allocation.curve(free) if size > spent + step]
+        step = larger[0] - spent if larger else step
+        found = allocation.cheapest(free, spent + step)
     assert found is not None
     types = apart(found, offers, chosen.alike)
     mix = {module: next(one for one in offers[module] if one.type == kind) for module, kind in types.items()}

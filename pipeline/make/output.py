@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qtool.convert.files.reading import named, open_file
 from qtool.convert.files.shards import file_sizes
 from qtool.convert.files.watch import Watched, watch
 from qtool.convert.files.writer import Spec
-from qtool.convert.formats.format import Format
+from qtool.convert.formats.format import Format, ModelFiles
 from qtool.convert.formats.gguf.imatrix import SIZE_LIMIT
 from qtool.convert.formats.plan import ModelShape, OutputPlan
 from qtool.make.mixes import foreseen
@@ -31,7 +32,7 @@ TOKENIZER_AND_CONFIG = 32 * 2**20  # sidecars carried along, the manifest
 class Output:
     """``folder``: where the artifact goes; ``imatrix``: the importance matrix that its recipe names; ``key``: of its
     bytes, empty before the calibration set is known; ``chosen``: how the types of its matrices were, where a budget
-    says so and they are."""
+    says so and they are; ``foreseen``: what they would be if all weights counted alike, where they are not yet."""
 
     method: Method
     container: Format
@@ -40,6 +41,7 @@ class Output:
     imatrix: Watched | None = None
     key: str = ""
     chosen: Chosen | None = None
+    foreseen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -64,6 +66,11 @@ class Output:
         return [] if self.chosen is None else [self.chosen.said]
 
     @property
+    def types(self) -> dict[str, str]:
+        """Matrix -> its type, where a budget says what it may take: as chosen, or as foreseen."""
+        return dict(self.chosen.mix if self.chosen is not None else self.foreseen)
+
+    @property
     def kept_specs(self) -> dict[str, Spec]:
         """Of the tensors that the method keeps beside the weights."""
         plan = self.plan
@@ -83,16 +90,25 @@ class Output:
         return weights + kept + self.container.beside_bytes(kept) + TOKENIZER_AND_CONFIG
 
 
-def plan_output(method: Method, shape: ModelShape, folder: Path) -> Output:
-    """Raises QtoolError naming the output where the model cannot be made into it, or the importance matrix that it
-    names cannot be read."""
-    try:
-        planned = method if method.undecided is None else method.decided(foreseen(method, method.undecided, shape))
+def plan_output(method: Method, shape: ModelShape, folder: Path, files: ModelFiles | None = None) -> Output:
+    """``files``: of the source, where they lie here; a budget then counts the file's header, too. Raises QtoolError
+    naming the output where the model cannot be made into it, or the importance matrix that it names cannot be read."""
+    with naming(method):
+        budget = method.undecided
+        mix = {} if budget is None else foreseen(method, budget, shape, files)
+        planned = method.decided(mix) if mix else method
         container = planned.container.of_model(shape.decoder)
         plan = container.plan(shape)
+    return Output(method, container, plan, folder, _imatrix(method), foreseen=mix)
+
+
+@contextmanager
+def naming(method: Method) -> Iterator[None]:
+    """What is wrong is said of the output of this name: a recipe has several."""
+    try:
+        yield
     except QtoolError as error:
         raise QtoolError(f"output {method.name!r}: {error.message}", exit_code=error.exit_code) from error
-    return Output(method, container, plan, folder, _imatrix(method))
 
 
 def owners_of(outputs: Sequence[Output], ranks: int) -> list[int]:

@@ -18,7 +18,7 @@ from qtool.convert.files.shards import open_shards
 from qtool.convert.files.small_floats import small_floats_of
 from qtool.convert.files.writer import TensorWriter
 from qtool.convert.formats.codes import Codes
-from qtool.convert.formats.format import CalibrationText, ModelFiles
+from qtool.convert.formats.format import CalibrationText
 from qtool.convert.models.model_config import runtime_keys
 from qtool.make.job import Job, device_kind, versions
 from qtool.make.output import Output
@@ -36,10 +36,7 @@ class OutputWriter:
     def __init__(self, job: Job, output: Output) -> None:
         self.job, self.output = job, output
         method, partial = output.method, output.partial
-        source = ModelFiles(
-            job.source.path, job.source.name, read_config(job.source.path), job.recipe.model.trust_remote_code
-        )
-        self.file = output.container.open(partial, output.plan, output.key, source)
+        self.file = output.container.open(partial, output.plan, output.key, job.files)
         self.kept: TensorWriter | None = None
         if method.kept_as is not None:
             self.kept = open_shards(partial / EXTRAS, output.kept_specs, output.key, method.kept_as)

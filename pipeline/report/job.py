@@ -78,8 +78,7 @@ def print_budgets(job: Job) -> None:
     for output in job.outputs:
         if output.chosen is None and output.method.undecided is None:
             continue
-        plans = [*output.plan.outside, *output.plan.linears]
-        kinds = Counter(plan.type for plan in plans)
+        kinds = Counter(output.types.values())
         say(escape(f"{output.name}: {output.notes[-1]}"))
         say(escape(f"{output.name}: {', '.join(f'{count} matrices {kind}' for kind, count in sorted(kinds.items()))}"))
         if output.chosen is not None:
