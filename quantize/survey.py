@@ -55,7 +55,7 @@ class Begun:
     gradients: Hidden
 
 
-BY_HAND = "leave out `budget:` and say the types by hand (GGUF: `type:` or `mix:`; GPTQ: `bits:` and `modules:`)"
+BY_HAND = "leave out `budget:` and say types by hand (`ignore:`; GGUF: `type:` or `mix:`; GPTQ: `bits:` and `modules:`)"
 
 
 def require_measurable(shape: Geometry) -> None:

@@ -12,11 +12,14 @@ from small_models import make_model
 
 from qtool import QtoolError
 from qtool.convert.files.chosen import read_chosen
+from qtool.convert.files.config_file import read_config
 from qtool.convert.files.manifest import read_manifest
 from qtool.convert.files.source import resolve
+from qtool.convert.formats.plan import ModelShape
 from qtool.convert.verify.checks import verify
 from qtool.make import budgets
 from qtool.make.job import Job, open_job
+from qtool.make.output import plan_output
 from qtool.make.outputs import make_artifacts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.awq import AwqMethod
@@ -116,6 +119,11 @@ def test_the_nearest_size_that_is_named_works(name: str, model: Path, tmp_path: 
     with pytest.raises(QtoolError, match=f"output '{name}': budget: max_size 0.2 MB is too small") as caught:
         job_of(model, tmp_path, name, budget={"max_size": size})
     size = caught.value.message.rstrip(".").rpartition("max_size ")[2]
+    away = job_of(model, tmp_path, name, budget={"target_bpw": 9})
+    method = METHODS[name].model_validate(OUTPUTS[name] | {"budget": {"max_size": "0.2 MB"}})
+    shape = ModelShape(away.checkpoint.tensors, away.decoder, read_config(model))
+    with pytest.raises(QtoolError, match=f"works: max_size {size}"):  # of a model whose headers alone are here
+        plan_output(method, shape, tmp_path)
     job = budgets.decided(job_of(model, tmp_path, name, budget={"max_size": size}), TEXT)
     (artifact,) = make_artifacts(job, TEXT).values()
     assert (artifact.path / "model.safetensors").stat().st_size <= float(size.split()[0]) * 1e6

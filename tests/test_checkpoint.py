@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def test_a_sharded_folder_reads_like_transformers(tiny: Path) -> None:
     read = dict(Checkpoint.open(tiny).read())
     assert set(state) - set(read) == {"lm_head.weight"}  # tied
     assert all(torch.equal(tensor, state[name]) for name, tensor in read.items())
+
+
+def test_a_program_that_ends_with_an_open_shard_says_nothing(tiny: Path) -> None:
+    """The interpreter takes modules apart before it drops what is in a cycle or held by a builtin."""
+    program = (
+        "import builtins, sys; from pathlib import Path; from qtool.convert.files.checkpoint import Checkpoint\n"
+        "found = Checkpoint.open(Path(sys.argv[1])); found.tensor(next(iter(found.tensors))); builtins.kept = found"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program, str(tiny)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_skeleton_takes_no_memory_and_has_real_rotary_tables(tiny: Path) -> None:

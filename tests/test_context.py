@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,9 @@ from qtool.context.pieces import Piece, cut, pieces_of
 from qtool.context.ranking import METHODS, Repository, words
 from qtool.context.selection import by_characters, select
 from qtool.convert.text.source import FILE_LIMIT
+from qtool.convert.text.tokenizer import load_tokenizer
+
+DEMO = Path(__file__).parents[1] / "pipeline" / "data" / "demo-model"
 
 BILLING = '''"""Bills."""
 
@@ -87,6 +94,34 @@ def test_what_cannot_be_trusted_is_left_out_and_counted(repository: Path, tmp_pa
     }  # fmt: skip
 
 
+def test_no_folder_smuggles_its_name_into_a_prompt(repository: Path) -> None:
+    for name in (b"d\x1b]0;owned\x07", b"n\n### shop", b"bad\xff", "turned\u202e".encode()):
+        folder = os.fsencode(repository) + b"/" + name
+        os.mkdir(folder)
+        with open(folder + b"/billing.py", "w", encoding="utf-8") as file:
+            file.write(BILLING)
+    tree = read_tree(repository)
+    assert [file.path for file in tree.files] == ["README.md", "shop/billing.py", "shop/parser.py"]
+    assert tree.left_out == {"folders with a name that cannot be shown": 4}
+
+
+def test_a_folder_that_goes_meanwhile_is_counted(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.stat
+
+    def gone(path: str, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
+        if path == "shop" and not follow_symlinks:
+            raise FileNotFoundError(path)
+        return real(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "stat", gone)
+    assert read_tree(repository).left_out == {"unreadable": 1}
+
+
+def test_a_link_that_the_user_names_is_followed(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(repository)
+    assert read_tree(tmp_path / "link") == read_tree(repository)
+
+
 def test_a_folder_with_nothing_to_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(QtoolError, match="no file of code or prose that can be read \\(1 neither code nor prose\\)"):
@@ -120,6 +155,17 @@ def test_every_line_with_text_is_in_exactly_one_piece() -> None:
     assert len(covered) == len(set(covered))
     assert set(wanted) <= set(covered)
     assert ("method_7",) in [piece.names for piece in pieces]  # a class of 120 lines is cut into its methods
+
+
+def test_many_definitions_take_no_square_of_their_time() -> None:
+    """20,000 took 16 s of the 30 that so many bytes are given; in order, a fraction of one."""
+    file = SourceFile("a.py", "".join(f"NAME_{i} = {i}\n" for i in range(20_000)))
+    tags = tags_of(file)
+    begun = time.process_time()
+    pieces = list(pieces_of(file, tags))
+    assert time.process_time() - begun < 5
+    assert [piece.names for piece in pieces[:2]] == [("NAME_0",), ("NAME_1",)]
+    assert len(pieces) == 20_000
 
 
 @pytest.mark.parametrize(
@@ -185,6 +231,36 @@ def test_no_prompt_breaks_its_budget(repository: Path, method: str, budget: int)
     assert all(line in first.prompt for one in first.chosen for line in one.shown.splitlines())
 
 
+def test_what_a_tokenizer_puts_around_a_text_counts_once(repository: Path) -> None:
+    def count(texts: Sequence[str]) -> list[int]:
+        return [tokens + 7 for tokens in by_characters(texts)]
+
+    question = "What does a customer owe for an order?"
+    plain, around = select(repository, question, "lexical", 300), select(repository, question, "lexical", 307, count)
+    assert around.prompt == plain.prompt
+    assert around.tokens == plain.tokens + 7
+    assert around.chosen == plain.chosen
+    assert around.whole == plain.whole
+
+
+def test_a_model_whose_texts_begin_with_a_token_keeps_the_budget(repository: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    first = tokenizer["added_tokens"][0]
+    name = first["content"]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [first["id"]], "tokens": [name]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words_ = ["context", str(repository), "--question", "customer owes tax", "--json", "--model", str(model)]
+    told = json.loads(CliRunner().invoke(main, [*words_, "--budget", "100"]).stdout)
+    assert told["tokens"] == len(load_tokenizer(model)(told["prompt"]).input_ids) <= 100
+
+
 def test_a_question_beyond_the_budget_is_refused(repository: Path) -> None:
     with pytest.raises(QtoolError, match="the question alone takes"):
         select(repository, "word " * 100, "lexical", 50)
@@ -199,6 +275,27 @@ def test_a_missing_package_is_one_line(repository: Path, monkeypatch: pytest.Mon
     result = CliRunner().invoke(main, ["context", str(repository), "--question", "a"])
     assert result.exit_code == 3
     assert "Run: pip install 'qtool-llm[context]'" in result.output
+
+
+@pytest.mark.parametrize("package", ["tree_sitter", "tree_sitter_python", "bm25s", "networkx", "scipy", "dulwich"])
+def test_each_missing_package_is_named(repository: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Also the parser, which works in a child, and what a ranker asks for only while it ranks."""
+    monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(main, ["context", str(repository), "--question", "a customer"])
+    assert result.exit_code == 3
+    assert result.output.startswith(f"Error: `qtool context` needs {package}, which is not here. Run: pip install")
+
+
+def test_a_question_that_is_too_long_is_not_cut(repository: Path) -> None:
+    words_ = ["context", str(repository), "--budget", "1000k", "--question", "-"]
+    result = CliRunner().invoke(main, words_, input="a" * (cli_context.LONGEST_QUESTION + 1))
+    assert (result.exit_code, result.output) == (2, "Error: --question: has more than 1,000,000 characters.\n")
+
+
+def test_a_table_without_a_model_says_that_it_guesses(repository: Path) -> None:
+    words_ = ["context", str(repository), "--question", "customer owes tax", "--list"]
+    table = CliRunner().invoke(main, words_).output
+    assert "(3 characters each; --model counts)" in " ".join(table.split())
 
 
 def test_command(repository: Path) -> None:

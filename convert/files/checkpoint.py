@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,8 @@ class _Shard:
         with open_file(path) as file:
             self.places = read_places(path)
             self.descriptor = os.dup(file.fileno())
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        # not by __del__: at the interpreter's end `os` may be gone before the last reader is
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class Checkpoint:

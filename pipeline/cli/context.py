@@ -16,6 +16,7 @@ from qtool.cli.options import one_number
 if TYPE_CHECKING:
     from qtool.context.selection import Count, Selection
 
+LONGEST_QUESTION = 10**6  # characters
 METHODS = ("mixed", "lexical", "outline", "recent", "keywords")
 
 
@@ -46,7 +47,9 @@ def context(
     from qtool.context.selection import select
 
     if question == "-":
-        question = sys.stdin.read(10**6)
+        question = sys.stdin.read(LONGEST_QUESTION + 1)
+    if len(question) > LONGEST_QUESTION:
+        raise QtoolError(f"--question: has more than {LONGEST_QUESTION:,} characters.")
     if not question.strip():
         raise QtoolError("--question: is empty.")
     tokens = one_number(budget, "--budget")
@@ -56,7 +59,7 @@ def context(
     if as_json:
         click.echo(json.dumps(_plain(found), indent=2))
     elif listed:
-        _table(found)
+        _table(found, model)
     else:
         click.echo(found.prompt, nl=False)
         click.echo(_told(found, model), err=True)
@@ -72,7 +75,7 @@ def _count(model: Path | None) -> Count:
     tokenizer = load_tokenizer(model)
 
     def count(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
+        return [len(ids) for ids in tokenizer(list(texts), verbose=False).input_ids]
 
     return count
 
@@ -81,16 +84,16 @@ def _told(found: Selection, model: Path | None) -> str:
     unit = "tokens" if model is not None else "tokens, about (3 characters each; --model counts)"
     left = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items()) or "none"
     return (
-        f"{len(found.chosen)} of {found.pieces:,} pieces, {found.tokens:,} of {found.whole:,} {unit}; "
-        f"{found.files:,} files read, left out: {left}."
+        f"{len(found.chosen)} of {found.pieces:,} pieces, {found.tokens:,} {unit} with the question, all pieces "
+        f"{found.whole:,}; {found.files:,} files read, left out: {left}."
     )
 
 
-def _table(found: Selection) -> None:
+def _table(found: Selection, model: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption=_told(found, Path()))
+    table = Table(caption=_told(found, model))
     for name, right in (("rank", True), ("file", False), ("lines", True), ("tokens", True), ("defines", False)):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for one in sorted(found.chosen, key=lambda one: one.rank):

@@ -51,11 +51,12 @@ def read_tree(root: Path) -> Tree:
     """In the order of paths. Raises QtoolError where ``root`` is no folder or holds nothing that can be read."""
     if not root.is_dir():
         raise QtoolError(f"{root}: no folder; name a repository's.")
+    top = root.resolve()  # a link that the user names is followed, none that is found
     files: list[SourceFile] = []
     left_out: Counter[str] = Counter()
     room, rules = MOST_BYTES, dict[str, Rules]()
-    for place, folders, names, handle in os.fwalk(root, onerror=lambda _: left_out.update(["unreadable"])):
-        here = Path(place).relative_to(root).as_posix()
+    for place, folders, names, handle in os.fwalk(top, onerror=lambda _: left_out.update(["unreadable"])):
+        here = Path(place).relative_to(top).as_posix()
         own = rules.get(here, ()) + _patterns(handle, here)
         folders[:] = _entered(here, sorted(folders), own, left_out, handle)
         rules.update({_joined(here, name): own for name in folders})
@@ -84,10 +85,17 @@ def _entered(here: str, names: list[str], rules: Rules, left_out: Counter[str], 
     entered = []
     for name in names:
         path = _joined(here, name)
-        if stat.S_ISLNK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
+        try:
+            found = os.stat(name, dir_fd=handle, follow_symlinks=False)
+        except OSError:  # gone meanwhile
+            left_out["unreadable"] += 1
+            continue
+        if stat.S_ISLNK(found.st_mode):
             left_out["links"] += 1
         elif name.startswith("."):
             left_out["hidden folders"] += 1
+        elif not name.isprintable():
+            left_out["folders with a name that cannot be shown"] += 1
         elif name in GENERATED or _ignored(f"{path}/", rules):
             left_out["ignored folders"] += 1
         elif path.count("/") + 1 >= MOST_DEEP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
@@ -48,9 +49,21 @@ class Tags:
     references: tuple[tuple[int, str], ...] = ()
 
 
+def require_grammars(files: Iterable[SourceFile]) -> None:
+    """Raises QtoolError where the parser or a grammar of these files is missing."""
+    packages = {GRAMMARS[suffix] for suffix in map(_suffix, files) if suffix in GRAMMARS}
+    for package, _, before in sorted(packages):
+        for name in ("tree_sitter", package, *before):
+            required(name)
+
+
+def _suffix(file: SourceFile) -> str:
+    return PurePosixPath(file.path).suffix.lower()
+
+
 def tags_of(file: SourceFile) -> Tags:
     """Of a file in a language without a grammar here: none."""
-    suffix = PurePosixPath(file.path).suffix.lower()
+    suffix = _suffix(file)
     if suffix not in GRAMMARS:
         return Tags()
     language, query = _grammar(*GRAMMARS[suffix])

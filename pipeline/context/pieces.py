@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from qtool import QtoolError
 from qtool.context.files import SourceFile
-from qtool.context.grammars import DOCSTRING, Definition, Tags, tags_of
+from qtool.context.grammars import DOCSTRING, Definition, Tags, require_grammars, tags_of
 from qtool.convert.text.bounded import Overrun, bounded
 
 WHOLE = 60  # lines: a definition that is longer is cut into those inside it
@@ -17,6 +18,7 @@ CHUNK = 40  # lines of what lies between
 SECONDS, PER_MB = 20.0, 20.0  # of the processor: a parser takes a second for a megabyte
 MEMORY = 4 * 2**30
 ELIDED = "    ..."
+Row = TypeVar("Row")
 _ABOVE = ("#", "//", "/*", "*", "*/", "@", "--", ";;")  # how lines begin that belong to the definition below
 
 
@@ -43,6 +45,7 @@ def cut(files: tuple[SourceFile, ...]) -> list[Piece]:
     """All pieces, in the order of files and lines. Files are parsed in a child process with limits of time and memory.
     Raises QtoolError where they break these."""
     size = sum(len(file.text) for file in files) / 10**6
+    require_grammars(files)
 
     def work() -> Iterator[Any]:
         for file in files:
@@ -72,13 +75,18 @@ def pieces_of(file: SourceFile, tags: Tags) -> Iterator[Piece]:
         at = max(at, end)
     spans += _chunks(lines, at, len(lines))
     for start, end in spans:
-        inside = [one for one in tags.definitions if start <= one.start < end]
-        uses = Counter(name for row, name in tags.references if start <= row < end)
+        inside = _between(tags.definitions, start, end, lambda one: one.start)
+        uses = Counter(name for _, name in _between(tags.references, start, end, lambda one: one[0]))
         yield Piece(
             path=file.path, start=start + 1, end=end, text="\n".join(lines[start:end]),
             names=tuple(dict.fromkeys(one.name for one in inside)), outline=_outline(lines, inside, start, end),
             uses=dict(sorted(uses.items())),
         )  # fmt: skip
+
+
+def _between(ordered: Sequence[Row], start: int, end: int, row: Callable[[Row], int]) -> Sequence[Row]:
+    """Those in rows [start, end), of a sequence in the order of rows."""
+    return ordered[bisect_left(ordered, start, key=row) : bisect_left(ordered, end, key=row)]
 
 
 def _units(definitions: tuple[Definition, ...]) -> list[tuple[int, int]]:
@@ -88,7 +96,7 @@ def _units(definitions: tuple[Definition, ...]) -> list[tuple[int, int]]:
     for number, one in enumerate(ordered):
         if found and one.start < found[-1][1]:
             continue
-        holds = any(other.start > one.start and other.end <= one.end for other in ordered[number + 1 :][:1])
+        holds = any(other.start > one.start and other.end <= one.end for other in ordered[number + 1 : number + 2])
         if one.end - one.start <= WHOLE or not holds:
             found.append((one.start, one.end))
     return found
@@ -118,7 +126,7 @@ def _chunks(lines: list[str], start: int, end: int) -> Iterator[tuple[int, int]]
         start = stop
 
 
-def _outline(lines: list[str], inside: list[Definition], start: int, end: int) -> str:
+def _outline(lines: list[str], inside: Sequence[Definition], start: int, end: int) -> str:
     """Rows of signatures and docstrings and the last above the first of them, an ellipsis where rows between are left
     out."""
     shown = sorted({row for one in inside for row in one.outline if row < end})

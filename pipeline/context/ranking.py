@@ -114,6 +114,7 @@ def referenced(question: str, repository: Repository) -> Scores:
     seeds = lexical(question, repository)
     total, number = sum(seeds), len(repository.pieces)
     start = {i: BASE / number + (seed / total if total else 0.0) for i, seed in enumerate(seeds)}
+    required("scipy")  # networkx asks for it while it ranks
     ranks = required("networkx").pagerank(repository.graph, personalization=start, weight="weight")
     return [float(ranks[i]) for i in range(number)]
 

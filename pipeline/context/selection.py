@@ -15,7 +15,7 @@ from qtool.context.ranking import METHODS, Repository, ordered
 CHARACTERS = 3  # of a token, where no tokenizer tells
 BATCH = 64  # pieces that are counted at once
 MISSES = 256  # pieces in a row that find no room: the search ends
-Count = Callable[[Sequence[str]], list[int]]
+Count = Callable[[Sequence[str]], list[int]]  # of each text, with what the tokenizer puts around every one
 
 
 def by_characters(texts: Sequence[str]) -> list[int]:
@@ -54,10 +54,11 @@ def select(root: Path, question: str, method: str, budget: int, count: Count = b
     tree = read_tree(root)
     repository = Repository(root, cut(tree.files))
     order = ranked(repository, question, method)
+    *costs, every = count([*(piece.text for piece in repository.pieces), ""])
     prompt, tokens, taken = choose(repository.pieces, order, question, METHODS[method].outlined, budget, count)
     return Selection(
         method=method, budget=budget, prompt=prompt, tokens=tokens,
-        whole=sum(count([piece.text for piece in repository.pieces])),
+        whole=sum(costs) - every * len(costs),
         chosen=tuple(sorted(taken, key=lambda one: (one.piece.path, one.piece.start))), files=len(tree.files),
         pieces=len(repository.pieces), left_out=tree.left_out,
     )  # fmt: skip
@@ -73,7 +74,7 @@ def choose(
 ) -> tuple[str, int, list[Chosen]]:
     """(prompt, its tokens, what it holds): pieces in their order, as long as there is room; one that has none is passed
     over. ``outlined``: signatures alone."""
-    (alone,) = count([render([], question)])
+    alone, every = count([render([], question), ""])  # the prompt alone has the tokens that begin and end every text
     if alone > budget:
         raise QtoolError(f"--budget {budget}: the question alone takes {alone:,} tokens.")
     room, misses, taken = budget - alone, 0, list[Chosen]()
@@ -84,7 +85,8 @@ def choose(
         costs = count([f"{text}\n{ELIDED}\n" for text in shown])
         heads = count([_head(piece.path) for piece in part])
         for number, (piece, text, cost, head) in enumerate(zip(part, shown, costs, heads, strict=True)):
-            needed = cost + (0 if piece.path in paths else head)
+            cost -= every
+            needed = cost + (0 if piece.path in paths else head - every)
             if text and needed <= room:
                 taken.append(Chosen(piece, begin + number + 1, text, cost))
                 room, misses = room - needed, 0

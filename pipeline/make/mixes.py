@@ -22,7 +22,7 @@ BY_KL = 8.5  # bits a weight that are foreseen where only a divergence is asked 
 
 def foreseen(method: Method, budget: Budget, shape: ModelShape, files: ModelFiles | None) -> dict[str, str]:
     """A mix within ``budget`` as if all weights counted alike: an error falls to a quarter with every bit. ``files``:
-    of the source; None: `max_size` is held against the tensors alone. Raises QtoolError for a budget that no mix of
+    of the source; None: of a header only what no vocabulary is counts. Raises QtoolError for a budget that no mix of
     this model keeps, and for a model whose costs cannot be measured."""
     require_measurable(shape.decoder.shape)
     sizes = method.offers(shape)
@@ -35,7 +35,7 @@ def foreseen(method: Method, budget: Budget, shape: ModelShape, files: ModelFile
     }
     start = planned(method, sizes, shape)
     beside = beside_of(start, sizes)
-    header = 0 if files is None else header_of(budget, method.container.of_model(shape.decoder), start, files)
+    header = header_of(budget, method.container.of_model(shape.decoder), start, files)
     limit = limit_of(budget, start, shape, str(method.container.section["quant_method"]), header)
     if limit is None:
         limit = max(int(BY_KL * start.parameters / 8), beside + allocation.bounds(even)[0])
@@ -53,9 +53,15 @@ def beside_of(smallest: OutputPlan, sizes: Sizes) -> int:
     return smallest.nbytes - sum(min(own.values()) for own in sizes.values())
 
 
-def header_of(budget: Budget, container: Format, plan: OutputPlan, files: ModelFiles) -> int:
-    """Bytes of the file's header, which may hold a vocabulary, where the budget counts them."""
-    return container.header_bytes(plan, files) if budget.max_bytes is not None else 0
+def header_of(budget: Budget, container: Format, plan: OutputPlan, files: ModelFiles | None) -> int:
+    """Bytes of the file's header, where the budget counts them. ``files``: of the source, for a header that holds its
+    vocabulary; None: such a header is left out."""
+    if budget.max_bytes is None:
+        return 0
+    if files is not None:
+        return container.header_bytes(plan, files)
+    whole = container.file_bytes(plan)
+    return 0 if whole is None else whole - plan.nbytes
 
 
 def limit_of(budget: Budget, smallest: OutputPlan, shape: ModelShape, family: str, header: int = 0) -> int | None:
