@@ -12,7 +12,7 @@ from qtool.report import terminal
 from qtool.report.tables import footnote, score_rows
 from qtool.runs.baseline import Measured, TaskResult
 from qtool.runs.check import _result
-from qtool.runs.compare import compare
+from qtool.runs.compare import Change, compare
 from qtool.runs.evidence import plain
 from qtool.runs.gates import judge
 from qtool.runs.informative import uninformative
@@ -108,3 +108,8 @@ def test_the_table_of_a_stored_run_fits_eighty_columns(
     for row in score_rows(run.summary):
         for cell in row.values():
             assert any(cell in line for line in lines), f"{cell} is torn"
+
+
+def test_what_only_one_side_measured_has_no_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_changes([Change("awq", "KL", "not judged", None, "only A has it", "A")], [])
+    assert "awq: KL: only A has it" in capsys.readouterr().out
