@@ -10,6 +10,7 @@ float32 ``[ends, vocabulary]``, log-probabilities of the ``kept`` likeliest, NaN
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -45,10 +46,14 @@ def answer(job: dict[str, Any]) -> Any:
 
 def main() -> int:
     """One job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
     import torch
 
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.save(answer(job), sys.argv[2])
+    job = json.loads(options.job.read_text(encoding="utf-8"))
+    torch.save(answer(job), options.out)
     return 0
 
 
