@@ -125,7 +125,7 @@ def print_changes(changes: Sequence[Change], notes: Sequence[str]) -> None:
     """`qtool compare`: a line a measurement, then the answer."""
     for change in changes:
         p = "" if change.p is None else f", {p_number(change.p)}"
-        sides = f"{change.before} -> {change.after}: " if change.numbers else ""  # of what one side lacks there are none
+        sides = f"{change.before} -> {change.after}: " if change.numbers else ""  # None: one side alone
         said = escape(f"{change.model}: {change.what}: {sides}{change.change}{p}")
         mark = SHOWN.get(change.shown, change.shown)
         say(f"{mark}  {said}" if mark else said)
