@@ -173,6 +173,13 @@ class Clock:
         return timed
 
 
+def halfway(offers: allocation.Offers) -> float:
+    """Nats a token of the best mix halfway between the smallest and the largest."""
+    mix = allocation.cheapest(offers, sum(allocation.bounds(offers)) // 2)
+    assert mix is not None
+    return allocation.cost_of(mix)
+
+
 def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A survey and its mix."""
     begun = time.perf_counter()
@@ -215,9 +222,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     kinds = {kind: round(clock.spent[kind], 2) for kind in dict.fromkeys(k for own in sizes.values() for k in own)}
     waited = clock.spent.get("waiting for kernels", 0.0)
     mixing = time.perf_counter()
-    offers = joined(offers_of(sizes, costs), method.alike(shape))
-    mix = allocation.cheapest(offers, sum(allocation.bounds(offers)) // 2)
-    assert mix is not None
+    expected = halfway(joined(offers_of(sizes, costs), method.alike(shape)))
     mixed = time.perf_counter() - mixing
     for process in set(rehearsals.values()):
         with suppress(OSError):
@@ -234,7 +239,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "beyond the forward": round(told["survey"] - told["forward"] - waited, 2), "host GiB": round(peak, 2),
         "card GiB": round(on_card, 2), "layers": layers,
         "device": torch.cuda.get_device_name() if on_card else f"{os.cpu_count()} cores",
-        "expected KL": allocation.cost_of(mix),
+        "expected KL": expected,
     }  # fmt: skip
 
 

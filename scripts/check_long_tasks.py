@@ -1,10 +1,10 @@
 """Does a model solve the long tasks, do its artifacts, and what do caches and windows cost it? Markdown tables.
 
-    python scripts/check_long_tasks.py MODEL --work /tmp/w                      on one card `outputs` takes 7 minutes
-    python scripts/check_long_tasks.py MODEL --work /tmp/w --part outputs       source and artifacts
-    python scripts/check_long_tasks.py MODEL --work /tmp/w --part conditions    q8_0, q4_0, a window of 4+2048
-    python scripts/check_long_tasks.py MODEL --work /tmp/w --part stretch       YaRN, twice the context
-    python scripts/check_long_tasks.py MODEL --work /tmp/w --part source --lengths 1024 --quick    on a processor
+    python scripts/check_long_tasks.py MODEL --work work                      on one card `outputs` takes 7 minutes
+    python scripts/check_long_tasks.py MODEL --work work --part outputs       source and artifacts
+    python scripts/check_long_tasks.py MODEL --work work --part conditions    q8_0, q4_0, a window of 4+2048
+    python scripts/check_long_tasks.py MODEL --work work --part stretch       YaRN, twice the context
+    python scripts/check_long_tasks.py MODEL --work work --part source --lengths 1024 --quick    on a processor
 
 MODEL: a folder, as scripts/train_long_model.py makes one: the names that are asked for are in none of its lessons. What
 was made and scored lies in --work and is not made again.

@@ -1,8 +1,8 @@
 """What a budget costs: how often `qtool context` chooses all that a question needs, by method and budget. Markdown.
 
-    python scripts/measure_context.py --work /tmp/context            made repositories
-    python scripts/measure_context.py --work /tmp/context --real .   definitions of a real one, asked for by docstring
-    python scripts/measure_context.py --work /tmp/context --answers MODEL --budgets 1k,4k,15k    answers kept, too
+    python scripts/measure_context.py --work work            made repositories
+    python scripts/measure_context.py --work work --real .   definitions of a real one, asked for by docstring
+    python scripts/measure_context.py --work work --answers MODEL --budgets 1k,4k,15k    answers kept, too
 
 Made: `--questions` of long-call and long-combine, each about a repository of `--files` files out of the long tasks'
 texts, with six look-alikes of each definition, and without (control). Needed: the line of the name and the line of the

@@ -1,7 +1,7 @@
 """Trains a small code model that solves qtool's long tasks, from scratch, on one accelerator.
 
     python scripts/train_long_model.py --out longmodel --minutes 8
-    python scripts/train_long_model.py --out /tmp/toy --minutes 10 --toy    (a CPU: 2 layers, 1,024 tokens)
+    python scripts/train_long_model.py --out toy --minutes 10 --toy    (a CPU: 2 layers, 1,024 tokens)
 
 A Llama of 23 million parameters (8 layers of 512, heads of 64) with a context of 16,384 tokens. Texts are drawn anew
 for every step by worker processes (scripts/long_lessons.py); rows begin at 512 tokens and grow when answers come out

@@ -51,15 +51,6 @@ class AwqMethod(GridMethod):
         require_one_rule(self, self.budget)
         return self
 
-    def unsaid(self) -> set[str]:
-        """What was chosen for a budget stands in `ignore`."""
-        return super().unsaid() | ({"budget"} if self.budget is None else set())
-
-    @property
-    def undecided(self) -> Budget | None:
-        """As `Method.undecided`."""
-        return self.budget
-
     def decided(self, mix: Mapping[str, str]) -> AwqMethod:
         """What stays in 16 bits, by name."""
         return self.model_copy(update=changes_of(mix))

@@ -116,8 +116,7 @@ class GgufMethod(Method):
 
     def unsaid(self) -> set[str]:
         """A file of one rule says nothing of mixes, and a mixed one has no type."""
-        found = super().unsaid() | {name for name in ("budget", "mix") if getattr(self, name) is None}
-        return found | ({"type"} if self._mixed else set())
+        return super().unsaid() | ({"mix"} if self.mix is None else set()) | ({"type"} if self._mixed else set())
 
     @property
     def _weighed_by_text(self) -> bool:

@@ -87,15 +87,6 @@ class GptqMethod(GridMethod):
             raise ValueError(f"`{said[0]}` and `budget` both say how linears are stored; leave one out")
         return self
 
-    def unsaid(self) -> set[str]:
-        """What was chosen for a budget stands in `modules` and `ignore`."""
-        return super().unsaid() | ({"budget"} if self.budget is None else set())
-
-    @property
-    def undecided(self) -> Budget | None:
-        """As `Method.undecided`."""
-        return self.budget
-
     def decided(self, mix: Mapping[str, str]) -> GptqMethod:
         """The smallest kind that is used stands for the rest, the others by name."""
         used = [kind for kind in CHOICES if kind in mix.values()]

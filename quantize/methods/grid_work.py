@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from qtool.quantize import grid as grids
 from qtool.quantize.chosen import Chosen, Levels
 from qtool.quantize.crew import SOLO, Crew, Pieces
 from qtool.quantize.grid import GridSpec
+from qtool.quantize.methods.grid_records import records_of
 from qtool.quantize.methods.method import LayerCodes, LayerWork, Statistics, unquantized
 from qtool.quantize.precision import tensor_float32
 from qtool.quantize.scaling import Weighed
@@ -230,7 +230,7 @@ class GridWork(LayerWork):
             rows = [self.rows[matrix.module] for matrix in matrices]
             source, row = (torch.stack(sources), torch.stack(rows)) if stack.routed else (sources[0], rows[0])
             error = grids.dequantize(codes, grid, spec).sub_(wanted).mul_(row.unsqueeze(-1))
-            records = _records(source, error, method.rounding == "rtn", stats.gram, scale, spec, self._crew)
+            records = records_of(source, error, method.rounding == "rtn", stats.gram, scale, spec, self._crew)
             each = zip(*(part if stack.routed else [part] for part in (codes, scales, zeros)), strict=True)
             for matrix, record, one, figure, (own, *fitted) in zip(matrices, records, damp, figures, each, strict=True):
                 self._codes[matrix.module] = grids.to_codes(own, grids.Grid(*fitted), spec)
@@ -297,39 +297,3 @@ def _descend(method: OnGrid, goal: Tensor, factor: rounding.Factor, gram: Tensor
     with rounding.damped(gram, factor):
         chosen = descent.descend(goal, begun, gram, levels)
     return rounding.Rounded(chosen.codes(), chosen.grid)
-
-
-def _records(
-    source: Tensor, error: Tensor, nearest: bool, gram: Tensor, scale: Tensor, spec: grids.GridSpec, crew: Crew
-) -> list[dict[str, float]]:
-    """Of a matrix, or of each expert's of a stack. ``error``: of the scaled weight; ``nearest``: by plain rounding;
-    ``gram``: of the scaled inputs. W s meets X / s, so its output errors are those of the source's own weights and
-    inputs."""
-    scale = scale.unsqueeze(-2)
-
-    def energy() -> Tensor:
-        with tensor_float32():
-            return scaling.output_error(source * scale, gram).clamp_min(1e-30)
-
-    def of_nearest() -> Tensor:
-        with tensor_float32():
-            return scaling.output_error(grids.round_to_nearest(source, spec).sub_(source).mul_(scale), gram)
-
-    def own() -> Tensor:
-        with tensor_float32() if nearest else nullcontext():
-            return scaling.output_error(error, gram)
-
-    whole, plain, loss = crew.figures([energy, of_nearest, own], gram[..., 0, 0])
-    figures = [
-        (plain.clamp_min(0) / whole).sqrt(),
-        (loss.clamp_min(0) / whole).sqrt(),
-        _length(error.div_(scale)) / _length(source).clamp_min(1e-30),
-    ]
-    rows = torch.stack([figure.view(-1) for figure in figures], 1).tolist()
-    names = ("rtn_error", "error", "frobenius")
-    return [dict(zip(names, (float(f"{figure:.6g}") for figure in row), strict=True)) for row in rows]
-
-
-def _length(values: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(values, dim=(-2, -1))
-    return length

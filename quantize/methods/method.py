@@ -215,7 +215,7 @@ class Method(BaseModel, ABC):
 
     def unsaid(self) -> set[str]:
         """Keys that say nothing as they are."""
-        return {name for name in ("ignore", "modules") if not getattr(self, name, True)}
+        return {name for name in ("ignore", "modules", "budget") if not getattr(self, name, True)}
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -279,7 +279,8 @@ class Method(BaseModel, ABC):
     @property
     def undecided(self) -> Budget | None:
         """What its file may take, as long as its types are still to be chosen for that."""
-        return None
+        budget: Budget | None = getattr(self, "budget", None)  # a key of those that take one
+        return budget
 
     def decided(self, mix: Mapping[str, str]) -> Method:
         """With the types that its matrices get: module -> type."""
