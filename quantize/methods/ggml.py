@@ -25,6 +25,7 @@ from qtool.quantize.methods import kquant_candidates, kquants, low_bits
 
 PACKAGES = {"xllamacpp": "xllamacpp", "libggml": "libggml-python"}  # module -> distribution, the first found is used
 CHUNK_WEIGHTS = 1 << 20  # a core's share at a time: float32 copies stay in its cache's neighbourhood
+TINY = 1e-12  # its square times a weight's is still a normal float32
 
 
 def quantize_ggml(weight: Tensor, type_name: str, importance: Tensor | None = None) -> GgmlBlocks:
@@ -100,3 +101,19 @@ def _candidates() -> Iterator[Path]:
         spec = find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
             yield from Path(folder).glob(pattern)
+
+
+def live(row: Tensor) -> Tensor:
+    """``row [in]``, mean squares, without zeros: channels that no text moved count as the least that any channel
+    counted; where a matrix saw nothing at all, all count alike.
+
+    Where the weights that share a scale all count 0, or so little or much that the products leave float32, ggml finds
+    no scale and writes zeros for them.
+    """
+    row = row.float()
+    top = float(row.max())
+    if top == 0:
+        return torch.ones_like(row)
+    if not TINY < top < 1 / TINY:
+        row = row / top
+    return row.clamp_min(float(row[row >= TINY].min()))

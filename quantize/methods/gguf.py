@@ -21,7 +21,7 @@ from qtool.convert.models.feeds import Matrix
 from qtool.quantize.crew import Crew, Pieces
 from qtool.quantize.methods import kquant_rounding
 from qtool.quantize.methods.budget import Budget
-from qtool.quantize.methods.ggml import fits, load_library, quantize_ggml, quantizer_package
+from qtool.quantize.methods.ggml import fits, live, load_library, quantize_ggml, quantizer_package
 from qtool.quantize.methods.method import (
     Inputs,
     Layer,
@@ -41,7 +41,6 @@ from qtool.quantize.scaling import output_error
 from qtool.quantize.stacks import Stack, stacks_of
 
 IMPORTANCE = "importance"
-TINY = 1e-12  # its square times a weight's is still a normal float32
 UNWEIGHED = ("Q8_0", *FLOATS)  # types whose blocks no importance changes
 # What a budget chooses from, beside eight and sixteen bits: where 256 divides a row, and where it does not.
 SUPER_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
@@ -295,22 +294,6 @@ def fitting(layer: Layer, matrix: Matrix) -> tuple[str, Tensor, str]:
     if not fits(weight, kind):
         raise QtoolError(f"{module}: does not fit {kind}, which ends at 65504; set `type: BF16`.")
     return module, weight, kind
-
-
-def live(row: Tensor) -> Tensor:
-    """``row [in]``, mean squares, without zeros: channels that no text moved count as the least that any channel
-    counted; where a matrix saw nothing at all, all count alike.
-
-    Where the weights that share a scale all count 0, or so little or much that the products leave float32, ggml finds
-    no scale and writes zeros for them.
-    """
-    row = row.float()
-    top = float(row.max())
-    if top == 0:
-        return torch.ones_like(row)
-    if not TINY < top < 1 / TINY:
-        row = row / top
-    return row.clamp_min(float(row[row >= TINY].min()))
 
 
 def _ratio(error: Tensor, power: Tensor) -> float:
