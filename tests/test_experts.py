@@ -88,11 +88,15 @@ def test_memory_and_files_are_each_other(folder: Path) -> None:
         files, state = _layer(decoder, tensors, layer), layers[layer].state_dict()
         held = in_memory(mixture, decoder.shape.experts, files)
         assert set(held) == set(state)
-        # transformers' MiniMax-M2 rounds its bias with the rest; artifacts and vLLM keep it
-        assert all(torch.equal(held[name].to(state[name].dtype), state[name]) for name in state)
+        # transformers may round routers and their biases with the rest; artifacts and vLLM keep them
+        cast = {name for name in state if not decoder.family.casts(mixture.in_files(name))}
+        assert all(torch.equal(held[name].to(state[name].dtype), state[name]) for name in cast)
+        assert all(torch.equal(held[name], state[name]) for name in state.keys() - cast)
         back = in_files(mixture, decoder.shape.experts, state)
         assert set(back) == set(files)
-        assert all(torch.equal(back[name], files[name].to(back[name].dtype)) for name in files)
+        rounded = {mixture.in_files(name) for name in cast}
+        assert all(torch.equal(back[name], files[name].to(back[name].dtype)) for name in rounded)
+        assert all(torch.equal(back[name], files[name]) for name in files.keys() - rounded)
 
 
 def test_a_model_is_loaded_from_files_of_any_order(folder: Path) -> None:

@@ -168,7 +168,7 @@ def _ignored(path: str, rules: Rules) -> bool:
     """As git decides: the innermost folder whose patterns say anything."""
     for folder, spec in reversed(rules):
         inner = path if folder == "." else path[len(folder) + 1 :]
-        said = spec.check_file(inner).include  # type: ignore[attr-defined]
+        said = spec.check_file(inner).include  # type: ignore[attr-defined]  # pathspec's types lack it
         if said is not None:
             return bool(said)
     return False
