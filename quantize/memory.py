@@ -15,7 +15,7 @@ from qtool.quantize.scaling import AT_ONCE, SEARCHED
 from qtool.quantize.stacks import Stack, steps_of
 from qtool.quantize.statistics import GRAM_BLOCK
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # one forward's tokens: enough to fill the cores, little enough to fit
 
 
 def peak_bytes(

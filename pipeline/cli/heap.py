@@ -11,7 +11,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 
-LARGE = 4 * 2**20  # bytes: most tensors of a layer are larger, what Python and torch keep for themselves is smaller
+# Bytes. A block that the system gives and takes costs a fault for each of its pages, which is half of a small model's
+# forward where tensors of a few MiB are among them; large models' tensors lie above. What lies free below and at the
+# heap's end is given back between layers (make/freed.py).
+LARGE, FREE_AT_END = 16 * 2**20, 64 * 2**20
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 TUNABLES = "GLIBC_TUNABLES"
 
@@ -25,6 +28,7 @@ def give_back_freed(environment: Mapping[str, str]) -> bool:
         library = ctypes.CDLL(None)
         if not hasattr(library, "gnu_get_libc_version"):
             return False
-        return all(library.mallopt(limit, LARGE) == 1 for limit in (MMAP_THRESHOLD, TRIM_THRESHOLD))
+        limits = {MMAP_THRESHOLD: LARGE, TRIM_THRESHOLD: FREE_AT_END}
+        return all(library.mallopt(limit, size) == 1 for limit, size in limits.items())
     except (OSError, AttributeError):  # no such library, or one without mallopt
         return False
