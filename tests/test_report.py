@@ -24,6 +24,7 @@ from rich.console import Console
 from qtool.cli import main
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
+from qtool.report.files import write_report
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.markup import visible
@@ -31,7 +32,7 @@ from qtool.report.pictures import pictures, verdict_of
 from qtool.report.problems import LONGEST, _marked
 from qtool.report.script import SCRIPT
 from qtool.report.tables import by_task, footnote, score_rows
-from qtool.report.terminal import print_rows, write_report
+from qtool.report.terminal import print_rows
 from qtool.runs.gates import GateResult
 from qtool.runs.groups import groups_of
 from qtool.runs.measurements import Measurement, Row

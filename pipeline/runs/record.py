@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summa
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
-File = TypeVar("File")
+File, Read = TypeVar("File", bound=BaseModel), TypeVar("Read")
 _QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
 
 
@@ -117,7 +117,7 @@ class RunRecord:
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
         path = self.folder / QUESTIONS
-        return _checked(_QUESTIONS, path) if path.exists() else {}
+        return _checked(_QUESTIONS.validate_json, path) if path.exists() else {}
 
 
 def begin(folder: Path, recipe_text: str) -> None:
@@ -270,15 +270,15 @@ def _score_file(folder: Path, key: str) -> Path:
 
 def read_part(model: type[File], path: Path) -> File:
     """A file of a run. Raises QtoolError naming one that is missing or damaged."""
-    return _checked(TypeAdapter(model), path)
+    return _checked(model.model_validate_json, path)
 
 
-def _checked(reader: TypeAdapter[File], path: Path) -> File:
+def _checked(reader: Callable[[bytes], Read], path: Path) -> Read:
     """Raises QtoolError naming a file that is missing or damaged."""
     if not path.exists():
         raise QtoolError(f"{path}: No such file or directory. The run's folder is incomplete; run its recipe again.")
     try:
-        return reader.validate_json(read_bytes(path))
+        return reader(read_bytes(path))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
