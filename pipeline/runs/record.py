@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -265,7 +266,9 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _score_file(folder: Path, key: str) -> Path:
-    return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
+    scores, end = folder / SCORES, f"{key[:16]}.json"
+    names = os.listdir(scores) if scores.is_dir() else []
+    return scores / next((name for name in names if name.endswith(f"-{end}")), end)
 
 
 def read_part(model: type[File], path: Path) -> File:
