@@ -77,7 +77,11 @@ def test_help() -> None:
 def test_what_reads_a_run(runs: Path, tmp_path: Path) -> None:
     baseline = tmp_path / "baseline.json"
     artifact = next((runs.parent / "artifacts").glob("*awq*"))
-    shown: list[list[object]] = [["check", "latest"], ["baseline", "save", "latest", baseline], ["runs", "show", "latest"]]
+    shown: list[list[object]] = [
+        ["check", "latest"],
+        ["baseline", "save", "latest", baseline],
+        ["runs", "show", "latest"],
+    ]
     light(*(([*words, "--runs", runs], 0) for words in shown), without=HEAVY + ALSO + WORK + PAGES)
     written: list[list[object]] = [
         ["check", "latest", "--junit", tmp_path / "a.xml", "--json", tmp_path / "a.json"],
