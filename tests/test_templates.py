@@ -116,6 +116,6 @@ def test_the_child_opens_files_alone(tmp_path: Path, kind: str) -> None:
         else:
             there.symlink_to("/dev/zero")
         assert bounded(lambda: [file.read_text(), len(os.listdir(tmp_path))]) == ["text", 2]
-        for opened in (lambda: os.open(there, os.O_RDONLY), lambda: open(there, "rb").read(1)):
+        for opened in (lambda: os.open(there, os.O_RDONLY), lambda: there.read_bytes()):
             with pytest.raises(Overrun, match=f"QtoolError: {there}: is {kind}, not a file."):
                 bounded(lambda opened=opened: [opened()])

@@ -77,9 +77,9 @@ def meanings(section: type[BaseModel]) -> dict[str, str]:
             continue
         assert isinstance(tree, ast.ClassDef)
         for key, below in pairwise(tree.body):
-            if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(below, ast.Expr):
-                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                    found[key.target.id] = inspect.cleandoc(below.value.value)
+            match key, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = inspect.cleandoc(text)
     return {key: found[key] for key in section.model_fields if key in found}
 
 

@@ -26,7 +26,8 @@ from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summa
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
-File, Read = TypeVar("File", bound=BaseModel), TypeVar("Read")
+File = TypeVar("File", bound=BaseModel)
+Read = TypeVar("Read")
 _QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
 
 
