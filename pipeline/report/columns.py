@@ -13,7 +13,8 @@ from rich.text import Text
 from qtool.report.tables import Row, columns
 
 console = Console(emoji=False)  # `:dog:` in a name stays what it is
-wide = console if console.is_terminal else Console(width=max(console.width, 120), emoji=False)  # a file has room for a grid
+# a file has room for a grid
+wide = console if console.is_terminal else Console(width=max(console.width, 120), emoji=False)
 
 
 def print_table(

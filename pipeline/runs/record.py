@@ -185,19 +185,18 @@ def load_run(folder: Path) -> RunRecord:
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
     lock = read_part(Lock, folder / LOCK)
     result = read_part(Result, folder / RESULT)
-    folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
+    there = {name: found for name, entry in lock.artifacts.items() if (found := _there(folder, entry)) is not None}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
-    for name, there in folders.items():
-        if there is not None:  # with the proofs that it has by now
-            manifests[name] = manifests[name].model_copy(update={"proofs": read_manifest(there).proofs})
+    for name, (_, manifest) in there.items():  # with the proofs that it has by now
+        manifests[name] = manifests[name].model_copy(update={"proofs": manifest.proofs})
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
         recipe=load_judging(folder / RECIPE),
         recipe_text=read_text(folder / RECIPE),
         lock=lock,
-        folders={name: there for name, there in folders.items() if there is not None},
+        folders={name: path for name, (path, _) in there.items()},
         manifests=manifests,
         checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
         scores=scores, summary=summary_of(folder, lock, manifests, scores),
@@ -253,10 +252,11 @@ def load_scores(folder: Path) -> Scores:
     return scores
 
 
-def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
-    """The artifact's, if it is still where it was and still the same."""
+def _there(folder: Path, entry: LockedArtifact) -> tuple[Path, Manifest] | None:
+    """The artifact's folder and manifest, if it is still where it was and still the same."""
     path = folder / entry.path
-    return as_typed(path) if (path / MANIFEST).exists() and read_manifest(path).key == entry.key else None
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+    return (as_typed(path), manifest) if manifest is not None and manifest.key == entry.key else None
 
 
 def _manifest(path: Path) -> Manifest:
