@@ -31,6 +31,7 @@ h2{font-size:1.25rem;margin:40px 0 12px}h3{font-size:1.05rem;margin:24px 0 8px}
 h4{font-size:1rem;margin:24px 0 8px}h5{font-size:.9rem;margin:0 0 6px}
 p{margin:8px 0}a{color:var(--link)}
 .soft,footer,figcaption{color:var(--soft);font-size:.875rem}
+svg .soft{font-size:inherit}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0 0}
 .verdict{border:1px solid var(--line);border-left:6px solid var(--wait);background:var(--card);border-radius:8px;
 padding:14px 18px;margin:20px 0}
