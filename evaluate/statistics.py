@@ -9,8 +9,9 @@ points: 1 point is 1 % of the problems; positive means that the quantized model 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 SEED = 20_240_229
+BLOCK = 2**21  # row indices that are in memory at a time, 16 MB
 
 
 @dataclass(frozen=True)
@@ -224,14 +226,23 @@ def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
     return array
 
 
-def _resamples(n: int, count: int) -> list[npt.NDArray[np.int64]]:
+def _resamples(n: int, count: int) -> Iterable[npt.NDArray[np.int64]]:
     """Row indices [draws, n] in blocks of bounded memory; the same for every call with the same n."""
+    return _few(n, count) if n * count <= BLOCK else _drawn(n, count)
+
+
+@lru_cache(maxsize=1)  # the intervals of one text are all over its windows
+def _few(n: int, count: int) -> list[npt.NDArray[np.int64]]:
+    return list(_drawn(n, count))
+
+
+def _drawn(n: int, count: int) -> Iterator[npt.NDArray[np.int64]]:
     import numpy as np
 
     generator = np.random.default_rng(SEED)
-    block = max(1, min(count, 2**21 // n))
+    block = max(1, min(count, BLOCK // n))
     sizes = [block] * (count // block) + ([count % block] if count % block else [])
-    return [generator.integers(0, n, size=(size, n)) for size in sizes]
+    return (generator.integers(0, n, size=(size, n)) for size in sizes)
 
 
 def _percentiles(estimate: float, draws: npt.NDArray[np.float64], confidence: float) -> Interval:

@@ -33,7 +33,7 @@ SAMPLE = 8192  # tokens at most that rare experts are shown, wherever the router
 class ExpertSettings(BaseModel):
     """How the experts of a mixture are calibrated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     exponent: Annotated[int, Field(ge=0, le=2)] = 0  # docs/benchmarks.md: no worse than 1 or 2
     """A token counts its router's weight to this power."""

@@ -167,7 +167,7 @@ def test_a_run_tells_it_by_position(
 def test_report_and_card_show_it(
     write_recipe: Callable[..., Path], model: Path, repository: Path, tmp_path: Path
 ) -> None:
-    from qtool.report.terminal import write_report
+    from qtool.report.files import write_report
 
     path = recipe_for(write_recipe, model, repository, conditions=[{"cache": "fp8"}])
     finished = run(path, tmp_path / "runs", device="cpu")

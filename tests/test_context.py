@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,11 +18,13 @@ from click.testing import CliRunner
 from qtool import QtoolError
 from qtool.cli import context as cli_context
 from qtool.cli import main
+from qtool.context import history
 from qtool.context.files import SourceFile, read_tree
 from qtool.context.grammars import GRAMMARS, tags_of
 from qtool.context.pieces import Piece, cut, pieces_of
 from qtool.context.ranking import METHODS, Repository, words
 from qtool.context.selection import by_characters, select
+from qtool.convert.text.bounded import Overrun, bounded
 from qtool.convert.text.source import FILE_LIMIT
 from qtool.convert.text.tokenizer import load_tokenizer
 
@@ -218,6 +221,30 @@ def test_recent_goes_by_commits(repository: Path) -> None:
     assert chosen(repository, "anything", "recent")[0].startswith("shop/parser.py")
     assert chosen(repository / "shop", "anything", "recent")[0].startswith("parser.py")
     assert not (repository / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["HEAD", "config", "refs/heads/master"])
+def test_a_history_of_pipes_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As an archive of somebody's repository may hold one: refused, not waited for."""
+    from dulwich import porcelain
+
+    porcelain.init(str(repository))
+    porcelain.add(str(repository), [str(repository / "shop/billing.py")])
+    porcelain.commit(str(repository), message=b"x", author=b"a <a@b>", committer=b"a <a@b>")
+    place, reasons = repository / ".git" / name, list[str]()
+    place.unlink()
+    os.mkfifo(place)
+
+    def told(*limits: Any) -> list[Any]:
+        try:
+            return bounded(*limits)
+        except Overrun as error:
+            reasons.append(error.reason)
+            raise
+
+    monkeypatch.setattr(history, "bounded", told)
+    assert history.changed_paths(repository) == []
+    assert reasons == [f"ended in QtoolError: {place}: is a pipe, not a file."]
 
 
 @pytest.mark.parametrize("method", ["mixed", "lexical", "outline", "keywords"])

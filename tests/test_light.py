@@ -1,5 +1,6 @@
 """Commands that read what is stored start without torch and transformers, whose imports take longer than the work;
-those that compute nothing anew without numpy, too."""
+those that compute nothing anew without numpy, too. Nor do they load what asks a server, makes problems or runs
+programs: a fact of the table of engines costs no HTTP client."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import importlib.abc, json, sys
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[2:]:
+        if any(name == one or name.startswith(f"{one}.") for one in sys.argv[2:]):
             raise RuntimeError(f"{name} is imported")
         return None
 
@@ -34,11 +35,17 @@ for words, code in json.loads(sys.argv[1]):
 assert not set(sys.argv[2:]) & set(sys.modules)
 """
 HEAVY = ("torch", "transformers")
+WORK = (
+    "http.client", "ssl", "urllib.request", "multiprocessing", "qtool.evaluate.engines.server",
+    "qtool.evaluate.engines.probe", "qtool.evaluate.tasks", "qtool.evaluate.sandbox", "qtool.quantize.methods.table",
+)  # fmt: skip
+PAGES = ("qtool.report.html", "qtool.report.markdown", "qtool.report.pictures", "xml")
 ALSO = ("numpy", "pyarrow", "datasets", "tokenizers", "huggingface_hub")
 
 
 def light(*commands: tuple[Sequence[object], int], without: Sequence[str] = HEAVY) -> subprocess.CompletedProcess[str]:
-    """Commands, each with the exit code that it must have, in a process in which these packages cannot be imported."""
+    """Commands, each with the exit code that it must have, in a process in which these packages and modules cannot be
+    imported."""
     words = json.dumps([([str(word) for word in command], code) for command, code in commands])
     done = subprocess.run([sys.executable, "-P", "-c", CHILD, words, *without], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,20 +70,24 @@ def test_the_block_works() -> None:
 def test_help() -> None:
     commands = "run,plan,verify,evaluate,compare,check,baseline,baseline save,report,measure,publish,pull,reproduce"
     asked = [(["--help"], 0), *(([*command.split(), "--help"], 0) for command in commands.split(","))]
-    done = light(*asked, without=HEAVY + ALSO)
+    done = light(*asked, without=HEAVY + ALSO + WORK + PAGES)
     assert done.stdout.count("Usage: qtool") == 14
 
 
 def test_what_reads_a_run(runs: Path, tmp_path: Path) -> None:
     baseline = tmp_path / "baseline.json"
     artifact = next((runs.parent / "artifacts").glob("*awq*"))
-    commands: list[list[object]] = [
+    shown: list[list[object]] = [
         ["check", "latest"],
         ["baseline", "save", "latest", baseline],
+        ["runs", "show", "latest"],
+    ]
+    light(*(([*words, "--runs", runs], 0) for words in shown), without=HEAVY + ALSO + WORK + PAGES)
+    written: list[list[object]] = [
         ["check", "latest", "--junit", tmp_path / "a.xml", "--json", tmp_path / "a.json"],
         ["report", "latest", "--out", tmp_path / "out"],
     ]
-    done = light(*(([*words, "--runs", runs], 0) for words in commands), without=HEAVY + ALSO)
+    done = light(*(([*words, "--runs", runs], 0) for words in written), without=HEAVY + ALSO + WORK)
     assert (tmp_path / "out" / "report.html").is_file()
     assert "pass  awq: verified" in done.stdout
     pairs: list[list[object]] = [
@@ -85,7 +96,9 @@ def test_what_reads_a_run(runs: Path, tmp_path: Path) -> None:
         ["compare", baseline, "latest"],
         ["compare", artifact, "latest:awq"],
     ]
-    light(*(([*words, "--runs", runs], 0) for words in pairs))
+    light(*(([*words, "--runs", runs], 0) for words in pairs), without=HEAVY + WORK + PAGES)
+    alone = (["compare", "latest:nf4", "latest:awq", "--runs", runs], 0)
+    light(alone, without=(*HEAVY, *WORK, *PAGES, "qtool.convert.files.folder"))
 
 
 def test_what_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_model_is_asked_them(
     model_maker: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """From the recipe to the report, under two conditions that are two tasks."""
-    from qtool.report.terminal import write_report
+    from qtool.report.files import write_report
     from qtool.run import run
 
     model = model_maker(tmp_path / "model", max_position_embeddings=4096)

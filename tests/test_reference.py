@@ -60,7 +60,7 @@ def schema() -> dict[str, Any]:
 @pytest.mark.parametrize(("section", "key"), KEYS)
 def test_a_key_has_a_meaning_and_an_example_that_it_takes(section: str, key: str, schema: dict[str, Any]) -> None:
     field = ALL[section].model_fields[key]
-    assert field.description, "say what it means, below the key"
+    assert reference.meanings(ALL[section])[key], "say what it means, below the key"
     table = PAGE.split(f"### {next(title for title, name in reference.SECTIONS.items() if name == section)}\n")[1]
     assert f"\n| `{key}` | " in table.partition("\n### ")[0]
     about = schema if section == "Recipe" else schema["$defs"][section]
@@ -124,6 +124,24 @@ def test_the_schema_says_limits_values_and_that_nothing_else_may_stand_there() -
     above = resolved(schema, "$defs", "GateSection", "properties", "max_kld", "anyOf")[0]
     assert above["exclusiveMinimum"] == 0
     assert {kind.get("type") for kind in schema["properties"]["model"]["anyOf"]} == {"string", None}
+
+
+def test_meanings_are_those_below_the_keys_and_cost_no_start() -> None:
+    class Upper(BaseModel):
+        one: int = 1
+        """The first.
+
+        Of two."""
+        two: int = 2
+
+    class Lower(Upper):
+        two: int = 3
+        """Said here."""
+
+    assert reference.meanings(Lower) == {"one": "The first.\n\nOf two.", "two": "Said here."}
+    made = Lower.model_json_schema(schema_generator=reference.WithMeanings)
+    assert [made["properties"][key]["description"] for key in ("one", "two")] == ["The first.\n\nOf two.", "Said here."]
+    assert not [name for name, section in ALL.items() if section.model_config.get("use_attribute_docstrings")]
 
 
 def test_the_command_prints_both() -> None:

@@ -24,6 +24,8 @@ from rich.console import Console
 from qtool.cli import main
 from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.scorecard import FidelityScore, ProblemOutcome, Scores, Settings, TaskScore
+from qtool.report.columns import say
+from qtool.report.files import write_report
 from qtool.report.html import html_report
 from qtool.report.markdown import markdown_report
 from qtool.report.markup import visible
@@ -31,7 +33,7 @@ from qtool.report.pictures import pictures, verdict_of
 from qtool.report.problems import LONGEST, _marked
 from qtool.report.script import SCRIPT
 from qtool.report.tables import by_task, footnote, score_rows
-from qtool.report.terminal import print_rows, write_report
+from qtool.report.terminal import print_rows
 from qtool.runs.gates import GateResult
 from qtool.runs.groups import groups_of
 from qtool.runs.measurements import Measurement, Row
@@ -189,6 +191,12 @@ def test_scores_stand_by_difficulty_and_category(record: RunRecord) -> None:
     text = html_report(record, pictures(record))
     assert re.search(r'level 10</th><td[^>]*><span class="n">4</span></td>', text)
     assert "1 gained" in text
+
+
+def test_a_name_between_colons_is_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a:dog:b: 1")
+    print_rows([{"model": "a:dog:b"}])
+    assert capsys.readouterr().out.count("a:dog:b") == 2
 
 
 def test_many_columns_are_a_table_for_each_task(record: RunRecord) -> None:

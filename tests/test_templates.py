@@ -1,6 +1,8 @@
 """Templates of strangers: rendered in a child that a limit ends."""
 
+import contextlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +101,21 @@ def test_a_child_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -
 def test_a_system_without_fork_does_the_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "fork")
     assert bounded(lambda: [os.getpid()]) == [os.getpid()]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a socket"])
+def test_the_child_opens_files_alone(tmp_path: Path, kind: str) -> None:
+    """Nobody writes into the pipe: opened, it would wait until IDLE."""
+    there, file = tmp_path / "HEAD", tmp_path / "file"
+    file.write_text("text")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
+        if kind == "a pipe":
+            os.mkfifo(there)
+        elif kind == "a socket":
+            bound.bind(str(there))
+        else:
+            there.symlink_to("/dev/zero")
+        assert bounded(lambda: [file.read_text(), len(os.listdir(tmp_path))]) == ["text", 2]
+        for opened in (lambda: os.open(there, os.O_RDONLY), lambda: there.read_bytes()):
+            with pytest.raises(Overrun, match=f"QtoolError: {there}: is {kind}, not a file."):
+                bounded(lambda opened=opened: [opened()])

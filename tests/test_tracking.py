@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from qtool import QtoolError
 from qtool.cli import main
-from qtool.report.terminal import write_report
+from qtool.report.files import write_report
 from qtool.runs.record import RunRecord
 from qtool.share.tracking import TRACKERS, metrics_of, track, tracked
 

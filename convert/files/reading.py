@@ -44,14 +44,20 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise QtoolError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    if kind := other_kind(found.st_mode):
         os.close(descriptor)
-        kind = next((word for test, word in _KINDS if test(found.st_mode)), "something else")
         raise QtoolError(f"{path}: is {kind}, not a file.")
     if limit is not None and found.st_size > limit:
         os.close(descriptor)
         raise QtoolError(f"{path}: has {_mb(found.st_size)} MB; qtool reads at most {_mb(limit)} MB here.")
     return os.fdopen(descriptor, "rb")
+
+
+def other_kind(mode: int) -> str:
+    """What a path with this ``st_mode`` is, where it is no regular file: `a folder`, `a pipe`; "" for a file."""
+    if stat.S_ISREG(mode):
+        return ""
+    return next((word for test, word in _KINDS if test(mode)), "something else")
 
 
 def _mb(size: int) -> str:

@@ -2,7 +2,8 @@
 
 Jinja's sandbox keeps a template from the machine, but not from looping; a tokenizer's normalizer may turn a letter into
 a megabyte. Nothing inside this process can stop either, so it happens in a fork of it: no import is paid again, and
-what the work needs is there. The fork touches neither torch nor the terminal, and answers in lines of JSON.
+what the work needs is there. The fork touches neither torch nor the terminal, and answers in lines of JSON. Nor does it
+open a pipe or a device, whichever library asks: a stranger's folder has them under the names of files.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import json
 import os
 import select
 import signal
+import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from qtool import QtoolError
+from qtool.convert.files.reading import other_kind, shown
 
 SECONDS = 5.0  # templates and probes take milliseconds
 MEMORY = 2**30
@@ -92,6 +98,7 @@ def _child(work: Callable[[], Iterable[Any]], writer: int, seconds: float, memor
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
+        sys.addaudithook(_files_alone)
         _limit(seconds, memory)
         with os.fdopen(writer, "wb") as out:
             try:
@@ -106,6 +113,19 @@ def _child(work: Callable[[], Iterable[Any]], writer: int, seconds: float, memor
         code = 0
     finally:
         os._exit(code)
+
+
+def _files_alone(event: str, arguments: tuple[Any, ...]) -> None:
+    """Raises QtoolError before a path is opened that is neither a file nor a folder: a pipe would wait for ever."""
+    if event != "open" or not isinstance(arguments[0], str | bytes | os.PathLike):
+        return
+    path: Any = arguments[0]
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # opening it says so
+        return
+    if not stat.S_ISDIR(mode) and (kind := other_kind(mode)):
+        raise QtoolError(f"{shown(os.fsdecode(path))}: is {kind}, not a file.")
 
 
 def _limit(seconds: float, memory: int) -> None:

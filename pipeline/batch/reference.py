@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 from qtool.batch.models import Batch
-from qtool.recipe.reference import tidy
+from qtool.recipe.reference import WithMeanings, tidy
 
 SCHEMA = "batch.schema.json"
 
 
 def schema() -> dict[str, Any]:
     """2020-12. It knows the keys of this file; those of `set:` are a recipe's, and checked by `qtool batch` alone."""
-    found = Batch.model_json_schema()
+    found = Batch.model_json_schema(schema_generator=WithMeanings)
     row = found["properties"]["models"]["items"]
     found["properties"]["models"]["items"] = {"anyOf": [{"type": "string", "minLength": 1}, row]}
     tidy(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,6 @@ import click
 from qtool import QtoolError
 from qtool.cli import batch as cli_batch
 from qtool.cli import bundle as cli_bundle
-from qtool.cli import cards as cli_cards
 from qtool.cli import context as cli_context
 from qtool.cli import evaluate as cli_evaluate
 from qtool.cli import judge as cli_judge
@@ -53,6 +54,7 @@ def main() -> None:
     """
     share_processors(os.environ)  # before any command loads torch
     give_back_freed(os.environ)
+    atexit.register(gc.freeze)  # at the end the system takes all memory: nothing is gained by a search for circles
 
 
 @main.command()
@@ -93,6 +95,8 @@ def run(
       qtool run my-recipe.yaml --only awq --device cuda
       qtool run my-recipe.yaml --gpus 4   (or: torchrun --nproc-per-node 4 -m qtool run my-recipe.yaml)
     """
+    from qtool.cli import cards as cli_cards  # with processes, ports and threads
+
     if full and not dry_run:
         raise QtoolError("--full: goes with --dry-run, and makes nothing.")
     cli_cards.require_cards(gpus, device, os.environ)
@@ -110,6 +114,7 @@ def run(
         from qtool.make.seat import Seat
         from qtool.preparing import prepare, require_texts
         from qtool.report import terminal as report
+        from qtool.report.files import write_report
         from qtool.run import run as run_recipe
         from qtool.runs.shelf import check_name
 
@@ -130,6 +135,7 @@ def run(
     if result is None:
         return
     report.print_run(result)
+    click.echo(f"report: {write_report(result, result.folder)}")
     if result.failed:
         raise SystemExit(FAILED)
 

@@ -30,7 +30,6 @@ def compare(a: str, b: str, html: Path | None, runs: Path) -> None:
       qtool compare lm-eval/my-model lm-eval/my-model-awq
     """
     from qtool.report import terminal as report
-    from qtool.report.compared import compared_page
     from qtool.runs.compare import compare as compare_scores
     from qtool.runs.compare import pair_up
     from qtool.runs.sides import resolve_side
@@ -40,6 +39,8 @@ def compare(a: str, b: str, html: Path | None, runs: Path) -> None:
     changes = compare_scores(pairs, one[0].source == other[0].source)
     report.print_changes(changes, notes)
     if html is not None:
+        from qtool.report.compared import compared_page
+
         write_text(html, compared_page((a, b), pairs, changes, notes))
         click.echo(f"report: {html}")
     if any(change.shown == "worse" for change in changes):
@@ -70,8 +71,6 @@ def check(
       qtool check nightly --markdown "$GITHUB_STEP_SUMMARY"
     """
     from qtool.report import terminal as report
-    from qtool.report.check_markdown import check_markdown
-    from qtool.report.junit import as_junit
     from qtool.runs.baseline import load_baseline
     from qtool.runs.check import as_json, check_run
     from qtool.runs.record import load_run
@@ -87,10 +86,14 @@ def check(
     results = check_run(record, gates, load_baseline(baseline) if baseline else None)
     report.print_results(results)
     if junit:
+        from qtool.report.junit import as_junit
+
         write_text(junit, as_junit(record, results))
     if json_file:
         write_text(json_file, json.dumps(as_json(record, results), indent=2) + "\n")
     if markdown:
+        from qtool.report.check_markdown import check_markdown
+
         write_text(markdown, check_markdown(record, results))
     if any(result.failed for result in results):
         raise SystemExit(FAILED)
@@ -137,7 +140,7 @@ def report(run: str, out: Path | None, runs: Path) -> None:
       qtool report latest
       qtool report 6443ead6 --out public
     """
-    from qtool.report.terminal import write_report
+    from qtool.report.files import write_report
     from qtool.runs.record import load_run
     from qtool.runs.shelf import find_run
 

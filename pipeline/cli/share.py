@@ -154,7 +154,7 @@ def track(run: str, tool: str, project: str, runs: Path) -> None:
       qtool track latest --to mlflow --project my-quantizations
       WANDB_MODE=online qtool track latest --to wandb
     """
-    from qtool.report.terminal import write_report
+    from qtool.report.files import write_report
     from qtool.runs.record import load_run
     from qtool.runs.shelf import find_run
     from qtool.share.tracking import track as log_run

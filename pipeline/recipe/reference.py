@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import ModelSchema
 
 from qtool.quantize.methods.table import METHODS
 from qtool.recipe.sections import Recipe
@@ -56,10 +64,40 @@ SECTIONS = {
 }  # fmt: skip
 
 
+def meanings(section: type[BaseModel]) -> dict[str, str]:
+    """Key -> the text below it, out of the source of the class and of those it inherits from. pydantic can collect
+    them, but does it whenever a class is made: at every start of qtool, for what only this module reads."""
+    found: dict[str, str] = {}
+    for one in reversed(section.__mro__):
+        if not issubclass(one, BaseModel) or one.__module__.startswith("pydantic"):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        except OSError:  # made while qtool runs, of sections that have one
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for key, below in pairwise(tree.body):
+            match key, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = inspect.cleandoc(text)
+    return {key: found[key] for key in section.model_fields if key in found}
+
+
+class WithMeanings(GenerateJsonSchema):
+    """A JSON schema whose keys have their meanings as descriptions."""
+
+    def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
+        """As pydantic makes it, each property described."""
+        made = super().model_schema(schema)
+        for key, text in meanings(schema["cls"]).items():
+            made["properties"][key].setdefault("description", text)
+        return made
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of recipes (2020-12). It knows keys, types, values and limits of each key; what keys have to do
     with one another is checked by `qtool run --dry-run` alone."""
-    found = Recipe.model_json_schema()
+    found = Recipe.model_json_schema(schema_generator=WithMeanings)
     found["properties"]["model"]["anyOf"] = [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/ModelSection"}]
     found["properties"]["model"].pop("$ref")
     tidy(found)

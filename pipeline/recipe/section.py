@@ -16,7 +16,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4000)]  # a path, a name, a
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     later: ClassVar[frozenset[str]] = frozenset()
     """Keys that came after runs were known by this section: where they say nothing, it reads as before."""

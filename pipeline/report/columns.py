@@ -12,8 +12,9 @@ from rich.text import Text
 
 from qtool.report.tables import Row, columns
 
-console = Console()
-wide = console if console.is_terminal else Console(width=max(console.width, 120))  # a file has room for a grid
+console = Console(emoji=False)  # `:dog:` in a name stays what it is
+# a file has room for a grid
+wide = console if console.is_terminal else Console(width=max(console.width, 120), emoji=False)
 
 
 def print_table(
@@ -49,7 +50,7 @@ def show(table: Table, console: Console) -> None:
 
 def say(text: str, hang: int = 2) -> None:
     """One line of markup. A terminal breaks it between words, further lines ``hang`` to the right; a file gets one."""
-    line = Text.from_markup(text)
+    line = Text.from_markup(text, emoji=False)
     if not console.is_terminal:
         console.print(line, soft_wrap=True, highlight=False)
         return

@@ -1,9 +1,8 @@
-"""What a person reads: checks, score table and verdicts in the terminal, and the files of `qtool report`."""
+"""What a person reads in the terminal: checks, score table and verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -16,10 +15,7 @@ from qtool.report.along import TITLE, along_note, along_rows
 from qtool.report.columns import console, print_table, say, show
 from qtool.report.depths import NOTE, depth_rows
 from qtool.report.depths import TITLE as DEPTHS
-from qtool.report.html import html_report
-from qtool.report.markdown import markdown_report
 from qtool.report.measured import measured_faults
-from qtool.report.pictures import pictures
 from qtool.report.served import proof_line
 from qtool.report.tables import Row, footnote, score_rows
 from qtool.runs.evidence import p_number, spent_text
@@ -43,7 +39,7 @@ SHOWN = {"worse": "[red]WORSE[/]", "better": "[green]better[/]", "not judged": "
 
 
 def print_run(run: RunRecord) -> None:
-    """The end of `qtool run`: table, checks, verdicts, where the log is; the reports beside the log."""
+    """The end of `qtool run`: table, checks, verdicts, where the artifacts are."""
     rows = score_rows(run.summary)
     print_rows(rows, f"{run.lock.source.name} · {run.lock.recipe[:8]}")
     _print_footnote(footnote(run.summary))
@@ -61,24 +57,11 @@ def print_run(run: RunRecord) -> None:
     say(escape(spent_text(run.seconds, run.stages, run.peaks)))
     for name, folder in run.folders.items():
         console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"report: {write_report(run, run.folder)}", highlight=False, soft_wrap=True)
 
 
 def print_rows(rows: list[Row], title: str = "") -> None:
     """The score table."""
     print_table(console, rows, title)
-
-
-def write_report(run: RunRecord, out: Path) -> Path:
-    """report.html, report.md and figures/*.svg in ``out``; the path of the HTML file."""
-    drawn = pictures(run)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for picture in drawn:
-        (out / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-    (out / "report.md").write_text(markdown_report(run, drawn), encoding="utf-8")
-    path = out / "report.html"
-    path.write_text(html_report(run, drawn), encoding="utf-8")
-    return path
 
 
 def print_scores(summary: Summary) -> None:

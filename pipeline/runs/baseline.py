@@ -6,7 +6,6 @@ They come from a run, from an evaluation, or from a baseline file kept beside th
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -67,6 +66,8 @@ class Baseline(_File):
 
 def measured(folder: Path) -> Baseline:
     """What the run or evaluation in ``folder`` measured. Raises QtoolError when it holds no scores."""
+    from importlib.metadata import version
+
     index = load_index(folder)
     record = load_run(folder) if (folder / LOCK).exists() else None
     models = (record.summary if record else load_summary(folder)).models

@@ -86,7 +86,7 @@ def _result(change: Change) -> GateResult:
     )  # fmt: skip
 
 
-_RESULTS = TypeAdapter(list[GateResult], config=ConfigDict(ser_json_inf_nan="strings"))
+_RESULTS = TypeAdapter(list[GateResult], config=ConfigDict(defer_build=True, ser_json_inf_nan="strings"))
 
 
 def as_json(run: RunRecord, results: Sequence[GateResult]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ class Measurement:
         return ours == theirs
 
 
-_READER: TypeAdapter[Measurement] = TypeAdapter(Measurement)
+@cache
+def _reader() -> TypeAdapter[Measurement]:
+    return TypeAdapter(Measurement)  # where there is something to read: few runs are measured
 
 
 def from_json(entry: Mapping[str, Any]) -> Measurement:
     """What `as_json` wrote. Raises ValueError for anything else."""
-    return _READER.validate_python({key: value for key, value in entry.items() if key != "kind"})
+    return _reader().validate_python({key: value for key, value in entry.items() if key != "kind"})
 
 
 def log(runs: Path, measurement: Measurement) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from qtool.runs.summary import SUMMARY, Size, Summary, evidence_of, stored_summa
 
 RECIPE, LOCK, INDEX, QUESTIONS, RESULT = "recipe.yaml", "lock.json", "scores.json", "questions.json", "result.json"
 MANIFESTS, SCORES, LOCKED = "manifests", "scores", "qtool.lock"
-File = TypeVar("File")
+File = TypeVar("File", bound=BaseModel)
+Read = TypeVar("Read")
 _QUESTIONS: TypeAdapter[dict[str, dict[str, str]]] = TypeAdapter(dict[str, dict[str, str]])
 
 
@@ -117,7 +119,7 @@ class RunRecord:
     def questions(self) -> dict[str, dict[str, str]]:
         """Task -> problem -> its prompt; empty where the run asked none."""
         path = self.folder / QUESTIONS
-        return _checked(_QUESTIONS, path) if path.exists() else {}
+        return _checked(_QUESTIONS.validate_json, path) if path.exists() else {}
 
 
 def begin(folder: Path, recipe_text: str) -> None:
@@ -183,19 +185,18 @@ def load_run(folder: Path) -> RunRecord:
         raise QtoolError(f"{folder}: this run did not reach its end. Run its recipe again; it continues.")
     lock = read_part(Lock, folder / LOCK)
     result = read_part(Result, folder / RESULT)
-    folders = {name: _folder(folder, entry) for name, entry in lock.artifacts.items()}
+    there = {name: found for name, entry in lock.artifacts.items() if (found := _there(folder, entry)) is not None}
     paths = {name: as_typed(folder / entry.path) for name, entry in lock.artifacts.items()}
     manifests = {name: _manifest(folder / MANIFESTS / f"{name}.json") for name in lock.artifacts}
-    for name, there in folders.items():
-        if there is not None:  # with the proofs that it has by now
-            manifests[name] = manifests[name].model_copy(update={"proofs": read_manifest(there).proofs})
+    for name, (_, manifest) in there.items():  # with the proofs that it has by now
+        manifests[name] = manifests[name].model_copy(update={"proofs": manifest.proofs})
     scores = load_scores(folder)
     return RunRecord(
         folder=folder,
         recipe=load_judging(folder / RECIPE),
         recipe_text=read_text(folder / RECIPE),
         lock=lock,
-        folders={name: there for name, there in folders.items() if there is not None},
+        folders={name: path for name, (path, _) in there.items()},
         manifests=manifests,
         checks={name: Verification(paths[name], checks) for name, checks in result.checks.items()},
         scores=scores, summary=summary_of(folder, lock, manifests, scores),
@@ -251,10 +252,11 @@ def load_scores(folder: Path) -> Scores:
     return scores
 
 
-def _folder(folder: Path, entry: LockedArtifact) -> Path | None:
-    """The artifact's, if it is still where it was and still the same."""
+def _there(folder: Path, entry: LockedArtifact) -> tuple[Path, Manifest] | None:
+    """The artifact's folder and manifest, if it is still where it was and still the same."""
     path = folder / entry.path
-    return as_typed(path) if (path / MANIFEST).exists() and read_manifest(path).key == entry.key else None
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+    return (as_typed(path), manifest) if manifest is not None and manifest.key == entry.key else None
 
 
 def _manifest(path: Path) -> Manifest:
@@ -265,20 +267,22 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _score_file(folder: Path, key: str) -> Path:
-    return next((folder / SCORES).glob(f"*-{key[:16]}.json"), folder / SCORES / f"{key[:16]}.json")
+    scores, end = folder / SCORES, f"{key[:16]}.json"
+    names = os.listdir(scores) if scores.is_dir() else []
+    return scores / next((name for name in names if name.endswith(f"-{end}")), end)
 
 
 def read_part(model: type[File], path: Path) -> File:
     """A file of a run. Raises QtoolError naming one that is missing or damaged."""
-    return _checked(TypeAdapter(model), path)
+    return _checked(model.model_validate_json, path)
 
 
-def _checked(reader: TypeAdapter[File], path: Path) -> File:
+def _checked(reader: Callable[[bytes], Read], path: Path) -> Read:
     """Raises QtoolError naming a file that is missing or damaged."""
     if not path.exists():
         raise QtoolError(f"{path}: No such file or directory. The run's folder is incomplete; run its recipe again.")
     try:
-        return reader.validate_json(read_bytes(path))
+        return reader(read_bytes(path))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from qtool import QtoolError
-from qtool.convert.files.folder import key_of
 from qtool.runs.baseline import Baseline, load_baseline, measured
 from qtool.runs.foreign import is_log, load_log
 from qtool.runs.record import load_index
@@ -33,6 +32,8 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
 
 def _of_artifact(path: Path, runs: Path) -> tuple[Baseline, str]:
     """The newest scores of that very artifact, or of another tool's folder with those very files."""
+    from qtool.convert.files.folder import key_of  # with all that reads a model's files
+
     key = key_of(path)
     indices = sorted(runs.glob("*/scores.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for index in indices:

@@ -48,7 +48,7 @@ def probe_of(planned: PlannedServer) -> Probe:
     if name not in PROBES:
         why = f": {planned.facts.untried}" if planned.facts.untried else ""
         raise QtoolError(f"--engine {name}: not proved{why}. Proofs are made in {', '.join(PROBES)}.")
-    return PROBES[name]
+    return PROBES[name]()
 
 
 def prove(

@@ -31,7 +31,7 @@ def _tokens(value: Any) -> Any:
 class Fits(BaseModel):
     """`fits:` a card, and what it is to hold beside the weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     card: Annotated[str, Field(min_length=1)]
     """As `qtool plan --gpu` names it."""
@@ -45,7 +45,7 @@ class Budget(BaseModel):
     """`budget:` one of four ways to say how large a file may be; each matrix then gets the type that serves the whole
     model best."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_bpw: Annotated[Number, Field(gt=0, le=16)] | None = None
     """Bits of all tensors over the model's weights."""

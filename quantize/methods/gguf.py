@@ -52,7 +52,7 @@ MixedType = Literal["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", 
 class TensorSettings(BaseModel):
     """Of the tensors that a pattern names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: MixedType
     """In llama.cpp's words."""

@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[Literal[4, 8], Literal[32, 64, 128]]] = {  # what a bud
 class LinearSettings(BaseModel):
     """Of the linears that a pattern names; what is left out is as in the rest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Literal[4, 8] | None = None
     """Of a weight."""

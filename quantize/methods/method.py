@@ -194,7 +194,7 @@ class UnfoldedWork(LayerWork):
 class Method(BaseModel, ABC):
     """A section of a recipe's `outputs:`. Every child has the keys ``method`` and ``name``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     short: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names that `qtool plan --format` takes -> the keys that they stand for."""
