@@ -14,4 +14,5 @@ case "${1:-}" in
     "") set -- -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" ;;
     --all) set -- -n 2 --dist loadfile --no-loadscope-reorder ;;
 esac
+unset PYTHONDONTWRITEBYTECODE  # or each worker and each child would compile the same modules again
 exec .venv/bin/python -m pytest -q "$@"

@@ -24,10 +24,14 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HUB, ignore_errors=True)
 
 
+# where no accelerator is, torch.manual_seed would note a stack for each that may come: a millisecond before every test
+SEED = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same random numbers in every run and in any order."""
-    torch.manual_seed(0)
+    SEED(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ PROBLEM = {
 }  # fmt: skip
 
 
-def make_model(
-    folder: Path, architecture: str = "Llama", shard: str = "200KB", loudness: float = 1.0, **changes: Any
-) -> Path:
-    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads.
-    ``loudness``: its logits are multiplied by it."""
-    import transformers
+@cache
+def _tokenizer() -> str:
+    """Trained once a process: byte-level BPE of 320 tokens, as tokenizer.json says it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -32,6 +30,19 @@ def make_model(
         vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([TEXT], trainer)
+    said: str = tokenizer.to_str()
+    return said
+
+
+def make_model(
+    folder: Path, architecture: str = "Llama", shard: str = "200KB", loudness: float = 1.0, **changes: Any
+) -> Path:
+    """A checkpoint of ``architecture`` in ``folder``: hidden 128, intermediate 256, 4 heads over 2 key/value heads.
+    ``loudness``: its logits are multiplied by it."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(_tokenizer())
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     settings: dict[str, Any] = {
         "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,

@@ -4,6 +4,7 @@ survey tells against derivatives that autograd computes on the whole model."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def made(job: Job) -> dict[str, Artifact]:
     return make_artifacts(budgets.decided(job, TEXT), TEXT)
 
 
+ASKED = {"rounding": "ggml", "budget": {"target_bpw": 4.6}}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Of ASKED, made by a run that nothing stopped; beside it lies what was measured for it. Never changed."""
+    (artifact,) = made(job_of(model, tmp_path_factory.mktemp("whole") / "artifacts", ASKED)).values()
+    return artifact
+
+
 def gguf_of(artifact: Artifact) -> Path:
     (file,) = (path for path in artifact.path.glob("*.gguf") if path.name != "imatrix.gguf")
     return file
@@ -94,14 +105,15 @@ def test_sizes_are_kept_and_llama_cpp_reads_the_file(model: Path, tmp_path: Path
     assert layout["token_embd.weight"][0] == chosen.mix["model.embed_tokens"]
 
 
-def test_a_mix_that_the_manifest_does_not_tell_fails(model: Path, tmp_path: Path) -> None:
-    (artifact,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 5}})).values()
-    path = artifact.path / "qtool.json"
+def test_a_mix_that_the_manifest_does_not_tell_fails(whole: Artifact, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole.path, tmp_path / whole.path.name)
+    assert verify(folder).sound
+    path = folder / "qtool.json"
     told = json.loads(path.read_text())
     module = "model.layers.1.mlp.up_proj"
     told["output"]["mix"][module] = "Q8_0" if told["output"]["mix"][module] != "Q8_0" else "Q4_K"
     path.write_text(json.dumps(told))
-    found = verify(artifact.path)
+    found = verify(folder)
     assert not found.sound
     assert any("blk.1.ffn_up.weight is " in check.detail for check in found.checks if check.status == "fail")
 
@@ -122,22 +134,21 @@ def test_costs_are_measured_once_and_the_mix_is_in_the_key(
     assert "expected KL" in planned.outputs[0].notes[-1]
 
 
-def test_a_finished_artifact_needs_no_measurement(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (artifact,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}})).values()
-    before = (artifact.path / "qtool.json").read_bytes()
-    for kept in (tmp_path / budgets.FOLDER).iterdir():
+def test_a_finished_artifact_needs_no_measurement(
+    model: Path, whole: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole.path.parent, tmp_path / "a")
+    for kept in (tmp_path / "a" / budgets.FOLDER).iterdir():
         kept.unlink()
     monkeypatch.setattr(budgets, "_measure", None)
-    (again,) = made(job_of(model, tmp_path, {"budget": {"target_bpw": 4.6}})).values()
-    assert (again.path / "qtool.json").read_bytes() == before
+    (again,) = made(job_of(model, tmp_path / "a", ASKED)).values()
+    assert (again.path / "qtool.json").read_bytes() == (whole.path / "qtool.json").read_bytes()
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, whole: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first layer; the costs that were measured are still there."""
-    asked = {"rounding": "ggml", "budget": {"target_bpw": 4.6}}
-    (whole,) = made(job_of(model, tmp_path / "a", asked)).values()
     real = OutputWriter.commit
 
     def die(writer: OutputWriter, result: LayerResult, codes: LayerCodes) -> None:
@@ -147,26 +158,24 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(OutputWriter, "commit", die)
     with pytest.raises(OSError, match="power"):
-        made(job_of(model, tmp_path / "b", asked))
+        made(job_of(model, tmp_path / "b", ASKED))
     monkeypatch.setattr(OutputWriter, "commit", real)
     monkeypatch.setattr(budgets, "_measure", None)
-    (again,) = made(job_of(model, tmp_path / "b", asked)).values()
+    (again,) = made(job_of(model, tmp_path / "b", ASKED)).values()
     assert gguf_of(again).read_bytes() == gguf_of(whole).read_bytes()
     assert (again.path / "budget.json").read_bytes() == (whole.path / "budget.json").read_bytes()
 
 
 @pytest.mark.parametrize("layer", [1, 0])
 def test_a_survey_that_is_killed_goes_on(
-    layer: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: int, model: Path, whole: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed once the matrices from ``layer`` on are measured: these are not measured again, and all costs are as they
     would have been."""
-    asked = {"rounding": "ggml", "budget": {"target_bpw": 4.6}}
 
     def kept(folder: Path) -> list[bytes]:
         return [path.read_bytes() for path in (folder / budgets.FOLDER).iterdir()]
 
-    budgets.decided(job_of(model, tmp_path / "a", asked), TEXT)
     real = measured.keeper
 
     def dying(path: Path, made_from: str) -> Callable[[Begun], None]:
@@ -179,14 +188,14 @@ def test_a_survey_that_is_killed_goes_on(
 
     monkeypatch.setattr(budgets, "keeper", dying)
     with pytest.raises(KeyboardInterrupt):
-        budgets.decided(job_of(model, tmp_path / "b", asked), TEXT)
+        budgets.decided(job_of(model, tmp_path / "b", ASKED), TEXT)
     monkeypatch.setattr(budgets, "keeper", real)
     layers: list[int] = []
     back = Survey._back
     monkeypatch.setattr(Survey, "_back", lambda self, index, *rest: (layers.append(index), back(self, index, *rest))[1])
-    budgets.decided(job_of(model, tmp_path / "b", asked), TEXT)
+    budgets.decided(job_of(model, tmp_path / "b", ASKED), TEXT)
     assert layers == list(reversed(range(layer)))
-    assert kept(tmp_path / "b") == kept(tmp_path / "a")  # and nothing else is left there
+    assert kept(tmp_path / "b") == kept(whole.path.parent)  # and nothing else is left there
 
 
 @pytest.mark.parametrize("damage", ["cut", "other text"])
@@ -206,11 +215,10 @@ def test_what_a_killed_survey_left_is_not_trusted(
     assert ("damaged" in capsys.readouterr().err) == (damage == "cut")
 
 
-def test_a_mix_by_hand_is_the_same_file(model: Path, tmp_path: Path) -> None:
-    (artifact,) = made(job_of(model, tmp_path / "a", {"budget": {"target_bpw": 4.6}})).values()
-    mix = read_manifest(artifact.path).output["mix"]
-    (other,) = made(job_of(model, tmp_path / "b", {"mix": mix})).values()
-    assert gguf_of(other).read_bytes() == gguf_of(artifact).read_bytes()
+def test_a_mix_by_hand_is_the_same_file(model: Path, whole: Artifact, tmp_path: Path) -> None:
+    mix = read_manifest(whole.path).output["mix"]
+    (other,) = made(job_of(model, tmp_path, {"mix": mix})).values()
+    assert gguf_of(other).read_bytes() == gguf_of(whole).read_bytes()
 
 
 def test_the_smallest_file_that_keeps_a_divergence(model: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from qtool.convert.formats.codes import UniformCodes
 from qtool.convert.models.shape import decoder_of
 from qtool.convert.skeleton import load_config
 from qtool.convert.verify.checks import verify
-from qtool.convert.verify.verification import Check
+from qtool.convert.verify.verification import Check, Verification
 from qtool.evaluate.engines.torch_model import load_model
 from qtool.evaluate.engines.transformers import load_native
 from qtool.quantize.grid import GridSpec
@@ -49,12 +49,21 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, rounded(model, OUTPUTS, folder)
 
 
-def _checks(path: Path, source: Path | None = None) -> dict[str, Check]:
-    return {check.name: check for check in verify(path, source).checks}
+@pytest.fixture(scope="module")
+def verified(made: tuple[Path, dict[str, Path]]) -> dict[str, Verification]:
+    """Artifact's name -> what verify says of it and its source."""
+    model, paths = made
+    return {name: verify(path, model) for name, path in paths.items()}
+
+
+def _by_name(checks: Iterable[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
 
 
 @torch.inference_mode()
-def test_every_expert_is_in_every_container(made: tuple[Path, dict[str, Path]]) -> None:
+def test_every_expert_is_in_every_container(
+    made: tuple[Path, dict[str, Path]], verified: dict[str, Verification]
+) -> None:
     """Its codes read back bit for bit under its own name; the plan had its bytes; the model that is read runs."""
     model, paths = made
     source, headers = Checkpoint.open(model), read_headers(str(model))
@@ -71,7 +80,7 @@ def test_every_expert_is_in_every_container(made: tuple[Path, dict[str, Path]]) 
             codes = artifact.codes(module)
             assert isinstance(codes, UniformCodes)
             assert codes.equals(nearest(matrix.of(source.tensor(tensor)), spec)), module
-        result = verify(path, model)
+        result = verified[name]
         assert result.sound, [check for check in result.checks if check.status == "fail" and check.required]
         if name in ("awq-g32", "gptq-g32", "compressed-tensors-g32"):
             assert weights_of(headers, name).nbytes == artifact.manifest.tensor_bytes
@@ -101,21 +110,21 @@ def test_a_router_in_the_skip_list_of_nothing_is_named(made: tuple[Path, dict[st
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"].append("model.layers.7.mlp.gate")
     (folder / "config.json").write_text(json.dumps(config))
-    check = _checks(folder)["config.json"]
+    check = _by_name(verify(folder).checks)["config.json"]
     assert check.status == "fail"
     assert "leaves model.layers.7.mlp.gate unquantized, and the model has no such module" in check.detail
 
 
-def test_what_runtimes_make_of_experts_is_told(made: tuple[Path, dict[str, Path]]) -> None:
+def test_what_runtimes_make_of_experts_is_told(verified: dict[str, Verification]) -> None:
     """transformers loads AWQ and GPTQ with random experts, and says nothing; it fails on asymmetric experts."""
-    _, paths = made
+    checks = {name: _by_name(result.checks) for name, result in verified.items()}
     for name in ("awq-g32", "gptq-g32"):
-        told = _checks(paths[name])["transformers 5.23: experts"]
+        told = checks[name]["transformers 5.23: experts"]
         assert told.status == "fail"
         assert not told.required
         assert "experts of random numbers" in told.detail
-    assert _checks(paths["compressed-tensors-g32"])["transformers 5.23: experts"].status == "pass"
-    asym = _checks(paths["asym"])
+    assert checks["compressed-tensors-g32"]["transformers 5.23: experts"].status == "pass"
+    asym = checks["asym"]
     assert asym["transformers 5.23: experts"].status == "fail"
     assert asym["vLLM 0.32: Marlin kernel for experts, TP 1"].status == "pass"
     assert asym["vLLM 0.32: Marlin kernel for experts, TP 2"].status == "pass"
@@ -139,7 +148,7 @@ def test_an_expert_left_in_16_bits_is_found(made: tuple[Path, dict[str, Path]], 
                 del tensors[name]
             tensors[f"{module}.weight"] = Checkpoint.open(model).tensor(f"{module}.weight")
             save_file(tensors, file, metadata={"format": "pt"})
-    check = _checks(folder)["quantized share"]
+    check = _by_name(verify(folder).checks)["quantized share"]
     assert check.status == "fail"
     assert re.search(rf"9\d\.\d% of what is to be quantized is; {re.escape(module)}\.weight stay", check.detail)
 
@@ -170,7 +179,9 @@ def test_experts_of_unlike_shapes_and_missing_ones_are_named(model_maker: Callab
         rounded(other, OUTPUTS[:1], tmp_path)
 
 
-def test_transformers_own_loader_is_not_asked_for_what_it_gets_wrong(made: tuple[Path, dict[str, Path]]) -> None:
+def test_transformers_own_loader_is_not_asked_for_what_it_gets_wrong(
+    made: tuple[Path, dict[str, Path]], verified: dict[str, Verification]
+) -> None:
     """It would answer with random experts, and say nothing: neither the engine nor a card offers it."""
     _, paths = made
     for name in ("awq-g32", "gptq-g32"):
@@ -181,7 +192,7 @@ def test_transformers_own_loader_is_not_asked_for_what_it_gets_wrong(made: tuple
     for name, offered in (("awq-g32", False), ("compressed-tensors-g32", True), ("asym", False)):
         manifest = Artifact.open(paths[name]).manifest
         assert manifest is not None
-        checks = tuple(verify(paths[name]).checks)
+        checks = tuple(verified[name].checks)
         ways = "\n".join(loading(Published(name, name, "", manifest, checks, ()), "org/model"))
         assert ("from_pretrained" in ways) is offered, name
         assert "vllm serve" in ways

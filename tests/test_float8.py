@@ -84,7 +84,8 @@ def test_an_output_is_that_of_what_is_read(section: dict[str, Any], tiny: Path, 
     for name, tensor in expected.read():
         assert torch.equal(found.tensor(name), tensor), name
         assert torch.equal(found.part(name, 50, 77), tensor[50:77])
-    outputs = [{"method": "gptq", "group_size": 32, "dtype": "bfloat16"}, {"method": "gguf", "type": "Q8_0"}]
+    gptq = {"method": "gptq", "group_size": 32, "dtype": "bfloat16", "descent": False}
+    outputs = [gptq, {"method": "gguf", "type": "Q8_0", "rounding": "ggml"}]
     places = (tmp_path / "a", tmp_path / "b")
     for place in places:
         place.mkdir()

@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Gemma": {}, "Gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 32},
     "Gemma3": {"sliding_window": 24, "query_pre_attn_scalar": 32, "layer_types": KINDS},
 }  # fmt: skip
+SMALL = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128}  # six outputs are made of each
 OUTPUTS = [
     {"method": "awq", "name": "awq-g32", "group_size": 32, "dtype": "bfloat16"},
     {"method": "gptq", "name": "gptq-g32", "group_size": 32, "dtype": "bfloat16"},
@@ -70,7 +71,7 @@ def made(
     import yaml
 
     folder = tmp_path_factory.mktemp(request.param)
-    model = model_maker(folder / "model", request.param, vocab_size=384, **MODELS[request.param])
+    model = model_maker(folder / "model", request.param, **SMALL, **MODELS[request.param])
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(model), "outputs": OUTPUTS, "output_dir": str(folder / "out")}))
     loaded = load_recipe(recipe)

@@ -33,8 +33,9 @@ COMPRESSED = {
 }  # fmt: skip
 BLOCKS = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 OUTPUTS: list[dict[str, Any]] = [
-    {"method": "awq", "group_size": 32, "dtype": "bfloat16"}, {"method": "gguf", "type": "Q8_0"},
-]  # fmt: skip
+    {"method": "awq", "group_size": 32, "dtype": "bfloat16", "descent": False},
+    {"method": "gguf", "type": "Q8_0", "rounding": "ggml"},
+]
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:

@@ -52,16 +52,19 @@ def test_every_section_has_a_table() -> None:
     assert {METHODS[name].__name__ for name in METHODS} <= set(ALL)
 
 
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return reference.schema()
+
+
 @pytest.mark.parametrize(("section", "key"), KEYS)
-def test_a_key_has_a_meaning_and_an_example_that_it_takes(section: str, key: str) -> None:
+def test_a_key_has_a_meaning_and_an_example_that_it_takes(section: str, key: str, schema: dict[str, Any]) -> None:
     field = ALL[section].model_fields[key]
     assert reference.meanings(ALL[section])[key], "say what it means, below the key"
     table = PAGE.split(f"### {next(title for title, name in reference.SECTIONS.items() if name == section)}\n")[1]
     assert f"\n| `{key}` | " in table.partition("\n### ")[0]
-    about = reference.schema()
-    value = reference.example(
-        section, key, (about if section == "Recipe" else about["$defs"][section])["properties"][key]
-    )
+    about = schema if section == "Recipe" else schema["$defs"][section]
+    value = reference.example(section, key, about["properties"][key])
     if value is None or (isinstance(value, dict) and key not in reference.EXAMPLES):
         return
     if (section, key) == ("Recipe", "model"):
