@@ -53,7 +53,8 @@ def scored(
     """Of one model, and of the source, whose scores are read where they exist."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return qtool.score(
-        model, against, tasks, runs=options.work / "runs", device=device, max_new_tokens=64, **settings
+        model, against, tasks, runs=options.work / "runs", device=device, prompt=options.prompt, max_new_tokens=64,
+        **settings,
     )  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=list(CHECKS.lengths[:-1]))
     parser.add_argument("--depths", type=int, default=CHECKS.depths)
+    parser.add_argument("--prompt", default="auto", choices=("auto", "completion", "chat"))
     parser.add_argument("--look-alikes", type=int, default=CHECKS.look_alikes, help="0: the control alone")
     parser.add_argument("--each", type=int, default=2, help="problems of a length, depth and half; conditions: half")
     parser.add_argument("--samples", type=int, default=128, help="windows of calibration")

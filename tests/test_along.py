@@ -301,6 +301,10 @@ def test_a_gate_about_what_is_not_measured_is_refused(
         ),
         ({"long": {"text": "SHORT", "length": 1000}}, r"tokens of this model; 1,000 are asked for. Set `length: \d+`"),
         ({"long": {"text": "heldout-code", "length": 385}}, "length: 385 leaves one token to its last block of 128"),
+        (
+            {"tasks": [{"task": "long-call", "made": {"lengths": [600, 512]}}], "max_new_tokens": 64},
+            "made: a length of 512 tokens is too short for 6 look-alikes",
+        ),
         ({"text": {"text": "heldout-code", "length": 2048}}, "text: windows of 2048 tokens are longer than"),
         ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
         ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}], "tasks": TASKS}, "says fp8 twice"),

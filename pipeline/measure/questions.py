@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ def require_lengths(section: EvaluateSection, config: Any) -> None:
             f"text: windows of {too_long[0]} tokens are longer than the model's context, {most} "
             "(max_position_embeddings in config.json)."
         )
+
+
+def require_room(section: EvaluateSection, tokenizer: Any) -> None:
+    """Raises QtoolError where the shortest prompt that is made has no room for what it hides."""
+    for asked in section.tasks:
+        if (making := _making(asked, tokenizer)) is not None:
+            load_task(asked.task, making=replace(making, lengths=(min(making.lengths),)))
 
 
 def kept_whole(

@@ -26,7 +26,8 @@ def sentences(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
 
 def _miscounted(fault: Any) -> bool:
     """Whether a list is called too short because pydantic leaves out its values that are at fault themselves."""
-    return fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]
+    given = fault["input"]
+    return fault["type"] == "too_short" and isinstance(given, list | tuple) and len(given) >= fault["ctx"]["min_length"]
 
 
 def other_case(error: ValidationError, recipe: type[BaseModel]) -> list[tuple[Loc, Any]]:
