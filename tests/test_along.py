@@ -291,8 +291,11 @@ def test_a_gate_about_what_is_not_measured_is_refused(
             r"window 4\+508 keeps 512 tokens and would let go of nothing: the long text has 512. Take a smaller",
         ),
         (
-            {"conditions": [{"cache": "fp8", "window": {"recent": 900}}], "max_new_tokens": 64,
-             "tasks": [{"task": "long-call", "made": {"lengths": [512, 560], "look_alikes": 0}}]},
+            {
+                "conditions": [{"cache": "fp8", "window": {"recent": 900}}],
+                "max_new_tokens": 64,
+                "tasks": [{"task": "long-call", "made": {"lengths": [512, 560], "look_alikes": 0}}],
+            },
             r"fp8 window 4\+900 keeps 904 tokens and would let go of nothing: long-call has at most 880",
         ),
         (

@@ -85,8 +85,8 @@ def kept_whole(
         whole = [f"{what} has {'' if what == LONG else 'at most '}{n:,}" for what, n in sizes.items() if n <= held]
         if told and len(whole) == len(sizes):
             raise QtoolError(
-                f"conditions: {window.name} keeps {held:,} tokens and would let go of nothing: {', '.join(whole)}. Take "
-                "a smaller `recent:` or longer texts."
+                f"conditions: {window.name} keeps {held:,} tokens and would let go of nothing: {', '.join(whole)}. "
+                "Take a smaller `recent:` or longer texts."
             )
         if whole:
             said.append(f"conditions: {window.name} keeps {held:,} tokens: it costs nothing where {', '.join(whole)}")
