@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qtool import QtoolError
@@ -21,7 +22,8 @@ from qtool.evaluate.tasks.prompts import Style
 
 @dataclass(frozen=True)
 class Asking:
-    """How a task is put and judged. ``timeout``: seconds for one program; ``sandbox`` as `execute.run_programs`."""
+    """How a task is put and judged. ``timeout``: seconds for one program; ``sandbox`` as `execute.run_programs`;
+    ``known``: what programs judged so far came to, by `_digest`."""
 
     style: Style
     decoding: Decoding
@@ -29,6 +31,7 @@ class Asking:
     seed: int = 0
     timeout: float = 5.0
     sandbox: str = "auto"
+    known: dict[bytes, Outcome] = field(default_factory=dict, repr=False, compare=False)
 
 
 Answers = dict[str, tuple[ProblemOutcome, ...]]  # problem id -> an outcome for each sample
@@ -107,7 +110,7 @@ def _judge_all(
         open_ = None not in waiting
         answers = [item for item in waiting if item is not None]
         jobs = [_job(problems[place[0]], text, asking.style) for place, text in answers]
-        outcomes = run_programs(jobs, timeout=asking.timeout, sandbox=asking.sandbox)
+        outcomes = _judge(jobs, asking)
         grades = [_grade(outcome) for outcome in outcomes]
         judged = zip(answers, outcomes, grades, strict=True)
         journal.add(
@@ -115,6 +118,22 @@ def _judge_all(
             for (place, text), outcome, grade in judged
         )
         say()
+
+
+def _judge(jobs: Sequence[Job], asking: Asking) -> list[Outcome]:
+    """Outcomes in the order of ``jobs``. A quantized model often writes what its source wrote: a program that is equal
+    to the letter is run once for one problem, so that chance in it cannot part two models. One that ran out of time is
+    run again, for the machine may have been busy."""
+    digests = [_digest(job) for job in jobs]
+    fresh = {digest: job for digest, job in zip(digests, jobs, strict=True) if digest not in asking.known}
+    outcomes = run_programs(list(fresh.values()), timeout=asking.timeout, sandbox=asking.sandbox)
+    found = dict(zip(fresh, outcomes, strict=True))
+    asking.known.update((digest, o) for digest, o in found.items() if o.outcome in ("passed", "failed"))
+    return [found[digest] if digest in found else asking.known[digest] for digest in digests]
+
+
+def _digest(job: Job) -> bytes:
+    return hashlib.sha256(repr(job).encode()).digest()
 
 
 def _grade(outcome: Outcome) -> Grade:

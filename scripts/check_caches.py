@@ -77,7 +77,7 @@ def by_llama_cpp(
 
 def by_vllm(
     python: Path, model: Path, ids: list[int], ends: Sequence[int], kept: int, cache: str, at_once: int, anew: bool,
-    gib: float,
+    gib: float, attention: str,
 ) -> Tensor:  # fmt: skip
     """As `by_llama_cpp`, by the vLLM of another environment."""
     with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
@@ -85,7 +85,7 @@ def by_vllm(
         job.write_text(
             json.dumps({
                 "model": str(model), "ids": ids, "ends": list(ends), "cache": cache, "at_once": at_once, "anew": anew,
-                "bytes": int(gib * 2**30), "kept": kept,
+                "bytes": int(gib * 2**30), "kept": kept, "attention": attention,
             })
         )  # fmt: skip
         command = [str(python), str(HERE / "interop_vllm_caches.py"), str(job), str(out)]
@@ -129,6 +129,9 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--gib", type=float, default=1.0, help="vLLM's cache")
+    parser.add_argument(
+        "--attention", default="", help="vLLM's backend of attention, as TRITON_ATTN (default: its own choice)"
+    )
     options = parser.parse_args()
     ids = _text(options.tokenizer, options.length)
     size = (json.loads((options.tokenizer / "config.json").read_text())["vocab_size"], options.kept)
@@ -138,7 +141,8 @@ def main() -> None:
 
     def asked(model: Path, cache: str, ends: Sequence[int], at_once: int, anew: bool) -> Tensor:
         if options.vllm:
-            return by_vllm(options.vllm, model, ids, ends, options.kept, cache, at_once, anew, options.gib)
+            return by_vllm(options.vllm, model, ids, ends, options.kept, cache, at_once, anew, options.gib,
+                           options.attention)  # fmt: skip
         return by_llama_cpp(model, ids, ends, size, cache, at_once, anew)
 
     names = [bucket_name(*bucket) for bucket in buckets_of(options.length)]

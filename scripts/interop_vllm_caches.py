@@ -3,9 +3,10 @@
 
     python interop_vllm_caches.py JOB.json OUT.pt
 
-JOB.json: ``{"model", "ids", "ends", "cache", "at_once", "anew", "bytes", "kept"}``; a prompt is ``ids[:end]``, taken
-up ``at_once`` tokens at a time, ``anew`` or with what an earlier one left in the cache of so many ``bytes``. OUT.pt:
-float32 ``[ends, vocabulary]``, log-probabilities of the ``kept`` likeliest, NaN for the rest.
+JOB.json: ``{"model", "ids", "ends", "cache", "at_once", "anew", "bytes", "kept", "attention"}``; a prompt is
+``ids[:end]``, taken up ``at_once`` tokens at a time, ``anew`` or with what an earlier one left in the cache of so many
+``bytes``; ``attention``: vLLM's backend, "" for its own choice. OUT.pt: float32 ``[ends, vocabulary]``,
+log-probabilities of the ``kept`` likeliest, NaN for the rest.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def answer(job: dict[str, Any]) -> Any:
     from vllm import LLM, SamplingParams
 
     vocabulary = json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    attention = {"attention_backend": job["attention"]} if job["attention"] else {}
     llm = LLM(
         model=job["model"], max_model_len=max(job["ends"]) + 8, seed=0, enforce_eager=True, max_num_seqs=1,
         kv_cache_dtype=job["cache"], max_num_batched_tokens=job["at_once"], enable_chunked_prefill=True,
         enable_prefix_caching=not job["anew"], kv_cache_memory_bytes=job["bytes"], disable_log_stats=True,
-        distributed_executor_backend="uni", skip_tokenizer_init=True, max_logprobs=job["kept"],
+        distributed_executor_backend="uni", skip_tokenizer_init=True, max_logprobs=job["kept"], **attention,
     )  # fmt: skip
     asked = SamplingParams(temperature=0, max_tokens=1, logprobs=job["kept"], detokenize=False)
     rows = torch.full((len(job["ends"]), vocabulary), torch.nan)

@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--minutes", type=float, default=8.0, help="all in all")
     parser.add_argument("--start", type=Path, help="folder of an earlier run, whose weights and tokenizer go on")
+    parser.add_argument("--seed", type=int, default=Plan.seed, help="of the lessons: another where a run goes on")
     parser.add_argument("--parts", type=float, default=15.0, help="MiB of the largest file")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
@@ -260,7 +261,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     chosen = TOY if options.toy else Plan()
-    plan = Plan(**{**vars(chosen), "optimizer": options.optimizer})
+    plan = Plan(**{**vars(chosen), "optimizer": options.optimizer, "seed": options.seed})
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "tokenizer.json"
     if options.start:

@@ -21,7 +21,7 @@ from qtool import QtoolError
 from qtool.convert.files.checkpoint import Checkpoint
 from qtool.convert.skeleton import load_config
 from qtool.convert.text.tokenizer import load_tokenizer
-from qtool.evaluate import selfcheck
+from qtool.evaluate import answers, selfcheck
 from qtool.evaluate.answers import Asking, answer_task
 from qtool.evaluate.engines import transformers, vllm, vllm_model
 from qtool.evaluate.engines.decoding import end_tokens
@@ -29,6 +29,7 @@ from qtool.evaluate.engines.engine import Completion, Decoding, Request, sample_
 from qtool.evaluate.engines.torch_model import TorchModel, load_model
 from qtool.evaluate.engines.transformers import load_native
 from qtool.evaluate.journal import Journal
+from qtool.evaluate.sandbox.execute import Job, Outcome
 from qtool.evaluate.scorecard import ProblemOutcome
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.loading import load_task, subset
@@ -66,6 +67,36 @@ def test_samples_are_kept_and_judged(tmp_path: Path) -> None:
     seeds = {sample_seed(0, problem, n) for problem in found for n in range(3)}
     assert len(seeds) == 15
     assert max(seeds) < 2**31
+
+
+def test_equal_programs_of_a_problem_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two models that write the same, the second's programs are not run again; another problem's, one that timed out
+    and those of another test are."""
+    ran: list[str] = []
+    task = subset(load_task("handwritten"), 3)
+    names = [problem.task_id for problem in task.problems]
+
+    def judged(jobs: Sequence[Job], *, timeout: float, sandbox: str) -> list[Outcome]:
+        ran.extend(job.task_id for job in jobs)
+        return [Outcome(job.task_id, "timeout" if job.task_id == names[2] else "passed") for job in jobs]
+
+    monkeypatch.setattr(answers, "run_programs", judged)
+    asking = Asking("completion", Decoding(64, 4), samples=2)
+
+    def outcomes(task: Task, name: str) -> list[list[str]]:
+        found = answer_task(Scripted(task), task, asking, None, Journal.open(tmp_path / name))
+        return [[outcome.outcome for outcome in each] for each in found.values()]
+
+    expected = [["passed"] * 2, ["passed"] * 2, ["timeout"] * 2]
+    assert outcomes(task, "a") == expected
+    assert set(ran) == set(names)
+    ran.clear()
+    assert outcomes(task, "b") == expected
+    assert set(ran) == {names[2]}
+    ran.clear()
+    other = task.problems[0].model_copy(update={"test": task.problems[0].test + "# another\n"})
+    outcomes(Task(name="other", problems=(other,)), "c")
+    assert set(ran) == {names[0]}
 
 
 @pytest.mark.slow
@@ -220,6 +251,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from qtool.evaluate.journal import Journal
+from qtool.evaluate.sandbox.execute import Job, Outcome
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 journal = Journal(Path(sys.argv[1]))
 journal.answered(("a", 0), "x" * 100)
