@@ -37,7 +37,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
 WHOLE = {"F16": {"method": "gguf", "type": "F16"}}  # the source as llama.cpp reads it
 TASKS = ("long-call", "long-combine", "long-change")
 CONDITIONS = [{"cache": "q8_0"}, {"cache": "q4_0"}, {"window": {"sink": 4, "recent": 2048}}]
-OWN_CACHES = [{"cache": "q4_0"}, {"cache": "q8_0"}]  # of llama.cpp, not simulated
+OWN_CACHES = [{"cache": "q8_0"}, {"cache": "q4_0"}]  # of llama.cpp, not simulated
 PARTS = ("source", "outputs", "conditions", "stretch", "llama.cpp")
 
 
