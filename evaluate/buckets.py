@@ -9,6 +9,11 @@ FEW = 8  # blocks: of fewer a bootstrap interval is too narrow to judge by (of t
 FIRST = 2048  # positions of the first bucket
 
 
+def foretold(length: int) -> int:
+    """The longest length up to this one whose last block foretells a token: of a block of one token none comes next."""
+    return length - (length % BLOCK == 1)
+
+
 def buckets_of(length: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
     """(0, 2048), (2048, 4096), (4096, 8192) and so on to ``length``; whole blocks."""
     first = min(FIRST, max(1, length // 4 // block) * block)

@@ -15,7 +15,7 @@ from qtool.convert.text.windows import token_windows
 from qtool.make.device import choose_device
 from qtool.make.job import Job, open_job
 from qtool.measure.long_text import require_possible, text_of
-from qtool.measure.questions import require_lengths
+from qtool.measure.questions import kept_whole, require_lengths, require_room
 from qtool.measure.run import check_contexts
 from qtool.quantize.calibration import CalibrationSet
 from qtool.quantize.methods.method import Method
@@ -94,10 +94,17 @@ def _chosen(recipe: Recipe, only: tuple[str, ...]) -> list[Method]:
 
 
 def require_texts(job: Job) -> None:
-    """What a run reads before its first weight, for who does not run: the long text. Raises QtoolError where it is too
-    short."""
-    if (long := job.recipe.evaluate.long) is not None:
-        text_of(long, job.config, load_tokenizer(job.source.path, job.recipe.model.trust_remote_code))
+    """What a run reads and makes before its first weight, for who does not run: the long text, the shortest made
+    prompts, and what it says of windows that let go of nothing. Raises QtoolError where one of them is too short."""
+    asked = job.recipe.evaluate
+    for line in kept_whole(asked):
+        log.say(line)
+    if asked.long is None and not asked.tasks:
+        return
+    tokenizer = load_tokenizer(job.source.path, job.recipe.model.trust_remote_code)
+    require_room(asked, tokenizer)
+    if asked.long is not None:
+        text_of(asked.long, job.config, tokenizer)
 
 
 def calibrate(job: Job) -> CalibrationSet:

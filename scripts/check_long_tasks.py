@@ -5,6 +5,7 @@
     python scripts/check_long_tasks.py MODEL --work work --part conditions    q8_0, q4_0, a window of 4+2048
     python scripts/check_long_tasks.py MODEL --work work --part stretch       YaRN, twice the context
     python scripts/check_long_tasks.py MODEL --work work --part source --lengths 1024 --quick    on a processor
+    python scripts/check_long_tasks.py MODEL --work work --part llama.cpp --lengths 4096 8192 --quick    its own caches
 
 MODEL: a folder, as scripts/train_long_model.py makes one: the names that are asked for are in none of its lessons. What
 was made and scored lies in --work and is not made again.
@@ -33,14 +34,16 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 128},
     "Q4_K_M": {"method": "gguf", "type": "Q4_K_M"},
 }
+WHOLE = {"F16": {"method": "gguf", "type": "F16"}}  # the source as llama.cpp reads it
 TASKS = ("long-call", "long-combine", "long-change")
 CONDITIONS = [{"cache": "q8_0"}, {"cache": "q4_0"}, {"window": {"sink": 4, "recent": 2048}}]
-PARTS = ("source", "outputs", "conditions", "stretch")
+OWN_CACHES = [{"cache": "q8_0"}, {"cache": "q4_0"}]  # of llama.cpp, not simulated
+PARTS = ("source", "outputs", "conditions", "stretch", "llama.cpp")
 
 
 def asked(options: argparse.Namespace, lengths: list[int], each: int) -> list[dict[str, Any]]:
     """The tasks as a recipe has them; problems are those of `long_lessons.CHECKS`, or the first of them."""
-    kept = {"depths": options.depths, "look_alikes": CHECKS.look_alikes, "each": each, "seed": CHECKS.seed}
+    kept = {"depths": options.depths, "look_alikes": options.look_alikes, "each": each, "seed": CHECKS.seed}
     return [{"task": task, "made": {"lengths": lengths, **kept}} for task in options.tasks]
 
 
@@ -50,7 +53,8 @@ def scored(
     """Of one model, and of the source, whose scores are read where they exist."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return qtool.score(
-        model, against, tasks, runs=options.work / "runs", device=device, max_new_tokens=64, **settings
+        model, against, tasks, runs=options.work / "runs", device=device, prompt=options.prompt, max_new_tokens=64,
+        **settings,
     )  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def show(found: dict[str, tuple[Summary, str]], lengths: list[int]) -> None:
 def made(options: argparse.Namespace, names: list[str]) -> dict[str, Path]:
     """Artifacts by output; those that exist stay."""
     folder = options.work / "artifacts"
-    missing = {name: OUTPUTS[name] for name in names if not list(folder.glob(f"*-{name.lower()}"))}
+    missing = {name: (OUTPUTS | WHOLE)[name] for name in names if not list(folder.glob(f"*-{name.lower()}"))}
     if missing:
         outputs = [{"name": name.lower(), **output} for name, output in missing.items()]
         calibration = {"text": "qtool-code", "samples": options.samples, "length": 512}
@@ -135,10 +139,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--part", choices=PARTS, action="append", help="several; default: all but `source`")
+    parser.add_argument("--part", choices=PARTS, action="append", help="several; default: outputs, conditions, stretch")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=list(CHECKS.lengths[:-1]))
     parser.add_argument("--depths", type=int, default=CHECKS.depths)
+    parser.add_argument("--prompt", default="auto", choices=("auto", "completion", "chat"))
+    parser.add_argument("--look-alikes", type=int, default=CHECKS.look_alikes, help="0: the control alone")
     parser.add_argument("--each", type=int, default=2, help="problems of a length, depth and half; conditions: half")
     parser.add_argument("--samples", type=int, default=128, help="windows of calibration")
     parser.add_argument("--outputs", nargs="+", default=list(OUTPUTS), choices=tuple(OUTPUTS))
@@ -148,7 +154,7 @@ def main() -> None:
         options.each, options.depths, options.samples, options.outputs = 1, 3, 8, ["Q4_K_M"]
     longest = max(options.lengths)
     long = {"text": "heldout-code", "length": 2048 if options.quick else min(16384, longest)}
-    tasks, parts = asked(options, options.lengths, options.each), options.part or PARTS[1:]
+    tasks, parts = asked(options, options.lengths, options.each), options.part or PARTS[1:4]
     for part in parts:
         began = time.monotonic()
         found: dict[str, tuple[Summary, str]] = {}
@@ -166,6 +172,11 @@ def main() -> None:
             fewer = asked(options, lengths, max(1, options.each // 2))
             summary = scored(folder, options.model, options, fewer, long=long, conditions=CONDITIONS)
             found = {"source": (summary, "source"), name: (summary, next(m for m in summary.models if m != "source"))}
+        elif part == "llama.cpp":
+            ((name, folder),) = made(options, list(WHOLE)).items()
+            settings = {"engine": "llama.cpp", "batch_size": 1, "conditions": OWN_CACHES}
+            summary = scored(folder, None, options, tasks, **settings)
+            found[f"{name} in llama.cpp"] = (summary, next(iter(summary.models)))
         else:
             lengths = [longest, 2 * longest]
             for factor in (2.0, 4.0):

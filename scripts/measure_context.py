@@ -61,7 +61,7 @@ class Question:
 def made_questions(options: argparse.Namespace) -> Iterator[Question]:
     """A repository for each."""
     for task, puzzle in {**PUZZLES, "called": called}.items():
-        for alike in (ALIKE, 0):
+        for alike in (0,) if options.control else (ALIKE, 0):
             for number in range(options.questions):
                 drawn = random.Random(f"context/{task}/{alike}/{number}")
                 hidden = puzzle(drawn, alike)
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--real", type=Path, help="a folder of Python code, instead of made repositories")
     parser.add_argument("--questions", type=int, default=20, help="of each row; real: twice as many")
+    parser.add_argument("--control", action="store_true", help="made: those without look-alikes alone")
     parser.add_argument("--files", type=int, default=60, help="of a made repository")
     parser.add_argument("--budgets", default="512,1k,2k,4k,8k,16k")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=tuple(METHODS))

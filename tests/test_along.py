@@ -17,13 +17,18 @@ from transformers import AutoModelForCausalLM
 from qtool import QtoolError
 from qtool.cli import main
 from qtool.convert.artifact import Artifact
+from qtool.convert.models.shape import shape_of
 from qtool.convert.text.long_text import long_text
 from qtool.convert.text.source import TextSource
 from qtool.convert.text.tokenizer import load_tokenizer
 from qtool.evaluate.buckets import buckets_of
 from qtool.evaluate.engines.layered import Sweep
+from qtool.evaluate.engines.sweep_memory import peak_bytes, require_memory
 from qtool.evaluate.scorecard import PositionScore, Settings
-from qtool.recipe.judging import GateSection
+from qtool.measure.long_text import require_possible, text_of
+from qtool.measure.questions import kept_whole
+from qtool.recipe.judging import EvaluateSection, GateSection
+from qtool.recipe.long import LongSection
 from qtool.recipe.sections import load_recipe
 from qtool.report.along import along_rows
 from qtool.run import run
@@ -282,11 +287,27 @@ def test_a_gate_about_what_is_not_measured_is_refused(
             r"window 4\+1020 keeps all of the 1,024 tokens .* smaller `recent:`",
         ),
         (
+            {"conditions": [{"window": {"sink": 4, "recent": 508}}], "long": {"text": "heldout-code", "length": 512}},
+            r"window 4\+508 keeps 512 tokens and would let go of nothing: the long text has 512. Take a smaller",
+        ),
+        (
+            {
+                "conditions": [{"cache": "fp8", "window": {"recent": 900}}],
+                "max_new_tokens": 64,
+                "tasks": [{"task": "long-call", "made": {"lengths": [512, 560], "look_alikes": 0}}],
+            },
+            r"fp8 window 4\+900 keeps 904 tokens and would let go of nothing: long-call has at most 880",
+        ),
+        (
             {"tasks": [{"task": "long-call", "made": {"lengths": [512, 900]}}], "max_new_tokens": 64},
             r"long-call: a prompt of 900 tokens and an answer of 64 .* context, 1,024 .*; `lengths:` up to 704 fit",
         ),
         ({"long": {"text": "SHORT", "length": 1000}}, r"tokens of this model; 1,000 are asked for. Set `length: \d+`"),
         ({"long": {"text": "heldout-code", "length": 385}}, "length: 385 leaves one token to its last block of 128"),
+        (
+            {"tasks": [{"task": "long-call", "made": {"lengths": [600, 512]}}], "max_new_tokens": 64},
+            "made: a length of 512 tokens is too short for 6 look-alikes",
+        ),
         ({"text": {"text": "heldout-code", "length": 2048}}, "text: windows of 2048 tokens are longer than"),
         ({"conditions": [{}]}, "names a `cache:`, a `window:` or both"),
         ({"conditions": [{"cache": "fp8"}, {"cache": "fp8"}], "tasks": TASKS}, "says fp8 twice"),
@@ -304,6 +325,49 @@ def test_what_cannot_be_is_refused_before_work(
     assert not (tmp_path / "artifacts").exists()
     result = CliRunner().invoke(main, ["run", str(path), "--dry-run", "--device", "cpu"])
     assert (result.exit_code, result.output.splitlines()[-1]) == (2, f"Error: {error.value.message}".splitlines()[-1])
+
+
+def test_a_window_that_holds_a_part_is_said_and_what_it_measures_is_measured(
+    write_recipe: Callable[..., Path], model: Path, repository: Path, tmp_path: Path
+) -> None:
+    """The long text rolls, the shipped task does not; `--dry-run` knows no prompt of a task that is not made."""
+    long, window = {"text": str(repository), "length": LENGTH}, [{"window": {"sink": 4, "recent": 900}}]
+    asked = {"long": long, "conditions": window, "tasks": TASKS, "max_new_tokens": 8}
+    section = EvaluateSection.model_validate(asked)
+    prompts = {"handwritten": ["def f():", "def f(x):\n    return"]}
+    tokenizer = load_tokenizer(model)
+    most = max(len(tokenizer(prompt).input_ids) for prompt in prompts["handwritten"]) + 8
+    said = f"conditions: window 4+900 keeps 904 tokens: it costs nothing where handwritten has at most {most}"
+    assert kept_whole(section, prompts, tokenizer) == [said]
+    assert kept_whole(section) == []
+    assert kept_whole(section.model_copy(update={"long": None}), prompts, tokenizer) == [said]
+    long["length"] = 904
+    path = write_recipe(model=str(model), evaluate=asked)
+    result = CliRunner().invoke(main, ["run", str(path), "--dry-run", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "keeps 904 tokens: it costs nothing where the long text has 904" in result.output
+
+
+def test_no_length_is_named_that_would_be_refused(model: Path, tmp_path: Path) -> None:
+    """A text of whole blocks and one token is named without it, and so are a context and what memory holds."""
+    tokenizer, text = load_tokenizer(model), tmp_path / "text.py"
+    start = int(tokenizer("x").input_ids[0] == tokenizer.bos_token_id)
+    lines = (("x = 1\n" * n + "y" * m) for n in range(40, 400) for m in range(3))
+
+    def size(said: str) -> int:
+        return start + len(tokenizer(said + "\n\n", add_special_tokens=False).input_ids)
+
+    text.write_text(next(said for said in lines if size(said) % 128 == 1))
+    there = size(text.read_text())
+    with pytest.raises(QtoolError, match=rf"has {there:,} tokens .* Set `length: {there - 1}` or less"):
+        text_of(LongSection(text=str(text), length=4096), None, tokenizer)
+    config = json.loads((model / "config.json").read_text())
+    shape = shape_of(config | {"max_position_embeddings": 385})
+    asked = EvaluateSection.model_validate({"long": {"text": str(text), "length": 512}})
+    with pytest.raises(QtoolError, match="Set `length: 384` or less"):
+        require_possible(asked, shape)
+    with pytest.raises(QtoolError, match="`length: 512` fits"):
+        require_memory(shape, 1026, 4, peak_bytes(shape, 513, 513, 4))
 
 
 def test_blocks_that_do_not_divide_heads_are_refused(

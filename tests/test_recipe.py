@@ -67,6 +67,16 @@ def test_faults(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in error.value.message
 
 
+def test_a_list_is_not_called_short_for_a_value_that_is_wrong_itself(tmp_path: Path) -> None:
+    """pydantic counts what is left; an empty list is short."""
+    for text, said in (("[511]", ".lengths[0]: Input should be greater"), ("[]", ".lengths: Tuple should have at")):
+        asked = f"evaluate: {{tasks: [{{task: long-call, made: {{lengths: {text}}}}}]}}"
+        with pytest.raises(QtoolError) as error:
+            load_recipe(write(tmp_path, f"{BASE}{asked}"))
+        assert f"evaluate.tasks[0].made{said}" in error.value.message
+        assert "errors in the recipe" not in error.value.message
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(QtoolError, match="No such file"):
         load_recipe(tmp_path / "absent.yaml")

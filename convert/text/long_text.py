@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ class LongText:
     parts: int
 
 
-def long_text(source: TextSource, tokenizer: Any, rows_of_model: int | None = None) -> LongText:
+def long_text(
+    source: TextSource, tokenizer: Any, rows_of_model: int | None = None, askable: Callable[[int], int] = int
+) -> LongText:
     """The first ``source.length`` tokens, behind a BOS token where the tokenizer starts texts with one. ``source.text``
-    may be a folder. Raises QtoolError where there are fewer (it says how many), the template refuses a row, or a token
-    has no row in the model's embedding."""
+    may be a folder. ``askable``: the longest length up to some tokens that may be asked for. Raises QtoolError where
+    there are fewer (it says how many), the template refuses a row, or a token has no row in the model's embedding."""
     folder = named(source.text)
     rows = _files(folder, source.length) if folder.is_dir() else read_rows(source)
     texts = [(where, row if isinstance(row, str) else rendered(row, tokenizer)) for where, row in rows]
@@ -59,7 +61,7 @@ def long_text(source: TextSource, tokenizer: Any, rows_of_model: int | None = No
         raise QtoolError(f"long: {source.text!r}: the model's tokenizer {error.reason}.") from error
     ids = ids + [token for part in made for token in part]
     if len(ids) < source.length:
-        shorter = f"Set `length: {len(ids)}` or less, or name" if len(ids) >= SHORTEST else "Name"
+        shorter = f"Set `length: {askable(len(ids))}` or less, or name" if len(ids) >= SHORTEST else "Name"
         raise QtoolError(
             f"long: {source.text!r} has {len(ids):,} tokens of this model; {source.length:,} are asked for. {shorter} "
             "a longer text: a folder of code is taken whole."

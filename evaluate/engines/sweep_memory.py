@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qtool import QtoolError
 from qtool.convert.models.geometry import Geometry
+from qtool.evaluate.buckets import foretold
 from qtool.evaluate.engines.engine import CHUNK
 
 QUERIES = 1024  # of a chunk, at most
@@ -49,7 +50,7 @@ def require_memory(geometry: Geometry, length: int, width: int, free: int | None
         return
     fits = length
     while fits >= CHUNK and peak_bytes(geometry, fits, queries_of(geometry, fits), width, ranks) > free:
-        fits //= 2
+        fits = foretold(fits // 2)
     advice = f"`length: {fits}` fits" if fits >= CHUNK else "not even its layers one at a time fit; take a larger card"
     raise QtoolError(
         f"long: a text of {length:,} tokens takes about {needed / 2**30:.1f} GiB here and {free / 2**30:.1f} GiB are "

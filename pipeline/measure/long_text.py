@@ -19,7 +19,7 @@ from qtool.convert.models.geometry import Geometry
 from qtool.convert.models.shape import shape_of
 from qtool.convert.text.long_text import LongText, long_text
 from qtool.evaluate import fidelity, positions
-from qtool.evaluate.buckets import BLOCK
+from qtool.evaluate.buckets import BLOCK, foretold
 from qtool.evaluate.engines import machine
 from qtool.evaluate.engines.condition import PLAIN, Condition
 from qtool.evaluate.engines.engine import package_versions
@@ -154,7 +154,7 @@ class Along:
 
 def text_of(section: LongSection, config: Any, tokenizer: Any) -> LongText:
     """The tokens that are asked for. Raises QtoolError where the text has fewer."""
-    return long_text(section.source, tokenizer, getattr(config, "vocab_size", None))
+    return long_text(section.source, tokenizer, getattr(config, "vocab_size", None), foretold)
 
 
 def require_possible(asked: EvaluateSection, shape: Geometry) -> None:
@@ -171,7 +171,7 @@ def require_possible(asked: EvaluateSection, shape: Geometry) -> None:
     if long is not None and most is not None and long.length > most:
         raise QtoolError(
             f"long: {long.length:,} tokens are more than the {most:,} that the model was made for "
-            f"(max_position_embeddings in config.json). Set `length: {most}` or less."
+            f"(max_position_embeddings in config.json). Set `length: {foretold(most)}` or less."
         )
     if long is not None and shape.loops > 1:
         raise QtoolError("long: a looped model passes its layers more than once; leave out `long:`.")

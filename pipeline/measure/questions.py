@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qtool.recipe.judging import EvaluateSection, TaskSection
 from qtool.recipe.long import MadeSection
 
 SHOWN = 24_000  # characters of a prompt that readers of the answers are shown
+LONG = "the long text"
 TEMPLATE = 256  # tokens that a chat template and the question may add to a made prompt
 
 
@@ -56,6 +58,48 @@ def require_lengths(section: EvaluateSection, config: Any) -> None:
             f"text: windows of {too_long[0]} tokens are longer than the model's context, {most} "
             "(max_position_embeddings in config.json)."
         )
+
+
+def require_room(section: EvaluateSection, tokenizer: Any) -> None:
+    """Raises QtoolError where the shortest prompt that is made has no room for what it hides."""
+    for asked in section.tasks:
+        if (making := _making(asked, tokenizer)) is not None:
+            load_task(asked.task, making=replace(making, lengths=(min(making.lengths),)))
+
+
+def kept_whole(
+    section: EvaluateSection, prompts: Mapping[str, Sequence[str]] | None = None, tokenizer: Any = None
+) -> list[str]:
+    """A sentence for each window that lets go of nothing in the long text, or in a task. ``prompts``: those of each
+    task; without them (`--dry-run`) nothing is said of tasks that are not made here. Raises QtoolError for a window
+    that lets go of nothing in all that is put under it, where the recipe alone tells."""
+    windows = [one.condition for one in section.conditions if one.condition.recent]
+    sizes = {LONG: section.long.length} if section.long is not None and windows else {}
+    told = all(asked.task in made() for asked in section.tasks)
+    for asked in section.tasks if windows else ():
+        longest = _longest(asked, (prompts or {}).get(asked.task, ()), tokenizer)
+        sizes |= {asked.task: longest + section.max_new_tokens} if longest else {}
+    said = []
+    for window in windows:
+        held = window.sink + window.recent
+        whole = [f"{what} has {'' if what == LONG else 'at most '}{n:,}" for what, n in sizes.items() if n <= held]
+        if told and len(whole) == len(sizes):
+            raise QtoolError(
+                f"conditions: {window.name} keeps {held:,} tokens and would let go of nothing: {', '.join(whole)}. "
+                "Take a smaller `recent:` or longer texts."
+            )
+        if whole:
+            said.append(f"conditions: {window.name} keeps {held:,} tokens: it costs nothing where {', '.join(whole)}")
+    return said
+
+
+def _longest(asked: TaskSection, prompts: Sequence[str], tokenizer: Any) -> int:
+    """Tokens of a task's longest prompt, at most; 0 where they are not known."""
+    if asked.task in made():
+        return max((asked.made or MadeSection()).lengths) + TEMPLATE
+    if not prompts or tokenizer is None:
+        return 0
+    return max(len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids)
 
 
 def _making(asked: TaskSection, tokenizer: Any) -> Making | None:

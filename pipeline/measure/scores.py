@@ -35,12 +35,13 @@ from qtool.evaluate.tasks.problems import Task
 from qtool.make.job import PACKAGES
 from qtool.measure import stored
 from qtool.measure.long_text import Along, require_possible
-from qtool.measure.questions import shown, tasks_of, windows_of
+from qtool.measure.questions import kept_whole, shown, tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.stored import Score
 from qtool.measure.subjects import Subject
 from qtool.recipe.checking import digest_of
 from qtool.recipe.judging import EvaluateSection
+from qtool.runs import log
 from qtool.runs.stages import stage
 
 
@@ -70,6 +71,8 @@ class Evaluation:
         self.prompts = {label: prompts_of[name] for label, (name, _) in self.asked.items()}
         self.windows = windows_of(self.section, self.config, self.tokenizer)
         self.settings = settings_of(self.section, self.device, self.style)
+        for line in kept_whole(self.section, prompts_of, self.tokenizer):
+            log.say(line)
         self.along = self._along()
         decoding = Decoding(
             self.section.max_new_tokens, self.section.batch_size, self.section.temperature, self.section.top_p

@@ -18,8 +18,16 @@ def sentences(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
     """One line for each fault; of a value that may be one of several kinds, the first."""
     faults: dict[str, str] = {}
     for fault in error.errors():
+        if _miscounted(fault):
+            continue
         faults.setdefault(place(fault["loc"], recipe), _say(fault, recipe))
     return [f"  {where}: {said}" for where, said in faults.items()]
+
+
+def _miscounted(fault: Any) -> bool:
+    """Whether a list is called too short because pydantic leaves out its values that are at fault themselves."""
+    given = fault["input"]
+    return fault["type"] == "too_short" and isinstance(given, list | tuple) and len(given) >= fault["ctx"]["min_length"]
 
 
 def other_case(error: ValidationError, recipe: type[BaseModel]) -> list[tuple[Loc, Any]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from qtool.convert.text.source import TextSource
-from qtool.evaluate.buckets import BLOCK
+from qtool.evaluate.buckets import BLOCK, foretold
 from qtool.evaluate.engines.condition import Condition
 from qtool.evaluate.engines.table import ENGINES
 from qtool.recipe.section import Length, Section, Text, TextSection
@@ -49,10 +49,10 @@ class LongSection(TextSection):
 
     @model_validator(mode="after")
     def _foretold(self) -> LongSection:
-        if self.length % BLOCK == 1:
+        if (fits := foretold(self.length)) != self.length:
             raise ValueError(
                 f"length: {self.length} leaves one token to its last block of {BLOCK}, behind which nothing comes that "
-                f"it could foretell; set `length: {self.length - 1}`"
+                f"it could foretell; set `length: {fits}`"
             )
         return self
 
