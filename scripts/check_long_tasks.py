@@ -62,7 +62,8 @@ def share_rows(name: str, tasks: Mapping[str, TaskSummary]) -> Iterator[list[str
     """A row for each task and half: shares by length with 95 % intervals."""
     for task, found in tasks.items():
         shares = by_length(found)
-        for alike in (True, False):
+        halves = [alike for alike in (True, False) if any(kind == alike for _, kind in shares)]
+        for alike in halves:
             cells = [
                 f"{rate.estimate:.0%} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
                 for (_, kind), rate in shares.items()
@@ -70,7 +71,7 @@ def share_rows(name: str, tasks: Mapping[str, TaskSummary]) -> Iterator[list[str
             ]
             points = None if found.loss is None else found.loss.difference
             lost = "" if points is None else f"{points.lost} lost, {points.gained} gained, p {points.p:.2g}"
-            yield [name, task, "look-alikes" if alike else "control", *cells, lost if alike else ""]
+            yield [name, task, "look-alikes" if alike else "control", *cells, lost if alike == halves[0] else ""]
 
 
 def depth_rows(name: str, tasks: Mapping[str, TaskSummary]) -> Iterator[list[str]]:
