@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ RATIOS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)  # of the
 FINALISTS = 2  # of these, the best by plain rounding are worked out
 SWEEPS = 3
 TINY = 1e-30  # in place of a scale that was stored as zero
+EDGE = 1e-5  # from the edges of a table's parts, at least; ratios within the table are exact to 1e-7
 BLOCK = 128  # columns visited at once where a group is a whole row
 
 
@@ -160,15 +162,45 @@ def _within(ratio: Tensor, levels: Levels, least: Tensor, most: Tensor) -> Tenso
     """The same; integers are ``least`` to ``most``."""
     if levels.table is None:
         return torch.minimum(torch.maximum(ratio.round_(), least), most)
-    table, middles = _table(levels.table, ratio.device)
-    return table[torch.bucketize(ratio, middles)]
+    parts = _parts(levels.table, ratio.device)
+    part = ((ratio + parts.shift) * parts.number).clamp_(0, len(parts.middle) - 1).long().flatten()
+    middle, below, above = (
+        one.index_select(0, part).view_as(ratio) for one in (parts.middle, parts.below, parts.above)
+    )
+    return torch.where(ratio > middle, above, below)
+
+
+class _Parts(NamedTuple):
+    """A table's range in equal parts, none with more than one middle between two levels in it: a look-up and one
+    comparison take a fifth of a binary search. ``number`` of them to one; ``shift``: what puts the first at zero;
+    ``middle``: of each part, infinite for none; the levels ``below`` and ``above`` it."""
+
+    shift: float
+    number: int
+    middle: Tensor
+    below: Tensor
+    above: Tensor
 
 
 @cache
-def _table(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Levels, and the middles between them."""
-    table = torch.tensor(values, device=device)
-    return table, (table[1:] + table[:-1]) / 2
+def _parts(values: tuple[float, ...], device: torch.device) -> _Parts:
+    """Parts at whose edges no middle lies, within what rounding may do to a ratio."""
+    table = torch.tensor(values)
+    middles, shift = (table[1:] + table[:-1]) / 2, -values[0]
+    places = (middles + shift).double()
+    for number in range(8, 1 << 16):
+        scaled = places * number
+        apart = len(set(scaled.long().tolist())) == len(middles)
+        if apart and float((scaled - scaled.round()).abs().min()) > EDGE * number:
+            break
+    else:
+        raise ValueError("levels too near to each other")
+    own = dict(zip(scaled.long().tolist(), range(len(middles)), strict=True))
+    starts = torch.arange(int(scaled[-1]) + 2)
+    least = torch.bucketize(starts.double() / number, places)  # the level at a part's beginning
+    middle = torch.tensor([float(middles[own[n]]) if n in own else torch.inf for n in starts.tolist()])
+    above = table[(least + 1).clamp_max(len(table) - 1)]
+    return _Parts(shift, number, middle.to(device), table[least].to(device), above.to(device))
 
 
 def _finalists(aim: Tensor, metric: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -197,13 +229,12 @@ def _improve(linear: Tensor, metric: Tensor, levels: Levels, current: Group, sca
         scale = _best_scale(code, scale, linear, product, levels.dtype)
     gradient, over = torch.addcmul(linear, product, scale), 1 / torch.where(scale == 0, TINY, scale)
     step = over * (1 / metric.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
-    least, most = -zero, levels.top - zero
-    for column in range(code.shape[-2]):
-        one, behind = slice(column, column + 1), slice(column + 1, None)
-        old = code[..., one, :]
-        new = _within(old - gradient[..., one, :] * step[..., one, :], levels, least, most)
-        add_outer(gradient[..., behind, :], metric[..., behind, one], (new - old) * scale)
-        code[..., one, :] = new
+    least, most, width = (-zero).squeeze(-2), (levels.top - zero).squeeze(-2), scale.squeeze(-2)
+    rows = zip(code.unbind(-2), gradient.unbind(-2), step.unbind(-2), strict=True)
+    for column, (old, slope, pace) in enumerate(rows, start=1):
+        new = _within(torch.addcmul(old, slope, pace, value=-1), levels, least, most)
+        add_outer(gradient[..., column:, :], metric[..., column:, column - 1], (new - old).mul_(width))
+        old.copy_(new)
     return Group(code, scale, current.zero)
 
 

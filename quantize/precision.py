@@ -95,11 +95,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) ->
 
 
 def add_outer(total: Tensor, column: Tensor, row: Tensor) -> None:
-    """``total += column @ row`` of one column and one row, or of stacks of them."""
+    """``total += column rowᵀ`` of two vectors, or of stacks of them."""
     if total.ndim == 2:
-        total.addr_(column[:, 0], row[0])
+        total.addr_(column, row)
     else:
-        total.baddbmm_(column, row)
+        total.baddbmm_(column.unsqueeze(-1), row.unsqueeze(-2))
 
 
 def _first_bits(values: Tensor) -> Tensor:

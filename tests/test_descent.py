@@ -207,3 +207,22 @@ def _on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _moved(group: Group, device: str) -> Group:
     return Group(*_on(device, group.levels, group.scale, group.zero))
+
+
+@pytest.mark.parametrize("table", [NF4, (-1.0, 0.0, 0.25, 0.3, 1.0), tuple(n / 7 - 1 for n in range(15))])
+def test_a_look_up_finds_what_a_binary_search_finds(table: tuple[float, ...]) -> None:
+    """Also at the middles between two levels and at the edges of the look-up's parts, and beyond the table."""
+    levels = torch.tensor(table)
+    middles = (levels[1:] + levels[:-1]) / 2
+    parts = descent._parts(table, torch.device("cpu"))
+    edges = torch.arange(len(parts.middle) + 1) / parts.number - parts.shift
+    ratio = torch.cat(
+        [torch.randn(100_000), middles, edges, levels, torch.tensor([-1e30, 1e30, -torch.inf, torch.inf])]
+    )
+    for _ in range(4):
+        down, up = torch.tensor(-torch.inf), torch.tensor(torch.inf)
+        ratio = torch.cat([ratio[:100_000], *(torch.nextafter(ratio[100_000:], to) for to in (down, up))])
+    found = descent.nearest(
+        ratio[None], torch.ones(1), torch.zeros(1), Levels(len(table) - 1, 32, torch.float32, table=table)
+    )
+    assert torch.equal(found[0], levels[torch.bucketize(ratio, middles)])
