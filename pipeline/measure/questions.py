@@ -10,9 +10,11 @@ import torch
 
 from qtool import QtoolError
 from qtool.convert.text.windows import token_windows
+from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.loading import load_task, subset
 from qtool.evaluate.tasks.made import Making
 from qtool.evaluate.tasks.problems import Task
+from qtool.evaluate.tasks.prompts import Style
 from qtool.evaluate.tasks.solvable import solvable
 from qtool.evaluate.tasks.table import made
 from qtool.recipe.judging import EvaluateSection, TaskSection
@@ -35,6 +37,13 @@ def tasks_of(section: EvaluateSection, config: Any = None, tokenizer: Any = None
         )  # fmt: skip
         found[asked.task] = solvable(subset(task, asked.limit), section.timeout, section.sandbox)
     return found
+
+
+def prompts_of(task: Task, style: Style, tokenizer: Any, config: Any) -> list[str]:
+    """What the model is asked, word for word; nothing where a server applies its own template (``tokenizer`` None)."""
+    if tokenizer is None:
+        return []
+    return prompts.render_all(task.problems, style, tokenizer, getattr(config, "vocab_size", None))
 
 
 def require_lengths(section: EvaluateSection, config: Any) -> None:

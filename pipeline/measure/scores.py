@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from qtool.convert.files.durable import held, load, save, set_aside, sweep
+from qtool.convert.files.durable import save, set_aside, sweep
 from qtool.convert.models.shape import shape_of
 from qtool.convert.models.table import prefix_of
 from qtool.convert.skeleton import expected_shapes
@@ -29,13 +29,13 @@ from qtool.evaluate.engines.torch_model import in_model_names, load_model
 from qtool.evaluate.journal import Journal
 from qtool.evaluate.sandbox.execute import detect_sandbox
 from qtool.evaluate.scorecard import FidelityScore, Scores, Settings, TaskScore
-from qtool.evaluate.selfcheck import SelfCheck, check_task
+from qtool.evaluate.selfcheck import SelfCheck
 from qtool.evaluate.tasks import prompts
 from qtool.evaluate.tasks.problems import Task
-from qtool.make.job import PACKAGES
 from qtool.measure import stored
+from qtool.measure.harness import self_checked
 from qtool.measure.long_text import Along, require_possible
-from qtool.measure.questions import kept_whole, shown, tasks_of, windows_of
+from qtool.measure.questions import kept_whole, prompts_of, shown, tasks_of, windows_of
 from qtool.measure.scoring_engine import open_engine, served_name, settings_for, settings_of
 from qtool.measure.stored import Score
 from qtool.measure.subjects import Subject
@@ -65,13 +65,13 @@ class Evaluation:
         self.style = prompts.choose_style(self.section.prompt, self.tokenizer)
         self.conditions = (PLAIN, *(asked.condition for asked in self.section.conditions))
         named = tasks_of(self.section, self.config, self.tokenizer)
-        prompts_of = {label: self._prompts(task) for label, task in named.items()}
+        asked = {label: prompts_of(task, self.style, self.tokenizer, self.config) for label, task in named.items()}
         self.asked = {stored.label(n, c): (n, c) for c in self.conditions for n in named}  # label -> task, condition
         self.tasks = {label: named[name] for label, (name, _) in self.asked.items()}
-        self.prompts = {label: prompts_of[name] for label, (name, _) in self.asked.items()}
+        self.prompts = {label: asked[name] for label, (name, _) in self.asked.items()}
         self.windows = windows_of(self.section, self.config, self.tokenizer)
         self.settings = settings_of(self.section, self.device, self.style)
-        for line in kept_whole(self.section, prompts_of, self.tokenizer):
+        for line in kept_whole(self.section, asked, self.tokenizer):
             log.say(line)
         self.along = self._along()
         decoding = Decoding(
@@ -88,28 +88,12 @@ class Evaluation:
         return {label: {p.task_id: shown(p.prompt) for p in task.problems} for label, task in self.tasks.items()}
 
     def self_check(self, bar: Progress) -> dict[str, SelfCheck]:
-        """Known answers to every task, judged; found again where task, sandbox and versions are the same."""
-        found = {}
-        for label, task in self.tasks.items():
-            if self.asked[label][1] != PLAIN:  # the same problems
-                continue
-            versions = package_versions(*PACKAGES)
-            key = digest_of([task.digest, self.style, self.sandbox, self.section.timeout, versions])
-            path = self.runs / "selfchecks" / f"{key[:16]}.json"
-            with held(path.with_suffix(".lock"), f"{path}: another qtool is making this self-check; waiting."):
-                sweep(path.parent)
-                known = load(SelfCheck, path, partial(SelfCheck.fault, digest=task.digest))
-                found[label] = known or self._check(task, path, bar)
-        return found
-
-    def _check(self, task: Task, path: Path, bar: Progress) -> SelfCheck:
-        row = bar.add_task(f"self-check: {task.name}", total=1)
-        with stage("self-check", task.name):
-            result = check_task(task, self.asking, self.tokenizer, self.sandbox, path.with_suffix(""))
-        bar.advance(row)
-        if not result.faults:  # one that failed is made again: its cause may be gone
-            save(path, result)
-        return result
+        """Of every task; under a condition the problems are the same."""
+        return {
+            label: self_checked(task, self.asking, self.tokenizer, self.sandbox, self.runs, bar)
+            for label, task in self.tasks.items()
+            if self.asked[label][1] == PLAIN
+        }
 
     def score(self, subjects: list[Subject], bar: Progress) -> Scores:
         """Scores of all subjects; the first is the source, whose distribution the others are compared with. Raises
@@ -129,7 +113,8 @@ class Evaluation:
         """Tidy up after killed runs; the lengths of text at which a subject is still to be compared with the source."""
         for folder in (self.run / "scores", self.runs / "references"):
             sweep(folder)
-        return {length for subject in subjects for length in self._lengths_missing(subject, subjects[0])}
+        asked = ((subject, length) for subject in subjects for length in self.windows)
+        return {length for subject, length in asked if self._fidelity(subject, subjects[0], length)[1] is None}
 
     def add(
         self, scores: Scores, subject: Subject, source: Subject, wanted: set[int], bar: Progress,
@@ -183,12 +168,6 @@ class Evaluation:
             self.settings, self.trust_remote_code, self.share,
         )  # fmt: skip
 
-    def _prompts(self, task: Task) -> list[str]:
-        """What the model is asked, word for word; nothing where a server applies its own template."""
-        if self.tokenizer is None:
-            return []
-        return prompts.render_all(task.problems, self.style, self.tokenizer, getattr(self.config, "vocab_size", None))
-
     def _engine(self, subject: Subject, pending: dict[str, Task], condition: Condition) -> Any:
         asked = [prompt for label in pending for prompt in self.prompts[label]]
         return open_engine(
@@ -237,9 +216,6 @@ class Evaluation:
     def _load_fidelity(self, subject: Subject, source: Subject, length: int) -> FidelityScore | None:
         name, score = self._fidelity(subject, source, length)
         return stored.keep(self.run, name, score, subject.name) if score is not None else None
-
-    def _lengths_missing(self, subject: Subject, source: Subject) -> list[int]:
-        return [length for length in self.windows if self._fidelity(subject, source, length)[1] is None]
 
     def _reference_path(self, source: Subject, length: int) -> Path:
         return self.runs / "references" / self._fidelity_key(source, source, length)[:16]
