@@ -3,7 +3,7 @@ nothing, nothing stands beyond its picture, no text is below nine pixels; its sc
 finds no serious fault; a screenshot of each. Needs `chromium` on PATH (Debian's package), and for axe-core its file:
 `npm pack axe-core` in some folder, unpacked, holds package/axe.min.js. Exit 1 for a fault.
 
-    python scripts/check_report.py runs/218f1f2dd055aa3c/report.html --out pictures --axe axe.min.js
+    python scripts/check_report.py runs/88ab27a5024cc402/report.html --out pictures --axe axe.min.js
 """
 
 from __future__ import annotations
