@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _run(
             Home(ranks).share({"tokens": calibration.tokens})
         job = decided(job, calibration, ranks, rehearsals.ready)
         with replacing(job, calibration, force):
-            artifacts = make_artifacts(job, calibration, ranks=ranks)
+            artifacts = make_artifacts(job, calibration, ranks=ranks, begins=partial(record.withdraw, folder))
         held.close()
         together = ranks if divisible(recipe.evaluate) else ALONE
         if together is ALONE:  # the others leave

@@ -300,7 +300,7 @@ def test_a_gate_about_what_is_not_measured_is_refused(
         ),
         (
             {"tasks": [{"task": "long-call", "made": {"lengths": [512, 900]}}], "max_new_tokens": 64},
-            r"long-call: a prompt of 900 tokens and an answer of 64 .* context, 1,024 .*; `lengths:` up to 704 fit",
+            r"long-call: a prompt of 900 tokens, 256 .* answer of 64 .* context, 1,024 .*; `lengths:` up to 704 fit",
         ),
         ({"long": {"text": "SHORT", "length": 1000}}, r"tokens of this model; 1,000 are asked for. Set `length: \d+`"),
         ({"long": {"text": "heldout-code", "length": 385}}, "length: 385 leaves one token to its last block of 128"),

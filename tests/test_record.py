@@ -109,8 +109,10 @@ def test_a_missing_score_is_named(copied: Path) -> None:
         load_run(copied)
 
 
-def test_running_again_withdraws_the_old_end(copied: Path, finished: RunRecord) -> None:
+def test_an_old_end_is_withdrawn_once_something_is_made_anew(copied: Path, finished: RunRecord) -> None:
     record.begin(copied, finished.recipe_text)
+    assert load_run(copied).finished == finished.finished
+    record.withdraw(copied)
     with pytest.raises(QtoolError, match="did not reach its end"):
         load_run(copied)
 

@@ -111,7 +111,8 @@ def test_a_run_is_named_when_it_is_made_and_force_replaces_anothers_work(
 ) -> None:
     runs, artifact = tmp_path / "runs", tmp_path / "artifacts" / "tiny-awq"
     assert call("run", write_recipe(), "--runs", runs, "--name", "first").exit_code == 0
-    assert find_run("first", runs).is_dir()
+    ended = (find_run("first", runs) / "result.json").read_bytes()
+    first = find_run("first", runs)
     changed = ["run", write_recipe(), "--set", "outputs.0.group_size=64", "--runs", runs]
     refused = call(*changed)
     assert (refused.exit_code, "--force replaces it" in refused.output) == (2, True), refused.output
@@ -124,6 +125,8 @@ def test_a_run_is_named_when_it_is_made_and_force_replaces_anothers_work(
     key = read_manifest(artifact).key
     assert call(*changed, "--force").exit_code == 0
     assert read_manifest(artifact).key == key, "its own work is used again"
+    assert call("run", write_recipe(), "--runs", runs).exit_code == 2
+    assert (first / "result.json").read_bytes() == ended, "a run that is refused leaves what an earlier one found"
     assert call("run", write_recipe(), "--runs", runs, "--name", "a/b").exit_code == 2
 
 
@@ -144,7 +147,7 @@ def test_an_interrupted_force_keeps_the_old_until_the_new_is_there(
     runs, artifact = tmp_path / "runs", tmp_path / "artifacts" / "tiny-awq"
     assert call("run", write_recipe(), "--runs", runs).exit_code == 0
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise QtoolError("the disk is full", exit_code=3)
 
     monkeypatch.setattr("qtool.run.make_artifacts", fails)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,13 +56,14 @@ def finished(folder: Path, key: str) -> bool:
 
 
 def make_artifacts(
-    job: Job, calibration: CalibrationSet, threads: int | None = None, ranks: Ranks = ALONE
-) -> dict[str, Artifact]:
+    job: Job, calibration: CalibrationSet, threads: int | None = None, ranks: Ranks = ALONE,
+    begins: Callable[[], None] = lambda: None,
+) -> dict[str, Artifact]:  # fmt: skip
     """Every output as a sealed artifact; those finished before are reused, those begun are continued.
 
     ``threads``: of the processor, as the key has them. None: what unfinished work was begun with, else as many as torch
     uses; a finished artifact is then reused whatever number it was made with. ``ranks``: who makes them together; an
-    output's owner alone holds its folder.
+    output's owner alone holds its folder. ``begins``: called where something is to be made, once nothing refuses it.
     """
     assert all(output.method.undecided is None for output in job.outputs)  # `budgets.decided` comes first
     with ExitStack() as held:
@@ -87,9 +88,11 @@ def make_artifacts(
             writers[output.name] = OutputWriter(job, output)
             held.callback(writers[output.name].release)
 
-        for step in (look, begin):
-            ranks.own([(owner, partial(step, output)) for output, owner in zip(pending, owners, strict=True)])
-        pairs = zip(pending, owners, strict=True)
+        pairs = list(zip(pending, owners, strict=True))
+        ranks.own([(owner, partial(look, output)) for output, owner in pairs])
+        if pending:
+            begins()
+        ranks.own([(owner, partial(begin, output)) for output, owner in pairs])
         columns = [Column(output.method, output.plan, owner=owner) for output, owner in pairs]
         reached = Reached(job.decoder.shape.layers)
         with _threads(number), _saying_where(reached):

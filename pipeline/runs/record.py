@@ -123,14 +123,19 @@ class RunRecord:
 
 
 def begin(folder: Path, recipe_text: str) -> None:
-    """Start (again): what an earlier run of the same recipe concluded is withdrawn, its scores stay."""
+    """Start (again): what an earlier run of the same recipe concluded and scored stays."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (RESULT, SUMMARY):
-            (folder / name).unlink(missing_ok=True)
     for place in (folder, folder / MANIFESTS):
         sweep(place)
     write_whole(folder / RECIPE, recipe_text)
+
+
+def withdraw(folder: Path) -> None:
+    """Before an artifact is made anew: what an earlier run of the same recipe concluded no longer holds."""
+    with naming(folder):
+        for name in (RESULT, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
 
 
 def alone(folder: Path) -> AbstractContextManager[None]:
@@ -285,5 +290,7 @@ def _checked(reader: Callable[[bytes], Read], path: Path) -> Read:
         return reader(read_bytes(path))
     except ValidationError as error:
         fault = error.errors()[0]
+        if fault["type"] == "json_invalid":
+            raise QtoolError(f"{path}: damaged ({fault['msg']}). Run its recipe again.") from error
         place = ".".join(map(str, fault["loc"]))
         raise QtoolError(f"{path}: not written by this version of qtool ({place}: {fault['msg']}).") from error

@@ -24,6 +24,8 @@ def resolve_side(text: str, runs: Path) -> tuple[Baseline, str | None]:
     place, colon, name = text.rpartition(":")
     if not colon or not place:
         place, name = text, ""
+    elif not name:
+        raise QtoolError(f"{text}: no model is named behind the colon.")
     found = load_baseline(Path(place)) if place.endswith(".json") else measured(find_run(place, runs, "scores.json"))
     if name and name not in found.subjects:
         raise QtoolError(f"{text}: no model {name!r} there; it has {', '.join(found.subjects)}.")
