@@ -58,8 +58,9 @@ def require_lengths(section: EvaluateSection, config: Any) -> None:
         if beyond := [length for length in lengths if length > room]:
             fits = f"`lengths:` up to {room} fit" if room >= 512 else "no length that is made fits"
             raise QtoolError(
-                f"tasks: {asked.task}: a prompt of {beyond[0]:,} tokens, {TEMPLATE} for a chat template and an answer of "
-                f"{answer} are more than the model's context, {most:,} (max_position_embeddings in config.json); {fits}."
+                f"tasks: {asked.task}: a prompt of {beyond[0]:,} tokens, {TEMPLATE} for a chat template and an answer "
+                f"of {answer} are more than the model's context, {most:,} (max_position_embeddings in config.json); "
+                f"{fits}."
             )
     too_long = [length for length in section.text.lengths if length > most] if section.text else []
     if too_long:
