@@ -176,7 +176,7 @@ class _Parts(NamedTuple):
     ``middle``: of each part, infinite for none; the levels ``below`` and ``above`` it."""
 
     shift: float
-    number: int
+    number: float
     middle: Tensor
     below: Tensor
     above: Tensor
@@ -188,7 +188,7 @@ def _parts(values: tuple[float, ...], device: torch.device) -> _Parts:
     table = torch.tensor(values)
     middles, shift = (table[1:] + table[:-1]) / 2, -values[0]
     places = (middles + shift).double()
-    for number in range(8, 1 << 16):
+    for number in (halves / 2 for halves in range(16, 1 << 16)):
         scaled = places * number
         apart = len(set(scaled.long().tolist())) == len(middles)
         if apart and float((scaled - scaled.round()).abs().min()) > EDGE * number:

@@ -209,7 +209,7 @@ def _moved(group: Group, device: str) -> Group:
     return Group(*_on(device, group.levels, group.scale, group.zero))
 
 
-@pytest.mark.parametrize("table", [NF4, (-1.0, 0.0, 0.25, 0.3, 1.0), tuple(n / 7 - 1 for n in range(15))])
+@pytest.mark.parametrize("table", [NF4, (-1.0, 0.0, 0.25, 0.3, 1.0), tuple(n / 7.5 - 1 for n in range(16))])
 def test_a_look_up_finds_what_a_binary_search_finds(table: tuple[float, ...]) -> None:
     """Also at the middles between two levels and at the edges of the look-up's parts, and beyond the table."""
     levels = torch.tensor(table)

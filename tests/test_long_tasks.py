@@ -148,7 +148,7 @@ def test_the_harness_checks_itself_on_them() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"task": "long-call", "made": {"lengths": [8192]}}, r"8,192 tokens and an answer of 384 .*up to 3456 fit"),
+        ({"task": "long-call", "made": {"lengths": [8192]}}, r"8,192 tokens, 256 .* answer of 384 .*up to 3456 fit"),
         ({"task": "long-call", "made": {"lengths": [512], "look_alikes": 90}}, "too short for 90 look-alikes"),
         ({"task": "long-call", "file": "x.jsonl", "made": {"lengths": [2048]}}, "`file` is for the benchmarks"),
     ],
