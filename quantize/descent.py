@@ -163,7 +163,8 @@ def _within(ratio: Tensor, levels: Levels, least: Tensor, most: Tensor) -> Tenso
     if levels.table is None:
         return torch.minimum(torch.maximum(ratio.round_(), least), most)
     parts = _parts(levels.table, ratio.device)
-    part = ((ratio + parts.shift) * parts.number).clamp_(0, len(parts.middle) - 1).long().flatten()
+    place = ((ratio + parts.shift) * parts.number).nan_to_num_(0.0)  # of no number: some level, as of any search
+    part = place.clamp_(0, len(parts.middle) - 1).long().flatten()
     middle, below, above = (
         one.index_select(0, part).view_as(ratio) for one in (parts.middle, parts.below, parts.above)
     )

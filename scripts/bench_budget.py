@@ -182,8 +182,7 @@ def halfway(offers: allocation.Offers) -> float:
 
 def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A survey and its mix."""
-    begun = time.perf_counter()
-    config, device = config_of(options), torch.device(options.device)
+    begun, config, device = time.perf_counter(), config_of(options), torch.device(options.device)
     decoder = decoder_of(config)
     checkpoint = repeated(folder, decoder)
     shape = ModelShape(checkpoint.tensors, decoder, config)
@@ -214,7 +213,7 @@ def surveyed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         source, method, {module: list(own) for module, own in sizes.items()}, lambda: marks.append(clock.now()),
         ready=clock.around("waiting for kernels", ready),
     )  # fmt: skip
-    survey._head = clock.around("head", survey._head)  # type: ignore[method-assign]
+    survey._head = clock.around("head", survey._head)  # type: ignore[method-assign]  # as above
     started = clock.now()
     costs = survey.run(text)
     ended = clock.now()

@@ -226,3 +226,6 @@ def test_a_look_up_finds_what_a_binary_search_finds(table: tuple[float, ...]) ->
         ratio[None], torch.ones(1), torch.zeros(1), Levels(len(table) - 1, 32, torch.float32, table=table)
     )
     assert torch.equal(found[0], levels[torch.bucketize(ratio, middles)])
+    nan = torch.full((1, 3), torch.nan)
+    lost = descent.nearest(nan, torch.ones(1), torch.zeros(1), Levels(len(table) - 1, 32, torch.float32, table=table))
+    assert bool(torch.isin(lost, levels).all())

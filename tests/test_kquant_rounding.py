@@ -37,11 +37,6 @@ def correlated(columns: int, tokens: int = 600) -> Tensor:
     return x.t() @ x / tokens
 
 
-def blocks_of(type_name: str) -> int:
-    """Columns of several blocks: two of 256 weights, or four of 32."""
-    return 512 if BLOCKS[type_name][0] == 256 else 128
-
-
 def damped(gram: Tensor) -> Tensor:
     return gram + torch.eye(len(gram)) * DAMP * gram.diagonal().mean()
 
@@ -89,13 +84,11 @@ def test_the_bytes_are_what_was_chosen(type_name: str) -> None:
 def test_a_stack_is_rounded_as_its_problems_alone(type_name: str) -> None:
     """Three problems, each under its own metric: float32 sums in another order may turn a near tie of a row, no more;
     the rows of one lie below the other's."""
-    columns = blocks_of(type_name)
-    grams = torch.stack([correlated(columns) * 4.0**number for number in range(3)])
-    target = torch.randn(3, 7, columns) * 0.02
+    grams, target = torch.stack([correlated(512) * 4.0**number for number in range(3)]), torch.randn(3, 7, 512) * 0.02
     factor, metric = factorize(grams, DAMP), torch.stack([damped(gram) for gram in grams])
     found = quantize(target, factor, metric, type_name)
-    assert found.shape == (21, columns)
-    stacked = found.dequantize().view(3, 7, columns)
+    assert found.shape == (21, 512)
+    stacked = found.dequantize().view(3, 7, 512)
     for number in range(3):
         alone = quantize(target[number], factorize(grams[number], DAMP), metric[number], type_name).dequantize()
         assert float((stacked[number] == alone).float().mean()) > 0.8

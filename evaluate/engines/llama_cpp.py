@@ -199,8 +199,7 @@ def serve(
     except ValueError as error:
         raise QtoolError(f"{file}: not a whole GGUF file ({error}).") from error
     params: Any = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel = context * slots, slots
+    params.model.path, params.n_ctx, params.n_parallel = str(file), context * slots, slots
     params.cpuparams.n_threads = os.cpu_count() or 1
     params.endpoint_metrics = metrics
     if cache:  # values of a quantized type need flash attention, which its automatic choice takes then

@@ -84,8 +84,7 @@ def run(
 
     RECIPE is a YAML file, or the name of one that ships with qtool: all, awq, budgets, demo, devstral, gguf, gptq,
     iquest-40b, iquest-40b-loop, ladder, long, nf4, qwen2.5-coder-32b, qwen3-coder-30b-a3b, smoke (`qtool recipes` says
-    what each is). Run again after an interruption and it continues after the last finished layer; what is finished is
-    reused.
+    what each is). Run again after an interruption: what is finished is used again, each layer, too.
 
     \b
     Examples:
@@ -125,19 +124,18 @@ def run(
         overrides = parse_overrides(changes)
     if dry_run:
         if not seat.rank:
-            own = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
-            job = prepare(found, own, only, overrides=overrides)
+            place = Seat(0, gpus).device("cuda") if gpus > 1 else seat.device(device)
+            job = prepare(found, place, only, overrides=overrides)
             require_texts(job)
             _print_plan(job, runs, max(gpus, seat.number), full)
         return
     with cli_cards.named(seat.rank, seat.number):
         result = run_recipe(found, runs, device, only, profile, overrides, name, force, seat)
-    if result is None:
-        return
-    report.print_run(result)
-    click.echo(f"report: {write_report(result, result.folder)}")
-    if result.failed:
-        raise SystemExit(FAILED)
+    if result is not None:
+        report.print_run(result)
+        click.echo(f"report: {write_report(result, result.folder)}")
+        if result.failed:
+            raise SystemExit(FAILED)
 
 
 def _print_plan(job: Job, runs: Path, cards: int, full: bool) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 
-# Bytes. A block that the system gives and takes costs a fault for each of its pages, which is half of a small model's
-# forward where tensors of a few MiB are among them; large models' tensors lie above. What lies free below and at the
-# heap's end is given back between layers (make/freed.py).
+# Bytes. A block that the system gives and takes costs a fault for each of its pages: a third of the time of a small
+# model's rounding where tensors of a few MiB are among them. Large models' tensors lie above. What lies free below and
+# at the heap's end is given back between layers (make/freed.py).
 LARGE, FREE_AT_END = 8 * 2**20, 16 * 2**20
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 TUNABLES = "GLIBC_TUNABLES"

@@ -78,16 +78,16 @@ def require_room(section: EvaluateSection, tokenizer: Any) -> None:
 
 
 def kept_whole(
-    section: EvaluateSection, prompts: Mapping[str, Sequence[str]] | None = None, tokenizer: Any = None
+    section: EvaluateSection, asking: Mapping[str, Sequence[str]] | None = None, tokenizer: Any = None
 ) -> list[str]:
-    """A sentence for each window that lets go of nothing in the long text, or in a task. ``prompts``: those of each
-    task; without them (`--dry-run`) nothing is said of tasks that are not made here. Raises QtoolError for a window
-    that lets go of nothing in all that is put under it, where the recipe alone tells."""
+    """A sentence for each window that lets go of nothing in the long text, or in a task. ``asking``: the prompts of
+    each task; without them (`--dry-run`) nothing is said of tasks that are not made here. Raises QtoolError for a
+    window that lets go of nothing in all that is put under it, where the recipe alone tells."""
     windows = [one.condition for one in section.conditions if one.condition.recent]
     sizes = {LONG: section.long.length} if section.long is not None and windows else {}
     told = all(asked.task in made() for asked in section.tasks)
     for asked in section.tasks if windows else ():
-        longest = _longest(asked, (prompts or {}).get(asked.task, ()), tokenizer)
+        longest = _longest(asked, (asking or {}).get(asked.task, ()), tokenizer)
         sizes |= {asked.task: longest + section.max_new_tokens} if longest else {}
     said = []
     for window in windows:
@@ -103,13 +103,13 @@ def kept_whole(
     return said
 
 
-def _longest(asked: TaskSection, prompts: Sequence[str], tokenizer: Any) -> int:
+def _longest(asked: TaskSection, asking: Sequence[str], tokenizer: Any) -> int:
     """Tokens of a task's longest prompt, at most; 0 where they are not known."""
     if asked.task in made():
         return max((asked.made or MadeSection()).lengths) + TEMPLATE
-    if not prompts or tokenizer is None:
+    if not asking or tokenizer is None:
         return 0
-    return max(len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids)
+    return max(len(ids) for ids in tokenizer(list(asking), verbose=False).input_ids)
 
 
 def _making(asked: TaskSection, tokenizer: Any) -> Making | None:
